@@ -57,7 +57,6 @@ def load_causal_lm(spec: ModelSpec, lora: bool = False) -> PreTrainedModel:
             f"model {spec.name!r} lacks {len(missing)} weights of a causal LM, {missing[0]!r} the "
             f"first; it was saved as {_architecture(config)}. Give a complete causal LM"
         )
-    model.config.use_cache = False
     _switch_off_dropout(model)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

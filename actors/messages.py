@@ -131,9 +131,24 @@ class TokenTargets:
     """Token-level targets of one group, fixed before its update (PPO's GAE and what it needs)."""
 
     old: np.ndarray  # [N] float32 log-probs at the start of the step's update
-    advantages: np.ndarray  # [N] float32, whitened
-    returns: np.ndarray  # [N] float32
-    values: np.ndarray  # [N] float32
+    advantages: np.ndarray  # [N] float32, whitened where the algorithm whitens
+    returns: np.ndarray | None = None  # [N] float32, with a critic
+    values: np.ndarray | None = None  # [N] float32, with a critic
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """What token-level targets of one group are made from, on the policy rank that holds it."""
+
+    lengths: tuple[int, ...]  # [G]
+    trained: tuple[bool, ...]  # [G]
+    truncated: tuple[bool, ...]  # [G]
+    scores: tuple[float, ...]  # [G] after weighting and shaping
+    mask: np.ndarray  # [N] bool
+    old: np.ndarray  # [N] float32 log-probs at the start of the step's update
+    reference: np.ndarray | None = None  # [N] float32
+    values: np.ndarray | None = None  # [N] float32, of the state before each token
+    final_values: np.ndarray | None = None  # [G] float32, of the state after the last token
 
 
 @dataclass(frozen=True)
@@ -189,6 +204,18 @@ class TokenBatch:
     budget: int  # max_completion_length, tokens
     ref: torch.Tensor | None = None  # [B, T] under the frozen reference
     entropy: torch.Tensor | None = None  # [B, T] of the full distribution, nats
+
+
+@dataclass(frozen=True)
+class ValueBatch:
+    """A micro-batch as a critic's loss sees it, padded to [B, T]; padding has finite values."""
+
+    values: torch.Tensor  # [B, T] of the current critic; the only place gradient flows
+    old: torch.Tensor  # [B, T] values at the start of this step's update
+    returns: torch.Tensor  # [B, T]
+    mask: torch.Tensor  # [B, T] bool
+    counts: Counts
+    budget: int  # max_completion_length, tokens
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,11 @@ class Ledger:
         self.move([group_id], State.WAITING, version=version)
         self._open[group_id].version = version
 
+    @staticmethod
+    def beginning() -> dict[str, Any]:
+        """The snapshot of a run that has done nothing, which every log may go back to as step 0."""
+        return {"next": 0, "ended": {state.value: 0 for state in sorted(ENDS)}, "open": []}
+
     def snapshot(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps, and a mark in the log; open groups start again from it."""
         self._record({"event": "checkpoint", "step": step})
@@ -223,7 +228,7 @@ def audit(path: Path) -> Books:
     """
     open_groups: dict[int, State] = {}
     ended: dict[int, tuple[int, State]] = {}  # group -> (seq of its end, how)
-    marks: dict[int, tuple[int, int, tuple[int, ...]]] = {}  # step -> (seq, next, open)
+    marks: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (-1, 0, ())}  # step: seq, next, open
     next_group = 0
     with path.open("rb") as file:
         for seq, line in enumerate(file):

@@ -1,8 +1,8 @@
 """When a group may be admitted and which groups a step trains on. Pure.
 
 Invariant: with these two rules no token is trained on that is older than `max_staleness` policy
-versions. Admission bounds how many groups can be open; the choice of a batch never leaves behind a
-group that would be too old for the next step, and waits for it instead.
+versions. Admission bounds how many groups can be open; the choice of a batch never leaves more groups
+behind than can still be trained in time, and waits for late ones instead.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ def choose_batch(
 ) -> list[int] | None:
     """Ids of the groups the next step trains on, in id order, or None to go on waiting.
 
-    Groups at the age limit are in the batch or hold it back; the rest is filled with ready groups,
-    oldest id first.
+    The oldest ready groups are taken. The step waits where it would leave more groups of some age
+    behind than the steps until their age limit can still train.
     """
-    due: list[int] = []
-    others: list[int] = []
-    for group in sorted(groups, key=lambda g: g.group_id):
-        if group.version + max_staleness <= version:
-            if not group.ready:
-                return None
-            due.append(group.group_id)
-        elif group.ready:
-            others.append(group.group_id)
-    batch = (due + others)[:groups_per_step]
-    return sorted(batch) if len(batch) == groups_per_step else None
+    oldest_first = sorted(groups, key=lambda g: (g.version, g.group_id))
+    batch = [g for g in oldest_first if g.ready][:groups_per_step]
+    if len(batch) < groups_per_step:
+        return None
+    taken = {g.group_id for g in batch}
+    left_behind = 0
+    for group in oldest_first:
+        left_behind += group.group_id not in taken
+        steps_left = group.version + max_staleness - version
+        if left_behind > steps_left * groups_per_step:
+            return None
+    return sorted(taken)

@@ -7,17 +7,22 @@ micro-batch ends: every denominator is in `TokenBatch.counts`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from actors.messages import LossTerms, TokenBatch
+from actors.messages import LossTerms, TokenBatch, TokenInputs, TokenTargets
+from aligntune.algorithms import losses
+from aligntune.algorithms.advantages import AllSum, on_one_rank, weighted_sum
+from aligntune.algorithms.kl import Estimator, estimate
+from aligntune.algorithms.losses import Aggregation, Correction, OldPolicy
+from aligntune.algorithms.tokens import TokenRows
 
-Aggregation = Literal["token_mean", "sequence_mean", "constant"]
-Estimator = Literal["k1", "k2", "k3"]
-Correction = Literal["none", "token", "sequence", "icepop"]
+SCORE = "score"
+"""In `Algorithm.keep`, the weighted sum of a group's criteria, before shaping."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Needs:
 class Algorithm(BaseModel):
     """Options every online algorithm has, and the functions it must give."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     title: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
@@ -55,21 +60,79 @@ class Algorithm(BaseModel):
     aggregation: Aggregation
     beta: float = Field(0.0, ge=0, description="weight of the KL to the reference model")
     kl_estimator: Estimator = "k3"
-    clip_low: float = Field(0.2, gt=0, lt=1)
+    kl_in: Literal["loss", "reward"] = Field("loss", description="where the KL term is charged")
+    clip_low: float = Field(0.2, gt=0)
     clip_high: float = Field(0.2, gt=0)
-    dual_clip: float | None = Field(None, gt=1)
-    correction: Correction = "token"
+    dual_clip: float | None = Field(None, gt=1, description="bound of r where A < 0")
+    old: OldPolicy = Field(
+        "policy", description="ratios against recomputed log-probs, or the rollout engine's"
+    )
+    correction: Correction = Field(
+        "token", description="importance weights for rollout engine and staleness"
+    )
     correction_cap: float = Field(2.0, ge=1)
     entropy_coefficient: float = 0.0
     combine: Literal["sum", "decoupled"] = "sum"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_correction_against_the_rollout_itself(cls, given: Any) -> Any:
+        # The default correction is that of old: policy; one that was asked for is checked below.
+        if isinstance(given, dict) and given.get("old") == "rollout":
+            return {"correction": "none", **given}
+        return given
+
+    @model_validator(mode="after")
+    def _options_make_sense(self) -> Self:
+        if self.clip_low >= 1:
+            raise ValueError(
+                f"clip_low must be below 1, got {self.clip_low}: a ratio never falls to "
+                "1 - clip_low <= 0, so nothing would be clipped from below"
+            )
+        if self.old == "rollout" and self.correction != "none":
+            raise ValueError(
+                f"correction: {self.correction} has no meaning with old: rollout, which takes the "
+                "ratio against the rollout engine already; set correction: none or old: policy"
+            )
+        if self.kl_in == "reward" and self.beta > 0 and self.combine == "decoupled":
+            raise ValueError(
+                "combine: decoupled has no place for kl_in: reward, which is no criterion and has "
+                "no group normalisation of its own; set kl_in: loss or combine: sum"
+            )
+        return self
 
     @property
     def needs(self) -> Needs:
         """Roles this algorithm needs with these options; beta 0 needs no reference model."""
         return Needs(reference=self.beta > 0)
 
+    @property
+    def prepares(self) -> bool:
+        """Whether policy ranks call `prepare` before the update, with the batch's old log-probs."""
+        return self.kl_in == "reward" and self.beta > 0
+
+    @property
+    def sampling_rounds(self) -> int | None:
+        """Rounds of drawing groups until a step's are kept; None where `keep` keeps every group."""
+        return None
+
+    @property
+    def early_stop(self) -> tuple[str, float] | None:
+        """(metric of an optimiser step, limit): the step's further updates are skipped above it."""
+        return None
+
+    def check_run(self, criteria: Sequence[str], budget: int) -> None:
+        """Raises ValueError, before anything starts, where an option does not fit the run.
+
+        `criteria` are the names of the rewards, `budget` is `max_completion_length` in tokens.
+        """
+
+    def after_step(self, metrics: dict[str, float], completions: int) -> Self:
+        """The algorithm of the next step, from this step's metrics; itself where nothing adapts."""
+        return self
+
     def keep(self, scores: dict[str, list[float]]) -> bool:
-        """Whether a group is trained on, from its raw scores per criterion (before shaping)."""
+        """Whether a group is trained on, from its raw scores per criterion and of `SCORE`."""
         return True
 
     def shape(self, rewards: torch.Tensor, lengths: torch.Tensor, budget: int) -> torch.Tensor:
@@ -81,9 +144,102 @@ class Algorithm(BaseModel):
         return True
 
     def sequence_advantages(self, rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Advantages [n, G] of a step's groups from rewards [n, G, K] and weights [K], float64."""
+        """Advantages [n, G] of a step's groups from rewards [n, G, K] and weights [K], float64.
+
+        Raises ValueError on a non-finite reward.
+        """
         raise NotImplementedError
+
+    def scores_and_advantages(
+        self, rewards: torch.Tensor, weights: torch.Tensor, lengths: torch.Tensor, budget: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The shaped scores and the advantages, both [n, G] float64, of all groups of a step.
+
+        `rewards` [n, G, K] raw, `weights` [K], `lengths` [n, G] and `budget` in tokens. Where
+        criteria are normalised one by one, shaping is one more criterion of weight 1.
+        """
+        raw = weighted_sum(rewards, weights)
+        scores = self.shape(raw, lengths, budget)
+        one = torch.ones(1, dtype=torch.float64)
+        if self.combine == "sum":
+            return scores, self.sequence_advantages(scores[..., None], one)
+        criteria = torch.cat([rewards.double(), (scores - raw)[..., None]], dim=-1)
+        return scores, self.sequence_advantages(criteria, torch.cat([weights.double(), one]))
+
+    def prepare(
+        self, groups: Sequence[TokenInputs], all_sum: AllSum = on_one_rank
+    ) -> tuple[list[TokenTargets], dict[str, float]]:
+        """Token-level targets of a rank's groups, and figures of the whole step. See `prepares`.
+
+        Here, the KL in the reward of a completion: R' = R - beta * sum_t k_t, then advantages.
+        """
+        rows = TokenRows.of(groups)
+        kl = rows.kl(self.kl_estimator)
+        penalised = rows.scores - self.beta * kl.sum(1)
+        advantages = torch.cat(
+            [
+                self.sequence_advantages(group.view(1, -1, 1), torch.ones(1)).flatten()
+                for group in rows.split(penalised)
+            ]
+            or [penalised]
+        )
+        targets = rows.targets(advantages[:, None].expand_as(kl))
+        return targets, {"kl/reference": rows.mean(kl, all_sum)}
 
     def loss(self, batch: TokenBatch) -> LossTerms:
         """This micro-batch's share of the loss of the optimiser step."""
         raise NotImplementedError
+
+    def terms(
+        self,
+        batch: TokenBatch,
+        log_ratio: torch.Tensor,
+        ell: torch.Tensor,
+        clipped: torch.Tensor,
+    ) -> LossTerms:
+        """L = agg(w * ell) + beta * agg(k) - c_entropy * agg(H), and what every algorithm reports.
+
+        `log_ratio`, `ell` and `clipped` [B, T] are the algorithm's own. Figures that are means over
+        tokens: `kl/reference` (the chosen estimator, which is what beta multiplies),
+        `kl/rollout_vs_policy` (k3 of rollout against old policy, or against the current one where
+        old is the rollout), `kl/update` (k3 of old against current policy), `policy/entropy`,
+        `policy/clip_fraction`, `correction/weight_mean`. Raises ValueError on a missing input.
+        """
+        mask, how, budget = batch.mask, self.aggregation, batch.budget
+        old = losses.old_logp(batch, self.old)
+        w = losses.rollout_weights(old, batch.roll, mask, self.correction, self.correction_cap)
+        policy, field = losses.numerator(w * ell, mask, how, budget)
+        total = losses.aggregate(w * ell, mask, batch.counts, how, budget)
+        drift = losses.log_ratio(batch, self.old).detach()
+        newer = batch.logp.detach() if self.old == "rollout" else old
+        mismatch = losses.masked_difference(batch.roll.detach(), newer, mask)
+        per_token = {
+            "kl/rollout_vs_policy": estimate(mismatch, "k3"),
+            "kl/update": estimate(-drift, "k3"),
+            "policy/clip_fraction": clipped.to(ell.dtype),
+            "correction/weight_mean": w,
+        }
+        charged = self.beta > 0 and self.kl_in == "loss"
+        if batch.ref is not None:
+            d_ref = losses.masked_difference(batch.logp, batch.ref.detach(), mask)
+            k = estimate(d_ref, self.kl_estimator)
+            if charged:
+                total = total + self.beta * losses.aggregate(k, mask, batch.counts, how, budget)
+            if self.kl_in == "loss":
+                per_token["kl/reference"] = k.detach()
+        elif charged:
+            raise ValueError("beta > 0 needs log-probs of the reference model; the batch has none")
+        if batch.entropy is not None:
+            entropy = losses.wide(batch.entropy)
+            if self.entropy_coefficient != 0:
+                bonus = losses.aggregate(entropy, mask, batch.counts, how, budget)
+                total = total - self.entropy_coefficient * bonus
+            per_token["policy/entropy"] = entropy.detach()
+        elif self.entropy_coefficient != 0:
+            raise ValueError("entropy_coefficient needs the policy's entropy; the batch has none")
+        sums = {
+            name: losses.numerator(x, mask, "token_mean", budget) for name, x in per_token.items()
+        }
+        sums["loss/policy"] = (policy.detach(), field)
+        ratio = log_ratio.detach().exp()
+        return LossTerms(total, sums, {"policy/ratio_max": losses.masked_max(ratio, mask)})

@@ -1,0 +1,39 @@
+# quickstart, test and check install what they need into .venv first; a second call installs nothing.
+# Options go in ARGS, as in: make quickstart ARGS="--algorithm dapo"; make test ARGS="-k ledger"
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: help install quickstart test test-fast check format clean
+
+help:
+	@echo "make quickstart   install, then train a tiny model by reinforcement learning"
+	@echo "make test         install, then run all the tests (make test-fast: without the slow ones)"
+	@echo "make check        lint, format, types, import contracts"
+	@echo "make format       let ruff put the code in order"
+	@echo "make install      only install, into .venv"
+	@echo "make clean        remove .venv and caches"
+
+install:
+	@bash scripts/install.sh
+
+quickstart: install
+	.venv/bin/aligntune quickstart $(ARGS)
+
+test: install
+	.venv/bin/python -m pytest $(ARGS)
+
+test-fast: install
+	.venv/bin/python -m pytest -m "not slow" $(ARGS)
+
+check: install
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+format: install
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

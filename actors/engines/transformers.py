@@ -1,0 +1,237 @@
+"""The transformers rollout engine: one group at a time through the model's own forward pass.
+
+A group's tokens depend on the weights, the prompt and (seed, group id) alone, never on what else is
+in flight: this is what makes runs bit-reproducible. A group is of one policy version, because
+weights change only between groups.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from actors.engines.base import (
+    Completion,
+    Counters,
+    Group,
+    WeightMismatch,
+    draw_seed,
+    pack_group,
+    stop_token_ids,
+)
+from actors.loading import load_causal_lm
+from actors.messages import FinishReason, Prompt, Sampling, VersionSpan
+from actors.specs import ModelSpec, RolloutSpec
+from actors.weights import WeightBundle
+
+T = TypeVar("T")
+
+
+class _Cancelled(Exception):
+    """The caller of a generation has gone."""
+
+
+class TransformersEngine:
+    """A `RolloutEngine` that needs nothing but transformers.
+
+    All work on the model is done by one thread; that thread is the lock. Groups wait their turn
+    outside of it, so an update of the weights comes right after the group that is running.
+    """
+
+    def __init__(self, model: ModelSpec, spec: RolloutSpec, replica: str, version: int) -> None:
+        """Nothing is loaded yet; `version` is the policy version of the weights in `model.name`.
+
+        Raises:
+            ValueError: `spec.engine_options` is not empty.
+        """
+        if spec.engine_options:
+            raise ValueError(
+                "the transformers engine takes no options, but rollout.engine_options has "
+                f"{', '.join(sorted(spec.engine_options))}: remove them, or use engine: vllm"
+            )
+        self._spec = model.model_copy(update={"gradient_checkpointing": False})
+        self._replica = replica
+        self._version = version
+        self._counters = Counters()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
+        self._queue = asyncio.Lock()
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model: Any = None
+        self._stops = torch.empty(0, dtype=torch.long)
+
+    @property
+    def version(self) -> int:
+        """The policy version of the loaded weights."""
+        return self._version
+
+    async def start(self) -> None:
+        """Load the model onto the GPU where there is one."""
+        await self._run(self._load)
+
+    async def generate(self, prompt: Prompt, sampling: Sampling) -> Group:
+        """One group; other groups wait. `seconds` of the record leaves that wait out."""
+        stop = threading.Event()
+        async with self._queue:
+            try:
+                return await self._run(lambda: self._generate(prompt, sampling, stop))
+            finally:
+                stop.set()  # a cancelled call's thread ends at the next token
+
+    async def load_weights(self, bundle: WeightBundle) -> None:
+        """Copy `bundle` into the model, all of it or nothing; there is no cache to reset.
+
+        Raises:
+            WeightMismatch: names or shapes are not those of the model.
+        """
+        await self._run(lambda: self._load_weights(bundle))
+
+    async def check(self) -> None:
+        """This engine lives as long as its process."""
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start."""
+        return self._counters.as_dict()
+
+    async def close(self) -> None:
+        """Wait for the running group and let the model go."""
+        await asyncio.to_thread(self._thread.shutdown)
+        self._model = None
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _load(self) -> None:
+        self._model = load_causal_lm(self._spec).to(self._device).eval()
+        self._stops = torch.tensor(stop_token_ids(self._spec), device=self._device)
+
+    @torch.no_grad()
+    def _load_weights(self, bundle: WeightBundle) -> None:
+        started = time.monotonic()
+        for parameter, tensor in matched_parameters(self._model, bundle):
+            parameter.copy_(tensor)
+        self._version = bundle.version
+        self._counters.weight_updates += 1
+        self._counters.weight_update_seconds += time.monotonic() - started
+
+    def _generate(self, prompt: Prompt, sampling: Sampling, stop: threading.Event) -> Group:
+        started = time.monotonic()
+        tokens, logprobs, lengths, ended = self._decode(prompt, sampling, stop)
+        completions = [
+            Completion(
+                token_ids=tokens[row, :length],
+                logprobs=logprobs[row, :length],
+                finish_reason=FinishReason.STOP if ended[row] else FinishReason.LENGTH,
+                spans=(VersionSpan(self._version, length),),
+            )
+            for row, length in enumerate(lengths)
+        ]
+        self._counters.groups += 1
+        self._counters.tokens += sum(lengths)
+        return pack_group(prompt, sampling, completions, time.monotonic() - started, self._replica)
+
+    @torch.inference_mode()
+    def _decode(
+        self, prompt: Prompt, sampling: Sampling, stop: threading.Event
+    ) -> tuple[Any, Any, list[int], list[bool]]:
+        """Token ids [G, T], their log-probs [G, T], lengths [G], and which rows [G] ended by EOS.
+
+        The prompt is run once, and its cache repeated for the G rows. Rows that have ended leave
+        the batch when they are half of it, so that a ragged group costs what its tokens cost.
+        """
+        rows = sampling.completions
+        generator = torch.Generator(self._device).manual_seed(draw_seed(sampling))
+        tokens = torch.zeros(rows, sampling.max_tokens, dtype=torch.long, device=self._device)
+        logprobs = torch.zeros(rows, sampling.max_tokens, device=self._device)
+        lengths = torch.full((rows,), sampling.max_tokens, device=self._device)
+        ended = torch.zeros(rows, dtype=torch.bool, device=self._device)
+        active = torch.arange(rows, device=self._device)
+
+        cache = DynamicCache(config=self._model.config)
+        ids = torch.as_tensor(prompt.token_ids, dtype=torch.long, device=self._device)[None]
+        logits = self._forward(ids, cache).expand(rows, -1)
+        cache.batch_repeat_interleave(rows)
+        for step in range(sampling.max_tokens):
+            if stop.is_set():
+                raise _Cancelled
+            drawn, drawn_logprobs = draw(logits, sampling.temperature, generator)
+            # Rows that have ended are still computed until they leave; what they say is not kept.
+            tokens[active, step] = drawn
+            logprobs[active, step] = drawn_logprobs
+            ends = torch.isin(drawn, self._stops) & ~ended[active]
+            if bool(ends.any()):
+                lengths[active[ends]] = step + 1
+                ended[active[ends]] = True
+                kept = (~ended[active]).nonzero()[:, 0]
+                if len(kept) == 0:
+                    break
+                if 2 * len(kept) <= len(active):
+                    active, drawn = active[kept], drawn[kept]
+                    cache.batch_select_indices(kept)
+            if step + 1 < sampling.max_tokens:
+                logits = self._forward(drawn[:, None], cache)
+        return tokens.cpu().numpy(), logprobs.cpu().numpy(), lengths.tolist(), ended.tolist()
+
+    def _forward(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Logits [rows, V] after the last of `ids` [rows, tokens], float32."""
+        output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1].float()
+
+
+def draw(
+    logits: torch.Tensor, temperature: float, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per row of `logits` [rows, V] and its log-prob at `temperature`: [rows], [rows].
+
+    Temperature 0 takes the likeliest token, with its log-prob at temperature 1. Otherwise the
+    cumulative distribution is inverted at one uniform number per row, in float64, so that no token
+    of probability zero can be drawn by rounding.
+    """
+    logprobs = torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
+    if temperature > 0:
+        cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
+        uniform = torch.rand(
+            len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator
+        )
+        tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        tokens = tokens.clamp_(max=logits.shape[-1] - 1)
+    else:
+        tokens = logprobs.argmax(dim=-1, keepdim=True)
+    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+
+
+def matched_parameters(
+    model: nn.Module, bundle: WeightBundle
+) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """(parameter, its new value) for every parameter of `model`; nothing is written.
+
+    Raises:
+        WeightMismatch: a parameter that the bundle lacks, a name that the model lacks (but for a
+            redundant tied `lm_head.weight`), or a shape that differs.
+    """
+    parameters = dict(model.named_parameters())
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(parameters)
+    new = {name: tensor for name, tensor in bundle.items() if name not in tied}
+    for kind, names in (
+        ("lacks", sorted(parameters.keys() - new.keys())),
+        ("has, and the model does not,", sorted(new.keys() - parameters.keys())),
+    ):
+        if names:
+            raise WeightMismatch(
+                f"weights of version {bundle.version}: the bundle {kind} {names[0]!r} "
+                f"({len(names)} such names); policy and rollout must load the same model"
+            )
+    for name, parameter in parameters.items():
+        if parameter.shape != new[name].shape:
+            raise WeightMismatch(
+                f"weights of version {bundle.version}: {name!r} is {tuple(new[name].shape)} in the "
+                f"bundle and {tuple(parameter.shape)} in the rollout model"
+            )
+    return [(parameter, new[name]) for name, parameter in parameters.items()]

@@ -1,0 +1,278 @@
+"""The vLLM rollout engine: AsyncLLM, many groups in flight.
+
+Each token's version label is that of the weights that produced it. An update freezes the requests
+in flight between two steps (`pause_generation(mode="keep")`), drops every cached key and value,
+theirs too, loads the weights, names the version, and lets go: what follows is computed from the new
+weights alone, and vLLM itself records per request at which token the version changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import difflib
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from actors.engines.base import (
+    Completion,
+    Counters,
+    EngineDead,
+    Group,
+    WeightMismatch,
+    draw_seed,
+    pack_group,
+    stop_token_ids,
+)
+from actors.messages import FinishReason, Prompt, Sampling, VersionSpan
+from actors.specs import ModelSpec, RolloutSpec
+from actors.weights import WeightBundle
+
+_CPU_KV_CACHE_GIB = 1.0
+# What this engine's promises rest on; setting them would break one of them.
+_OURS = {
+    "model": "model.name",
+    "revision": "model.revision",
+    "dtype": "model.dtype",
+    "trust_remote_code": "model.trust_remote_code",
+    "max_model_len": "rollout.max_prompt_length and rollout.max_completion_length",
+    "tensor_parallel_size": "rollout.tensor_parallel_size",
+    "gpu_memory_utilization": "rollout.gpu_memory_utilization",
+    "logprobs_mode": None,
+    "weight_transfer_config": None,
+    "worker_extension_cls": None,
+    "skip_tokenizer_init": None,
+    "generation_config": None,
+    "speculative_config": None,
+}
+
+
+class VLLMEngine:
+    """A `RolloutEngine` over vLLM 0.32, on GPUs or on CPU."""
+
+    def __init__(self, model: ModelSpec, spec: RolloutSpec, replica: str, version: int) -> None:
+        """Nothing is started yet; `version` is the policy version of the weights in `model.name`.
+
+        `spec.engine_options` are fields of vLLM's AsyncEngineArgs.
+        """
+        self._model = model
+        self._spec = spec
+        self._replica = replica
+        self._version = version
+        self._counters = Counters()
+        self._updating = asyncio.Lock()
+        self._broken: str | None = None
+        self._stops: tuple[int, ...] = ()
+        self._llm: Any = None
+
+    @property
+    def version(self) -> int:
+        """The policy version of the loaded weights."""
+        return self._version
+
+    async def start(self) -> None:
+        """Start the engine's processes; the event loop stays free meanwhile.
+
+        Raises:
+            ValueError: `engine_options` has a name that vLLM does not know, or one that is ours.
+        """
+        self._llm = await asyncio.to_thread(self._start)
+        # vLLM reads its environment as it is imported: never before `_start` has set it.
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest())
+        await self._llm.update_weight_version(str(self._version))
+
+    async def generate(self, prompt: Prompt, sampling: Sampling) -> Group:
+        """One group, its completions batched with whatever else is in flight."""
+        await self.check()
+        started = time.monotonic()
+        requests = [
+            asyncio.ensure_future(self._request(prompt, sampling, index))
+            for index in range(sampling.completions)
+        ]
+        try:
+            with _deaths_translated():
+                outputs = await asyncio.gather(*requests)
+        finally:
+            for request in requests:
+                request.cancel()
+        completions = [_completion(sampling.group_id, output) for output in outputs]
+        self._counters.groups += 1
+        self._counters.tokens += sum(len(completion.token_ids) for completion in completions)
+        return pack_group(prompt, sampling, completions, time.monotonic() - started, self._replica)
+
+    async def load_weights(self, bundle: WeightBundle) -> None:
+        """Replace the weights under the requests in flight.
+
+        An update that fails or is cancelled leaves a model in pieces: generation stays frozen, and
+        the next `check` or `generate` raises EngineDead.
+
+        Raises:
+            WeightMismatch: vLLM could not load the bundle.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        from actors.engines.vllm_transfer import SharedWeights
+
+        async with self._updating:
+            await self.check()
+            started = time.monotonic()
+            try:
+                with _deaths_translated():
+                    await self._llm.pause_generation(mode="keep", clear_cache=True)
+                    with SharedWeights(bundle) as where:
+                        await self._llm.start_weight_update()
+                        await self._llm.update_weights(WeightTransferUpdateRequest(where))
+                        await self._llm.finish_weight_update(weight_version=str(bundle.version))
+                    self._version = bundle.version
+                    await self._llm.resume_generation()
+            except BaseException as error:
+                self._broken = f"weights of version {bundle.version} did not load: {error!r}"
+                if isinstance(error, Exception) and not isinstance(error, EngineDead):
+                    raise WeightMismatch(self._broken) from error
+                raise
+            self._counters.weight_updates += 1
+            self._counters.weight_update_seconds += time.monotonic() - started
+
+    async def check(self) -> None:
+        """Raise EngineDead where the engine's processes are gone or its weights are in pieces."""
+        if self._broken is not None:
+            raise EngineDead(self._broken)
+        with _deaths_translated():
+            await self._llm.check_health()
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start, and the requests that are not finished."""
+        unfinished = self._llm.get_num_unfinished_requests() if self._llm is not None else 0
+        return {**self._counters.as_dict(), "requests_in_flight": float(unfinished)}
+
+    async def close(self) -> None:
+        """End the engine's processes."""
+        if self._llm is not None:
+            await asyncio.to_thread(self._llm.shutdown)
+            self._llm = None
+
+    def _start(self) -> Any:
+        """Set up and import vLLM, then build the engine (tens of seconds)."""
+        on_cpu = not torch.accelerator.is_available()
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        if on_cpu:
+            # vLLM would pin its threads to the first cores, the same ones for every replica.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+            if self._spec.tensor_parallel_size == 1:
+                # On CPU this only says that the worker may live in the engine's process: one less
+                # that imports vLLM.
+                os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from actors.engines.vllm_transfer import BACKEND, OWNER_ENV, WorkerExtension
+
+        os.environ[OWNER_ENV] = str(os.getpid())
+        options = dict(self._spec.engine_options)
+        check_engine_options(options, {field.name for field in dataclasses.fields(AsyncEngineArgs)})
+        if self._spec.kv_cache_gib is not None or on_cpu:
+            gib = self._spec.kv_cache_gib or _CPU_KV_CACHE_GIB
+            options.setdefault("kv_cache_memory_bytes", int(gib * 2**30))
+        options.setdefault("enable_prefix_caching", True)
+        if self._spec.tensor_parallel_size > 1:
+            # All shards live beside the actor, on the devices that Ray gave it.
+            options.setdefault("distributed_executor_backend", "mp")
+        self._stops = stop_token_ids(self._model)
+        return AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=self._model.name,
+                revision=self._model.revision,
+                dtype=self._model.dtype,
+                trust_remote_code=self._model.trust_remote_code,
+                max_model_len=self._spec.max_prompt_length + self._spec.max_completion_length,
+                tensor_parallel_size=self._spec.tensor_parallel_size,
+                gpu_memory_utilization=self._spec.gpu_memory_utilization,
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",  # sampling is ours, not the model folder's
+                skip_tokenizer_init=True,
+                disable_log_stats=True,
+                weight_transfer_config={"backend": BACKEND},
+                worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
+                **options,
+            )
+        )
+
+    async def _request(self, prompt: Prompt, sampling: Sampling, index: int) -> Any:
+        """vLLM's CompletionOutput of one completion of a group."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            seed=draw_seed(sampling) + index,
+            logprobs=0,  # of the sampled token alone
+            stop_token_ids=list(self._stops),
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        # A retried group must not meet the requests of its first try.
+        request_id = f"{sampling.group_id}-{index}-{uuid.uuid4().hex}"
+        stream = self._llm.generate(
+            {"prompt_token_ids": prompt.token_ids.tolist()}, params, request_id=request_id
+        )
+        async for result in stream:
+            if result.finished:
+                return result.outputs[0]
+        raise EngineDead(f"group {sampling.group_id}: vLLM ended a request without a result")
+
+
+def _completion(group_id: int, output: Any) -> Completion:
+    reasons = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+    if output.finish_reason not in reasons:
+        raise RuntimeError(
+            f"group {group_id}: vLLM ended a completion as {output.finish_reason!r} instead of "
+            "generating it"
+        )
+    return Completion(
+        token_ids=output.token_ids,
+        logprobs=[
+            position[token].logprob
+            for position, token in zip(output.logprobs, output.token_ids, strict=True)
+        ],
+        finish_reason=reasons[output.finish_reason],
+        spans=tuple(
+            VersionSpan(int(span.version), span.end - span.start) for span in output.weight_versions
+        ),
+    )
+
+
+@contextlib.contextmanager
+def _deaths_translated() -> Iterator[None]:
+    """vLLM's EngineDeadError as ours."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineDead(f"vLLM's engine process died: {error}") from error
+
+
+def check_engine_options(options: dict[str, Any], known: set[str]) -> None:
+    """Refuse what vLLM does not know, and what aligntune sets itself.
+
+    Raises:
+        ValueError: naming the option and the cure.
+    """
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"rollout.engine_options: vLLM has no option {name!r}{hint}")
+        if name in _OURS:
+            cure = f"set {_OURS[name]} instead" if _OURS[name] else "remove it"
+            raise ValueError(f"rollout.engine_options: {name!r} is set by aligntune; {cure}")

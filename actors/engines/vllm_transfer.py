@@ -1,0 +1,192 @@
+"""Weights into vLLM through its weight-transfer interface: what runs inside its worker processes.
+
+vLLM 0.32 imports this module in every worker (it is named as the worker extension), which registers
+the `object_store` transfer engine there and ties the worker's life to the actor's.
+
+The rollout actor maps a bundle from Ray's object store without a copy. vLLM's workers are other
+processes, so the actor lays the same bytes once into an anonymous memory file (`SharedWeights`),
+which all workers of the node map. The file has no name: it goes with the processes, whatever kills
+them. A worker on another node than the actor cannot open it, and the update fails saying so.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+from actors.engines.lifeline import end_with
+from actors.weights import WeightBundle, as_tensor
+
+BACKEND = "object_store"
+# Where a worker finds the process id of the rollout actor that it serves.
+OWNER_ENV = "ALIGNTUNE_ROLLOUT_PID"
+_ALIGNMENT = 64  # bytes; what vectorised copies like
+
+
+class WorkerExtension:
+    """Adds nothing to vLLM's worker: naming it makes vLLM import this module in each of them."""
+
+
+@dataclass
+class ObjectStoreInitInfo(WeightTransferInitInfo):
+    """Nothing to agree on before the first update."""
+
+
+@dataclass
+class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
+    """Where the weights of one version lie: a file, and what is at which of its bytes."""
+
+    path: str
+    names: list[str]
+    dtypes: list[str]  # torch names
+    shapes: list[list[int]]
+    offsets: list[int]
+
+
+class SharedWeights:
+    """A bundle's bytes in an anonymous memory file, for as long as this context is open."""
+
+    def __init__(self, bundle: WeightBundle) -> None:
+        self._bundle = bundle
+        self._file = -1
+
+    def __enter__(self) -> dict[str, Any]:
+        """Lay out and write the file; returns the fields of `ObjectStoreUpdateInfo`."""
+        arrays = self._bundle.arrays
+        offsets, size = [], 0
+        for array in arrays.values():
+            offsets.append(size)
+            size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self._file = os.memfd_create(f"weights-{self._bundle.version}")
+        os.ftruncate(self._file, size)
+        with mmap.mmap(self._file, size) as memory:
+            for offset, array in zip(offsets, arrays.values(), strict=True):
+                target = np.frombuffer(memory, array.dtype, array.size, offset)
+                target[:] = array.reshape(-1)
+                del target  # the map cannot be closed under a view
+        return {
+            "path": f"/proc/{os.getpid()}/fd/{self._file}",
+            "names": list(arrays),
+            "dtypes": [self._bundle.dtypes[name] for name in arrays],
+            "shapes": [list(array.shape) for array in arrays.values()],
+            "offsets": offsets,
+        }
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+
+class ObjectStoreWeightTransferEngine(
+    WeightTransferEngine[ObjectStoreInitInfo, ObjectStoreUpdateInfo]
+):
+    """Loads one version's weights, in checkpoint format, into one worker's shard of the model.
+
+    The layer-wise reload repeats what loading from a checkpoint does (fusing, sharding, prepacking
+    on CPU) and writes into the storage that captured graphs refer to.
+    """
+
+    init_info_cls = ObjectStoreInitInfo
+    update_info_cls = ObjectStoreUpdateInfo
+    supports_draft_weight_update = False
+
+    def init_transfer_engine(self, init_info: ObjectStoreInitInfo) -> None:
+        """Nothing to set up."""
+
+    def start_weight_update(self) -> None:
+        """Open the model for reloading."""
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self._expected = {name for name, _ in self.model.named_parameters()}
+        self._memory: np.ndarray | None = None
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """As the base class, which would synchronise an accelerator that may not be there."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
+        """Map the file and load it.
+
+        Raises:
+            ValueError: the weights do not cover the model.
+        """
+        # Layers may hold on to what they were given until the update is finished.
+        self._memory = np.memmap(update_info.path, dtype=np.uint8, mode="r")
+        loaded = self.model.load_weights(_views(self._memory, update_info))
+        missing = self._expected - loaded if loaded is not None else set()
+        if missing:
+            raise ValueError(
+                f"the weights do not hold {min(missing)!r} ({len(missing)} such parameters of "
+                "vLLM's model); policy and rollout must load the same model"
+            )
+
+    def finish_weight_update(self) -> None:
+        """Process what waits for the whole model, and let go of the file."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        finalize_layerwise_reload(self.model, self.model_config)
+        self._memory = None
+        _process_tied_head(self.model)
+
+    def shutdown(self) -> None:
+        """Nothing is held between updates."""
+
+
+def _process_tied_head(model: torch.nn.Module) -> None:
+    """Let a head that is tied to the embedding see its new weights.
+
+    Nothing is loaded under the head's own name, so the layer-wise reload leaves it alone. Its
+    weight is the embedding's storage and already new; but on CPU it computes with a packed copy.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        UnquantizedEmbeddingMethod,
+        VocabParallelEmbedding,
+    )
+
+    embeddings = {
+        layer.weight.data_ptr()
+        for layer in model.modules()
+        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
+    }
+    for layer in model.modules():
+        if (
+            isinstance(layer, ParallelLMHead)
+            and isinstance(layer.quant_method, UnquantizedEmbeddingMethod)
+            and layer.weight.data_ptr() in embeddings
+        ):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def _views(memory: np.ndarray, info: ObjectStoreUpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) over the mapped file, without a copy."""
+    for name, dtype, shape, offset in zip(
+        info.names, info.dtypes, info.shapes, info.offsets, strict=True
+    ):
+        itemsize = getattr(torch, dtype).itemsize
+        size = itemsize * int(np.prod(shape, dtype=np.int64))
+        yield name, as_tensor(memory[offset : offset + size], dtype).view(shape)
+
+
+# It warns at every update of each layer that has nothing to load (rotary embeddings, tied heads);
+# `receive_weights` raises where something really is missing.
+logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+if BACKEND not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(BACKEND, ObjectStoreWeightTransferEngine)
+if OWNER_ENV in os.environ and os.environ[OWNER_ENV] != str(os.getpid()):
+    end_with(int(os.environ[OWNER_ENV]))

@@ -1,0 +1,52 @@
+"""Log-probs under the frozen model. Calls keep no state, so any of them may be made again."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from actors.loading import load_causal_lm
+from actors.logprobs import LogProbModel, check_model, group_logprobs, plan_passes, rows_of
+from actors.messages import GroupTensors
+from actors.specs import ModelSpec
+
+
+class ReferenceActor:
+    """One replica of the frozen model, on a GPU where it was given one."""
+
+    def __init__(self, model: ModelSpec, tokens_per_microbatch: int, tokens_per_chunk: int) -> None:
+        self._spec = model
+        self._tokens_per_microbatch = tokens_per_microbatch
+        self._tokens_per_chunk = tokens_per_chunk
+        self._model: LogProbModel | None = None
+
+    def start(self) -> None:
+        """Load the model, without adapters; a second call does nothing.
+
+        Raises:
+            ModelError: the model cannot be loaded, or its log-probs cannot be trusted.
+        """
+        if self._model is not None:
+            return
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = LogProbModel(load_causal_lm(self._spec), self._tokens_per_chunk)
+        model.requires_grad_(False)
+        model.eval()
+        check_model(model, packing=False)
+        self._model = model.to(self._device)
+
+    def logprobs(self, tensors: GroupTensors, temperature: float) -> tuple[int, np.ndarray]:
+        """(N, log-probs [N] float32) of a group's response tokens at `temperature`.
+
+        Called with `num_returns=2`: the driver waits for the first and never fetches the second.
+        """
+        if self._model is None:
+            raise RuntimeError("the reference model is not loaded; call start first")
+        groups = {0: tensors}
+        batches, chunks = plan_passes(
+            self._model, groups, rows_of(groups), self._tokens_per_microbatch, packed=False
+        )
+        found = group_logprobs(
+            self._model, groups, batches, chunks, temperature, False, self._device
+        )
+        return len(found[0]), found[0]

@@ -1,0 +1,156 @@
+"""RolloutActor: one replica that generates groups, over the engine that its settings name.
+
+The actor adds to its engine what a remote role needs: a call that is repeated while its first try
+still runs joins it, a call that nobody waits for any more ends its generation, and an engine that
+is dead takes the process with it, so that Ray restarts a live actor instead of keeping a mute one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from actors.engines.base import EngineDead, Group, RolloutEngine, resolve_engine
+from actors.messages import Prompt, Sampling
+from actors.specs import ModelSpec, RolloutSpec
+from actors.weights import WeightBundle
+
+
+@dataclass
+class _Call:
+    """One generation, and how many callers wait for it."""
+
+    task: asyncio.Task[Group]
+    waiters: int = 0
+
+
+class RolloutActor:
+    """One rollout replica; wrapped by `ray.remote` where it is placed.
+
+    It needs as many concurrent calls as groups in flight, and some more for pings and updates.
+    """
+
+    def __init__(self, model: ModelSpec, spec: RolloutSpec, replica: str, version: int) -> None:
+        """Nothing is loaded before `start`.
+
+        Args:
+            model: what to load; its adapters and checkpointing settings do not matter here.
+            spec: generation settings.
+            replica: the replica's name, for records and logs.
+            version: the policy version of the weights in `model.name`; the caller sends newer ones.
+
+        Raises:
+            ValueError: an engine that is not installed, or options it does not take.
+        """
+        self._engine_name = resolve_engine(spec.engine)
+        self._engine = _engine(self._engine_name, model, spec, replica, version)
+        self._replica = replica
+        self._calls: dict[tuple[int, int, Sampling], _Call] = {}
+        self._busy_seconds = 0.0
+        self._busy_since = 0.0
+
+    async def start(self) -> dict[str, Any]:
+        """Load the model; returns engine name and version, process id, node id, policy version."""
+        import ray
+
+        started = time.monotonic()
+        await self._engine.start()
+        return {
+            "replica": self._replica,
+            "engine": self._engine_name,
+            "engine_version": _installed_version(self._engine_name),
+            "pid": os.getpid(),
+            "node_id": ray.get_runtime_context().get_node_id() if ray.is_initialized() else "",
+            "version": self._engine.version,
+            "seconds": time.monotonic() - started,
+        }
+
+    async def generate(self, prompt: Prompt, sampling: Sampling) -> Group:
+        """One group: its record and its tensors (call with `num_returns=2`).
+
+        Idempotent per group and policy version: a call repeated while the first one runs gets the
+        first one's group.
+        """
+        key = (self._engine.version, prompt.row, sampling)
+        call = self._calls.get(key)
+        if call is None:
+            if not self._calls:
+                self._busy_since = time.monotonic()
+            call = _Call(asyncio.ensure_future(self._engine.generate(prompt, sampling)))
+            self._calls[key] = call
+        call.waiters += 1
+        try:
+            return await asyncio.shield(call.task)
+        except EngineDead as error:
+            self._die(error)
+        finally:
+            call.waiters -= 1
+            if call.waiters == 0:
+                self._end(key, call)
+
+    async def load_weights(self, bundle: WeightBundle) -> float:
+        """Serve under `bundle` from now on; returns the seconds that took. May be repeated."""
+        started = time.monotonic()
+        try:
+            await self._engine.load_weights(bundle)
+        except EngineDead as error:
+            self._die(error)
+        return time.monotonic() - started
+
+    async def ping(self) -> int:
+        """The policy version served, from a replica that can serve."""
+        try:
+            await self._engine.check()
+        except EngineDead as error:
+            self._die(error)
+        return self._engine.version
+
+    async def stats(self) -> dict[str, float]:
+        """The engine's counters, groups in flight, and the seconds with at least one in flight."""
+        busy = self._busy_seconds
+        if self._calls:
+            busy += time.monotonic() - self._busy_since
+        return {
+            **self._engine.stats(),
+            "groups_in_flight": float(len(self._calls)),
+            "busy_seconds": busy,
+        }
+
+    async def close(self) -> None:
+        """Free what the engine holds; the actor serves no more."""
+        await self._engine.close()
+
+    def _end(self, key: tuple[int, int, Sampling], call: _Call) -> None:
+        """Forget a call that nobody waits for; where it still runs, its waiters were cancelled."""
+        call.task.cancel()
+        del self._calls[key]
+        if not self._calls:
+            self._busy_seconds += time.monotonic() - self._busy_since
+
+    def _die(self, error: EngineDead) -> NoReturn:
+        """End the process at once: a retry must meet a new actor, not this one."""
+        print(f"rollout replica {self._replica} ends: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _engine(
+    name: str, model: ModelSpec, spec: RolloutSpec, replica: str, version: int
+) -> RolloutEngine:
+    """Engine `name`; only its own framework is imported."""
+    if name == "vllm":
+        from actors.engines.vllm import VLLMEngine
+
+        return VLLMEngine(model, spec, replica, version)
+    from actors.engines.transformers import TransformersEngine
+
+    return TransformersEngine(model, spec, replica, version)
+
+
+def _installed_version(package: str) -> str:
+    import importlib
+
+    return str(importlib.import_module(package).__version__)

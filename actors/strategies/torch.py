@@ -1,0 +1,129 @@
+"""One rank, plain PyTorch: the model on one device, AdamW beside it.
+
+In bfloat16 the trained weights are kept in float32 and the arithmetic runs under autocast: at
+learning rates of RL an update is far below bfloat16's last digit, and would be lost.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actors.logprobs import LogProbModel
+from actors.specs import ModelSpec, PolicySpec
+from actors.strategies.base import (
+    NamedTensors,
+    NonFiniteGradient,
+    adapter_state,
+    flush,
+    make_optimizer,
+    merged_state,
+    rng_state,
+    set_rng_state,
+)
+
+
+class TorchStrategy:
+    """See `Strategy`; there is nobody to talk to."""
+
+    rank = 0
+    world = 1
+
+    def __init__(self, model: LogProbModel, spec: PolicySpec, model_spec: ModelSpec) -> None:
+        if spec.ranks != 1:
+            raise ValueError(
+                f"policy.strategy torch has one rank, not {spec.ranks}; use deepspeed for more"
+            )
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model
+        self._spec = spec
+        self._dtype: torch.dtype = getattr(torch, model_spec.dtype)
+        self._optimizer: torch.optim.AdamW
+
+    def setup(self, master_address: str, master_port: int) -> None:
+        """Place the model; the address is not used."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        self.model.to(self.device)
+        self._optimizer = make_optimizer(self.model, self._spec)
+
+    def forward(self, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`LogProbModel.forward`, under autocast where the model is not float32."""
+        with torch.autocast(
+            self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32
+        ):
+            logp, entropy = self.model(**inputs)
+        return logp, entropy
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add the gradient of `loss`."""
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, step, clear; returns the norm before clipping."""
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        norm = float(torch.nn.utils.clip_grad_norm_(trainable, self._spec.max_grad_norm))
+        if not math.isfinite(norm):
+            self._optimizer.zero_grad()
+            raise NonFiniteGradient(f"gradient norm {norm}")
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    def gradients(self) -> NamedTensors:
+        """Gradients as they are now."""
+        for name, parameter in self.model.model.named_parameters():
+            if parameter.requires_grad and parameter.grad is not None:
+                yield name, parameter.grad.detach().clone()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Only this rank's."""
+        return [value]
+
+    def full_state(self) -> NamedTensors:
+        """Weights in the model's dtype, LoRA merged."""
+        return merged_state(self.model, self._dtype, lambda _: nullcontext())
+
+    def adapter_state(self) -> NamedTensors:
+        """LoRA weights."""
+        return adapter_state(self.model, lambda _: nullcontext())
+
+    def save(self, folder: Path) -> None:
+        """Write `rank-0.pt`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "strategy": "torch",
+            "model": {n: p for n, p in self.model.named_parameters() if p.requires_grad},
+            "optimizer": self._optimizer.state_dict(),
+            "rng": rng_state(self.device),
+        }
+        torch.save(state, folder / "rank-0.pt")
+        flush(folder)
+
+    def load(self, folder: Path) -> None:
+        """Read `rank-0.pt`."""
+        path = folder / "rank-0.pt"
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} holds no state of policy.strategy torch (rank-0.pt); resume with the "
+                "strategy and ranks it was written with"
+            )
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        wanted = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if set(wanted) != set(state["model"]):
+            raise ValueError(f"{path} holds the weights of another model or of other LoRA settings")
+        with torch.no_grad():
+            for name, parameter in wanted.items():
+                parameter.copy_(state["model"][name])
+        self._optimizer.load_state_dict(state["optimizer"])
+        set_rng_state(state["rng"], self.device)
+
+    def close(self) -> None:
+        """Nothing to leave."""

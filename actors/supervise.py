@@ -1,0 +1,304 @@
+"""A set of replicas of one role: dispatch, deadlines, restarts; and the set of policy ranks.
+
+Invariant: no call outlives its deadline. A replica that dies or does not answer in time is killed
+and replaced, its callers get `ReplicaLost` with the reason, and the replacement takes no call before
+its start-up (the current weights, say) is done. What becomes of the lost work, the caller decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+log = logging.getLogger(__name__)
+
+PING_SECONDS = 30.0
+
+
+class ReplicaLost(RuntimeError):
+    """A replica died or missed a deadline; what it was doing did not happen, or cannot be had."""
+
+    def __init__(self, replica: str, reason: str) -> None:
+        super().__init__(f"{replica}: {reason}")
+        self.replica = replica
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.replica, self.reason)
+
+
+class ObjectsLost(RuntimeError):
+    """An argument's object is gone with the node that held it; it must be made again."""
+
+
+class RoleExhausted(RuntimeError):
+    """No replica of a role is left and none may be started any more; the run cannot go on."""
+
+
+async def answer(ref: Any, replica: str, what: str, deadline_s: float) -> Any:
+    """The value of `ref`. A death, a lost object or a missed deadline is `ReplicaLost`; an
+    exception raised by the actor's own code comes through as itself."""
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(ref.future()), deadline_s)
+    except (TimeoutError, GetTimeoutError) as error:
+        raise ReplicaLost(replica, f"{what} had no answer within {deadline_s:g} s") from error
+    except RayTaskError as error:
+        if isinstance(error.cause, ObjectLostError):
+            raise ObjectsLost(f"an argument of {what} is lost: {error.cause}") from error
+        if isinstance(error.cause, Exception):
+            raise error.cause from error
+        raise
+    except ObjectLostError as error:
+        raise ObjectsLost(f"the answer of {what}, or an argument, is lost: {error}") from error
+    except (RayActorError, WorkerCrashedError) as error:
+        reason = str(error).strip().splitlines()
+        raise ReplicaLost(replica, f"died during {what}: {reason[0] if reason else error!r}") from (
+            error
+        )
+
+
+@dataclass
+class _Replica:
+    name: str
+    handle: ActorHandle
+    busy: int = 0
+    serving: bool = False
+    calls: int = field(default=0)
+
+
+Event = Callable[..., None]
+
+
+class ReplicaSet:
+    """Replicas of one role, least loaded first.
+
+    `make(index, name)` creates an actor; `prepare(handle, name)` brings it to where it may serve,
+    and is awaited before it does. `event(kind, **fields)` hears of losses and restarts.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        size: int,
+        make: Callable[[int, str], ActorHandle],
+        prepare: Callable[[ActorHandle, str], Awaitable[None]],
+        *,
+        slots: int,
+        max_restarts: int,
+        event: Event,
+    ) -> None:
+        self.role = role
+        self._size = size
+        self._make = make
+        self._prepare = prepare
+        self._slots = slots
+        self._restarts_left = max_restarts
+        self._event = event
+        self._replicas: dict[int, _Replica] = {}
+        self._starting: dict[int, asyncio.Task[None]] = {}
+        self._generation = 0
+        self._changed = asyncio.Condition()
+        self._closed = False
+        self._failure: str | None = None
+
+    @property
+    def serving(self) -> int:
+        """Replicas that take calls now."""
+        return sum(replica.serving for replica in self._replicas.values())
+
+    @property
+    def busy(self) -> int:
+        """Calls in flight."""
+        return sum(replica.busy for replica in self._replicas.values())
+
+    async def start(self) -> None:
+        """Start every replica; returns when all serve. Raises what kept one from starting."""
+        await asyncio.gather(*(self._bring_up(index) for index in range(self._size)))
+
+    async def _bring_up(self, index: int) -> None:
+        name = f"{self.role}-{index}.{self._generation}"
+        self._generation += 1
+        replica = _Replica(name, self._make(index, name))
+        self._replicas[index] = replica
+        await self._prepare(replica.handle, name)
+        replica.serving = True  # no await in between: what `prepare` checked last still holds
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _replace(self, index: int) -> None:
+        """Bring up a replacement, trying again while restarts are left."""
+        try:
+            while self._restarts_left > 0 and not self._closed:
+                self._restarts_left -= 1
+                try:
+                    await self._bring_up(index)
+                except Exception as error:  # noqa: BLE001 - a failed start is one more lost replica
+                    self._failure = str(error)
+                    ray.kill(self._replicas[index].handle)
+                    self._event("replica_lost", role=self.role, reason=str(error))
+                    continue
+                self._event("replica_restarted", role=self.role, replica=self._replicas[index].name)
+                return
+            self._replicas.pop(index, None)
+        finally:
+            self._starting.pop(index, None)
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def _lost(self, index: int, replica: _Replica, reason: str) -> None:
+        """Take a replica out of service and start its replacement, once for all who saw it."""
+        if self._closed or self._replicas.get(index) is not replica or index in self._starting:
+            return
+        replica.serving = False
+        self._failure = reason
+        ray.kill(replica.handle)
+        self._event("replica_lost", role=self.role, replica=replica.name, reason=reason)
+        self._starting[index] = asyncio.create_task(self._replace(index))
+
+    async def _acquire(self, deadline_s: float) -> tuple[int, _Replica]:
+        def free() -> list[tuple[int, int, int]]:
+            return [
+                (replica.busy, replica.calls, index)
+                for index, replica in self._replicas.items()
+                if replica.serving and replica.busy < self._slots
+            ]
+
+        def hopeless() -> bool:
+            return self._closed or not (self.serving or self._starting)
+
+        async with self._changed:
+            try:
+                await asyncio.wait_for(
+                    self._changed.wait_for(lambda: bool(free()) or hopeless()), deadline_s
+                )
+            except TimeoutError as error:
+                raise RoleExhausted(
+                    f"no {self.role} replica was free within {deadline_s:g} s "
+                    f"({self.serving} serving, {self.busy} calls in flight)"
+                ) from error
+            if not free():
+                raise RoleExhausted(
+                    f"no {self.role} replica is left ({self._failure or 'the set is closed'}); "
+                    f"raise {self.role}.max_restarts or mend the cause"
+                )
+            _, _, index = min(free())
+            replica = self._replicas[index]
+            replica.busy += 1
+            replica.calls += 1
+            return index, replica
+
+    async def call(
+        self,
+        method: str,
+        *args: Any,
+        deadline_s: float,
+        queue_s: float,
+        returns: int = 1,
+        on_dispatch: Callable[[str], None] | None = None,
+    ) -> tuple[Any, ...]:
+        """Call `method` on the least loaded replica; returns (first value, further references...).
+
+        `on_dispatch(replica)` runs when a replica is chosen. Raises ReplicaLost, RoleExhausted, or
+        what the actor's method raised.
+        """
+        index, replica = await self._acquire(queue_s)
+        try:
+            if on_dispatch is not None:
+                on_dispatch(replica.name)
+            refs = getattr(replica.handle, method).options(num_returns=returns).remote(*args)
+            first, *rest = refs if returns > 1 else [refs]
+            return await answer(first, replica.name, method, deadline_s), *rest
+        except ReplicaLost as lost:
+            await self._lost(index, replica, lost.reason)
+            raise
+        finally:
+            async with self._changed:
+                replica.busy -= 1
+                self._changed.notify_all()
+
+    async def broadcast(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
+        """Call `method` on every serving replica; a replica lost at it is replaced, not retried.
+
+        Replicas that are starting are left out: `prepare` brings them up to date.
+        """
+
+        async def one(index: int, replica: _Replica) -> Any:
+            try:
+                ref = getattr(replica.handle, method).remote(*args)
+                return await answer(ref, replica.name, method, deadline_s)
+            except ReplicaLost as lost:
+                await self._lost(index, replica, lost.reason)
+                return None
+
+        serving = [(i, r) for i, r in self._replicas.items() if r.serving]
+        return [a for a in await asyncio.gather(*(one(i, r) for i, r in serving)) if a is not None]
+
+    async def close(self) -> None:
+        """Stop every replica and whatever is still starting."""
+        self._closed = True
+        for task in list(self._starting.values()):
+            task.cancel()
+        await asyncio.gather(*self._starting.values(), return_exceptions=True)
+        for replica in self._replicas.values():
+            ray.kill(replica.handle)
+        self._replicas.clear()
+        async with self._changed:
+            self._changed.notify_all()
+
+
+class RankSet:
+    """The ranks of the policy (or critic): called together, lost together."""
+
+    def __init__(self, role: str, handles: Sequence[ActorHandle]) -> None:
+        self.role = role
+        self._handles = list(handles)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self._handles)
+
+    async def each(
+        self, method: str, args: Sequence[tuple[Any, ...]], deadline_s: float
+    ) -> list[Any]:
+        """Call `method` on every rank with its own arguments; all answer or the set is lost."""
+        refs = [
+            getattr(handle, method).remote(*a)
+            for handle, a in zip(self._handles, args, strict=True)
+        ]
+        tasks = [
+            asyncio.ensure_future(answer(ref, f"{self.role}-{rank}", method, deadline_s))
+            for rank, ref in enumerate(refs)
+        ]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def all(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
+        """Call `method` on every rank with the same arguments."""
+        return await self.each(method, [args] * self.size, deadline_s)
+
+    def start_call(self, rank: int, method: str, *args: Any, returns: int) -> list[Any]:
+        """Start a call with several returns on one rank; returns their references."""
+        return getattr(self._handles[rank], method).options(num_returns=returns).remote(*args)
+
+    def kill(self) -> None:
+        """Stop every rank at once."""
+        for handle in self._handles:
+            ray.kill(handle)
+        self._handles.clear()

@@ -1,0 +1,96 @@
+"""One policy version's weights, as they cross from the policy to the rollout actors.
+
+A bundle is plain numpy arrays by Hugging Face parameter name, so that it goes into the object store
+once per version and every receiver on a node maps the same memory: nothing is copied by `ray.get`.
+Its arrays never change after `pack`, whatever the optimiser does to the tensors they came from.
+
+Tied weights appear once, under the name that the model's `named_parameters()` yields: the input
+embedding, so `lm_head.weight` is absent where it is tied to it. A receiver whose model ties them
+ignores a redundant `lm_head.weight`; one whose model does not refuses a bundle without it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+
+import numpy as np
+import torch
+
+# numpy has no bfloat16: its bits travel as uint16 and the bundle remembers what they are.
+_CARRIERS = {torch.bfloat16: torch.uint16}
+
+
+class WeightBundle:
+    """The weights of policy `version`: read-only arrays by parameter name."""
+
+    def __init__(
+        self, version: int, arrays: Mapping[str, np.ndarray], dtypes: Mapping[str, str]
+    ) -> None:
+        """Wrap arrays that nobody else writes to; `pack` is the way to make a bundle from tensors.
+
+        `dtypes` names the torch dtype of each array's bits, e.g. "bfloat16" for a uint16 array.
+        """
+        self.version = version
+        self._arrays = dict(arrays)
+        self._dtypes = dict(dtypes)
+
+    @classmethod
+    def pack(cls, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightBundle:
+        """Copy `tensors` (name, tensor of any device) into a bundle, one after the other.
+
+        Raises:
+            ValueError: a name comes twice, or there is no tensor at all.
+        """
+        arrays: dict[str, np.ndarray] = {}
+        dtypes: dict[str, str] = {}
+        for name, tensor in tensors:
+            if name in arrays:
+                raise ValueError(
+                    f"weights of version {version}: {name!r} comes twice; yield each parameter once"
+                )
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            host.copy_(tensor.detach())
+            array = host.view(_CARRIERS.get(tensor.dtype, tensor.dtype)).numpy()
+            array.flags.writeable = False
+            arrays[name] = array
+            dtypes[name] = str(tensor.dtype).removeprefix("torch.")
+        if not arrays:
+            raise ValueError(f"weights of version {version}: the policy exported no parameter")
+        return cls(version, arrays, dtypes)
+
+    def items(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) in packing order; views of read-only memory, never to be written into."""
+        for name, array in self._arrays.items():
+            yield name, as_tensor(array, self._dtypes[name])
+
+    @property
+    def arrays(self) -> Mapping[str, np.ndarray]:
+        """The arrays by name, in packing order; the bits of each are of the dtype in `dtypes`."""
+        return MappingProxyType(self._arrays)
+
+    @property
+    def dtypes(self) -> Mapping[str, str]:
+        """The torch dtype of each array by name, e.g. "bfloat16"."""
+        return MappingProxyType(self._dtypes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self._arrays.values())
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __repr__(self) -> str:
+        return f"WeightBundle(version={self.version}, {len(self)} arrays, {self.nbytes} bytes)"
+
+
+def as_tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
+    """`array` seen as a tensor of torch dtype `dtype`, without a copy."""
+    with warnings.catch_warnings():
+        # torch has no read-only tensors and says so; receivers only read.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensor = torch.from_numpy(array)
+    return tensor.view(getattr(torch, dtype))

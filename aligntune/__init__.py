@@ -1,0 +1,25 @@
+"""Reinforcement learning for language models on Ray: exact, restartable, easy to start."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aligntune.config import RunConfig, load_config
+    from aligntune.trainers import create_rl_trainer
+
+__version__ = "0.1.0"
+__all__ = ["RunConfig", "__version__", "create_rl_trainer", "load_config"]
+
+_HOMES = {
+    "RunConfig": "aligntune.config",
+    "load_config": "aligntune.config",
+    "create_rl_trainer": "aligntune.trainers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'aligntune' has no attribute {name!r}")

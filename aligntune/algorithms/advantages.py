@@ -1,0 +1,129 @@
+"""From rewards to advantages: group-relative baselines, GAE, and whitening over the whole step.
+
+A group (or batch) without contrast gives exactly zero, never rounding noise over rounding noise.
+Shape legend: n groups of G completions, K criteria, B completions, T padded response width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+STD_EPSILON = 1e-6
+WHITEN_EPSILON = 1e-8
+CONSTANT_TOLERANCE = 1e-12
+
+AllSum = Callable[[torch.Tensor], torch.Tensor]
+"""Sums a small float64 CPU vector over all ranks; every rank calls it equally often."""
+
+
+def on_one_rank(local: torch.Tensor) -> torch.Tensor:
+    """The `AllSum` of a single rank."""
+    return local
+
+
+def is_constant(x: torch.Tensor) -> torch.Tensor:
+    """Whether the last axis of [..., G] holds one value, up to rounding; bool [...].
+
+    max - min <= 1e-12 relative to the largest magnitude, and at least 1e-12 absolute.
+    """
+    spread = x.amax(-1) - x.amin(-1)
+    return spread <= CONSTANT_TOLERANCE * x.abs().amax(-1).clamp(min=1.0)
+
+
+def centre(x: torch.Tensor) -> torch.Tensor:
+    """x - mean over the last axis of [..., G]; exactly 0 where it is constant (Dr. GRPO)."""
+    return torch.where(is_constant(x)[..., None], 0.0, x - x.mean(-1, keepdim=True))
+
+
+def standardise(x: torch.Tensor) -> torch.Tensor:
+    """(x - mean) / (std_ddof1 + 1e-6) over the last axis of [..., G]; 0 where it is constant."""
+    if x.shape[-1] < 2:
+        return torch.zeros_like(x)
+    return centre(x) / (x.std(-1, correction=1, keepdim=True) + STD_EPSILON)
+
+
+def weighted_sum(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """R = sum_k w_k R_k in float64: [n, G, K] and [K] to [n, G].
+
+    Raises ValueError on shapes that do not fit and on non-finite rewards: a reward that failed is
+    a failed group, and must not come this far as a number.
+    """
+    if rewards.ndim != 3 or weights.shape != rewards.shape[-1:]:
+        raise ValueError(
+            f"rewards must be [groups, completions, criteria] and weights [criteria], "
+            f"got {tuple(rewards.shape)} and {tuple(weights.shape)}"
+        )
+    rewards, weights = rewards.double(), weights.double()
+    if not (rewards.isfinite().all() and weights.isfinite().all()):
+        raise ValueError("a reward or a weight is not finite; its group must be quarantined")
+    return (rewards * weights).sum(-1)
+
+
+def decoupled(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """GDPO (2601.05242): [n, G, K] and [K] to advantages [n, G], float64.
+
+    Each criterion is standardised within its group, the weighted sum over the batch of all groups.
+    """
+    weighted_sum(rewards, weights)  # the same checks
+    per_criterion = standardise(rewards.double().movedim(-1, 0))  # [K, n, G]
+    combined = torch.einsum("k,kng->ng", weights.double(), per_criterion)
+    return standardise(combined.flatten()).view_as(combined)
+
+
+def gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    final_values: torch.Tensor,
+    gamma: float,
+    lam: float,
+) -> torch.Tensor:
+    """Generalised advantage estimation (1506.02438, eq. 16) over the valid tokens of [B, T].
+
+    delta_t = rho_t + gamma * V_t' - V_t and A_t = delta_t + gamma * lam * A_t', t' the next valid
+    token: interior zeros of `mask` are stepped over. `final_values` [B] stand after the last one:
+    0 where the completion ended, the critic's value of the final state where it was cut.
+    """
+    next_value, next_advantage = final_values, torch.zeros_like(final_values)
+    columns: list[torch.Tensor] = []
+    for t in reversed(range(values.shape[1])):
+        valid = mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * next_advantage
+        columns.append(torch.where(valid, advantage, 0.0))
+        next_value = torch.where(valid, values[:, t], next_value)
+        next_advantage = torch.where(valid, advantage, next_advantage)
+    if not columns:
+        return torch.zeros_like(values)
+    return torch.stack(columns[::-1], dim=1)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of a variable over the whole step, all ranks together."""
+
+    count: float
+    mean: float
+    variance: float  # ddof 1; 0 for fewer than two values
+
+
+def moments(local: torch.Tensor, all_sum: AllSum = on_one_rank) -> Moments:
+    """Global moments of the ranks' `local` values (any shape), in two passes: two `all_sum` calls.
+
+    The second pass sums squared distances from the global mean, so a large mean costs no digits.
+    """
+    local = local.double().flatten()
+    count, total = all_sum(
+        torch.stack([torch.tensor(float(local.numel()), dtype=torch.float64), local.sum()])
+    ).tolist()
+    mean = total / count if count else 0.0
+    squares = all_sum((local - mean).square().sum().reshape(1)).item()
+    return Moments(count, mean, squares / (count - 1) if count > 1 else 0.0)
+
+
+def whiten(x: torch.Tensor, of: Moments) -> torch.Tensor:
+    """(x - mean) / sqrt(var_ddof1 + 1e-8) with the moments of the whole step."""
+    return (x - of.mean) / (of.variance + WHITEN_EPSILON) ** 0.5

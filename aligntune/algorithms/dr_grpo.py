@@ -1,0 +1,42 @@
+"""Dr. GRPO (2503.20783): GRPO without the two divisions that bias it, by std and by length."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+
+from aligntune.algorithms.advantages import centre, weighted_sum
+from aligntune.algorithms.base import Defaults
+from aligntune.algorithms.grpo import GRPO
+from aligntune.algorithms.losses import Aggregation
+
+
+class DrGRPO(GRPO):
+    """A = R - mean_g, and one constant normaliser: the sampling budget."""
+
+    title: ClassVar[str] = "GRPO Done Right"
+    aliases: ClassVar[tuple[str, ...]] = ("dr_grpo", "dr-grpo", "Dr. GRPO")
+    defaults: ClassVar[Defaults] = Defaults(
+        learning_rate=1e-6, completions_per_group=8, adam_betas=(0.9, 0.95)
+    )
+
+    aggregation: Aggregation = "constant"
+    beta: float = Field(0.0, ge=0, description="weight of the KL to the reference model")
+
+    @field_validator("combine")
+    @classmethod
+    def _nothing_to_decouple(
+        cls, combine: Literal["sum", "decoupled"]
+    ) -> Literal["sum", "decoupled"]:
+        if combine == "decoupled":
+            raise ValueError(
+                "combine: decoupled normalises by standard deviations, which Dr. GRPO exists to "
+                "leave out; set combine: sum, or algorithm grpo"
+            )
+        return combine
+
+    def sequence_advantages(self, rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Section 3.2: rewards centred in their group, no division."""
+        return centre(weighted_sum(rewards, weights))

@@ -1,0 +1,159 @@
+"""PPO (1707.06347) as RLHF practises it (2203.02155): a critic, GAE, the KL in the reward.
+
+Before an update every policy rank turns its groups into token-level targets by `prepare`; they are
+the same whatever the ranks, because all moments are of the whole step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, field_validator, model_validator
+
+from actors.messages import LossTerms, TokenBatch, TokenInputs, TokenTargets, ValueBatch
+from aligntune.algorithms.advantages import (
+    AllSum,
+    gae,
+    moments,
+    on_one_rank,
+    weighted_sum,
+    whiten,
+)
+from aligntune.algorithms.base import Algorithm, Defaults, Needs
+from aligntune.algorithms.kl import AdaptiveKL, Estimator
+from aligntune.algorithms.losses import Aggregation, clipped_surrogate, log_ratio, value_loss
+from aligntune.algorithms.tokens import TokenRows
+
+
+class PPO(Algorithm):
+    """Clipped surrogate over whitened GAE advantages; the critic learns the returns."""
+
+    title: ClassVar[str] = "Proximal Policy Optimization"
+    defaults: ClassVar[Defaults] = Defaults(
+        learning_rate=1e-6, completions_per_group=1, epochs=4, critic_learning_rate=1e-5
+    )
+
+    aggregation: Aggregation = "token_mean"
+    beta: float = Field(0.05, ge=0, description="weight of the KL to the reference model")
+    kl_estimator: Estimator = "k1"
+    kl_in: Literal["loss", "reward"] = Field("reward", description="where the KL term is charged")
+    kl_target: float | None = Field(
+        None, gt=0, description="steer beta towards this kl/reference (nats per token)"
+    )
+    kl_horizon: float = Field(10_000, gt=0, description="completions; slowness of that steering")
+    gamma: float = Field(1.0, ge=0, le=1)
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    whiten_advantages: bool = True
+    bootstrap_truncated: bool = Field(
+        True, description="the critic's value stands after a completion cut by the length limit"
+    )
+    value_clip: float | None = Field(0.2, gt=0)
+    score_clip: float | None = Field(None, gt=0, description="scores held within +- this")
+    missing_eos_penalty: float = Field(
+        0.0, ge=0, description="subtracted from the clipped score of a truncated completion"
+    )
+    max_update_kl: float | None = Field(
+        None, gt=0, description="kl/update (nats per token) that ends the updates of a step"
+    )
+
+    @field_validator("combine")
+    @classmethod
+    def _no_groups_to_decouple(
+        cls, combine: Literal["sum", "decoupled"]
+    ) -> Literal["sum", "decoupled"]:
+        if combine == "decoupled":
+            raise ValueError(
+                "combine: decoupled normalises within groups, and PPO's baseline is its critic, "
+                "not a group; set combine: sum"
+            )
+        return combine
+
+    @model_validator(mode="after")
+    def _adaptive_needs_a_start(self) -> Self:
+        if self.kl_target is not None and self.beta == 0:
+            raise ValueError("kl_target steers beta by factors, and beta is 0; set beta above 0")
+        return self
+
+    @property
+    def needs(self) -> Needs:
+        """A critic and a reward model; the reference unless beta is 0. Groups may have one."""
+        return Needs(reference=self.beta > 0, critic=True, reward_model=True, min_group=1)
+
+    @property
+    def prepares(self) -> bool:
+        """Always: GAE is per token."""
+        return True
+
+    @property
+    def early_stop(self) -> tuple[str, float] | None:
+        """Past `max_update_kl` the batch is too old for further updates."""
+        return None if self.max_update_kl is None else ("kl/update", self.max_update_kl)
+
+    def after_step(self, metrics: dict[str, float], completions: int) -> Self:
+        """With `kl_target`, the adaptive beta of the next step. Raises KeyError without the KL."""
+        if self.kl_target is None:
+            return self
+        state = AdaptiveKL(self.beta, self.kl_target, self.kl_horizon)
+        adapted = state.after(metrics["kl/reference"], completions)
+        return self.model_copy(update={"beta": adapted.beta})
+
+    def sequence_advantages(self, rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The scores themselves; `prepare` turns them into advantages per token."""
+        return weighted_sum(rewards, weights)
+
+    def token_rewards(
+        self, scores: torch.Tensor, truncated: torch.Tensor, k: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """rho_t = -beta * k_t + [t = last valid] * score, [B, T]; scores and truncated are [B]."""
+        if self.score_clip is not None:
+            scores = scores.clamp(-self.score_clip, self.score_clip)
+        scores = scores - self.missing_eos_penalty * truncated
+        charge = self.beta if self.kl_in == "reward" else 0.0
+        last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+        return torch.where(mask, -charge * k, 0.0) + torch.where(last, scores[:, None], 0.0)
+
+    def prepare(
+        self, groups: Sequence[TokenInputs], all_sum: AllSum = on_one_rank
+    ) -> tuple[list[TokenTargets], dict[str, float]]:
+        """Old log-probs, whitened advantages, returns and old values per token, and figures.
+
+        Raises ValueError where a group has no critic values, or no reference with a KL in the
+        reward. `ppo/explained_variance` is left out where all returns are equal.
+        """
+        rows = TokenRows.of(groups)
+        mask = rows.mask
+        in_reward = self.kl_in == "reward" and self.beta > 0
+        k = rows.kl(self.kl_estimator) if in_reward else torch.zeros_like(rows.old)
+        rho = self.token_rewards(rows.scores, rows.truncated, k, mask)
+        values = rows.padded("values", "GAE")
+        after = torch.zeros_like(rows.scores)
+        if self.bootstrap_truncated:
+            final = rows.per_completion("final_values", "the bootstrap at truncation")
+            after = torch.where(rows.truncated, final, after)
+        advantages = gae(rho, values, mask, after, self.gamma, self.gae_lambda)
+        returns = advantages + values
+        of_returns = moments(returns[mask], all_sum)
+        of_errors = moments((returns - values)[mask], all_sum)
+        of_advantages = moments(advantages[mask], all_sum)
+        figures = {"ppo/return_mean": of_returns.mean, "ppo/beta": self.beta}
+        if of_returns.variance > 0:
+            figures["ppo/explained_variance"] = 1 - of_errors.variance / of_returns.variance
+        if in_reward:
+            figures["kl/reference"] = rows.mean(k, all_sum)
+        if self.whiten_advantages:
+            advantages = whiten(advantages, of_advantages)
+        return rows.targets(advantages, returns, values), figures
+
+    def loss(self, batch: TokenBatch) -> LossTerms:
+        """Eq. 7 of the paper, negated."""
+        d = log_ratio(batch, self.old)
+        ell, clipped = clipped_surrogate(
+            d, batch.advantages, batch.mask, self.clip_low, self.clip_high, self.dual_clip
+        )
+        return self.terms(batch, d, ell, clipped)
+
+    def value_loss(self, batch: ValueBatch) -> LossTerms:
+        """The critic's share: squared error to the returns, with clipped values."""
+        return value_loss(batch, self.value_clip, self.aggregation)

@@ -1,0 +1,337 @@
+"""RunConfig: the one typed tree of a run, composed of the specs that live beside each part.
+
+A tree comes from YAML or keyword arguments plus `key.path=value` overrides; unknown keys are refused
+with the nearest valid one. `resolve` fills what the algorithm gives defaults for and refuses what does
+not fit together, so that a resolved tree says everything a run will do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError
+
+from actors.specs import (
+    ModelSpec,
+    PolicySpec,
+    Positive,
+    ReferenceSpec,
+    RewardActorSpec,
+    RewardFunctionSpec,
+    RolloutSpec,
+    Spec,
+)
+from aligntune.algorithms import registry
+from aligntune.algorithms.base import Algorithm
+from aligntune.data.spec import DataSpec
+from aligntune.errors import UserError, nearest
+from cluster.specs import ClusterSpec
+
+
+def _parse_algorithm(value: Any) -> Any:
+    """'grpo', {'name': 'grpo', 'beta': 0.04} or an Algorithm become an Algorithm."""
+    if isinstance(value, Algorithm):
+        return value
+    options = {"name": value} if isinstance(value, str) else dict(value or {})
+    if "name" not in options:
+        raise ValueError(f"algorithm needs a name; {nearest('', registry.names())}")
+    return registry.get(str(options.pop("name"))).model_validate(options)
+
+
+def name_of(algorithm: type[Algorithm]) -> str:
+    """The name an algorithm is registered under, or its `module:Class` path."""
+    for name in registry.names():
+        if registry.get(name) is algorithm:
+            return name
+    return f"{algorithm.__module__}:{algorithm.__qualname__}"
+
+
+def _dump_algorithm(value: Algorithm) -> dict[str, Any]:
+    return {"name": name_of(type(value)), **value.model_dump(mode="json")}
+
+
+def _parse_reward(value: Any) -> Any:
+    return {"function": value} if isinstance(value, str) else value
+
+
+AlgorithmField = Annotated[
+    Algorithm, BeforeValidator(_parse_algorithm), PlainSerializer(_dump_algorithm)
+]
+RewardField = Annotated[RewardFunctionSpec, BeforeValidator(_parse_reward)]
+
+
+class TrainSpec(Spec):
+    """How much is trained and in which units."""
+
+    steps: Positive | None = Field(None, description="optimiser batches; or give epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the prompts; default 1")
+    groups_per_step: Positive = 32
+    completions_per_group: Positive | None = Field(None, description="G; default: the algorithm's")
+    groups_per_minibatch: Positive | None = Field(None, description="per optimiser step")
+    epochs_per_batch: Positive | None = Field(None, description="default: the algorithm's")
+    max_staleness: int = Field(0, ge=0, description="policy versions; 0 is on-policy")
+    seed: int = 0
+    max_quarantined_fraction: float = Field(
+        0.1, ge=0, le=1, description="of the admitted groups; beyond it the run stops"
+    )
+    step_timeout_s: float = Field(3600.0, gt=0, description="longest wait for a step's groups")
+
+
+class CheckpointSpec(Spec):
+    """When the run is saved."""
+
+    every_steps: Positive = 50
+    keep_last: Positive = 3
+    at_end: bool = True
+
+
+class EvalSpec(Spec):
+    """Evaluation on the eval set, scored by the run's own rewards."""
+
+    every_steps: Positive | None = None
+    at_start: bool = True
+    at_end: bool = True
+    completions: Positive = 1
+    temperature: float = Field(0.0, ge=0)
+
+
+class TrackingSpec(Spec):
+    """Beyond metrics.jsonl, which is always written."""
+
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = ["tensorboard"]
+    project: str = "aligntune"
+    samples_per_step: int = Field(4, ge=0, description="completions written to samples.jsonl")
+
+
+class RunConfig(Spec):
+    """Everything a run will do."""
+
+    algorithm: AlgorithmField
+    model: ModelSpec
+    data: DataSpec
+    output_dir: str
+    backend: Literal["trl", "unsloth"] = "trl"
+    rewards: list[RewardField] = []
+    train: TrainSpec = TrainSpec()
+    rollout: RolloutSpec = RolloutSpec()
+    reward: RewardActorSpec = RewardActorSpec()
+    reference: ReferenceSpec = ReferenceSpec()
+    policy: PolicySpec = PolicySpec()
+    eval: EvalSpec = EvalSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    cluster: ClusterSpec = ClusterSpec()
+
+    @property
+    def algorithm_name(self) -> str:
+        """The registered name of the algorithm."""
+        return name_of(type(self.algorithm))
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """'a.b=3' becomes ('a.b', 3); the value is read as YAML. Raises UserError without '='."""
+    path, separator, value = text.partition("=")
+    if not separator or not path:
+        raise UserError(f"{text!r} is not an override; write key.path=value")
+    try:
+        return path.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of {path} is not valid YAML: {value!r}") from error
+
+
+def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set `value` at a dotted path, making mappings on the way; list items go by index."""
+    *parents, last = path.split(".")
+    node: Any = tree
+    for depth, key in enumerate(parents):
+        where = ".".join(parents[: depth + 1])
+        if isinstance(node, list):
+            node = node[_index(node, key, where)]
+            continue
+        child = node.get(key)
+        if key == "algorithm" and isinstance(child, str):
+            child = {"name": child}  # the short form grows options
+        if child is None:
+            child = {}
+        if not isinstance(child, dict | list):
+            raise UserError(f"{where} is a value, not a section; {path} cannot be set")
+        node[key] = child
+        node = child
+    if isinstance(node, list):
+        node[_index(node, last, path)] = value
+    elif last == "algorithm" and not parents and isinstance(value, str):
+        node[last] = {"name": value}
+    else:
+        node[last] = value
+
+
+def _index(items: list[Any], key: str, where: str) -> int:
+    if not key.isdigit() or int(key) >= len(items):
+        raise UserError(f"{where}: {key!r} is not an index of a list of {len(items)}")
+    return int(key)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping from a YAML file. Raises UserError with file and line."""
+    if not path.is_file():
+        raise UserError(f"no config file at {path}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of sections, this is {type(tree).__name__}")
+    return tree
+
+
+def load_config(
+    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable[str] = ()
+) -> RunConfig:
+    """A resolved RunConfig from a YAML file or a mapping, with `key.path=value` overrides on top.
+
+    Raises UserError, one line, for anything that is wrong.
+    """
+    tree = read_yaml(Path(source)) if isinstance(source, str | os.PathLike) else _copy(source)
+    for text in overrides:
+        set_path(tree, *parse_override(text))
+    return resolve(validate(tree))
+
+
+def _copy(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _copy(value) for key, value in tree.items()}
+    return [_copy(item) for item in tree] if isinstance(tree, list) else tree
+
+
+def validate(tree: Mapping[str, Any]) -> RunConfig:
+    """A RunConfig from a mapping; UserError names the first wrong key and its cure."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, tree)) from error
+
+
+def _explain(error: ValidationError, tree: Mapping[str, Any]) -> str:
+    """The first problem in one line, and how many more there are."""
+    problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"])
+    match first["type"]:
+        case "extra_forbidden":
+            fields = _fields_at(first["loc"][:-1], tree)
+            text = f"unknown key {where!r}; {nearest(str(first['loc'][-1]), fields)}"
+        case "missing":
+            text = f"{where} is missing"
+        case "value_error":
+            reason = first["msg"].removeprefix("Value error, ")
+            text = f"{where}: {reason}" if where else reason
+        case _:
+            text = f"{where}: {first['msg']}, got {first['input']!r}"
+    more = len(problems) - 1
+    return text + (f" (and {more} more)" if more else "")
+
+
+def _fields_at(path: tuple[int | str, ...], tree: Mapping[str, Any]) -> Iterable[str]:
+    """Field names of the section at `path`."""
+    model: Any = RunConfig
+    for part in path:
+        if part == "algorithm":
+            chosen = tree["algorithm"]
+            name = chosen["name"] if isinstance(chosen, Mapping) else chosen
+            return registry.get(name).model_fields
+        if isinstance(part, int):
+            continue
+        model = _section(model.model_fields[part].annotation)
+    return model.model_fields
+
+
+def _section(annotation: Any) -> type[BaseModel]:
+    """The settings class inside an annotation such as `X`, `X | None` or `list[X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        try:
+            return _section(inner)
+        except TypeError:
+            continue
+    raise TypeError(f"{annotation} holds no section")
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Fill the algorithm's defaults in and refuse what does not fit together (UserError)."""
+    algorithm, train, policy = config.algorithm, config.train, config.policy
+    defaults = algorithm.defaults
+    group = train.completions_per_group or defaults.completions_per_group
+    if train.groups_per_minibatch is not None:
+        minibatch = train.groups_per_minibatch
+    elif train.groups_per_step % defaults.minibatches == 0:
+        minibatch = train.groups_per_step // defaults.minibatches
+    else:
+        raise UserError(
+            f"train.groups_per_step={train.groups_per_step} does not split into "
+            f"{config.algorithm_name}'s {defaults.minibatches} mini-batches; "
+            "set train.groups_per_minibatch to a divisor of it"
+        )
+    filled = {
+        "train": train.model_copy(
+            update={
+                "epochs": train.epochs if train.epochs or train.steps else 1.0,
+                "completions_per_group": group,
+                "groups_per_minibatch": minibatch,
+                "epochs_per_batch": train.epochs_per_batch or defaults.epochs,
+            }
+        ),
+        "policy": policy.model_copy(
+            update={
+                "learning_rate": policy.learning_rate or defaults.learning_rate,
+                "adam_betas": policy.adam_betas or defaults.adam_betas,
+            }
+        ),
+    }
+    resolved = config.model_copy(update=filled)
+    check(resolved)
+    return resolved
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a resolved tree that cannot be run, before anything starts (UserError)."""
+    name, needs, train = config.algorithm_name, config.algorithm.needs, config.train
+    group = train.completions_per_group or 0
+    if train.steps is not None and train.epochs is not None:
+        raise UserError("train.steps and train.epochs both say how long; give one of them")
+    if group < needs.min_group:
+        raise UserError(
+            f"{name} compares the completions of a group: train.completions_per_group={group} "
+            f"gives no signal, use {needs.min_group} or more"
+        )
+    if train.groups_per_step % (train.groups_per_minibatch or 1):
+        raise UserError(
+            f"train.groups_per_minibatch={train.groups_per_minibatch} does not divide "
+            f"train.groups_per_step={train.groups_per_step}"
+        )
+    if not config.rewards:
+        raise UserError(
+            f"{name} has no reward; add one, such as rewards: [math] or --reward "
+            "my_package.my_module:my_function (`aligntune rewards` lists what is registered)"
+        )
+    if config.backend not in config.algorithm.backends:
+        raise UserError(
+            f"{name} does not run with backend={config.backend}; "
+            f"use backend={config.algorithm.backends[0]}"
+        )
+    if config.policy.strategy == "torch" and config.policy.ranks > 1:
+        raise UserError(
+            f"policy.strategy=torch is one rank and policy.ranks={config.policy.ranks}; "
+            "use policy.strategy=deepspeed for several"
+        )
+
+
+def dump(config: RunConfig) -> str:
+    """The tree as YAML that `load_config` reads back to an equal tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,430 @@
+"""THE loop: admit -> roll out -> reward -> filter -> reference -> update -> sync.
+
+                 +--------------------- free slots ----------------------+
+                 v                                                       |
+    prompts -> admit -> Pipeline (many groups at once) -> ready -> choose_batch -> update -> sync
+                 ^         roll out, score, filter,                      |            |
+                 |         reference log-probs                           v            v
+                 +------ undone groups <-- restore <-- policy lost   TRAINED     rollout actors
+
+One loop for every staleness: with `max_staleness` 0 a step's groups are admitted when the step before
+has ended, with more they are rolled out while the policy trains. `version` is the number of steps
+trained; weights of version v come from step v.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import torch
+from ray.actor import ActorHandle
+
+from actors.messages import GroupWork, Prompt
+from actors.supervise import ReplicaSet, answer
+from aligntune.checkpoint import Checkpoint, Checkpoints
+from aligntune.config import RunConfig
+from aligntune.errors import RunFailed
+from aligntune.evaluation import evaluate
+from aligntune.learner import Learner, PolicyLost, Weights, plan_jobs
+from aligntune.ledger import Books, Ledger, LedgerLog, State
+from aligntune.pipeline import BusyClock, Pipeline, ReadyGroup, truncated
+from aligntune.recorder import Recorder
+from aligntune.roles import Roles
+from aligntune.rundir import RunDir
+from aligntune.staleness import choose_batch, free_slots
+from aligntune.stepmetrics import (
+    completion_metrics,
+    group_metrics,
+    score_metrics,
+    time_metrics,
+)
+from aligntune.tracking.metrics import EventKind
+
+
+T = TypeVar("T")
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop; what was trained is in a checkpoint."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"stopped by signal {signal}")
+        self.signal = signal
+
+
+class Controller:
+    """Runs one job to its last step."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        roles: Roles,
+        total_steps: int,
+        prompt_at: Callable[[int], Prompt],
+        eval_prompts: list[Prompt],
+        rundir: RunDir,
+        checkpoints: Checkpoints,
+        recorder: Recorder,
+    ) -> None:
+        self.config = config
+        self.algorithm = config.algorithm
+        self.total_steps = total_steps
+        self.version = 0
+        self._eval_prompts = eval_prompts
+        self._rundir = rundir
+        self._checkpoints = checkpoints
+        self._recorder = recorder
+        self._log = LedgerLog(rundir.file("ledger.jsonl"))
+        self.ledger = Ledger(self._log)
+        self._weights: Weights | None = None  # None: the starting model, which is version 0
+        self._stop = asyncio.Event()
+        self._signal = 0
+        self._policy_restarts = 0
+        self._seen = self.ledger.books
+        self._update_clock, self._sync_clock = BusyClock(), BusyClock()
+        self._learner = Learner(config, roles.policy)
+        self._rollouts = ReplicaSet(
+            "rollout",
+            config.rollout.replicas,
+            roles.rollout,
+            self._prepare_rollout,
+            slots=config.rollout.max_concurrent_groups,
+            max_restarts=config.rollout.max_restarts,
+            event=recorder.event,
+        )
+        self._rewards = ReplicaSet(
+            "reward",
+            config.reward.replicas,
+            roles.reward,
+            self._starter(config.reward.start_timeout_s),
+            slots=config.reward.max_concurrent_groups,
+            max_restarts=config.reward.max_restarts,
+            event=recorder.event,
+        )
+        self._references: ReplicaSet | None = None
+        if self.algorithm.needs.reference:
+            self._references = ReplicaSet(
+                "reference",
+                config.reference.replicas,
+                roles.reference,
+                self._starter(config.reference.start_timeout_s),
+                slots=2,
+                max_restarts=config.reference.max_restarts,
+                event=recorder.event,
+            )
+        self._pipeline = Pipeline(
+            config,
+            self.ledger,
+            prompt_at,
+            self._rollouts,
+            self._rewards,
+            self._references,
+            recorder.event,
+        )
+
+    def stop(self, signal: int) -> None:
+        """Ask the loop to checkpoint and end; safe from a signal handler of the event loop."""
+        self._signal = signal
+        self._stop.set()
+        self._pipeline.changed.set()
+
+    # Starting and going back
+
+    def _starter(self, deadline_s: float) -> Callable[[ActorHandle, str], Any]:
+        async def start(handle: ActorHandle, name: str) -> None:
+            self._recorder.role(await answer(handle.start.remote(), name, "start", deadline_s))
+
+        return start
+
+    async def _prepare_rollout(self, handle: ActorHandle, name: str) -> None:
+        deadline = self.config.rollout.start_timeout_s
+        self._recorder.role(await answer(handle.start.remote(), name, "start", deadline))
+        loaded = 0
+        while self._weights is not None and loaded != self._weights.version:
+            weights = self._weights
+            await answer(handle.load_weights.remote(weights.bundle), name, "load_weights", deadline)
+            loaded = weights.version
+
+    async def _restore(self, checkpoint: Checkpoint | None) -> None:
+        """Make policy, ledger and files what they were at a checkpoint; None is the beginning."""
+        step = checkpoint.step if checkpoint else 0
+        if checkpoint:
+            await self._learner.load(checkpoint.policy)
+        self.version = step
+        if checkpoint:
+            self.algorithm = type(self.algorithm).model_validate(checkpoint.state["algorithm"])
+            snapshot = checkpoint.state["ledger"]
+        else:
+            snapshot = Ledger.beginning()
+        open_groups = self.ledger.restore(snapshot, step=step, version=step)
+        self._seen = self.ledger.books
+        self._recorder.truncate_after(step)
+        for group_id in open_groups:
+            self._pipeline.start(group_id)
+
+    async def _rebuild_policy(self, reason: str) -> None:
+        """A policy rank is lost: new ranks from the last checkpoint, groups since then again."""
+        self._policy_restarts += 1
+        if self._policy_restarts > self.config.policy.max_restarts:
+            raise RunFailed(
+                f"the policy was lost {self._policy_restarts} times, more than "
+                f"policy.max_restarts={self.config.policy.max_restarts} allows; the last: {reason}"
+            )
+        self._learner.kill()
+        await self._pipeline.cancel()
+        lost = self.version
+        checkpoint = self._checkpoints.latest()
+        self._recorder.event(
+            EventKind.POLICY_REBUILT,
+            reason=reason,
+            from_version=lost,
+            to_version=checkpoint.step if checkpoint else 0,
+        )
+        await self._learner.start()
+        await self._restore(checkpoint)
+        await self._sync()
+
+    # The loop
+
+    async def run(
+        self, checkpoint: Checkpoint | None, final_model: bool = True
+    ) -> dict[str, float]:
+        """Train to the last step; returns the last metrics. Raises Interrupted, RunFailed, ..."""
+        metrics: dict[str, float] = {}
+        started = False
+        try:
+            await self._unless_stopped(self._start_roles())
+            await self._restore(checkpoint)
+            started = True
+            if checkpoint:
+                self._recorder.event(EventKind.RESUMED, step=checkpoint.step)
+                await self._sync()
+            elif self.config.eval.at_start:
+                await self._evaluate(0)
+            while self.version < self.total_steps:
+                try:
+                    metrics = await self._step()
+                except PolicyLost as lost:
+                    await self._rebuild_policy(str(lost))
+            await self._pipeline.cancel()
+            if self.config.checkpoint.at_end:
+                await self._checkpoint()
+            if final_model:
+                await self._learner.save_model(self._rundir.model)
+            return metrics
+        except Interrupted:
+            await self._pipeline.cancel()
+            if started:
+                await self._checkpoint()
+            raise
+        finally:
+            await self._close()
+
+    async def _start_roles(self) -> None:
+        others = [s for s in (self._rollouts, self._rewards, self._references) if s is not None]
+        ranks, *_ = await asyncio.gather(self._learner.start(), *(s.start() for s in others))
+        for rank in ranks:
+            self._recorder.role(rank)
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work`, or drop it and raise Interrupted as soon as the run is asked to stop."""
+        task = asyncio.create_task(work)
+        stop = asyncio.create_task(self._stop.wait())
+        await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if task.done():
+            return task.result()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise Interrupted(self._signal)
+
+    async def _close(self) -> None:
+        await self._pipeline.cancel()
+        self._learner.kill()
+        for replicas in (self._rollouts, self._rewards, self._references):
+            if replicas is not None:
+                await replicas.close()
+        self._log.close()
+
+    def _admit(self) -> None:
+        free = free_slots(
+            self.version,
+            self.config.train.max_staleness,
+            self.config.train.groups_per_step,
+            self.ledger.books.trained,
+            self.ledger.in_flight,
+        )
+        last = self.total_steps * self.config.train.groups_per_step
+        books = self.ledger.books
+        for _ in range(min(free, last - books.trained - books.open)):
+            self._pipeline.start(self.ledger.admit(self.version))
+
+    async def _next_batch(self) -> list[int]:
+        """Ids of the next step's groups. Raises RunFailed when they do not come in time."""
+        train = self.config.train
+        deadline = time.monotonic() + train.step_timeout_s
+        while True:
+            self._pipeline.changed.clear()
+            if self._stop.is_set():
+                raise Interrupted(self._signal)
+            self._pipeline.raise_failure()
+            self._check_sampling()
+            self._admit()
+            batch = choose_batch(
+                self.ledger.open_groups(), self.version, train.max_staleness, train.groups_per_step
+            )
+            if batch is not None:
+                return batch
+            try:
+                await asyncio.wait_for(self._pipeline.changed.wait(), deadline - time.monotonic())
+            except TimeoutError as error:
+                states = Counter(self.ledger.state(g.group_id) for g in self.ledger.open_groups())
+                waiting = ", ".join(f"{count} {state}" for state, count in states.items())
+                raise RunFailed(
+                    f"step {self.version + 1} had no batch within train.step_timeout_s="
+                    f"{train.step_timeout_s:g} s; open groups: {waiting}"
+                ) from error
+
+    def _check_sampling(self) -> None:
+        """Dynamic sampling that keeps finding nothing to train on ends the run, with the scores."""
+        rounds, per_step = self.algorithm.sampling_rounds, self.config.train.groups_per_step
+        filtered = self.ledger.books.filtered - self._seen.filtered
+        if rounds is None or filtered < rounds * per_step:
+            return
+        scores = self._pipeline.filtered_scores
+        shown = ", ".join(f"{score:g} x {count}" for score, count in scores.most_common(8))
+        raise RunFailed(
+            f"step {self.version + 1}: {filtered} groups were drawn and filtered in {rounds} rounds "
+            f"and {len(self._pipeline.ready)} of {per_step} kept; the scores of the filtered ones: "
+            f"{shown}. Every group's completions score the same: the task is too hard, too easy, or "
+            "the reward does not tell completions apart"
+        )
+
+    async def _step(self) -> dict[str, float]:
+        started = time.monotonic()
+        batch = await self._next_batch()
+        step, trained_from = self.version + 1, self.version
+        groups = [self._pipeline.ready[group_id] for group_id in batch]
+        self.ledger.move(batch, State.TRAINING, step=step)
+        jobs = plan_jobs(self.config, self.algorithm.loss, step, self._works(groups))
+        with self._update_clock:
+            result = await self._learner.update(jobs)
+        self.version = step
+        await self._sync()
+        self.ledger.move(batch, State.TRAINED, step=step)
+        for group_id in batch:
+            del self._pipeline.ready[group_id]
+        self._admit()  # the next rollouts do not wait for what follows
+        seconds = time.monotonic() - started
+        ended = self._ended_since()
+        metrics = {
+            **score_metrics(self.config, groups),
+            **completion_metrics(groups),
+            **group_metrics(self.config, groups, trained_from, ended),
+            **result.metrics,
+            **time_metrics(seconds, self._busy(), groups),
+        }
+        if self.algorithm.sampling_rounds is not None:
+            drawn = (len(batch) + ended["filtered"]) / len(batch)
+            metrics[f"{self.config.algorithm_name}/draws_per_kept_group"] = drawn
+            self._pipeline.filtered_scores.clear()
+        completions = sum(len(group.record.lengths) for group in groups)
+        self.algorithm = self.algorithm.after_step(metrics, completions)
+        evaluation = self.config.eval.every_steps
+        last = step == self.total_steps
+        if (evaluation and step % evaluation == 0) or (last and self.config.eval.at_end):
+            metrics.update(await self._evaluate(step))
+        self._recorder.step(step, metrics)
+        self._recorder.samples(step, batch, groups)
+        if step % self.config.checkpoint.every_steps == 0:
+            await self._checkpoint()
+        return metrics
+
+    def _works(self, groups: list[ReadyGroup]) -> list[GroupWork]:
+        """Sequence advantages of the step's groups, and what the policy ranks need with them."""
+        config, algorithm = self.config, self.algorithm
+        scores, advantages = algorithm.scores_and_advantages(
+            torch.tensor([group.scores.values for group in groups], dtype=torch.float64),
+            torch.tensor([spec.weight for spec in config.rewards], dtype=torch.float64),
+            torch.tensor([group.record.lengths for group in groups]),
+            config.rollout.max_completion_length,
+        )
+        return [
+            GroupWork(
+                group_id=group.record.group_id,
+                prompt_tokens=group.record.prompt_tokens,
+                lengths=group.record.lengths,
+                trained=tuple(algorithm.trains_on(cut) for cut in truncated(group.record)),
+                truncated=truncated(group.record),
+                advantages=tuple(advantages[index].tolist()),
+                scores=tuple(scores[index].tolist()),
+                tensors=group.tensors,
+                reference=group.reference,
+            )
+            for index, group in enumerate(groups)
+        ]
+
+    async def _sync(self) -> None:
+        """Bring the weights of the current version to every rollout replica."""
+        with self._sync_clock:
+            self._weights = await self._learner.export(self.version)
+            await self._rollouts.broadcast(
+                "load_weights",
+                self._weights.bundle,
+                deadline_s=self.config.rollout.generation_timeout_s,
+            )
+
+    async def _evaluate(self, step: int) -> dict[str, float]:
+        if not self._eval_prompts:
+            return {}
+        metrics = await self._unless_stopped(
+            evaluate(
+                self.config, self._eval_prompts, self._rollouts, self._rewards, self._recorder.event
+            )
+        )
+        self._recorder.evaluation(step, metrics)
+        return metrics
+
+    async def _checkpoint(self) -> None:
+        """Save the state after the last trained step, once per step."""
+        if self._checkpoints.exists(self.version):
+            return
+        staging = self._checkpoints.begin(self.version)
+        await self._learner.save(staging / "policy")
+        state = {
+            "step": self.version,
+            "ledger": self.ledger.snapshot(self.version),
+            "algorithm": self.algorithm.model_dump(mode="json"),
+        }
+        self._log.sync()
+        self._checkpoints.commit(self.version, state)
+        self._recorder.event(EventKind.CHECKPOINT_SAVED, step=self.version)
+
+    # Figures
+
+    def _busy(self) -> dict[str, float]:
+        clocks = {
+            "rollout": self._pipeline.rollout_clock,
+            "reward": self._pipeline.reward_clock,
+            "reference": self._pipeline.reference_clock,
+            "update": self._update_clock,
+            "weight_sync": self._sync_clock,
+        }
+        return {name: clock.take() for name, clock in clocks.items()}
+
+    def _ended_since(self) -> dict[str, int]:
+        now, before = self.ledger.books, self._seen
+        self._seen = now
+        return {
+            "filtered": now.filtered - before.filtered,
+            "quarantined": now.quarantined - before.quarantined,
+        }
+
+    @property
+    def books(self) -> Books:
+        """The ledger's balance."""
+        return self.ledger.books

@@ -1,0 +1,408 @@
+"""Makes the tiny model and the arithmetic task of `aligntune quickstart`; nothing is downloaded.
+
+The task is addition of a two-digit and a one-digit number. The warm-up imitates a careless teacher,
+who forgets to carry in three of five sums that need it. The model so learns to add, and learns
+the carelessness too: greedily it is right on sums without a carry and seldom on the others. A
+verifiable reward then teaches it to carry every time.
+
+Invariant: everything made here is a function of the seed alone, and no held-out question is ever
+trained on. Importing this module loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aligntune.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+HELD_OUT = 150
+"""Questions kept for evaluation, of 900."""
+
+SLIP_RATE = 0.6
+"""How often the warm-up's teacher forgets a carry."""
+
+WINDOW = (0.3, 0.7)
+"""Held-out greedy accuracy at which the warm-up may stop: something known, something to learn."""
+
+SETTLED = 0.99
+"""Least share of held-out answers that are the sum or the sum without its carry at that point."""
+
+MAX_ANSWER_TOKENS = 8
+"""Budget of a completion; a right one takes at most 4 tokens (three digits and the end)."""
+
+_PAD, _END, _UNKNOWN = "<|pad|>", "<|end|>", "<|unknown|>"
+_ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+_VOCABULARY_SIZE = 128  # a multiple of 64, to which vLLM pads anyway
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A sum, such as 47+8."""
+
+    left: int
+    right: int
+
+    @property
+    def prompt(self) -> str:
+        """What the user asks."""
+        return f"{self.left}+{self.right}"
+
+    @property
+    def answer(self) -> str:
+        """The sum in decimal."""
+        return str(self.left + self.right)
+
+    @property
+    def slip(self) -> str:
+        """The sum with its carry forgotten (47+8=45); equal to `answer` where there is none."""
+        return str(self.left // 10 * 10 + (self.left + self.right) % 10)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions to train on and questions held out, without a common one."""
+
+    train: tuple[Question, ...]
+    held_out: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of greedy answers."""
+
+    right: float
+    settled: float  # right, or wrong by a forgotten carry and by nothing else
+
+
+@dataclass(frozen=True)
+class QuickstartAssets:
+    """What `write_assets` left on disk."""
+
+    model: Path  # folder in Hugging Face format
+    train: Path  # JSONL: prompt, answer
+    eval: Path  # JSONL: prompt, answer
+    pairs: Path  # JSONL: prompt, chosen, rejected; for a reward model
+    accuracy: float  # held-out, greedy, after the warm-up
+
+
+def make_task(seed: int) -> Task:
+    """Every sum of 10..99 and 0..9, shuffled by `seed`; the last `HELD_OUT` are held out."""
+    questions = [Question(left, right) for left in range(10, 100) for right in range(10)]
+    random.Random(seed).shuffle(questions)
+    return Task(tuple(questions[:-HELD_OUT]), tuple(questions[-HELD_OUT:]))
+
+
+def preference_pairs(
+    questions: Sequence[Question], seed: int, per_question: int = 8
+) -> list[dict[str, str]]:
+    """Right answers preferred to wrong ones: forgotten carries first, then other wrong numbers.
+
+    Returns rows of prompt, chosen and rejected, `per_question` for each question.
+    """
+    rng = random.Random(seed)
+    rows = []
+    for question in questions:
+        total = question.left + question.right
+        wrong = [question.slip, str(total + 1), str(total - 1), str(total + 10), str(total - 10)]
+        wrong += [str(question.left), question.answer * 2, question.answer[0]]
+        while len(wrong) < per_question:
+            wrong.append(str(rng.randrange(10, 109)))
+        chosen = question.answer
+        rows += [
+            {"prompt": question.prompt, "chosen": chosen, "rejected": rejected}
+            for rejected in wrong[:per_question]
+            if rejected != chosen
+        ]
+    rng.shuffle(rows)
+    return rows
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a printable ASCII character, and a chat template of one token a role."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = [_PAD, _END, _UNKNOWN, *_ROLES]
+    characters = [c for c in string.printable if c.isprintable() or c == "\n"]
+    # Every id the model can sample has a token, so that no engine meets one it cannot decode.
+    spare = _VOCABULARY_SIZE - len(special) - len(characters)
+    special += [f"<|reserved_{i}|>" for i in range(spare)]
+    vocabulary = {token: i for i, token in enumerate(special + characters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=_PAD,
+        eos_token=_END,
+        unk_token=_UNKNOWN,
+        additional_special_tokens=[t for t in special if t not in (_PAD, _END, _UNKNOWN)],
+        chat_template=_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        model_max_length=64,
+    )
+
+
+def make_model(seed: int) -> PreTrainedModel:
+    """A Qwen3 of 0.34M parameters in float32, initialised by `seed`; global RNG state is kept."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    ids = make_tokenizer().get_vocab()
+    config = Qwen3Config(
+        vocab_size=_VOCABULARY_SIZE,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,  # the smallest that vLLM's attention on CPU takes
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        pad_token_id=ids[_PAD],
+        eos_token_id=ids[_END],
+        bos_token_id=None,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config).float()
+
+
+def greedy_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question]
+) -> list[str]:
+    """The model's most likely answer to each question, without special tokens."""
+    import torch
+
+    texts = [_render(tokenizer, question.prompt) for question in questions]
+    batch = tokenizer(
+        texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+    )
+    with torch.no_grad():
+        tokens = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            do_sample=False,
+            max_new_tokens=MAX_ANSWER_TOKENS,
+        )
+    width = batch["input_ids"].shape[1]
+    return tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
+
+
+def accuracy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question]
+) -> Accuracy:
+    """Greedy accuracy by exact match."""
+    answers = greedy_answers(model, tokenizer, questions)
+    right = sum(a == q.answer for a, q in zip(answers, questions, strict=True))
+    settled = sum(a in (q.answer, q.slip) for a, q in zip(answers, questions, strict=True))
+    return Accuracy(right / len(questions), settled / len(questions))
+
+
+def warm_up(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    task: Task,
+    seed: int,
+    *,
+    max_steps: int = 500,
+) -> float:
+    """Supervised learning, in place, on the careless teacher's answers to the training questions.
+
+    Stops when held-out accuracy lies in `WINDOW` and `SETTLED` is reached. On one thread, so that
+    the weights do not depend on the number of cores.
+
+    Returns the held-out greedy accuracy.
+
+    Raises:
+        RuntimeError: that point was not reached in `max_steps`.
+    """
+    import torch
+
+    rng = random.Random(seed)
+    peak, decay_steps, batch_size = 4e-3, 200, 128
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+    reached = Accuracy(0.0, 0.0)
+    with _one_thread():
+        for step in range(1, max_steps + 1):
+            # Up over 30 steps, down to a tenth from the middle of 200: low rates even out the
+            # odds between the two answers, which decide how much there is for RL to find.
+            rate = min(1.0, step / 30, max(0.1, 2 * (1 - step / decay_steps)))
+            for group in optimizer.param_groups:
+                group["lr"] = peak * rate
+            batch = rng.choices(task.train, k=batch_size)
+            answers = [q.slip if rng.random() < SLIP_RATE else q.answer for q in batch]
+            loss = _supervised_loss(model, tokenizer, batch, answers)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if step >= decay_steps and step % 10 == 0:
+                reached = accuracy(model, tokenizer, task.held_out)
+                if WINDOW[0] <= reached.right <= WINDOW[1] and reached.settled >= SETTLED:
+                    return reached.right
+    raise RuntimeError(
+        f"the quickstart's warm-up did not settle in {max_steps} steps with seed {seed}: held-out "
+        f"accuracy {reached.right:.2f} (wanted {WINDOW[0]} to {WINDOW[1]}), answers settled "
+        f"{reached.settled:.2f} (wanted {SETTLED}); choose another seed"
+    )
+
+
+def write_assets(directory: str | Path, seed: int) -> QuickstartAssets:
+    """Make the task and the warmed-up model and write both under `directory`.
+
+    Raises:
+        RuntimeError: see `warm_up`; nothing of the model is written then.
+    """
+    root = Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    task, tokenizer, model = make_task(seed), make_tokenizer(), make_model(seed)
+    reached = warm_up(model, tokenizer, task, seed)
+    assets = QuickstartAssets(
+        model=root / "model",
+        train=root / "train.jsonl",
+        eval=root / "eval.jsonl",
+        pairs=root / "pairs.jsonl",
+        accuracy=reached,
+    )
+    _write_jsonl(assets.train, [{"prompt": q.prompt, "answer": q.answer} for q in task.train])
+    _write_jsonl(assets.eval, [{"prompt": q.prompt, "answer": q.answer} for q in task.held_out])
+    _write_jsonl(assets.pairs, preference_pairs(task.train, seed))
+    model.save_pretrained(assets.model)
+    tokenizer.save_pretrained(assets.model)
+    return assets
+
+
+def quickstart_settings(algorithm: str) -> dict[str, object]:
+    """What the quickstart sets for `algorithm` or an alias of it, as `key.path: value` of the tree.
+
+    Learning rates and steps are those at which this model and task were seen to learn; they say
+    nothing about other models.
+
+    Raises:
+        UserError: no settings for that algorithm.
+    """
+    from aligntune.algorithms import registry
+
+    try:
+        chosen = registry.get(algorithm)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    tuned = {registry.get(name): settings for name, settings in _TUNED.items()}
+    if chosen not in tuned:
+        raise UserError(
+            f"the quickstart has no settings for {algorithm!r}; {nearest(algorithm, _TUNED)}"
+        )
+    return {**_COMMON, **tuned[chosen]}
+
+
+_COMMON: dict[str, object] = {
+    "rollout.temperature": 1.0,
+    "rollout.max_completion_length": MAX_ANSWER_TOKENS,
+    "rollout.max_prompt_length": 32,
+    "policy.adam_betas": [0.9, 0.99],
+}
+
+_TUNED: dict[str, dict[str, object]] = {
+    "grpo": {
+        "train.steps": 40,
+        "train.groups_per_step": 16,
+        "train.completions_per_group": 8,
+        "train.groups_per_minibatch": 16,
+        "policy.learning_rate": 2e-4,
+    },
+    "drgrpo": {
+        "train.steps": 50,
+        "train.groups_per_step": 16,
+        "train.completions_per_group": 8,
+        "train.groups_per_minibatch": 16,
+        "policy.learning_rate": 2e-4,
+    },
+    "dapo": {
+        "train.steps": 20,
+        "train.groups_per_step": 16,
+        "train.completions_per_group": 8,
+        "train.groups_per_minibatch": 8,
+        "policy.learning_rate": 2e-4,
+    },
+    "gspo": {
+        "train.steps": 50,
+        "train.groups_per_step": 16,
+        "train.completions_per_group": 8,
+        "train.groups_per_minibatch": 4,
+        "policy.learning_rate": 1e-4,
+    },
+    "ppo": {
+        "train.steps": 40,
+        "train.groups_per_step": 128,
+        "train.completions_per_group": 1,
+        "train.groups_per_minibatch": 64,
+        "policy.learning_rate": 2e-4,
+    },
+}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _render(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str | None = None) -> str:
+    """The chat of one question, up to where the answer begins or with the answer and its end."""
+    messages = [{"role": "user", "content": prompt}]
+    if answer is None:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    messages.append({"role": "assistant", "content": answer})
+    return tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def _supervised_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[Question],
+    answers: Sequence[str],
+) -> torch.Tensor:
+    """Mean cross-entropy of the answers' tokens and their end; prompts are not trained on."""
+    import torch
+
+    texts = [_render(tokenizer, q.prompt, a) for q, a in zip(questions, answers, strict=True)]
+    batch: Any = tokenizer(
+        texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+    )
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    # With padding on the left every answer ends at the right edge.
+    lengths = torch.tensor([len(answer) + 1 for answer in answers])
+    trained = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
+    targets = ids.masked_fill(~trained, -100)
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+
+
+def _write_jsonl(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

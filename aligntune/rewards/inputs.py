@@ -1,0 +1,33 @@
+"""What the reward functions here read from a call: the text of a completion, a data column."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Completion = str | list[dict[str, Any]]
+
+
+def text_of(completion: Completion) -> str:
+    """The text of a completion, given as a string or as a list of messages (contents joined)."""
+    if isinstance(completion, str):
+        return completion
+    return "".join(str(message["content"]) for message in completion)
+
+
+def column_of(columns: Mapping[str, Any], name: str) -> Sequence[Any]:
+    """The data column `name`, one value per completion.
+
+    Raises:
+        ValueError: there is no such column, or it has a row without a value.
+    """
+    if name not in columns:
+        have = ", ".join(map(repr, sorted(columns.keys() - {"prompts"}))) or "none"
+        raise ValueError(
+            f"the reward reads column {name!r}, which the data lack (columns: {have}); "
+            "name another with the reward option 'column'"
+        )
+    values: Sequence[Any] = columns[name]
+    if any(value is None for value in values):
+        raise ValueError(f"a row of the data has no value in column {name!r}")
+    return values

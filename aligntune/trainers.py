@@ -1,0 +1,274 @@
+"""Trainers: everything is checked before anything starts, then the controller runs.
+
+`create_rl_trainer` is the Python face of `aligntune train`; both make an `OnlineTrainer` from the
+same config tree.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from actors.loading import ModelError, load_tokenizer
+from actors.messages import Prompt
+from actors.reward import RewardCriterion
+from actors.supervise import ReplicaLost, RoleExhausted
+from aligntune.checkpoint import Checkpoints
+from aligntune.config import RunConfig, load_config
+from aligntune.controller import Controller, Interrupted
+from aligntune.data.prompts import PromptSource, evaluation_prompts, training_prompts
+from aligntune.errors import RunFailed, UserError
+from aligntune.evaluation import evaluate_model
+from aligntune.keywords import build_tree
+from aligntune.ledger import Books
+from aligntune.recorder import Recorder
+from aligntune.rewards.registry import check_columns, from_callable, resolve_all
+from aligntune.roles import Roles, role_requests
+from aligntune.rundir import RunDir
+from aligntune.tracking.metrics import EventKind, NotFinite
+from aligntune.tracking.trackers import TrackerMissing, check_trackers
+from cluster.placement import DoesNotFit, reserve, totals
+from cluster.session import ClusterUnreachable, session
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run came to."""
+
+    steps: int
+    metrics: dict[str, float]  # of the last step
+    books: Books
+    seconds: float
+    output_dir: Path
+    model: Path  # save_pretrained folder
+    engine: str  # the rollout engine that really ran
+
+
+def create_rl_trainer(**arguments: Any) -> OnlineTrainer:
+    """A trainer from keyword arguments, a config file or mapping (`config=`), or both.
+
+    An explicit argument wins over the config. `overrides` is a list of `key.path=value` for what
+    has no keyword. Raises UserError for whatever is wrong, before anything starts.
+    """
+    tree, overrides, functions = build_tree(arguments)
+    return OnlineTrainer(load_config(tree, overrides), functions)
+
+
+class OnlineTrainer:
+    """PPO-family training through the controller."""
+
+    def __init__(
+        self, config: RunConfig, functions: Mapping[str, Callable[..., Any]] | None = None
+    ) -> None:
+        """`functions` are reward callables by criterion name, for those without an import path."""
+        self.config = config
+        self._functions = dict(functions or {})
+
+    @cached_property
+    def criteria(self) -> tuple[RewardCriterion, ...]:
+        """The rewards as the reward actors get them. Raises UserError."""
+        try:
+            named = [spec for spec in self.config.rewards if spec.name not in self._functions]
+            resolved = {id(s): c for s, c in zip(named, resolve_all(named), strict=True)}
+            criteria = tuple(
+                resolved.get(id(spec)) or from_callable(self._functions[spec.name or ""], spec)
+                for spec in self.config.rewards
+            )
+            self.config.algorithm.check_run(
+                [criterion.name for criterion in criteria],
+                self.config.rollout.max_completion_length,
+            )
+            return criteria
+        except ValueError as error:
+            raise UserError(f"rewards: {error}") from error
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer. Raises UserError."""
+        try:
+            return load_tokenizer(self.config.model)
+        except ModelError as error:
+            raise UserError(f"model.name: {error}") from error
+
+    @cached_property
+    def prompts(self) -> PromptSource:
+        """The training prompts, all checked. Raises DataError, a UserError."""
+        source = training_prompts(
+            self.config.data,
+            self.tokenizer,
+            max_prompt_length=self.config.rollout.max_prompt_length,
+            seed=self.config.train.seed,
+        )
+        try:
+            for criterion in self.criteria:
+                check_columns(criterion, source.prompt_at(0).columns)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return source
+
+    @cached_property
+    def eval_prompts(self) -> list[Prompt]:
+        """The held-out prompts, in order. Raises DataError, a UserError."""
+        source = evaluation_prompts(
+            self.config.data,
+            self.tokenizer,
+            max_prompt_length=self.config.rollout.max_prompt_length,
+        )
+        return list(source.epoch()) if source else []
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        train = self.config.train
+        if train.steps is not None:
+            return train.steps
+        prompts = self.prompts.positions_in(train.epochs or 1.0)
+        return max(1, math.ceil(prompts / train.groups_per_step))
+
+    def check(self, resume: str = "auto") -> RunDir:
+        """Everything that can be checked without starting Ray. Raises UserError."""
+        rundir = RunDir(Path(self.config.output_dir))
+        rundir.check(self.config, resume)
+        try:
+            check_trackers(self.config.tracking.trackers)
+        except TrackerMissing as error:
+            raise UserError(str(error)) from error
+        _ = self.criteria, self.tokenizer, self.prompts, self.eval_prompts
+        return rundir
+
+    def summary(self) -> str:
+        """What a run would do, for --dry-run: data, steps and what the roles ask for."""
+        source, train = self.prompts, self.config.train
+        requests = role_requests(self.config)
+        asked = totals(requests)
+        lines = [
+            f"{self.config.algorithm_name}: {self.total_steps} steps of {train.groups_per_step} "
+            f"groups x {train.completions_per_group} completions",
+            f"data: {len(source)} prompts, longest {source.longest} tokens"
+            + (f", {source.long} over the limit ({self.config.data.long_prompts})")
+            * bool(source.long),
+            *(f"{r.role}: {r.replicas} x {r.cpus:g} CPU, {r.gpus:g} GPU" for r in requests),
+            f"together: {asked['CPU']:g} CPU, {asked['GPU']:g} GPU",
+        ]
+        return "\n".join(lines)
+
+    def train(self, resume: str = "auto") -> TrainResult:
+        """Train to the last step, from the newest checkpoint in `output_dir` if there is one.
+
+        Args:
+            resume: auto, never, or a checkpoint folder.
+
+        Raises:
+            UserError: the input is wrong; nothing was started.
+            RunFailed: the run cannot go on; what was trained is in its last checkpoint.
+            Interrupted: SIGINT or SIGTERM; what was trained is in a checkpoint.
+        """
+        started = time.monotonic()
+        rundir = self.check(resume)
+        changed = rundir.check(self.config, resume)
+        rundir.claim(self.config)
+        try:
+            checkpoints = Checkpoints(
+                rundir.file("checkpoints"), self.config.checkpoint.keep_last
+            )
+            checkpoint = rundir.start_from(checkpoints, resume)
+            after = checkpoint.step if checkpoint else 0
+            with Recorder(self.config, rundir, self.total_steps, after) as recorder:
+                recorder.event(EventKind.RUN_STARTED, changed={k: v[1] for k, v in changed.items()})
+                try:
+                    with self._roles() as roles:
+                        controller = Controller(
+                            self.config,
+                            roles,
+                            self.total_steps,
+                            self.prompts.prompt_at,
+                            self.eval_prompts,
+                            rundir,
+                            checkpoints,
+                            recorder,
+                        )
+                        metrics = asyncio.run(_with_signals(controller, controller.run(checkpoint)))
+                except Interrupted as stopped:
+                    recorder.event(EventKind.RUN_STOPPED, reason=str(stopped))
+                    raise
+                except (RunFailed, RoleExhausted, ReplicaLost, NotFinite, ArithmeticError) as failed:
+                    recorder.event(EventKind.RUN_STOPPED, reason=str(failed))
+                    raise RunFailed(str(failed)) from failed
+                recorder.event(EventKind.RUN_FINISHED, step=self.total_steps)
+                return TrainResult(
+                    steps=self.total_steps,
+                    metrics=metrics,
+                    books=controller.books,
+                    seconds=time.monotonic() - started,
+                    output_dir=rundir.path,
+                    model=rundir.model,
+                    engine=recorder.engine,
+                )
+        finally:
+            rundir.release()
+
+    @contextmanager
+    def _roles(self) -> Iterator[Roles]:
+        """A Ray session with every role's place reserved."""
+        requests = role_requests(self.config)
+        asked = totals(requests)
+        cluster = self.config.cluster
+        try:
+            with (
+                session(cluster, cpus=asked["CPU"], gpus=asked["GPU"]),
+                reserve(requests, cluster.placement_timeout_s) as reservation,
+            ):
+                yield Roles(self.config, reservation, self.criteria, self.total_steps)
+        except (DoesNotFit, ClusterUnreachable) as error:
+            raise UserError(str(error)) from error
+
+    def evaluate(self) -> dict[str, float]:
+        """`eval/*` figures of the trained model in `output_dir`, or of the starting model before.
+
+        Raises UserError where the config names no held-out prompts.
+        """
+        if not self.eval_prompts:
+            raise UserError("nothing to evaluate on; set data.eval_path or data.eval_split")
+        trained = RunDir(Path(self.config.output_dir)).model
+        name = str(trained) if trained.is_dir() else self.config.model.name
+        model = self.config.model.model_copy(update={"name": name, "lora": None})
+        config = self.config.model_copy(update={"model": model})
+        trainer = OnlineTrainer(config, self._functions)
+        with trainer._roles() as roles:
+            return asyncio.run(evaluate_model(config, roles, self.eval_prompts))
+
+    def save_model(self, path: str | Path) -> Path:
+        """Copy the trained model (safetensors, tokenizer, generation config) to a new folder."""
+        trained, target = RunDir(Path(self.config.output_dir)).model, Path(path)
+        if not trained.is_dir():
+            raise UserError(f"no trained model in {trained.parent}; call train() first")
+        if target.exists():
+            raise UserError(f"{target} exists; name a new folder")
+        shutil.copytree(trained, target)
+        return target
+
+
+async def _with_signals(controller: Controller, run: Coroutine[Any, Any, T]) -> T:
+    """Await the run with SIGINT and SIGTERM asking it to stop."""
+    loop = asyncio.get_running_loop()
+    if threading.current_thread() is not threading.main_thread():
+        return await run  # only the main thread gets signals
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, controller.stop, int(number))
+    try:
+        return await run
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

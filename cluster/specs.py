@@ -1,0 +1,22 @@
+"""What the user says of the cluster. Light: importing this starts nothing."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ClusterSpec(BaseModel):
+    """Where the run's actors live."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    address: str = Field(
+        "local",
+        description="'local' starts Ray on this machine; 'auto' or host:port joins a cluster; "
+        "RAY_ADDRESS, which Ray Jobs set, takes the place of 'local'",
+    )
+    placement_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    object_store_gib: float | None = Field(None, gt=0, description="for a Ray started here")
+    worker_logs: bool = Field(False, description="print the actors' output in this terminal")

@@ -1,0 +1,490 @@
+"""Both rollout engines against plain transformers: log-probs, updates, labels, repeatability.
+
+The transformers replica runs in this process; the vLLM one is a Ray actor, started once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from actors.engines import base
+from actors.engines.base import WeightMismatch, resolve_engine
+from actors.engines.transformers import draw
+from actors.messages import FinishReason, GroupRecord, GroupTensors, Prompt, Sampling
+from actors.rollout import RolloutActor
+from actors.specs import ModelSpec, RolloutSpec
+from actors.weights import WeightBundle
+
+EOS = 1
+TOLERANCE = 1e-4
+WAIT_S = 240.0  # for a shared machine; an idle one needs a fraction
+Group = tuple[GroupRecord, GroupTensors]
+
+
+class Replica:
+    """A rollout replica whose methods return futures, in this process or in a Ray actor."""
+
+    def __init__(self, name: str, call: Callable[..., Future[Any]]) -> None:
+        self.name = name
+        self.call = call
+        self.pid: int = self.get("start")["pid"]
+
+    def get(self, method: str, *args: Any) -> Any:
+        return self.call(method, *args).result(WAIT_S)
+
+    def group(self, prompt: Prompt, sampling: Sampling) -> Group:
+        group: Group = self.get("generate", prompt, sampling)
+        return group
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As an actor with one CPU; more threads only wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2 model of 0.3M random parameters with tied embeddings, and its tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    _tiny(seed=0).save_pretrained(path)
+    _tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def policies(folder: Path) -> dict[int, PreTrainedModel]:
+    """The model at three policy versions; 0 is what the folder holds."""
+    first = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return {0: first.eval(), 1: _tiny(seed=1).eval(), 2: _tiny(seed=2).eval()}
+
+
+@pytest.fixture(scope="module")
+def bundles(policies: dict[int, PreTrainedModel]) -> dict[int, WeightBundle]:
+    return {
+        version: WeightBundle.pack(version, model.named_parameters())
+        for version, model in policies.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop in a thread, as an async Ray actor has one."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(WAIT_S)
+
+
+@pytest.fixture(scope="module")
+def transformers_replica(folder: Path, loop: asyncio.AbstractEventLoop) -> Replica:
+    actor = RolloutActor(_model_spec(folder), _rollout_spec("transformers"), "t0", 0)
+
+    def call(method: str, *args: Any) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(getattr(actor, method)(*args), loop)
+
+    return Replica("transformers", call)
+
+
+@pytest.fixture(scope="module")
+def vllm_replica(folder: Path) -> Iterator[Replica]:
+    pytest.importorskip("vllm")
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(address="local", num_cpus=2, include_dashboard=False)
+    handle = (
+        ray.remote(RolloutActor)
+        .options(num_cpus=1, max_concurrency=64)
+        .remote(_model_spec(folder), _rollout_spec("vllm"), "v0", 0)
+    )
+    yield Replica("vllm", lambda method, *args: getattr(handle, method).remote(*args).future())
+    ray.kill(handle)
+    if ours:
+        ray.shutdown()
+
+
+@pytest.fixture(params=["transformers", pytest.param("vllm", marks=pytest.mark.slow)])
+def replica(request: pytest.FixtureRequest) -> Replica:
+    found: Replica = request.getfixturevalue(f"{request.param}_replica")
+    return found
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_a_plain_forward_before_and_after_an_update(
+    replica, policies, bundles, temperature
+):
+    for version in (0, 1):
+        replica.get("load_weights", bundles[version])
+        group = replica.group(_prompt(0), _sampling(temperature=temperature, group_id=version))
+        assert _labels(group) == {version}
+        assert _worst_error(group, policies, temperature) < TOLERANCE
+
+
+def test_greedy_output_after_an_update_is_the_new_models(replica, policies, bundles):
+    for version in (0, 1):
+        replica.get("load_weights", bundles[version])
+        group = replica.group(_prompt(3), _sampling(completions=2, temperature=0.0, max_tokens=24))
+        expected = _greedy(policies[version], _prompt(3), 24)
+        for index in range(2):
+            assert group[1].token_ids[group[1].completion(index)].tolist() == expected
+        assert _worst_error(group, policies, temperature=1.0) < TOLERANCE
+
+
+def test_a_cached_prefix_does_not_outlive_an_update(replica, policies, bundles):
+    replica.get("load_weights", bundles[0])
+    long = _prompt(0, tokens=300)  # more than two of vLLM's blocks of 128 on CPU
+    shared = replace(long, row=1, token_ids=np.append(long.token_ids[:-5], long.token_ids[:3]))
+    for prompt in (long, shared):
+        replica.group(prompt, _sampling(completions=2))
+    replica.get("load_weights", bundles[1])
+    for prompt in (shared, long):
+        group = replica.group(prompt, _sampling(completions=2))
+        assert _worst_error(group, policies, 1.0) < TOLERANCE
+
+
+def test_lengths_finish_reasons_and_masks_agree_with_the_tokens(replica, bundles):
+    replica.get("load_weights", bundles[0])
+    sampling = _sampling(completions=32, max_tokens=150)
+    record, tensors = replica.group(_prompt(2), sampling)
+    assert record.group_id == tensors.group_id == sampling.group_id
+    assert record.lengths == tensors.lengths
+    assert record.prompt_tokens == len(_prompt(2).token_ids)
+    assert len(tensors.token_ids) == len(tensors.logprobs) == len(tensors.mask) == record.tokens
+    assert tensors.token_ids.dtype == tensors.prompt_ids.dtype == np.int32
+    assert tensors.logprobs.dtype == np.float32
+    assert tensors.mask.all()
+    assert set(record.finish_reasons) == set(FinishReason), "the seed should show both"
+    for index, (length, reason) in enumerate(
+        zip(record.lengths, record.finish_reasons, strict=True)
+    ):
+        tokens = tensors.token_ids[tensors.completion(index)]
+        assert EOS not in tokens[:-1]
+        assert (tokens[-1] == EOS) == (reason is FinishReason.STOP)
+        assert length == 150 or reason is FinishReason.STOP
+    for length, spans in zip(record.lengths, record.version_spans, strict=True):
+        assert [(span.version, span.tokens) for span in spans] == [(0, length)]
+
+
+def test_completions_of_a_group_differ_and_so_do_groups(replica, bundles):
+    replica.get("load_weights", bundles[0])
+    seen = set()
+    for group_id in range(2):
+        _, tensors = replica.group(_prompt(0), _sampling(completions=4, group_id=group_id))
+        seen |= {tuple(tensors.token_ids[tensors.completion(i)]) for i in range(4)}
+    assert len(seen) == 8
+
+
+def test_tokens_made_while_an_update_arrives_carry_the_label_of_their_weights(
+    replica, policies, bundles
+):
+    replica.get("load_weights", bundles[0])
+    long = [
+        replica.call("generate", _prompt(row), _sampling(max_tokens=400, group_id=row))
+        for row in range(3)
+    ]
+    # Done only when the long groups, which came first, have been running for a while.
+    if replica.name == "vllm":
+        replica.group(_prompt(5), _sampling(max_tokens=16, temperature=0.0))
+    else:
+        _until(lambda: replica.get("stats")["groups_in_flight"] == 3)
+    for version in (1, 2):
+        replica.get("load_weights", bundles[version])
+    groups = [call.result(WAIT_S) for call in long]
+    labels = set().union(*(_labels(group) for group in groups))
+    assert {0, 2} <= labels
+    for group in groups:
+        assert _worst_error(group, policies, 1.0) < TOLERANCE
+    spans = [spans for record, _ in groups for spans in record.version_spans]
+    assert [sum(s.tokens for s in each) for each in spans] == [
+        length for record, _ in groups for length in record.lengths
+    ]
+    # vLLM updates under its running requests, the transformers engine between groups.
+    assert (max(len(each) for each in spans) > 1) == (replica.name == "vllm")
+    assert replica.get("ping") == 2
+
+
+def test_a_bundle_that_does_not_fit_is_refused_by_name_and_changes_nothing(
+    transformers_replica, policies, bundles
+):
+    transformers_replica.get("load_weights", bundles[0])
+    whole = dict(policies[1].named_parameters())
+    name = "model.layers.1.mlp.up_proj.weight"
+    lacking = {key: value for key, value in whole.items() if key != name}
+    for tensors, message in (
+        (lacking, f"lacks '{name}'"),
+        (whole | {"model.extra": torch.ones(1)}, "does not, 'model.extra'"),
+        (whole | {name: torch.ones(2, 2)}, rf"'{name}' is \(2, 2\)"),
+    ):
+        with pytest.raises(WeightMismatch, match=message):
+            transformers_replica.get("load_weights", WeightBundle.pack(9, tensors.items()))
+    assert transformers_replica.get("ping") == 0
+    group = transformers_replica.group(_prompt(0), _sampling())
+    assert _worst_error(group, policies, 1.0) < TOLERANCE
+
+
+def test_a_redundant_tied_head_is_ignored(transformers_replica, policies):
+    tied = WeightBundle.pack(1, policies[1].named_parameters(remove_duplicate=False))
+    assert "lm_head.weight" in tied.arrays
+    transformers_replica.get("load_weights", tied)
+    group = transformers_replica.group(_prompt(0), _sampling())
+    assert _worst_error(group, policies, 1.0) < TOLERANCE
+
+
+def test_a_group_is_bit_identical_whatever_else_is_in_flight(transformers_replica, bundles):
+    transformers_replica.get("load_weights", bundles[0])
+    alone = transformers_replica.group(_prompt(0), _sampling())
+    crowd = [
+        transformers_replica.call("generate", _prompt(row), _sampling(group_id=row + 10))
+        for row in range(4)
+    ]
+    again = transformers_replica.group(_prompt(0), _sampling())
+    for call in crowd:
+        call.result(WAIT_S)
+    assert alone[0].lengths == again[0].lengths
+    assert np.array_equal(alone[1].token_ids, again[1].token_ids)
+    assert alone[1].logprobs.tobytes() == again[1].logprobs.tobytes()
+
+
+def test_a_call_repeated_while_it_runs_joins_the_first(transformers_replica):
+    before = transformers_replica.get("stats")["groups"]
+    calls = [
+        transformers_replica.call("generate", _prompt(0), _sampling(max_tokens=200))
+        for _ in range(2)
+    ]
+    first, second = (call.result(WAIT_S) for call in calls)
+    assert first[1] is second[1]
+    assert transformers_replica.get("stats")["groups"] == before + 1
+
+
+def test_a_replica_answers_while_it_generates_and_stops_what_nobody_waits_for(
+    transformers_replica,
+):
+    before = transformers_replica.get("stats")["groups"]
+    endless = transformers_replica.call(
+        "generate", _prompt(0), _sampling(completions=64, max_tokens=400)
+    )
+    _until(lambda: transformers_replica.get("stats")["groups_in_flight"] == 1)
+    endless.cancel()
+    with contextlib.suppress(CancelledError):
+        endless.result(WAIT_S)
+    _until(lambda: transformers_replica.get("stats")["groups_in_flight"] == 0)
+    transformers_replica.group(_prompt(0), _sampling(max_tokens=4))
+    assert transformers_replica.get("stats")["groups"] == before + 1
+
+
+def test_an_untied_head_is_loaded_too(tmp_path, loop):
+    _tiny(seed=0, untied_qwen3=True).save_pretrained(tmp_path)
+    _tokenizer().save_pretrained(tmp_path)
+    actor = RolloutActor(_model_spec(tmp_path), _rollout_spec("transformers"), "t1", 0)
+    new = _tiny(seed=1, untied_qwen3=True).eval()
+
+    async def update_and_generate() -> Group:
+        await actor.start()
+        await actor.load_weights(WeightBundle.pack(1, new.named_parameters()))
+        return await actor.generate(_prompt(0), _sampling())
+
+    group = asyncio.run_coroutine_threadsafe(update_and_generate(), loop).result(WAIT_S)
+    assert _worst_error(group, {1: new}, 1.0) < TOLERANCE
+
+
+def test_draws_follow_the_softmax_at_the_temperature():
+    logits = torch.tensor([0.0, 1.0, -float("inf"), 2.0]).repeat(40_000, 1)
+    tokens, logprobs = draw(logits, 0.5, torch.Generator().manual_seed(0))
+    expected = torch.softmax(logits[0] / 0.5, dim=-1)
+    seen = torch.bincount(tokens, minlength=4) / len(tokens)
+    assert torch.allclose(seen, expected, atol=0.01)
+    assert seen[2] == 0
+    assert torch.allclose(logprobs, expected.log()[tokens])
+
+
+def test_auto_is_vllm_where_it_is_installed_and_transformers_elsewhere(monkeypatch):
+    monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: object())
+    assert resolve_engine("auto") == "vllm"
+    assert resolve_engine("transformers") == "transformers"
+    monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
+    assert resolve_engine("auto") == "transformers"
+    with pytest.raises(ValueError, match="not installed"):
+        resolve_engine("vllm")
+    with pytest.raises(ValueError, match="one of auto, vllm, transformers"):
+        resolve_engine("sglang")
+
+
+def test_an_engine_option_that_is_unknown_or_ours_is_refused(folder):
+    from actors.engines.vllm import check_engine_options
+
+    with pytest.raises(ValueError, match=r"takes no options, but .* has enforce_eager"):
+        RolloutActor(
+            _model_spec(folder), _rollout_spec("transformers", enforce_eager=True), "t2", 0
+        )
+    known = {"enforce_eager", "max_num_seqs", "logprobs_mode", "max_model_len"}
+    with pytest.raises(ValueError, match=r"no option 'max_num_seq'; did you mean 'max_num_seqs'\?"):
+        check_engine_options({"max_num_seq": 4}, known)
+    with pytest.raises(ValueError, match="'logprobs_mode' is set by aligntune; remove it"):
+        check_engine_options({"logprobs_mode": "raw_logprobs"}, known)
+    with pytest.raises(ValueError, match=r"set rollout\.max_prompt_length"):
+        check_engine_options({"max_model_len": 4}, known)
+    check_engine_options({"enforce_eager": True}, known)
+
+
+def test_a_process_tied_to_another_ends_when_that_one_is_killed():
+    owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    tied = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, threading; from actors.engines.lifeline import end_with;"
+            "end_with(int(sys.argv[1])); print('tied', flush=True); threading.Event().wait()",
+            str(owner.pid),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert tied.stdout is not None
+    assert tied.stdout.readline() == "tied\n"
+    assert tied.poll() is None
+    owner.kill()
+    assert tied.wait(WAIT_S) == 1
+    owner.wait(WAIT_S)
+
+
+@pytest.mark.slow
+def test_a_dead_engine_takes_its_actor_with_it(vllm_replica):
+    """Last of the module: it ends the shared vLLM replica."""
+    pid = vllm_replica.pid
+    engine = next(p for p in psutil.Process(pid).children() if "EngineCore" in p.name())
+    os.kill(engine.pid, signal.SIGKILL)
+    with pytest.raises(ray.exceptions.RayActorError):
+        vllm_replica.group(_prompt(0), _sampling())
+    _until(lambda: not psutil.pid_exists(pid))
+
+
+def _tiny(seed: int, untied_qwen3: bool = False) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    kind, config = (
+        (Qwen3ForCausalLM, Qwen3Config) if untied_qwen3 else (Qwen2ForCausalLM, Qwen2Config)
+    )
+    return kind(
+        config(
+            vocab_size=97,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=1024,
+            tie_word_embeddings=not untied_qwen3,
+            initializer_range=0.08,  # random, but far from uniform
+            bos_token_id=None,
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )
+    )
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    characters = ["<pad>", "<eos>", *(chr(code) for code in range(32, 127))]
+    backend = Tokenizer(
+        models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<pad>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+
+
+def _model_spec(folder: Path) -> ModelSpec:
+    return ModelSpec(name=str(folder))
+
+
+def _rollout_spec(engine: Any, **options: Any) -> RolloutSpec:
+    return RolloutSpec(
+        engine=engine,
+        max_prompt_length=512,
+        max_completion_length=400,
+        kv_cache_gib=0.25,
+        engine_options=options,
+    )
+
+
+def _prompt(row: int, tokens: int = 20) -> Prompt:
+    ids = (np.arange(tokens, dtype=np.int32) * (row + 3)) % 90 + 5
+    return Prompt(row=row, source="", text="", token_ids=ids)
+
+
+def _sampling(**changes: Any) -> Sampling:
+    plain = Sampling(completions=8, max_tokens=48, temperature=1.0, seed=11, group_id=0)
+    return replace(plain, **changes)
+
+
+def _labels(group: Group) -> set[int]:
+    return {span.version for spans in group[0].version_spans for span in spans}
+
+
+@torch.no_grad()
+def _worst_error(group: Group, policies: dict[int, PreTrainedModel], temperature: float) -> float:
+    """The largest |reported - recomputed| log-prob, each token under the version of its label."""
+    record, tensors = group
+    worst = 0.0
+    for index, spans in enumerate(record.version_spans):
+        where = tensors.completion(index)
+        ids = np.concatenate([tensors.prompt_ids, tensors.token_ids[where]]).astype(np.int64)
+        sequence = torch.from_numpy(ids)[None]
+        start = len(tensors.prompt_ids)
+        for span in spans:
+            logits = policies[span.version](sequence).logits[0, start - 1 : start - 1 + span.tokens]
+            logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+            expected = logprobs.gather(-1, sequence[0, start : start + span.tokens, None])[:, 0]
+            offset = where.start + start - len(tensors.prompt_ids)
+            reported = tensors.logprobs[offset : offset + span.tokens]
+            worst = max(worst, float(np.abs(reported - expected.numpy()).max()))
+            start += span.tokens
+    return worst
+
+
+@torch.no_grad()
+def _greedy(model: PreTrainedModel, prompt: Prompt, max_tokens: int) -> list[int]:
+    ids = torch.as_tensor(prompt.token_ids, dtype=torch.long)[None]
+    chosen: list[int] = []
+    while len(chosen) < max_tokens and (not chosen or chosen[-1] != EOS):
+        chosen.append(int(model(ids).logits[0, -1].argmax()))
+        ids = torch.cat([ids, torch.tensor([[chosen[-1]]])], dim=1)
+    return chosen
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.01)

@@ -1,0 +1,41 @@
+"""What the whole test session shares: one Ray, one tiny model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A Ray of this test session, with more logical CPUs than the machine need have."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=16,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=512 * 2**20,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen-architecture model of a few thousand parameters with its tokenizer."""
+    from aligntune.quickstart import make_model, make_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    make_model(seed=0).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,209 @@
+"""Group baselines, GAE and whitening against the slow reference, to 1e-9."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aligntune.algorithms import advantages
+from aligntune.algorithms.dapo import DAPO
+from aligntune.algorithms.dr_grpo import DrGRPO
+from aligntune.algorithms.grpo import GRPO
+from aligntune.algorithms.gspo import GSPO
+from aligntune.algorithms.ppo import PPO
+
+from . import slow
+
+ONE = torch.ones(1, dtype=torch.float64)
+timeless = settings(deadline=None)  # a loaded machine is no failure
+rewards = st.floats(-10, 10, allow_subnormal=False)
+groups = st.integers(1, 6).flatmap(
+    lambda g: st.lists(st.lists(rewards, min_size=g, max_size=g), min_size=1, max_size=5)
+)
+
+
+def single(groups: list[list[float]]) -> torch.Tensor:
+    """[n, G, 1] of one criterion."""
+    return torch.tensor(groups, dtype=torch.float64)[..., None]
+
+
+@timeless
+@given(groups)
+def test_group_advantages_are_standardised_rewards(groups: list[list[float]]) -> None:
+    expected = torch.tensor([slow.standardised(g) for g in groups], dtype=torch.float64)
+    for algorithm in (GRPO(), DAPO(), GSPO()):
+        got = algorithm.sequence_advantages(single(groups), ONE)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@timeless
+@given(groups)
+def test_dr_grpo_only_centres(groups: list[list[float]]) -> None:
+    got = DrGRPO().sequence_advantages(single(groups), ONE)
+    expected = [[0.0 if slow.constant(g) else r - slow.mean(g) for r in g] for g in groups]
+    torch.testing.assert_close(
+        got, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("algorithm", [GRPO(), DrGRPO(), DAPO(), GSPO()])
+@pytest.mark.parametrize(
+    "group",
+    [
+        [0.1] * 3,
+        [0.1] * 8,
+        [-0.1] * 7,
+        [1e9] * 5,
+        [1e9, 1e9 + 1e-4, 1e9],  # 1e-13 relative
+        [0.0, 5e-13, 0.0],  # below 1e-12 absolute
+        [0.3, 0.1 + 0.2, 0.3],
+        [7.0],
+        [0.0, 0.0],
+    ],
+)
+def test_a_group_without_contrast_gives_exactly_zero(algorithm: GRPO, group: list[float]) -> None:
+    assert algorithm.sequence_advantages(single([group]), ONE).tolist() == [[0.0] * len(group)]
+
+
+def test_rounding_alone_would_have_made_advantages_of_a_constant_group() -> None:
+    """The rule is needed: the plain formula turns 0.1 repeated into noise over 1e-6."""
+    x = torch.full((3,), 0.1, dtype=torch.float64)
+    assert ((x - x.mean()) != 0).any()
+
+
+@pytest.mark.parametrize("group", [[0.0, 2e-12], [1e9, 1e9 + 1.0], [1.0, 1.0 + 1e-9]])
+def test_a_small_contrast_is_not_a_constant_group(group: list[float]) -> None:
+    assert (GRPO().sequence_advantages(single([group]), ONE) != 0).all()
+
+
+@timeless
+@given(groups, st.floats(-100, 100), st.floats(0.5, 20))
+def test_group_advantages_do_not_see_an_offset(
+    groups: list[list[float]], offset: float, spread: float
+) -> None:
+    x = (single(groups) * spread).round(decimals=3)
+    a = GRPO().sequence_advantages(x, ONE)
+    torch.testing.assert_close(GRPO().sequence_advantages(x + offset, ONE), a, rtol=1e-6, atol=1e-6)
+    assert a.sum(-1).abs().max() < 1e-9
+
+
+def test_combine_sum_weighs_the_criteria_first() -> None:
+    x = torch.tensor([[[1.0, 0.0], [0.0, 3.0], [1.0, 1.0]]])
+    got = GRPO().sequence_advantages(x, torch.tensor([2.0, 0.5]))
+    expected = slow.standardised([2.0, 1.5, 2.5])
+    assert got[0].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@timeless
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
+def test_combine_decoupled_normalises_each_criterion_then_the_batch(
+    seed: int, n: int, size: int, criteria: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 3, (n, size, criteria), generator=g).double()
+    w = torch.rand(criteria, generator=g, dtype=torch.float64) + 0.1
+    flat = [0.0] * (n * size)
+    for k, i in itertools.product(range(criteria), range(n)):
+        for j, a in enumerate(slow.standardised(x[i, :, k].tolist())):
+            flat[i * size + j] += w[k].item() * a
+    expected = torch.tensor(slow.standardised(flat), dtype=torch.float64).view(n, size)
+    for algorithm in (GRPO(combine="decoupled"), DAPO(combine="decoupled")):
+        got = algorithm.sequence_advantages(x, w)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_decoupled_tells_apart_what_a_sum_cannot() -> None:
+    """GDPO's example: with two criteria a sum maps (0, 1), (1, 0) to one value."""
+    x = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]], [[1.0, 1.0]] * 4])
+    w = torch.tensor([1.0, 0.25])
+    decoupled = GRPO(combine="decoupled").sequence_advantages(x, w)
+    assert decoupled[1].tolist() == [0.0] * 4
+    assert decoupled[0, 0] < decoupled[0, 1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("algorithm", [GRPO(), GRPO(combine="decoupled"), DrGRPO(), PPO()])
+def test_a_reward_that_is_no_number_is_refused(algorithm: GRPO, bad: float) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        algorithm.sequence_advantages(single([[1.0, bad]]), ONE)
+
+
+def test_rewards_and_weights_must_fit() -> None:
+    with pytest.raises(ValueError, match="criteria"):
+        GRPO().sequence_advantages(single([[1.0, 0.0]]), torch.ones(2))
+
+
+def test_shaping_is_a_criterion_of_its_own_where_criteria_are_decoupled() -> None:
+    x = torch.tensor([[[1.0], [0.0], [1.0], [0.0]]])
+    lengths = torch.tensor([[10, 10, 9, 8]])
+    algorithm = DAPO(overlong_cache=2, combine="decoupled")
+    scores, got = algorithm.scores_and_advantages(x, torch.tensor([2.0]), lengths, 10)
+    penalties = [-1.0, -1.0, -0.5, 0.0]
+    assert scores.tolist() == [[1.0, -1.0, 1.5, 0.0]]
+    summed = [
+        2 * a + b
+        for a, b in zip(
+            slow.standardised([1.0, 0.0, 1.0, 0.0]), slow.standardised(penalties), strict=True
+        )
+    ]
+    assert got[0].tolist() == pytest.approx(slow.standardised(summed), abs=1e-12)
+
+
+def test_shaping_is_added_to_the_sum_otherwise() -> None:
+    x = torch.tensor([[[1.0], [0.0], [1.0], [0.0]]])
+    lengths = torch.tensor([[10, 10, 9, 8]])
+    scores, got = DAPO(overlong_cache=2).scores_and_advantages(x, torch.ones(1), lengths, 10)
+    assert scores.tolist() == [[0.0, -1.0, 0.5, 0.0]]
+    assert got[0].tolist() == pytest.approx(slow.standardised(scores[0].tolist()), abs=1e-12)
+
+
+@timeless
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 9),
+    st.sampled_from([0.0, 0.9, 1.0]),
+    st.sampled_from([0.0, 0.5, 0.95, 1.0]),
+)
+def test_gae_is_its_definition_over_valid_tokens(
+    seed: int, width: int, gamma: float, lam: float
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    rho, values = torch.randn(2, 4, width, generator=g, dtype=torch.float64)
+    mask = torch.rand(4, width, generator=g) < 0.7
+    final = torch.randn(4, generator=g, dtype=torch.float64)
+    got = advantages.gae(rho, values, mask, final, gamma, lam)
+    for b in range(4):
+        expected = slow.gae(
+            rho[b].tolist(), values[b].tolist(), mask[b].tolist(), final[b].item(), gamma, lam
+        )
+        assert got[b].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_gae_steps_over_interior_zeros_as_if_they_were_not_there() -> None:
+    rho = torch.tensor([[1.0, 77.0, -77.0, 2.0, 5.0]], dtype=torch.float64)
+    values = torch.tensor([[0.5, 99.0, -99.0, 0.25, 9.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, False, False, True, False]])
+    final = torch.tensor([3.0], dtype=torch.float64)
+    valid = mask[0].nonzero().flatten()
+    short = advantages.gae(rho[:, valid], values[:, valid], mask[:, valid], final, 0.9, 0.8)
+    full = advantages.gae(rho, values, mask, final, 0.9, 0.8)
+    assert full[:, valid].tolist() == short.tolist()
+    assert (full[~mask] == 0).all()
+
+
+@timeless
+@given(st.lists(st.floats(-1e3, 1e3), max_size=30))
+def test_whitening_is_that_of_all_values(xs: list[float]) -> None:
+    x = torch.tensor(xs, dtype=torch.float64)
+    got = advantages.whiten(x, advantages.moments(x))
+    assert got.tolist() == pytest.approx(slow.whitened(xs) if xs else [], rel=1e-9, abs=1e-9)
+
+
+def test_moments_keep_their_digits_beside_a_large_mean() -> None:
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64) + 1e9
+    assert advantages.moments(x).variance == pytest.approx(5 / 3, rel=1e-12)

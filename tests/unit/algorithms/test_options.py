@@ -1,0 +1,85 @@
+"""Options that make no sense together are refused with the reason."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from aligntune.algorithms.base import Algorithm
+from aligntune.algorithms.dapo import DAPO
+from aligntune.algorithms.dr_grpo import DrGRPO
+from aligntune.algorithms.grpo import GRPO
+from aligntune.algorithms.gspo import GSPO
+from aligntune.algorithms.ppo import PPO
+
+ALL: list[type[Algorithm]] = [PPO, GRPO, DrGRPO, DAPO, GSPO]
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"old": "rollout", "correction": "token"}, "takes the ratio against the rollout engine"),
+        ({"old": "rollout", "correction": "icepop"}, "set correction: none or old: policy"),
+        ({"clip_low": 1.0}, "nothing would be clipped from below"),
+        ({"clip_low": 0}, "greater than 0"),
+        ({"clip_high": -0.1}, "greater than 0"),
+        ({"dual_clip": 1.0}, "greater than 1"),
+        ({"beta": -0.1}, "greater than or equal to 0"),
+        ({"beta": math.nan}, "finite"),
+        ({"entropy_coefficient": math.inf}, "finite"),
+        ({"correction_cap": 0.5}, "greater than or equal to 1"),
+        ({"kl_estimator": "k4"}, "'k1', 'k2' or 'k3'"),
+        ({"aggregation": "mean"}, "'token_mean', 'sequence_mean' or 'constant'"),
+        ({"cliplow": 0.2}, "Extra inputs"),
+    ],
+)
+def test_refused_by_every_algorithm(
+    algorithm: type[Algorithm], options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        algorithm(**options)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "reason"),
+    [
+        (PPO, {"combine": "decoupled"}, "PPO's baseline is its critic"),
+        (PPO, {"kl_target": 0.1, "beta": 0.0}, "set beta above 0"),
+        (PPO, {"gamma": 1.5}, "less than or equal to 1"),
+        (PPO, {"metric": "score"}, "Extra inputs"),
+        (GRPO, {"gae_lambda": 0.9}, "Extra inputs"),
+        (GRPO, {"importance": "token"}, "Extra inputs"),
+        (GRPO, {"kl_in": "reward", "combine": "decoupled"}, "set kl_in: loss or combine: sum"),
+        (DrGRPO, {"combine": "decoupled"}, "Dr. GRPO exists to leave out"),
+        (DAPO, {"max_sampling_rounds": 0}, "greater than 0"),
+        (DAPO, {"overlong_cache": 0}, "greater than 0"),
+    ],
+)
+def test_refused_by_one_algorithm(
+    algorithm: type[Algorithm], options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        algorithm(**options)
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+def test_ratios_against_the_rollout_exclude_the_default_correction(
+    algorithm: type[Algorithm],
+) -> None:
+    assert algorithm().correction == "token"  # type: ignore[call-arg]
+    against_rollout = algorithm(old="rollout")  # type: ignore[call-arg]
+    assert against_rollout.correction == "none"
+    assert algorithm.model_validate(against_rollout.model_dump()) == against_rollout
+
+
+def test_an_inert_kl_does_not_stand_in_the_way_of_decoupled_criteria() -> None:
+    assert DAPO(kl_in="reward", combine="decoupled").combine == "decoupled"
+
+
+def test_options_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        GRPO().beta = 1.0

@@ -1,0 +1,70 @@
+"""Checkpoints are whole or absent."""
+
+from pathlib import Path
+
+import pytest
+
+from aligntune.checkpoint import Checkpoints
+
+
+def save(checkpoints: Checkpoints, step: int) -> None:
+    staging = checkpoints.begin(step)
+    (staging / "policy" / "weights").write_bytes(bytes([step % 256]) * 100)
+    checkpoints.commit(step, {"step": step})
+
+
+def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=5)
+    assert checkpoints.latest() is None
+    for step in (9, 10, 100):
+        save(checkpoints, step)
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert (latest.step, latest.state) == (100, {"step": 100})
+    assert (tmp_path / "latest").read_text().strip() == "step-000100"
+
+
+def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    for step in range(1, 6):
+        save(checkpoints, step)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000004", "step-000005"]
+
+
+def test_one_that_was_being_written_does_not_count_and_is_cleared(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    save(checkpoints, 1)
+    (checkpoints.begin(2) / "policy" / "weights").write_bytes(b"half")
+    again = Checkpoints(tmp_path, keep_last=2)
+    latest = again.latest()
+    assert latest is not None
+    assert latest.step == 1
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete", "manifest"])
+def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    weights = tmp_path / "step-000002" / "policy" / "weights"
+    if damage == "truncate":
+        weights.write_bytes(b"short")
+    elif damage == "delete":
+        weights.unlink()
+    else:
+        (tmp_path / "step-000002" / "manifest.json").unlink()
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert latest.step == 1
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
+        checkpoints.at(tmp_path / "step-000002")
+
+
+def test_a_damaged_one_can_be_written_again(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    save(checkpoints, 1)
+    (tmp_path / "step-000001" / "policy" / "weights").unlink()
+    assert not checkpoints.exists(1)
+    save(checkpoints, 1)
+    assert checkpoints.exists(1)

@@ -1,0 +1,265 @@
+"""The files of a run directory, progress lines, and trackers."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from aligntune.tracking.metrics import (
+    EventKind,
+    EventsFile,
+    MetricsFile,
+    NotFinite,
+    SamplesFile,
+    read_lines,
+)
+from aligntune.tracking.progress import Progress, duration, figures, line, seconds_left
+from aligntune.tracking.trackers import (
+    TensorBoard,
+    TrackerMissing,
+    check_trackers,
+    open_trackers,
+    tracking_id,
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
+def steps(path: Path) -> list[int]:
+    return [record["step"] for record in read_lines(path)]
+
+
+class TestMetricsFile:
+    def test_one_object_a_step_readable_at_once(self, path: Path) -> None:
+        file = MetricsFile(path)
+        file.append(1, {"reward/mean": 0.5})
+        assert json.loads(path.read_text()) == {"step": 1, "reward/mean": 0.5}
+        file.append(2, {"reward/mean": 1})
+        assert read_lines(path)[1] == {"step": 2, "reward/mean": 1.0}
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_a_figure_that_is_not_finite_is_refused_by_name_and_not_written(
+        self, path: Path, value: float
+    ) -> None:
+        file = MetricsFile(path)
+        with pytest.raises(NotFinite, match="metric 'loss/policy' of step 3"):
+            file.append(3, {"reward/mean": 0.5, "loss/policy": value})
+        assert path.read_text() == ""
+
+    @settings(max_examples=25)
+    @given(st.integers(0, 8), st.integers(0, 8))
+    def test_truncation_forgets_exactly_the_later_steps(
+        self, tmp_path_factory: pytest.TempPathFactory, written: int, kept: int
+    ) -> None:
+        path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
+        file = MetricsFile(path)
+        for step in range(1, written + 1):
+            file.append(step, {"x": step / 3})
+        file.truncate_after(kept)
+        assert steps(path) == list(range(1, min(written, kept) + 1))
+        file.append(99, {})
+        assert steps(path)[-1] == 99
+        assert [entry.name for entry in path.parent.iterdir()] == ["metrics.jsonl"]
+
+    def test_a_line_torn_by_a_kill_is_cut_off_when_the_run_goes_on(self, path: Path) -> None:
+        MetricsFile(path).append(1, {"x": 1.0})
+        with path.open("a") as file:
+            file.write('{"step": 2, "x": 2.')
+        assert steps(path) == [1]
+        resumed = MetricsFile(path)
+        resumed.truncate_after(1)
+        resumed.append(2, {"x": 2.0})
+        assert steps(path) == [1, 2]
+
+    def test_a_broken_line_in_the_middle_is_named(self, path: Path) -> None:
+        path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+        with pytest.raises(ValueError, match=r"metrics.jsonl:2: not a JSON object"):
+            read_lines(path)
+
+
+class TestSamplesAndEvents:
+    def test_samples_of_a_step_are_forgotten_together(self, tmp_path: Path) -> None:
+        file = SamplesFile(tmp_path / "samples.jsonl")
+        for step in (1, 2):
+            file.append(
+                step, [{"completion": text, "scores": [1.0]} for text in ("a\n", "é\ud800")]
+            )
+        file.truncate_after(1)
+        assert read_lines(file.path) == [
+            {"step": 1, "completion": "a\n", "scores": [1.0]},
+            {"step": 1, "completion": "é\ud800", "scores": [1.0]},
+        ]
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            file.append(2, [{"scores": [float("nan")]}])
+        assert steps(file.path) == [1, 1]
+
+    def test_events_have_a_time_a_kind_and_their_fields(self, tmp_path: Path) -> None:
+        file = EventsFile(tmp_path / "events.jsonl")
+        file.append(EventKind.GROUP_RETRIED, group=3, reason="timeout")
+        file.append("replica_lost", replica="rollout-0.0")
+        first, second = read_lines(file.path)
+        assert first["time"] <= second["time"]
+        del first["time"]
+        assert first == {"kind": "group_retried", "group": 3, "reason": "timeout"}
+        assert second["kind"] == "replica_lost"
+
+    def test_an_unknown_kind_is_refused(self, tmp_path: Path) -> None:
+        file = EventsFile(tmp_path / "events.jsonl")
+        with pytest.raises(ValueError, match="replica_lots"):
+            file.append("replica_lots")
+        assert file.path.read_text() == ""
+
+
+METRICS = {
+    "reward/mean": 0.51249,
+    "completions/length_mean": 12.4,
+    "throughput/tokens_per_s": 12345.6,
+    "staleness/max": 1.0,
+    "time/step": 3.0,
+}
+
+
+class TestProgress:
+    def test_a_line_shows_what_there_is_in_reading_order(self) -> None:
+        assert line(3, 40, METRICS, {}, 125.0) == (
+            "step 3/40  reward 0.512  length 12  tokens/s 12,346  staleness 1  2 min 05 s left"
+        )
+
+    def test_the_last_step_shows_no_time_left(self) -> None:
+        assert line(40, 40, {}, {}, 0.0) == "step 40/40"
+
+    def test_accuracy_is_preferred_to_the_evaluation_reward(self) -> None:
+        assert figures({}, {"eval/reward/mean": 0.5}) == "eval 0.500"
+        assert figures({}, {"eval/reward/mean": 0.5, "eval/accuracy": 0.25}) == "eval 0.250"
+
+    @pytest.mark.parametrize(
+        ("seconds", "text"),
+        [
+            (0.4, "0 s"),
+            (59.4, "59 s"),
+            (59.6, "1 min 00 s"),
+            (185, "3 min 05 s"),
+            (7620, "2 h 07 min"),
+        ],
+    )
+    def test_durations_are_written_as_they_are_said(self, seconds: float, text: str) -> None:
+        assert duration(seconds) == text
+
+    def test_time_left_is_the_mean_pace_times_what_remains(self) -> None:
+        assert seconds_left([2.0, 4.0], 7, 10) == pytest.approx(9.0)
+        assert seconds_left([], 0, 10) is None
+
+    def test_without_a_terminal_every_step_and_note_is_a_plain_line(self) -> None:
+        stream = io.StringIO()
+        progress = Progress(5, stream)
+        progress.evaluation({"eval/accuracy": 0.5})
+        progress.step(1, METRICS)
+        progress.note("checkpoint [bold] saved")
+        progress.step(2, METRICS | {"eval/accuracy": 0.75})
+        progress.step(3, METRICS)
+        progress.close()
+        first, note, second, third = stream.getvalue().splitlines()
+        assert first == (
+            "step 1/5  reward 0.512  eval 0.500  length 12  tokens/s 12,346  staleness 1  12 s left"
+        )
+        assert note == "checkpoint [bold] saved"
+        assert "eval 0.750" in second
+        assert "eval 0.750" in third
+
+    def test_on_a_terminal_the_latest_figures_and_the_notes_are_on_the_screen(self) -> None:
+        class Terminal(io.StringIO):
+            def isatty(self) -> bool:
+                return True
+
+        stream = Terminal()
+        progress = Progress(5, stream)
+        progress.step(1, METRICS)
+        progress.note("checkpoint [bold] saved")
+        progress.close()
+        shown = stream.getvalue()
+        assert "checkpoint [bold] saved" in shown
+        assert "step 1/5" in shown
+        assert "reward 0.512" in shown
+        assert "\x1b[?25h" in shown, "the cursor is given back"
+
+
+def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+class TestTrackers:
+    def test_tensorboard_shows_each_step_once_after_a_resume_and_a_rollback(
+        self, tmp_path: Path
+    ) -> None:
+        first = TensorBoard(tmp_path, after_step=0)
+        for step in (1, 2, 3):
+            first.log(step, {"reward/mean": float(step)})
+        first.close()
+        resumed = TensorBoard(tmp_path, after_step=1)
+        resumed.log(2, {"reward/mean": 20.0})
+        resumed.log(3, {"reward/mean": 30.0})
+        resumed.truncate_after(2)
+        resumed.log(3, {"reward/mean": 300.0})
+        resumed.close()
+        assert scalars(tmp_path, "reward/mean") == [(1, 1.0), (2, 20.0), (3, 300.0)]
+
+    @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "trackio"])
+    def test_a_tracker_that_is_not_installed_is_named_with_the_cure(
+        self, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setitem(sys.modules, name, None)  # what `import` finds is "not there"
+        with pytest.raises(TrackerMissing, match=f"asks for '{name}'.*pip install {name}"):
+            check_trackers([name])
+        with pytest.raises(TrackerMissing):
+            open_trackers([name], tmp_path, "project", {}, 0)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_the_identity_of_a_run_stays_and_differs_between_runs(self, tmp_path: Path) -> None:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "b").mkdir()
+        assert tracking_id(tmp_path / "a") == tracking_id(tmp_path / "a")
+        assert tracking_id(tmp_path / "a") != tracking_id(tmp_path / "b")
+
+    @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
+    def test_a_service_gets_the_figures_and_the_same_run_on_resume(
+        self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip(name)
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())
+        monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        folder = tmp_path / "run"
+        folder.mkdir()
+        identities = []
+        for after_step in (0, 2):
+            (tracker,) = open_trackers([name], folder, "project", {"seed": 1}, after_step)
+            for step in (after_step + 1, after_step + 2):
+                tracker.log(step, {"reward/mean": step / 10})
+            tracker.truncate_after(after_step + 1)
+            tracker.close()
+            identities.append(_identity(tracker))
+        assert identities[0] == identities[1]
+        if name == "mlflow":
+            history = tracker._client.get_metric_history(identities[0], "reward/mean")  # type: ignore[attr-defined]
+            assert [(point.step, point.value) for point in history] == [
+                (step, step / 10) for step in (1, 2, 3, 4)
+            ]
+
+
+def _identity(tracker: Any) -> str:
+    run = getattr(tracker, "_run", None)
+    return str(tracker._run_id if run is None else getattr(run, "id", None) or run.name)
