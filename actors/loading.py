@@ -6,9 +6,16 @@ causal language model, or lacks weights is an error here, never a randomly initi
 
 from __future__ import annotations
 
+# ruff: noqa: E402
 import json
+import logging
 from pathlib import Path
 from typing import Any
+
+# transformers imports torchao where it is installed, for a quantiser that is not used here; its
+# complaints about kernels for other machines would be the first thing a user reads.
+for noisy in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(noisy).setLevel(logging.ERROR)
 
 import torch
 from torch import nn

@@ -19,21 +19,22 @@ class ReferenceActor:
         self._tokens_per_microbatch = tokens_per_microbatch
         self._tokens_per_chunk = tokens_per_chunk
         self._model: LogProbModel | None = None
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def start(self) -> None:
-        """Load the model, without adapters; a second call does nothing.
+    def start(self) -> dict[str, str]:
+        """Load the model, without adapters; a second call loads nothing. Returns `device`.
 
         Raises:
             ModelError: the model cannot be loaded, or its log-probs cannot be trusted.
         """
         if self._model is not None:
-            return
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return {"device": str(self._device)}
         model = LogProbModel(load_causal_lm(self._spec), self._tokens_per_chunk)
         model.requires_grad_(False)
         model.eval()
         check_model(model, packing=False)
         self._model = model.to(self._device)
+        return {"device": str(self._device)}
 
     def logprobs(self, tensors: GroupTensors, temperature: float) -> tuple[int, np.ndarray]:
         """(N, log-probs [N] float32) of a group's response tokens at `temperature`.

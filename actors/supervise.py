@@ -1,8 +1,8 @@
 """A set of replicas of one role: dispatch, deadlines, restarts; and the set of policy ranks.
 
 Invariant: no call outlives its deadline. A replica that dies or does not answer in time is killed
-and replaced, its callers get `ReplicaLost` with the reason, and the replacement takes no call before
-its start-up (the current weights, say) is done. What becomes of the lost work, the caller decides.
+and replaced, its callers get `ReplicaLost` with the reason, and the replacement takes no call
+before its start-up (the current weights, say) is done. What becomes of lost work, callers decide.
 """
 
 from __future__ import annotations

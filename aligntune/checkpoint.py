@@ -1,7 +1,8 @@
 """Checkpoints: complete or absent, whatever is killed while one is written.
 
 Invariant: a folder `step-NNNNNN` is whole. It is written under another name, forced to disk, and
-renamed last; its manifest lists every file with its size, and one that does not match is passed over.
+renamed last; its manifest lists every file with its size, and one that does not match is passed
+over.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def quickstart(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...")] = None,
 ) -> None:
     """Make a tiny model and task here, train it, and show accuracy before and after."""
-    from aligntune.quickstart import run_quickstart
+    from aligntune.quickstart_run import run_quickstart
 
     result = run_quickstart(algorithm, out, seed, overrides or [])
     typer.echo(
@@ -57,7 +57,7 @@ def train(
     backend: Annotated[str | None, typer.Option(help="trl or unsloth")] = None,
     out: Annotated[Path | None, typer.Option(help="the run directory")] = None,
     resume: Annotated[str, typer.Option(help="auto, never or a checkpoint folder")] = "auto",
-    dry_run: Annotated[bool, typer.Option(help="check everything, print it, start nothing")] = False,
+    dry_run: Annotated[bool, typer.Option(help="check and print, start nothing")] = False,
 ) -> None:
     """Train from a YAML file, from flags, or both; flags win over the file."""
     trainer = _trainer(arguments or [], algorithm, model, dataset, reward, backend, out)

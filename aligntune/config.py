@@ -1,8 +1,8 @@
 """RunConfig: the one typed tree of a run, composed of the specs that live beside each part.
 
-A tree comes from YAML or keyword arguments plus `key.path=value` overrides; unknown keys are refused
-with the nearest valid one. `resolve` fills what the algorithm gives defaults for and refuses what does
-not fit together, so that a resolved tree says everything a run will do.
+A tree comes from YAML or keyword arguments plus `key.path=value` overrides; unknown keys are
+refused with the nearest valid one. `resolve` fills in the algorithm's defaults and refuses what
+does not fit together, so that a resolved tree says everything a run will do.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@
                  |         reference log-probs                           v            v
                  +------ undone groups <-- restore <-- policy lost   TRAINED     rollout actors
 
-One loop for every staleness: with `max_staleness` 0 a step's groups are admitted when the step before
-has ended, with more they are rolled out while the policy trains. `version` is the number of steps
-trained; weights of version v come from step v.
+One loop for every staleness: with `max_staleness` 0 a step's groups are admitted when the step
+before has ended, with more they are rolled out while the policy trains. `version` is the number of
+steps trained; weights of version v come from step v.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ from aligntune.stepmetrics import (
     time_metrics,
 )
 from aligntune.tracking.metrics import EventKind
-
 
 T = TypeVar("T")
 
@@ -136,13 +135,15 @@ class Controller:
 
     def _starter(self, deadline_s: float) -> Callable[[ActorHandle, str], Any]:
         async def start(handle: ActorHandle, name: str) -> None:
-            self._recorder.role(await answer(handle.start.remote(), name, "start", deadline_s))
+            info = await answer(handle.start.remote(), name, "start", deadline_s)
+            self._recorder.role(name, info)
 
         return start
 
     async def _prepare_rollout(self, handle: ActorHandle, name: str) -> None:
         deadline = self.config.rollout.start_timeout_s
-        self._recorder.role(await answer(handle.start.remote(), name, "start", deadline))
+        info = await answer(handle.start.remote(), name, "start", deadline)
+        self._recorder.role(name, info)
         loaded = 0
         while self._weights is not None and loaded != self._weights.version:
             weights = self._weights
@@ -227,8 +228,8 @@ class Controller:
     async def _start_roles(self) -> None:
         others = [s for s in (self._rollouts, self._rewards, self._references) if s is not None]
         ranks, *_ = await asyncio.gather(self._learner.start(), *(s.start() for s in others))
-        for rank in ranks:
-            self._recorder.role(rank)
+        for info in ranks:
+            self._recorder.role(f"policy-{info['rank']}", info)
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`, or drop it and raise Interrupted as soon as the run is asked to stop."""
@@ -298,10 +299,10 @@ class Controller:
         scores = self._pipeline.filtered_scores
         shown = ", ".join(f"{score:g} x {count}" for score, count in scores.most_common(8))
         raise RunFailed(
-            f"step {self.version + 1}: {filtered} groups were drawn and filtered in {rounds} rounds "
-            f"and {len(self._pipeline.ready)} of {per_step} kept; the scores of the filtered ones: "
-            f"{shown}. Every group's completions score the same: the task is too hard, too easy, or "
-            "the reward does not tell completions apart"
+            f"step {self.version + 1}: {filtered} groups were drawn and filtered in {rounds} "
+            f"rounds and {len(self._pipeline.ready)} of {per_step} kept; the scores of those "
+            f"filtered: {shown}. The completions of a group score the same: the task is too hard, "
+            "too easy, or the reward does not tell completions apart"
         )
 
     async def _step(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The familiar keyword arguments of `create_rl_trainer`, and the config paths they stand for. Pure."""
+"""The familiar keyword arguments of `create_rl_trainer` and the config paths they stand for."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ def _split_length(tree: dict[str, Any], given: Mapping[str, Any]) -> None:
         )
     if given.get("max_prompt_length") not in (None, prompt):
         raise UserError(
-            f"max_prompt_length={given['max_prompt_length']} and max_completion_length={completion} "
-            f"do not add up to max_seq_length={total}; drop one of the three"
+            f"max_prompt_length={given['max_prompt_length']} and max_completion_length="
+            f"{completion} do not add up to max_seq_length={total}; drop one of the three"
         )
     set_path(tree, "rollout.max_prompt_length", prompt)
 

@@ -1,8 +1,8 @@
 """Where every prompt group is: a pure state machine and its append-only log.
 
-Invariant: every admitted group ends once, as TRAINED, FILTERED or QUARANTINED. The log alone proves
-it, whatever was killed meanwhile: `audit` replays it, undoing what a restore from a checkpoint undid,
-and refuses any move the machine does not allow.
+Invariant: every admitted group ends once, as TRAINED, FILTERED or QUARANTINED. The log alone
+proves it, whatever was killed meanwhile: `audit` replays it, undoing what a restore from a
+checkpoint undid, and refuses any move the machine does not allow.
 
         admit                                            +--> FILTERED
           |                                              |

@@ -41,6 +41,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             after_step,
         )
         self._progress = Progress(total_steps)
+        self._logged = 0
         self.engine = ""  # the rollout engine that really runs
 
     def __exit__(self, *exc: object) -> None:
@@ -56,15 +57,15 @@ class Recorder(AbstractContextManager["Recorder"]):
         if kind in SHOWN:
             self._progress.note(f"{kind}: " + ", ".join(f"{k} {v}" for k, v in fields.items()))
 
-    def role(self, info: Mapping[str, Any] | None) -> None:
+    def role(self, name: str, info: Mapping[str, Any]) -> None:
         """What an actor said of itself when it started."""
-        info = info or {}
-        self._events.append(EventKind.ROLE_STARTED, **info)
+        self._events.append(EventKind.ROLE_STARTED, role=name, **info)
         self.engine = str(info.get("engine", self.engine))
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """The figures of a step. Raises NotFinite for a figure that is none."""
         self._metrics.append(step, metrics)
+        self._logged = step
         for tracker in self._trackers:
             tracker.log(step, metrics)
         if step:
@@ -88,9 +89,7 @@ class Recorder(AbstractContextManager["Recorder"]):
                     "prompt": group.prompt.text,
                     "completion": group.scores.completions[0],
                     "reward": total_reward(self._config, group.scores.values[0]),
-                    "scores": dict(
-                        zip(group.scores.criteria, group.scores.values[0], strict=True)
-                    ),
+                    "scores": dict(zip(group.scores.criteria, group.scores.values[0], strict=True)),
                     "finish_reason": group.record.finish_reasons[0].value,
                     "tokens": group.record.lengths[0],
                 }
@@ -104,5 +103,6 @@ class Recorder(AbstractContextManager["Recorder"]):
         """Forget what was written of later steps, which will come again."""
         self._metrics.truncate_after(step)
         self._samples.truncate_after(step)
-        for tracker in self._trackers:
-            tracker.truncate_after(step)
+        if self._logged > step:  # trackers were opened without what an earlier process logged
+            for tracker in self._trackers:
+                tracker.truncate_after(step)

@@ -18,7 +18,7 @@ from aligntune.checkpoint import Checkpoint, Checkpoints, write_atomically
 from aligntune.config import RunConfig, dump
 from aligntune.errors import UserError
 
-# What makes a run the same run. The rest (steps, learning rate, replicas, ...) may change on resume.
+# What makes a run the same run. The rest (steps, learning rate, replicas) may change on resume.
 IDENTITY = (
     "algorithm.name",
     "model.name",

@@ -1,8 +1,8 @@
 """When a group may be admitted and which groups a step trains on. Pure.
 
 Invariant: with these two rules no token is trained on that is older than `max_staleness` policy
-versions. Admission bounds how many groups can be open; the choice of a batch never leaves more groups
-behind than can still be trained in time, and waits for late ones instead.
+versions. Admission bounds how many groups can be open; the choice of a batch never leaves more
+groups behind than can still be trained in time, and waits for late ones instead.
 """
 
 from __future__ import annotations

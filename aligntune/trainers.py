@@ -42,6 +42,8 @@ from cluster.session import ClusterUnreachable, session
 
 T = TypeVar("T")
 
+FAILURES = (RunFailed, RoleExhausted, ReplicaLost, NotFinite, ArithmeticError)
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -180,9 +182,7 @@ class OnlineTrainer:
         changed = rundir.check(self.config, resume)
         rundir.claim(self.config)
         try:
-            checkpoints = Checkpoints(
-                rundir.file("checkpoints"), self.config.checkpoint.keep_last
-            )
+            checkpoints = Checkpoints(rundir.file("checkpoints"), self.config.checkpoint.keep_last)
             checkpoint = rundir.start_from(checkpoints, resume)
             after = checkpoint.step if checkpoint else 0
             with Recorder(self.config, rundir, self.total_steps, after) as recorder:
@@ -203,7 +203,7 @@ class OnlineTrainer:
                 except Interrupted as stopped:
                     recorder.event(EventKind.RUN_STOPPED, reason=str(stopped))
                     raise
-                except (RunFailed, RoleExhausted, ReplicaLost, NotFinite, ArithmeticError) as failed:
+                except FAILURES as failed:
                     recorder.event(EventKind.RUN_STOPPED, reason=str(failed))
                     raise RunFailed(str(failed)) from failed
                 recorder.event(EventKind.RUN_FINISHED, step=self.total_steps)

@@ -134,7 +134,8 @@ class VLLMEngine:
                     self._version = bundle.version
                     await self._llm.resume_generation()
             except BaseException as error:
-                self._broken = f"weights of version {bundle.version} did not load: {error!r}"
+                reason = str(error) or type(error).__name__
+                self._broken = f"weights of version {bundle.version} did not load: {reason}"
                 if isinstance(error, Exception) and not isinstance(error, EngineDead):
                     raise WeightMismatch(self._broken) from error
                 raise

@@ -1,4 +1,4 @@
-"""The quickstart's task, tokenizer and warm-up are what RL needs, and a function of the seed alone."""
+"""The quickstart's task, tokenizer and warm-up: what RL needs, and a function of the seed alone."""
 
 from __future__ import annotations
 
