@@ -128,7 +128,10 @@ class PolicyActor:
             ModelError: the model cannot be loaded, or its log-probs cannot be trusted.
         """
         torch.manual_seed(self._seed + self._rank)
-        torch.use_deterministic_algorithms(not torch.cuda.is_available())
+        if not torch.cuda.is_available():
+            torch.use_deterministic_algorithms(True)
+            # Or every buffer is filled with NaN first; none is read here before it is written.
+            torch.utils.deterministic.fill_uninitialized_memory = False
         wrapped = LogProbModel(
             load_causal_lm(self._model_spec, lora=self._model_spec.lora is not None),
             self._spec.tokens_per_chunk,

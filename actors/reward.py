@@ -2,7 +2,7 @@
 
 Invariant: a group's scores are what the criteria returned, or the call raises `RewardFailed`; and
 the next group finds every criterion usable. User code runs in child processes, one per criterion,
-that are killed at the time limit and end with the actor.
+that are killed at the time limit and end with the actor. Reward models run in the actor itself.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from actors.messages import GroupTensors, Prompt, Scores
+from actors.reward_model import ModelScorer, RewardModelCriterion
 from actors.reward_process import (
     HEADER_BYTES,
     Answer,
@@ -41,6 +42,9 @@ _BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from actors.reward_process import main; main(int(sys.argv[2]), int(sys.argv[3]))"
 )
+
+
+Criterion = RewardCriterion | RewardModelCriterion
 
 
 class Scorer(Protocol):
@@ -191,17 +195,20 @@ async def _exit_status(process: asyncio.subprocess.Process) -> str:
 class RewardActor:
     """Scores groups, several at a time; to be wrapped by `ray.remote`."""
 
-    def __init__(self, criteria: tuple[RewardCriterion, ...], tokenizer_spec: ModelSpec) -> None:
+    def __init__(self, criteria: tuple[Criterion, ...], tokenizer_spec: ModelSpec) -> None:
         self._tokenizer_spec = tokenizer_spec
         self._tokenizer: Any = None
-        self._scorers: tuple[Scorer, ...] = tuple(FunctionScorer(c) for c in criteria)
+        self._scorers: tuple[Scorer, ...] = tuple(
+            FunctionScorer(c) if isinstance(c, RewardCriterion) else ModelScorer(c)
+            for c in criteria
+        )
 
     async def start(self) -> dict[str, Any]:
         """Load the tokenizer and start every criterion. Returns the criteria and the process id.
 
         Raises:
             RewardFailed: a function could not be imported here.
-            ModelError: the tokenizer cannot be loaded.
+            ModelError: the tokenizer or a reward model cannot be loaded.
         """
         from actors.loading import load_tokenizer  # transformers: seconds, and only needed here
 

@@ -44,6 +44,7 @@ class RewardFailure(StrEnum):
     WRONG_COUNT = "wrong_count"
     NOT_A_NUMBER = "not_a_number"
     NOT_FINITE = "not_finite"
+    TOO_LONG = "too_long"  # for a reward model, which never scores a part of a text
 
 
 class RewardFailed(RuntimeError):

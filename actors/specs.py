@@ -78,6 +78,25 @@ class RewardFunctionSpec(Spec):
     timeout_s: Seconds = 60.0
 
 
+class RewardModelSpec(Spec):
+    """A reward model as one criterion: a sequence classifier with one label."""
+
+    model: str = Field(description="a local folder or a hub name")
+    name: str | None = Field(None, description="in metrics; default: the last part of its path")
+    weight: float = 1.0
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    trust_remote_code: bool = False
+    apply_chat_template: bool = Field(
+        True, description="false: prompt and completion are scored one after the other as text"
+    )
+    max_tokens: Positive | None = Field(
+        None, description="of prompt and completion, never cut; default: the model's positions"
+    )
+    batch_size: Positive = Field(16, description="texts in one forward pass")
+    timeout_s: Seconds = 120.0
+
+
 class RewardActorSpec(Spec):
     """How rewards are run."""
 

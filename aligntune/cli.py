@@ -54,13 +54,18 @@ def train(
     reward: Annotated[
         list[str] | None, typer.Option(help="a registered name or package.module:function; repeat")
     ] = None,
+    reward_model: Annotated[
+        str | None, typer.Option(help="a reward model's folder or hub name")
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="trl or unsloth")] = None,
     out: Annotated[Path | None, typer.Option(help="the run directory")] = None,
     resume: Annotated[str, typer.Option(help="auto, never or a checkpoint folder")] = "auto",
     dry_run: Annotated[bool, typer.Option(help="check and print, start nothing")] = False,
 ) -> None:
     """Train from a YAML file, from flags, or both; flags win over the file."""
-    trainer = _trainer(arguments or [], algorithm, model, dataset, reward, backend, out)
+    trainer = _trainer(
+        arguments or [], algorithm, model, dataset, reward, reward_model, backend, out
+    )
     if dry_run:
         from aligntune.config import dump
 
@@ -82,6 +87,7 @@ def _trainer(
     model: str | None,
     dataset: str | None,
     rewards: list[str] | None,
+    reward_model: str | None,
     backend: str | None,
     out: Path | None,
 ) -> OnlineTrainer:
@@ -99,6 +105,7 @@ def _trainer(
         model_name=model,
         dataset_name=dataset,
         reward_functions=rewards or None,
+        reward_model_name=reward_model,
         backend=backend,
         output_dir=str(out) if out else None,
         overrides=[a for a in arguments if "=" in a],

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+    ValidationError,
+)
 
 from actors.specs import (
     ModelSpec,
@@ -22,6 +30,7 @@ from actors.specs import (
     ReferenceSpec,
     RewardActorSpec,
     RewardFunctionSpec,
+    RewardModelSpec,
     RolloutSpec,
     Spec,
 )
@@ -58,10 +67,21 @@ def _parse_reward(value: Any) -> Any:
     return {"function": value} if isinstance(value, str) else value
 
 
+def _reward_kind(value: Any) -> str:
+    """Whether an entry of `rewards` is of the form {function: ...} or {model: ...}."""
+    if isinstance(value, Mapping):
+        return "model" if "model" in value and "function" not in value else "function"
+    return "model" if isinstance(value, RewardModelSpec) else "function"
+
+
 AlgorithmField = Annotated[
     Algorithm, BeforeValidator(_parse_algorithm), PlainSerializer(_dump_algorithm)
 ]
-RewardField = Annotated[RewardFunctionSpec, BeforeValidator(_parse_reward)]
+RewardField = Annotated[
+    Annotated[RewardFunctionSpec, Tag("function")] | Annotated[RewardModelSpec, Tag("model")],
+    Discriminator(_reward_kind),
+    BeforeValidator(_parse_reward),
+]
 
 
 class TrainSpec(Spec):
@@ -221,7 +241,7 @@ def _explain(error: ValidationError, tree: Mapping[str, Any]) -> str:
     """The first problem in one line, and how many more there are."""
     problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
     first = problems[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(str(part) for part in _shown(first["loc"]))
     match first["type"]:
         case "extra_forbidden":
             fields = _fields_at(first["loc"][:-1], tree)
@@ -237,9 +257,16 @@ def _explain(error: ValidationError, tree: Mapping[str, Any]) -> str:
     return text + (f" (and {more} more)" if more else "")
 
 
+def _shown(path: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A path as the user wrote it: pydantic puts the kind of a reward behind its index."""
+    return (*path[:2], *path[3:]) if path[:1] == ("rewards",) else path
+
+
 def _fields_at(path: tuple[int | str, ...], tree: Mapping[str, Any]) -> Iterable[str]:
     """Field names of the section at `path`."""
     model: Any = RunConfig
+    if path[:1] == ("rewards",) and len(path) == 3:
+        return (RewardModelSpec if path[2] == "model" else RewardFunctionSpec).model_fields
     for part in path:
         if part == "algorithm":
             chosen = tree["algorithm"]
@@ -314,6 +341,11 @@ def check(config: RunConfig) -> None:
         raise UserError(
             f"train.groups_per_minibatch={train.groups_per_minibatch} does not divide "
             f"train.groups_per_step={train.groups_per_step}"
+        )
+    if needs.reward_model and not any(isinstance(r, RewardModelSpec) for r in config.rewards):
+        raise UserError(
+            f"{name} needs a reward model and rewards names none; add {{model: FOLDER_OR_HUB_NAME}}"
+            " to rewards, or give --reward-model (algorithm: reward_model trains one from pairs)"
         )
     if not config.rewards:
         raise UserError(

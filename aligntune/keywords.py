@@ -38,6 +38,7 @@ SPECIAL = (
     "use_peft",
     "reward_functions",
     "reward_function_weights",
+    "reward_model_name",
 )
 
 RewardFunction = str | Callable[..., Any]
@@ -117,11 +118,19 @@ def _split_length(tree: dict[str, Any], given: Mapping[str, Any]) -> None:
 
 
 def _rewards(tree: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
-    """Put `reward_functions` and their weights into the tree; returns those given as callables."""
+    """Put the rewards and their weights into the tree; returns those given as callables.
+
+    `reward_functions` takes the place of every reward of the config; `reward_model_name` alone
+    takes that of its reward models.
+    """
     weights: Sequence[float] | None = given.get("reward_function_weights")
+    model = given.get("reward_model_name")
     if "reward_functions" not in given:
         if weights is not None:
             raise UserError("reward_function_weights needs reward_functions, in the same order")
+        if model is not None:
+            functions_of_file = [r for r in tree.get("rewards") or [] if not _is_model(r)]
+            tree["rewards"] = [{"model": str(model)}, *functions_of_file]
         return {}
     rewards = given["reward_functions"]
     items: list[RewardFunction] = (
@@ -147,5 +156,11 @@ def _rewards(tree: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Callab
         if weights is not None:
             entry["weight"] = float(weights[index])
         entries.append(entry)
+    if model is not None:
+        entries.insert(0, {"model": str(model)})
     tree["rewards"] = entries
     return functions
+
+
+def _is_model(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and "model" in entry

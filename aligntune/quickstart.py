@@ -1,9 +1,9 @@
 """Makes the tiny model and the arithmetic task of `aligntune quickstart`; nothing is downloaded.
 
-The task is addition of a two-digit and a one-digit number. The warm-up imitates a careless teacher,
-who forgets to carry in three of five sums that need it. The model so learns to add, and learns
-the carelessness too: greedily it is right on sums without a carry and seldom on the others. A
-verifiable reward then teaches it to carry every time.
+The task is addition of a two-digit and a one-digit number. The warm-up imitates a careless teacher
+who adds by counting on and, where there are five or more to count, loses one in three of five sums.
+The model so learns to add, and learns the carelessness too: greedily it is right on small steps and
+seldom on large ones. A verifiable reward then teaches it to count to the end.
 
 Invariant: everything made here is a function of the seed alone, and no held-out question is ever
 trained on. Importing this module loads neither torch nor transformers.
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aligntune.errors import UserError, nearest
 
@@ -30,13 +30,15 @@ HELD_OUT = 150
 """Questions kept for evaluation, of 900."""
 
 SLIP_RATE = 0.6
-"""How often the warm-up's teacher forgets a carry."""
+"""How often the warm-up's teacher loses one where there are `MANY` or more to count."""
+
+MANY = 5
 
 WINDOW = (0.3, 0.7)
 """Held-out greedy accuracy at which the warm-up may stop: something known, something to learn."""
 
 SETTLED = 0.99
-"""Least share of held-out answers that are the sum or the sum without its carry at that point."""
+"""Least share of held-out answers that are the sum or one less at that point."""
 
 MAX_ANSWER_TOKENS = 8
 """Budget of a completion; a right one takes at most 4 tokens (three digits and the end)."""
@@ -70,8 +72,8 @@ class Question:
 
     @property
     def slip(self) -> str:
-        """The sum with its carry forgotten (47+8=45); equal to `answer` where there is none."""
-        return str(self.left // 10 * 10 + (self.left + self.right) % 10)
+        """What the careless teacher says (47+8=54); equal to `answer` where there is little to count."""
+        return str(self.left + self.right - (self.right >= MANY))
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Accuracy:
     """Shares of greedy answers."""
 
     right: float
-    settled: float  # right, or wrong by a forgotten carry and by nothing else
+    settled: float  # right, or wrong as the teacher is and in no other way
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def make_task(seed: int) -> Task:
 def preference_pairs(
     questions: Sequence[Question], seed: int, per_question: int = 8
 ) -> list[dict[str, str]]:
-    """Right answers preferred to wrong ones: forgotten carries first, then other wrong numbers.
+    """Right answers preferred to wrong ones: the teacher's first, then others.
 
     Returns rows of prompt, chosen and rejected, `per_question` for each question.
     """
@@ -119,7 +121,7 @@ def preference_pairs(
     rows = []
     for question in questions:
         total = question.left + question.right
-        wrong = [question.slip, str(total + 1), str(total - 1), str(total + 10), str(total - 10)]
+        wrong = [question.slip, str(total + 1), str(total - 2), str(total + 10), str(total - 10)]
         wrong += [str(question.left), question.answer * 2, question.answer[0]]
         while len(wrong) < per_question:
             wrong.append(str(rng.randrange(10, 109)))
@@ -240,6 +242,7 @@ def warm_up(
     rng = random.Random(seed)
     peak, decay_steps, batch_size = 4e-3, 200, 128
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+    lessons = _lessons(tokenizer, task.train)
     reached = Accuracy(0.0, 0.0)
     with _one_thread():
         for step in range(1, max_steps + 1):
@@ -248,9 +251,13 @@ def warm_up(
             rate = min(1.0, step / 30, max(0.1, 2 * (1 - step / decay_steps)))
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate
-            batch = rng.choices(task.train, k=batch_size)
-            answers = [q.slip if rng.random() < SLIP_RATE else q.answer for q in batch]
-            loss = _supervised_loss(model, tokenizer, batch, answers)
+            rows = torch.tensor(
+                [
+                    2 * rng.randrange(len(task.train)) + (rng.random() < SLIP_RATE)
+                    for _ in range(batch_size)
+                ]
+            )
+            loss = _supervised_loss(model, *(part[rows] for part in lessons))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -381,26 +388,35 @@ def _render(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str | None 
     return tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-def _supervised_loss(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    questions: Sequence[Question],
-    answers: Sequence[str],
-) -> torch.Tensor:
-    """Mean cross-entropy of the answers' tokens and their end; prompts are not trained on."""
+def _lessons(
+    tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, attention mask and targets, each [2N, T]: question i answered right at row 2i and
+    by the careless teacher at 2i+1. Targets are -100 but on the answer and its end."""
     import torch
 
-    texts = [_render(tokenizer, q.prompt, a) for q, a in zip(questions, answers, strict=True)]
-    batch: Any = tokenizer(
+    answers = [answer for q in questions for answer in (q.answer, q.slip)]
+    texts = [
+        _render(tokenizer, q.prompt, answer) for q in questions for answer in (q.answer, q.slip)
+    ]
+    batch = tokenizer(
         texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
     )
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
     # With padding on the left every answer ends at the right edge.
     lengths = torch.tensor([len(answer) + 1 for answer in answers])
     trained = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
-    targets = ids.masked_fill(~trained, -100)
+    return ids, mask, ids.masked_fill(~trained, -100)
+
+
+def _supervised_loss(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Mean cross-entropy over the targets; all arguments are [B, T]."""
+    import torch
+
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
 
 

@@ -10,7 +10,7 @@ from ray.actor import ActorHandle
 
 from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
-from actors.reward import RewardActor, RewardCriterion
+from actors.reward import Criterion, RewardActor
 from actors.rollout import RolloutActor
 from actors.specs import RoleResources
 from aligntune.config import RunConfig
@@ -43,7 +43,7 @@ class Roles:
         self,
         config: RunConfig,
         reservation: Reservation,
-        criteria: Sequence[RewardCriterion],
+        criteria: Sequence[Criterion],
         total_steps: int,
     ) -> None:
         self._config = config

@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 
 from actors.loading import ModelError, load_tokenizer
 from actors.messages import Prompt
-from actors.reward import RewardCriterion
+from actors.reward import Criterion
+from actors.specs import RewardFunctionSpec
 from actors.supervise import ReplicaLost, RoleExhausted
 from aligntune.checkpoint import Checkpoints
 from aligntune.config import RunConfig, load_config
@@ -79,15 +80,18 @@ class OnlineTrainer:
         self._functions = dict(functions or {})
 
     @cached_property
-    def criteria(self) -> tuple[RewardCriterion, ...]:
+    def criteria(self) -> tuple[Criterion, ...]:
         """The rewards as the reward actors get them. Raises UserError."""
         try:
-            named = [spec for spec in self.config.rewards if spec.name not in self._functions]
-            resolved = {id(s): c for s, c in zip(named, resolve_all(named), strict=True)}
-            criteria = tuple(
-                resolved.get(id(spec)) or from_callable(self._functions[spec.name or ""], spec)
-                for spec in self.config.rewards
-            )
+            specs, functions = self.config.rewards, self._functions
+            given = {
+                id(spec): from_callable(functions[spec.name], spec)
+                for spec in specs
+                if isinstance(spec, RewardFunctionSpec) and spec.name in functions
+            }
+            named = [spec for spec in specs if id(spec) not in given]
+            resolved = dict(zip(map(id, named), resolve_all(named), strict=True))
+            criteria = tuple((given | resolved)[id(spec)] for spec in specs)
             self.config.algorithm.check_run(
                 [criterion.name for criterion in criteria],
                 self.config.rollout.max_completion_length,

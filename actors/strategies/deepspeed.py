@@ -13,6 +13,7 @@ import math
 import os
 import socket
 import struct
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -37,6 +38,8 @@ from actors.strategies.base import (
 
 # Weights with fewer elements are kept whole on every rank under ZeRO-3: gathering them costs more.
 WHOLE_BELOW = 100_000
+# Elements reduced at once. DeepSpeed makes a buffer of this size, however small the model is.
+LARGEST_BUCKET = 200_000_000
 TAG = "deepspeed"
 
 
@@ -89,6 +92,8 @@ class DeepSpeedStrategy:
         import deepspeed
 
         self._api = deepspeed
+        # DeepSpeed calls collectives by names that torch is about to drop, thousands of times.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         # A shared-memory all-reduce that is compiled at first use; gloo does without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
@@ -100,7 +105,13 @@ class DeepSpeedStrategy:
         )
 
     def _config(self) -> dict[str, Any]:
-        zero: dict[str, Any] = {"stage": self._spec.deepspeed.stage}
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        bucket = min(LARGEST_BUCKET, trained)
+        zero: dict[str, Any] = {
+            "stage": self._spec.deepspeed.stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        }
         if self._spec.deepspeed.stage == 3:
             zero["stage3_param_persistence_threshold"] = WHOLE_BELOW
         if self._spec.deepspeed.offload:

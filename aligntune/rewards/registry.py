@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.reward_process import (
     FunctionNotFound,
@@ -21,7 +21,10 @@ from actors.reward_process import (
     import_function,
     named_parameters,
 )
-from actors.specs import RewardFunctionSpec
+from actors.specs import ModelSpec, RewardFunctionSpec, RewardModelSpec
+
+if TYPE_CHECKING:
+    from actors.reward_model import RewardModelCriterion
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,43 @@ def resolve(spec: RewardFunctionSpec) -> RewardCriterion:
     return _criterion(name, target, _import(target), spec, ignores_unknown=registered is not None)
 
 
-def resolve_all(specs: Sequence[RewardFunctionSpec]) -> tuple[RewardCriterion, ...]:
-    """`resolve` for each of a run's rewards, in order.
+def resolve_model(spec: RewardModelSpec) -> RewardModelCriterion:
+    """What reward actors run for a reward model. Its configuration is read here, not its weights.
 
     Raises:
-        ValueError: as `resolve`, or two of them have the same name in metrics.
+        ValueError: no such model, or one that is no reward model.
     """
-    criteria = tuple(resolve(spec) for spec in specs)
+    from actors.reward_model import RewardModelCriterion, check_reward_model  # torch: seconds
+
+    model = ModelSpec(
+        name=spec.model,
+        revision=spec.revision,
+        dtype=spec.dtype,
+        trust_remote_code=spec.trust_remote_code,
+    )
+    check_reward_model(model)
+    return RewardModelCriterion(
+        name=spec.name or os.path.basename(os.path.normpath(spec.model)),
+        model=model,
+        batch_size=spec.batch_size,
+        timeout_s=spec.timeout_s,
+        max_tokens=spec.max_tokens,
+        apply_chat_template=spec.apply_chat_template,
+    )
+
+
+def resolve_all(
+    specs: Sequence[RewardFunctionSpec | RewardModelSpec],
+) -> tuple[RewardCriterion | RewardModelCriterion, ...]:
+    """`resolve` or `resolve_model` for each of a run's rewards, in order.
+
+    Raises:
+        ValueError: as these, or two of them have the same name in metrics.
+    """
+    criteria = tuple(
+        resolve_model(spec) if isinstance(spec, RewardModelSpec) else resolve(spec)
+        for spec in specs
+    )
     for name, count in Counter(criterion.name for criterion in criteria).items():
         if count > 1:
             raise ValueError(f"{count} rewards are named {name!r}; give each its own 'name'")
@@ -116,8 +149,12 @@ def from_callable(function: Callable[..., Any], spec: RewardFunctionSpec) -> Rew
     return _criterion(name, pickled, function, spec, ignores_unknown=False)
 
 
-def check_columns(criterion: RewardCriterion, columns: Collection[str]) -> None:
+def check_columns(
+    criterion: RewardCriterion | RewardModelCriterion, columns: Collection[str]
+) -> None:
     """Refuse, before anything starts, a criterion that needs a column the data do not have.
+
+    A reward model needs none.
 
     Args:
         columns: every data column but the prompt's.
@@ -125,6 +162,8 @@ def check_columns(criterion: RewardCriterion, columns: Collection[str]) -> None:
     Raises:
         ValueError: naming the column and those that exist.
     """
+    if not isinstance(criterion, RewardCriterion):
+        return
     by_target = {registered.target: registered for registered in REWARDS.values()}
     registered = by_target.get(criterion.target) if isinstance(criterion.target, str) else None
     if registered is not None:

@@ -19,10 +19,15 @@ import ray
 from tokenizers import Regex, Tokenizer, models
 from tokenizers.decoders import Fuse
 from tokenizers.pre_tokenizers import Split
-from transformers import PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
 
 from actors.messages import GroupTensors, Messages, Prompt
-from actors.reward import RewardActor
+from actors.reward import Criterion, RewardActor
+from actors.reward_model import RewardModelCriterion
 from actors.reward_process import RewardCriterion, RewardFailed, RewardFailure
 from actors.specs import ModelSpec, RewardFunctionSpec
 from aligntune.rewards.registry import from_callable, resolve
@@ -144,7 +149,7 @@ def group(*completions: str, group_id: int = 7) -> GroupTensors:
 
 
 @asynccontextmanager
-async def running(spec: ModelSpec, *criteria: RewardCriterion) -> AsyncIterator[RewardActor]:
+async def running(spec: ModelSpec, *criteria: Criterion) -> AsyncIterator[RewardActor]:
     actor = RewardActor(criteria, spec)
     await actor.start()
     try:
@@ -173,6 +178,49 @@ def gone(pid: int) -> bool:
 
 def run(body: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(body())  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def reward_model(tokenizer_spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    """An untrained sequence classifier with one label, and the tokenizer of `tokenizer_spec`."""
+    folder = tmp_path_factory.mktemp("reward-model")
+    config = Qwen2Config(
+        vocab_size=64,  # room for what the tokenizer class adds
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        num_labels=1,
+        pad_token_id=0,
+    )
+    Qwen2ForSequenceClassification(config).save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(tokenizer_spec.name).save_pretrained(folder)
+    return ModelSpec(name=str(folder))
+
+
+class TestRewardModels:
+    def test_functions_and_models_score_the_same_group_in_the_order_they_were_given(
+        self, tokenizer_spec: ModelSpec, reward_model: ModelSpec, criterion: Any
+    ) -> None:
+        model = RewardModelCriterion("model", reward_model, batch_size=2, timeout_s=60.0)
+
+        async def body() -> None:
+            criteria = (criterion("lengths"), model, criterion("ones"))
+            async with running(tokenizer_spec, *criteria) as actor:
+                scores = await actor.score(prompt(), group("abc", "a", "abc"))
+                with pytest.raises(RewardFailed, match="max_tokens is 32") as failed:
+                    await actor.score(prompt(), group("a" * 40))
+                assert failed.value.reason is RewardFailure.TOO_LONG
+                assert (await actor.score(prompt(), group("abc"))).values[0][0] == 3.0
+            assert scores.criteria == ("lengths", "model", "ones")
+            assert [row[0] for row in scores.values] == [3.0, 1.0, 3.0]
+            first, second, third = (row[1] for row in scores.values)
+            assert first == pytest.approx(third, abs=1e-6)
+            assert first != pytest.approx(second, abs=1e-6)
+
+        run(body)
 
 
 class TestScoring:

@@ -46,9 +46,11 @@ def test_answers_are_the_sums_of_their_prompts() -> None:
 
 @pytest.mark.parametrize(
     ("question", "slip"),
-    [(Question(47, 8), "45"), (Question(95, 7), "92"), (Question(41, 8), "49")],
+    [(Question(47, 8), "54"), (Question(95, 5), "99"), (Question(48, 4), "52")],
 )
-def test_a_slip_is_a_forgotten_carry_and_nothing_else(question: Question, slip: str) -> None:
+def test_the_teacher_loses_one_only_where_there_are_five_or_more_to_count(
+    question: Question, slip: str
+) -> None:
     assert question.slip == slip
 
 

@@ -70,8 +70,10 @@ CASES: dict[str, tuple[Algorithm, slow.Options]] = {
         ),
     ),
     "gspo, token": (
-        GSPO(importance="token", clip_low=0.1, clip_high=0.1, correction="none"),
-        slow.Options(how="sequence_mean", low=0.1, high=0.1, level="sequence_token"),
+        GSPO(importance="token", clip_low=0.1, clip_high=0.1, correction="token"),
+        slow.Options(
+            how="sequence_mean", low=0.1, high=0.1, level="sequence_token", correction="token"
+        ),
     ),
     "gspo, token mean": (
         GSPO(aggregation="token_mean", clip_low=0.1, clip_high=0.1),

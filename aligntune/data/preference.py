@@ -1,0 +1,246 @@
+"""Preference pairs from the rows of a data set: prompt, chosen and rejected, checked one by one.
+
+Three forms are read. Explicit: columns prompt, chosen and rejected, strings or messages. Implicit:
+chosen and rejected begin with the same messages or the same text, which is the prompt. Transcripts:
+strings of `\\n\\nHuman: ... \\n\\nAssistant: ...` turns, whose prompt reaches up to and including the
+last Assistant marker the two share.
+
+Invariant: nothing is lost. Prompt and completion, joined again, are what the row had on each side.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from actors.messages import Messages
+from aligntune.data.errors import DataError
+from aligntune.data.formats import ROLES
+from aligntune.data.sources import Rows, require_column
+
+MARKER = re.compile(r"\n\n(Human|Assistant):")
+SPEAKER = {"Human": "user", "Assistant": "assistant"}
+SHOWN = 5  # bad rows that a message names
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt with a better and a worse completion, all strings or all messages."""
+
+    prompt: str | Messages
+    chosen: str | Messages
+    rejected: str | Messages
+    transcript: bool = False  # strings of Human and Assistant turns
+
+    def as_messages(self) -> Pair:
+        """The pair as messages: a transcript turn by turn, without the blanks around each turn;
+        another string as what one user asks and the assistant answers."""
+        if not isinstance(self.prompt, str):
+            return self
+        if not self.transcript:
+            return Pair(
+                [{"role": "user", "content": self.prompt}],
+                [{"role": "assistant", "content": self.chosen}],
+                [{"role": "assistant", "content": self.rejected}],
+            )
+        whole = [turns(self.prompt + str(side)) for side in (self.chosen, self.rejected)]
+        asked = len(turns(self.prompt)) - 1  # the last marker opens the completion
+        chosen, rejected = whole
+        return Pair(chosen[:asked], chosen[asked:], rejected[asked:])
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The usable pairs of a data set, and why the others are not."""
+
+    pairs: tuple[Pair, ...]
+    rows: tuple[int, ...]  # the row each pair comes from
+    bad: dict[int, str] = field(default_factory=dict)  # row: what is wrong with it
+
+
+def turns(transcript: str) -> Messages:
+    """The turns of a transcript as messages, contents without the blanks around them."""
+    parts = MARKER.split(transcript)
+    return [
+        {"role": SPEAKER[speaker], "content": content.strip()}
+        for speaker, content in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+
+
+def read_pairs(
+    rows: Rows,
+    *,
+    prompt_column: str,
+    chosen_column: str,
+    rejected_column: str,
+    bad_pairs: Literal["error", "drop"],
+) -> Pairs:
+    """Every usable pair of a data set.
+
+    Raises:
+        DataError: columns that are not there; under policy `error` the first bad row, and how many
+            there are; no usable pair at all.
+    """
+    if chosen_column not in rows.columns and rejected_column not in rows.columns:
+        raise DataError(
+            f"{rows.origin}: has no columns {chosen_column!r} and {rejected_column!r}, so it holds "
+            f"no preference pairs; its columns are {', '.join(rows.columns)}"
+        )
+    require_column(rows, chosen_column, "data.chosen_column")
+    require_column(rows, rejected_column, "data.rejected_column")
+    pairs: list[Pair] = []
+    used: list[int] = []
+    bad: dict[int, str] = {}
+    for index in range(len(rows)):
+        row = rows[index]
+        try:
+            pairs.append(to_pair(row.get(prompt_column), row[chosen_column], row[rejected_column]))
+            used.append(index)
+        except DataError as error:
+            bad[index] = str(error)
+    if bad and bad_pairs == "error":
+        raise DataError(bad_rows_message(rows, bad, "set data.bad_pairs: drop to leave them out"))
+    if not pairs:
+        raise DataError(bad_rows_message(rows, bad, "none is left to train on"))
+    return Pairs(tuple(pairs), tuple(used), bad)
+
+
+def bad_rows_message(rows: Rows, bad: dict[int, str], cure: str) -> str:
+    """One line: the first of the bad rows in full, the numbers of some more, and the cure."""
+    first, *others = bad
+    more = ", ".join(str(index) for index in others[: SHOWN - 1])
+    dots = ", ..." if len(others) >= SHOWN else ""
+    also = f"; rows {more}{dots} too ({len(bad)} of {len(rows)})" if others else ""
+    return f"{rows.where(first)}: {bad[first]}{also}: repair the data or {cure}"
+
+
+def to_pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
+    """The pair of one row; `prompt` is None where the row has none.
+
+    Raises:
+        DataError: a side that is missing, empty, of another type than the other, or equal to it;
+            sides that do not share the prompt.
+    """
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if side is None:
+            raise DataError(f"{name} is missing or null")
+        if not isinstance(side, str | list):
+            raise DataError(f"{name} is a {type(side).__name__}; give a string or messages")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise DataError("one side is a string and the other messages; give both in one form")
+    if isinstance(chosen, list):
+        pair = _of_messages(prompt, _messages("chosen", chosen), _messages("rejected", rejected))
+    elif prompt is not None:
+        pair = _of_strings(prompt, chosen, rejected)
+    elif MARKER.match(chosen) or MARKER.match(rejected):
+        pair = split_transcripts(chosen, rejected)
+    else:
+        pair = _of_shared_text(chosen, rejected)
+    if _empty(pair.prompt):
+        raise DataError("the prompt is empty")
+    for name, said in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if _empty(said):
+            raise DataError(f"{name} is empty: nothing follows the prompt")
+    if pair.chosen == pair.rejected:
+        raise DataError("chosen and rejected are equal, which prefers neither")
+    return pair
+
+
+def split_transcripts(chosen: str, rejected: str) -> Pair:
+    """Two transcripts as prompt and completions.
+
+    Raises:
+        DataError: they share no turn up to an Assistant marker.
+    """
+    shared = _shared(chosen, rejected)
+    markers = [m for m in MARKER.finditer(chosen) if m[1] == "Assistant" and m.end() <= shared]
+    if not markers:
+        raise DataError(
+            "chosen and rejected share no text up to an '\\n\\nAssistant:' marker: their prompts "
+            "differ"
+        )
+    end = markers[-1].end()
+    return Pair(chosen[:end], chosen[end:], rejected[end:], transcript=True)
+
+
+def _of_messages(prompt: Any, chosen: Messages, rejected: Messages) -> Pair:
+    """Messages with the prompt in a column, in front of both sides, or both."""
+    if isinstance(prompt, list):
+        asked = _messages("prompt", prompt)
+        cut = len(asked)
+        if chosen[:cut] == asked and rejected[:cut] == asked:
+            return Pair(asked, chosen[cut:], rejected[cut:])
+        return Pair(asked, chosen, rejected)
+    if isinstance(prompt, str) and all(side[0]["role"] == "assistant" for side in (chosen, rejected)):
+        return Pair([{"role": "user", "content": prompt}], chosen, rejected)
+    if prompt is not None and not isinstance(prompt, str):
+        raise DataError(f"the prompt is a {type(prompt).__name__}; give a string or messages")
+    cut = _shared(chosen, rejected)
+    while cut and chosen[cut - 1]["role"] == "assistant":
+        cut -= 1  # an answer the two share is no question
+    if not cut:
+        raise DataError("chosen and rejected begin with different messages: their prompts differ")
+    if prompt is not None and chosen[cut - 1].get("content") != prompt and (
+        chosen[0].get("content") != prompt
+    ):
+        raise DataError("the prompt column is not what chosen and rejected begin with")
+    return Pair(chosen[:cut], chosen[cut:], rejected[cut:])
+
+
+def _of_strings(prompt: Any, chosen: str, rejected: str) -> Pair:
+    if isinstance(prompt, list):
+        return Pair(
+            _messages("prompt", prompt),
+            [{"role": "assistant", "content": chosen}] if chosen.strip() else [],
+            [{"role": "assistant", "content": rejected}] if rejected.strip() else [],
+        )
+    if not isinstance(prompt, str):
+        raise DataError(f"the prompt is a {type(prompt).__name__}; give a string or messages")
+    return Pair(prompt, chosen, rejected, transcript=_ends_at_assistant(prompt))
+
+
+def _of_shared_text(chosen: str, rejected: str) -> Pair:
+    """The prompt is the text the two share, back to the end of a word."""
+    shared = _shared(chosen, rejected)
+    words = [match.start() for match in re.finditer(r"\s", chosen[: shared + 1])]
+    cut = words[-1] if words else 0
+    if not chosen[:cut].strip():
+        raise DataError("there is no prompt column, and chosen and rejected begin differently")
+    return Pair(chosen[:cut], chosen[cut:], rejected[cut:])
+
+
+def _ends_at_assistant(prompt: str) -> bool:
+    markers = list(MARKER.finditer(prompt))
+    return bool(markers) and markers[-1][1] == "Assistant" and prompt.endswith("\n\nAssistant:")
+
+
+def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items the two begin with in common."""
+    for index, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return index
+    return min(len(one), len(other))
+
+
+def _messages(name: str, value: list[Any]) -> Messages:
+    """Messages with role and text, null fields left out. Raises DataError."""
+    if not value:
+        raise DataError(f"{name} is an empty list of messages")
+    checked: Messages = []
+    for number, message in enumerate(value):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise DataError(
+                f"message {number} of {name} must be an object with a role of {', '.join(ROLES)}"
+            )
+        if not isinstance(message.get("content"), str):
+            raise DataError(f"message {number} of {name} must have a string as its content")
+        checked.append({key: item for key, item in message.items() if item is not None})
+    return checked
+
+
+def _empty(side: str | Messages) -> bool:
+    if isinstance(side, str):
+        return not side.strip()
+    return not side or not any(message["content"].strip() for message in side)

@@ -1,0 +1,137 @@
+"""Whatever is killed, the run goes on or resumes, the books balance, and nothing differs."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aligntune.ledger import audit
+from tests.e2e.conftest import Run, read
+
+pytestmark = pytest.mark.slow
+
+
+def figures(run_dir: Path) -> list[dict[str, Any]]:
+    """Metrics without those that measure time."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))}
+        for row in read(run_dir / "metrics.jsonl")
+    ]
+
+
+def trained_order(run_dir: Path) -> list[list[int]]:
+    """Groups of each step in the surviving history."""
+    steps: dict[int, list[int]] = {}
+    for record in read(run_dir / "ledger.jsonl"):
+        if record["event"] == "restore":
+            steps = {step: groups for step, groups in steps.items() if step <= record["step"]}
+        if record["event"] == "move" and record["to"] == "TRAINED":
+            steps[record["step"]] = record["groups"]
+    return [steps[step] for step in sorted(steps)]
+
+
+def test_a_run_killed_at_random_and_resumed_is_bit_identical(
+    tree: dict[str, Any], tmp_path: Path, launch: Callable[..., Run]
+) -> None:
+    steps = tree["train"]["steps"]
+    whole = launch()
+    assert whole.finish() == 0, whole.output()
+
+    tree["output_dir"] = str(tmp_path / "killed")
+    kills = sorted(random.Random().sample(range(steps), 2))
+    for step in kills:
+        run = launch()
+        run.wait_for(lambda at=step: len(read(run.output_dir / "metrics.jsonl")) > at)
+        run.kill_group(signal.SIGKILL)
+        run.finish()
+    run = launch()
+    assert run.finish() == 0, run.output()
+
+    assert len(run.events("resumed")) >= 1
+    first, second = Path(whole.output_dir), Path(run.output_dir)
+    assert figures(first) == figures(second), f"killed after steps {kills}"
+    assert trained_order(first) == trained_order(second)
+    weights, resumed = (load_file(d / "model" / "model.safetensors") for d in (first, second))
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    assert weights.keys() == resumed.keys()
+    start = load_file(Path(tree["model"]["name"]) / "model.safetensors")
+    assert any(not torch.equal(start[name], weights[name]) for name in start), "nothing was trained"
+    books = audit(second / "ledger.jsonl")
+    assert (books.trained, books.open, books.balanced) == (4 * steps, 0, True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_in_a_checkpoint_and_the_run_resumes(
+    tree: dict[str, Any], launch: Callable[..., Run], number: signal.Signals
+) -> None:
+    tree["train"]["steps"] = 200
+    tree["checkpoint"]["every_steps"] = 1000
+    run = launch()
+    run.wait_for(lambda: len(read(run.output_dir / "metrics.jsonl")) >= 2)
+    run.kill_group(number)
+    assert run.finish() == 128 + number, run.output()
+    done = len(read(run.output_dir / "metrics.jsonl"))
+    assert run.events("checkpoint_saved")[-1]["step"] == done
+    assert "resume with: aligntune train" in run.output()
+
+    tree["train"]["steps"] = done + 1
+    run = launch()
+    assert run.finish() == 0, run.output()
+    assert [row["step"] for row in figures(run.output_dir)] == list(range(1, done + 2))
+    assert audit(run.output_dir / "ledger.jsonl").open == 0
+
+
+@pytest.mark.parametrize("role", ["rollout", "reward"])
+def test_a_replica_killed_in_a_run_costs_nothing_but_time(
+    tree: dict[str, Any], launch: Callable[..., Run], role: str
+) -> None:
+    tree["train"]["steps"] = 30
+    run = launch()
+    run.wait_for(lambda: len(read(run.output_dir / "metrics.jsonl")) >= 2)
+    victim = next(e for e in run.events("role_started") if e["role"].startswith(role))
+    os.kill(victim["pid"], signal.SIGKILL)
+    assert run.finish() == 0, run.output()
+    assert any(e["role"] == role for e in run.events("replica_restarted"))
+    books = audit(run.output_dir / "ledger.jsonl")
+    assert (books.trained, books.quarantined, books.open) == (120, 0, 0)
+
+
+def test_a_policy_rank_killed_rolls_back_to_the_checkpoint_and_the_run_finishes(
+    tree: dict[str, Any], launch: Callable[..., Run]
+) -> None:
+    tree["train"]["steps"] = 12
+    tree["checkpoint"]["every_steps"] = 3
+    run = launch()
+    run.wait_for(lambda: len(read(run.output_dir / "metrics.jsonl")) >= 4)
+    victim = next(e for e in run.events("role_started") if e["role"] == "policy-0")
+    os.kill(victim["pid"], signal.SIGKILL)
+    assert run.finish() == 0, run.output()
+    (rebuilt,) = run.events("policy_rebuilt")
+    assert rebuilt["to_version"] % 3 == 0
+    assert rebuilt["to_version"] >= 3
+    assert [row["step"] for row in figures(run.output_dir)] == list(range(1, 13))
+    books = audit(run.output_dir / "ledger.jsonl")
+    assert (books.trained, books.open, books.balanced) == (48, 0, True)
+
+
+def test_a_stopped_rollout_replica_is_replaced_at_its_deadline(
+    tree: dict[str, Any], launch: Callable[..., Run]
+) -> None:
+    tree["train"]["steps"] = 20
+    tree["rollout"]["generation_timeout_s"] = 5.0
+    run = launch()
+    run.wait_for(lambda: len(read(run.output_dir / "metrics.jsonl")) >= 2)
+    victim = next(e for e in run.events("role_started") if e["role"].startswith("rollout"))
+    os.kill(victim["pid"], signal.SIGSTOP)
+    assert run.finish() == 0, run.output()
+    assert any("no answer within 5 s" in e["reason"] for e in run.events("replica_lost"))
+    books = audit(run.output_dir / "ledger.jsonl")
+    assert (books.trained, books.quarantined, books.open) == (80, 0, 0)
