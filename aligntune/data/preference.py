@@ -2,8 +2,8 @@
 
 Three forms are read. Explicit: columns prompt, chosen and rejected, strings or messages. Implicit:
 chosen and rejected begin with the same messages or the same text, which is the prompt. Transcripts:
-strings of `\\n\\nHuman: ... \\n\\nAssistant: ...` turns, whose prompt reaches up to and including the
-last Assistant marker the two share.
+strings of `\\n\\nHuman: ... \\n\\nAssistant: ...` turns, whose prompt reaches up to and including
+the last Assistant marker the two share.
 
 Invariant: nothing is lost. Prompt and completion, joined again, are what the row had on each side.
 """
@@ -61,11 +61,13 @@ class Pairs:
 
 
 def turns(transcript: str) -> Messages:
-    """The turns of a transcript as messages, contents without the blanks around them."""
-    parts = MARKER.split(transcript)
-    return [
+    """The turns of a transcript as messages, contents without the blanks around them. What stands
+    before the first turn is the system's."""
+    before, *parts = MARKER.split(transcript)
+    opening = [{"role": "system", "content": before.strip()}] if before.strip() else []
+    return opening + [
         {"role": SPEAKER[speaker], "content": content.strip()}
-        for speaker, content in zip(parts[1::2], parts[2::2], strict=True)
+        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
     ]
 
 
@@ -173,7 +175,8 @@ def _of_messages(prompt: Any, chosen: Messages, rejected: Messages) -> Pair:
         if chosen[:cut] == asked and rejected[:cut] == asked:
             return Pair(asked, chosen[cut:], rejected[cut:])
         return Pair(asked, chosen, rejected)
-    if isinstance(prompt, str) and all(side[0]["role"] == "assistant" for side in (chosen, rejected)):
+    openers = {chosen[0]["role"], rejected[0]["role"]}
+    if isinstance(prompt, str) and openers == {"assistant"}:
         return Pair([{"role": "user", "content": prompt}], chosen, rejected)
     if prompt is not None and not isinstance(prompt, str):
         raise DataError(f"the prompt is a {type(prompt).__name__}; give a string or messages")
@@ -182,8 +185,10 @@ def _of_messages(prompt: Any, chosen: Messages, rejected: Messages) -> Pair:
         cut -= 1  # an answer the two share is no question
     if not cut:
         raise DataError("chosen and rejected begin with different messages: their prompts differ")
-    if prompt is not None and chosen[cut - 1].get("content") != prompt and (
-        chosen[0].get("content") != prompt
+    if (
+        prompt is not None
+        and chosen[cut - 1].get("content") != prompt
+        and (chosen[0].get("content") != prompt)
     ):
         raise DataError("the prompt column is not what chosen and rejected begin with")
     return Pair(chosen[:cut], chosen[cut:], rejected[cut:])

@@ -1,0 +1,494 @@
+"""The worker function of a preference job: TRL's DPOTrainer or RewardTrainer in a Ray Train worker.
+
+What the worker gets is tokenised already, so that every worker trains on the same tokens and a
+reward model on those it is asked about later. Invariant: what is told to the `Relay` of a step comes
+before the checkpoint of that step, and a checkpoint holds the figures of all steps up to it; so a
+driver that follows the relay misses no step, whatever is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from actors.specs import ModelSpec
+
+Kind = Literal["dpo", "reward_model"]
+
+METRICS = {
+    "loss": "loss",
+    "grad_norm": "policy/grad_norm",
+    "learning_rate": "policy/learning_rate",
+    "epoch": "epoch",
+    "num_tokens": "tokens",
+    "entropy": "policy/entropy",
+    "mean_token_accuracy": "policy/token_accuracy",
+    "rewards/accuracies": "reward/accuracy",
+    "rewards/margins": "reward/margin",
+    "rewards/chosen": "reward/chosen",
+    "rewards/rejected": "reward/rejected",
+    "accuracy": "reward/accuracy",
+    "margin": "reward/margin",
+    "mean_reward": "reward/mean",
+    "min_reward": "reward/min",
+    "max_reward": "reward/max",
+    "logps/chosen": "logprobs/chosen",
+    "logps/rejected": "logprobs/rejected",
+    "logits/chosen": "logits/chosen",
+    "logits/rejected": "logits/rejected",
+    "aux_loss": "loss/router",
+    "runtime": "time/eval",
+}
+"""What TRL and transformers call a figure, and what it is called here; others are left out."""
+
+
+@dataclass(frozen=True)
+class PreferenceJob:
+    """What every worker of a job does. Data only."""
+
+    kind: Kind
+    backend: Literal["trl", "unsloth"]
+    model: ModelSpec
+    seed: int
+    steps: int  # 0 evaluates the model and ends
+    arguments: dict[str, Any]  # of TRL's DPOConfig or RewardConfig
+    scratch: str  # name of the folder that the workers of a node write their checkpoints in
+    export: str  # folder or fsspec URI where the trained model is left
+    reference_free: bool = False
+    trained: str | None = None  # evaluate this model; `model` stays the reference
+    eval_every: int | None = None  # steps
+    eval_at_start: bool = False
+    eval_at_end: bool = False
+    save_every: int = 50  # steps
+    save_at_end: bool = True
+
+
+@dataclass
+class Relay:
+    """Between the workers and the driver, which asks for news; to be wrapped by `ray.remote`.
+
+    News are (kind, fields) in the order they happened: `role`, `started`, `step`, `checkpoint`.
+    """
+
+    _news: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    _stop: Literal["", "save", "drop"] = ""
+    _fatal: str = ""
+
+    def tell(self, kind: str, **fields: Any) -> str:
+        """Leave news for the driver; returns what `stop` was called with."""
+        self._news.append((kind, fields))
+        return self._stop
+
+    def take(self) -> list[tuple[str, dict[str, Any]]]:
+        """The news since the last call."""
+        news, self._news = self._news, []
+        return news
+
+    def stop(self, how: Literal["save", "drop"]) -> None:
+        """Ask the workers to end after the step they are in, with or without a checkpoint."""
+        self._stop = how
+
+    def fail(self, reason: str) -> None:
+        """What no restart of the workers can mend."""
+        self._fatal = self._fatal or reason
+
+    def fatal(self) -> str:
+        """The first reason given to `fail`, or nothing."""
+        return self._fatal
+
+
+def renamed(logs: dict[str, Any]) -> dict[str, float]:
+    """The figures of a log entry under the names of this project."""
+    found = {}
+    for name, value in logs.items():
+        prefix = "eval/" if name.startswith("eval_") else ""
+        known = METRICS.get(name.removeprefix("eval_"))
+        if known is not None and isinstance(value, int | float):
+            found[prefix + known] = float(value)
+    return found
+
+
+def history_of(entries: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """The figures by step of a checkpoint's log."""
+    steps: dict[int, dict[str, float]] = {}
+    for entry in entries:
+        if found := renamed(entry):
+            steps.setdefault(int(entry["step"]), {}).update(found)
+    return steps
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """One worker of a job. `config` has the job, the relay, and the tables of pairs.
+
+    Raises whatever ends this worker; Ray Train then starts all of them again from the last
+    checkpoint. What came before the first step would come again: it is told to the relay too.
+    """
+    import ray
+    import ray.train
+
+    job: PreferenceJob = config["job"]
+    relay: Any = config["relay"]
+    if ray.get(relay.fatal.remote()):
+        return
+    context = ray.train.get_context()
+    scratch = Path(tempfile.gettempdir()) / job.scratch
+    try:
+        if job.backend == "unsloth":
+            import unsloth  # noqa: F401  # patches what is imported after it
+        trainer = _build(job, config["train"], config["eval"], scratch)
+        follower = _follower(job, relay)
+        trainer.add_callback(follower)
+    except Exception as error:
+        relay.fail.remote(_reason(error))
+        raise
+    ray.get(
+        relay.tell.remote(
+            "role",
+            role="trainer",
+            rank=context.get_world_rank(),
+            pid=os.getpid(),
+            node=ray.get_runtime_context().get_node_id(),
+            device=str(trainer.args.device),
+            backend=_backend_in_use(job),
+        )
+    )
+    try:
+        if job.steps == 0:
+            trainer.evaluate()
+            follower.flush()
+            return
+        _train(trainer, job, follower)
+        if not follower.stopped:
+            _export(trainer, job, scratch)
+    finally:
+        if context.get_local_rank() == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _train(trainer: Any, job: PreferenceJob, follower: Any) -> None:
+    """Train from the last checkpoint, or from the beginning."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            trainer.train(resume_from_checkpoint=folder)
+        return
+    if job.eval_at_start:
+        trainer.evaluate()
+        follower.flush()
+    trainer.train()
+
+
+def _reason(error: BaseException) -> str:
+    """The error in one line, and where in this project or TRL it was raised."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+
+
+def _backend_in_use(job: PreferenceJob) -> str:
+    from importlib.metadata import version
+
+    names = ["unsloth", "trl"] if job.backend == "unsloth" else ["trl"]
+    return ", ".join(f"{name} {version(name)}" for name in names)
+
+
+# The trainers
+
+
+def _build(job: PreferenceJob, train: Any, evaluation: Any, scratch: Path) -> Any:
+    """TRL's trainer for this job, its model loaded and its data in place."""
+    import torch
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    from actors.loading import load_tokenizer
+
+    common = {
+        "output_dir": str(scratch),
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,  # weights and arithmetic are of model.dtype
+        "seed": job.seed,
+        "max_steps": job.steps or 1,
+        "save_strategy": "no",  # the follower says when
+        "eval_strategy": "no",
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "gradient_checkpointing": job.model.gradient_checkpointing,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "save_on_each_node": False,
+        **job.arguments,
+    }
+    train_set = Dataset(InMemoryTable(train))
+    eval_set = None if evaluation is None else Dataset(InMemoryTable(evaluation))
+    tokenizer = load_tokenizer(job.model)
+    build = _dpo if job.kind == "dpo" else _reward_model
+    return build(job, common, train_set, eval_set, tokenizer)
+
+
+def _dpo(
+    job: PreferenceJob, common: dict[str, Any], train: Any, evaluation: Any, tokenizer: Any
+) -> Any:
+    from trl import DPOConfig, DPOTrainer
+
+    class Trainer(DPOTrainer):  # type: ignore[misc]
+        """DPOTrainer on tokens, and without a reference where the job says so."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+        def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            if not job.reference_free:
+                return super()._precompute_ref_logps(dataset, *args, **kwargs)
+            zeros = [0.0] * len(dataset)
+            with_chosen = dataset.add_column("ref_chosen_logps", zeros)
+            return with_chosen.add_column("ref_rejected_logps", zeros)
+
+    model, reference = _policy_and_reference(job, common)
+    arguments = DPOConfig(**common)
+    trainer = Trainer(
+        model=model,
+        ref_model=reference,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+    )
+    return trainer
+
+
+def _policy_and_reference(job: PreferenceJob, common: dict[str, Any]) -> tuple[Any, Any]:
+    """The trained model, and the frozen one where the trainer cannot have it otherwise."""
+    precomputed = common.get("precompute_ref_log_probs") and job.trained is None
+    if job.backend == "unsloth":
+        return _unsloth_model(job, common), None
+    from actors.loading import load_causal_lm
+
+    if job.trained is not None:
+        return load_causal_lm(_renamed_model(job)), load_causal_lm(job.model)
+    if job.model.lora is not None:
+        return load_causal_lm(job.model, lora=True), None
+    return load_causal_lm(job.model), None if precomputed else load_causal_lm(job.model)
+
+
+def _renamed_model(job: PreferenceJob) -> ModelSpec:
+    return job.model.model_copy(update={"name": job.trained, "lora": None})
+
+
+def _unsloth_model(job: PreferenceJob, common: dict[str, Any]) -> Any:
+    """The model through Unsloth, with LoRA.
+
+    Raises:
+        ModelError: Unsloth cannot load it.
+    """
+    import torch
+    from unsloth import FastLanguageModel
+
+    from actors.loading import ModelError, check_causal_lm
+
+    check_causal_lm(job.model)
+    lora = job.model.lora
+    if lora is None:
+        raise ModelError("backend unsloth trains DPO with LoRA only; set model.lora")
+    try:
+        model, _ = FastLanguageModel.from_pretrained(
+            job.model.name,
+            revision=job.model.revision or "main",
+            max_seq_length=common.get("max_length") or 2048,
+            dtype=getattr(torch, job.model.dtype),
+            load_in_4bit=False,
+            trust_remote_code=job.model.trust_remote_code,
+        )
+    except (OSError, ImportError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(f"Unsloth cannot load model {job.model.name!r}: {error}") from error
+    targets = lora.target_modules
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=names if targets == "all-linear" else targets,
+        use_gradient_checkpointing=job.model.gradient_checkpointing,
+        random_state=job.seed,
+    )
+
+
+def _reward_model(
+    job: PreferenceJob, common: dict[str, Any], train: Any, evaluation: Any, tokenizer: Any
+) -> Any:
+    from trl import RewardConfig, RewardTrainer
+
+    from actors.reward_model import new_reward_model
+
+    spec = job.model if job.trained is None else _renamed_model(job)
+    lora = None
+    if spec.lora is not None:
+        from peft import LoraConfig, TaskType
+
+        lora = LoraConfig(
+            task_type=TaskType.SEQ_CLS,
+            r=spec.lora.r,
+            lora_alpha=spec.lora.alpha,
+            lora_dropout=spec.lora.dropout,
+            target_modules=spec.lora.target_modules,
+            modules_to_save=["score"],
+        )
+    return RewardTrainer(
+        model=new_reward_model(spec, job.seed),
+        args=RewardConfig(**common),
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+
+
+# What happens around a step
+
+
+def _follower(job: PreferenceJob, relay: Any) -> Any:
+    """The callback that says when to evaluate, save and stop, and tells the relay."""
+    import ray
+    import ray.train
+    import torch
+    from transformers import TrainerCallback
+
+    context = ray.train.get_context()
+    leads = context.get_world_rank() == 0
+    tell: Callable[..., str] = lambda kind, **fields: ray.get(relay.tell.remote(kind, **fields))  # noqa: E731
+
+    def agreed(word: str) -> str:
+        """What rank 0 has, on every rank."""
+        if context.get_world_size() == 1:
+            return word
+        words = [word]
+        torch.distributed.broadcast_object_list(words, src=0)
+        return words[0]
+
+    class Follower(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.stopped = False
+            self._asked = ""
+            self._began = 0.0
+            self._pending: tuple[int, dict[str, float]] | None = None
+
+        def flush(self) -> None:
+            """Tell the figures of the last step, once."""
+            pending, self._pending = self._pending, None
+            if pending is not None and leads:
+                self._asked = tell("step", step=pending[0], metrics=pending[1])
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if leads:
+                history = history_of(state.log_history) if state.global_step else {}
+                tell("started", step=state.global_step, history=history)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.flush()
+            self._began = time.monotonic()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            step = state.global_step
+            last = step >= job.steps
+            self._asked = agreed(self._asked)
+            self.stopped = bool(self._asked) and not last
+            control.should_log = True
+            control.should_evaluate = _due(step, job.eval_every) or (last and job.eval_at_end)
+            control.should_save = _due(step, job.save_every) or (last and job.save_at_end)
+            if self.stopped:
+                control.should_training_stop = True
+                control.should_evaluate = False
+                control.should_save = self._asked == "save"
+
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+        ) -> None:
+            if not logs or "train_runtime" in logs:
+                return
+            figures = renamed(logs)
+            if "loss" in figures and self._began:
+                figures["time/step"] = time.monotonic() - self._began
+            step, known = self._pending or (state.global_step, {})
+            self._pending = (step, {**known, **figures})
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.flush()
+            if context.get_world_size() > 1:
+                torch.distributed.barrier()  # every rank's part is in the folder
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            name = f"step-{state.global_step:06d}"
+            holds = context.get_local_rank() == 0 and folder.is_dir()
+            checkpoint = ray.train.Checkpoint.from_directory(folder) if holds else None
+            ray.train.report(
+                {"step": state.global_step}, checkpoint=checkpoint, checkpoint_dir_name=name
+            )
+            if holds:
+                shutil.rmtree(folder)
+            if leads:
+                tell("checkpoint", step=state.global_step)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.flush()
+
+    return Follower()
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _export(trainer: Any, job: PreferenceJob, scratch: Path) -> None:
+    """Write the trained model where the job says; with LoRA merged, and the adapter beside it."""
+    from peft import PeftModel
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    adapted = isinstance(model, PeftModel)
+    # Under ZeRO-3 this gathers the shards, which takes every rank.
+    state = None if adapted else trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.is_world_process_zero():
+        return
+    folder = scratch / "export"
+    if adapted:
+        model.save_pretrained(folder / "adapter")
+        model = model.merge_and_unload()
+    model.save_pretrained(folder, state_dict=state)
+    trainer.processing_class.save_pretrained(folder)
+    (folder / "adapter" / "README.md").unlink(missing_ok=True)
+    upload(folder, job.export)
+
+
+def upload(folder: Path, target: str) -> None:
+    """Copy a folder to another folder or an fsspec URI, in place of what was there."""
+    from pyarrow.fs import copy_files
+
+    filesystem, path = filesystem_of(target)
+    filesystem.create_dir(path, recursive=True)
+    filesystem.delete_dir_contents(path)
+    copy_files(str(folder), path, destination_filesystem=filesystem)
+
+
+def filesystem_of(target: str) -> tuple[Any, str]:
+    """The pyarrow file system of a folder or URI, and the path within it."""
+    import fsspec
+    from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
+
+    if "://" not in target:
+        return LocalFileSystem(), str(Path(target).absolute())
+    try:
+        found: tuple[Any, str] = FileSystem.from_uri(target)
+        return found
+    except ValueError:  # a scheme that pyarrow does not know itself
+        spec, path = fsspec.core.url_to_fs(target)
+        return PyFileSystem(FSSpecHandler(spec)), path

@@ -1,0 +1,166 @@
+"""Wrong input is one line on standard error and exit code 2, before Ray starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from aligntune.cli import main
+
+Fail = Callable[..., str]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"{i}+1", "answer": str(i + 1)} for i in range(10, 18)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def fail(
+    tiny_model: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Fail:
+    """Runs `aligntune train` on good input with one thing changed; returns the one line."""
+    import ray
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("Ray was started for input that is wrong")
+
+    monkeypatch.setattr(ray, "init", refuse)
+
+    def run(*changes: str, **flags: str) -> str:
+        options = {
+            "algorithm": "grpo",
+            "model": str(tiny_model),
+            "dataset": str(data),
+            "reward": "exact_match",
+            "out": str(tmp_path / "run"),
+            **flags,
+        }
+        arguments = [part for k, v in options.items() if v for part in (f"--{k}", v)]
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", *arguments, "train.steps=1", *changes])
+        error = capsys.readouterr().err.strip()
+        assert stopped.value.code == 2, error
+        assert "\n" not in error
+        assert error.startswith("aligntune: ")
+        return error
+
+    return run
+
+
+def test_unknown_config_key(fail: Fail) -> None:
+    assert "did you mean 'temperature'" in fail("rollout.temprature=1")
+
+
+def test_unknown_algorithm(fail: Fail) -> None:
+    assert "did you mean 'grpo'" in fail(algorithm="grpoo")
+
+
+def test_missing_model_folder(fail: Fail, tmp_path: Path) -> None:
+    assert "no-such-model" in fail(model=str(tmp_path / "no-such-model"))
+
+
+def test_missing_data_file(fail: Fail, tmp_path: Path) -> None:
+    assert "absent.jsonl" in fail(dataset=str(tmp_path / "absent.jsonl"))
+
+
+def test_empty_data_file(fail: Fail, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    error = fail(dataset=str(tmp_path / "empty.jsonl"))
+    assert "empty" in error.replace("empty.jsonl", "")
+
+
+def test_broken_json_is_named_with_file_and_line(fail: Fail, data: Path) -> None:
+    data.write_text(data.read_text() + '{"prompt": "1+\n')
+    assert "data.jsonl, line 9: broken JSON" in fail()
+
+
+def test_no_prompt_column_lists_the_columns(fail: Fail, tmp_path: Path) -> None:
+    path = tmp_path / "other.jsonl"
+    path.write_text('{"question": "1+1", "answer": "2"}\n')
+    error = fail(dataset=str(path))
+    assert "it has question, answer" in error
+
+
+def test_no_reward(fail: Fail) -> None:
+    assert "no reward" in fail(reward="")
+
+
+def test_reward_that_cannot_be_imported(fail: Fail) -> None:
+    assert "tests.e2e.rewards" in fail(reward="tests.e2e.rewards:digitz")
+    assert "no_such_module" in fail(reward="no_such_module:f")
+    assert "did you mean 'exact_match'" in fail(reward="exact_mach")
+
+
+def test_reward_whose_column_the_data_lack(fail: Fail, tmp_path: Path) -> None:
+    path = tmp_path / "bare.jsonl"
+    path.write_text('{"prompt": "1+1"}\n')
+    assert "'answer'" in fail(dataset=str(path))
+
+
+def test_group_size_one(fail: Fail) -> None:
+    assert "use 2 or more" in fail("train.completions_per_group=1")
+
+
+def test_prompts_over_the_budget_are_counted(fail: Fail) -> None:
+    error = fail("rollout.max_prompt_length=5")
+    assert "8 of 8 prompts" in error
+    assert "data.long_prompts" in error
+
+
+def test_an_output_directory_with_something_else_in_it(fail: Fail, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").touch()
+    assert "not empty" in fail()
+
+
+def test_an_output_directory_that_holds_another_run(fail: Fail, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("algorithm: {name: dapo}\n")
+    assert "holds another run: algorithm.name was 'dapo'" in fail()
+
+
+def test_resume_never_on_a_run(fail: Fail, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("algorithm: {name: grpo}\n")
+    assert "resume=never" in fail(resume="never")
+
+
+def test_no_config_and_no_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train"])
+    assert stopped.value.code == 2
+    assert "give a config file, or --algorithm, --model and --dataset" in capsys.readouterr().err
+
+
+def test_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--algorythm", "grpo"])
+    assert stopped.value.code == 2
+    assert "--algorythm" in capsys.readouterr().err
+
+
+def test_dry_run_starts_nothing_and_prints_the_resolved_tree(
+    fail: Fail, tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(
+            ["train", "--algorithm", "grpo", "--model", str(tiny_model), "--dataset", str(data)]
+            + ["--reward", "exact_match", "--out", str(tmp_path / "dry"), "--dry-run"]
+            + ["train.groups_per_step=4"]
+        )
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert "completions_per_group: 8" in printed
+    assert "grpo: 2 steps of 4 groups x 8 completions" in printed
+    assert not (tmp_path / "dry").exists()
