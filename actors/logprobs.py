@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from actors.loading import ModelError
 from actors.messages import GroupTensors, Row
 from actors.packing import microbatches
+from actors.trained import TrainedModel
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,11 @@ def collate(sequences: Sequence[tuple[np.ndarray, np.ndarray]], packed: bool) ->
     )
 
 
-class LogProbModel(nn.Module):
+class LogProbModel(TrainedModel):
     """A causal LM, plain or wrapped by PEFT, that answers with log-probs instead of logits."""
 
     def __init__(self, model: nn.Module, tokens_per_chunk: int) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.tokens_per_chunk = tokens_per_chunk
         config = self.causal_lm.config.get_text_config()
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -92,8 +92,8 @@ class LogProbModel(nn.Module):
 
     @property
     def causal_lm(self) -> Any:
-        """The transformers model, without PEFT's wrapper but with its adapters inside."""
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        """`unwrapped`, by what it is here."""
+        return self.unwrapped
 
     def chunks(self, tokens: int) -> int:
         """How many calls of the output head `tokens` response tokens take; at least one."""
@@ -263,7 +263,7 @@ def rows_of(groups: Mapping[int, GroupTensors]) -> list[Row]:
 
 
 def plan_passes(
-    model: LogProbModel,
+    model: TrainedModel,
     groups: Mapping[int, GroupTensors],
     rows: Sequence[Row],
     tokens_per_microbatch: int,

@@ -7,7 +7,7 @@ N = sum of their lengths, P prompt tokens, B rows of a micro-batch, T its padded
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -123,7 +123,16 @@ class GroupWork:
     scores: tuple[float, ...]  # [G] the reward after weighting and shaping
     tensors: Any  # GroupTensors
     reference: Any | None = None  # [N] float32 log-probs under the frozen model
+    values: Any | None = None  # StateValues, with a critic
     targets: Any | None = None  # TokenTargets, where the algorithm prepared token-level ones
+
+
+@dataclass(frozen=True)
+class StateValues:
+    """What the critic makes of one group: values of its states, before any of them is trained on."""
+
+    values: np.ndarray  # [N] float32, of the state before each response token
+    final: np.ndarray  # [G] float32, of the state after the last one
 
 
 @dataclass(frozen=True)
@@ -170,16 +179,38 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class UpdateJob:
-    """The work of one policy rank in one step: its rows of every optimiser step, and the loss."""
+class PrepareJob:
+    """The work of one policy rank before an update: token-level targets of whole groups.
 
-    step: int  # 1-based; also seeds the order of rows within epochs
+    `prepare(inputs, all_sum)` gives the targets of these groups and figures of the whole step; it
+    calls `all_sum`, which sums a float64 vector over ranks, equally often on every rank.
+    """
+
+    step: int  # 1-based
+    groups: tuple[GroupWork, ...]  # this rank's own
+    prepare: Callable[
+        [Sequence[TokenInputs], Callable[[torch.Tensor], torch.Tensor]],
+        tuple[list[TokenTargets], dict[str, float]],
+    ]
+    recompute_old: bool  # False: the rollout engine's log-probs are the old ones
+    temperature: float
+
+
+@dataclass(frozen=True)
+class UpdateJob:
+    """The work of one policy or critic rank in one step: its rows of every optimiser step, and the
+    loss, of a `TokenBatch` for the policy and of a `ValueBatch` for the critic."""
+
+    step: int  # 1-based
     groups: tuple[GroupWork, ...]  # of the whole batch; a rank fetches what its rows need
     minibatches: tuple[tuple[Row, ...], ...]  # this rank's rows, one tuple per optimiser step
-    loss: Callable[[TokenBatch], LossTerms]
-    recompute_old: bool  # False where there is one optimiser step, whose old log-probs are its own
+    loss: Callable[[Any], LossTerms]
+    recompute_old: (
+        bool  # False where old log-probs are in the targets, the rollout's, or the loss's
+    )
     temperature: float
     budget: int  # max_completion_length, tokens
+    early_stop: tuple[str, float] | None = None  # (metric, limit): above it no further steps
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The worker function of a preference job: TRL's DPOTrainer or RewardTrainer in a Ray Train worker.
 
 What the worker gets is tokenised already, so that every worker trains on the same tokens and a
-reward model on those it is asked about later. Invariant: what is told to the `Relay` of a step comes
-before the checkpoint of that step, and a checkpoint holds the figures of all steps up to it; so a
+reward model on those it is asked about later. Invariant: the relay is told of a step before the
+checkpoint of that step is written, and a checkpoint holds the figures of all steps up to it; so a
 driver that follows the relay misses no step, whatever is killed.
 """
 
@@ -164,7 +164,7 @@ def train_worker(config: dict[str, Any]) -> None:
             trainer.evaluate()
             follower.flush()
             return
-        _train(trainer, job, follower)
+        _train(trainer, job)
         if not follower.stopped:
             _export(trainer, job, scratch)
     finally:
@@ -172,7 +172,7 @@ def train_worker(config: dict[str, Any]) -> None:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _train(trainer: Any, job: PreferenceJob, follower: Any) -> None:
+def _train(trainer: Any, job: PreferenceJob) -> None:
     """Train from the last checkpoint, or from the beginning."""
     import ray.train
 
@@ -181,9 +181,7 @@ def _train(trainer: Any, job: PreferenceJob, follower: Any) -> None:
         with checkpoint.as_directory() as folder:
             trainer.train(resume_from_checkpoint=folder)
         return
-    if job.eval_at_start:
-        trainer.evaluate()
-        follower.flush()
+    trainer.args.eval_on_start = job.eval_at_start
     trainer.train()
 
 
@@ -242,7 +240,7 @@ def _dpo(
 ) -> Any:
     from trl import DPOConfig, DPOTrainer
 
-    class Trainer(DPOTrainer):  # type: ignore[misc]
+    class Trainer(DPOTrainer):
         """DPOTrainer on tokens, and without a reference where the job says so."""
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
@@ -377,7 +375,7 @@ def _follower(job: PreferenceJob, relay: Any) -> Any:
         torch.distributed.broadcast_object_list(words, src=0)
         return words[0]
 
-    class Follower(TrainerCallback):  # type: ignore[misc]
+    class Follower(TrainerCallback):
         def __init__(self) -> None:
             self.stopped = False
             self._asked = ""

@@ -5,7 +5,7 @@ Light on purpose: importing this starts nothing and loads no framework.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,47 +23,59 @@ Seconds = Annotated[float, Field(gt=0)]
 class LoRASpec(Spec):
     """Low-rank adapters through PEFT."""
 
-    r: Positive = 16
-    alpha: float = Field(32.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    r: Positive = Field(16, description="rank")
+    alpha: float = Field(32.0, gt=0, description="scale; updates are multiplied by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapters' input")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="which linear layers get an adapter"
+    )
 
 
 class ModelSpec(Spec):
     """The model that is trained."""
 
     name: str = Field(description="a local folder or a hub name")
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    lora: LoRASpec | None = None
-    gradient_checkpointing: bool = False
-    trust_remote_code: bool = False
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16 computes in it; what is trained is kept in float32"
+    )
+    lora: LoRASpec | None = Field(None, description="adapters instead of full fine-tuning")
+    gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="attention kernel of transformers"
+    )
 
 
 class RoleResources(Spec):
     """What one replica or rank of a role takes from the cluster."""
 
-    cpus: float = Field(1.0, gt=0)
-    gpus: float = Field(0.0, ge=0)
+    cpus: float = Field(1.0, gt=0, description="logical CPUs")
+    gpus: float = Field(0.0, ge=0, description="GPUs; a fraction shares one")
 
 
 class RolloutSpec(Spec):
     """Generation."""
 
-    engine: Literal["auto", "vllm", "transformers"] = "auto"
-    replicas: Positive = 1
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        "auto", description="auto: vllm where it is installed, else transformers"
+    )
+    replicas: Positive = Field(1, description="actors, each with the whole model")
     resources: RoleResources = RoleResources()
-    temperature: float = Field(1.0, gt=0)
-    max_completion_length: Positive = 256
-    max_prompt_length: Positive = 512
+    temperature: float = Field(1.0, gt=0, description="of sampling; log-probs are taken at it too")
+    max_completion_length: Positive = Field(
+        256, description="tokens, the end-of-sequence token included: the sampling budget"
+    )
+    max_prompt_length: Positive = Field(512, description="tokens")
     max_concurrent_groups: Positive = Field(32, description="in flight per replica")
-    generation_timeout_s: Seconds = 600.0
-    start_timeout_s: Seconds = 600.0
+    generation_timeout_s: Seconds = Field(600.0, description="longest wait for one group")
+    start_timeout_s: Seconds = Field(600.0, description="longest wait for a replica to load")
     max_attempts: Positive = Field(3, description="tries per group before it is quarantined")
     max_restarts: int = Field(10, ge=0, description="replacements of dead replicas per run")
-    tensor_parallel_size: Positive = 1
-    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    tensor_parallel_size: Positive = Field(1, description="GPUs of one vLLM replica")
+    gpu_memory_utilization: float = Field(
+        0.85, gt=0, le=1, description="share of the GPU that vLLM takes"
+    )
     kv_cache_gib: float | None = Field(None, gt=0, description="vLLM on CPU; default 1 GiB there")
     engine_options: dict[str, Any] = Field(default={}, description="passed to the engine as is")
 
@@ -73,9 +85,9 @@ class RewardFunctionSpec(Spec):
 
     function: str = Field(description="a registered name or package.module:function")
     name: str | None = Field(None, description="in metrics; default: the function's own name")
-    weight: float = 1.0
+    weight: float = Field(1.0, description="in the sum of criteria")
     options: dict[str, Any] = Field(default={}, description="keyword arguments of every call")
-    timeout_s: Seconds = 60.0
+    timeout_s: Seconds = Field(60.0, description="for one group")
 
 
 class RewardModelSpec(Spec):
@@ -83,10 +95,12 @@ class RewardModelSpec(Spec):
 
     model: str = Field(description="a local folder or a hub name")
     name: str | None = Field(None, description="in metrics; default: the last part of its path")
-    weight: float = 1.0
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    trust_remote_code: bool = False
+    weight: float = Field(1.0, description="in the sum of criteria")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of weights and arithmetic"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     apply_chat_template: bool = Field(
         True, description="false: prompt and completion are scored one after the other as text"
     )
@@ -94,41 +108,45 @@ class RewardModelSpec(Spec):
         None, description="of prompt and completion, never cut; default: the model's positions"
     )
     batch_size: Positive = Field(16, description="texts in one forward pass")
-    timeout_s: Seconds = 120.0
+    timeout_s: Seconds = Field(120.0, description="for one group")
 
 
 class RewardActorSpec(Spec):
     """How rewards are run."""
 
-    replicas: Positive = 1
+    replicas: Positive = Field(1, description="actors, each with all criteria")
     resources: RoleResources = RoleResources(cpus=0.5)
     max_attempts: Positive = Field(3, description="tries per group before it is quarantined")
-    max_concurrent_groups: Positive = 16
-    start_timeout_s: Seconds = 300.0
-    max_restarts: int = Field(10, ge=0)
+    max_concurrent_groups: Positive = Field(16, description="in flight per replica")
+    start_timeout_s: Seconds = Field(300.0, description="longest wait for a replica to start")
+    max_restarts: int = Field(10, ge=0, description="replacements of dead replicas per run")
 
 
 class ReferenceSpec(Spec):
     """Log-probs under the frozen model; used only where the algorithm has a KL term."""
 
     model: str | None = Field(None, description="default: the policy's starting model")
-    replicas: Positive = 1
+    replicas: Positive = Field(1, description="actors, each with the whole model")
     resources: RoleResources = RoleResources()
-    timeout_s: Seconds = 600.0
-    start_timeout_s: Seconds = 600.0
+    timeout_s: Seconds = Field(600.0, description="longest wait for one group")
+    start_timeout_s: Seconds = Field(600.0, description="longest wait for a replica to load")
     max_attempts: Positive = 3
-    max_restarts: int = Field(10, ge=0)
+    max_restarts: int = Field(10, ge=0, description="replacements of dead replicas per run")
 
 
 class DeepSpeedSpec(Spec):
     """ZeRO."""
 
-    stage: Literal[1, 2, 3] = 2
+    stage: Literal[1, 2, 3] = Field(
+        2, description="what is sharded: 1 optimiser state, 2 gradients too, 3 weights too"
+    )
     offload: bool = Field(False, description="optimiser state and ZeRO-3 weights in CPU memory")
 
 
-class PolicySpec(Spec):
-    """The trained model's ranks."""
+class RankSpec(Spec):
+    """Ranks that train one model together."""
+
+    role: ClassVar[str]
 
     strategy: Literal["torch", "deepspeed"] = "torch"
     ranks: Positive = 1
@@ -142,8 +160,27 @@ class PolicySpec(Spec):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     tokens_per_microbatch: Positive = Field(16384, description="prompt and response, padding too")
-    tokens_per_chunk: Positive = Field(1024, description="rows of the logits matrix at once")
     packing: bool = Field(False, description="rows of a micro-batch in one sequence, no padding")
     update_timeout_s: Seconds = 3600.0
     start_timeout_s: Seconds = 600.0
-    max_restarts: int = Field(3, ge=0, description="rebuilds of the policy set per run")
+
+
+class PolicySpec(RankSpec):
+    """The trained model's ranks."""
+
+    role: ClassVar[str] = "policy"
+
+    tokens_per_chunk: Positive = Field(1024, description="rows of the logits matrix at once")
+    max_restarts: int = Field(3, ge=0, description="rebuilds of the policy and critic sets per run")
+
+
+class CriticSpec(RankSpec):
+    """The critic's ranks; used only where the algorithm has a critic."""
+
+    role: ClassVar[str] = "critic"
+
+    model: str | None = Field(
+        None,
+        description="a causal LM, whose values start at 0, or a reward model, whose scores they "
+        "start from; it reads the policy's tokens. Default: the policy's starting model",
+    )

@@ -89,12 +89,12 @@ class TrainSpec(Spec):
 
     steps: Positive | None = Field(None, description="optimiser batches; or give epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the prompts; default 1")
-    groups_per_step: Positive = 32
+    groups_per_step: Positive = Field(32, description="prompts of a step")
     completions_per_group: Positive | None = Field(None, description="G; default: the algorithm's")
     groups_per_minibatch: Positive | None = Field(None, description="per optimiser step")
     epochs_per_batch: Positive | None = Field(None, description="default: the algorithm's")
     max_staleness: int = Field(0, ge=0, description="policy versions; 0 is on-policy")
-    seed: int = 0
+    seed: int = Field(0, description="of data order, sampling and LoRA")
     max_quarantined_fraction: float = Field(
         0.1, ge=0, le=1, description="of the admitted groups; beyond it the run stops"
     )
@@ -104,26 +104,30 @@ class TrainSpec(Spec):
 class CheckpointSpec(Spec):
     """When the run is saved."""
 
-    every_steps: Positive = 50
-    keep_last: Positive = 3
-    at_end: bool = True
+    every_steps: Positive = Field(50, description="steps between checkpoints")
+    keep_last: Positive = Field(3, description="older ones are removed")
+    at_end: bool = Field(True, description="one after the last step")
 
 
 class EvalSpec(Spec):
     """Evaluation on the eval set, scored by the run's own rewards."""
 
-    every_steps: Positive | None = None
-    at_start: bool = True
-    at_end: bool = True
-    completions: Positive = 1
-    temperature: float = Field(0.0, ge=0)
+    every_steps: Positive | None = Field(
+        None, description="steps between evaluations; none: only at the ends"
+    )
+    at_start: bool = Field(True, description="before the first step")
+    at_end: bool = Field(True, description="after the last step")
+    completions: Positive = Field(1, description="per prompt")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy")
 
 
 class TrackingSpec(Spec):
     """Beyond metrics.jsonl, which is always written."""
 
-    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = ["tensorboard"]
-    project: str = "aligntune"
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        ["tensorboard"], description="where figures go too"
+    )
+    project: str = Field("aligntune", description="its name at W&B, MLflow and Trackio")
     samples_per_step: int = Field(4, ge=0, description="completions written to samples.jsonl")
 
 
@@ -133,8 +137,10 @@ class RunConfig(Spec):
     algorithm: AlgorithmField
     model: ModelSpec
     data: DataSpec
-    output_dir: str
-    backend: Literal["trl", "unsloth"] = "trl"
+    output_dir: str = Field(description="the run directory")
+    backend: Literal["trl", "unsloth"] = Field(
+        "trl", description="what loads and steps the trained model"
+    )
     rewards: list[RewardField] = []
     train: TrainSpec = TrainSpec()
     rollout: RolloutSpec = RolloutSpec()

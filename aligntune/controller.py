@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -144,79 +144,83 @@ class Controller:
         deadline = self.config.rollout.start_timeout_s
         info = await answer(handle.start.remote(), name, "start", deadline)
         self._recorder.role(name, info)
-        loaded = 0
-        while self._weights is not None and loaded != self._weights.version:
+        loaded: Weights | None = None
+        while self._weights is not loaded:  # newer ones may come while these are loaded
             weights = self._weights
+            assert weights is not None, "weights were exported once and are never unset"
             await answer(handle.load_weights.remote(weights.bundle), name, "load_weights", deadline)
-            loaded = weights.version
+            loaded = weights
 
     async def _restore(self, checkpoint: Checkpoint | None) -> None:
-        """Make policy, ledger and files what they were at a checkpoint; None is the beginning."""
-        step = checkpoint.step if checkpoint else 0
+        """Make policy, rollout weights and ledger what they were at a checkpoint.
+
+        None is the beginning. Open groups start last: nothing is rolled out under other weights.
+        """
+        self.version = checkpoint.step if checkpoint else 0
+        snapshot = Ledger.beginning()
         if checkpoint:
             await self._learner.load(checkpoint.policy)
-        self.version = step
-        if checkpoint:
             self.algorithm = type(self.algorithm).model_validate(checkpoint.state["algorithm"])
             snapshot = checkpoint.state["ledger"]
-        else:
-            snapshot = Ledger.beginning()
-        open_groups = self.ledger.restore(snapshot, step=step, version=step)
+        if checkpoint or self._weights:
+            await self._sync()
+        open_groups = self.ledger.restore(snapshot, step=self.version, version=self.version)
         self._seen = self.ledger.books
-        self._recorder.truncate_after(step)
         for group_id in open_groups:
             self._pipeline.start(group_id)
 
     async def _rebuild_policy(self, reason: str) -> None:
         """A policy rank is lost: new ranks from the last checkpoint, groups since then again."""
-        self._policy_restarts += 1
-        if self._policy_restarts > self.config.policy.max_restarts:
-            raise RunFailed(
-                f"the policy was lost {self._policy_restarts} times, more than "
-                f"policy.max_restarts={self.config.policy.max_restarts} allows; the last: {reason}"
+        limit = self.config.policy.max_restarts
+        while True:
+            self._policy_restarts += 1
+            self._learner.kill()
+            await self._pipeline.cancel()
+            if self._policy_restarts > limit:
+                raise RunFailed(
+                    f"the policy was lost {self._policy_restarts} times, more than "
+                    f"policy.max_restarts={limit} allows; the last: {reason}"
+                )
+            checkpoint = self._checkpoints.latest()
+            step = checkpoint.step if checkpoint else 0
+            self._recorder.event(
+                EventKind.POLICY_REBUILT,
+                reason=reason,
+                from_version=self.version,
+                to_version=step,
             )
-        self._learner.kill()
-        await self._pipeline.cancel()
-        lost = self.version
-        checkpoint = self._checkpoints.latest()
-        self._recorder.event(
-            EventKind.POLICY_REBUILT,
-            reason=reason,
-            from_version=lost,
-            to_version=checkpoint.step if checkpoint else 0,
-        )
-        await self._learner.start()
-        await self._restore(checkpoint)
-        await self._sync()
+            try:
+                await self._learner.start()
+                await self._restore(checkpoint)
+            except PolicyLost as again:
+                reason = str(again)
+                continue
+            self._recorder.truncate_after(step)
+            return
 
     # The loop
 
-    async def run(
-        self, checkpoint: Checkpoint | None, final_model: bool = True
-    ) -> dict[str, float]:
+    async def run(self, checkpoint: Checkpoint | None) -> dict[str, float]:
         """Train to the last step; returns the last metrics. Raises Interrupted, RunFailed, ..."""
         metrics: dict[str, float] = {}
         started = False
         try:
             await self._unless_stopped(self._start_roles())
             await self._restore(checkpoint)
+            self._recorder.truncate_after(checkpoint.step if checkpoint else -1)
             started = True
             if checkpoint:
                 self._recorder.event(EventKind.RESUMED, step=checkpoint.step)
-                await self._sync()
             elif self.config.eval.at_start:
                 await self._evaluate(0)
-            while self.version < self.total_steps:
+            while True:
                 try:
-                    metrics = await self._step()
+                    while self.version < self.total_steps:
+                        metrics = await self._step()
+                    await self._finish()
+                    return metrics
                 except PolicyLost as lost:
                     await self._rebuild_policy(str(lost))
-            await self._pipeline.cancel()
-            if self.config.checkpoint.at_end:
-                await self._checkpoint()
-            if final_model:
-                await self._learner.save_model(self._rundir.model)
-            return metrics
         except Interrupted:
             await self._pipeline.cancel()
             if started:
@@ -242,6 +246,12 @@ class Controller:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         raise Interrupted(self._signal)
+
+    async def _finish(self) -> None:
+        await self._pipeline.cancel()
+        if self.config.checkpoint.at_end:
+            await self._checkpoint()
+        await self._learner.save_model(self._rundir.model)
 
     async def _close(self) -> None:
         await self._pipeline.cancel()
@@ -290,6 +300,18 @@ class Controller:
                     f"{train.step_timeout_s:g} s; open groups: {waiting}"
                 ) from error
 
+    def _check_age(self, groups: Sequence[ReadyGroup]) -> None:
+        """The invariant itself, looked at before every update. RunFailed: aligntune is wrong."""
+        for group in groups:
+            age = self.version - group.record.oldest_version
+            if not 0 <= age <= self.config.train.max_staleness:
+                raise RunFailed(
+                    f"group {group.record.group_id} has tokens of policy version "
+                    f"{group.record.oldest_version}, {age} versions behind version {self.version}; "
+                    f"train.max_staleness={self.config.train.max_staleness} allows no training on "
+                    "it. This is a defect of aligntune: please report it with events.jsonl"
+                )
+
     def _check_sampling(self) -> None:
         """Dynamic sampling that keeps finding nothing to train on ends the run, with the scores."""
         rounds, per_step = self.algorithm.sampling_rounds, self.config.train.groups_per_step
@@ -310,6 +332,7 @@ class Controller:
         batch = await self._next_batch()
         step, trained_from = self.version + 1, self.version
         groups = [self._pipeline.ready[group_id] for group_id in batch]
+        self._check_age(groups)
         self.ledger.move(batch, State.TRAINING, step=step)
         jobs = plan_jobs(self.config, self.algorithm.loss, step, self._works(groups))
         with self._update_clock:

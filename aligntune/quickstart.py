@@ -1,9 +1,9 @@
 """Makes the tiny model and the arithmetic task of `aligntune quickstart`; nothing is downloaded.
 
-The task is addition of a two-digit and a one-digit number. The warm-up imitates a careless teacher
-who adds by counting on and, where there are five or more to count, loses one in three of five sums.
-The model so learns to add, and learns the carelessness too: greedily it is right on small steps and
-seldom on large ones. A verifiable reward then teaches it to count to the end.
+The task is the sum of two two-digit numbers where no column carries, such as 42+37. The warm-up
+imitates a careless teacher who, where the units come to seven or more, loses one in three of five
+sums. The model so learns to add, and learns the carelessness too: greedily it is right on small
+units and seldom on large ones. A verifiable reward then teaches it to count to the end.
 
 Invariant: everything made here is a function of the seed alone, and no held-out question is ever
 trained on. Importing this module loads neither torch nor transformers.
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-HELD_OUT = 150
-"""Questions kept for evaluation, of 900."""
+HELD_OUT = 200
+"""Questions kept for evaluation, of 1980."""
 
 SLIP_RATE = 0.6
-"""How often the warm-up's teacher loses one where there are `MANY` or more to count."""
+"""How often the warm-up's teacher loses one where the units come to `MANY` or more."""
 
-MANY = 5
+MANY = 7
 
 WINDOW = (0.3, 0.7)
 """Held-out greedy accuracy at which the warm-up may stop: something known, something to learn."""
@@ -41,7 +41,7 @@ SETTLED = 0.99
 """Least share of held-out answers that are the sum or one less at that point."""
 
 MAX_ANSWER_TOKENS = 8
-"""Budget of a completion; a right one takes at most 4 tokens (three digits and the end)."""
+"""Budget of a completion; a right one takes 3 (two digits and the end)."""
 
 _PAD, _END, _UNKNOWN = "<|pad|>", "<|end|>", "<|unknown|>"
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -55,7 +55,7 @@ _CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Question:
-    """A sum, such as 47+8."""
+    """A sum, such as 42+37."""
 
     left: int
     right: int
@@ -72,8 +72,9 @@ class Question:
 
     @property
     def slip(self) -> str:
-        """What the careless teacher says (47+8=54); equal to `answer` where there is little to count."""
-        return str(self.left + self.right - (self.right >= MANY))
+        """What the careless teacher says (42+37=78); equal to `answer` where the units are small."""
+        units = self.left % 10 + self.right % 10
+        return str(self.left + self.right - (units >= MANY))
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,13 @@ class QuickstartAssets:
 
 
 def make_task(seed: int) -> Task:
-    """Every sum of 10..99 and 0..9, shuffled by `seed`; the last `HELD_OUT` are held out."""
-    questions = [Question(left, right) for left in range(10, 100) for right in range(10)]
+    """Every sum without a carry, shuffled by `seed`; the last `HELD_OUT` are held out."""
+    questions = [
+        Question(left, right)
+        for left in range(10, 100)
+        for right in range(10, 100)
+        if left // 10 + right // 10 < 10 and left % 10 + right % 10 < 10
+    ]
     random.Random(seed).shuffle(questions)
     return Task(tuple(questions[:-HELD_OUT]), tuple(questions[-HELD_OUT:]))
 
@@ -262,7 +268,7 @@ def warm_up(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            if step >= decay_steps and step % 10 == 0:
+            if step >= 40 and step % 10 == 0:
                 reached = accuracy(model, tokenizer, task.held_out)
                 if WINDOW[0] <= reached.right <= WINDOW[1] and reached.settled >= SETTLED:
                     return reached.right

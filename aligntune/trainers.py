@@ -31,6 +31,7 @@ from aligntune.data.prompts import PromptSource, evaluation_prompts, training_pr
 from aligntune.errors import RunFailed, UserError
 from aligntune.evaluation import evaluate_model
 from aligntune.keywords import build_tree
+from aligntune.learner import PolicyLost
 from aligntune.ledger import Books
 from aligntune.recorder import Recorder
 from aligntune.rewards.registry import check_columns, from_callable, resolve_all
@@ -43,7 +44,7 @@ from cluster.session import ClusterUnreachable, session
 
 T = TypeVar("T")
 
-FAILURES = (RunFailed, RoleExhausted, ReplicaLost, NotFinite, ArithmeticError)
+FAILURES = (RunFailed, RoleExhausted, ReplicaLost, PolicyLost, NotFinite, ArithmeticError)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a policy rank asks of the way its weights are stored and stepped, and what strategies share.
+"""What a rank asks of the way its weights are stored and stepped, and what strategies share.
 
 A strategy owns the wrapped model, the optimiser and the talk between ranks. It knows nothing of
 losses, groups or micro-batch sizes: gradients it is given add up, over `backward` calls and over
@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from actors.logprobs import LogProbModel
-from actors.specs import ModelSpec, PolicySpec
+from actors.specs import ModelSpec, RankSpec
+from actors.trained import TrainedModel
 
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
 Gather = Callable[[list[torch.Tensor]], AbstractContextManager[Any]]
@@ -29,18 +29,18 @@ class NonFiniteGradient(ArithmeticError):
 
 
 class Strategy(Protocol):
-    """One rank's share of the policy. Every method is called on all ranks, in the same order."""
+    """One rank's share of a trained model. Every method is called on all ranks, in the same order."""
 
     rank: int
     world: int
     device: torch.device
-    model: LogProbModel
+    model: TrainedModel
 
     def setup(self, master_address: str, master_port: int) -> None:
         """Meet the other ranks (rank 0 listens at the address) and place weights and optimiser."""
 
-    def forward(self, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`LogProbModel.forward`, with the weights wherever they are."""
+    def forward(self, **inputs: Any) -> Any:
+        """`model.forward`, with the weights wherever they are."""
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradient of `loss`; `last` says that the optimiser step follows."""
@@ -81,7 +81,7 @@ class Strategy(Protocol):
         """Leave the other ranks."""
 
 
-def learning_rate(spec: PolicySpec, step: int, total_steps: int) -> float:
+def learning_rate(spec: RankSpec, step: int, total_steps: int) -> float:
     """The learning rate of training step `step` (1-based), the same for all its optimiser steps.
 
     A function of the step alone: there is no scheduler state to save, and a rolled-back run has
@@ -89,7 +89,9 @@ def learning_rate(spec: PolicySpec, step: int, total_steps: int) -> float:
     from it towards 0, which is reached only after `total_steps`.
     """
     if spec.learning_rate is None:
-        raise ValueError("policy.learning_rate is not set; the algorithm's default was not filled")
+        raise ValueError(
+            f"{spec.role}.learning_rate is not set; the algorithm's default was not filled"
+        )
     if step <= spec.warmup_steps:
         return spec.learning_rate * step / spec.warmup_steps
     done = (step - spec.warmup_steps - 1) / max(1, total_steps - spec.warmup_steps)
@@ -103,10 +105,12 @@ def learning_rate(spec: PolicySpec, step: int, total_steps: int) -> float:
             return spec.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def make_optimizer(model: nn.Module, spec: PolicySpec) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, spec: RankSpec) -> torch.optim.AdamW:
     """AdamW over the trainable weights; biases and norms (one dimension) do not decay."""
     if spec.adam_betas is None:
-        raise ValueError("policy.adam_betas is not set; the algorithm's default was not filled")
+        raise ValueError(
+            f"{spec.role}.adam_betas is not set; the algorithm's default was not filled"
+        )
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": spec.weight_decay},
@@ -122,19 +126,19 @@ def make_optimizer(model: nn.Module, spec: PolicySpec) -> torch.optim.AdamW:
     )
 
 
-def merged_state(model: LogProbModel, dtype: torch.dtype, gather: Gather) -> NamedTensors:
+def merged_state(model: TrainedModel, dtype: torch.dtype, gather: Gather) -> NamedTensors:
     """Weights [name, tensor] in `dtype` with LoRA added out of place: training weights stay as are.
 
     `gather` makes sharded parameters whole while its context is open. A tensor may share the
     training weight's memory and is whole only until the next one is asked for: copy what is kept.
     """
-    causal = model.causal_lm
+    inner = model.unwrapped
     adapted = {
         name: module
-        for name, module in causal.named_modules()
+        for name, module in inner.named_modules()
         if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer")
     }
-    for name, parameter in causal.named_parameters():
+    for name, parameter in inner.named_parameters():
         owner, _, leaf = name.rpartition(".")
         layer = owner.removesuffix(".base_layer")
         if layer in adapted and owner != layer:
@@ -155,7 +159,7 @@ def merged_state(model: LogProbModel, dtype: torch.dtype, gather: Gather) -> Nam
             yield clean, parameter.detach().to(dtype)
 
 
-def adapter_state(model: LogProbModel, gather: Gather) -> NamedTensors:
+def adapter_state(model: TrainedModel, gather: Gather) -> NamedTensors:
     """The trainable LoRA weights under the names PEFT gives them."""
     if not hasattr(model.model, "peft_config"):
         return

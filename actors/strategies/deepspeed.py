@@ -23,8 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from actors.logprobs import LogProbModel
-from actors.specs import ModelSpec, PolicySpec
+from actors.specs import ModelSpec, RankSpec
 from actors.strategies.base import (
     NamedTensors,
     NonFiniteGradient,
@@ -35,6 +34,7 @@ from actors.strategies.base import (
     rng_state,
     set_rng_state,
 )
+from actors.trained import TrainedModel
 
 # Weights with fewer elements are kept whole on every rank under ZeRO-3: gathering them costs more.
 WHOLE_BELOW = 100_000
@@ -47,7 +47,7 @@ class DeepSpeedStrategy:
     """See `Strategy`."""
 
     def __init__(
-        self, model: LogProbModel, spec: PolicySpec, model_spec: ModelSpec, rank: int
+        self, model: TrainedModel, spec: RankSpec, model_spec: ModelSpec, rank: int
     ) -> None:
         self.rank = rank
         self.world = spec.ranks
@@ -129,10 +129,9 @@ class DeepSpeedStrategy:
             "steps_per_print": 10**9,
         } | ({"data_types": {"grad_accum_dtype": "fp32"}} if self._dtype != torch.float32 else {})
 
-    def forward(self, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`LogProbModel.forward` through the engine, whose hooks gather sharded weights."""
-        logp, entropy = self._engine(**inputs)
-        return logp, entropy
+    def forward(self, **inputs: Any) -> Any:
+        """`model.forward` through the engine, whose hooks gather sharded weights."""
+        return self._engine(**inputs)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradient of `loss` over the micro-batches and ranks."""
@@ -195,7 +194,7 @@ class DeepSpeedStrategy:
         layout = json.loads(path.read_text()) if path.is_file() else None
         if layout != self._layout():
             raise ValueError(
-                f"{folder} was written with {layout or 'another policy.strategy'}, and this run "
+                f"{folder} was written with {layout or f'another {self._spec.role}.strategy'}, and this run "
                 f"has {self._layout()}; resume with the settings it was written with"
             )
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG)

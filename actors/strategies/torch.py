@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from actors.logprobs import LogProbModel
-from actors.specs import ModelSpec, PolicySpec
+from actors.specs import ModelSpec, RankSpec
 from actors.strategies.base import (
     NamedTensors,
     NonFiniteGradient,
@@ -25,6 +24,7 @@ from actors.strategies.base import (
     rng_state,
     set_rng_state,
 )
+from actors.trained import TrainedModel
 
 
 class TorchStrategy:
@@ -33,10 +33,10 @@ class TorchStrategy:
     rank = 0
     world = 1
 
-    def __init__(self, model: LogProbModel, spec: PolicySpec, model_spec: ModelSpec) -> None:
+    def __init__(self, model: TrainedModel, spec: RankSpec, model_spec: ModelSpec) -> None:
         if spec.ranks != 1:
             raise ValueError(
-                f"policy.strategy torch has one rank, not {spec.ranks}; use deepspeed for more"
+                f"{spec.role}.strategy torch has one rank, not {spec.ranks}; use deepspeed for more"
             )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model
@@ -52,13 +52,12 @@ class TorchStrategy:
         self.model.to(self.device)
         self._optimizer = make_optimizer(self.model, self._spec)
 
-    def forward(self, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`LogProbModel.forward`, under autocast where the model is not float32."""
+    def forward(self, **inputs: Any) -> Any:
+        """`model.forward`, under autocast where the model is not float32."""
         with torch.autocast(
             self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32
         ):
-            logp, entropy = self.model(**inputs)
-        return logp, entropy
+            return self.model(**inputs)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradient of `loss`."""
@@ -112,7 +111,7 @@ class TorchStrategy:
         path = folder / "rank-0.pt"
         if not path.is_file():
             raise ValueError(
-                f"{folder} holds no state of policy.strategy torch (rank-0.pt); resume with the "
+                f"{folder} holds no state of {self._spec.role}.strategy torch (rank-0.pt); resume with the "
                 "strategy and ranks it was written with"
             )
         state = torch.load(path, map_location="cpu", weights_only=True)

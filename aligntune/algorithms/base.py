@@ -57,12 +57,12 @@ class Algorithm(BaseModel):
     defaults: ClassVar[Defaults]
     backends: ClassVar[tuple[str, ...]] = ("trl", "unsloth")
 
-    aggregation: Aggregation
+    aggregation: Aggregation = Field(description="how token losses become one number")
     beta: float = Field(0.0, ge=0, description="weight of the KL to the reference model")
-    kl_estimator: Estimator = "k3"
+    kl_estimator: Estimator = Field("k3", description="of the KL per token")
     kl_in: Literal["loss", "reward"] = Field("loss", description="where the KL term is charged")
-    clip_low: float = Field(0.2, gt=0)
-    clip_high: float = Field(0.2, gt=0)
+    clip_low: float = Field(0.2, gt=0, description="ratios below 1 - this are clipped where A < 0")
+    clip_high: float = Field(0.2, gt=0, description="ratios above 1 + this are clipped where A > 0")
     dual_clip: float | None = Field(None, gt=1, description="bound of r where A < 0")
     old: OldPolicy = Field(
         "policy", description="ratios against recomputed log-probs, or the rollout engine's"
@@ -70,9 +70,13 @@ class Algorithm(BaseModel):
     correction: Correction = Field(
         "token", description="importance weights for rollout engine and staleness"
     )
-    correction_cap: float = Field(2.0, ge=1)
-    entropy_coefficient: float = 0.0
-    combine: Literal["sum", "decoupled"] = "sum"
+    correction_cap: float = Field(
+        2.0, ge=1, description="bound of these weights (icepop: and 1 / cap from below)"
+    )
+    entropy_coefficient: float = Field(0.0, description="weight of the entropy bonus")
+    combine: Literal["sum", "decoupled"] = Field(
+        "sum", description="weigh criteria then normalise, or normalise each and then weigh (GDPO)"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -26,10 +26,10 @@ class DAPO(GRPO):
     aggregation: Aggregation = "token_mean"  # section 3.3
     beta: float = Field(0.0, ge=0, description="weight of the KL to the reference model")
     clip_high: float = Field(0.28, gt=0)  # section 3.1
-    dynamic_sampling: bool = True
+    dynamic_sampling: bool = Field(True, description="draw again for groups without contrast")
     metric: str = Field(SCORE, description="what dynamic sampling looks at: a criterion or 'score'")
     max_sampling_rounds: int = Field(10, gt=0, description="draws per step before the run stops")
-    overlong_shaping: bool = True
+    overlong_shaping: bool = Field(True, description="punish completions near the length limit")
     overlong_cache: int | None = Field(
         None, gt=0, description="tokens; default a fifth of the budget, the paper's 4096 of 20480"
     )

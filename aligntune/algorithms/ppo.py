@@ -43,13 +43,17 @@ class PPO(Algorithm):
         None, gt=0, description="steer beta towards this kl/reference (nats per token)"
     )
     kl_horizon: float = Field(10_000, gt=0, description="completions; slowness of that steering")
-    gamma: float = Field(1.0, ge=0, le=1)
-    gae_lambda: float = Field(0.95, ge=0, le=1)
-    whiten_advantages: bool = True
+    gamma: float = Field(1.0, ge=0, le=1, description="discount per token")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="of generalised advantage estimation")
+    whiten_advantages: bool = Field(
+        True, description="to mean 0 and variance 1 over the step's tokens"
+    )
     bootstrap_truncated: bool = Field(
         True, description="the critic's value stands after a completion cut by the length limit"
     )
-    value_clip: float | None = Field(0.2, gt=0)
+    value_clip: float | None = Field(
+        0.2, gt=0, description="how far a value may move from its old one; none: freely"
+    )
     score_clip: float | None = Field(None, gt=0, description="scores held within +- this")
     missing_eos_penalty: float = Field(
         0.0, ge=0, description="subtracted from the clipped score of a truncated completion"

@@ -49,7 +49,8 @@ def test_a_run_killed_at_random_and_resumed_is_bit_identical(
     kills = sorted(random.Random().sample(range(steps), 2))
     for step in kills:
         run = launch()
-        run.wait_for(lambda at=step: len(read(run.output_dir / "metrics.jsonl")) > at)
+        metrics = run.output_dir / "metrics.jsonl"
+        run.wait_for(lambda at=step, path=metrics: len(read(path)) > at)
         run.kill_group(signal.SIGKILL)
         run.finish()
     run = launch()

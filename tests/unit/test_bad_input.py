@@ -155,9 +155,8 @@ def test_dry_run_starts_nothing_and_prints_the_resolved_tree(
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(
-            ["train", "--algorithm", "grpo", "--model", str(tiny_model), "--dataset", str(data)]
-            + ["--reward", "exact_match", "--out", str(tmp_path / "dry"), "--dry-run"]
-            + ["train.groups_per_step=4"]
+            f"train --algorithm grpo --model {tiny_model} --dataset {data} --reward exact_match "
+            f"--out {tmp_path / 'dry'} --dry-run train.groups_per_step=4".split()
         )
     printed = capsys.readouterr().out
     assert stopped.value.code == 0

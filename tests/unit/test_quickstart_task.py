@@ -34,7 +34,7 @@ def test_no_held_out_question_is_trained_on(seed: int) -> None:
     task = quickstart.make_task(seed)
     assert not set(task.train) & set(task.held_out)
     assert len(task.held_out) == quickstart.HELD_OUT
-    assert len({q.prompt for q in task.train + task.held_out}) == 900
+    assert len({q.prompt for q in task.train + task.held_out}) == 1980
 
 
 def test_answers_are_the_sums_of_their_prompts() -> None:
@@ -46,9 +46,9 @@ def test_answers_are_the_sums_of_their_prompts() -> None:
 
 @pytest.mark.parametrize(
     ("question", "slip"),
-    [(Question(47, 8), "54"), (Question(95, 5), "99"), (Question(48, 4), "52")],
+    [(Question(42, 37), "78"), (Question(43, 34), "76"), (Question(43, 33), "76")],
 )
-def test_the_teacher_loses_one_only_where_there_are_five_or_more_to_count(
+def test_the_teacher_loses_one_only_where_the_units_are_large(
     question: Question, slip: str
 ) -> None:
     assert question.slip == slip
@@ -89,13 +89,13 @@ def test_every_id_the_model_can_sample_decodes(tokenizer: PreTrainedTokenizerFas
 def test_the_chat_template_ends_where_the_answer_begins(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    asked = [{"role": "user", "content": "47+8"}]
-    answered = [*asked, {"role": "assistant", "content": "55"}]
+    asked = [{"role": "user", "content": "42+37"}]
+    answered = [*asked, {"role": "assistant", "content": "79"}]
     prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(answered, tokenize=False)
-    assert prompt == "<|user|>47+8<|assistant|>"
-    assert whole == prompt + "55" + str(tokenizer.eos_token)
-    assert len(tokenizer(prompt)["input_ids"]) == 6
+    assert prompt == "<|user|>42+37<|assistant|>"
+    assert whole == prompt + "79" + str(tokenizer.eos_token)
+    assert len(tokenizer(prompt)["input_ids"]) == 7
 
 
 def test_the_tokenizer_is_the_same_after_saving(

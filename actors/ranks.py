@@ -1,0 +1,316 @@
+"""One rank of a model that is trained, policy or critic: how it starts, steps and is saved.
+
+The loss is a callable; nothing here knows which algorithm made it. The gradient of an optimiser
+step does not depend on how its rows are cut into micro-batches, packed, padded or shared over
+ranks: the loss gets denominators that are global over the step before the first backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from actors.loading import load_tokenizer
+from actors.logprobs import plan_passes
+from actors.messages import Counts, GroupTensors, Row, UpdateJob, UpdateResult
+from actors.shares import (
+    Fetched,
+    Minibatch,
+    Tally,
+    average,
+    count,
+    describe,
+    fetch,
+    join,
+    longest,
+    total,
+)
+from actors.specs import ModelSpec, RankSpec
+from actors.strategies.base import NonFiniteGradient, Strategy, flush, learning_rate
+from actors.trained import TrainedModel
+
+
+class NonFiniteUpdate(ArithmeticError):
+    """A loss or gradient was NaN or infinite; the optimiser step in question was not applied."""
+
+
+class TrainedRank:
+    """Rank `rank` of `world`. Methods that all ranks must be in together say so."""
+
+    total_loss: ClassVar[str]  # the metric that the whole loss is
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        spec: RankSpec,
+        rank: int,
+        world: int,
+        total_steps: int,
+        seed: int,
+    ) -> None:
+        """Keep the settings; `start` loads. `total_steps` are training steps, for the schedule."""
+        if world != spec.ranks:
+            raise ValueError(f"{spec.role}.ranks is {spec.ranks}, but {world} ranks were made")
+        self._model_spec = model
+        self._spec = spec
+        self._rank = rank
+        self._world = world
+        self._total_steps = total_steps
+        self._seed = seed
+        self._strategy: Strategy
+
+    def _load(self) -> TrainedModel:
+        """The model as it starts, checked, on CPU."""
+        raise NotImplementedError
+
+    def _complete(self, job: UpdateJob, groups: dict[int, Fetched]) -> dict[int, Fetched]:
+        """`groups` with what must be known of them before the first optimiser step."""
+        return groups
+
+    def _batch(
+        self,
+        job: UpdateJob,
+        rows: Sequence[Row],
+        chunks: int,
+        counts: Counts,
+        groups: Mapping[int, Fetched],
+    ) -> Any:
+        """Forward pass of one micro-batch, with everything its loss needs, padded to [B, T]."""
+        raise NotImplementedError
+
+    def _idle_pass(self, job: UpdateJob, chunks: int) -> torch.Tensor:
+        """A forward pass that counts for nothing; a scalar loss of 0 with a gradient of 0."""
+        raise NotImplementedError
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a free port; rank 0's is where the ranks meet."""
+        host = _node_address()
+        with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
+            probe.bind((host, 0))
+            return host, probe.getsockname()[1]
+
+    def start(self, master_address: str, master_port: int) -> dict[str, Any]:
+        """Load, check and place the model; all ranks together.
+
+        Returns:
+            `device`, `pid`, `node`, `rank`, and the numbers of `parameters` and `trainable` ones.
+
+        Raises:
+            ModelError: the model cannot be loaded, or what it says cannot be trusted.
+        """
+        torch.manual_seed(self._seed + self._rank)
+        if not torch.cuda.is_available():
+            torch.use_deterministic_algorithms(True)
+            # Or every buffer is filled with NaN first; none is read here before it is written.
+            torch.utils.deterministic.fill_uninitialized_memory = False
+        wrapped = self._load()
+        parameters = [(p.numel(), p.requires_grad) for p in wrapped.parameters()]
+        self._strategy = make_strategy(wrapped, self._spec, self._model_spec, self._rank)
+        self._strategy.setup(master_address, master_port)
+        return {
+            "device": str(self._strategy.device),
+            "pid": os.getpid(),
+            "node": _node_address(),
+            "rank": self._rank,
+            "parameters": sum(size for size, _ in parameters),
+            "trainable": sum(size for size, trained in parameters if trained),
+        }
+
+    def update(self, job: UpdateJob) -> UpdateResult:
+        """Every optimiser step of `job`; all ranks together, each with its own rows.
+
+        With `job.early_stop`, the figure it names of an optimiser step that has been made ends the
+        update where it is above the limit.
+
+        Raises:
+            NonFiniteUpdate: on all ranks, before the optimiser step in question; its gradients are
+                spent, so the run goes on from a checkpoint.
+        """
+        began = time.perf_counter()
+        role = self._spec.role
+        needed = sorted({row.work for rows in job.minibatches for row in rows})
+        groups = fetch({index: job.groups[index] for index in needed})
+        plan = self._plan(job, groups)
+        rate = learning_rate(self._spec, job.step, self._total_steps)
+        groups = self._complete(job, groups)
+        self._strategy.model.train()
+        steps: list[dict[str, float]] = []
+        norms: list[float] = []
+        empty = tokens = 0
+        stopped = False
+        for index, minibatch in enumerate(plan):
+            tokens += minibatch.tokens
+            if minibatch.counts.tokens == 0:  # nothing to learn from; Adam would still move
+                empty += 1
+                continue
+            where = f"{role}, training step {job.step}, optimiser step {index + 1} of {len(plan)}"
+            figures = self._accumulate(job, minibatch, groups, where)
+            try:
+                norms.append(self._strategy.step(rate))
+            except NonFiniteGradient as error:
+                raise NonFiniteUpdate(
+                    f"{where}: {error} with a finite loss of {figures[self.total_loss]:.6g}; no "
+                    f"weight was changed. Lower {role}.learning_rate or look at the rewards of "
+                    "this step"
+                ) from error
+            steps.append(figures)
+            if job.early_stop is not None and figures[job.early_stop[0]] > job.early_stop[1]:
+                stopped = True
+                break
+        metrics = average(steps)
+        metrics[f"{role}/learning_rate"] = rate
+        if norms:
+            metrics[f"{role}/grad_norm"] = sum(norms) / len(norms)
+        if empty:
+            metrics[f"{role}/empty_minibatches"] = float(empty)
+        if job.early_stop is not None:
+            metrics[f"{role}/early_stopped"] = float(stopped)
+        return UpdateResult(metrics=metrics, seconds=time.perf_counter() - began, tokens=tokens)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the complete training state, each rank its part; all ranks together.
+
+        `torch` writes rank-0.pt. `deepspeed` writes layout.json, rng-rank-*.pt and DeepSpeed's own
+        files. Everything is on disk when this returns; making `folder` appear at once is the
+        caller's.
+        """
+        self._strategy.save(Path(folder))
+
+    def load(self, folder: str | Path) -> None:
+        """Take back what `save` wrote; all ranks together.
+
+        Raises:
+            ValueError: it was written with another strategy, stage or number of ranks.
+        """
+        self._strategy.load(Path(folder))
+
+    def save_model(self, folder: str | Path) -> None:
+        """Write a model that transformers loads; all ranks together, rank 0 writes.
+
+        safetensors, config, generation config and tokenizer; with LoRA the merged model, and the
+        adapter in `folder`/adapter.
+        """
+        keep = self._rank == 0
+        state = _copied(self._strategy.full_state(), keep)
+        adapter = _copied(self._strategy.adapter_state(), keep)
+        if not keep:
+            return
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        wrapped = self._strategy.model
+        model = wrapped.unwrapped
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        for name, buffer in model.state_dict().items():  # persistent buffers are part of a model
+            if name not in parameters and "lora_" not in name:
+                state[name] = buffer.detach().cpu()
+        model.save_pretrained(folder, state_dict=state)
+        load_tokenizer(self._model_spec).save_pretrained(folder)
+        if adapter:
+            wrapped.model.save_pretrained(folder / "adapter", state_dict=adapter)
+        flush(folder)
+
+    def close(self) -> None:
+        """Leave the other ranks."""
+        self._strategy.close()
+
+    def _plan(self, job: UpdateJob, groups: Mapping[int, Fetched]) -> list[Minibatch]:
+        """Micro-batches of every optimiser step, with what only all ranks together know."""
+        tensors = {index: group.tensors for index, group in groups.items()}
+        own = []
+        for rows in job.minibatches:
+            batches, chunks = self._cut(tensors, rows)
+            tokens = sum(row.tokens for row in rows)
+            own.append(Minibatch(batches, chunks, count(rows, groups), tokens))
+        shared = self._strategy.gather([(m.chunks, m.counts, m.tokens) for m in own])
+        if len({len(plan) for plan in shared}) != 1:
+            raise ValueError(
+                f"training step {job.step}: the ranks were given different numbers of optimiser "
+                f"steps, {[len(plan) for plan in shared]}"
+            )
+        return [
+            replace(
+                minibatch,
+                chunks=longest([chunks for chunks, _, _ in parts]),
+                counts=total([counts for _, counts, _ in parts]),
+                tokens=sum(tokens for _, _, tokens in parts),
+            )
+            for minibatch, parts in zip(own, zip(*shared, strict=True), strict=True)
+        ]
+
+    def _cut(
+        self, tensors: Mapping[int, GroupTensors], rows: Sequence[Row]
+    ) -> tuple[tuple[tuple[Row, ...], ...], list[int]]:
+        return plan_passes(
+            self._strategy.model,
+            tensors,
+            rows,
+            self._spec.tokens_per_microbatch,
+            self._spec.packing,
+        )
+
+    def _accumulate(
+        self, job: UpdateJob, minibatch: Minibatch, groups: Mapping[int, Fetched], where: str
+    ) -> dict[str, float]:
+        """The gradient of one optimiser step over its micro-batches; its figures over all ranks.
+
+        Raises:
+            NonFiniteUpdate: the loss of a micro-batch is not finite, on whichever rank.
+        """
+        tally = Tally()
+        trouble: list[str] = []
+        last = len(minibatch.chunks) - 1
+        for index, chunks in enumerate(minibatch.chunks):
+            rows = minibatch.batches[index] if index < len(minibatch.batches) else ()
+            if rows:
+                batch = self._batch(job, rows, chunks, minibatch.counts, groups)
+                terms = job.loss(batch)
+                if not math.isfinite(float(terms.loss.detach())):
+                    trouble.append(describe(terms, batch, rows, groups, self._rank))
+                tally.add(terms)
+                loss = terms.loss
+            else:  # other ranks have more micro-batches: keep in step with them
+                loss = self._idle_pass(job, chunks)
+            self._strategy.backward(loss, last=index == last)
+        # All ranks hear of trouble, so none waits for one that has given up.
+        tallies, troubles = zip(*self._strategy.gather((tally, trouble)), strict=True)
+        if texts := [text for texts in troubles for text in texts]:
+            raise NonFiniteUpdate(
+                f"{where}: {texts[0]}; the optimiser step was not applied "
+                f"({len(texts)} micro-batches like this)"
+            )
+        figures = join(tallies, minibatch.counts)
+        return figures | {self.total_loss: sum(rank.loss for rank in tallies)}
+
+
+def make_strategy(
+    model: TrainedModel, spec: RankSpec, model_spec: ModelSpec, rank: int
+) -> Strategy:
+    """The strategy that `spec` names; imports DeepSpeed only where it is used."""
+    if spec.strategy == "deepspeed":
+        from actors.strategies.deepspeed import DeepSpeedStrategy
+
+        return DeepSpeedStrategy(model, spec, model_spec, rank)
+    from actors.strategies.torch import TorchStrategy
+
+    return TorchStrategy(model, spec, model_spec)
+
+
+def _copied(state: Any, keep: bool) -> dict[str, torch.Tensor]:
+    return {name: tensor.to("cpu", copy=True) for name, tensor in state if keep}
+
+
+def _node_address() -> str:
+    import ray
+
+    if ray.is_initialized():
+        return ray.util.get_node_ip_address()
+    return "127.0.0.1"

@@ -1,0 +1,206 @@
+"""Writes the tables of options in docs/ from the settings classes, so that they cannot drift.
+
+    .venv/bin/python scripts/doc_tables.py
+
+Replaces what stands between `<!-- table: NAME -->` and `<!-- end -->`; the prose around is by hand.
+A test fails while a table is not what this would write, and where a section has no table.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from actors.specs import RewardFunctionSpec, RewardModelSpec
+from aligntune.algorithms import registry
+from aligntune.algorithms.base import Algorithm
+from aligntune.config import RunConfig
+
+DOCS = Path(__file__).parents[1] / "docs"
+TABLE = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+OURS = ("ppo", "grpo", "dapo", "gspo", "drgrpo")
+
+
+def sections() -> dict[str, type[BaseModel]]:
+    """Every section of the config tree by its dotted path; the root is `run`."""
+    found: dict[str, type[BaseModel]] = {
+        "run": RunConfig,
+        "rewards.function": RewardFunctionSpec,
+        "rewards.model": RewardModelSpec,
+    }
+    waiting: list[tuple[str, type[BaseModel]]] = [("", RunConfig)]
+    while waiting:
+        prefix, model = waiting.pop(0)
+        for name, field in model.model_fields.items():
+            section = _section(field.annotation)
+            if section is None or issubclass(section, Algorithm) or name == "rewards":
+                continue
+            path = f"{prefix}{name}"
+            found[path] = section
+            waiting.append((f"{path}.", section))
+    return found
+
+
+def tables() -> dict[str, str]:
+    """Every table by the name that its marker gives it."""
+    made = {path: section_table(path, model) for path, model in sections().items()}
+    return {**made, "algorithms": algorithm_table(), "defaults": defaults_table()}
+
+
+def section_table(path: str, model: type[BaseModel]) -> str:
+    """Key, type, default and description of every value of a section."""
+    rows = []
+    for name, field in model.model_fields.items():
+        if path == "run" and (name == "rewards" or _section(field.annotation) is not None):
+            kind, default, text = "section", "", "see below"
+        else:
+            if _section(field.annotation) is not None:
+                kind, text = "section", f"see `{path}.{name}`"
+            else:
+                kind, text = _type(field.annotation, field.metadata), field.description or ""
+            default = _default(field)
+        rows.append((f"`{name}`", kind, default, text))
+    return _markdown(("key", "type", "default", "what it is"), rows)
+
+
+def algorithm_table() -> str:
+    """Every option of our algorithms, and what it is in each unless it is set."""
+    classes = {name: registry.get(name) for name in OURS}
+    fields: dict[str, FieldInfo] = {}
+    for algorithm in classes.values():
+        for name, field in algorithm.model_fields.items():
+            fields.setdefault(name, field)
+    rows = [
+        (
+            f"`{name}`",
+            _type(field.annotation, field.metadata),
+            *(
+                _default(of.model_fields[name]) if name in of.model_fields else ""
+                for of in classes.values()
+            ),
+            field.description or "",
+        )
+        for name, field in fields.items()
+    ]
+    return _markdown(("option", "type", *classes, "what it is"), rows)
+
+
+def defaults_table() -> str:
+    """What the config falls back to where it is silent, by algorithm."""
+    rows = []
+    for name in OURS:
+        d = registry.get(name).defaults
+        rows.append(
+            (
+                f"`{name}`",
+                f"{d.learning_rate:g}",
+                str(d.completions_per_group),
+                str(d.epochs),
+                str(d.minibatches),
+                f"{d.adam_betas[0]:g}, {d.adam_betas[1]:g}",
+            )
+        )
+    head = (
+        "algorithm",
+        "`policy.learning_rate`",
+        "`train.completions_per_group`",
+        "`train.epochs_per_batch`",
+        "mini-batches per step",
+        "`policy.adam_betas`",
+    )
+    return _markdown(head, rows)
+
+
+def rendered(text: str) -> str:
+    """A document with its tables as they are now. KeyError for a marker that names none."""
+    made = tables()
+    return TABLE.sub(lambda m: f"{m[1]}{made[m['name']]}{m[3]}", text)
+
+
+def _markdown(head: Iterable[str], rows: Iterable[tuple[str, ...]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The settings class in an annotation; None where there is none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inner = (_section(part) for part in typing.get_args(annotation))
+    return next((section for section in inner if section is not None), None)
+
+
+def _type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    bounds = "".join(
+        f" {sign} {getattr(mark, name):g}"
+        for mark in _marks(metadata)
+        for name, sign in BOUNDS
+        if getattr(mark, name, None) is not None
+    )
+    if origin is Annotated:
+        return _type(parts[0], parts[1:])
+    if origin is Literal:
+        return ", ".join(f"`{part}`" for part in parts)
+    if origin in (Union, types.UnionType):
+        kept = [_type(part, metadata) for part in parts if part is not type(None)]
+        return " or ".join(kept)
+    if origin is list:
+        return f"list of {_type(parts[0])}"
+    if origin is tuple:
+        return f"{len(parts)} x {_type(parts[0])}"
+    if origin is dict:
+        return "mapping"
+    name = {str: "text", bool: "true, false", int: "integer", float: "number"}.get(annotation)
+    return (name or str(annotation)) + bounds
+
+
+def _marks(metadata: Iterable[Any]) -> Iterable[Any]:
+    for mark in metadata:
+        yield from mark.metadata if isinstance(mark, FieldInfo) else (mark,)
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True, validated_data={})
+    if value is PydanticUndefined:
+        return "required"
+    if isinstance(value, BaseModel):
+        changed = value.model_dump(exclude_defaults=True)
+        return ", ".join(f"{key} {_shown(inner)}" for key, inner in changed.items())
+    return _shown(value)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | dict):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def main() -> None:
+    """Write every document anew whose tables have changed."""
+    for path in sorted(DOCS.glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        now = rendered(text)
+        if now != text:
+            path.write_text(now, encoding="utf-8")
+            print(f"wrote {path.relative_to(DOCS.parent)}")
+
+
+if __name__ == "__main__":
+    main()

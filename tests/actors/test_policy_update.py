@@ -1,0 +1,398 @@
+"""One policy rank: updates that repeat bit for bit, state that resumes, models that export."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from actors.loading import ModelError, load_causal_lm, load_tokenizer
+from actors.messages import LossTerms, TokenBatch, TokenTargets, UpdateJob
+from actors.policy import NonFiniteUpdate, PolicyActor
+from actors.specs import LoRASpec, ModelSpec
+from actors.strategies.base import learning_rate
+from tests.actors.policy_cases import (
+    Probe,
+    Ranks,
+    causal_lm,
+    make_group,
+    make_jobs,
+    make_model_folder,
+    one_rank,
+    policy_spec,
+    simple_loss,
+    weights,
+)
+
+GROUPS = [make_group(0, 4, [3, 9, 5]), make_group(1, 6, [2, 2, 11, 7], holes=True)]
+LORA = {"lora": LoRASpec(r=4, alpha=8.0, dropout=0.1)}
+PROMPT = torch.tensor([[5, 9, 11, 30, 7, 8]])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("policy"))
+
+
+def job_of_step(step: int, **options: Any) -> UpdateJob:
+    return make_jobs(GROUPS, simple_loss, minibatches=2, step=step, **options)[0]
+
+
+def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=PROMPT).logits
+
+
+@pytest.mark.parametrize("model", [{}, LORA], ids=["full", "lora"])
+def test_the_same_updates_give_the_same_bits(folder: Path, model: dict) -> None:
+    ends = []
+    for _ in range(2):
+        actor = one_rank(folder, model)
+        figures = [actor.update(job_of_step(step)).metrics for step in (1, 2)]
+        ends.append((figures, weights(actor)))
+    assert ends[0][0] == ends[1][0]
+    assert_equal(ends[0][1], ends[1][1])
+
+
+@pytest.mark.parametrize("model", [{}, LORA], ids=["full", "lora"])
+def test_a_resumed_policy_goes_on_bit_for_bit(folder: Path, model: dict, tmp_path: Path) -> None:
+    schedule = {"scheduler": "cosine", "warmup_steps": 3}
+    straight = one_rank(folder, model, **schedule)
+    straight.update(job_of_step(1))
+    straight.save(tmp_path / "state")
+    wanted = straight.update(job_of_step(2)).metrics
+
+    torch.manual_seed(999)
+    resumed = one_rank(folder, model, **schedule)
+    resumed.load(tmp_path / "state")
+    assert resumed.update(job_of_step(2)).metrics == wanted
+    assert_equal(weights(resumed), weights(straight))
+
+
+def test_an_update_learns_and_reports(folder: Path) -> None:
+    actor = one_rank(folder)
+    before = weights(actor)
+    result = actor.update(job_of_step(1))
+    after = weights(actor)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    rows = [len(g.prompt_ids) + n for g in GROUPS for n in g.lengths]
+    assert result.tokens == sum(rows)
+    assert result.seconds > 0
+    assert result.metrics["policy/learning_rate"] == 1e-2
+    assert result.metrics["policy/grad_norm"] > 0
+    assert {"loss/total", "test/drift", "test/rows", "test/peak"} <= result.metrics.keys()
+
+
+def test_figures_are_exact_over_micro_batches_and_averaged_over_optimiser_steps(
+    folder: Path,
+) -> None:
+    actor = one_rank(folder, tokens_per_microbatch=1)
+    job = job_of_step(1, trained=lambda group, completion: completion != 0)
+    shares = []
+    for rows in job.minibatches:
+        kept = [r for r in rows if r.completion != 0]
+        nonempty = [
+            r for r in kept if GROUPS[r.work].mask[GROUPS[r.work].completion(r.completion)].any()
+        ]
+        shares.append(len(nonempty) / len(rows))
+    assert actor.update(job).metrics["test/rows"] == pytest.approx(sum(shares) / len(shares))
+
+
+def test_old_is_the_policy_at_the_start_of_the_update(folder: Path) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def watch(batch: TokenBatch) -> LossTerms:
+        seen.append((batch.logp.detach()[batch.mask], batch.old[batch.mask]))
+        return simple_loss(batch)
+
+    actor = one_rank(folder, tokens_per_microbatch=10_000)
+    start = actor.logprobs(GROUPS, 0.9)
+    (job,) = make_jobs(GROUPS, watch)
+    actor.update(replace(job, minibatches=job.minibatches * 3))  # three epochs
+    known = np.sort(np.concatenate([p[g.mask] for p, g in zip(start, GROUPS, strict=True)]))
+    for _, old in seen:
+        np.testing.assert_allclose(np.sort(old.numpy()), known, atol=1e-5)
+    torch.testing.assert_close(seen[0][0], seen[0][1], rtol=0, atol=1e-5)
+    assert float((seen[2][0] - seen[2][1]).abs().max()) > 1e-2
+
+    seen.clear()
+    (job,) = make_jobs(GROUPS, watch, recompute_old=False)
+    actor.update(job)
+    assert torch.equal(*seen[0])
+
+
+def test_token_targets_take_the_place_of_advantages_and_old(folder: Path) -> None:
+    seen: list[TokenBatch] = []
+
+    def watch(batch: TokenBatch) -> LossTerms:
+        seen.append(batch)
+        return simple_loss(batch)
+
+    (job,) = make_jobs(GROUPS[:1], watch)
+    count = len(GROUPS[0].token_ids)
+    ramp = np.arange(count, dtype=np.float32)
+    targets = TokenTargets(old=-ramp - 1, advantages=ramp)
+    job = replace(job, groups=(replace(job.groups[0], targets=targets),))
+    one_rank(folder, tokens_per_microbatch=10_000).update(job)
+    assert sorted(seen[0].advantages[seen[0].mask].tolist()) == ramp.tolist()
+    torch.testing.assert_close(seen[0].old[seen[0].mask], -1 - seen[0].advantages[seen[0].mask])
+
+
+def nan_in_one_row(batch: TokenBatch) -> LossTerms:
+    terms = simple_loss(batch)
+    return replace(terms, loss=terms.loss * (float("nan") if len(batch.mask) == 1 else 1.0))
+
+
+def infinite_gradient(batch: TokenBatch) -> LossTerms:
+    """Finite at zero, with a slope that is not: what a loss's own check cannot see."""
+    terms = simple_loss(batch)
+    return replace(terms, loss=terms.loss + (batch.logp - batch.logp.detach()).abs().sqrt().sum())
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (
+            nan_in_one_row,
+            r"training step 3, optimiser step 1: loss nan on rank 0 over groups \[1\]",
+        ),
+        (infinite_gradient, "training step 3, optimiser step 1 of 1: gradient norm nan"),
+    ],
+)
+def test_what_is_not_finite_stops_before_the_step(folder: Path, loss: Any, message: str) -> None:
+    actor = one_rank(folder, tokens_per_microbatch=20)
+    before = weights(actor)
+    (job,) = make_jobs(GROUPS[1:], loss, step=3)
+    with pytest.raises(NonFiniteUpdate, match=message):
+        actor.update(job)
+    assert_equal(weights(actor), before)
+
+
+def test_an_optimiser_step_without_a_trained_token_moves_nothing(folder: Path) -> None:
+    actor = one_rank(folder)
+    actor.update(job_of_step(1))  # so that Adam has momentum
+    before = weights(actor)
+    metrics = actor.update(job_of_step(2, trained=lambda group, completion: False)).metrics
+    assert metrics["policy/empty_minibatches"] == 2
+    assert "policy/grad_norm" not in metrics
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert_equal(weights(actor), before)
+
+
+def test_groups_with_and_without_reference_do_not_mix(folder: Path) -> None:
+    (job,) = make_jobs(GROUPS, simple_loss, with_reference=True)
+    job = replace(job, groups=(job.groups[0], replace(job.groups[1], reference=None)))
+    with pytest.raises(ValueError, match="some groups have reference log-probs"):
+        one_rank(folder, tokens_per_microbatch=10_000).update(job)
+
+
+def test_gradients_are_clipped_and_reported_unclipped(folder: Path) -> None:
+    (job,) = make_jobs(GROUPS, simple_loss)
+    free = one_rank(folder)
+    norm = free.update(job).metrics["policy/grad_norm"]
+    held = one_rank(folder, max_grad_norm=norm / 100, adam_epsilon=1.0)
+    loose = one_rank(folder, max_grad_norm=norm * 100, adam_epsilon=1.0)
+    start = weights(held)
+    moved = []
+    for actor in (held, loose):
+        assert actor.update(job).metrics["policy/grad_norm"] == pytest.approx(norm, rel=1e-5)
+        end = weights(actor)
+        moved.append(math.sqrt(sum(float((end[n] - start[n]).square().sum()) for n in start)))
+    assert moved[0] < moved[1] / 10  # with a large epsilon Adam's step keeps the gradient's scale
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "warmup", "rates"),
+    [
+        ("constant", 0, [1.0, 1.0, 1.0, 1.0]),
+        ("constant", 2, [0.5, 1.0, 1.0, 1.0]),
+        ("linear", 0, [1.0, 0.75, 0.5, 0.25]),
+        ("linear", 2, [0.5, 1.0, 1.0, 0.5]),
+        ("cosine", 0, [1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]),
+    ],
+)
+def test_the_learning_rate_of_every_step(scheduler: str, warmup: int, rates: list[float]) -> None:
+    spec = policy_spec(scheduler=scheduler, warmup_steps=warmup, learning_rate=1.0)
+    assert [learning_rate(spec, step, 4) for step in (1, 2, 3, 4)] == pytest.approx(rates)
+
+
+def test_lora_export_is_the_merged_model_and_leaves_training_weights_alone(
+    folder: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    actor = one_rank(folder, LORA)
+    start = weights(actor)
+    for step in (1, 2):
+        actor.update(job_of_step(step))
+    trained = {n: p.clone() for n, p in actor._strategy.model.named_parameters()}
+    merged = weights(actor)
+    assert merged.keys() == {name for name, _ in causal_lm().named_parameters()}
+    assert any(not torch.equal(merged[name], start[name]) for name in merged)
+
+    live = actor._strategy.model.model
+    wanted = logits_of(live)
+    plain = causal_lm(seed=5)
+    plain.load_state_dict(merged, strict=False)
+    torch.testing.assert_close(logits_of(plain), wanted, rtol=0, atol=1e-4)
+
+    actor.save_model(tmp_path / "model")
+    reloaded = load_causal_lm(ModelSpec(name=str(tmp_path / "model")))
+    torch.testing.assert_close(logits_of(reloaded), wanted, rtol=0, atol=1e-4)
+    base = load_causal_lm(ModelSpec(name=str(folder)))
+    adapted = PeftModel.from_pretrained(base, tmp_path / "model" / "adapter")
+    torch.testing.assert_close(logits_of(adapted), wanted, rtol=0, atol=1e-4)
+
+    assert_equal({n: p.detach() for n, p in actor._strategy.model.named_parameters()}, trained)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_exported_model_loads_and_says_the_same(
+    folder: Path, tmp_path: Path, dtype: str
+) -> None:
+    actor = one_rank(folder, {"dtype": dtype})
+    actor.update(job_of_step(1))
+    actor.save_model(tmp_path / "model")
+    spec = ModelSpec(name=str(tmp_path / "model"), dtype=dtype)
+    reloaded = load_causal_lm(spec)
+    assert reloaded.config.dtype == getattr(torch, dtype)
+    exported = weights(actor)
+    loaded = dict(reloaded.named_parameters())
+    assert_equal({n: p.detach() for n, p in loaded.items()}, exported)
+    assert (tmp_path / "model" / "generation_config.json").is_file()
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert load_tokenizer(spec).encode("w5 w9") == [5, 9]
+
+
+def test_bfloat16_keeps_updates_smaller_than_its_last_digit(folder: Path) -> None:
+    actor = one_rank(folder, {"dtype": "bfloat16"}, learning_rate=1e-6)
+    start = {n: p.detach().clone() for n, p in actor._strategy.model.named_parameters()}
+    actor.update(job_of_step(1))
+    moved = [not torch.equal(p, start[n]) for n, p in actor._strategy.model.named_parameters()]
+    assert sum(moved) > len(moved) / 2
+    assert all(tensor.dtype == torch.bfloat16 for tensor in weights(actor).values())
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(folder: Path) -> None:
+    (job,) = make_jobs(GROUPS, simple_loss)
+    plain, _ = Probe(one_rank(folder)).gradient(job, 64, 16, False)
+    saved, _ = Probe(one_rank(folder, {"gradient_checkpointing": True})).gradient(
+        job, 64, 16, False
+    )
+    for name in plain:
+        torch.testing.assert_close(saved[name], plain[name], rtol=1e-5, atol=1e-6)
+
+
+def test_references_are_fetched_through_ray(folder: Path, ray_session: None) -> None:
+    import ray
+
+    (job,) = make_jobs(GROUPS, simple_loss, with_reference=True)
+    by_reference = replace(
+        job,
+        groups=tuple(
+            replace(work, tensors=ray.put(work.tensors), reference=ray.put(work.reference))
+            for work in job.groups
+        ),
+    )
+    plain, remote = one_rank(folder), one_rank(folder)
+    assert plain.update(job).metrics == remote.update(by_reference).metrics
+    assert_equal(weights(plain), weights(remote))
+    refs = [work.tensors for work in by_reference.groups]
+    for left, right in zip(plain.logprobs(GROUPS, 1.0), remote.logprobs(refs, 1.0), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_state_of_another_layout_is_refused(folder: Path, tmp_path: Path) -> None:
+    actor = one_rank(folder)
+    with pytest.raises(ValueError, match=r"holds no state of policy.strategy torch"):
+        actor.load(tmp_path)
+    one_rank(folder, LORA).save(tmp_path)
+    with pytest.raises(ValueError, match="another model or of other LoRA settings"):
+        actor.load(tmp_path)
+
+
+def test_settings_that_cannot_be_are_refused(folder: Path, tmp_path: Path) -> None:
+    spec = ModelSpec(name=str(folder))
+    with pytest.raises(ValueError, match=r"policy.ranks is 2, but 1 ranks were made"):
+        PolicyActor(spec, policy_spec(strategy="deepspeed", ranks=2), 0, 1, 10, 0)
+    with pytest.raises(ValueError, match="torch has one rank, not 2"):
+        PolicyActor(spec, policy_spec(ranks=2), 0, 2, 10, 0).start("", 0)
+    with pytest.raises(ValueError, match=r"policy.learning_rate is not set"):
+        one_rank(folder, learning_rate=None).update(job_of_step(1))
+    from transformers import Qwen2ForSequenceClassification
+
+    Qwen2ForSequenceClassification(causal_lm().config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="it is Qwen2ForSequenceClassification"):
+        one_rank(tmp_path)
+
+
+def _update(probe: Probe, job: UpdateJob) -> dict[str, float]:
+    return probe.actor.update(job).metrics
+
+
+def _save(probe: Probe, folder: Path) -> None:
+    probe.actor.save(folder)
+
+
+def _load(probe: Probe, folder: Path) -> None:
+    probe.actor.load(folder)
+
+
+def _weights(probe: Probe) -> dict[str, torch.Tensor] | None:
+    _, bundle = probe.actor.export_weights(0)
+    return None if bundle is None else {n: t.clone() for n, t in bundle.items()}
+
+
+def _save_model(probe: Probe, folder: Path) -> None:
+    probe.actor.save_model(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("stage", "model"), [(1, {}), (2, LORA), (3, {}), (3, LORA)], ids=str)
+def test_deepspeed_resumes_exports_and_stops_like_one_rank(
+    folder: Path, tmp_path: Path, stage: int, model: dict
+) -> None:
+    def jobs(step: int, loss: Any = simple_loss) -> list[tuple]:
+        return [(j,) for j in make_jobs(GROUPS, loss, world=2, minibatches=2, step=step)]
+
+    both = [(tmp_path / "state",)] * 2
+    straight = Ranks(folder, 2, stage, model)
+    try:
+        straight.call(_update, jobs(1))
+        straight.call(_save, both)
+        wanted_metrics = straight.call(_update, jobs(2))
+        wanted, nothing = straight.call(_weights, [()] * 2)
+        assert nothing is None
+        straight.call(_save_model, [(tmp_path / "model",)] * 2)
+        with pytest.raises(RuntimeError, match=r"NonFiniteUpdate: training step 3"):
+            straight.call(_update, jobs(3, infinite_gradient))
+        after, _ = straight.call(_weights, [()] * 2)
+        assert_equal(after, wanted)
+    finally:
+        straight.close()
+
+    resumed = Ranks(folder, 2, stage, model)
+    try:
+        resumed.call(_load, both)
+        assert resumed.call(_update, jobs(2)) == wanted_metrics
+        got, _ = resumed.call(_weights, [()] * 2)
+        assert_equal(got, wanted)
+    finally:
+        resumed.close()
+
+    exported = dict(load_causal_lm(ModelSpec(name=str(tmp_path / "model"))).named_parameters())
+    assert_equal({n: p.detach() for n, p in exported.items()}, wanted)
+    with pytest.raises(ValueError, match=r"holds no state of policy.strategy torch"):
+        one_rank(folder, model).load(tmp_path / "state")

@@ -1,0 +1,135 @@
+"""The gradient does not depend on micro-batch size, packing, padding or the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from actors.messages import GroupTensors
+from aligntune.algorithms.grpo import GRPO
+from tests.actors.policy_cases import (
+    Probe,
+    Ranks,
+    make_group,
+    make_jobs,
+    make_model_folder,
+    one_rank,
+    simple_loss,
+)
+
+TOLERANCE = 1e-6  # float32, relative to the norm of the gradient and the size of a figure
+WHOLE = 10**6  # a budget that everything fits into
+LOSSES = {"simple": simple_loss, "grpo": GRPO(beta=0.04, entropy_coefficient=0.01).loss}
+RANKS = [(2, 1), (2, 2), (2, 3), (3, 1), (3, 2), (3, 3)]
+
+batches = st.lists(
+    st.tuples(st.integers(1, 6), st.lists(st.integers(1, 12), min_size=2, max_size=4)),
+    min_size=1,
+    max_size=4,
+)
+cuts = st.tuples(st.sampled_from([1, 13, 24, 40, WHOLE]), st.integers(1, 30), st.booleans())
+
+
+def groups_of(shapes: list[tuple[int, list[int]]]) -> list[GroupTensors]:
+    return [
+        make_group(index, prompt, lengths, holes=True)
+        for index, (prompt, lengths) in enumerate(shapes)
+    ]
+
+
+def leave_some_out(group: int, completion: int) -> bool:
+    return (group + completion) % 4 != 3
+
+
+def assert_same(
+    got: tuple[dict[str, torch.Tensor], dict[str, float]],
+    wanted: tuple[dict[str, torch.Tensor], dict[str, float]],
+    tolerance: float = TOLERANCE,
+) -> None:
+    (gradient, metrics), (wanted_gradient, wanted_metrics) = got, wanted
+    assert set(gradient) == set(wanted_gradient)
+    names = sorted(gradient)
+    flat = torch.cat([gradient[name].double().flatten() for name in names])
+    target = torch.cat([wanted_gradient[name].double().flatten() for name in names])
+    assert float(target.norm()) > 0
+    assert float((flat - target).norm() / target.norm()) <= tolerance
+    assert set(metrics) == set(wanted_metrics)
+    for name, value in wanted_metrics.items():
+        assert metrics[name] == pytest.approx(value, rel=10 * tolerance, abs=tolerance), name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def single(folder: Path) -> Probe:
+    return Probe(one_rank(folder))
+
+
+@pytest.fixture(scope="module")
+def single_float64(folder: Path) -> Probe:
+    actor = one_rank(folder)
+    actor._strategy.model.double()
+    return Probe(actor)
+
+
+@pytest.fixture(scope="module", params=RANKS, ids=lambda ranks: "{}-ranks-zero{}".format(*ranks))
+def ranks(folder: Path, request: Any) -> Iterator[tuple[int, Ranks]]:
+    world, stage = request.param
+    made = Ranks(folder, world, stage)
+    yield world, made
+    made.close()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("recompute_old", [False, True])
+@settings(
+    deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(shapes=batches, cut=cuts)
+def test_on_one_rank_whatever_the_microbatches(
+    single: Probe, loss: str, recompute_old: bool, shapes: Any, cut: Any
+) -> None:
+    (job,) = make_jobs(
+        groups_of(shapes),
+        LOSSES[loss],
+        recompute_old=recompute_old,
+        trained=leave_some_out,
+        with_reference=True,
+    )
+    assert_same(single.gradient(job, *cut), single.gradient(job, WHOLE, WHOLE, False))
+
+
+@settings(deadline=None, max_examples=25)
+@given(shapes=batches, cut=cuts)
+def test_the_law_is_exact_beyond_rounding(single_float64: Probe, shapes: Any, cut: Any) -> None:
+    """In float64 the difference is a billion times smaller: it is rounding, not weighting."""
+    (job,) = make_jobs(groups_of(shapes), simple_loss, recompute_old=False, trained=leave_some_out)
+    probe = single_float64
+    assert_same(probe.gradient(job, *cut), probe.gradient(job, WHOLE, WHOLE, False), 1e-13)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@settings(
+    deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(shapes=batches, cut=cuts, loss=st.sampled_from(sorted(LOSSES)))
+def test_on_any_number_of_ranks(
+    single: Probe, ranks: tuple[int, Ranks], shapes: Any, cut: Any, loss: str
+) -> None:
+    world, processes = ranks
+    make = dict(loss=LOSSES[loss], trained=leave_some_out, with_reference=True)
+    (whole,) = make_jobs(groups_of(shapes), **make)
+    shares = make_jobs(groups_of(shapes), world=world, **make)
+    wanted = single.gradient(whole, WHOLE, WHOLE, False)
+    for got in processes.call(Probe.gradient, [(job, *cut) for job in shares]):
+        assert_same(got, wanted)

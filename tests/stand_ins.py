@@ -1,0 +1,77 @@
+"""Small local models and data in the places that the documents and examples name.
+
+A folder wins over a hub name of the same form, so a command from a document runs as it is shown,
+from a working folder in which `Qwen/Qwen2.5-0.5B-Instruct` is a tiny model. The one thing that
+local data refuse is `data.name`, the configuration of a hub data set: see `LOCAL`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+
+MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "models/qwen")
+REWARD_MODELS = ("Skywork/Skywork-Reward-V2-Qwen3-0.6B", "models/reward")
+QUESTIONS = ("openai/gsm8k", "data/gsm8k")
+CHATS = ("trl-lib/ultrafeedback-prompt", "data/chats")
+
+LOCAL = ("data.name=null",)
+"""Overrides that a command for hub data needs where a folder stands in for the hub."""
+
+ON_CPU = tuple(
+    f"{role}.resources.gpus=0" for role in ("policy", "rollout", "reward", "reference")
+)
+"""Overrides for a command that asks for GPUs."""
+
+SHORT = (
+    "train.epochs=null",
+    "train.steps=2",
+    "train.groups_per_step=4",
+    "train.completions_per_group=2",
+    "rollout.engine=transformers",
+    "rollout.max_completion_length=4",
+    "data.eval_samples=2",
+    "cluster.object_store_gib=0.25",
+)
+"""Overrides that make a run of a document a matter of seconds."""
+
+
+def write_stand_ins(root: Path, tiny_model: Path) -> None:
+    """Fill `root`, an empty folder, with the stand-ins and a link to the examples."""
+    (root / "examples").symlink_to(REPOSITORY / "examples", target_is_directory=True)
+    for name in MODELS:
+        _link(root / name, tiny_model)
+    for name in REWARD_MODELS:
+        _write_reward_model(root / name, tiny_model)
+    questions = [
+        {"question": f"{10 + i}+{i % 10}", "answer": f"Count on.\n#### {10 + i + i % 10}"}
+        for i in range(64)
+    ]
+    for name in QUESTIONS:
+        _write_rows(root / name / "train.jsonl", questions)
+        _write_rows(root / name / "test.jsonl", questions[:8])
+    chats = [{"prompt": [{"role": "user", "content": f"{i}+1"}]} for i in range(128)]
+    for name in CHATS:
+        _write_rows(root / name / "train.jsonl", chats)
+
+
+def _link(place: Path, target: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(target, target_is_directory=True)
+
+
+def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _write_reward_model(folder: Path, tiny_model: Path) -> None:
+    """Configuration and tokenizer of a one-label classifier; no weights, so it cannot be run."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(tiny_model, num_labels=1)
+    config.architectures = ["Qwen2ForSequenceClassification"]
+    config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
