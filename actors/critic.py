@@ -84,12 +84,13 @@ class CriticActor(TrainedRank):
         inputs = collate_rows(tensors, rows, self._spec.packing).to(device)
         values = self._strategy.forward(**asked(inputs))
         padding = Padding(groups, rows, device)
-        old = padding.of_each("values", lambda group: group.targets and group.targets.values)
-        returns = padding.of_each("returns", lambda group: group.targets and group.targets.returns)
-        if not (old and returns):
+        targets = padding.of_each("targets", lambda group: group.targets)
+        old = {i: t.values for i, t in targets.items() if t.values is not None}
+        returns = {i: t.returns for i, t in targets.items() if t.returns is not None}
+        if not len(old) == len(returns) == len(tensors):
             raise ValueError(
-                f"training step {job.step}: a critic learns returns against the values it had, and "
-                "the algorithm's `prepare` gave none"
+                f"training step {job.step}: the critic learns returns against the values it had, "
+                "and the algorithm's `prepare` gave none"
             )
         return ValueBatch(
             values=padding.pad(values),

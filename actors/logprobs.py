@@ -112,31 +112,42 @@ class LogProbModel(TrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probs [N] of `targets` at `temperature`, and entropies [N] in nats, float32 or wider.
 
-        `chunks` fixes the number of head calls (surplus ones are empty): where weights are sharded
-        every rank has to gather the head equally often.
+        `chunks` fixes the number of head calls: where weights are sharded, every rank has to gather
+        the head equally often. A surplus call is made on one state and counts for nothing.
         """
         causal = self.causal_lm
-        hidden = causal.base_model(
+        states = causal.base_model(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
             use_cache=False,
-        ).last_hidden_state
-        hidden = hidden.flatten(0, 1).index_select(0, positions)  # [N, H]
+        ).last_hidden_state.flatten(0, 1)
+        hidden = states.index_select(0, positions)  # [N, H]
         needed = self.chunks(len(targets))
         if chunks is not None and chunks < needed:
             raise ValueError(f"{len(targets)} tokens need {needed} chunks, not {chunks}")
-        logps, entropies = [], []
+        logps, entropies = [states.new_zeros(0, dtype=torch.float32)], []
+        surplus: list[torch.Tensor] = []
         for index in range(chunks or needed):
             cut = slice(index * self.tokens_per_chunk, (index + 1) * self.tokens_per_chunk)
-            part = (hidden[cut], targets[cut], temperature, entropy)
+            idle = cut.start >= len(targets)
+            # Autograd passes over an empty tensor, and with it over the gather of its backward.
+            part = (states[:1], input_ids.flatten()[:1]) if idle else (hidden[cut], targets[cut])
             if torch.is_grad_enabled():
-                logp, spread = checkpoint(self._chunk, *part, use_reentrant=False)
+                logp, spread = checkpoint(
+                    self._chunk, *part, temperature, entropy, use_reentrant=False
+                )
             else:
-                logp, spread = self._chunk(*part)
-            logps.append(logp)
-            entropies.append(spread)
-        return torch.cat(logps), torch.cat(entropies) if entropy else None
+                logp, spread = self._chunk(*part, temperature, entropy)
+            (surplus if idle else logps).append(logp)
+            if entropy and not idle:
+                entropies.append(spread)
+        logp = torch.cat(logps)
+        if surplus:
+            logp = logp + 0.0 * torch.cat(surplus).sum()
+        if not entropy:
+            return logp, None
+        return logp, torch.cat(entropies) if entropies else logp.new_zeros(0)
 
     def _chunk(
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropy: bool

@@ -129,7 +129,7 @@ class GroupWork:
 
 @dataclass(frozen=True)
 class StateValues:
-    """What the critic makes of one group: values of its states, before any of them is trained on."""
+    """What the critic says of one group at the start of the step's update."""
 
     values: np.ndarray  # [N] float32, of the state before each response token
     final: np.ndarray  # [G] float32, of the state after the last one
@@ -205,9 +205,7 @@ class UpdateJob:
     groups: tuple[GroupWork, ...]  # of the whole batch; a rank fetches what its rows need
     minibatches: tuple[tuple[Row, ...], ...]  # this rank's rows, one tuple per optimiser step
     loss: Callable[[Any], LossTerms]
-    recompute_old: (
-        bool  # False where old log-probs are in the targets, the rollout's, or the loss's
-    )
+    recompute_old: bool  # old log-probs by a pass of their own; else of the targets or the loss
     temperature: float
     budget: int  # max_completion_length, tokens
     early_stop: tuple[str, float] | None = None  # (metric, limit): above it no further steps

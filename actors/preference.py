@@ -61,6 +61,7 @@ class PreferenceJob:
     arguments: dict[str, Any]  # of TRL's DPOConfig or RewardConfig
     scratch: str  # name of the folder that the workers of a node write their checkpoints in
     export: str  # folder or fsspec URI where the trained model is left
+    max_length: int  # tokens of the longest text
     reference_free: bool = False
     trained: str | None = None  # evaluate this model; `model` stays the reference
     eval_every: int | None = None  # steps
@@ -141,9 +142,14 @@ def train_worker(config: dict[str, Any]) -> None:
     scratch = Path(tempfile.gettempdir()) / job.scratch
     try:
         if job.backend == "unsloth":
-            import unsloth  # noqa: F401  # patches what is imported after it
+            from actors.unsloth_backend import import_unsloth
+
+            import_unsloth()  # before transformers and TRL, which it patches
+        from transformers import PrinterCallback
+
         trainer = _build(job, config["train"], config["eval"], scratch)
         follower = _follower(job, relay)
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(follower)
     except Exception as error:
         relay.fail.remote(_reason(error))
@@ -268,11 +274,15 @@ def _dpo(
 
 def _policy_and_reference(job: PreferenceJob, common: dict[str, Any]) -> tuple[Any, Any]:
     """The trained model, and the frozen one where the trainer cannot have it otherwise."""
-    precomputed = common.get("precompute_ref_log_probs") and job.trained is None
-    if job.backend == "unsloth":
-        return _unsloth_model(job, common), None
     from actors.loading import load_causal_lm
 
+    precomputed = common["precompute_ref_log_probs"] and job.trained is None
+    if job.backend == "unsloth" and job.trained is None:
+        from actors.unsloth_backend import load_unsloth
+
+        model = load_unsloth(job.model, job.max_length, job.seed)
+        alone = precomputed or job.model.lora is not None
+        return model, None if alone else load_causal_lm(job.model)
     if job.trained is not None:
         return load_causal_lm(_renamed_model(job)), load_causal_lm(job.model)
     if job.model.lora is not None:
@@ -282,45 +292,6 @@ def _policy_and_reference(job: PreferenceJob, common: dict[str, Any]) -> tuple[A
 
 def _renamed_model(job: PreferenceJob) -> ModelSpec:
     return job.model.model_copy(update={"name": job.trained, "lora": None})
-
-
-def _unsloth_model(job: PreferenceJob, common: dict[str, Any]) -> Any:
-    """The model through Unsloth, with LoRA.
-
-    Raises:
-        ModelError: Unsloth cannot load it.
-    """
-    import torch
-    from unsloth import FastLanguageModel
-
-    from actors.loading import ModelError, check_causal_lm
-
-    check_causal_lm(job.model)
-    lora = job.model.lora
-    if lora is None:
-        raise ModelError("backend unsloth trains DPO with LoRA only; set model.lora")
-    try:
-        model, _ = FastLanguageModel.from_pretrained(
-            job.model.name,
-            revision=job.model.revision or "main",
-            max_seq_length=common.get("max_length") or 2048,
-            dtype=getattr(torch, job.model.dtype),
-            load_in_4bit=False,
-            trust_remote_code=job.model.trust_remote_code,
-        )
-    except (OSError, ImportError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise ModelError(f"Unsloth cannot load model {job.model.name!r}: {error}") from error
-    targets = lora.target_modules
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return FastLanguageModel.get_peft_model(
-        model,
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=names if targets == "all-linear" else targets,
-        use_gradient_checkpointing=job.model.gradient_checkpointing,
-        random_state=job.seed,
-    )
 
 
 def _reward_model(

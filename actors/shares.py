@@ -187,6 +187,8 @@ def objects(values: Sequence[Any]) -> list[Any]:
     import ray
 
     places = [index for index, value in enumerate(found) if isinstance(value, ray.ObjectRef)]
+    if not places:  # even an empty `ray.get` starts a Ray where there is none
+        return found
     for index, value in zip(places, ray.get([found[i] for i in places]), strict=True):
         found[index] = value
     return found

@@ -130,7 +130,6 @@ class ReferenceSpec(Spec):
     resources: RoleResources = RoleResources()
     timeout_s: Seconds = Field(600.0, description="longest wait for one group")
     start_timeout_s: Seconds = Field(600.0, description="longest wait for a replica to load")
-    max_attempts: Positive = 3
     max_restarts: int = Field(10, ge=0, description="replacements of dead replicas per run")
 
 
@@ -148,21 +147,27 @@ class RankSpec(Spec):
 
     role: ClassVar[str]
 
-    strategy: Literal["torch", "deepspeed"] = "torch"
-    ranks: Positive = 1
+    strategy: Literal["torch", "deepspeed"] = Field(
+        "torch", description="torch is one rank; deepspeed (ZeRO) is one or more"
+    )
+    ranks: Positive = Field(1, description="processes that share the update")
     resources: RoleResources = RoleResources()
     deepspeed: DeepSpeedSpec = DeepSpeedSpec()
     learning_rate: float | None = Field(None, gt=0, description="default: the algorithm's")
-    scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
+    scheduler: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of the learning rate after the warm-up, over all steps of the run"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises")
     adam_betas: tuple[float, float] | None = Field(None, description="default: the algorithm's")
-    adam_epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    adam_epsilon: float = Field(1e-8, gt=0, description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW; biases and norms have none")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to it")
     tokens_per_microbatch: Positive = Field(16384, description="prompt and response, padding too")
     packing: bool = Field(False, description="rows of a micro-batch in one sequence, no padding")
-    update_timeout_s: Seconds = 3600.0
-    start_timeout_s: Seconds = 600.0
+    update_timeout_s: Seconds = Field(
+        3600.0, description="longest wait for an update, an export or a checkpoint"
+    )
+    start_timeout_s: Seconds = Field(600.0, description="longest wait for the ranks to load")
 
 
 class PolicySpec(RankSpec):

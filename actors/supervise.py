@@ -56,7 +56,8 @@ async def answer(ref: Any, replica: str, what: str, deadline_s: float) -> Any:
     except (TimeoutError, GetTimeoutError) as error:
         raise ReplicaLost(replica, f"{what} had no answer within {deadline_s:g} s") from error
     except RayTaskError as error:
-        if isinstance(error.cause, ObjectLostError):
+        # An actor's death comes to those who wait for what it was making as a failed fetch.
+        if isinstance(error.cause, ObjectLostError | RayActorError | WorkerCrashedError):
             raise ObjectsLost(f"an argument of {what} is lost: {error.cause}") from error
         if isinstance(error.cause, Exception):
             raise error.cause from error
@@ -295,7 +296,8 @@ class RankSet:
 
     def start_call(self, rank: int, method: str, *args: Any, returns: int) -> list[Any]:
         """Start a call with several returns on one rank; returns their references."""
-        return getattr(self._handles[rank], method).options(num_returns=returns).remote(*args)
+        refs = getattr(self._handles[rank], method).options(num_returns=returns).remote(*args)
+        return refs if returns > 1 else [refs]
 
     def kill(self) -> None:
         """Stop every rank at once."""

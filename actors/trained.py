@@ -8,7 +8,7 @@ from torch import nn
 
 
 class TrainedModel(nn.Module):
-    """Wraps `model`, a transformers model, plain or under PEFT. Subclasses say what `forward` is."""
+    """Wraps `model`, a transformers model, plain or under PEFT; a subclass says what it answers."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -88,7 +88,8 @@ def load_value_model(spec: ModelSpec, packing: bool) -> ValueModel:
             f"model {spec.name!r} cannot be a critic: {type(classifier).__name__} has no linear "
             "`score` head over its tokens; give critic.model a decoder that has one"
         )
-    if not is_reward_model(classifier.config):
+    saved_as = classifier.config.architectures or ()
+    if not any(name.endswith(("ForSequenceClassification", "RewardModel")) for name in saved_as):
         nn.init.zeros_(head.weight)
         if head.bias is not None:
             nn.init.zeros_(head.bias)
@@ -96,14 +97,6 @@ def load_value_model(spec: ModelSpec, packing: bool) -> ValueModel:
     if packing:
         _check_packing(model, spec.name)
     return model
-
-
-def is_reward_model(config: Any) -> bool:
-    """Whether a model with this configuration was saved with a scoring head."""
-    return any(
-        name.endswith(("ForSequenceClassification", "RewardModel"))
-        for name in config.architectures or ()
-    )
 
 
 @torch.no_grad()
@@ -139,7 +132,7 @@ def asked(inputs: ModelInputs) -> dict[str, Any]:
 def state_inputs(
     groups: Mapping[int, GroupTensors], rows: Sequence[Row], packed: bool
 ) -> ModelInputs:
-    """Inputs of `rows` at n + 1 states each: before each of its n response tokens, and after all."""
+    """Inputs of `rows` at n + 1 states each: before each response token, and after the last."""
     inputs = collate_rows(groups, rows, packed)
     width = inputs.input_ids.shape[1]
     start, positions = 0, []

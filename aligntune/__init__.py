@@ -6,15 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aligntune.config import RunConfig, load_config
+    from aligntune.config import RunConfig
+    from aligntune.preference_config import PreferenceConfig, load_config
     from aligntune.trainers import create_rl_trainer
 
 __version__ = "0.1.0"
-__all__ = ["RunConfig", "__version__", "create_rl_trainer", "load_config"]
+__all__ = ["PreferenceConfig", "RunConfig", "__version__", "create_rl_trainer", "load_config"]
 
 _HOMES = {
     "RunConfig": "aligntune.config",
-    "load_config": "aligntune.config",
+    "PreferenceConfig": "aligntune.preference_config",
+    "load_config": "aligntune.preference_config",
     "create_rl_trainer": "aligntune.trainers",
 }
 

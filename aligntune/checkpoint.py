@@ -17,20 +17,16 @@ from typing import Any
 MANIFEST = "manifest.json"
 STATE = "controller.json"
 POLICY = "policy"
+CRITIC = "critic"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: the controller's state, and the folder the policy ranks wrote."""
+    """A complete checkpoint: the controller's state, and below `path` what the ranks wrote."""
 
     step: int
     path: Path
     state: dict[str, Any]
-
-    @property
-    def policy(self) -> Path:
-        """The folder with the ranks' part."""
-        return self.path / POLICY
 
 
 def _sync(path: Path) -> None:
@@ -68,7 +64,7 @@ class Checkpoints:
         return self._read(self._folder(step)) is not None
 
     def begin(self, step: int) -> Path:
-        """An empty staging folder; the policy ranks write into its `policy/`."""
+        """A staging folder; policy ranks write into its `policy/`, critic ranks into `critic/`."""
         staging = self._folder(step).with_suffix(".partial")
         if staging.exists():
             shutil.rmtree(staging)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from aligntune.preference_trainer import PreferenceTrainer
     from aligntune.trainers import OnlineTrainer
 
 # What typer raises for a wrong option or argument; it exports this subclass of it only.
@@ -75,12 +76,7 @@ def train(
         typer.echo(dump(trainer.config))
         typer.echo(trainer.summary())
         return
-    result = trainer.train(resume)
-    books = result.books
-    typer.echo(
-        f"done: {result.steps} steps, {books.trained} groups trained, {books.filtered} filtered, "
-        f"{books.quarantined} quarantined; the model is in {result.model}"
-    )
+    typer.echo(trainer.train(resume).describe())
 
 
 def _trainer(
@@ -92,7 +88,7 @@ def _trainer(
     reward_model: str | None,
     backend: str | None,
     out: Path | None,
-) -> OnlineTrainer:
+) -> OnlineTrainer | PreferenceTrainer:
     from aligntune.errors import UserError
     from aligntune.trainers import create_rl_trainer
 
@@ -150,9 +146,12 @@ def audit(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> None:
 def algorithms() -> None:
     """List the algorithms."""
     from aligntune.algorithms import registry
+    from aligntune.preference_config import ALGORITHMS
 
-    for name in registry.names():
-        typer.echo(f"{name:10} {registry.get(name).title}")
+    titles = {name: registry.get(name).title for name in registry.names()}
+    titles |= {name: algorithm.title for name, algorithm in ALGORITHMS.items()}
+    for name, title in titles.items():
+        typer.echo(f"{name:12} {title}")
 
 
 @app.command()

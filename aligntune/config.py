@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from actors.specs import (
+    CriticSpec,
     ModelSpec,
     PolicySpec,
     Positive,
@@ -147,6 +148,7 @@ class RunConfig(Spec):
     reward: RewardActorSpec = RewardActorSpec()
     reference: ReferenceSpec = ReferenceSpec()
     policy: PolicySpec = PolicySpec()
+    critic: CriticSpec = CriticSpec()
     eval: EvalSpec = EvalSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     tracking: TrackingSpec = TrackingSpec()
@@ -331,7 +333,8 @@ def _section(annotation: Any) -> type[BaseModel]:
 
 def resolve(config: RunConfig) -> RunConfig:
     """Fill the algorithm's defaults in and refuse what does not fit together (UserError)."""
-    algorithm, train, policy = config.algorithm, config.train, config.policy
+    algorithm, train = config.algorithm, config.train
+    policy, critic = config.policy, config.critic
     defaults = algorithm.defaults
     group = train.completions_per_group or defaults.completions_per_group
     if train.groups_per_minibatch is not None:
@@ -360,6 +363,13 @@ def resolve(config: RunConfig) -> RunConfig:
             }
         ),
     }
+    if algorithm.needs.critic:
+        filled["critic"] = critic.model_copy(
+            update={
+                "learning_rate": critic.learning_rate or defaults.critic_learning_rate,
+                "adam_betas": critic.adam_betas or defaults.adam_betas,
+            }
+        )
     resolved = config.model_copy(update=filled)
     check(resolved)
     return resolved
@@ -396,11 +406,18 @@ def check(config: RunConfig) -> None:
             f"{name} does not run with backend={config.backend}; "
             f"use backend={config.algorithm.backends[0]}"
         )
-    if config.policy.strategy == "torch" and config.policy.ranks > 1:
+    if needs.critic and config.critic.learning_rate is None:
         raise UserError(
-            f"policy.strategy=torch is one rank and policy.ranks={config.policy.ranks}; "
-            "use policy.strategy=deepspeed for several"
+            f"{name} has a critic and no default for its rate; set critic.learning_rate"
         )
+    if not needs.critic and config.critic != CriticSpec():
+        raise UserError(f"{name} has no critic, so the critic section would be ignored; remove it")
+    for spec in (config.policy, config.critic):
+        if spec.strategy == "torch" and spec.ranks > 1:
+            raise UserError(
+                f"{spec.role}.strategy=torch is one rank and {spec.role}.ranks={spec.ranks}; "
+                f"use {spec.role}.strategy=deepspeed for several"
+            )
 
 
 def dump(config: BaseModel) -> str:

@@ -29,7 +29,7 @@ from aligntune.checkpoint import Checkpoint, Checkpoints
 from aligntune.config import RunConfig
 from aligntune.errors import RunFailed
 from aligntune.evaluation import evaluate
-from aligntune.learner import Learner, PolicyLost, Weights, plan_jobs
+from aligntune.learner import Learner, PolicyLost, Weights
 from aligntune.ledger import Books, Ledger, LedgerLog, State
 from aligntune.pipeline import BusyClock, Pipeline, ReadyGroup, truncated
 from aligntune.recorder import Recorder
@@ -84,8 +84,9 @@ class Controller:
         self._signal = 0
         self._policy_restarts = 0
         self._seen = self.ledger.books
-        self._update_clock, self._sync_clock = BusyClock(), BusyClock()
-        self._learner = Learner(config, roles.policy)
+        self._prepare_clock, self._update_clock = BusyClock(), BusyClock()
+        self._sync_clock = BusyClock()
+        self._learner = Learner(config, roles.policy, roles.critic)
         self._rollouts = ReplicaSet(
             "rollout",
             config.rollout.replicas,
@@ -157,9 +158,9 @@ class Controller:
         None is the beginning. Open groups start last: nothing is rolled out under other weights.
         """
         self.version = checkpoint.step if checkpoint else 0
-        snapshot = Ledger.beginning()
+        self.algorithm, snapshot = self.config.algorithm, Ledger.beginning()
         if checkpoint:
-            await self._learner.load(checkpoint.policy)
+            await self._learner.load(checkpoint.path)
             self.algorithm = type(self.algorithm).model_validate(checkpoint.state["algorithm"])
             snapshot = checkpoint.state["ledger"]
         if checkpoint or self._weights:
@@ -232,8 +233,8 @@ class Controller:
     async def _start_roles(self) -> None:
         others = [s for s in (self._rollouts, self._rewards, self._references) if s is not None]
         ranks, *_ = await asyncio.gather(self._learner.start(), *(s.start() for s in others))
-        for info in ranks:
-            self._recorder.role(f"policy-{info['rank']}", info)
+        for name, info in ranks:
+            self._recorder.role(name, info)
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`, or drop it and raise Interrupted as soon as the run is asked to stop."""
@@ -334,9 +335,12 @@ class Controller:
         groups = [self._pipeline.ready[group_id] for group_id in batch]
         self._check_age(groups)
         self.ledger.move(batch, State.TRAINING, step=step)
-        jobs = plan_jobs(self.config, self.algorithm.loss, step, self._works(groups))
+        works, prepared = self._works(groups), dict[str, float]()
+        if self.algorithm.prepares:
+            with self._prepare_clock:
+                works, prepared = await self._learner.prepare(step, self.algorithm, works)
         with self._update_clock:
-            result = await self._learner.update(jobs)
+            result = await self._learner.update(step, self.algorithm, works)
         self.version = step
         await self._sync()
         self.ledger.move(batch, State.TRAINED, step=step)
@@ -349,6 +353,7 @@ class Controller:
             **score_metrics(self.config, groups),
             **completion_metrics(groups),
             **group_metrics(self.config, groups, trained_from, ended),
+            **prepared,
             **result.metrics,
             **time_metrics(seconds, self._busy(), groups),
         }
@@ -418,7 +423,7 @@ class Controller:
         if self._checkpoints.exists(self.version):
             return
         staging = self._checkpoints.begin(self.version)
-        await self._learner.save(staging / "policy")
+        await self._learner.save(staging)
         state = {
             "step": self.version,
             "ledger": self.ledger.snapshot(self.version),
@@ -435,6 +440,7 @@ class Controller:
             "rollout": self._pipeline.rollout_clock,
             "reward": self._pipeline.reward_clock,
             "reference": self._pipeline.reference_clock,
+            "prepare": self._prepare_clock,
             "update": self._update_clock,
             "weight_sync": self._sync_clock,
         }

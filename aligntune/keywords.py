@@ -8,6 +8,7 @@ from typing import Any
 
 from aligntune.config import read_yaml, set_path
 from aligntune.errors import UserError, nearest
+from aligntune.preference_config import preference_name
 
 PATHS = {
     "model_name": "model.name",
@@ -31,6 +32,31 @@ PATHS = {
     "max_completion_length": "rollout.max_completion_length",
     "seed": "train.seed",
 }
+PREFERENCE_PATHS = {
+    **{
+        name: PATHS[name]
+        for name in (
+            "model_name",
+            "dataset_name",
+            "algorithm",
+            "backend",
+            "output_dir",
+            "num_epochs",
+            "max_steps",
+            "max_samples",
+            "system_prompt",
+            "split",
+            "lora_r",
+            "lora_alpha",
+            "beta",
+            "seed",
+        )
+    },
+    "batch_size": "train.pairs_per_worker",
+    "learning_rate": "train.learning_rate",
+    "max_seq_length": "data.max_length",
+}
+"""Of DPO and reward-model jobs, which roll nothing out."""
 SPECIAL = (
     "config",
     "overrides",
@@ -59,27 +85,37 @@ def build_tree(
             )
     given = {name: value for name, value in arguments.items() if value is not None}
     tree = _base(given.get("config"))
+    kind = preference_name(given.get("algorithm", _algorithm_of(tree)))
+    paths = PATHS if kind is None else PREFERENCE_PATHS
+    if kind is not None:
+        valid = [*PREFERENCE_PATHS, "config", "overrides", "use_peft"]
+        for name in given:
+            if name not in valid:
+                raise UserError(f"{kind} has no argument {name!r}; it takes {', '.join(valid)}")
     if given.get("use_peft") is False:
         if "lora_r" in given or "lora_alpha" in given:
             raise UserError("use_peft=False and lora_r or lora_alpha contradict each other")
         set_path(tree, "model.lora", None)
     elif given.get("use_peft") and not (tree.get("model") or {}).get("lora"):
         set_path(tree, "model.lora", {})
-    for name, path in PATHS.items():
+    for name, path in paths.items():
         if name in given:
             set_path(tree, path, given[name])
     if "max_steps" in given and "num_epochs" not in given:
         tree["train"].pop("epochs", None)
     elif "num_epochs" in given and "max_steps" not in given:
         tree["train"].pop("steps", None)
-    if "max_seq_length" in given:
+    if "max_seq_length" in given and kind is None:
         _split_length(tree, given)
-    functions = _rewards(tree, given)
+    functions = _rewards(tree, given) if kind is None else {}
     if "output_dir" not in tree:
-        algorithm = tree.get("algorithm") or {}
-        chosen = algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm
-        tree["output_dir"] = os.path.join("runs", str(chosen or "run"))
+        tree["output_dir"] = os.path.join("runs", str(_algorithm_of(tree) or "run"))
     return tree, list(given.get("overrides", ())), functions
+
+
+def _algorithm_of(tree: Mapping[str, Any]) -> Any:
+    algorithm = tree.get("algorithm")
+    return algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm
 
 
 def _base(config: Any) -> dict[str, Any]:

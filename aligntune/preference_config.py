@@ -47,7 +47,7 @@ class DPOSpec(Spec):
     learning_rate: ClassVar[float] = 1e-6
 
     name: Literal["dpo"] = "dpo"
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference")
     loss_type: Loss | list[Loss] = Field("sigmoid", description="several are added, with weights")
     loss_weights: list[float] | None = Field(None, description="of the losses; default 1 each")
     label_smoothing: float = Field(
@@ -57,8 +57,8 @@ class DPOSpec(Spec):
     precompute_reference: bool = Field(
         False, description="reference log-probs before training, no second model during it"
     )
-    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
-        "reverse_kl"
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
+        "reverse_kl", description="between policy and reference"
     )
     weighting: bool = Field(False, description="weigh pairs by their likelihood (WPO, 2406.11827)")
 
@@ -138,10 +138,14 @@ class PreferenceDataSpec(Spec):
     revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
     split: str = Field("train", description="a split or a slice of one, as in train[:95%]")
     eval_path: str | None = Field(None, description="default: path, where eval_split is given")
-    eval_split: str | None = None
+    eval_split: str | None = Field(
+        None, description="default: the only split there is, where eval_path is given"
+    )
     prompt_column: str = Field("prompt", description="may be absent: what the two sides share")
-    chosen_column: str = "chosen"
-    rejected_column: str = "rejected"
+    chosen_column: str = Field(
+        "chosen", description="the better completion, with or without its prompt"
+    )
+    rejected_column: str = Field("rejected", description="the worse one")
     system_prompt: str | None = Field(None, description="first message of every prompt; dpo only")
     apply_chat_template: bool = Field(
         True, description="false: prompt and completion are text already in the model's format"
@@ -167,21 +171,23 @@ class PreferenceTrainSpec(Spec):
 
     steps: Positive | None = Field(None, description="optimiser steps; or give epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the pairs; default 1")
-    workers: Positive = 1
+    workers: Positive = Field(1, description="of the Ray Train job")
     resources: RoleResources = Field(RoleResources(), description="of each worker")
     pairs_per_worker: Positive = Field(8, description="in one forward pass of one worker")
     accumulation_steps: Positive = Field(1, description="forward passes of an optimiser step")
     learning_rate: float | None = Field(None, gt=0, description="default: the algorithm's")
-    scheduler: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: int = Field(0, ge=0)
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    seed: int = 0
+    scheduler: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="of the learning rate after the warm-up"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises")
+    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    adam_epsilon: float = Field(1e-8, gt=0, description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to it")
+    seed: int = Field(0, description="of data order and new weights")
     deepspeed: dict[str, Any] | None = Field(None, description="a DeepSpeed config, passed on")
     max_failures: int = Field(3, ge=0, description="restarts from the last checkpoint per run")
-    start_timeout_s: Seconds = 600.0
+    start_timeout_s: Seconds = Field(600.0, description="longest wait for the workers to start")
     step_timeout_s: Seconds = Field(3600.0, description="longest time without a sign of life")
 
     @property
@@ -193,9 +199,11 @@ class PreferenceTrainSpec(Spec):
 class PreferenceEvalSpec(Spec):
     """Evaluation on the held-out pairs."""
 
-    every_steps: Positive | None = None
-    at_start: bool = True
-    at_end: bool = True
+    every_steps: Positive | None = Field(
+        None, description="steps between evaluations; none: only at the ends"
+    )
+    at_start: bool = Field(True, description="before the first step")
+    at_end: bool = Field(True, description="after the last step")
     pairs_per_worker: Positive = Field(16, description="in one forward pass of one worker")
 
 
@@ -213,8 +221,10 @@ class PreferenceConfig(Spec):
     algorithm: Annotated[DPOSpec | RewardModelTrainingSpec, BeforeValidator(_parse_algorithm)]
     model: ModelSpec
     data: PreferenceDataSpec
-    output_dir: str
-    backend: Literal["trl", "unsloth"] = "trl"
+    output_dir: str = Field(description="the run directory")
+    backend: Literal["trl", "unsloth"] = Field(
+        "trl", description="unsloth loads the model through Unsloth; dpo only"
+    )
     train: PreferenceTrainSpec = PreferenceTrainSpec()
     eval: PreferenceEvalSpec = PreferenceEvalSpec()
     checkpoint: PreferenceCheckpointSpec = PreferenceCheckpointSpec()

@@ -34,11 +34,13 @@ SLIP_RATE = 0.6
 
 MANY = 7
 
-WINDOW = (0.3, 0.7)
-"""Held-out greedy accuracy at which the warm-up may stop: something known, something to learn."""
+WINDOW = (0.32, 0.68)
+"""Held-out greedy accuracy at which the warm-up may stop: something known, something to learn.
 
-SETTLED = 0.99
-"""Least share of held-out answers that are the sum or one less at that point."""
+Inside 0.3 to 0.7 by a margin, for another engine may break a near tie differently."""
+
+SETTLED = 0.98
+"""Least share of held-out answers that are the sum or the slip at that point."""
 
 MAX_ANSWER_TOKENS = 8
 """Budget of a completion; a right one takes 3 (two digits and the end)."""
@@ -72,7 +74,7 @@ class Question:
 
     @property
     def slip(self) -> str:
-        """What the careless teacher says (42+37=78); equal to `answer` where the units are small."""
+        """What the careless teacher says (42+37=78); `answer` where the units are small."""
         units = self.left % 10 + self.right % 10
         return str(self.left + self.right - (units >= MANY))
 
@@ -116,26 +118,21 @@ def make_task(seed: int) -> Task:
     return Task(tuple(questions[:-HELD_OUT]), tuple(questions[-HELD_OUT:]))
 
 
-def preference_pairs(
-    questions: Sequence[Question], seed: int, per_question: int = 8
-) -> list[dict[str, str]]:
-    """Right answers preferred to wrong ones: the teacher's first, then others.
+def preference_pairs(questions: Sequence[Question], seed: int) -> list[dict[str, str]]:
+    """Right answers preferred to wrong ones, three rows of prompt, chosen, rejected a question.
 
-    Returns rows of prompt, chosen and rejected, `per_question` for each question.
+    The rejected are one less (the teacher's slip, where there is one), one more, and one of: a
+    column off by one ten, an operand, too many digits, too few.
     """
     rng = random.Random(seed)
     rows = []
     for question in questions:
         total = question.left + question.right
-        wrong = [question.slip, str(total + 1), str(total - 2), str(total + 10), str(total - 10)]
-        wrong += [str(question.left), question.answer * 2, question.answer[0]]
-        while len(wrong) < per_question:
-            wrong.append(str(rng.randrange(10, 109)))
-        chosen = question.answer
+        others = [str(total - 10), str(total + 10), str(question.left), str(question.right)]
+        others += [question.answer * 2, question.answer[0]]
         rows += [
-            {"prompt": question.prompt, "chosen": chosen, "rejected": rejected}
-            for rejected in wrong[:per_question]
-            if rejected != chosen
+            {"prompt": question.prompt, "chosen": question.answer, "rejected": rejected}
+            for rejected in (str(total - 1), str(total + 1), rng.choice(others))
         ]
     rng.shuffle(rows)
     return rows
@@ -268,7 +265,7 @@ def warm_up(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            if step >= 40 and step % 10 == 0:
+            if step >= decay_steps * 3 // 4 and step % 10 == 0:
                 reached = accuracy(model, tokenizer, task.held_out)
                 if WINDOW[0] <= reached.right <= WINDOW[1] and reached.settled >= SETTLED:
                     return reached.right
@@ -336,14 +333,14 @@ _COMMON: dict[str, object] = {
 
 _TUNED: dict[str, dict[str, object]] = {
     "grpo": {
-        "train.steps": 40,
+        "train.steps": 30,
         "train.groups_per_step": 16,
         "train.completions_per_group": 8,
         "train.groups_per_minibatch": 16,
         "policy.learning_rate": 2e-4,
     },
     "drgrpo": {
-        "train.steps": 50,
+        "train.steps": 30,
         "train.groups_per_step": 16,
         "train.completions_per_group": 8,
         "train.groups_per_minibatch": 16,
@@ -354,21 +351,24 @@ _TUNED: dict[str, dict[str, object]] = {
         "train.groups_per_step": 16,
         "train.completions_per_group": 8,
         "train.groups_per_minibatch": 8,
-        "policy.learning_rate": 2e-4,
+        "algorithm.max_sampling_rounds": 30,
+        "policy.learning_rate": 1e-4,
     },
     "gspo": {
-        "train.steps": 50,
+        "train.steps": 40,
         "train.groups_per_step": 16,
         "train.completions_per_group": 8,
         "train.groups_per_minibatch": 4,
         "policy.learning_rate": 1e-4,
     },
     "ppo": {
-        "train.steps": 40,
+        "train.steps": 20,
         "train.groups_per_step": 128,
         "train.completions_per_group": 1,
         "train.groups_per_minibatch": 64,
+        "train.epochs_per_batch": 2,
         "policy.learning_rate": 2e-4,
+        "critic.learning_rate": 1e-3,
     },
 }
 

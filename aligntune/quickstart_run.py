@@ -20,6 +20,7 @@ from aligntune.quickstart import QuickstartAssets, quickstart_settings, write_as
 from aligntune.tracking.metrics import read_lines
 from aligntune.trainers import OnlineTrainer
 
+ACCURACY = "eval/reward/exact_match/mean"  # greedy, over the held-out questions
 MADE = ("assets", "run", "result.json")
 
 
@@ -49,7 +50,7 @@ def run_quickstart(
     trainer = OnlineTrainer(load_config(tree, [*tuned, f"train.seed={seed}", *overrides]))
     trained = trainer.train()
     rows = read_lines(trained.output_dir / "metrics.jsonl")
-    accuracies = [row["eval/reward/mean"] for row in rows if "eval/reward/mean" in row]
+    accuracies = [row[ACCURACY] for row in rows if ACCURACY in row]
     result = {
         "accuracy_before": accuracies[0],
         "accuracy_after": accuracies[-1],

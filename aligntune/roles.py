@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from actors.critic import CriticActor
 from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
 from actors.reward import Criterion, RewardActor
@@ -20,7 +21,7 @@ SPARE_CALLS = 8  # pings, weight updates and statistics beside the groups in fli
 
 
 def role_requests(config: RunConfig) -> list[RoleRequest]:
-    """What the run's roles ask for. A reference role only where the algorithm has a KL term."""
+    """What the run's roles ask for; no reference or critic where the algorithm needs none."""
 
     def request(role: str, replicas: int, resources: RoleResources) -> RoleRequest:
         return RoleRequest(role, replicas, resources.cpus, resources.gpus)
@@ -32,6 +33,8 @@ def role_requests(config: RunConfig) -> list[RoleRequest]:
     ]
     if config.algorithm.needs.reference:
         requests.append(request("reference", config.reference.replicas, config.reference.resources))
+    if config.algorithm.needs.critic:
+        requests.append(request("critic", config.critic.ranks, config.critic.resources))
     return requests
 
 
@@ -113,6 +116,22 @@ class Roles:
             config.policy,
             rank,
             config.policy.ranks,
+            self._total_steps,
+            config.train.seed,
+        )
+
+    def critic(self, rank: int) -> ActorHandle:
+        """One critic rank."""
+        config = self._config
+        return self._create(
+            CriticActor,
+            "critic",
+            rank,
+            None,
+            config.model,
+            config.critic,
+            rank,
+            config.critic.ranks,
             self._total_steps,
             config.train.seed,
         )

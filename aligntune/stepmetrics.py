@@ -41,16 +41,18 @@ def group_metrics(
 ) -> dict[str, float]:
     """How many groups ended which way in this step, how many were constant, and their age.
 
+    Groups of one completion are all constant and say nothing by it: then that figure is left out.
     `ended` counts the groups filtered and quarantined since the last step; ages are in policy
     versions, of the oldest token of each group.
     """
     scores = [raw_scores(config, group.scores)["score"] for group in groups]
     ages = [version - group.record.oldest_version for group in groups]
+    constant = sum(len(set(row)) == 1 for row in scores) / len(scores)
     return {
         "groups/trained": float(len(groups)),
         "groups/filtered": float(ended["filtered"]),
         "groups/quarantined": float(ended["quarantined"]),
-        "groups/constant_fraction": sum(len(set(row)) == 1 for row in scores) / len(scores),
+        **({"groups/constant_fraction": constant} if any(len(row) > 1 for row in scores) else {}),
         "staleness/mean": statistics.fmean(ages),
         "staleness/max": float(max(ages)),
     }
@@ -61,8 +63,8 @@ def time_metrics(
 ) -> dict[str, float]:
     """Seconds by activity and throughput of the step.
 
-    `busy` has wall seconds with at least one rollout, reward, reference, update or weight_sync
-    running. A role is idle for the rest of the step.
+    `busy` has wall seconds with at least one rollout, reward, reference, prepare, update or
+    weight_sync running. A role is idle for the rest of the step.
     """
     tokens = sum(group.record.tokens for group in groups)
     samples = sum(len(group.record.lengths) for group in groups)
@@ -70,7 +72,9 @@ def time_metrics(
         "time/step": step_s,
         **{f"time/{name}": seconds for name, seconds in busy.items()},
         "time/idle_rollout": max(0.0, step_s - busy["rollout"]),
-        "time/idle_policy": max(0.0, step_s - busy["update"] - busy["weight_sync"]),
+        "time/idle_policy": max(
+            0.0, step_s - busy["prepare"] - busy["update"] - busy["weight_sync"]
+        ),
         "throughput/tokens_per_s": tokens / step_s,
         "throughput/samples_per_s": samples / step_s,
     }

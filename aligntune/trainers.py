@@ -24,8 +24,9 @@ from actors.messages import Prompt
 from actors.reward import Criterion
 from actors.specs import RewardFunctionSpec
 from actors.supervise import ReplicaLost, RoleExhausted
+from actors.values import check_critic_model
 from aligntune.checkpoint import Checkpoints
-from aligntune.config import RunConfig, load_config
+from aligntune.config import RunConfig
 from aligntune.controller import Controller, Interrupted
 from aligntune.data.prompts import PromptSource, evaluation_prompts, training_prompts
 from aligntune.errors import RunFailed, UserError
@@ -33,6 +34,8 @@ from aligntune.evaluation import evaluate_model
 from aligntune.keywords import build_tree
 from aligntune.learner import PolicyLost
 from aligntune.ledger import Books
+from aligntune.preference_config import PreferenceConfig, load_config
+from aligntune.preference_trainer import PreferenceTrainer
 from aligntune.recorder import Recorder
 from aligntune.rewards.registry import check_columns, from_callable, resolve_all
 from aligntune.roles import Roles, role_requests
@@ -59,15 +62,26 @@ class TrainResult:
     model: Path  # save_pretrained folder
     engine: str  # the rollout engine that really ran
 
+    def describe(self) -> str:
+        """One line for a person."""
+        books = self.books
+        return (
+            f"done: {self.steps} steps, {books.trained} groups trained, {books.filtered} filtered, "
+            f"{books.quarantined} quarantined; the model is in {self.model}"
+        )
 
-def create_rl_trainer(**arguments: Any) -> OnlineTrainer:
+
+def create_rl_trainer(**arguments: Any) -> OnlineTrainer | PreferenceTrainer:
     """A trainer from keyword arguments, a config file or mapping (`config=`), or both.
 
     An explicit argument wins over the config. `overrides` is a list of `key.path=value` for what
     has no keyword. Raises UserError for whatever is wrong, before anything starts.
     """
     tree, overrides, functions = build_tree(arguments)
-    return OnlineTrainer(load_config(tree, overrides), functions)
+    config = load_config(tree, overrides)
+    if isinstance(config, PreferenceConfig):
+        return PreferenceTrainer(config)
+    return OnlineTrainer(config, functions)
 
 
 class OnlineTrainer:
@@ -152,6 +166,11 @@ class OnlineTrainer:
             check_trackers(self.config.tracking.trackers)
         except TrackerMissing as error:
             raise UserError(str(error)) from error
+        if self.config.algorithm.needs.critic:
+            try:
+                check_critic_model(self.config.model, self.config.critic)
+            except ModelError as error:
+                raise UserError(f"critic.model: {error}") from error
         _ = self.criteria, self.tokenizer, self.prompts, self.eval_prompts
         return rundir
 

@@ -17,6 +17,8 @@ class ClusterSpec(BaseModel):
         description="'local' starts Ray on this machine; 'auto' or host:port joins a cluster; "
         "RAY_ADDRESS, which Ray Jobs set, takes the place of 'local'",
     )
-    placement_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    placement_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="longest wait for a place for every role"
+    )
     object_store_gib: float | None = Field(None, gt=0, description="for a Ray started here")
     worker_logs: bool = Field(False, description="print the actors' output in this terminal")

@@ -25,7 +25,9 @@ def main() -> None:
     )
     result = trainer.train()
     print(f"{result.books.trained} groups trained, {result.books.filtered} filtered")
-    print(f"{result.metrics['dapo/draws_per_kept_group']:.2f} draws per kept group in the last step")
+    print(
+        f"{result.metrics['dapo/draws_per_kept_group']:.2f} draws per kept group in the last step"
+    )
 
 
 if __name__ == "__main__":

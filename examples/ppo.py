@@ -3,8 +3,9 @@
     python examples/ppo.py
     python examples/ppo.py model.name=models/qwen rewards.0.model=models/reward data.path=data/chats
 
-As written it asks for GPUs for policy, rollouts, reward model and reference. For a run without any:
-policy.resources.gpus=0 rollout.resources.gpus=0 reward.resources.gpus=0 reference.resources.gpus=0
+As written it asks for five GPUs: policy, critic, rollouts, reward model and reference. For a run
+without any: policy.resources.gpus=0 critic.resources.gpus=0 rollout.resources.gpus=0
+reward.resources.gpus=0 reference.resources.gpus=0
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def main() -> None:
             "train.groups_per_minibatch=64",
             "model.dtype=bfloat16",
             "policy.resources.gpus=1",
+            "critic.resources.gpus=1",
             "rollout.resources.gpus=1",
             "reward.resources.gpus=1",
             "reference.resources.gpus=1",

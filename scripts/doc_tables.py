@@ -19,34 +19,57 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from actors.specs import RewardFunctionSpec, RewardModelSpec
+from actors.specs import (
+    DeepSpeedSpec,
+    LoRASpec,
+    ModelSpec,
+    RewardFunctionSpec,
+    RewardModelSpec,
+    RoleResources,
+)
 from aligntune.algorithms import registry
 from aligntune.algorithms.base import Algorithm
-from aligntune.config import RunConfig
+from aligntune.config import RunConfig, TrackingSpec
+from aligntune.preference_config import ALGORITHMS, PreferenceConfig
+from cluster.specs import ClusterSpec
 
 DOCS = Path(__file__).parents[1] / "docs"
 TABLE = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 OURS = ("ppo", "grpo", "dapo", "gspo", "drgrpo")
+SHARED: dict[type[BaseModel], str] = {
+    RoleResources: "resources",
+    DeepSpeedSpec: "deepspeed",
+    ModelSpec: "model",
+    LoRASpec: "model.lora",
+    TrackingSpec: "tracking",
+    ClusterSpec: "cluster",
+}
 
 
 def sections() -> dict[str, type[BaseModel]]:
-    """Every section of the config tree by its dotted path; the root is `run`."""
+    """Every section of both trees by its path; those that several places share have one name."""
     found: dict[str, type[BaseModel]] = {
         "run": RunConfig,
         "rewards.function": RewardFunctionSpec,
         "rewards.model": RewardModelSpec,
+        "preference": PreferenceConfig,
+        **{f"preference.{name}": spec for name, spec in ALGORITHMS.items()},
     }
-    waiting: list[tuple[str, type[BaseModel]]] = [("", RunConfig)]
+    waiting: list[tuple[str, type[BaseModel]]] = [
+        ("", RunConfig),
+        ("preference.", PreferenceConfig),
+    ]
     while waiting:
         prefix, model = waiting.pop(0)
         for name, field in model.model_fields.items():
             section = _section(field.annotation)
-            if section is None or issubclass(section, Algorithm) or name == "rewards":
+            if section is None or name in ("algorithm", "rewards"):
                 continue
-            path = f"{prefix}{name}"
-            found[path] = section
-            waiting.append((f"{path}.", section))
+            path = SHARED.get(section, f"{prefix}{name}")
+            if path not in found:
+                found[path] = section
+                waiting.append((f"{path}.", section))
     return found
 
 
@@ -58,16 +81,20 @@ def tables() -> dict[str, str]:
 
 def section_table(path: str, model: type[BaseModel]) -> str:
     """Key, type, default and description of every value of a section."""
+    prefix = "" if path == "run" else f"{path}."
     rows = []
     for name, field in model.model_fields.items():
-        if path == "run" and (name == "rewards" or _section(field.annotation) is not None):
-            kind, default, text = "section", "", "see below"
+        section = _section(field.annotation)
+        if typing.get_args(field.annotation) == (field.default,):
+            continue  # the one value it can have is the name of the section
+        if name in ("algorithm", "rewards"):
+            kind, default, text = "section", "", f"see {name}"
+        elif section is not None:
+            kind, default = "section", _default(field)
+            text = f"see {SHARED.get(section, f'{prefix}{name}')}"
         else:
-            if _section(field.annotation) is not None:
-                kind, text = "section", f"see `{path}.{name}`"
-            else:
-                kind, text = _type(field.annotation, field.metadata), field.description or ""
-            default = _default(field)
+            kind, default = _type(field.annotation, field.metadata), _default(field)
+            text = field.description or ""
         rows.append((f"`{name}`", kind, default, text))
     return _markdown(("key", "type", "default", "what it is"), rows)
 
@@ -87,11 +114,17 @@ def algorithm_table() -> str:
                 _default(of.model_fields[name]) if name in of.model_fields else ""
                 for of in classes.values()
             ),
-            field.description or "",
+            _first_description(name, Algorithm, *classes.values()),
         )
         for name, field in fields.items()
     ]
     return _markdown(("option", "type", *classes, "what it is"), rows)
+
+
+def _first_description(option: str, *classes: type[Algorithm]) -> str:
+    """What the classes say an option is; a subclass that sets another default may be silent."""
+    found = (c.model_fields[option].description for c in classes if option in c.model_fields)
+    return next((text for text in found if text), "")
 
 
 def defaults_table() -> str:
@@ -107,6 +140,7 @@ def defaults_table() -> str:
                 str(d.epochs),
                 str(d.minibatches),
                 f"{d.adam_betas[0]:g}, {d.adam_betas[1]:g}",
+                f"{d.critic_learning_rate:g}" if d.critic_learning_rate else "",
             )
         )
     head = (
@@ -116,6 +150,7 @@ def defaults_table() -> str:
         "`train.epochs_per_batch`",
         "mini-batches per step",
         "`policy.adam_betas`",
+        "critic's learning rate",
     )
     return _markdown(head, rows)
 
@@ -153,8 +188,10 @@ def _type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     if origin is Literal:
         return ", ".join(f"`{part}`" for part in parts)
     if origin in (Union, types.UnionType):
-        kept = [_type(part, metadata) for part in parts if part is not type(None)]
-        return " or ".join(kept)
+        kept = [part for part in parts if part is not type(None)]
+        if len(kept) == 2 and typing.get_args(kept[1]) == (kept[0],):
+            return f"{_type(kept[0], metadata)}; or a list of them"
+        return " or ".join(_type(part, metadata) for part in kept)
     if origin is list:
         return f"list of {_type(parts[0])}"
     if origin is tuple:

@@ -8,6 +8,7 @@ local data refuse is `data.name`, the configuration of a hub data set: see `LOCA
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -21,7 +22,7 @@ LOCAL = ("data.name=null",)
 """Overrides that a command for hub data needs where a folder stands in for the hub."""
 
 ON_CPU = tuple(
-    f"{role}.resources.gpus=0" for role in ("policy", "rollout", "reward", "reference")
+    f"{role}.resources.gpus=0" for role in ("policy", "critic", "rollout", "reward", "reference")
 )
 """Overrides for a command that asks for GPUs."""
 
@@ -32,7 +33,6 @@ SHORT = (
     "train.completions_per_group=2",
     "rollout.engine=transformers",
     "rollout.max_completion_length=4",
-    "data.eval_samples=2",
     "cluster.object_store_gib=0.25",
 )
 """Overrides that make a run of a document a matter of seconds."""
@@ -62,7 +62,7 @@ def _link(place: Path, target: Path) -> None:
     place.symlink_to(target, target_is_directory=True)
 
 
-def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

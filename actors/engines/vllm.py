@@ -12,7 +12,9 @@ import asyncio
 import contextlib
 import dataclasses
 import difflib
+import logging
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -33,6 +35,8 @@ from actors.engines.base import (
 from actors.messages import FinishReason, Prompt, Sampling, VersionSpan
 from actors.specs import ModelSpec, RolloutSpec
 from actors.weights import WeightBundle
+
+log = logging.getLogger(__name__)
 
 _CPU_KV_CACHE_GIB = 1.0
 # What this engine's promises rest on; setting them would break one of them.
@@ -172,6 +176,10 @@ class VLLMEngine:
                 # On CPU this only says that the worker may live in the engine's process: one less
                 # that imports vLLM.
                 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        eager = on_cpu and shutil.which("g++") is None
+        if eager:
+            log.warning("no g++ on PATH: vLLM compiles nothing and runs slower; install g++")
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -184,6 +192,8 @@ class VLLMEngine:
             gib = self._spec.kv_cache_gib or _CPU_KV_CACHE_GIB
             options.setdefault("kv_cache_memory_bytes", int(gib * 2**30))
         options.setdefault("enable_prefix_caching", True)
+        if eager:
+            options.setdefault("enforce_eager", True)
         if self._spec.tensor_parallel_size > 1:
             # All shards live beside the actor, on the devices that Ray gave it.
             options.setdefault("distributed_executor_backend", "mp")

@@ -29,7 +29,7 @@ class NonFiniteGradient(ArithmeticError):
 
 
 class Strategy(Protocol):
-    """One rank's share of a trained model. Every method is called on all ranks, in the same order."""
+    """One rank's share of a model. Every method is called on all ranks, in the same order."""
 
     rank: int
     world: int

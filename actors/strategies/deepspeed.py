@@ -194,8 +194,8 @@ class DeepSpeedStrategy:
         layout = json.loads(path.read_text()) if path.is_file() else None
         if layout != self._layout():
             raise ValueError(
-                f"{folder} was written with {layout or f'another {self._spec.role}.strategy'}, and this run "
-                f"has {self._layout()}; resume with the settings it was written with"
+                f"{folder} was written with {layout or f'another {self._spec.role}.strategy'}, "
+                f"and this run has {self._layout()}; resume with the settings it was written with"
             )
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
         if loaded is None:

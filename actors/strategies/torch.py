@@ -111,8 +111,8 @@ class TorchStrategy:
         path = folder / "rank-0.pt"
         if not path.is_file():
             raise ValueError(
-                f"{folder} holds no state of {self._spec.role}.strategy torch (rank-0.pt); resume with the "
-                "strategy and ranks it was written with"
+                f"{folder} holds no state of {self._spec.role}.strategy torch (rank-0.pt); resume "
+                "with the strategy and ranks it was written with"
             )
         state = torch.load(path, map_location="cpu", weights_only=True)
         wanted = {n: p for n, p in self.model.named_parameters() if p.requires_grad}

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from actors.messages import LossTerms, TokenBatch, TokenInputs, TokenTargets
+from actors.messages import LossTerms, TokenBatch, TokenInputs, TokenTargets, ValueBatch
 from aligntune.algorithms import losses
 from aligntune.algorithms.advantages import AllSum, on_one_rank, weighted_sum
 from aligntune.algorithms.kl import Estimator, estimate
@@ -192,6 +192,10 @@ class Algorithm(BaseModel):
 
     def loss(self, batch: TokenBatch) -> LossTerms:
         """This micro-batch's share of the loss of the optimiser step."""
+        raise NotImplementedError
+
+    def value_loss(self, batch: ValueBatch) -> LossTerms:
+        """The critic's share of its loss, where the algorithm needs a critic."""
         raise NotImplementedError
 
     def terms(

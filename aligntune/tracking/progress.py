@@ -24,8 +24,11 @@ def figures(metrics: Mapping[str, float], evaluation: Mapping[str, float]) -> st
     `evaluation` holds the latest `eval/*` figures, which most steps have none of.
     """
     shown = [
+        ("loss", metrics.get("loss"), "{:.4f}"),  # of preference jobs
+        ("accuracy", metrics.get("reward/accuracy"), "{:.3f}"),
+        ("margin", metrics.get("reward/margin"), "{:.3f}"),
         ("reward", metrics.get("reward/mean"), "{:.3f}"),
-        ("eval", evaluation.get("eval/accuracy", evaluation.get("eval/reward/mean")), "{:.3f}"),
+        ("eval", _evaluated(evaluation), "{:.3f}"),
         ("KL", metrics.get("kl/reference"), "{:.4f}"),
         ("length", metrics.get("completions/length_mean"), "{:.0f}"),
         ("tokens/s", metrics.get("throughput/tokens_per_s"), "{:,.0f}"),
@@ -34,6 +37,12 @@ def figures(metrics: Mapping[str, float], evaluation: Mapping[str, float]) -> st
     return "  ".join(
         f"{name} {form.format(value)}" for name, value, form in shown if value is not None
     )
+
+
+def _evaluated(evaluation: Mapping[str, float]) -> float | None:
+    """The one figure that says how good the model is."""
+    names = ("eval/accuracy", "eval/reward/accuracy", "eval/reward/mean")
+    return next((evaluation[name] for name in names if name in evaluation), None)
 
 
 def duration(seconds: float) -> str:

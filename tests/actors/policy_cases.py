@@ -27,7 +27,7 @@ VOCABULARY = 61
 WAIT_S = 240.0  # ranks import torch and DeepSpeed first, on a machine that may be busy
 
 
-def causal_lm(family: str = "Qwen2", seed: int = 0, **options: Any) -> Any:
+def causal_lm(family: str = "Qwen3", seed: int = 0, **options: Any) -> Any:
     """A causal LM of some thousand weights in float32, in eval mode."""
     import transformers
 
@@ -40,8 +40,9 @@ def causal_lm(family: str = "Qwen2", seed: int = 0, **options: Any) -> Any:
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
+            "head_dim": 8,
             "max_position_embeddings": 128,
-            "initializer_range": 0.3,
+            "initializer_range": 0.1,
             "tie_word_embeddings": True,
             "bos_token_id": 1,
             "eos_token_id": 2,
@@ -60,9 +61,9 @@ def make_model_folder(folder: Path) -> Path:
     causal_lm().save_pretrained(folder)
     words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>"
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="w3"
     ).save_pretrained(folder)
     return folder
 

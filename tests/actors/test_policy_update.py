@@ -13,7 +13,8 @@ import torch
 
 from actors.loading import ModelError, load_causal_lm, load_tokenizer
 from actors.messages import LossTerms, TokenBatch, TokenTargets, UpdateJob
-from actors.policy import NonFiniteUpdate, PolicyActor
+from actors.policy import PolicyActor
+from actors.ranks import NonFiniteUpdate
 from actors.specs import LoRASpec, ModelSpec
 from actors.strategies.base import learning_rate
 from tests.actors.policy_cases import (
@@ -165,7 +166,7 @@ def infinite_gradient(batch: TokenBatch) -> LossTerms:
     [
         (
             nan_in_one_row,
-            r"training step 3, optimiser step 1: loss nan on rank 0 over groups \[1\]",
+            r"training step 3, optimiser step 1 of 1: loss nan on rank 0 over groups \[1\]",
         ),
         (infinite_gradient, "training step 3, optimiser step 1 of 1: gradient norm nan"),
     ],
@@ -193,7 +194,7 @@ def test_an_optimiser_step_without_a_trained_token_moves_nothing(folder: Path) -
 def test_groups_with_and_without_reference_do_not_mix(folder: Path) -> None:
     (job,) = make_jobs(GROUPS, simple_loss, with_reference=True)
     job = replace(job, groups=(job.groups[0], replace(job.groups[1], reference=None)))
-    with pytest.raises(ValueError, match="some groups have reference log-probs"):
+    with pytest.raises(ValueError, match="groups of a micro-batch have reference log-probs"):
         one_rank(folder, tokens_per_microbatch=10_000).update(job)
 
 
@@ -330,10 +331,10 @@ def test_settings_that_cannot_be_are_refused(folder: Path, tmp_path: Path) -> No
         PolicyActor(spec, policy_spec(ranks=2), 0, 2, 10, 0).start("", 0)
     with pytest.raises(ValueError, match=r"policy.learning_rate is not set"):
         one_rank(folder, learning_rate=None).update(job_of_step(1))
-    from transformers import Qwen2ForSequenceClassification
+    from transformers import Qwen3ForSequenceClassification
 
-    Qwen2ForSequenceClassification(causal_lm().config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="it is Qwen2ForSequenceClassification"):
+    Qwen3ForSequenceClassification(causal_lm().config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="it is Qwen3ForSequenceClassification"):
         one_rank(tmp_path)
 
 
@@ -376,7 +377,7 @@ def test_deepspeed_resumes_exports_and_stops_like_one_rank(
         wanted, nothing = straight.call(_weights, [()] * 2)
         assert nothing is None
         straight.call(_save_model, [(tmp_path / "model",)] * 2)
-        with pytest.raises(RuntimeError, match=r"NonFiniteUpdate: training step 3"):
+        with pytest.raises(RuntimeError, match=r"NonFiniteUpdate: policy, training step 3"):
             straight.call(_update, jobs(3, infinite_gradient))
         after, _ = straight.call(_weights, [()] * 2)
         assert_equal(after, wanted)

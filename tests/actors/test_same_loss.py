@@ -127,7 +127,7 @@ def test_on_any_number_of_ranks(
     single: Probe, ranks: tuple[int, Ranks], shapes: Any, cut: Any, loss: str
 ) -> None:
     world, processes = ranks
-    make = dict(loss=LOSSES[loss], trained=leave_some_out, with_reference=True)
+    make: Any = {"loss": LOSSES[loss], "trained": leave_some_out, "with_reference": True}
     (whole,) = make_jobs(groups_of(shapes), **make)
     shares = make_jobs(groups_of(shapes), world=world, **make)
     wanted = single.gradient(whole, WHOLE, WHOLE, False)

@@ -127,7 +127,7 @@ def test_surplus_chunks_change_nothing_and_too_few_are_refused() -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        ("Gemma2", {"final_logit_softcapping": 0.5, "head_dim": 8}),
+        ("Gemma2", {"final_logit_softcapping": 0.5}),
         ("Granite", {"logits_scaling": 3.0}),
         ("Cohere", {"logit_scale": 0.2}),
     ],
@@ -167,7 +167,7 @@ def test_a_model_that_mixes_packed_sequences_is_refused_for_packing_only() -> No
 
     decoder.forward = leaky
     check_model(wrapped, packing=False)
-    with pytest.raises(ModelError, match="set policy.packing to false"):
+    with pytest.raises(ModelError, match=r"set policy.packing to false"):
         check_model(wrapped, packing=True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,7 +57,7 @@ def test_microbatches_waste_less_than_half_of_the_budget(
 ) -> None:
     """Two neighbours never fit into one: else the count, and with it the time, could double."""
     batches = microbatches(rows, budget, packed)
-    for first, second in zip(batches, batches[1:], strict=False):
+    for first, second in pairwise(batches):
         together = [*first, second[0]]
         widest = max(row.tokens for row in together)
         cost = sum(row.tokens for row in together) if packed else len(together) * widest

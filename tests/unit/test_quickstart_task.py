@@ -159,7 +159,7 @@ def test_every_algorithm_has_settings_of_the_config_tree(name: str, tmp_path: Pa
         "model": {"name": "model"},
         "data": {"path": "train.jsonl"},
         "output_dir": str(tmp_path),
-        "rewards": ["exact_match"],
+        "rewards": [{"model": "rm"} if registry.get(name)().needs.reward_model else "exact_match"],
     }
     for path, value in quickstart.quickstart_settings(name).items():
         set_path(tree, path, value)
@@ -184,7 +184,7 @@ def test_written_assets_load_and_have_the_accuracy_they_say(tmp_path: Path) -> N
     tokenizer = AutoTokenizer.from_pretrained(assets.model)
     measured = quickstart.accuracy(model, tokenizer, task.held_out)
     assert measured.right == assets.accuracy
-    assert quickstart.WINDOW[0] <= measured.right <= quickstart.WINDOW[1]
+    assert 0.3 <= measured.right <= 0.7
     assert measured.settled >= quickstart.SETTLED
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 

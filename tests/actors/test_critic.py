@@ -1,0 +1,249 @@
+"""The critic: values of the states before each token, its update, and its checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from actors.critic import CriticActor
+from actors.loading import ModelError
+from actors.messages import GroupTensors, StateValues, TokenTargets, UpdateJob
+from actors.specs import CriticSpec, ModelSpec
+from actors.values import check_critic_model, critic_model, load_value_model
+from aligntune.algorithms.ppo import PPO
+from tests.actors.policy_cases import (
+    VOCABULARY,
+    Probe,
+    causal_lm,
+    make_group,
+    make_jobs,
+    make_model_folder,
+)
+
+GROUPS = [
+    make_group(0, 5, (6, 3)),
+    make_group(1, 2, (1, 8), holes=True),
+    make_group(2, 7, (0, 4)),  # a completion without a token has a final state all the same
+]
+PPO_LOSS = PPO().value_loss
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def scorer(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model with the policy's tokenizer and a head that is not zero."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    path = tmp_path_factory.mktemp("scorer")
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(path)
+    return path
+
+
+def critic(folder: Path, model: Path | None = None, **options: Any) -> CriticActor:
+    """A started critic of one torch rank for the policy in `folder`."""
+    spec = CriticSpec(
+        **{
+            "model": None if model is None else str(model),
+            "learning_rate": 1e-2,
+            "adam_betas": (0.9, 0.999),
+            "tokens_per_microbatch": 16,
+            "max_grad_norm": 1e9,
+        }
+        | options
+    )
+    actor = CriticActor(ModelSpec(name=str(folder)), spec, 0, 1, total_steps=100, seed=0)
+    actor.start("", 0)
+    return actor
+
+
+def values_of(actor: CriticActor, groups: list[GroupTensors]) -> list[StateValues]:
+    tokens, *values = actor.values(groups)
+    assert tokens == sum(len(group.token_ids) for group in groups)
+    return values
+
+
+def jobs_with_targets(groups: list[GroupTensors], **options: Any) -> UpdateJob:
+    """One update towards random returns, from values near them."""
+    (job,) = make_jobs(groups, PPO_LOSS, recompute_old=False, **options)
+    works = []
+    for work in job.groups:
+        draw = np.random.default_rng(work.group_id)
+        n = len(work.tensors.token_ids)
+        returns = draw.normal(size=n).astype(np.float32)
+        old = returns + draw.normal(0, 0.3, n).astype(np.float32)
+        works.append(replace(work, targets=TokenTargets(old, old, returns, old)))
+    return replace(job, groups=tuple(works))
+
+
+@torch.no_grad()
+def value_after(model: Any, ids: np.ndarray) -> float:
+    """What the classifier says of `ids` alone: its score is read at the last token."""
+    return float(model(input_ids=torch.as_tensor(ids, dtype=torch.int64)[None]).logits)
+
+
+def test_a_value_is_that_of_the_text_before_its_token(folder: Path, scorer: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(scorer).eval()
+    model.config.pad_token_id = None
+    found = values_of(critic(folder, scorer), GROUPS)
+    for group, values in zip(GROUPS, found, strict=True):
+        assert values.values.dtype == np.float32
+        for completion in range(len(group.lengths)):
+            cut = group.completion(completion)
+            response = group.token_ids[cut]
+            wanted = [
+                value_after(model, np.concatenate([group.prompt_ids, response[:t]]))
+                for t in range(len(response) + 1)
+            ]
+            got = [*values.values[cut], values.final[completion]]
+            assert got == pytest.approx(wanted, abs=2e-5)
+            assert len(set(np.round(wanted, 3))) == len(wanted), "states must differ to be told"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("tokens_per_microbatch", [1, 20, 1000])
+def test_values_do_not_depend_on_how_they_are_batched(
+    folder: Path, scorer: Path, packing: bool, tokens_per_microbatch: int
+) -> None:
+    wanted = values_of(critic(folder, scorer), GROUPS)
+    options: Any = {"packing": packing, "tokens_per_microbatch": tokens_per_microbatch}
+    for got, plain in zip(
+        values_of(critic(folder, scorer, **options), GROUPS), wanted, strict=True
+    ):
+        np.testing.assert_allclose(got.values, plain.values, atol=1e-5)
+        np.testing.assert_allclose(got.final, plain.final, atol=1e-5)
+
+
+def test_without_groups_a_rank_still_answers(folder: Path) -> None:
+    assert critic(folder).values([]) == 0
+
+
+def test_from_a_causal_lm_every_value_starts_at_zero_and_is_learnt(folder: Path) -> None:
+    actor = critic(folder, learning_rate=3e-2)
+    assert all(not v.values.any() and not v.final.any() for v in values_of(actor, GROUPS))
+    job = jobs_with_targets(GROUPS)
+    losses = [actor.update(replace(job, step=step)).metrics["loss/value"] for step in range(1, 25)]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_value_clipping_and_the_figures_of_an_update(folder: Path) -> None:
+    metrics = critic(folder).update(jobs_with_targets(GROUPS, minibatches=2)).metrics
+    assert set(metrics) == {
+        "loss/value",
+        "ppo/value_clip_fraction",
+        "critic/grad_norm",
+        "critic/learning_rate",
+    }
+    assert metrics["critic/learning_rate"] == 1e-2
+    assert 0 < metrics["ppo/value_clip_fraction"] < 1
+
+
+@pytest.fixture(scope="module")
+def probe(folder: Path, scorer: Path) -> Probe:
+    actor = critic(folder, scorer)
+    actor._strategy.model.double()
+    return Probe(actor)  # type: ignore[arg-type]
+
+
+@settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(tokens=st.integers(1, 60), packing=st.booleans(), left_out=st.integers(-1, 5))
+def test_the_gradient_does_not_depend_on_microbatches_or_packing(
+    probe: Probe, tokens: int, packing: bool, left_out: int
+) -> None:
+    job = jobs_with_targets(GROUPS, trained=lambda group, c: 2 * group + c != left_out)
+    wanted, figures = probe.gradient(job, 10_000, 1, False)
+    got, metrics = probe.gradient(job, tokens, 1, packing)
+    assert wanted.keys() == got.keys()
+    assert "score.weight" in wanted
+    assert all(torch.allclose(got[n], wanted[n], rtol=1e-11, atol=1e-13) for n in wanted)
+    assert metrics["loss/value"] == pytest.approx(figures["loss/value"], rel=1e-12)
+    assert any(g.abs().max() > 1e-6 for g in wanted.values())
+
+
+def test_a_saved_critic_goes_on_bit_for_bit(folder: Path, scorer: Path, tmp_path: Path) -> None:
+    job = jobs_with_targets(GROUPS, minibatches=2)
+    straight = critic(folder, scorer)
+    straight.update(job)
+    straight.save(tmp_path / "critic")
+    wanted = straight.update(replace(job, step=2)).metrics
+    resumed = critic(folder, scorer)
+    resumed.load(tmp_path / "critic")
+    assert resumed.update(replace(job, step=2)).metrics == wanted
+    pairs = zip(values_of(straight, GROUPS), values_of(resumed, GROUPS), strict=True)
+    assert all(np.array_equal(a.values, b.values) for a, b in pairs)
+
+
+def test_an_exported_critic_is_a_classifier_that_says_the_same(
+    folder: Path, tmp_path: Path
+) -> None:
+    actor = critic(folder)
+    actor.update(jobs_with_targets(GROUPS))
+    actor.save_model(tmp_path / "critic")
+    wanted = values_of(actor, GROUPS)
+    assert wanted[0].values.any()
+    for got, values in zip(
+        values_of(critic(folder, tmp_path / "critic"), GROUPS), wanted, strict=True
+    ):
+        np.testing.assert_allclose(got.values, values.values, atol=1e-6)
+        np.testing.assert_allclose(got.final, values.final, atol=1e-6)
+
+
+def test_a_model_that_reads_other_tokens_is_refused(folder: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    causal_lm().save_pretrained(tmp_path)
+    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"x{i}": i for i in range(3, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="x3"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>"
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="another vocabulary than the policy"):
+        check_critic_model(ModelSpec(name=str(folder)), CriticSpec(model=str(tmp_path)))
+
+
+def test_a_model_without_a_head_over_tokens_is_refused(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        num_labels=1,
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"no linear `score` head.*critic\.model"):
+        load_value_model(ModelSpec(name=str(tmp_path)), packing=False)
+
+
+def test_an_update_without_returns_says_what_is_missing(folder: Path) -> None:
+    (job,) = make_jobs(GROUPS, PPO_LOSS, recompute_old=False)
+    with pytest.raises(ValueError, match="the critic learns returns"):
+        critic(folder).update(job)
+
+
+def test_the_critic_has_no_adapters_and_a_model_of_its_own_has_its_own_revision() -> None:
+    policy = ModelSpec(name="a/b", revision="v1", lora={"r": 4})  # type: ignore[arg-type]
+    same = critic_model(policy, CriticSpec())
+    assert (same.name, same.revision, same.lora) == ("a/b", "v1", None)
+    other = critic_model(policy, CriticSpec(model="c/d"))
+    assert (other.name, other.revision, other.lora) == ("c/d", None, None)

@@ -1,0 +1,108 @@
+"""The quickstart learns, with each engine and algorithm; and the control shows learning is real."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aligntune.config import load_config
+from aligntune.errors import UserError
+from aligntune.quickstart import QuickstartAssets, quickstart_settings, write_assets
+from aligntune.quickstart_run import run_quickstart
+from aligntune.trainers import OnlineTrainer
+from tests.e2e.conftest import read
+
+pytestmark = pytest.mark.slow
+
+ACCURACY = "eval/reward/exact_match/mean"
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> QuickstartAssets:
+    """The task and the warmed-up model."""
+    return write_assets(tmp_path_factory.mktemp("quickstart"), seed=0)
+
+
+def run(assets: QuickstartAssets, out: Path, algorithm: str, *overrides: str) -> list[Any]:
+    """Train on the quickstart's task with its settings; returns the rows of metrics.jsonl."""
+    settings = quickstart_settings(algorithm if algorithm.isalpha() else "grpo")
+    tree = {
+        "algorithm": {"name": algorithm},
+        "model": {"name": str(assets.model)},
+        "data": {"path": str(assets.train), "eval_path": str(assets.eval)},
+        "rewards": ["exact_match"],
+        "output_dir": str(out),
+    }
+    tuned = [f"{path}={json.dumps(value)}" for path, value in settings.items()]
+    trainer = OnlineTrainer(load_config(tree, [*tuned, "rollout.engine=transformers", *overrides]))
+    return read(trainer.train().output_dir / "metrics.jsonl")
+
+
+def accuracies(rows: list[Any]) -> tuple[float, float]:
+    """Held-out greedy accuracy before and after."""
+    found = [row[ACCURACY] for row in rows if ACCURACY in row]
+    return found[0], found[-1]
+
+
+def test_the_command_learns_with_vllm_and_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "quickstart"
+    command = [sys.executable, "-m", "aligntune.cli", "quickstart", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((out / "result.json").read_text())
+    assert 0.3 <= result["accuracy_before"] <= 0.7
+    assert result["accuracy_after"] >= 0.9
+    assert result["engine"] == "vllm"
+    assert result["seconds"] > 0
+    rewards = [row["reward/mean"] for row in read(out / "run" / "metrics.jsonl") if row["step"]]
+    assert result["steps"] == len(rewards)
+    assert sum(rewards[-5:]) > sum(rewards[:5])
+    assert f"{result['accuracy_after']:.3f}" in done.stdout
+    before, after = (
+        load_file(folder / "model.safetensors")
+        for folder in (out / "assets" / "model", out / "run" / "model")
+    )
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("algorithm", ["grpo", "drgrpo", "dapo", "gspo"])
+def test_each_algorithm_learns(assets: QuickstartAssets, tmp_path: Path, algorithm: str) -> None:
+    rows = run(assets, tmp_path / "run", algorithm)
+    before, after = accuracies(rows)
+    assert 0.3 <= before <= 0.7
+    assert after >= 0.85
+    own = {
+        "dapo": "dapo/draws_per_kept_group",
+        "gspo": "gspo/sequence_clip_fraction",
+    }
+    assert all(own.get(algorithm, "reward/mean") in row for row in rows if row["step"])
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_control_with_flipped_advantages_gets_worse(
+    assets: QuickstartAssets, tmp_path: Path
+) -> None:
+    rows = run(assets, tmp_path / "run", "tests.e2e.algorithms:FlippedGRPO", "train.steps=10")
+    before, after = accuracies(rows)
+    assert after < before - 0.1
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="something else than a quickstart"):
+        run_quickstart("grpo", tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_an_unknown_algorithm_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="grpo"):
+        run_quickstart("grop", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
