@@ -109,9 +109,10 @@ class LogProbModel(TrainedModel):
         temperature: float,
         entropy: bool = False,
         chunks: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, None] | torch.Tensor:
         """Log-probs [N] of `targets` at `temperature`, and entropies [N] in nats, float32 or wider.
 
+        The two unpack from a pair without, and from one tensor [2, N] with `entropy`.
         `chunks` fixes the number of head calls: where weights are sharded, every rank has to gather
         the head equally often. A surplus call is made on one state and counts for nothing.
         """
@@ -147,7 +148,9 @@ class LogProbModel(TrainedModel):
             logp = logp + 0.0 * torch.cat(surplus).sum()
         if not entropy:
             return logp, None
-        return logp, torch.cat(entropies) if entropies else logp.new_zeros(0)
+        # One tensor: DeepSpeed counts the outputs that a backward pass reaches, and these counts
+        # have to agree between ranks, whose losses may or may not use the entropy.
+        return torch.stack([logp, torch.cat([logp.new_zeros(0), *entropies])])
 
     def _chunk(
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropy: bool

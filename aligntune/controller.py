@@ -27,6 +27,7 @@ from actors.messages import GroupWork, Prompt
 from actors.supervise import ReplicaSet, answer
 from aligntune.checkpoint import Checkpoint, Checkpoints
 from aligntune.config import RunConfig
+from aligntune.data.prompts import PromptSource
 from aligntune.errors import RunFailed
 from aligntune.evaluation import evaluate
 from aligntune.learner import Learner, PolicyLost, Weights
@@ -63,7 +64,7 @@ class Controller:
         config: RunConfig,
         roles: Roles,
         total_steps: int,
-        prompt_at: Callable[[int], Prompt],
+        prompts: PromptSource,
         eval_prompts: list[Prompt],
         rundir: RunDir,
         checkpoints: Checkpoints,
@@ -73,6 +74,7 @@ class Controller:
         self.algorithm = config.algorithm
         self.total_steps = total_steps
         self.version = 0
+        self._prompts = prompts
         self._eval_prompts = eval_prompts
         self._rundir = rundir
         self._checkpoints = checkpoints
@@ -119,7 +121,7 @@ class Controller:
         self._pipeline = Pipeline(
             config,
             self.ledger,
-            prompt_at,
+            prompts.prompt_at,
             self._rollouts,
             self._rewards,
             self._references,
@@ -428,6 +430,7 @@ class Controller:
             "step": self.version,
             "ledger": self.ledger.snapshot(self.version),
             "algorithm": self.algorithm.model_dump(mode="json"),
+            "prompts": self._prompts.fingerprint,
         }
         self._log.sync()
         self._checkpoints.commit(self.version, state)

@@ -156,7 +156,8 @@ class PreferenceTrainer:
         started = time.monotonic()
         rundir = self.check(resume)
         changed = rundir.check(self.config, resume)
-        rundir.claim(self.config)
+        rundir.claim()
+        rundir.describe(self.config)
         try:
             with PreferenceRecorder(self.config, rundir, self.total_steps) as recorder:
                 recorder.event(EventKind.RUN_STARTED, changed={k: v[1] for k, v in changed.items()})

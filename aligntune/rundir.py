@@ -126,8 +126,8 @@ class RunDir:
                 )
         return changed
 
-    def claim(self, config: BaseModel) -> None:
-        """Create and lock the directory and write the config. UserError if a process holds it."""
+    def claim(self) -> None:
+        """Create and lock the directory. UserError if a running process holds it."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -138,6 +138,9 @@ class RunDir:
                 f"output_dir {self.path} is in use by a running process; name another"
             ) from error
         self._lock = lock
+
+    def describe(self, config: BaseModel) -> None:
+        """Write the resolved config, headed by the versions that run it."""
         head = "".join(f"# {name} {version}\n" for name, version in installed_versions().items())
         write_atomically(self.config, head + dump(config))
 

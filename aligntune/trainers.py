@@ -204,10 +204,17 @@ class OnlineTrainer:
         started = time.monotonic()
         rundir = self.check(resume)
         changed = rundir.check(self.config, resume)
-        rundir.claim(self.config)
+        rundir.claim()
         try:
             checkpoints = Checkpoints(rundir.file("checkpoints"), self.config.checkpoint.keep_last)
             checkpoint = rundir.start_from(checkpoints, resume)
+            if checkpoint and checkpoint.state["prompts"] != self.prompts.fingerprint:
+                raise UserError(
+                    f"the prompts, their order or their rendering have changed since the "
+                    f"checkpoint of step {checkpoint.step}, so the run cannot go on where it was; "
+                    "restore the data, or name another output_dir"
+                )
+            rundir.describe(self.config)
             after = checkpoint.step if checkpoint else 0
             with Recorder(self.config, rundir, self.total_steps, after) as recorder:
                 recorder.event(EventKind.RUN_STARTED, changed={k: v[1] for k, v in changed.items()})
@@ -217,7 +224,7 @@ class OnlineTrainer:
                             self.config,
                             roles,
                             self.total_steps,
-                            self.prompts.prompt_at,
+                            self.prompts,
                             self.eval_prompts,
                             rundir,
                             checkpoints,

@@ -32,7 +32,7 @@ GROUPS = [
     make_group(1, 2, (1, 8), holes=True),
     make_group(2, 7, (0, 4)),  # a completion without a token has a final state all the same
 ]
-PPO_LOSS = PPO().value_loss
+PPO_LOSS: Any = PPO().value_loss
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_value_clipping_and_the_figures_of_an_update(folder: Path) -> None:
 def probe(folder: Path, scorer: Path) -> Probe:
     actor = critic(folder, scorer)
     actor._strategy.model.double()
-    return Probe(actor)  # type: ignore[arg-type]
+    return Probe(actor)
 
 
 @settings(

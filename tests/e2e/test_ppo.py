@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from aligntune.ledger import audit
 from tests.e2e.conftest import Run, read
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 FIGURES = {
     "kl/reference",
@@ -100,7 +100,7 @@ def test_a_killed_ppo_run_resumes_bit_for_bit(
 
     ppo["output_dir"] = str(tmp_path / "killed")
     run = launch()
-    run.wait_for(lambda: len(read(run.output_dir / "metrics.jsonl")) >= 2)
+    run.wait_for(lambda: len(read(run.output_dir / "metrics.jsonl")) >= 2, 240)
     run.kill_group(signal.SIGKILL)
     run.finish()
     run = launch()
@@ -124,7 +124,7 @@ def test_a_lost_critic_takes_the_policy_back_with_it(
     ppo["train"]["steps"] = 12
     ppo["checkpoint"]["every_steps"] = 3
     run = launch()
-    run.wait_for(lambda: len(read(run.output_dir / "metrics.jsonl")) >= 4)
+    run.wait_for(lambda: len(read(run.output_dir / "metrics.jsonl")) >= 4, 240)
     victim = next(e for e in run.events("role_started") if e["role"] == "critic-0")
     os.kill(victim["pid"], signal.SIGKILL)
     assert run.finish() == 0, run.output()

@@ -227,7 +227,7 @@ def test_what_no_restart_can_mend_ends_the_job_with_its_reason(
         if not name.endswith(".safetensors"):
             (broken / name).write_bytes((tiny_model / name).read_bytes())
     trainer = create_rl_trainer(**job(model_name=str(broken)))
-    with pytest.raises(RunFailed, match="worker could not start: ModelError: .*broken"):
+    with pytest.raises(RunFailed, match=r"worker could not start: ModelError: .*broken"):
         trainer.train()
 
 

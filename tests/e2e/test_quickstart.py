@@ -41,7 +41,8 @@ def run(assets: QuickstartAssets, out: Path, algorithm: str, *overrides: str) ->
         "output_dir": str(out),
     }
     tuned = [f"{path}={json.dumps(value)}" for path, value in settings.items()]
-    trainer = OnlineTrainer(load_config(tree, [*tuned, "rollout.engine=transformers", *overrides]))
+    config = load_config(tree, [*tuned, "rollout.engine=transformers", *overrides])
+    trainer = OnlineTrainer(config)
     return read(trainer.train().output_dir / "metrics.jsonl")
 
 
@@ -84,6 +85,15 @@ def test_each_algorithm_learns(assets: QuickstartAssets, tmp_path: Path, algorit
         "gspo": "gspo/sequence_clip_fraction",
     }
     assert all(own.get(algorithm, "reward/mean") in row for row in rows if row["step"])
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_ppo_learns_from_a_reward_model_that_the_job_trained(tmp_path: Path) -> None:
+    result = run_quickstart("ppo", tmp_path / "ppo", 0, ["rollout.engine=transformers"])
+    assert 0.3 <= result["accuracy_before"] <= 0.7
+    assert result["accuracy_after"] >= 0.85
+    rows = read(tmp_path / "ppo" / "run" / "metrics.jsonl")
+    assert all({"ppo/explained_variance", "loss/value"} <= row.keys() for row in rows[1:])
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aligntune.errors import RunFailed
+from aligntune.errors import RunFailed, UserError
 from aligntune.ledger import audit
 from aligntune.trainers import create_rl_trainer
 from tests.e2e.conftest import read
@@ -81,3 +81,15 @@ def test_stale_rollouts_stay_within_their_bound_and_every_group_is_trained_once(
         for group in record["groups"]
     ]
     assert sorted(moved) == sorted(set(moved))
+
+
+def test_a_run_is_not_resumed_on_other_data(tree: dict[str, Any], questions: Path) -> None:
+    tree["train"]["steps"] = 1
+    create_rl_trainer(config=tree).train()
+    config = Path(tree["output_dir"]) / "config.yaml"
+    before = config.read_text()
+    tree["train"]["steps"] = 2
+    tree["data"]["max_samples"] = 20
+    with pytest.raises(UserError, match="have changed since the checkpoint of step 1"):
+        create_rl_trainer(config=tree).train()
+    assert config.read_text() == before
