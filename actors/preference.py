@@ -105,6 +105,19 @@ class Relay:
         return self._fatal
 
 
+def announcer(relay: Any) -> Any:
+    """The Ray Train callback that tells the relay of a checkpoint once a restart would find it,
+    which is later than the worker that wrote it can say."""
+    from ray.train import UserCallback
+
+    class Announcer(UserCallback):
+        def after_report(self, run_context: Any, metrics: list[Any], checkpoint: Any) -> None:
+            if checkpoint is not None:
+                relay.tell.remote("checkpoint", step=metrics[0]["step"])
+
+    return Announcer()
+
+
 def renamed(logs: dict[str, Any]) -> dict[str, float]:
     """The figures of a log entry under the names of this project."""
     found = {}
@@ -405,8 +418,6 @@ def _follower(job: PreferenceJob, relay: Any) -> Any:
             )
             if holds:
                 shutil.rmtree(folder)
-            if leads:
-                tell("checkpoint", step=state.global_step)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.flush()

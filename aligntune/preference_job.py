@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from actors.preference import PreferenceJob, Relay, train_worker
+from actors.preference import PreferenceJob, Relay, announcer, train_worker
 from aligntune.controller import Interrupted
 from aligntune.data.pairtokens import PairTokens
 from aligntune.errors import RunFailed
@@ -196,6 +196,7 @@ class PreferenceRun:
                 run_config=RunConfig(
                     name=name,
                     storage_path=storage,
+                    callbacks=[announcer(relay)],
                     failure_config=FailureConfig(max_failures=spec.max_failures),
                     checkpoint_config=CheckpointConfig(
                         num_to_keep=self._config.checkpoint.keep_last

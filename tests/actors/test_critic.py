@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from actors.critic import CriticActor
 from actors.loading import ModelError
 from actors.messages import GroupTensors, StateValues, TokenTargets, UpdateJob
-from actors.specs import CriticSpec, ModelSpec
+from actors.specs import CriticSpec, LoRASpec, ModelSpec
 from actors.values import check_critic_model, critic_model, load_value_model
 from aligntune.algorithms.ppo import PPO
 from tests.actors.policy_cases import (
@@ -157,7 +157,7 @@ def test_value_clipping_and_the_figures_of_an_update(folder: Path) -> None:
 def probe(folder: Path, scorer: Path) -> Probe:
     actor = critic(folder, scorer)
     actor._strategy.model.double()
-    return Probe(actor)
+    return Probe(actor)  # type: ignore[arg-type]
 
 
 @settings(
@@ -242,7 +242,7 @@ def test_an_update_without_returns_says_what_is_missing(folder: Path) -> None:
 
 
 def test_the_critic_has_no_adapters_and_a_model_of_its_own_has_its_own_revision() -> None:
-    policy = ModelSpec(name="a/b", revision="v1", lora={"r": 4})  # type: ignore[arg-type]
+    policy = ModelSpec(name="a/b", revision="v1", lora=LoRASpec(r=4))
     same = critic_model(policy, CriticSpec())
     assert (same.name, same.revision, same.lora) == ("a/b", "v1", None)
     other = critic_model(policy, CriticSpec(model="c/d"))
