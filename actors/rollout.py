@@ -2,7 +2,7 @@
 
 The actor adds to its engine what a remote role needs: a call that is repeated while its first try
 still runs joins it, a call that nobody waits for any more ends its generation, and an engine that
-is dead takes the process with it, so that Ray restarts a live actor instead of keeping a mute one.
+is dead takes the process with it, so that a live actor replaces it instead of a mute one staying.
 """
 
 from __future__ import annotations

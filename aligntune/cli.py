@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 the input is wrong; 1 the run failed; 130 or 143 stopped b
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -31,7 +32,9 @@ app = typer.Typer(
 @app.command()
 def quickstart(
     algorithm: Annotated[str, typer.Option(help="`aligntune algorithms` lists them")] = "grpo",
-    out: Annotated[Path, typer.Option(help="a new folder")] = Path("runs/quickstart"),
+    out: Annotated[Path, typer.Option(help="a new folder; one left unfinished resumes")] = Path(
+        "runs/quickstart"
+    ),
     seed: Annotated[int, typer.Option(help="of the task, the model and the run")] = 0,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...")] = None,
 ) -> None:
@@ -55,17 +58,24 @@ def train(
     model: Annotated[str | None, typer.Option(help="a local folder or a hub name")] = None,
     dataset: Annotated[str | None, typer.Option(help="a local file, folder or hub name")] = None,
     reward: Annotated[
-        list[str] | None, typer.Option(help="a registered name or package.module:function; repeat")
+        list[str] | None, typer.Option(help="a registered name or module:function; may repeat")
     ] = None,
     reward_model: Annotated[
         str | None, typer.Option(help="a reward model's folder or hub name")
     ] = None,
     backend: Annotated[str | None, typer.Option(help="trl or unsloth")] = None,
-    out: Annotated[Path | None, typer.Option(help="the run directory")] = None,
+    out: Annotated[Path | None, typer.Option(help="default runs/ALGORITHM")] = None,
     resume: Annotated[str, typer.Option(help="auto, never or a checkpoint folder")] = "auto",
-    dry_run: Annotated[bool, typer.Option(help="check and print, start nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check and print everything, start nothing")
+    ] = False,
 ) -> None:
-    """Train from a YAML file, from flags, or both; flags win over the file."""
+    """Train from a YAML file, from flags, or both; flags win over the file.
+
+    Without a file, --algorithm, --model and --dataset are needed. KEY.PATH=VALUE sets a key of the
+    config, as in train.steps=100, and wins over everything. An output folder that holds the same
+    run is resumed from its newest checkpoint.
+    """
     trainer = _trainer(
         arguments or [], algorithm, model, dataset, reward, reward_model, backend, out
     )
@@ -168,6 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     from aligntune.errors import RunFailed, UserError
 
     arguments = sys.argv[1:] if argv is None else argv
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # rewards and algorithms of the user's own lie there
     try:
         code: Any = app(arguments, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

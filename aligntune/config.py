@@ -406,6 +406,10 @@ def check(config: RunConfig) -> None:
             f"{name} does not run with backend={config.backend}; "
             f"use backend={config.algorithm.backends[0]}"
         )
+    if config.backend == "unsloth":
+        raise UserError(
+            f"{name} does not train through backend=unsloth yet (dpo does); use backend=trl"
+        )
     if needs.critic and config.critic.learning_rate is None:
         raise UserError(
             f"{name} has a critic and no default for its rate; set critic.learning_rate"

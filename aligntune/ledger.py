@@ -4,14 +4,14 @@ Invariant: every admitted group ends once, as TRAINED, FILTERED or QUARANTINED. 
 proves it, whatever was killed meanwhile: `audit` replays it, undoing what a restore from a
 checkpoint undid, and refuses any move the machine does not allow.
 
-        admit                                            +--> FILTERED
-          |                                              |
-          v                                              |
+        admit                  +--> FILTERED
+          |                    |
+          v                    |
        WAITING --> ROLLING --> SCORING --> READY --> TRAINING --> TRAINED
-          ^           |           |          |
-          +-----------+-----------+----------+   lost or failed: again, from the start
-          |                       |
-          +--> QUARANTINED <------+              failed too often
+          ^           |          | |
+          +-----------+----------+ |   lost: again, from the start
+                                   |
+                                   +--> QUARANTINED   failed too often, or lost too often
 """
 
 from __future__ import annotations
@@ -147,11 +147,6 @@ class Ledger:
                 self._ended[to] += 1
             else:
                 self._open[group_id].state = to
-
-    def readmit(self, group_id: int, version: int) -> None:
-        """A group whose completions are lost starts again under the current policy version."""
-        self.move([group_id], State.WAITING, version=version)
-        self._open[group_id].version = version
 
     @staticmethod
     def beginning() -> dict[str, Any]:

@@ -56,7 +56,7 @@ class PreferenceTrainer:
 
     @property
     def _rundir(self) -> RunDir:
-        return RunDir(Path(self.config.output_dir))
+        return RunDir(Path(self.config.output_dir).absolute())
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -15,6 +15,7 @@ from actors.reward import Criterion, RewardActor
 from actors.rollout import RolloutActor
 from actors.specs import RoleResources
 from aligntune.config import RunConfig
+from aligntune.paths import located
 from cluster.placement import Reservation, RoleRequest
 
 SPARE_CALLS = 8  # pings, weight updates and statistics beside the groups in flight
@@ -49,7 +50,7 @@ class Roles:
         criteria: Sequence[Criterion],
         total_steps: int,
     ) -> None:
-        self._config = config
+        self._config = _located(config)
         self._reservation = reservation
         self._criteria = tuple(criteria)
         self._total_steps = total_steps
@@ -135,3 +136,14 @@ class Roles:
             self._total_steps,
             config.train.seed,
         )
+
+
+def _located(config: RunConfig) -> RunConfig:
+    """The config with every model that is a local folder named by its absolute path."""
+    model = config.model.model_copy(update={"name": located(config.model.name)})
+    changed: dict[str, Any] = {"model": model}
+    for role in ("reference", "critic"):
+        spec = getattr(config, role)
+        if spec.model is not None:
+            changed[role] = spec.model_copy(update={"model": located(spec.model)})
+    return config.model_copy(update=changed)

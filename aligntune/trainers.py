@@ -160,7 +160,7 @@ class OnlineTrainer:
 
     def check(self, resume: str = "auto") -> RunDir:
         """Everything that can be checked without starting Ray. Raises UserError."""
-        rundir = RunDir(Path(self.config.output_dir))
+        rundir = RunDir(Path(self.config.output_dir).absolute())
         rundir.check(self.config, resume)
         try:
             check_trackers(self.config.tracking.trackers)

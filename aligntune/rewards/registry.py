@@ -22,6 +22,7 @@ from actors.reward_process import (
     named_parameters,
 )
 from actors.specs import ModelSpec, RewardFunctionSpec, RewardModelSpec
+from aligntune.paths import located
 
 if TYPE_CHECKING:
     from actors.reward_model import RewardModelCriterion
@@ -96,7 +97,7 @@ def resolve_model(spec: RewardModelSpec) -> RewardModelCriterion:
     from actors.reward_model import RewardModelCriterion, check_reward_model  # torch: seconds
 
     model = ModelSpec(
-        name=spec.model,
+        name=located(spec.model),
         revision=spec.revision,
         dtype=spec.dtype,
         trust_remote_code=spec.trust_remote_code,
