@@ -141,16 +141,25 @@ def test_from_a_causal_lm_every_value_starts_at_zero_and_is_learnt(folder: Path)
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_value_clipping_and_the_figures_of_an_update(folder: Path) -> None:
-    metrics = critic(folder).update(jobs_with_targets(GROUPS, minibatches=2)).metrics
-    assert set(metrics) == {
-        "loss/value",
-        "ppo/value_clip_fraction",
-        "critic/grad_norm",
-        "critic/learning_rate",
-    }
-    assert metrics["critic/learning_rate"] == 1e-2
-    assert 0 < metrics["ppo/value_clip_fraction"] < 1
+def test_the_loss_is_that_of_the_trained_tokens_alone(folder: Path) -> None:
+    job = jobs_with_targets(GROUPS, trained=lambda group, c: (group, c) != (1, 0))
+    metrics = critic(folder).update(job).metrics  # a new critic: every value is 0
+    squares, clipped = [], []
+    for index, work in enumerate(job.groups):
+        mask = work.tensors.mask.copy()
+        mask[: work.lengths[0]] &= index != 1
+        old = work.targets.values[mask].astype(np.float64)
+        returns = work.targets.returns[mask].astype(np.float64)
+        held = (old + np.clip(-old, -0.2, 0.2) - returns) ** 2
+        squares.append(np.maximum(returns**2, held))
+        clipped.append(held > returns**2)
+    wanted = 0.5 * np.concatenate(squares).mean()
+    assert metrics.pop("loss/value") == pytest.approx(wanted, rel=1e-5)
+    fraction = np.concatenate(clipped).mean()
+    assert 0 < fraction < 1
+    assert metrics.pop("ppo/value_clip_fraction") == pytest.approx(fraction)
+    assert metrics.pop("critic/learning_rate") == 1e-2
+    assert metrics.keys() == {"critic/grad_norm"}
 
 
 @pytest.fixture(scope="module")

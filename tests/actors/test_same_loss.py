@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from actors.messages import GroupTensors
@@ -120,7 +120,10 @@ def test_the_law_is_exact_beyond_rounding(single_float64: Probe, shapes: Any, cu
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @settings(
-    deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=10,
+    phases=[Phase.generate],  # ranks that failed once are not fit for shrinking
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(shapes=batches, cut=cuts, loss=st.sampled_from(sorted(LOSSES)))
 def test_on_any_number_of_ranks(
