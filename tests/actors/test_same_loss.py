@@ -89,6 +89,7 @@ def ranks(folder: Path, request: Any) -> Iterator[tuple[int, Ranks]]:
     made.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("recompute_old", [False, True])
 @settings(
