@@ -3,11 +3,11 @@
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install quickstart test test-fast check format clean
+.PHONY: help install quickstart test test-fast test-all check format clean
 
 help:
 	@echo "make quickstart   install, then train a tiny model by reinforcement learning"
-	@echo "make test         install, then run all the tests (make test-fast: without the slow ones)"
+	@echo "make test         install, then run the tests (test-fast: fewer; test-all: the long ones too)"
 	@echo "make check        lint, format, types, import contracts"
 	@echo "make format       let ruff put the code in order"
 	@echo "make install      only install, into .venv"
@@ -24,6 +24,9 @@ test: install
 
 test-fast: install
 	.venv/bin/python -m pytest -m "not slow" $(ARGS)
+
+test-all: install
+	.venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
 
 check: install
 	.venv/bin/ruff check .

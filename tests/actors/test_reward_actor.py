@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -481,15 +481,8 @@ class TestProcesses:
         assert within(10, lambda: gone(int((tmp_path / "pid").read_text())))
 
 
-@pytest.fixture
-def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("ray_session")
 def test_in_ray_failures_arrive_whole_and_children_end_with_the_actor(
     tokenizer_spec: ModelSpec, criterion: Any, tmp_path: Path
 ) -> None:

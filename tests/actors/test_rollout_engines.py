@@ -120,11 +120,8 @@ def transformers_replica(folder: Path, loop: asyncio.AbstractEventLoop) -> Repli
 
 
 @pytest.fixture(scope="module")
-def vllm_replica(folder: Path) -> Iterator[Replica]:
+def vllm_replica(folder: Path, ray_session: None) -> Iterator[Replica]:
     pytest.importorskip("vllm")
-    ours = not ray.is_initialized()
-    if ours:
-        ray.init(address="local", num_cpus=2, include_dashboard=False)
     handle = (
         ray.remote(RolloutActor)
         .options(num_cpus=1, max_concurrency=64)
@@ -132,8 +129,6 @@ def vllm_replica(folder: Path) -> Iterator[Replica]:
     )
     yield Replica("vllm", lambda method, *args: getattr(handle, method).remote(*args).future())
     ray.kill(handle)
-    if ours:
-        ray.shutdown()
 
 
 @pytest.fixture(params=["transformers", pytest.param("vllm", marks=pytest.mark.slow)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,16 +10,6 @@ import ray
 import torch
 
 from actors.weights import WeightBundle
-
-
-@pytest.fixture(scope="module")
-def ray_session() -> Iterator[None]:
-    ours = not ray.is_initialized()
-    if ours:
-        ray.init(address="local", num_cpus=2, include_dashboard=False)
-    yield
-    if ours:
-        ray.shutdown()
 
 
 @ray.remote(num_cpus=0)

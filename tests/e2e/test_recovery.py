@@ -41,6 +41,7 @@ def trained_order(run_dir: Path) -> list[list[int]]:
 def test_a_run_killed_at_random_and_resumed_is_bit_identical(
     tree: dict[str, Any], tmp_path: Path, launch: Callable[..., Run]
 ) -> None:
+    tree["algorithm"]["beta"] = 0.04
     steps = tree["train"]["steps"]
     whole = launch()
     assert whole.finish() == 0, whole.output()
