@@ -338,6 +338,7 @@ def test_the_readmes_commands_train_a_model_and_the_run_directory_is_as_describe
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_example_of_an_own_algorithm_trains(workplace: Path) -> None:
     overrides = [text for text in SHORT if "completions_per_group" not in text]
     assert "done: 2 steps" in run(["train", "rloo.yaml", *overrides], workplace)

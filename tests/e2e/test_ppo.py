@@ -91,6 +91,7 @@ def test_ppo_learns_an_easy_reward_and_says_how(
     assert audit(run.output_dir / "ledger.jsonl").balanced
 
 
+@pytest.mark.long
 def test_a_killed_ppo_run_resumes_bit_for_bit(
     ppo: dict[str, Any], tmp_path: Path, launch: Callable[..., Run]
 ) -> None:
@@ -118,6 +119,7 @@ def test_a_killed_ppo_run_resumes_bit_for_bit(
     assert critic_state(first, 4)["model.score.weight"].any()
 
 
+@pytest.mark.long
 def test_a_lost_critic_takes_the_policy_back_with_it(
     ppo: dict[str, Any], launch: Callable[..., Run]
 ) -> None:
@@ -136,6 +138,7 @@ def test_a_lost_critic_takes_the_policy_back_with_it(
     assert (books.trained, books.open, books.balanced) == (96, 0, True)
 
 
+@pytest.mark.long
 def test_a_group_algorithm_charges_its_kl_in_the_reward(
     tree: dict[str, Any], launch: Callable[..., Run]
 ) -> None:

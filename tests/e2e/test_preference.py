@@ -93,6 +93,7 @@ def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
     return found
 
 
+@pytest.mark.long
 def test_dpo_on_two_workers_learns_and_outlives_a_killed_worker(
     ray_session: None, job: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -129,6 +130,7 @@ def test_dpo_on_two_workers_learns_and_outlives_a_killed_worker(
     )
 
 
+@pytest.mark.long
 def test_one_worker_has_the_losses_of_bare_trl(
     ray_session: None,
     job: Callable[..., dict[str, Any]],
@@ -185,6 +187,7 @@ print(json.dumps(losses))
     assert len(set(theirs)) == 6
 
 
+@pytest.mark.long
 def test_a_killed_driver_is_resumed_to_the_same_end(
     job: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -231,6 +234,7 @@ def test_what_no_restart_can_mend_ends_the_job_with_its_reason(
         trainer.train()
 
 
+@pytest.mark.long
 def test_a_reward_model_learns_sums_and_serves_as_a_reward(
     ray_session: None, tmp_path: Path
 ) -> None:

@@ -74,7 +74,10 @@ def test_the_command_learns_with_vllm_and_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("algorithm", ["grpo", "drgrpo", "dapo", "gspo"])
+@pytest.mark.parametrize(
+    "algorithm",
+    ["grpo", *(pytest.param(name, marks=pytest.mark.long) for name in ("drgrpo", "dapo", "gspo"))],
+)
 def test_each_algorithm_learns(assets: QuickstartAssets, tmp_path: Path, algorithm: str) -> None:
     rows = run(assets, tmp_path / "run", algorithm)
     before, after = accuracies(rows)
@@ -87,6 +90,7 @@ def test_each_algorithm_learns(assets: QuickstartAssets, tmp_path: Path, algorit
     assert all(own.get(algorithm, "reward/mean") in row for row in rows if row["step"])
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_session")
 def test_ppo_learns_from_a_reward_model_that_the_job_trained(tmp_path: Path) -> None:
     result = run_quickstart("ppo", tmp_path / "ppo", 0, ["rollout.engine=transformers"])

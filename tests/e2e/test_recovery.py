@@ -70,7 +70,9 @@ def test_a_run_killed_at_random_and_resumed_is_bit_identical(
     assert (books.trained, books.open, books.balanced) == (4 * steps, 0, True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
 def test_a_signal_ends_in_a_checkpoint_and_the_run_resumes(
     tree: dict[str, Any], launch: Callable[..., Run], number: signal.Signals
 ) -> None:
@@ -91,7 +93,7 @@ def test_a_signal_ends_in_a_checkpoint_and_the_run_resumes(
     assert audit(run.output_dir / "ledger.jsonl").open == 0
 
 
-@pytest.mark.parametrize("role", ["rollout", "reward"])
+@pytest.mark.parametrize("role", ["rollout", pytest.param("reward", marks=pytest.mark.long)])
 def test_a_replica_killed_in_a_run_costs_nothing_but_time(
     tree: dict[str, Any], launch: Callable[..., Run], role: str
 ) -> None:
