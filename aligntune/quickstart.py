@@ -361,15 +361,6 @@ _TUNED: dict[str, dict[str, object]] = {
         "train.groups_per_minibatch": 4,
         "policy.learning_rate": 1e-4,
     },
-    "ppo": {
-        "train.steps": 20,
-        "train.groups_per_step": 128,
-        "train.completions_per_group": 1,
-        "train.groups_per_minibatch": 64,
-        "train.epochs_per_batch": 2,
-        "policy.learning_rate": 2e-4,
-        "critic.learning_rate": 1e-3,
-    },
 }
 
 

@@ -13,19 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aligntune.algorithms import registry
 from aligntune.checkpoint import write_atomically
-from aligntune.config import RunConfig
+from aligntune.config import load_config
 from aligntune.errors import UserError
-from aligntune.preference_config import PreferenceConfig, load_config
-from aligntune.preference_trainer import PreferenceTrainer
 from aligntune.quickstart import QuickstartAssets, quickstart_settings, write_assets
 from aligntune.tracking.metrics import read_lines
 from aligntune.trainers import OnlineTrainer
 
 ACCURACY = "eval/reward/exact_match/mean"  # greedy, over the held-out questions
-MADE = ("assets", "reward_model", "run", "result.json")
-REWARD_MODEL = {"epochs": 1, "learning_rate": 1e-3, "pairs_per_worker": 32}
+MADE = ("assets", "run", "result.json")
 
 
 def run_quickstart(
@@ -40,21 +36,15 @@ def run_quickstart(
     settings = quickstart_settings(algorithm)
     _claim(out, {"algorithm": algorithm, "seed": seed})
     assets = _assets(out / "assets", seed)
-    rewards: list[dict[str, Any]] = [{"function": "exact_match"}]
-    if registry.get(algorithm).model_validate({}).needs.reward_model:
-        scored = _reward_model(assets, out / "reward_model", seed)
-        # The reward model alone is trained on; exact_match only measures the accuracy.
-        rewards = [{"model": str(scored)}, {"function": "exact_match", "weight": 0.0}]
     tree = {
         "algorithm": {"name": algorithm},
         "model": {"name": str(assets.model)},
         "data": {"path": str(assets.train), "eval_path": str(assets.eval)},
-        "rewards": rewards,
+        "rewards": ["exact_match"],
         "output_dir": str(out / "run"),
     }
     tuned = [f"{path}={json.dumps(value)}" for path, value in settings.items()]
     config = load_config(tree, [*tuned, f"train.seed={seed}", *overrides])
-    assert isinstance(config, RunConfig), "the settings are those of online algorithms"
     trained = OnlineTrainer(config).train()
     rows = read_lines(trained.output_dir / "metrics.jsonl")
     accuracies = [row[ACCURACY] for row in rows if ACCURACY in row]
@@ -89,21 +79,6 @@ def _claim(out: Path, what: dict[str, Any]) -> None:
         for name in MADE:
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _reward_model(assets: QuickstartAssets, out: Path, seed: int) -> Path:
-    """A reward model of the task, trained by the reward-model job on right and wrong answers."""
-    tree = {
-        "algorithm": {"name": "reward_model"},
-        "model": {"name": str(assets.model)},
-        "data": {"path": str(assets.pairs)},
-        "output_dir": str(out),
-        "train": {"seed": seed, **REWARD_MODEL},
-        "tracking": {"trackers": []},
-    }
-    config = load_config(tree)
-    assert isinstance(config, PreferenceConfig), "a reward model is trained by a preference job"
-    return PreferenceTrainer(config).train().model
 
 
 def _assets(root: Path, seed: int) -> QuickstartAssets:

@@ -90,16 +90,6 @@ def test_each_algorithm_learns(assets: QuickstartAssets, tmp_path: Path, algorit
     assert all(own.get(algorithm, "reward/mean") in row for row in rows if row["step"])
 
 
-@pytest.mark.long
-@pytest.mark.usefixtures("ray_session")
-def test_ppo_learns_from_a_reward_model_that_the_job_trained(tmp_path: Path) -> None:
-    result = run_quickstart("ppo", tmp_path / "ppo", 0, ["rollout.engine=transformers"])
-    assert 0.3 <= result["accuracy_before"] <= 0.7
-    assert result["accuracy_after"] >= 0.85
-    rows = read(tmp_path / "ppo" / "run" / "metrics.jsonl")
-    assert all({"ppo/explained_variance", "loss/value"} <= row.keys() for row in rows[1:])
-
-
 @pytest.mark.usefixtures("ray_session")
 def test_the_control_with_flipped_advantages_gets_worse(
     assets: QuickstartAssets, tmp_path: Path
