@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligntune import quickstart
-from aligntune.errors import UserError
 from aligntune.algorithms import registry
+from aligntune.errors import UserError
 from aligntune.quickstart import Question
 
 if TYPE_CHECKING:
@@ -202,5 +202,5 @@ def test_written_assets_load_and_have_the_accuracy_they_say(tmp_path: Path) -> N
 
 
 def test_ppo_has_no_quickstart_and_is_told_what_has() -> None:
-    with pytest.raises(UserError, match="no settings for 'ppo'.*grpo"):
+    with pytest.raises(UserError, match=r"no settings for 'ppo'.*grpo"):
         quickstart.quickstart_settings("ppo")
