@@ -295,6 +295,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(folder: Path) -> None:
         torch.testing.assert_close(saved[name], plain[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_references_are_fetched_through_ray(folder: Path, ray_session: None) -> None:
     import ray
 

@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 
 from actors.supervise import ObjectsLost, RankSet, ReplicaLost, ReplicaSet, RoleExhausted, answer
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 
 class Worker:
