@@ -143,6 +143,7 @@ class TestBeforeAnythingStarts:
             trainer.train()
         assert not (tmp_path / "run").exists()
 
+    @pytest.mark.slow
     def test_more_workers_than_the_cluster_can_hold_are_refused(
         self, tiny_model: Path, tmp_path: Path, ray_session: None
     ) -> None:
