@@ -12,28 +12,20 @@ def digits(completions: list[str], **columns: Any) -> list[float]:
     return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
 
 
-def nan_for(prompts: list[str], completions: list[str], bad: str, **columns: Any) -> list[float]:
-    """NaN for one prompt, digits for the others."""
-    if prompts[0] == bad:
-        return [float("nan")] * len(completions)
-    return digits(completions)
-
-
-def hangs_for(prompts: list[str], completions: list[str], bad: str, **columns: Any) -> list[float]:
-    """Never returns for one prompt."""
-    if prompts[0] == bad:
-        time.sleep(3600)
-    return digits(completions)
-
-
-def raises_until(
-    prompts: list[str], completions: list[str], bad: str, counter: str, **columns: Any
+def misbehaves_for(
+    prompts: list[str], completions: list[str], bad: dict[str, str], counter: str, **columns: Any
 ) -> list[float]:
-    """Raises for one prompt the first time it is asked."""
-    mark = Path(counter)
-    if prompts[0] == bad and not mark.exists():
-        mark.touch()
-        raise ValueError("flaky")
+    """NaN, no answer, an exception, or an exception the first time only, as `bad` says."""
+    match bad.get(prompts[0]):
+        case "nan":
+            return [float("nan")] * len(completions)
+        case "hang":
+            time.sleep(3600)
+        case "raise":
+            raise ValueError("broken")
+        case "once" if not Path(counter).exists():
+            Path(counter).touch()
+            raise ValueError("flaky")
     return digits(completions)
 
 
