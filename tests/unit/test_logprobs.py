@@ -45,6 +45,7 @@ def gradients(model: torch.nn.Module, value: torch.Tensor) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(
     lengths=some_lengths,
