@@ -1,114 +1,510 @@
-"""Reserves what each role asks for, all before anything starts, or says what is missing.
+"""Where every replica of every role goes: a pure function over a description of the cluster.
 
-Invariant: a reservation has a deadline, and is released on every way out.
+Invariant: no device, CPU or byte of memory is given out twice; every replica of every role has a
+place, or the answer is a reason that names what is missing, where, and what would fit. The same
+question has the same answer. What Ray is asked for accordingly is in `cluster.reservation`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
-import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from cluster.resources import Cluster, Node, nearest
 
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+
+UNIT = 10_000  # Ray counts in ten-thousandths; whole numbers have no rounding
+MOST_NODES_ADDED = 4096
 
 
 class DoesNotFit(RuntimeError):
     """The cluster cannot give what the run asks for; the message says what is missing."""
 
 
+class BadRequest(ValueError):
+    """A request that no cluster could meet, such as one and a half GPUs."""
+
+
 @dataclass(frozen=True)
 class RoleRequest:
-    """What one role asks for: `replicas` bundles of the same size."""
+    """What one role asks for: `replicas` bundles of the same size, none of which spans nodes."""
 
     role: str
     replicas: int
     cpus: float
-    gpus: float = 0.0
+    gpus: float = 0.0  # of one replica; a tensor-parallel one has a GPU for each of its shards
     strategy: Strategy = "PACK"
+    memory_bytes: int = 0  # of the host; 0 asks for none
 
     @property
     def bundle(self) -> dict[str, float]:
         """One replica's resources as Ray names them."""
-        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+        return bundle(self.cpus, self.gpus, self.memory_bytes)
+
+
+def bundle(cpus: float, gpus: float, memory_bytes: float) -> dict[str, float]:
+    """Resources as Ray names them, without those that are 0."""
+    amounts = {"CPU": cpus, "GPU": gpus, "memory": memory_bytes}
+    return {name: amount for name, amount in amounts.items() if amount}
+
+
+@dataclass(frozen=True)
+class BundleSet:
+    """The bundles of one role, or of roles whose replicas of one number share a bundle."""
+
+    members: tuple[RoleRequest, ...]
+
+    @property
+    def name(self) -> str:
+        """The roles, as in policy+rollout."""
+        return "+".join(request.role for request in self.members)
+
+    @property
+    def replicas(self) -> int:
+        """Bundles."""
+        return self.members[0].replicas
+
+    @property
+    def strategy(self) -> Strategy:
+        """How the bundles go over nodes."""
+        return self.members[0].strategy
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """One bundle: CPUs and memory add up, the device is shared."""
+        cpus = sum(request.cpus for request in self.members)
+        memory = sum(request.memory_bytes for request in self.members)
+        return bundle(cpus, self.gpus, memory)
+
+    @property
+    def gpus(self) -> float:
+        """Of one bundle."""
+        asked = sum(request.gpus for request in self.members)
+        return asked if len(self.members) == 1 else min(1.0, asked)
+
+    def share(self, role: str) -> float:
+        """The part of the bundle's GPU that `role` is told to ask Ray for."""
+        asked = next(request.gpus for request in self.members if request.role == role)
+        if len(self.members) == 1 or not asked:
+            return asked
+        together = sum(request.gpus for request in self.members)
+        return int(UNIT * asked * self.gpus / together) / UNIT
+
+    def describe(self) -> str:
+        """As in: rollout 4 x (2 CPU, 1 GPU)."""
+        return f"{self.name} {self.replicas} x ({amounts(self.bundle)})"
+
+
+def amounts(resources: Mapping[str, float]) -> str:
+    """As in: 2 CPU, 1 GPU, 8 GiB memory."""
+    parts = [
+        f"{value / 2**30:g} GiB memory" if name == "memory" else f"{value:g} {name}"
+        for name, value in resources.items()
+    ]
+    return ", ".join(parts) or "nothing"
+
+
+def bundle_sets(
+    requests: Sequence[RoleRequest], colocate: Sequence[Sequence[str]] = ()
+) -> tuple[BundleSet, ...]:
+    """The requests with `colocate`d roles put together, in the order of the requests.
+
+    Raises:
+        BadRequest: a role that the run lacks or that is named twice, unequal replicas or
+            strategies, or a number of GPUs that cannot be given.
+    """
+    by_role = {request.role: request for request in requests}
+    lead: dict[str, tuple[str, ...]] = {}
+    for group in colocate:
+        for role in group:
+            if role not in by_role:
+                hint = nearest(role, by_role)
+                raise BadRequest(f"cluster.colocate: this run has no role {role!r}; {hint}")
+            if role in lead or list(group).count(role) > 1:
+                raise BadRequest(f"cluster.colocate names {role} twice; it has one place")
+        members = tuple(by_role[role] for role in group)
+        _check_group(members)
+        for role in group:
+            lead[role] = tuple(group)
+    sets = []
+    for request in requests:
+        if request.gpus > 1 and not float(request.gpus).is_integer():
+            raise BadRequest(
+                f"{request.role} asks for {request.gpus:g} GPUs a replica; above 1 give a whole "
+                "number"
+            )
+        together = lead.get(request.role, (request.role,))
+        if together[0] == request.role:
+            sets.append(BundleSet(tuple(by_role[role] for role in together)))
+    return tuple(sets)
+
+
+def _check_group(members: Sequence[RoleRequest]) -> None:
+    names = " and ".join(request.role for request in members)
+    if len({request.replicas for request in members}) > 1:
+        counts = ", ".join(f"{request.role} has {request.replicas}" for request in members)
+        raise BadRequest(f"cluster.colocate: {names} share places one by one, but {counts}")
+    if len({request.strategy for request in members}) > 1:
+        raise BadRequest(
+            f"cluster.colocate: {names} share places but not resources.strategy; give them one"
+        )
+    for request in members:
+        if len(members) > 1 and request.gpus > 1:
+            raise BadRequest(
+                f"cluster.colocate: {names} would share one GPU a replica, and {request.role} asks "
+                f"for {request.gpus:g}; give it one, or a place of its own"
+            )
 
 
 def totals(requests: Sequence[RoleRequest]) -> dict[str, float]:
-    """What all roles ask for together."""
-    asked = {"CPU": 0.0, "GPU": 0.0}
-    for request in requests:
-        for name, amount in request.bundle.items():
-            asked[name] += amount * request.replicas
-    return asked
+    """CPUs and GPUs that all roles ask for together."""
+    return {
+        "CPU": sum(request.cpus * request.replicas for request in requests),
+        "GPU": sum(request.gpus * request.replicas for request in requests),
+    }
 
 
-def shortfall(requests: Sequence[RoleRequest], nodes: Sequence[dict[str, float]]) -> str | None:
-    """Why the requests can never be met by these nodes' total resources, or None. Pure."""
-    for name, asked in totals(requests).items():
-        there = sum(node.get(name, 0.0) for node in nodes)
-        if asked > there + 1e-9:
-            roles = ", ".join(
-                f"{r.role} {r.replicas} x {r.bundle[name]:g}" for r in requests if name in r.bundle
+class Slot(NamedTuple):
+    """One replica's place: the node's index in the cluster, and its devices there."""
+
+    node: int
+    devices: tuple[int, ...]  # empty without a GPU; one number where a device is shared
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The place of every replica, by role; replica numbers go up with node and device."""
+
+    slots: Mapping[str, tuple[Slot, ...]]
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """Why there is no placement."""
+
+    role: str
+    missing: str  # what is missing, and where
+    certain: bool  # no arrangement can exist; False: none was found
+    would_fit: str = ""
+
+    def __str__(self) -> str:
+        return self.missing + (f"; {self.would_fit}" if self.would_fit else "")
+
+
+def place(sets: Sequence[BundleSet], cluster: Cluster, advice: bool = True) -> Placement | Shortage:
+    """A place for every replica, or why there is none, with what would fit unless not `advice`.
+
+    Bundles that are hard to place go first (STRICT_PACK, then by GPUs, memory, CPUs). Bin packing
+    has no quick exact answer: where this order finds none, two others are tried, and a `Shortage`
+    that does not follow from the sums is not `certain`.
+    """
+    found = _search(sets, cluster)
+    if advice and isinstance(found, Shortage):
+        return replace(found, would_fit=_what_would_fit(sets, cluster, found.role))
+    return found
+
+
+def placement_order(sets: Iterable[BundleSet]) -> list[BundleSet]:
+    """The sets in the order in which they are placed: hard ones first."""
+    return sorted(sets, key=_hardness)
+
+
+def _hardness(item: BundleSet) -> tuple[float, ...]:
+    resources = item.bundle
+    sizes = [-resources.get(name, 0.0) for name in ("GPU", "memory", "CPU")]
+    return (item.strategy != "STRICT_PACK", *sizes)
+
+
+def _search(sets: Sequence[BundleSet], cluster: Cluster) -> Placement | Shortage:
+    if sure := _certain(sets, cluster):
+        return sure
+    first: Shortage | None = None
+    orders: tuple[Callable[[BundleSet], tuple[float, ...]], ...] = (
+        _hardness,
+        lambda item: (-item.bundle.get("CPU", 0.0),),
+        lambda item: (-item.replicas * item.bundle.get("GPU", 0.0),),
+    )
+    for order in orders:
+        found = _greedy(sorted(sets, key=order), cluster)
+        if isinstance(found, Placement):
+            return found
+        first = first or found
+    assert first is not None
+    return first
+
+
+def _certain(sets: Sequence[BundleSet], cluster: Cluster) -> Shortage | None:
+    """What no arrangement can change: too little in all, or no node large enough."""
+    nodes = cluster.nodes
+    for name, have in (
+        ("CPU", sum(node.cpus for node in nodes)),
+        ("GPU", sum(node.gpus for node in nodes)),
+    ):
+        users = [item for item in sets if name in item.bundle]
+        asked = sum(item.bundle[name] * item.replicas for item in users)
+        if asked > have + 0.5 / UNIT:
+            each = ", ".join(f"{i.name} {i.replicas} x {i.bundle[name]:g}" for i in users)
+            largest = max(users, key=lambda item: item.bundle[name] * item.replicas)
+            return Shortage(
+                largest.name,
+                f"the run asks for {asked:g} {name} ({each}) and the cluster's {len(nodes)} "
+                f"node(s) have {have:g}",
+                certain=True,
             )
-            return (
-                f"the run asks for {asked:g} {name} ({roles}) and the cluster's {len(nodes)} "
-                f"node(s) have {there:g}"
+    fresh = list(_Room.of(cluster))
+    for item in sets:
+        size = _Size.of(item)
+        room = [node.capacity(size) for node in fresh]
+        if not any(room):
+            return Shortage(
+                item.name,
+                f"no node is large enough for one {item.name} ({amounts(item.bundle)}); "
+                f"{_roomiest(nodes)}",
+                certain=True,
             )
-    for request in requests:
-        if not any(
-            all(node.get(name, 0.0) >= amount for name, amount in request.bundle.items())
-            for node in nodes
-        ):
-            return f"no node is large enough for one {request.role} ({request.bundle})"
+        if item.strategy == "STRICT_PACK" and max(room) < item.replicas:
+            best = nodes[room.index(max(room))].name
+            return Shortage(
+                item.name,
+                f"{item.describe()} is STRICT_PACK, and {best}, the roomiest node, has place for "
+                f"{max(room)}",
+                certain=True,
+            )
+        usable = sum(1 for count in room if count)
+        if item.strategy == "STRICT_SPREAD" and usable < item.replicas:
+            return Shortage(
+                item.name,
+                f"{item.describe()} is STRICT_SPREAD and needs as many nodes; {usable} of the "
+                f"cluster's {len(nodes)} node(s) have place for one",
+                certain=True,
+            )
     return None
 
 
-class Reservation:
-    """Placement groups by role."""
-
-    def __init__(self, groups: dict[str, PlacementGroup], requests: Sequence[RoleRequest]) -> None:
-        self._groups = groups
-        self._requests = {request.role: request for request in requests}
-
-    def options(self, role: str, index: int) -> dict[str, Any]:
-        """Actor options that put replica `index` of `role` into its bundle."""
-        request = self._requests[role]
-        return {
-            "num_cpus": request.cpus,
-            "num_gpus": request.gpus,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group=self._groups[role], placement_group_bundle_index=index
-            ),
-        }
+def _roomiest(nodes: Sequence[Node]) -> str:
+    """The largest node in words."""
+    if not nodes:
+        return "the cluster has no node"
+    best = max(nodes, key=lambda node: (node.gpus, node.cpus))
+    memory = best.memory_bytes or 0
+    return f"the largest, {best.name}, has {amounts(bundle(best.cpus, best.gpus, memory))}"
 
 
-@contextmanager
-def reserve(requests: Sequence[RoleRequest], timeout_s: float) -> Iterator[Reservation]:
-    """Reserve every role, or raise DoesNotFit within `timeout_s` seconds; releases at the end."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if reason := shortfall(requests, nodes):
-        raise DoesNotFit(f"{reason}; ask for less or add nodes")
-    groups: dict[str, PlacementGroup] = {}
-    try:
-        for request in requests:
-            groups[request.role] = placement_group(
-                [request.bundle] * request.replicas, strategy=request.strategy
-            )
-        ready = [group.ready() for group in groups.values()]
-        done, _ = ray.wait(ready, num_returns=len(ready), timeout=timeout_s)
-        if len(done) < len(ready):
-            waiting = [r for r, ref in zip(groups, ready, strict=True) if ref not in done]
-            free = ray.available_resources()
-            raise DoesNotFit(
-                f"no place for {', '.join(waiting)} within {timeout_s:g} s: the run asks for "
-                f"{totals(requests)} and the cluster has free CPU {free.get('CPU', 0):g}, "
-                f"GPU {free.get('GPU', 0):g}; other runs hold the rest"
-            )
-        yield Reservation(groups, requests)
-    finally:
-        for group in groups.values():
-            remove_placement_group(group)
+def _greedy(sets: Sequence[BundleSet], cluster: Cluster) -> Placement | Shortage:
+    rooms = list(_Room.of(cluster))
+    slots: dict[str, tuple[Slot, ...]] = {}
+    for item in sets:
+        size = _Size.of(item)
+        room = [node.capacity(size) for node in rooms]
+        counts = _SPREADS[item.strategy](room, item.replicas)
+        if counts is None:
+            return _none_left(item, room, rooms)
+        taken = tuple(_take(rooms, counts, size))
+        for request in item.members:
+            slots[request.role] = taken if request.gpus else tuple(Slot(s.node, ()) for s in taken)
+    return Placement(slots)
+
+
+def _none_left(item: BundleSet, room: Sequence[int], rooms: Sequence[_Room]) -> Shortage:
+    placed = {
+        "PACK": min(sum(room), item.replicas),
+        "SPREAD": min(sum(room), item.replicas),
+        "STRICT_PACK": max(room),
+        "STRICT_SPREAD": sum(1 for count in room if count),
+    }[item.strategy]
+    left = sorted(rooms, key=lambda node: (-node.gpus_left(), -node.cpus))[:3]
+    where = "; ".join(
+        f"{node.name} {amounts({'CPU': node.cpus / UNIT, 'GPU': node.gpus_left() / UNIT})}"
+        for node in left
+    )
+    return Shortage(
+        item.name,
+        f"place for {placed} of {item.describe()} ({item.strategy}) beside the other roles; most "
+        f"is left on {where}",
+        certain=False,
+    )
+
+
+def _what_would_fit(sets: Sequence[BundleSet], cluster: Cluster, role: str) -> str:
+    """Fewer replicas of the role that has no place, or more nodes like the largest."""
+    answers = []
+    item = next(one for one in sets if one.name == role)
+
+    def with_replicas(count: int) -> bool:
+        fewer = tuple(replace(request, replicas=count) for request in item.members)
+        trial = [BundleSet(fewer) if one is item else one for one in sets]
+        return not isinstance(_search(trial, cluster), Shortage)
+
+    def with_nodes(count: int) -> bool:
+        model = max(cluster.nodes, key=lambda node: (node.gpus, node.cpus))
+        more = replace(cluster, nodes=cluster.nodes + (model,) * count)
+        return not isinstance(_search(sets, more), Shortage)
+
+    if (fewer := _largest(with_replicas, item.replicas - 1)) > 0:
+        answers.append(f"{fewer} of {item.name} would")
+    model = max(cluster.nodes, key=lambda node: (node.gpus, node.cpus), default=None)
+    if model is None or not _Room(model).capacity(_Size.of(item)):
+        answers.append(f"nodes with {amounts(item.bundle)} or more")
+    elif more := _smallest(with_nodes):
+        answers.append(f"{more} more node(s) like {model.name}")
+    elif item.strategy == "STRICT_PACK":
+        answers.append(f"resources.strategy=PACK for {item.name}")
+    else:
+        answers.append(f"more than {MOST_NODES_ADDED} more nodes like {model.name}")
+    return f"what would fit: {', or '.join(answers)}"
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits, by halving; 0 where 1 does not."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _smallest(fits: Callable[[int], bool]) -> int:
+    """The smallest number from 1 to MOST_NODES_ADDED that fits; 0 where none does."""
+    high = 1
+    while not fits(high):
+        high *= 2
+        if high > MOST_NODES_ADDED:
+            return 0
+    low = high // 2 + 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return high
+
+
+class _Size(NamedTuple):
+    """One bundle in ten-thousandths, memory in bytes."""
+
+    cpus: int
+    gpus: int
+    memory: int
+
+    @classmethod
+    def of(cls, item: BundleSet) -> _Size:
+        resources = item.bundle
+        return cls(
+            round(UNIT * resources.get("CPU", 0.0)),
+            round(UNIT * resources.get("GPU", 0.0)),
+            int(resources.get("memory", 0.0)),
+        )
+
+
+class _Room:
+    """What is left of one node while roles are placed."""
+
+    __slots__ = ("cpus", "devices", "memory", "name")
+
+    def __init__(self, node: Node) -> None:
+        self.name = node.name
+        self.cpus = round(UNIT * node.cpus)
+        self.memory = node.memory_bytes  # None: not known, so not counted
+        whole, part = divmod(round(UNIT * node.gpus), UNIT)
+        self.devices = [UNIT] * whole + ([part] if part else [])
+
+    @staticmethod
+    def of(cluster: Cluster) -> Iterator[_Room]:
+        return map(_Room, cluster.nodes)
+
+    def gpus_left(self) -> int:
+        return sum(self.devices)
+
+    def capacity(self, size: _Size) -> int:
+        """How many bundles of this size fit."""
+        count = self.cpus // size.cpus if size.cpus else 2**31
+        if size.memory and self.memory is not None:
+            count = min(count, self.memory // size.memory)
+        if size.gpus >= UNIT:
+            whole = self.devices.count(UNIT)
+            count = min(count, whole * UNIT // size.gpus)
+        elif size.gpus:
+            count = min(count, sum(left // size.gpus for left in self.devices))
+        return count
+
+    def take(self, size: _Size) -> tuple[int, ...]:
+        """Give one bundle out; the devices it is on. `capacity` has said that it fits."""
+        self.cpus -= size.cpus
+        if self.memory is not None:
+            self.memory -= size.memory
+        if size.gpus >= UNIT:
+            free = [index for index, left in enumerate(self.devices) if left == UNIT]
+            chosen = tuple(free[: size.gpus // UNIT])
+            for index in chosen:
+                self.devices[index] = 0
+            return chosen
+        if size.gpus:  # the fullest device with place
+            best = min(
+                (left, index) for index, left in enumerate(self.devices) if left >= size.gpus
+            )[1]
+            self.devices[best] -= size.gpus
+            return (best,)
+        return ()
+
+
+def _take(rooms: Sequence[_Room], counts: Mapping[int, int], size: _Size) -> Iterator[Slot]:
+    """The slots of one set by node and device."""
+    for index in sorted(counts):
+        devices = sorted(rooms[index].take(size) for _ in range(counts[index]))
+        for chosen in devices:
+            yield Slot(index, chosen)
+
+
+def _pack(room: Sequence[int], replicas: int) -> dict[int, int] | None:
+    """On as few nodes as can be: one that just holds all, else the roomiest first."""
+    if sum(room) < replicas:
+        return None
+    counts: dict[int, int] = {}
+    for index in sorted(range(len(room)), key=lambda index: (-room[index], index)):
+        if room[index] >= replicas:
+            break
+        counts[index] = room[index]
+        replicas -= room[index]
+    if replicas:
+        rest = [
+            (count, index)
+            for index, count in enumerate(room)
+            if count >= replicas and index not in counts
+        ]
+        counts[min(rest)[1]] = replicas
+    return {index: count for index, count in counts.items() if count}
+
+
+def _spread(room: Sequence[int], replicas: int) -> dict[int, int] | None:
+    """Evenly over as many nodes as can be, the roomiest first."""
+    if sum(room) < replicas:
+        return None
+    counts: dict[int, int] = {}
+    order = sorted(range(len(room)), key=lambda index: (-room[index], index))
+    level = 0
+    while replicas:
+        order = [index for index in order if room[index] > level][:replicas]
+        for index in order:
+            counts[index] = level + 1
+        replicas -= len(order)
+        level += 1
+    return counts
+
+
+def _strict_pack(room: Sequence[int], replicas: int) -> dict[int, int] | None:
+    rest = [(count, index) for index, count in enumerate(room) if count >= replicas]
+    return {min(rest)[1]: replicas} if rest else None
+
+
+def _strict_spread(room: Sequence[int], replicas: int) -> dict[int, int] | None:
+    order = sorted(range(len(room)), key=lambda index: (-room[index], index))
+    chosen = [index for index in order if room[index]][:replicas]
+    return dict.fromkeys(chosen, 1) if len(chosen) == replicas else None
+
+
+_SPREADS: Mapping[Strategy, Callable[[Sequence[int], int], dict[int, int] | None]] = {
+    "PACK": _pack,
+    "SPREAD": _spread,
+    "STRICT_PACK": _strict_pack,
+    "STRICT_SPREAD": _strict_spread,
+}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
 
 from cluster.specs import ClusterSpec
+
+ANSWER_S = 5.0  # longest wait for a head to take a connection
 
 
 class ClusterUnreachable(RuntimeError):
@@ -22,6 +25,72 @@ def resolve_address(spec: ClusterSpec) -> str:
     if spec.address == "local":
         return os.environ.get("RAY_ADDRESS", "local")
     return spec.address
+
+
+def check_answers(address: str) -> None:
+    """Whether a gRPC server, as a head is one, answers at `host:port`; Ray would try for half a
+    minute and say less.
+
+    'local', 'auto' and addresses without a port are not tried.
+
+    Raises ClusterUnreachable within twice `ANSWER_S` seconds.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterUnreachable(
+            f"nothing answers at {address!r}: {error}. Start a head there with `ray start --head "
+            f"--port={port}`, or correct cluster.address or RAY_ADDRESS"
+        ) from error
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return  # a channel without its certificates would prove nothing
+    import grpc
+
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
+        except grpc.FutureTimeoutError as error:
+            raise ClusterUnreachable(
+                f"what listens at {address!r} is no Ray head, or one that hangs: it did not speak "
+                f"gRPC within {ANSWER_S:g} s; the head's port is the one of `ray start --head "
+                "--port`, 6379 unless set, not that of its dashboard"
+            ) from error
+
+
+def check_head(address: str) -> None:
+    """Whether the head at `host:port` takes us in, on a machine that is one of its nodes.
+
+    Ray would try for half a minute, and end this process without a word where no node is here.
+    'local', 'auto' and ray:// addresses are left to Ray.
+
+    Raises ClusterUnreachable within three times `ANSWER_S` seconds.
+    """
+    check_answers(address)
+    if ":" not in address or "://" in address:
+        return
+    import psutil
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import AuthenticationError, RpcError
+
+    try:
+        nodes = GcsClient(address=address).get_all_node_info(timeout=ANSWER_S)
+    except (RpcError, AuthenticationError, RuntimeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ClusterUnreachable(
+            f"{address} answers, but not as a Ray head that knows us: {reason[0]}; set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's token, or correct the "
+            "address"
+        ) from error
+    alive = {node.node_manager_address for node in nodes.values() if node.state == 0}
+    if not alive & {one.address for of in psutil.net_if_addrs().values() for one in of}:
+        raise ClusterUnreachable(
+            f"this machine is no node of the cluster at {address} (those are "
+            f"{', '.join(sorted(alive)[:5])}); call this on one of them, or send the run there "
+            "with `aligntune submit`"
+        )
 
 
 @contextmanager
@@ -37,6 +106,7 @@ def session(spec: ClusterSpec, *, cpus: float, gpus: float) -> Iterator[str]:
     if ray.is_initialized():
         yield address  # the caller's own session, which stays the caller's
         return
+    check_head(address)
     logging.getLogger("ray").setLevel(logging.WARNING)
     common = {"log_to_driver": spec.worker_logs, "logging_level": logging.WARNING}
     try:
@@ -55,6 +125,13 @@ def session(spec: ClusterSpec, *, cpus: float, gpus: float) -> Iterator[str]:
         raise ClusterUnreachable(
             f"no Ray cluster at {address!r}: {error}. Start one with `ray start --head`, correct "
             "cluster.address or RAY_ADDRESS, or use cluster.address=local"
+        ) from error
+    except Exception as error:
+        if type(error) is not Exception:  # Ray's own, of processes that were too slow to start
+            raise
+        raise ClusterUnreachable(
+            f"Ray did not start on this machine in time ({error}); it is overloaded or short of "
+            "memory: try again, or end what takes it"
         ) from error
     try:
         yield address

@@ -20,5 +20,10 @@ class ClusterSpec(BaseModel):
     placement_timeout_s: Annotated[float, Field(gt=0)] = Field(
         60.0, description="longest wait for a place for every role"
     )
+    colocate: list[list[str]] = Field(
+        default=[],
+        description="roles that share places: replica i of each has one bundle and one GPU, as in "
+        "[[policy, rollout]]",
+    )
     object_store_gib: float | None = Field(None, gt=0, description="for a Ray started here")
     worker_logs: bool = Field(False, description="print the actors' output in this terminal")

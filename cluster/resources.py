@@ -1,0 +1,230 @@
+"""What a cluster has, as plain data: described, of this machine, or read from a connected Ray.
+
+Amounts are Ray's logical ones. Reading them starts nothing, and nothing here imports Ray before a
+connected cluster is asked about.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DATA = Path(__file__).parent / "data"
+
+
+class UnknownName(ValueError):
+    """A GPU or model that no table has; the message names the nearest."""
+
+
+class BadDescription(ValueError):
+    """A description of a cluster that describes none; the message says which number."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """'did you mean X?' for a name close to a valid one, else all valid ones (of many: a few)."""
+    folded = {known.lower(): known for known in sorted(valid)}
+    if starts := [known for known in folded if name and known.startswith(name.lower())]:
+        return f"did you mean {folded[starts[0]]!r}?"
+    close = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.0)
+    if close and difflib.SequenceMatcher(None, name.lower(), close[0]).ratio() >= 0.6:
+        return f"did you mean {folded[close[0]]!r}?"
+    if len(folded) > 20:
+        return f"the nearest are {', '.join(folded[one] for one in close)}"
+    return f"known are {', '.join(folded.values())}"
+
+
+@dataclass(frozen=True)
+class GpuType:
+    """One kind of GPU; rates are peaks from data sheets."""
+
+    name: str
+    memory_bytes: int
+    flops: float  # dense bfloat16 FLOP/s
+    memory_bandwidth: float  # bytes/s
+    link_bandwidth: float  # bytes/s to another GPU of the node, one direction
+    network_bandwidth: float  # bytes/s to another node, one direction
+
+
+class Node(NamedTuple):
+    """What one machine offers. `gpus` may be a fraction where only free amounts are meant."""
+
+    name: str
+    cpus: float
+    gpus: float = 0.0
+    memory_bytes: int | None = None  # of the host; None: not known
+    gpu: str | None = None  # a name of the table of GPUs; None: not known
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes in the order in which ranks go over them."""
+
+    nodes: tuple[Node, ...]
+    source: str  # where this was learnt, for people
+
+    def describe(self) -> str:
+        """One line: nodes, and what they have together."""
+        cpus = sum(node.cpus for node in self.nodes)
+        gpus = sum(node.gpus for node in self.nodes)
+        kinds = sorted({node.gpu or "unknown type" for node in self.nodes if node.gpus})
+        what = f" ({', '.join(kinds)})" if kinds else ""
+        return f"{self.source}: {len(self.nodes)} node(s), {cpus:g} CPU, {gpus:g} GPU{what}"
+
+
+@cache
+def _gpu_table() -> Mapping[str, Mapping[str, Any]]:
+    table: dict[str, Mapping[str, Any]] = json.loads((DATA / "gpus.json").read_text())["gpus"]
+    return table
+
+
+def gpu_names() -> list[str]:
+    """The GPUs that are known."""
+    return sorted(_gpu_table())
+
+
+@cache
+def gpu_type(name: str) -> GpuType:
+    """The GPU called `name`. Raises UnknownName with the nearest one."""
+    row = _gpu_table().get(name.lower())
+    if row is None:
+        raise UnknownName(f"unknown GPU {name!r}; {nearest(name, gpu_names())}")
+    return GpuType(
+        name=name.lower(),
+        memory_bytes=row["memory_mib"] * 2**20,
+        flops=row["bf16_tflops"] * 1e12,
+        memory_bandwidth=row["memory_gb_s"] * 1e9,
+        link_bandwidth=row["link_gb_s"] * 1e9,
+        network_bandwidth=row["network_gb_s"] * 1e9,
+    )
+
+
+def described(
+    nodes: int, gpus_per_node: int = 0, gpu: str | None = None, cpus_per_node: float | None = None
+) -> Cluster:
+    """A cluster of equal nodes that need not exist; 16 CPUs a GPU (and 16 at least) unless said.
+
+    Raises:
+        BadDescription: a number that describes no cluster, or GPUs without a type.
+        UnknownName: no such GPU.
+    """
+    for value, least, name in (
+        (nodes, 1, "--nodes"),
+        (gpus_per_node, 0, "--gpus-per-node"),
+        (1 if cpus_per_node is None else cpus_per_node, 1, "--cpus-per-node"),
+    ):
+        if value < least:
+            raise BadDescription(f"{name} is {value:g}; a cluster has {least} or more")
+    if gpus_per_node and gpu is None:
+        raise BadDescription(
+            f"--gpus-per-node is {gpus_per_node} but --gpu names no type; known are "
+            f"{', '.join(gpu_names())}"
+        )
+    if gpu is not None and not gpus_per_node:
+        raise BadDescription(f"--gpu is {gpu} but --gpus-per-node is 0; say how many a node has")
+    kind = gpu_type(gpu).name if gpu is not None else None
+    cpus = cpus_per_node if cpus_per_node is not None else 16.0 * max(1, gpus_per_node)
+    width = len(str(nodes - 1))
+    return Cluster(
+        tuple(
+            Node(f"node-{index:0{width}}", float(cpus), float(gpus_per_node), None, kind)
+            for index in range(nodes)
+        ),
+        "described",
+    )
+
+
+def this_machine(cpus: float = 0) -> Cluster:
+    """This machine, as a Ray started here for a run that asks for `cpus` would offer it."""
+    found = max(os.cpu_count() or 1, -(-cpus // 1))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    gpus = _local_gpus()
+    kind = _by_memory(gpus[0]) if gpus else None
+    node = Node("this-machine", float(found), float(len(gpus)), memory, kind)
+    return Cluster((node,), "this machine")
+
+
+def _local_gpus() -> list[tuple[str, int]]:
+    """(product name, MiB) of every GPU that nvidia-smi lists; none where there is no nvidia-smi."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
+    if done.returncode:
+        return []  # the tool is there and the driver is not
+    rows = [line.rpartition(",") for line in done.stdout.splitlines() if line.strip()]
+    return [(name.strip(), int(mib)) for name, _, mib in rows if mib.strip().isdigit()]
+
+
+def _by_memory(found: tuple[str, int]) -> str | None:
+    """The known GPU whose name is in the product name and whose memory is within 3 %."""
+    product = found[0].lower().replace(" ", "-")
+    for name, row in _gpu_table().items():
+        close = abs(row["memory_mib"] - found[1]) <= 0.03 * row["memory_mib"]
+        if close and name.rpartition("-")[0] in product:
+            return name
+    return None
+
+
+def living_nodes() -> list[Mapping[str, Any]]:
+    """Entries of `ray.nodes()` that are alive, by address: the order in which ranks go."""
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return sorted(alive, key=lambda n: (_address_key(n["NodeManagerAddress"]), n["NodeID"]))
+
+
+def connected(free: bool = False) -> Cluster:
+    """The connected Ray's living nodes; with `free` what nobody holds of them."""
+    import ray
+
+    nodes = living_nodes()
+    if free:
+        from ray._private.state import available_resources_per_node  # Ray has no public one
+
+        left = available_resources_per_node()
+        nodes = [{**node, "Resources": left.get(node["NodeID"], {})} for node in nodes]
+    return Cluster(tuple(from_ray(node) for node in nodes), f"Ray at {_gcs_address(ray)}")
+
+
+def _gcs_address(ray: Any) -> str:
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def _address_key(address: str) -> tuple[Any, ...]:
+    """Numbers in order: 10.0.0.9 before 10.0.0.10; names behind them."""
+    parts = address.split(".")
+    if all(part.isdigit() for part in parts):
+        return (0, tuple(int(part) for part in parts))
+    return (1, address)
+
+
+def from_ray(node: Mapping[str, Any]) -> Node:
+    """An entry of `ray.nodes()` as a Node; the GPU type comes from its label or its resource."""
+    resources = node.get("Resources", {})
+    kinds = [name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")]
+    label = node.get("Labels", {}).get("ray.io/accelerator-type")
+    memory = resources.get("memory")
+    return Node(
+        name=str(node["NodeManagerAddress"]),
+        cpus=float(resources.get("CPU", 0.0)),
+        gpus=float(resources.get("GPU", 0.0)),
+        memory_bytes=None if memory is None else int(memory),
+        gpu=_from_accelerator([*kinds, *([label] if label else [])]),
+    )
+
+
+def _from_accelerator(kinds: list[str]) -> str | None:
+    """The known GPU that Ray calls one of `kinds`; the one with a size in its name first."""
+    for kind in sorted(kinds, key=len, reverse=True):
+        for name, row in _gpu_table().items():
+            if kind in row["ray"]:
+                return name
+    return None

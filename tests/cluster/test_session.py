@@ -1,0 +1,80 @@
+"""Joining a cluster that is not there ends quickly, with one line."""
+
+from __future__ import annotations
+
+import socket
+import time
+from contextlib import closing
+
+import pytest
+
+from cluster.session import ClusterUnreachable, check_answers, check_head, session
+from cluster.specs import ClusterSpec
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_head_that_does_not_answer_is_said_at_once(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was asked"))
+    address = f"{scheme}127.0.0.1:{free_port()}"
+    started = time.monotonic()
+    with (
+        pytest.raises(ClusterUnreachable, match="nothing answers at") as error,
+        session(ClusterSpec(address=address), cpus=1, gpus=0),
+    ):
+        pass
+    assert time.monotonic() - started < 15
+    assert "\n" not in str(error.value)
+    assert address in str(error.value)
+
+
+def test_a_port_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ClusterUnreachable):
+        check_answers("127.0.0.1:99999")
+
+
+@pytest.mark.parametrize("address", ["local", "auto", "head.example"])
+def test_addresses_without_a_port_are_left_to_ray(address: str) -> None:
+    check_answers(address)
+
+
+def test_one_that_listens_and_is_no_head_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.session.ANSWER_S", 0.5)
+    with closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        with pytest.raises(ClusterUnreachable, match=r"is no Ray head.*not that of its dashboard"):
+            check_answers(f"127.0.0.1:{listener.getsockname()[1]}")
+
+
+@pytest.mark.slow
+def test_a_head_is_let_through(ray_session: None) -> None:
+    import ray
+
+    check_head(ray.get_runtime_context().gcs_address)
+
+
+def test_a_ray_that_is_too_slow_to_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def slow(**options: object) -> None:
+        raise Exception("The current node timed out during startup.")  # as Ray does
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", slow)
+    with (
+        pytest.raises(ClusterUnreachable, match="did not start on this machine in time"),
+        session(ClusterSpec(), cpus=1, gpus=0),
+    ):
+        pass
