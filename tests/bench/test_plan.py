@@ -1,0 +1,139 @@
+"""Figures of the plan: how long planning takes, and how near its memory is to what is measured."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.plan import make_plan
+from cluster.plan_memory import CPU_FRAMEWORK, Memory, rollout_memory, trained_memory
+from cluster.plan_shapes import from_folder
+from cluster.plan_work import Rollout, Step, Trained
+from cluster.resources import described
+from tests.bench.measure_memory import (
+    CHUNK,
+    COMPLETION,
+    GROUP,
+    GROUPS,
+    PROMPT,
+    ROWS,
+)
+from tests.cluster.test_plan import work_of
+
+pytestmark = pytest.mark.long
+
+
+def test_planning_for_1024_nodes_takes_less_than_two_seconds() -> None:
+    work = work_of("Qwen/Qwen2.5-7B", ranks=1024, replicas=7000)
+    work = replace(work, policy=replace(work.policy, zero_stage=3))
+    cluster = described(1024, 8, "h100-80gb")
+    started = time.process_time()  # of this process, so that a busy machine does not count
+    plan = make_plan(work, cluster)
+    seconds = time.process_time() - started
+    assert len(plan.placement.slots["rollout"]) == 7000
+    print(f"planned 1,024 nodes in {seconds:.2f} s")
+    assert seconds < 2
+
+
+STEP = Step(GROUPS, GROUP, PROMPT, COMPLETION, passes=1, updates=1, max_staleness=0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose weights outweigh the interpreter: 116 million parameters."""
+    folder = tmp_path_factory.mktemp("memory") / "model"
+    finish(start("make", str(folder)))
+    return folder
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.bench.measure_memory", *arguments],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    try:
+        out, error = process.communicate(timeout=280)
+    finally:
+        process.kill()
+    assert process.returncode == 0, error
+    return out
+
+
+def compare(
+    what: str, memory: Memory, measured: list[int], there_before: float = CPU_FRAMEWORK
+) -> None:
+    """Predicted growth, without the framework that is there before, against the measured one."""
+    predicted = memory.peak - there_before
+    for rank, grown in enumerate(measured):
+        share = predicted / grown - 1
+        print(f"{what} {rank}: predicted {predicted / 2**20:.0f} MiB, measured "
+              f"{grown / 2**20:.0f} MiB ({share:+.1%})")  # fmt: skip
+        assert abs(share) <= 0.25
+
+
+CASES = [
+    ("torch", 2, 1, False),
+    ("torch", 2, 1, True),
+    ("deepspeed", 1, 2, False),
+    ("deepspeed", 2, 2, False),
+    ("deepspeed", 3, 2, False),
+]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("strategy", "stage", "ranks", "checkpointing"), CASES)
+def test_the_memory_of_a_policy_rank_is_as_predicted(
+    model: Path, strategy: str, stage: int, ranks: int, checkpointing: bool
+) -> None:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    numbers = [str(stage), str(ranks)]
+    last = [str(port), "yes" if checkpointing else "no"]
+    running = [
+        start("policy", str(model), strategy, *numbers, str(rank), *last) for rank in range(ranks)
+    ]
+    measured = [json.loads(finish(one).splitlines()[-1])["bytes"] for one in running]
+    work = Trained(
+        "policy",
+        from_folder(model, "measured"),
+        ranks,
+        strategy,
+        dtype_bytes=4,
+        tokens=ROWS * STEP.longest,
+        longest=STEP.longest,
+        zero_stage=stage,
+        checkpointing=checkpointing,
+        head_rows=CHUNK,
+    )
+    compare(f"{strategy} {stage}", trained_memory(work, on_gpu=False), measured)
+
+
+@pytest.mark.timeout(600)
+def test_the_memory_of_a_rollout_replica_is_as_predicted(model: Path) -> None:
+    measured = json.loads(finish(start("rollout", str(model))).splitlines()[-1])["bytes"]
+    shape = from_folder(model, "measured")
+    work = Rollout(shape, 1, "transformers", dtype_bytes=4, groups_at_once=1)
+    compare("rollout", rollout_memory(work, STEP, None), [measured])
+
+
+@pytest.mark.timeout(600)
+def test_the_memory_of_a_vllm_replica_is_as_predicted(model: Path) -> None:
+    measured = json.loads(finish(start("vllm", str(model))).splitlines()[-1])["bytes"]
+    shape = from_folder(model, "measured")
+    work = Rollout(shape, 1, "vllm", dtype_bytes=4, groups_at_once=1, kv_cache_bytes=2**30)
+    compare("vllm", rollout_memory(work, STEP, None), [measured], there_before=0)

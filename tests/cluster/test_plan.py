@@ -1,0 +1,362 @@
+"""The pre-flight: pure functions over descriptions, and the command around them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aligntune.cli import main
+from cluster.placement import DoesNotFit, RoleRequest
+from cluster.plan import Plan, make_plan
+from cluster.plan_memory import frozen_memory, kv_bytes, rollout_memory, trained_memory
+from cluster.plan_shapes import (
+    BadModelConfig,
+    from_config,
+    from_folder,
+    from_table,
+    model_names,
+    published_parameters,
+)
+from cluster.plan_work import Frozen, Rollout, Step, Trained, Work
+from cluster.resources import Cluster, UnknownName, described, gpu_type
+
+SMALL, LARGE = "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B"
+H100 = gpu_type("h100-80gb")
+
+
+def work_of(model: str = SMALL, ranks: int = 1, replicas: int = 1, gpus: float = 1.0) -> Work:
+    """A run of equal parts on GPUs (or without): policy, rollouts, a reference."""
+    shape = from_table(model)
+    step = Step(32, 8, 512, 1024, passes=1, updates=1, max_staleness=0)
+    strategy = "torch" if ranks == 1 else "deepspeed"
+    return Work(
+        step,
+        Trained(
+            "policy", shape, ranks, strategy, 2, 15360, 1536, checkpointing=True, head_rows=1024
+        ),
+        Rollout(shape, replicas, "vllm", 2, 32),
+        (
+            RoleRequest("policy", ranks, 1, gpus),
+            RoleRequest("rollout", replicas, 1, gpus),
+            RoleRequest("reward", 1, 0.5),
+            RoleRequest("reference", 1, 1, gpus),
+        ),
+        frozen=(Frozen("reference", shape, 1, 2, 12288, 1024),),
+    )
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_what_a_config_gives_is_what_the_published_weights_have(name: str) -> None:
+    assert from_table(name).parameters == pytest.approx(published_parameters(name), rel=1e-3)
+
+
+def test_the_table_goes_from_half_a_billion_to_deepseek() -> None:
+    assert from_table("Qwen/Qwen2.5-0.5B-Instruct").parameters == 494_032_768
+    large = from_table("deepseek-ai/DeepSeek-V3-0324")
+    assert large.parameters == pytest.approx(671e9, rel=1e-3)
+    assert large.active == pytest.approx(37e9, rel=0.02)
+    assert large.kv_elements == 61 * (512 + 64)
+
+
+def test_an_unknown_model_names_the_nearest() -> None:
+    with pytest.raises(UnknownName, match=r"did you mean 'Qwen/Qwen2.5-7B'"):
+        from_table("Qwen/Qwen2.5-8B")
+
+
+def test_a_local_model_is_counted_over_its_own_files(tiny_model: Path) -> None:
+    from aligntune.quickstart import make_model
+
+    shape = from_folder(tiny_model, "tiny")
+    assert shape.parameters == sum(p.numel() for p in make_model(0).parameters())
+    config = json.loads((tiny_model / "config.json").read_text())
+    assert from_config(config, "tiny", "").parameters == shape.parameters
+
+
+def test_a_config_without_sizes_says_what_it_lacks() -> None:
+    with pytest.raises(BadModelConfig, match="no hidden_size"):
+        from_config({"model_type": "t5"}, "t5", "")
+
+
+# Memory
+
+
+def test_full_training_in_float32_is_sixteen_bytes_a_parameter() -> None:
+    work = replace(work_of().policy, dtype_bytes=4)
+    device = trained_memory(work, on_gpu=True).device
+    kept = device["weights"] + device["gradients"] + device["optimiser"]
+    assert kept == 16 * work.shape.parameters
+
+
+def test_each_zero_stage_takes_less_and_more_ranks_take_less() -> None:
+    def peak(stage: int, ranks: int) -> int:
+        policy = work_of(LARGE, ranks=8).policy
+        return trained_memory(replace(policy, zero_stage=stage, ranks=ranks), True).peak
+
+    assert peak(1, 8) > peak(2, 8) > peak(3, 8)
+    for stage in (1, 2, 3):
+        assert peak(stage, 2) > peak(stage, 8) > peak(stage, 64)
+
+
+@pytest.mark.parametrize(
+    "change", [{"lora_rank": 16}, {"checkpointing": True}, {"tokens": 3072}, {"head_rows": 256}]
+)
+def test_what_saves_memory_does(change: dict[str, object]) -> None:
+    work = replace(work_of(LARGE).policy, checkpointing=False)
+    assert trained_memory(replace(work, **change), True).peak < trained_memory(work, True).peak
+
+
+def test_offload_moves_the_optimiser_to_the_host_and_stays_there_without_a_gpu() -> None:
+    work = replace(work_of(LARGE, ranks=4).policy, zero_stage=2)
+    away = trained_memory(replace(work, offload=True), on_gpu=True)
+    assert away.peak < trained_memory(work, on_gpu=True).peak
+    assert away.device["optimiser"] == 0
+    assert away.host["optimiser"] == 12 * work.shape.parameters // 4
+    here = trained_memory(replace(work, offload=True), on_gpu=False)
+    assert here.host == {}
+    assert here.device["optimiser"] == away.host["optimiser"]
+
+
+def test_vllm_takes_its_share_of_a_gpu_and_shards_divide_the_weights() -> None:
+    step, work = work_of().step, work_of(LARGE).rollout
+    one, two = (rollout_memory(replace(work, tensor_parallel=n), step, H100) for n in (1, 2))
+    for memory in (one, two):
+        assert memory.peak == pytest.approx(0.85 * H100.memory_bytes, rel=0.02)
+    assert two.device["weights"] == one.device["weights"] // 2
+    assert two.device["KV cache"] > one.device["KV cache"]
+
+
+def test_a_cache_of_one_token_is_keys_and_values_of_all_layers() -> None:
+    rollout = work_of("meta-llama/Llama-3.1-8B").rollout
+    assert kv_bytes(rollout) == 2 * 32 * 8 * 128 * 2
+    assert kv_bytes(replace(rollout, tensor_parallel=4)) == 2 * 32 * 2 * 128 * 2
+
+
+def test_a_frozen_model_keeps_no_gradients() -> None:
+    memory = frozen_memory(work_of().frozen[0], on_gpu=True)
+    assert "gradients" not in memory.device
+    assert memory.device["weights"] == 2 * from_table(SMALL).parameters
+
+
+# Plans
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    nodes=st.one_of(st.integers(1, 6), st.sampled_from([63, 1024, 4096])),
+    gpus=st.integers(1, 8),
+    gpu=st.sampled_from(["h100-80gb", "l4-24gb", "b200-180gb"]),
+    model=st.sampled_from([SMALL, LARGE, "Qwen/Qwen3-30B-A3B", "deepseek-ai/DeepSeek-V3"]),
+    ranks=st.sampled_from([1, 2, 8, 64, 4096]),
+    replicas=st.sampled_from([1, 3, 16, 2048]),
+    stage=st.integers(1, 3),
+)
+def test_a_plan_fills_no_device_beyond_its_memory_and_places_every_role_or_says_why(
+    nodes: int, gpus: int, gpu: str, model: str, ranks: int, replicas: int, stage: int
+) -> None:
+    work = work_of(model, ranks, replicas)
+    work = replace(work, policy=replace(work.policy, zero_stage=stage))
+    cluster = described(nodes, gpus, gpu)
+    try:
+        plan = make_plan(work, cluster)
+    except DoesNotFit as short:
+        reason = str(short)
+    else:
+        check_plan(plan)
+        assert plan == make_plan(work, cluster)
+        return
+    assert "\n" not in reason
+    assert "what would fit" in reason or "no setting" in reason
+
+
+def check_plan(plan: Plan) -> None:
+    work = plan.work
+    for request in work.requests:
+        assert len(plan.placement.slots[request.role]) == request.replicas
+    for use in plan.uses:
+        assert use.capacity is None or use.bytes <= use.capacity
+    on = Counter((use.node, use.device) for use in plan.uses)
+    assert max(on.values()) == 1
+    for staleness in (0, 1):
+        assert all(0 <= share <= 1 for share in plan.times.idle(staleness))
+    assert plan.times.step(1) <= plan.times.step(0)
+    now = plan.times.step(work.step.max_staleness)
+    assert all(change.step_seconds < now for change in plan.changes)
+
+
+def test_a_device_that_is_short_is_named_with_what_would_fit() -> None:
+    with pytest.raises(DoesNotFit) as reason:
+        make_plan(work_of(LARGE), described(1, 8, "h100-80gb"))
+    said = str(reason.value)
+    assert said.startswith("node-0, GPU 0 (policy 0) needs ")
+    assert " short (policy: optimiser " in said
+    assert "model.lora={r: 16}" in said
+
+
+def test_a_rollout_whose_weights_leave_no_cache_is_told_to_shard() -> None:
+    work = work_of("meta-llama/Llama-3.1-70B", ranks=16)
+    work = replace(work, policy=replace(work.policy, zero_stage=3))
+    frozen = (replace(work.frozen[0], shape=from_table(SMALL)),)
+    with pytest.raises(DoesNotFit, match=r"rollout\.tensor_parallel_size=2"):
+        make_plan(replace(work, frozen=frozen), described(4, 8, "h200-141gb"))
+
+
+def test_the_weights_of_both_colocated_roles_count_on_their_device() -> None:
+    work = replace(work_of(), colocate=[["policy", "rollout"]])
+    with pytest.raises(DoesNotFit, match=r"\(policy 0, rollout 0\)"):
+        make_plan(work, described(1, 2, "h100-80gb"))
+    less = replace(work, rollout=replace(work.rollout, memory_share=0.4))
+    plan = make_plan(less, described(1, 2, "h100-80gb"))
+    assert plan.placement.slots["policy"] == plan.placement.slots["rollout"]
+
+
+def test_gpus_of_unknown_type_are_refused() -> None:
+    nodes = described(1, 8, "h100-80gb").nodes
+    unknown = Cluster(tuple(node._replace(gpu=None) for node in nodes), "Ray")
+    with pytest.raises(UnknownName, match="--gpu NAME"):
+        make_plan(work_of(), unknown)
+
+
+def test_the_slower_part_bounds_the_step_and_staleness_hides_the_other() -> None:
+    few = make_plan(work_of(replicas=1), described(1, 8, "h100-80gb"))
+    many = make_plan(work_of(replicas=6), described(1, 8, "h100-80gb"))
+    assert many.times.rollout < few.times.rollout
+    assert many.times.update == few.times.update
+    rollout_idle, policy_idle = few.times.idle(0)
+    assert few.times.idle(1) < (rollout_idle, policy_idle)
+    longest = max(vars(few.times), key=lambda name: vars(few.times)[name])
+    assert few.times.bound == longest
+
+
+# The command
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model: Path) -> Path:
+    tree = {
+        "algorithm": {"name": "grpo", "beta": 0.04},
+        "model": {"name": str(tiny_model)},
+        "data": {"path": "not-read.jsonl"},
+        "rewards": ["exact_match"],
+        "output_dir": str(tmp_path / "run"),
+        "rollout": {"engine": "transformers"},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`aligntune plan` on the config; its exit code and what it printed. Nothing may start Ray."""
+    import ray
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("a plan started Ray")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", str(config), *arguments])
+        shown = capsys.readouterr()
+        return int(ended.value.code or 0), shown.out, shown.err
+
+    return command
+
+
+def test_the_command_draws_a_plan_for_this_machine(run: Run, config: Path) -> None:
+    code, out, error = run()
+    assert code == 0, error
+    assert "this-machine" in out
+    assert "policy 0, rollout 0, reward 0, reference 0" in out
+    for heading in ("where each rank goes", "GiB of one rank", "bound by", "assumed"):
+        assert heading in out
+    assert out.isascii()
+    assert not (config.parent / "run").exists()
+
+
+GPUS = [f"{role}.resources.gpus=1" for role in ("policy", "rollout", "reference")]
+ON_H100 = ["--nodes", "64", "--gpus-per-node", "8", "--gpu", "h100-80gb", *GPUS]
+
+
+def test_the_command_tells_everything_as_json(run: Run) -> None:
+    code, out, error = run(*ON_H100, f"model.name={SMALL}", "rollout.replicas=500", "--json")
+    assert code == 0, error
+    plan = json.loads(out)
+    assert len(plan["placement"]["rollout"]) == 500
+    assert plan["staleness"]["0"]["step_seconds"] >= plan["staleness"]["1"]["step_seconds"]
+    assert plan["bound"] in plan["seconds"]
+    assert plan["assumptions"]
+
+
+def test_nodes_that_look_alike_are_drawn_once(run: Run) -> None:
+    code, out, error = run(*ON_H100, f"model.name={SMALL}", "rollout.replicas=502")
+    assert code == 0, error
+    assert "node-01 .. node-62 (62 nodes)" in out
+    assert "rollout 6 .. 494" in out
+    assert len(out.splitlines()) < 80
+
+
+def test_a_setting_that_the_refusal_names_makes_it_fit(run: Run) -> None:
+    code, _, error = run(*ON_H100, f"model.name={LARGE}", "model.dtype=bfloat16")
+    assert code == 2
+    first = error.partition("what would fit: ")[2].partition(", or ")[0]
+    settings_ = [part for text in first.split(" and ") for part in text.split(", ")]
+    code, _, error = run(*ON_H100, f"model.name={LARGE}", "model.dtype=bfloat16", *settings_)
+    assert code == 0, error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--nodes", "0"], "--nodes is 0; a cluster has 1 or more"),
+        (["--nodes", "2", "--gpus-per-node", "8"], "--gpu names no type"),
+        (["--nodes", "2", "--gpus-per-node", "8", "--gpu", "h10"], "did you mean 'h100-80gb'"),
+        (["--gpus-per-node", "8"], "say how many with --nodes"),
+        (["--nodes", "1", *GPUS], "asks for 3 GPU"),
+        (["model.name=Qwen/Qwen2.5-8B"], "did you mean 'Qwen/Qwen2.5-7B'"),
+        (["model.name=./nowhere"], "model folder './nowhere' does not exist"),
+        (["rollout.replicas=100", "--nodes", "1"], "asks for "),
+        (["cluster.colocate=[[policy, rolout]]"], "did you mean 'rollout'"),
+        (
+            ["rollout.tensor_parallel_size=4", "rollout.resources.gpus=2"],
+            "each shard has one GPU",
+        ),
+        (["--gpu", "tpu"], "unknown GPU 'tpu'; known are a10-24gb"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_2(
+    run: Run, arguments: list[str], said: str
+) -> None:
+    code, out, error = run(*arguments)
+    assert code == 2
+    assert said in error
+    assert "\n" not in error.strip()
+    assert not out
+
+
+def test_a_preference_job_has_no_plan(run: Run) -> None:
+    code, _, error = run("algorithm=dpo")
+    assert code == 2
+    assert "--dry-run" in error
+
+
+def test_a_plan_is_equal_data_in_and_out() -> None:
+    plan = make_plan(work_of(), described(1, 8, "h100-80gb"))
+    assert isinstance(plan, Plan)
+    assert json.loads(json.dumps(plan.as_dict())) == plan.as_dict()
