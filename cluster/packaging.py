@@ -1,0 +1,167 @@
+"""Packs the working directory of a job: what git would not ignore, within Ray's limit.
+
+Invariant: the same files give the same archive, byte for byte, so that a directory that has not
+changed is not uploaded twice. Nothing is left out but what .gitignore names.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+SHOWN = 5  # largest files named where the limit is passed
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip file can say
+
+
+class PackagingError(ValueError):
+    """The working directory cannot be packed; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """The files of a working directory, and the archive of them."""
+
+    directory: Path
+    files: tuple[str, ...]  # relative to the directory, with '/'
+    archive: Path
+    nbytes: int  # of the archive, which is what Ray's limit is about
+
+    def __contains__(self, path: object) -> bool:
+        """Whether the file, or something below the folder, is packed; relative, with '/'."""
+        name = str(path).rstrip("/")
+        return name in (".", "") or any(
+            file == name or file.startswith(f"{name}/") for file in self.files
+        )
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return f"{len(self.files)} files of {self.directory}, {mib(self.nbytes)} packed"
+
+
+def limit_bytes() -> int:
+    """The largest archive that a Jobs server of this Ray takes: the body of one request."""
+    from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
+    from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE
+
+    return int(min(DASHBOARD_CLIENT_MAX_SIZE, GCS_STORAGE_MAX_SIZE))
+
+
+def mib(nbytes: float) -> str:
+    """A size in MiB for a person."""
+    return f"{nbytes / 2**20:.1f} MiB"
+
+
+@contextmanager
+def packed(directory: Path, limit: int | None = None) -> Iterator[Package]:
+    """The package of `directory`; its archive is there while this is entered.
+
+    `limit` in bytes is `limit_bytes()` unless given.
+
+    Raises:
+        PackagingError: no directory, no way to read its .gitignore, or over the limit.
+    """
+    directory = directory.absolute()
+    if not directory.is_dir():
+        raise PackagingError(f"the working directory {directory} is not a folder")
+    most = limit_bytes() if limit is None else limit
+    files = chosen_files(directory)
+    with tempfile.TemporaryDirectory(prefix="aligntune-") as folder:
+        archive = Path(folder) / "working_dir.zip"
+        # Compression seldom halves twice: what is four times over is not compressed to find out.
+        total = sum((directory / name).stat().st_size for name in files)
+        nbytes = total if total >= 4 * most else _write(directory, files, archive)
+        if nbytes >= most:
+            raise PackagingError(_too_large(directory, files, nbytes, most))
+        yield Package(directory, files, archive, nbytes)
+
+
+def chosen_files(directory: Path) -> tuple[str, ...]:
+    """The files to pack, relative to `directory`, sorted: tracked by git, or not ignored.
+
+    Links are followed, each folder once.
+
+    Raises:
+        PackagingError: a .gitignore is there, but no git to read it.
+    """
+    return tuple(sorted(_below(directory, "", set())))
+
+
+def _below(directory: Path, prefix: str, seen: set[str]) -> Iterator[str]:
+    real = os.path.realpath(directory)
+    if real in seen:
+        return
+    seen.add(real)
+    for name in _listed(directory):
+        path = directory / name
+        if path.is_dir():  # another repository or a submodule, which git does not look into
+            yield from _below(path, f"{prefix}{name.rstrip('/')}/", seen)
+        elif path.is_file():  # neither a tracked file that was removed nor a broken link
+            yield f"{prefix}{name}"
+
+
+def _listed(directory: Path) -> list[str]:
+    if shutil.which("git") is None:
+        return _walked(directory)
+    listing = ["ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = _git(["-C", str(directory), *listing])
+    if done.returncode:  # no repository, or one that git refuses: read .gitignore files alone
+        with tempfile.TemporaryDirectory(prefix="aligntune-") as empty:
+            _git(["init", "--quiet", "--bare", empty])
+            place = ["--git-dir", empty, "--work-tree", str(directory)]
+            done = _git(["-C", str(directory), *place, *listing])
+    if done.returncode:
+        raise PackagingError(
+            f"git cannot list {directory}: {done.stderr.decode(errors='replace').strip()}"
+        )
+    return [os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
+
+
+def _git(arguments: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["git", *arguments], capture_output=True, check=False)
+
+
+def _walked(directory: Path) -> list[str]:
+    """Every file, where there is no git; a .gitignore cannot be obeyed then."""
+    names = []
+    for folder, folders, files in os.walk(directory):
+        folders[:] = [name for name in folders if name != ".git"]
+        if ".gitignore" in files:
+            raise PackagingError(
+                f"{folder}/.gitignore says what to leave out, but there is no git here to read it; "
+                "install git"
+            )
+        names += [os.path.relpath(os.path.join(folder, name), directory) for name in files]
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        names += [os.path.relpath(os.path.join(folder, name), directory) for name in links]
+    return names
+
+
+def _write(directory: Path, files: Sequence[str], archive: Path) -> int:
+    """Write the archive; returns its size in bytes."""
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as target:
+        for name in files:
+            source = directory / name
+            info = zipfile.ZipInfo(name, EPOCH)
+            info.external_attr = (source.stat().st_mode & 0xFFFF) << 16
+            info.compress_type = zipfile.ZIP_DEFLATED
+            with source.open("rb") as data, target.open(info, "w", force_zip64=True) as packing:
+                shutil.copyfileobj(data, packing, 2**20)
+    return archive.stat().st_size
+
+
+def _too_large(directory: Path, files: Sequence[str], nbytes: int, limit: int) -> str:
+    sizes = sorted(((directory / name).stat().st_size, name) for name in files)
+    largest = ", ".join(f"{name} ({mib(size)})" for size, name in reversed(sizes[-SHOWN:]))
+    return (
+        f"the working directory {directory} is {mib(nbytes)}, and Ray takes less than "
+        f"{mib(limit)}; the largest of {len(files)} files: {largest}. Put data and models on "
+        "storage that every node sees, name what is not needed in .gitignore, or give a smaller "
+        "--working-dir"
+    )
