@@ -2,37 +2,43 @@
 
 A model comes back complete or not at all: a folder that is missing, holds something else than a
 causal language model, or lacks weights is an error here, never a randomly initialised layer later.
+
+transformers is imported when a model is loaded, not with this module: a process that loads its
+model through Unsloth has to import that first.
 """
 
 from __future__ import annotations
 
-# ruff: noqa: E402
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from actors.specs import LoRASpec, ModelSpec
+from actors.staging import StagingFailed, on_this_node
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # transformers imports torchao where it is installed, for a quantiser that is not used here; its
 # complaints about kernels for other machines would be the first thing a user reads.
 for noisy in ("torchao", "torch.utils._pytree"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
 
-import torch
-from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-
-from actors.specs import LoRASpec, ModelSpec
-
 
 class ModelError(ValueError):
     """A model or tokenizer that cannot be used as asked; the message says why and what to do."""
+
+
+def local(spec: ModelSpec) -> ModelSpec:
+    """`spec` with a model that is named by URI staged on this node. Raises ModelError."""
+    try:
+        return on_this_node(spec)
+    except StagingFailed as error:
+        raise ModelError(str(error)) from error
 
 
 def load_causal_lm(spec: ModelSpec, lora: bool = False) -> PreTrainedModel:
@@ -45,6 +51,9 @@ def load_causal_lm(spec: ModelSpec, lora: bool = False) -> PreTrainedModel:
     Raises:
         ModelError: the folder or hub name is missing, is no causal LM, or lacks weights.
     """
+    from transformers import AutoModelForCausalLM
+
+    spec = local(spec)
     config = _config(spec)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -58,13 +67,8 @@ def load_causal_lm(spec: ModelSpec, lora: bool = False) -> PreTrainedModel:
         )
     except (OSError, ImportError, ValueError) as error:
         raise ModelError(f"model {spec.name!r} could not be loaded: {error}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"model {spec.name!r} lacks {len(missing)} weights of a causal LM, {missing[0]!r} the "
-            f"first; it was saved as {_architecture(config)}. Give a complete causal LM"
-        )
-    _switch_off_dropout(model)
+    _require_all(info, spec, config)
+    switch_off_dropout(model)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if lora:
@@ -80,6 +84,9 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is no tokenizer, or it has no end-of-sequence token.
     """
+    from transformers import AutoTokenizer
+
+    spec = local(spec)
     _require_source(spec.name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -108,7 +115,51 @@ def check_causal_lm(spec: ModelSpec) -> None:
     _config(spec)
 
 
+def whole_model(model: Any, spec: ModelSpec) -> Any:
+    """What to save whole weights with: `model` itself, or where it is kept in 4 bits, and would be
+    saved as such, the model that `spec` names."""
+    if not getattr(model, "is_quantized", False):
+        return model
+    return load_causal_lm(spec.model_copy(update={"lora": None}))
+
+
+def check_complete(spec: ModelSpec) -> None:
+    """Compare the names of the model's weights with those that are there, and read none of them.
+
+    Raises:
+        ModelError: as `load_causal_lm`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    spec = local(spec)
+    config = _config(spec)
+    try:
+        _, info = AutoModelForCausalLM.from_pretrained(
+            spec.name,
+            config=config,
+            revision=spec.revision,
+            device_map="meta",
+            trust_remote_code=spec.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ImportError, ValueError) as error:
+        raise ModelError(f"model {spec.name!r} could not be loaded: {error}") from error
+    _require_all(info, spec, config)
+
+
+def _require_all(loading_info: Any, spec: ModelSpec, config: Any) -> None:
+    missing = sorted(loading_info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model {spec.name!r} lacks {len(missing)} weights of a causal LM, {missing[0]!r} the "
+            f"first; it was saved as {_architecture(config)}. Give a complete causal LM"
+        )
+
+
 def _config(spec: ModelSpec) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    spec = local(spec)
     _require_source(spec.name)
     try:
         config = AutoConfig.from_pretrained(
@@ -130,6 +181,8 @@ def _config(spec: ModelSpec) -> Any:
 
 
 def _causal_class_names(config: Any) -> set[str]:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return set()
     found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -160,7 +213,8 @@ def _require_source(name: str) -> None:
         raise ModelError(f"model folder {name!r} does not exist{hub}")
 
 
-def _switch_off_dropout(model: nn.Module) -> None:
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout probability in `model` to 0."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from actors.preference_trainers import backend_in_use, build_trainer, export_model
 from actors.specs import ModelSpec
 
 Kind = Literal["dpo", "reward_model"]
@@ -160,7 +161,7 @@ def train_worker(config: dict[str, Any]) -> None:
             import_unsloth()  # before transformers and TRL, which it patches
         from transformers import PrinterCallback
 
-        trainer = _build(job, config["train"], config["eval"], scratch)
+        trainer = build_trainer(job, config["train"], config["eval"], scratch)
         follower = _follower(job, relay)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(follower)
@@ -175,7 +176,7 @@ def train_worker(config: dict[str, Any]) -> None:
             pid=os.getpid(),
             node=ray.get_runtime_context().get_node_id(),
             device=str(trainer.args.device),
-            backend=_backend_in_use(job),
+            backend=backend_in_use(job),
         )
     )
     try:
@@ -185,7 +186,7 @@ def train_worker(config: dict[str, Any]) -> None:
             return
         _train(trainer, job)
         if not follower.stopped:
-            _export(trainer, job, scratch)
+            export_model(trainer, job, scratch)
     finally:
         if context.get_local_rank() == 0:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -207,137 +208,8 @@ def _train(trainer: Any, job: PreferenceJob) -> None:
 def _reason(error: BaseException) -> str:
     """The error in one line, and where in this project or TRL it was raised."""
     where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
-
-
-def _backend_in_use(job: PreferenceJob) -> str:
-    from importlib.metadata import version
-
-    names = ["unsloth", "trl"] if job.backend == "unsloth" else ["trl"]
-    return ", ".join(f"{name} {version(name)}" for name in names)
-
-
-# The trainers
-
-
-def _build(job: PreferenceJob, train: Any, evaluation: Any, scratch: Path) -> Any:
-    """TRL's trainer for this job, its model loaded and its data in place."""
-    import torch
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
-
-    from actors.loading import load_tokenizer
-
-    common = {
-        "output_dir": str(scratch),
-        "use_cpu": not torch.cuda.is_available(),
-        "bf16": False,  # weights and arithmetic are of model.dtype
-        "seed": job.seed,
-        "max_steps": job.steps or 1,
-        "save_strategy": "no",  # the follower says when
-        "eval_strategy": "no",
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-        "logging_first_step": True,
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "gradient_checkpointing": job.model.gradient_checkpointing,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "save_on_each_node": False,
-        **job.arguments,
-    }
-    train_set = Dataset(InMemoryTable(train))
-    eval_set = None if evaluation is None else Dataset(InMemoryTable(evaluation))
-    tokenizer = load_tokenizer(job.model)
-    build = _dpo if job.kind == "dpo" else _reward_model
-    return build(job, common, train_set, eval_set, tokenizer)
-
-
-def _dpo(
-    job: PreferenceJob, common: dict[str, Any], train: Any, evaluation: Any, tokenizer: Any
-) -> Any:
-    from trl import DPOConfig, DPOTrainer
-
-    class Trainer(DPOTrainer):
-        """DPOTrainer on tokens, and without a reference where the job says so."""
-
-        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-            return dataset
-
-        def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-            if not job.reference_free:
-                return super()._precompute_ref_logps(dataset, *args, **kwargs)
-            zeros = [0.0] * len(dataset)
-            with_chosen = dataset.add_column("ref_chosen_logps", zeros)
-            return with_chosen.add_column("ref_rejected_logps", zeros)
-
-    model, reference = _policy_and_reference(job, common)
-    arguments = DPOConfig(**common)
-    trainer = Trainer(
-        model=model,
-        ref_model=reference,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
-    )
-    return trainer
-
-
-def _policy_and_reference(job: PreferenceJob, common: dict[str, Any]) -> tuple[Any, Any]:
-    """The trained model, and the frozen one where the trainer cannot have it otherwise."""
-    from actors.loading import load_causal_lm
-
-    precomputed = common["precompute_ref_log_probs"] and job.trained is None
-    if job.backend == "unsloth" and job.trained is None:
-        from actors.unsloth_backend import load_unsloth
-
-        model = load_unsloth(job.model, job.max_length, job.seed)
-        alone = precomputed or job.model.lora is not None
-        return model, None if alone else load_causal_lm(job.model)
-    if job.trained is not None:
-        return load_causal_lm(_renamed_model(job)), load_causal_lm(job.model)
-    if job.model.lora is not None:
-        return load_causal_lm(job.model, lora=True), None
-    return load_causal_lm(job.model), None if precomputed else load_causal_lm(job.model)
-
-
-def _renamed_model(job: PreferenceJob) -> ModelSpec:
-    return job.model.model_copy(update={"name": job.trained, "lora": None})
-
-
-def _reward_model(
-    job: PreferenceJob, common: dict[str, Any], train: Any, evaluation: Any, tokenizer: Any
-) -> Any:
-    from trl import RewardConfig, RewardTrainer
-
-    from actors.reward_model import new_reward_model
-
-    spec = job.model if job.trained is None else _renamed_model(job)
-    lora = None
-    if spec.lora is not None:
-        from peft import LoraConfig, TaskType
-
-        lora = LoraConfig(
-            task_type=TaskType.SEQ_CLS,
-            r=spec.lora.r,
-            lora_alpha=spec.lora.alpha,
-            lora_dropout=spec.lora.dropout,
-            target_modules=spec.lora.target_modules,
-            modules_to_save=["score"],
-        )
-    return RewardTrainer(
-        model=new_reward_model(spec, job.seed),
-        args=RewardConfig(**common),
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
-        peft_config=lora,
-    )
-
-
-# What happens around a step
+    what = " ".join(str(error).split())
+    return f"{type(error).__name__}: {what} ({Path(where.filename).name}:{where.lineno})"
 
 
 def _follower(job: PreferenceJob, relay: Any) -> Any:
@@ -427,48 +299,3 @@ def _follower(job: PreferenceJob, relay: Any) -> Any:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _export(trainer: Any, job: PreferenceJob, scratch: Path) -> None:
-    """Write the trained model where the job says; with LoRA merged, and the adapter beside it."""
-    from peft import PeftModel
-
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    adapted = isinstance(model, PeftModel)
-    # Under ZeRO-3 this gathers the shards, which takes every rank.
-    state = None if adapted else trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if not trainer.is_world_process_zero():
-        return
-    folder = scratch / "export"
-    if adapted:
-        model.save_pretrained(folder / "adapter")
-        model = model.merge_and_unload()
-    model.save_pretrained(folder, state_dict=state)
-    trainer.processing_class.save_pretrained(folder)
-    (folder / "adapter" / "README.md").unlink(missing_ok=True)
-    upload(folder, job.export)
-
-
-def upload(folder: Path, target: str) -> None:
-    """Copy a folder to another folder or an fsspec URI, in place of what was there."""
-    from pyarrow.fs import copy_files
-
-    filesystem, path = filesystem_of(target)
-    filesystem.create_dir(path, recursive=True)
-    filesystem.delete_dir_contents(path)
-    copy_files(str(folder), path, destination_filesystem=filesystem)
-
-
-def filesystem_of(target: str) -> tuple[Any, str]:
-    """The pyarrow file system of a folder or URI, and the path within it."""
-    import fsspec
-    from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
-
-    if "://" not in target:
-        return LocalFileSystem(), str(Path(target).absolute())
-    try:
-        found: tuple[Any, str] = FileSystem.from_uri(target)
-        return found
-    except ValueError:  # a scheme that pyarrow does not know itself
-        spec, path = fsspec.core.url_to_fs(target)
-        return PyFileSystem(FSSpecHandler(spec)), path

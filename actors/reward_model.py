@@ -116,7 +116,7 @@ def new_reward_model(spec: ModelSpec, seed: int) -> Any:
     """
     import torch
 
-    from actors.loading import ModelError, _switch_off_dropout
+    from actors.loading import ModelError, switch_off_dropout
 
     config = _any_config(spec)
     if not _is_classifier(config):
@@ -134,7 +134,7 @@ def new_reward_model(spec: ModelSpec, seed: int) -> Any:
         )
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    _switch_off_dropout(model)
+    switch_off_dropout(model)
     return model
 
 
@@ -143,8 +143,9 @@ def _load(spec: ModelSpec, config: Any) -> tuple[Any, list[str]]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from actors.loading import ModelError
+    from actors.loading import ModelError, local
 
+    spec = local(spec)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             spec.name,
@@ -163,8 +164,9 @@ def _load(spec: ModelSpec, config: Any) -> tuple[Any, list[str]]:
 def _any_config(spec: ModelSpec) -> Any:
     from transformers import AutoConfig
 
-    from actors.loading import ModelError, _require_source
+    from actors.loading import ModelError, _require_source, local
 
+    spec = local(spec)
     _require_source(spec.name)
     try:
         return AutoConfig.from_pretrained(

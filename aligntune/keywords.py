@@ -89,6 +89,8 @@ def build_tree(
     paths = PATHS if kind is None else PREFERENCE_PATHS
     if kind is not None:
         valid = [*PREFERENCE_PATHS, "config", "overrides", "use_peft"]
+        if kind == "reward_model":  # of scored texts
+            valid += ["reward_functions", "reward_function_weights"]
         for name in given:
             if name not in valid:
                 raise UserError(f"{kind} has no argument {name!r}; it takes {', '.join(valid)}")
@@ -107,7 +109,7 @@ def build_tree(
         tree["train"].pop("steps", None)
     if "max_seq_length" in given and kind is None:
         _split_length(tree, given)
-    functions = _rewards(tree, given) if kind is None else {}
+    functions = _rewards(tree, given)
     if "output_dir" not in tree:
         tree["output_dir"] = os.path.join("runs", str(_algorithm_of(tree) or "run"))
     return tree, list(given.get("overrides", ())), functions

@@ -12,8 +12,16 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from actors.specs import ModelSpec, Positive, RoleResources, Seconds, Spec
+from actors.specs import (
+    ModelSpec,
+    Positive,
+    RewardFunctionSpec,
+    RoleResources,
+    Seconds,
+    Spec,
+)
 from aligntune.algorithms.registry import canonical
+from aligntune.backends import check_backend
 from aligntune.config import CheckpointSpec, RunConfig, TrackingSpec, explain, load_tree
 from aligntune.config import load_config as load_online_config
 from aligntune.errors import UserError
@@ -128,6 +136,10 @@ def _parse_algorithm(value: Any) -> Any:
     return ALGORITHMS[name].model_validate({**options, "name": name}) if name else options
 
 
+def _parse_reward(value: Any) -> Any:
+    return {"function": value} if isinstance(value, str) else value
+
+
 class PreferenceDataSpec(Spec):
     """Preference pairs to train on, and optionally held-out ones."""
 
@@ -146,6 +158,9 @@ class PreferenceDataSpec(Spec):
         "chosen", description="the better completion, with or without its prompt"
     )
     rejected_column: str = Field("rejected", description="the worse one")
+    completion_column: str = Field(
+        "completion", description="the text that `rewards` score, one a row, where these are given"
+    )
     system_prompt: str | None = Field(None, description="first message of every prompt; dpo only")
     apply_chat_template: bool = Field(
         True, description="false: prompt and completion are text already in the model's format"
@@ -225,6 +240,9 @@ class PreferenceConfig(Spec):
     backend: Literal["trl", "unsloth"] = Field(
         "trl", description="unsloth loads the model through Unsloth; dpo only"
     )
+    rewards: list[Annotated[RewardFunctionSpec, BeforeValidator(_parse_reward)]] = Field(
+        [], description="functions that score texts, which makes the pairs; reward_model only"
+    )
     train: PreferenceTrainSpec = PreferenceTrainSpec()
     eval: PreferenceEvalSpec = PreferenceEvalSpec()
     checkpoint: PreferenceCheckpointSpec = PreferenceCheckpointSpec()
@@ -279,6 +297,14 @@ def _check(config: PreferenceConfig) -> None:
         raise UserError("data.system_prompt needs the chat template; write it into the prompts")
     if data.eval_samples is not None and not data.evaluates:
         raise UserError("data.eval_samples needs data.eval_path or data.eval_split")
+    if config.rewards and name != "reward_model":
+        raise UserError(
+            f"{name} is trained on pairs and takes no rewards; remove them, or train a reward_model"
+        )
+    if not config.rewards and data.completion_column != "completion":
+        raise UserError(
+            "data.completion_column is for texts that rewards score, and rewards names none"
+        )
     if name == "reward_model":
         if data.system_prompt is not None:
             raise UserError(
@@ -291,7 +317,18 @@ def _check(config: PreferenceConfig) -> None:
                 "use error or drop, or raise data.max_length"
             )
         if config.backend == "unsloth":
-            raise UserError("reward_model does not run with backend=unsloth; use backend=trl")
+            raise UserError(
+                "reward_model does not run with backend=unsloth: without a GPU Unsloth loads "
+                "causal models only, also where one that scores is asked for, and with one it has "
+                "not been tried; use backend=trl"
+            )
+    check_backend(
+        config.backend,
+        config.model,
+        train.resources,
+        "train",
+        "train.deepspeed" if train.deepspeed is not None else None,
+    )
     stage = ((train.deepspeed or {}).get("zero_optimization") or {}).get("stage")
     if stage == 3 and config.model.lora is not None:
         raise UserError("train.deepspeed stage 3 and model.lora do not go together; use stage 2")

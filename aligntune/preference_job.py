@@ -54,6 +54,8 @@ class PreferenceRecorder(Figures, AbstractContextManager["PreferenceRecorder"]):
 
     def __init__(self, config: PreferenceConfig, rundir: RunDir, total_steps: int) -> None:
         super().__init__()
+        self._config = config
+        self._rundir = rundir
         self._pairs_per_step = config.train.pairs_per_step
         self._metrics = MetricsFile(rundir.file("metrics.jsonl"))
         self._events = EventsFile(rundir.file("events.jsonl"))
@@ -80,9 +82,17 @@ class PreferenceRecorder(Figures, AbstractContextManager["PreferenceRecorder"]):
         self._events.append(kind, **fields)
 
     def role(self, info: Mapping[str, Any]) -> None:
-        """What a worker said of itself when it started."""
+        """What a worker said of itself when it started; config.yaml says what really runs."""
+        before = self.backend
         super().role(info)
         self.event(EventKind.ROLE_STARTED, **info)
+        if self.backend != before:
+            self._rundir.describe(self._config, {"backend": self.backend})
+            self.note(f"trainer: backend {self.backend} on {info['device']}")
+
+    def note(self, text: str) -> None:
+        """Show a line."""
+        self._progress.note(text)
 
     def left_out(self, pairs: PairTokens) -> None:
         """Show which rows are not trained on, and why."""
@@ -131,9 +141,10 @@ class PreferenceRun:
         self,
         config: PreferenceConfig,
         job: PreferenceJob,
-        storage: tuple[str, str],
+        storage: Mapping[str, Any],
         recorder: Figures,
     ) -> None:
+        """`storage` is where Ray Train keeps its checkpoints, as its RunConfig takes it."""
         self._config = config
         self._job = job
         self._storage = storage
@@ -175,7 +186,8 @@ class PreferenceRun:
         resources = {"CPU": spec.resources.cpus}
         if spec.resources.gpus:
             resources["GPU"] = spec.resources.gpus
-        storage, name = self._storage
+        if spec.resources.memory_gib:
+            resources["memory"] = spec.resources.memory_gib * 2**30
         tables = [
             None if pairs is None else pyarrow.table(pairs.columns) for pairs in (train, evaluation)
         ]
@@ -192,10 +204,10 @@ class PreferenceRun:
                     num_workers=spec.workers,
                     use_gpu=spec.resources.gpus > 0,
                     resources_per_worker=resources,
+                    placement_strategy=spec.resources.strategy,
                 ),
                 run_config=RunConfig(
-                    name=name,
-                    storage_path=storage,
+                    **self._storage,
                     callbacks=[announcer(relay)],
                     failure_config=FailureConfig(max_failures=spec.max_failures),
                     checkpoint_config=CheckpointConfig(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,18 +15,30 @@ from pathlib import Path
 from typing import Any
 
 from actors.loading import ModelError, check_causal_lm, load_tokenizer
-from actors.preference import PreferenceJob, filesystem_of
+from actors.preference import PreferenceJob
+from actors.reward_process import RewardCriterion
+from aligntune.backends import check_installed
 from aligntune.controller import Interrupted
 from aligntune.data.pairtokens import PairTokens, pair_tokens
-from aligntune.data.sources import load_rows
+from aligntune.data.scored import ScoredPairs, scored_pairs
+from aligntune.data.sources import Rows, load_rows
 from aligntune.errors import RunFailed, UserError
 from aligntune.preference_config import DPOSpec, PreferenceConfig
 from aligntune.preference_job import Figures, PreferenceRecorder, PreferenceRun
+from aligntune.preference_storage import JobStorage
+from aligntune.requests import role_request
+from aligntune.rewards.registry import check_columns, from_callable, resolve
 from aligntune.rundir import RunDir
 from aligntune.tracking.metrics import EventKind, NotFinite
 from aligntune.tracking.trackers import TrackerMissing, check_trackers
-from cluster.placement import DoesNotFit, RoleRequest, shortfall
-from cluster.session import ClusterUnreachable, session
+from cluster.placement import BadRequest, DoesNotFit, bundle_sets, totals
+from cluster.reservation import ensure_possible
+from cluster.session import ClusterUnreachable, resolve_address, session
+
+FILLED_IN = dict.fromkeys(
+    ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+)
+"""What the trainer tells DeepSpeed from the rest of the config; another value given is refused."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +62,12 @@ class PreferenceResult:
 class PreferenceTrainer:
     """DPO and reward models."""
 
-    def __init__(self, config: PreferenceConfig) -> None:
+    def __init__(
+        self, config: PreferenceConfig, functions: Mapping[str, Callable[..., Any]] | None = None
+    ) -> None:
+        """`functions` are reward callables by criterion name, for those without an import path."""
         self.config = config
+        self._functions = dict(functions or {})
 
     @property
     def _rundir(self) -> RunDir:
@@ -69,10 +84,28 @@ class PreferenceTrainer:
             raise UserError(f"model.name: {error}") from error
 
     @cached_property
+    def criteria(self) -> tuple[RewardCriterion, ...]:
+        """The functions that score texts, where the data are texts. Raises UserError."""
+        try:
+            return tuple(
+                from_callable(self._functions[spec.name], spec)
+                if spec.name in self._functions
+                else resolve(spec)
+                for spec in self.config.rewards
+            )
+        except ValueError as error:
+            raise UserError(f"rewards: {error}") from error
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The training pairs as rows; formed here where they are to be made of scored texts."""
+        data = self.config.data
+        return self._rows(data.path, data.split, data.max_samples, hub=True)
+
+    @cached_property
     def pairs(self) -> PairTokens:
         """The training pairs, all checked. Raises DataError, a UserError."""
-        data = self.config.data
-        return self._tokens(data.path, data.split, data.max_samples, hub=True)
+        return self._tokens(self.rows)
 
     @cached_property
     def eval_pairs(self) -> PairTokens | None:
@@ -81,23 +114,46 @@ class PreferenceTrainer:
         if not data.evaluates:
             return None
         path = data.eval_path or data.path
-        return self._tokens(path, data.eval_split, data.eval_samples, hub=data.eval_path is None)
+        return self._tokens(
+            self._rows(path, data.eval_split, data.eval_samples, hub=data.eval_path is None)
+        )
 
-    def _tokens(self, path: str, split: str | None, rows: int | None, hub: bool) -> PairTokens:
+    def _rows(self, path: str, split: str | None, rows: int | None, hub: bool) -> Rows:
         data = self.config.data
+        read = load_rows(
+            path,
+            name=data.name if hub else None,
+            revision=data.revision if hub else None,
+            split=split,
+            max_rows=rows,
+        )
+        if not self.criteria:
+            return read
+        given = {*read.columns} - {data.prompt_column, data.completion_column}
+        try:
+            for criterion in self.criteria:
+                check_columns(criterion, given)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return scored_pairs(
+            read,
+            self.criteria,
+            [spec.weight for spec in self.config.rewards],
+            prompt_column=data.prompt_column,
+            completion_column=data.completion_column,
+            bad_pairs=data.bad_pairs,
+        )
+
+    def _tokens(self, rows: Rows) -> PairTokens:
+        data = self.config.data
+        scored = isinstance(rows, ScoredPairs)
         return pair_tokens(
-            load_rows(
-                path,
-                name=data.name if hub else None,
-                revision=data.revision if hub else None,
-                split=split,
-                max_rows=rows,
-            ),
+            rows,
             self.tokenizer,
             self.config.algorithm.name,
-            prompt_column=data.prompt_column,
-            chosen_column=data.chosen_column,
-            rejected_column=data.rejected_column,
+            prompt_column="prompt" if scored else data.prompt_column,
+            chosen_column="chosen" if scored else data.chosen_column,
+            rejected_column="rejected" if scored else data.rejected_column,
             bad_pairs=data.bad_pairs,
             max_length=data.max_length,
             long_pairs=data.long_pairs,
@@ -116,10 +172,14 @@ class PreferenceTrainer:
 
     def check(self, resume: str = "auto") -> RunDir:
         """Everything that can be checked without starting Ray. Raises UserError."""
-        if resume not in ("auto", "never"):
-            raise UserError("--resume: a preference job goes on from its last checkpoint (auto)")
         rundir = self._rundir
         rundir.check(self.config, resume)
+        if resolve_address(self.config.cluster) == "local":
+            check_installed(self.config.backend)
+        storage = self._storage(rundir)
+        storage.check(fresh=rundir.previous() is None)
+        if resume not in ("auto", "never"):
+            storage.named(resume)
         try:
             check_trackers(self.config.tracking.trackers)
         except TrackerMissing as error:
@@ -137,6 +197,7 @@ class PreferenceTrainer:
                 f"{train.pairs_per_step} pairs with {self.config.backend}",
                 f"data: {len(pairs)} of {pairs.rows} pairs, {len(pairs.bad)} bad, {pairs.long} "
                 f"over data.max_length; longest {pairs.longest} tokens; {held_out} held out",
+                *([self.rows.describe()] if isinstance(self.rows, ScoredPairs) else []),
                 f"trainer: {train.workers} x {train.resources.cpus:g} CPU, "
                 f"{train.resources.gpus:g} GPU",
             )
@@ -146,7 +207,7 @@ class PreferenceTrainer:
         """Train to the last step, from the newest checkpoint if there is one.
 
         Args:
-            resume: auto or never.
+            resume: auto, never, or a checkpoint folder of this run.
 
         Raises:
             UserError: the input is wrong; nothing was started.
@@ -156,17 +217,22 @@ class PreferenceTrainer:
         started = time.monotonic()
         rundir = self.check(resume)
         changed = rundir.check(self.config, resume)
+        storage = self._storage(rundir)
         rundir.claim()
         rundir.describe(self.config)
         try:
             with PreferenceRecorder(self.config, rundir, self.total_steps) as recorder:
                 recorder.event(EventKind.RUN_STARTED, changed={k: v[1] for k, v in changed.items()})
+                if isinstance(self.rows, ScoredPairs):
+                    recorder.note(self.rows.describe())
                 if self.pairs.bad:
                     recorder.left_out(self.pairs)
                 try:
-                    job = self._job(self.total_steps, export=self._export(rundir))
+                    job = self._job(self.total_steps, export=storage.export)
                     with self._session():
-                        PreferenceRun(self.config, job, self._storage(rundir), recorder).follow(
+                        if resume not in ("auto", "never"):
+                            storage.rewind(storage.named(resume))
+                        PreferenceRun(self.config, job, storage.ray_arguments(), recorder).follow(
                             self.pairs, self.eval_pairs
                         )
                 except Interrupted as stopped:
@@ -175,7 +241,7 @@ class PreferenceTrainer:
                 except (RunFailed, NotFinite) as failed:
                     recorder.event(EventKind.RUN_STOPPED, reason=str(failed))
                     raise RunFailed(str(failed)) from failed
-                _fetch(job.export, rundir.model)
+                storage.fetch(rundir.model)
                 recorder.event(EventKind.RUN_FINISHED, step=self.total_steps)
                 return PreferenceResult(
                     steps=self.total_steps,
@@ -200,7 +266,8 @@ class PreferenceTrainer:
         figures = Figures()
         name = f"aligntune-evaluation-{uuid.uuid4().hex}"
         with self._session(), tempfile.TemporaryDirectory(prefix=f"{name}-") as folder:
-            run = PreferenceRun(self.config, job, (folder, name), figures)
+            place = {"storage_path": folder, "name": name}
+            run = PreferenceRun(self.config, job, place, figures)
             run.follow(self.pairs, self.eval_pairs)
         return figures.last
 
@@ -218,26 +285,18 @@ class PreferenceTrainer:
     def _session(self) -> Iterator[None]:
         """A Ray that can hold the job. Raises UserError where it never can."""
         train, cluster = self.config.train, self.config.cluster
-        ask = RoleRequest("trainer", train.workers, train.resources.cpus, train.resources.gpus)
+        requests = [role_request("trainer", train.workers, train.resources)]
+        asked = totals(requests)
         try:
-            with session(cluster, cpus=ask.cpus * ask.replicas, gpus=ask.gpus * ask.replicas):
-                import ray
-
-                nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-                if reason := shortfall([ask], nodes):
-                    raise DoesNotFit(f"{reason}; ask for less or add nodes")
+            sets = bundle_sets(requests, cluster.colocate)
+            with session(cluster, cpus=asked["CPU"], gpus=asked["GPU"]):
+                ensure_possible(sets)
                 yield
-        except (DoesNotFit, ClusterUnreachable) as error:
+        except (BadRequest, DoesNotFit, ClusterUnreachable) as error:
             raise UserError(str(error)) from error
 
-    def _storage(self, rundir: RunDir) -> tuple[str, str]:
-        """Where Ray Train keeps the checkpoints: its storage path, and the folder in it."""
-        return self.config.checkpoint.storage or str(rundir.path.absolute()), "checkpoints"
-
-    def _export(self, rundir: RunDir) -> str:
-        """Where the workers leave the model: beside its place, or in the storage they share."""
-        storage = self.config.checkpoint.storage
-        return f"{storage}/model" if storage else str(rundir.file("model.partial").absolute())
+    def _storage(self, rundir: RunDir) -> JobStorage:
+        return JobStorage(self.config.checkpoint.storage, rundir.path)
 
     def _job(self, steps: int, export: str, trained: str | None = None) -> PreferenceJob:
         config, evaluation = self.config, self.config.eval
@@ -278,7 +337,7 @@ def _arguments(config: PreferenceConfig) -> dict[str, Any]:
         "adam_beta2": train.adam_betas[1],
         "adam_epsilon": train.adam_epsilon,
         "max_grad_norm": train.max_grad_norm,
-        "deepspeed": train.deepspeed,
+        "deepspeed": None if train.deepspeed is None else {**FILLED_IN, **train.deepspeed},
         "max_length": None,
     }
     if not isinstance(algorithm, DPOSpec):
@@ -296,21 +355,3 @@ def _arguments(config: PreferenceConfig) -> dict[str, Any]:
         **({"max_length": config.data.max_length} if cut else {}),
         **({"truncation_mode": config.data.long_pairs} if cut else {}),
     }
-
-
-def _fetch(left: str, target: Path) -> None:
-    """Put the model that a worker left in place, in one rename. Raises RunFailed."""
-    from pyarrow.fs import FileType, LocalFileSystem, copy_files
-
-    filesystem, path = filesystem_of(left)
-    if filesystem.get_file_info(path).type != FileType.Directory:
-        raise RunFailed(
-            f"the workers left no model at {left}: on several nodes output_dir must be a folder "
-            "that all of them see, or set checkpoint.storage"
-        )
-    staged = target.with_name(target.name + ".partial")
-    if not isinstance(filesystem, LocalFileSystem) or Path(path) != staged.absolute():
-        copy_files(path, str(staged), source_filesystem=filesystem)
-    if target.exists():
-        shutil.rmtree(target)
-    os.rename(staged, target)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from aligntune import create_rl_trainer
-from aligntune.errors import RunFailed
+from aligntune.errors import RunFailed, UserError
 from aligntune.preference_trainer import PreferenceTrainer
 from aligntune.tracking.metrics import read_lines
 
@@ -219,6 +219,140 @@ def test_a_killed_driver_is_resumed_to_the_same_end(
     for step in (1, 15, 30):
         assert one[step]["loss"] == pytest.approx(other[step]["loss"], abs=1e-6)
     assert [event["step"] for event in events_of(folder, "resumed")] in ([10], [20], [30])
+
+
+@pytest.mark.long
+def test_a_stopped_job_saves_and_goes_on_and_a_named_checkpoint_is_gone_back_to(
+    job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    given = job(max_steps=60)
+    command = [
+        *(sys.executable, "-m", "aligntune.cli", "train", "checkpoint.every_steps=10"),
+        *("--algorithm", "dpo", "--model", given["model_name"], "--dataset", given["dataset_name"]),
+        *("--out", str(folder), "train.steps=60", "train.learning_rate=1e-3"),
+        *("tracking.trackers=[]", "checkpoint.keep_last=9", *given["overrides"]),
+    ]
+
+    def start(*more: str) -> subprocess.Popen[str]:
+        root = Path(__file__).parents[2]
+        return subprocess.Popen(
+            [*command, *more], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    process = start()
+    wait_for(lambda: len(steps_of(folder)) > 12 if folder.exists() else False, 300)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 143, output
+    assert "resume with: aligntune train" in output
+    last = max(steps_of(folder))
+    assert last < 60
+    saved = [event["step"] for event in events_of(folder, "checkpoint_saved")]
+    assert saved[-1] == last, "what was trained is in a checkpoint"
+    assert [event["reason"] for event in events_of(folder, "run_stopped")] == [
+        "stopped by signal 15"
+    ]
+
+    output, _ = (process := start()).communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert [event["step"] for event in events_of(folder, "resumed")] == [last]
+    whole = steps_of(folder)
+    assert list(whole) == list(range(61))
+
+    checkpoints = folder / "checkpoints"
+    output, _ = (process := start("--resume", str(tmp_path / "step-000010"))).communicate()
+    assert process.returncode == 2, output
+    assert "is not a complete checkpoint of this run" in output
+    assert "step-000010" in output.partition("there are")[2]
+
+    output, _ = (process := start("--resume", str(checkpoints / "step-000010"))).communicate()
+    assert process.returncode == 0, output
+    assert [event["step"] for event in events_of(folder, "resumed")] == [last, 10]
+    again = steps_of(folder)
+    assert list(again) == list(range(61))
+    for step in (1, 10, 11, 60):
+        assert again[step]["loss"] == pytest.approx(whole[step]["loss"], abs=1e-5)
+    expected = {f"step-{step:06d}" for step in range(10, 61, 10)}
+    assert {path.name for path in checkpoints.glob("step-*")} == expected
+
+
+@pytest.mark.long
+def test_lora_leaves_an_adapter_and_the_merged_model(
+    ray_session: None, job: Callable[..., dict[str, Any]], tiny_model: Path
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    result = create_rl_trainer(**job(lora_r=4, lora_alpha=8.0, learning_rate=1e-2)).train()
+    merged = AutoModelForCausalLM.from_pretrained(result.model)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokens = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        start = base(tokens).logits
+        adapted = PeftModel.from_pretrained(base, result.model / "adapter")(tokens).logits
+        torch.testing.assert_close(merged(tokens).logits, adapted, atol=1e-4, rtol=0)
+    assert float((adapted - start).abs().max()) > 1e-2, "nothing was learnt"
+
+
+@pytest.mark.long
+def test_a_precomputed_reference_gives_the_same_losses_and_none_gives_others(
+    ray_session: None, job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    found = {}
+    for name in ("kept", "precompute_reference", "reference_free"):
+        option = [] if name == "kept" else [f"algorithm.{name}=true"]
+        given = job(max_steps=4, output_dir=str(tmp_path / name), overrides=option)
+        create_rl_trainer(**given).train()
+        found[name] = steps_of(tmp_path / name)
+    for step in range(1, 5):
+        wanted = pytest.approx(found["kept"][step]["loss"], abs=1e-5)
+        assert found["precompute_reference"][step]["loss"] == wanted
+    first = found["reference_free"][1]
+    assert first["reward/chosen"] == pytest.approx(0.1 * first["logprobs/chosen"], rel=1e-4)
+    assert first["loss"] != pytest.approx(math.log(2), abs=1e-4)
+
+
+@pytest.mark.long
+def test_a_deepspeed_config_reaches_the_workers(
+    ray_session: None, job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    found = {}
+    for name in ("plain", "zero"):
+        folder = tmp_path / name
+        option = ["train.deepspeed={zero_optimization: {stage: 2}}"] if name == "zero" else []
+        overrides = ["train.workers=2", "checkpoint.every_steps=5", *option]
+        given = job(max_steps=10, output_dir=str(folder), overrides=overrides)
+        result = create_rl_trainer(**given).train()
+        assert (result.model / "model.safetensors").is_file()
+        found[name] = steps_of(folder)
+    saved = tmp_path / "zero" / "checkpoints" / "step-000010"
+    assert len(list(saved.rglob("*optim_states.pt"))) == 2, "each rank has its part"
+    for step in range(1, 11):
+        wanted = pytest.approx(found["plain"][step]["loss"], abs=1e-3)
+        assert found["zero"][step]["loss"] == wanted
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scheme", ["file", "local"])  # known to pyarrow, and to fsspec alone
+def test_checkpoints_and_the_model_go_through_a_uri(
+    ray_session: None, job: Callable[..., dict[str, Any]], tmp_path: Path, scheme: str
+) -> None:
+    shared = tmp_path / "shared"
+    uri = f"{scheme}://{shared}"
+    overrides = [f"checkpoint.storage={uri}", "checkpoint.every_steps=5"]
+    given = job(max_steps=5, overrides=overrides)
+    result = create_rl_trainer(**given).train()
+    assert (shared / "checkpoints" / "step-000005" / "trainer_state.json").is_file()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert (result.model / "model.safetensors").is_file()
+    create_rl_trainer(**{**given, "max_steps": 10}).train()
+    assert [event["step"] for event in events_of(tmp_path / "run", "resumed")] == [5]
+    assert list(steps_of(tmp_path / "run")) == list(range(11))
+    another = create_rl_trainer(**{**given, "output_dir": str(tmp_path / "another")})
+    with pytest.raises(UserError, match="holds another run's checkpoints"):
+        another.train()
 
 
 def test_what_no_restart_can_mend_ends_the_job_with_its_reason(

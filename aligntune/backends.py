@@ -1,0 +1,54 @@
+"""What `backend: unsloth` can do and cannot, refused before anything starts.
+
+Unsloth itself is never imported here: it belongs into the workers, and there comes first.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal
+
+from actors.specs import ModelSpec, RoleResources
+from aligntune.errors import UserError
+
+Backend = Literal["trl", "unsloth"]
+
+
+def check_backend(
+    backend: Backend, model: ModelSpec, resources: RoleResources, where: str, deepspeed: str | None
+) -> None:
+    """Whether the backend can load and step `model` on `resources`. Raises UserError.
+
+    `where` is the section of `resources`, `deepspeed` the setting that asks for it, if any does.
+    """
+    if model.load_in_4bit:
+        if backend != "unsloth":
+            raise UserError("model.load_in_4bit needs backend=unsloth")
+        if model.lora is None:
+            raise UserError("model.load_in_4bit freezes the model, so it needs model.lora")
+        if not resources.gpus:
+            raise UserError(
+                f"model.load_in_4bit needs a GPU and {where}.resources.gpus is 0; set it, or "
+                "remove model.load_in_4bit"
+            )
+    if backend != "unsloth":
+        return
+    if deepspeed is not None:
+        raise UserError(f"{deepspeed} does not run with backend=unsloth; use backend=trl")
+    if model.attention != "sdpa":
+        raise UserError(
+            f"model.attention={model.attention} has no effect with backend=unsloth, which chooses "
+            "the attention kernel itself; remove it"
+        )
+
+
+def check_installed(backend: Backend) -> None:
+    """Whether what `backend` needs is installed on this machine, for runs that stay on it; workers
+    elsewhere say so themselves. Raises UserError."""
+    if backend == "unsloth":
+        for name in ("unsloth", "unsloth_zoo"):
+            if importlib.util.find_spec(name) is None:
+                raise UserError(
+                    f"backend=unsloth needs {name}, which is not installed; install it as "
+                    "scripts/install.sh does, or use backend=trl"
+                )

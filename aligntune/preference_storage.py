@@ -1,0 +1,177 @@
+"""Where a preference job keeps its checkpoints and leaves its model: the run directory, or an
+fsspec URI that the workers share. What is there is Ray Train's; `rewind` alone changes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from actors.storage import filesystem_of
+from aligntune.errors import RunFailed, UserError
+
+SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints that are whole
+FOLDER = "checkpoints"
+ANSWER_SECONDS = 10.0
+
+
+class JobStorage:
+    """The storage of one run; `uri` is `checkpoint.storage`, `rundir` the run directory."""
+
+    def __init__(self, uri: str | None, rundir: Path) -> None:
+        self._uri = uri.rstrip("/") if uri else None
+        self._rundir = rundir.absolute()
+        self._root = self._uri or str(self._rundir)
+
+    @property
+    def export(self) -> str:
+        """Where the workers leave the model: beside its place, or in the storage they share."""
+        return f"{self._uri}/model" if self._uri else str(self._rundir / "model.partial")
+
+    def ray_arguments(self) -> dict[str, Any]:
+        """What Ray Train's RunConfig is told of it."""
+        if self._uri is None:
+            return {"storage_path": self._root, "name": FOLDER}
+        filesystem, path = filesystem_of(self._root)
+        return {"storage_path": path, "storage_filesystem": filesystem, "name": FOLDER}
+
+    def check(self, fresh: bool) -> None:
+        """Whether the storage answers and is this run's; reads only.
+
+        `fresh` says that the run directory knows of no run, so the storage must not either.
+
+        Raises:
+            UserError: a scheme that is not known, no answer in time, or another run's checkpoints.
+        """
+        if self._uri is None:
+            return
+        if self._uri.startswith("file://") and not self._uri.startswith("file:///"):
+            raise UserError(
+                f"checkpoint.storage {self._uri} cannot be used: the path of a file URI is "
+                "absolute, as in file:///shared/run"
+            )
+        names = answered(self._uri, self.names)
+        if fresh and names:
+            raise UserError(
+                f"checkpoint.storage {self._uri} holds another run's checkpoints "
+                f"({', '.join(names)}), and this would go on with them; name a folder of this "
+                "run's own"
+            )
+
+    def names(self) -> list[str]:
+        """The folders of the checkpoints that are whole, oldest first."""
+        snapshot = self._read()
+        results = snapshot["checkpoint_results"] if snapshot else []
+        return [str(result["checkpoint_dir_name"]) for result in results]
+
+    def named(self, resume: str) -> str:
+        """The name of the checkpoint folder that `--resume` gives.
+
+        Raises UserError where that is no whole checkpoint of this run.
+        """
+        _, folder = filesystem_of(f"{self._root}/{FOLDER}")
+        try:
+            _, given = filesystem_of(resume.rstrip("/"))
+        except (ValueError, OSError, ImportError) as error:
+            raise UserError(f"--resume: {resume} cannot be read: {error}") from error
+        name, names = given.rpartition("/")[2], self.names()
+        if name not in names or os.path.normpath(given) != f"{folder}/{name}":
+            there = f"there are {', '.join(names)}" if names else "there is none yet"
+            raise UserError(
+                f"--resume: {resume} is not a complete checkpoint of this run; in "
+                f"{self._root}/{FOLDER} {there}; use auto, never or one of these folders"
+            )
+        return name
+
+    def rewind(self, name: str) -> None:
+        """Make the checkpoint `name` the newest: later ones are removed, for their steps come
+        again."""
+        snapshot = self._read()
+        if snapshot is None:
+            raise RunFailed(f"{self._root}/{FOLDER} has lost its list of checkpoints")
+        names = self.names()
+        kept = names.index(name) + 1
+        for key in ("checkpoint_results", "checkpoint_report_indices"):
+            snapshot[key] = snapshot[key][:kept]
+        snapshot["latest_checkpoint_result"] = snapshot["checkpoint_results"][-1]
+        filesystem, folder = filesystem_of(f"{self._root}/{FOLDER}")
+        with filesystem.open_output_stream(f"{folder}/{SNAPSHOT}") as file:
+            file.write(json.dumps(snapshot).encode())
+        for later in names[kept:]:
+            filesystem.delete_dir(f"{folder}/{later}")
+
+    def _read(self) -> Any:
+        from pyarrow.fs import FileType
+
+        filesystem, folder = filesystem_of(f"{self._root}/{FOLDER}")
+        path = f"{folder}/{SNAPSHOT}"
+        if filesystem.get_file_info(path).type != FileType.File:
+            return None
+        with filesystem.open_input_stream(path) as file:
+            return json.loads(file.read())
+
+    def fetch(self, target: Path) -> None:
+        """Put the model that a worker left in place, in one rename. Raises RunFailed."""
+        from pyarrow.fs import FileType, LocalFileSystem, copy_files
+
+        filesystem, path = filesystem_of(self.export)
+        if filesystem.get_file_info(path).type != FileType.Directory:
+            raise RunFailed(
+                f"the workers left no model at {self.export}: on several nodes output_dir must be "
+                "a folder that all of them see, or set checkpoint.storage"
+            )
+        staged = target.with_name(target.name + ".partial")
+        if not isinstance(filesystem, LocalFileSystem) or Path(path) != staged.absolute():
+            if staged.exists():
+                shutil.rmtree(staged)
+            staged.mkdir()
+            copy_files(path, str(staged), source_filesystem=filesystem)
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(staged, target)
+
+
+def answered(uri: str, ask: Callable[[], Any]) -> Any:
+    """What `ask()` gives within `ANSWER_SECONDS`; clients of object stores retry for minutes.
+
+    Raises UserError.
+    """
+    answers: list[Any] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            answers.append(ask())
+        except Exception as error:  # noqa: BLE001  # of whatever client the URI is for; told below
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="storage", daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    if answers:
+        return answers[0]
+    if thread.is_alive():
+        _end_without_it()
+    reason = (
+        " ".join(str(errors[0]).split()) or type(errors[0]).__name__
+        if errors
+        else f"no answer within {ANSWER_SECONDS:g} s"
+    )
+    raise UserError(
+        f"checkpoint.storage {uri} cannot be used: {reason}; give a folder that every node sees, "
+        "or a URI whose client is installed and that answers"
+    )
+
+
+def _end_without_it() -> None:
+    """Let the process end while a client of S3 still tries: at exit pyarrow waits for it."""
+    import atexit
+
+    from pyarrow import fs
+
+    if (finish := getattr(fs, "ensure_s3_finalized", None)) is not None:
+        atexit.unregister(finish)
