@@ -170,8 +170,11 @@ class LogProbModel(TrainedModel):
 
 
 @torch.no_grad()
-def check_model(model: LogProbModel, packing: bool) -> None:
+def check_model(model: LogProbModel, packing: bool, training: bool = False) -> None:
     """Compare with the model's own logits on a few tokens, before any training leans on it.
+
+    With `training` the log-probs are those of the training mode. New adapters add nothing yet, so
+    their dropout does not show.
 
     Raises:
         ModelError: log-probs differ from those of the model's logits, or (with `packing`) sequences
@@ -197,6 +200,7 @@ def check_model(model: LogProbModel, packing: bool) -> None:
     ).logits.flatten(0, 1)[inputs.positions]
     wanted = logits.float().log_softmax(-1).gather(-1, inputs.targets[:, None]).squeeze(-1)
     precision = max(1e-4, 4 * torch.finfo(logits.dtype).eps) * max(1.0, float(logits.abs().max()))
+    model.train(training)
     got, _ = model(**vars(inputs), temperature=1.0)
     gap = float((got - wanted).abs().max())
     name = type(causal).__name__

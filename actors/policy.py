@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any, ClassVar
 
 import numpy as np
@@ -52,12 +53,22 @@ class PolicyActor(TrainedRank):
         self._tokens_per_chunk = spec.tokens_per_chunk
 
     def _load(self) -> LogProbModel:
-        model = LogProbModel(
-            load_causal_lm(self._model_spec, lora=self._model_spec.lora is not None),
-            self._tokens_per_chunk,
-        )
+        model = LogProbModel(self._causal_lm(), self._tokens_per_chunk)
         check_model(model, self._spec.packing)
         return model
+
+    def _causal_lm(self) -> Any:
+        """The model that is trained, with adapters where the settings ask for them."""
+        return load_causal_lm(self._model_spec, lora=self._model_spec.lora is not None)
+
+    def _backend(self) -> str:
+        """What loads and steps the model, with its version."""
+        names = ["transformers"] if self._model_spec.lora is None else ["transformers", "peft"]
+        return ", ".join(f"{name} {version(name)}" for name in names)
+
+    def start(self, master_address: str, master_port: int) -> dict[str, Any]:
+        """As every rank's, with the `backend` that really runs."""
+        return {**super().start(master_address, master_port), "backend": self._backend()}
 
     def logprobs(self, groups: Sequence[Any], temperature: float) -> list[np.ndarray]:
         """Log-probs [N] float32 of each group (GroupTensors or references to them).

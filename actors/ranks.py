@@ -8,7 +8,6 @@ ranks: the loss gets denominators that are global over the step before the first
 from __future__ import annotations
 
 import math
-import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from actors.loading import load_tokenizer
+from actors.loading import load_tokenizer, whole_model
 from actors.logprobs import plan_passes
 from actors.messages import Counts, GroupTensors, Row, UpdateJob, UpdateResult
 from actors.shares import (
@@ -37,6 +36,7 @@ from actors.shares import (
 from actors.specs import ModelSpec, RankSpec
 from actors.strategies.base import NonFiniteGradient, Strategy, flush, learning_rate
 from actors.trained import TrainedModel
+from actors.whereabouts import node_address, whereabouts
 
 
 class NonFiniteUpdate(ArithmeticError):
@@ -93,16 +93,20 @@ class TrainedRank:
 
     def address(self) -> tuple[str, int]:
         """This node's address and a free port; rank 0's is where the ranks meet."""
-        host = _node_address()
+        host = node_address()
         with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
             probe.bind((host, 0))
             return host, probe.getsockname()[1]
+
+    def sees(self, path: str) -> tuple[bool, str]:
+        """(whether this node has a file of the driver's at `path`, this node's address)."""
+        return Path(path).is_file(), node_address()
 
     def start(self, master_address: str, master_port: int) -> dict[str, Any]:
         """Load, check and place the model; all ranks together.
 
         Returns:
-            `device`, `pid`, `node`, `rank`, and the numbers of `parameters` and `trainable` ones.
+            `device`, `rank`, where it runs, and the numbers of `parameters` and `trainable` ones.
 
         Raises:
             ModelError: the model cannot be loaded, or what it says cannot be trusted.
@@ -118,8 +122,7 @@ class TrainedRank:
         self._strategy.setup(master_address, master_port)
         return {
             "device": str(self._strategy.device),
-            "pid": os.getpid(),
-            "node": _node_address(),
+            **whereabouts(),
             "rank": self._rank,
             "parameters": sum(size for size, _ in parameters),
             "trainable": sum(size for size, trained in parameters if trained),
@@ -208,11 +211,11 @@ class TrainedRank:
         folder.mkdir(parents=True, exist_ok=True)
         wrapped = self._strategy.model
         model = wrapped.unwrapped
-        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        for name, buffer in model.state_dict().items():  # persistent buffers are part of a model
-            if name not in parameters and "lora_" not in name:
+        persistent = model.state_dict().keys()
+        for name, buffer in model.named_buffers(remove_duplicate=False):
+            if name in persistent:  # it is part of the model
                 state[name] = buffer.detach().cpu()
-        model.save_pretrained(folder, state_dict=state)
+        whole_model(model, self._model_spec).save_pretrained(folder, state_dict=state)
         load_tokenizer(self._model_spec).save_pretrained(folder)
         if adapter:
             wrapped.model.save_pretrained(folder / "adapter", state_dict=adapter)
@@ -306,11 +309,3 @@ def make_strategy(
 
 def _copied(state: Any, keep: bool) -> dict[str, torch.Tensor]:
     return {name: tensor.to("cpu", copy=True) for name, tensor in state if keep}
-
-
-def _node_address() -> str:
-    import ray
-
-    if ray.is_initialized():
-        return ray.util.get_node_ip_address()
-    return "127.0.0.1"

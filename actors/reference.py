@@ -9,6 +9,7 @@ from actors.loading import load_causal_lm
 from actors.logprobs import LogProbModel, check_model, group_logprobs, plan_passes, rows_of
 from actors.messages import GroupTensors
 from actors.specs import ModelSpec
+from actors.whereabouts import whereabouts
 
 
 class ReferenceActor:
@@ -21,20 +22,21 @@ class ReferenceActor:
         self._model: LogProbModel | None = None
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def start(self) -> dict[str, str]:
-        """Load the model, without adapters; a second call loads nothing. Returns `device`.
+    def start(self) -> dict[str, object]:
+        """Load the model, without adapters; a second call loads nothing. Returns `device` and
+        where it runs.
 
         Raises:
             ModelError: the model cannot be loaded, or its log-probs cannot be trusted.
         """
         if self._model is not None:
-            return {"device": str(self._device)}
+            return {"device": str(self._device), **whereabouts()}
         model = LogProbModel(load_causal_lm(self._spec), self._tokens_per_chunk)
         model.requires_grad_(False)
         model.eval()
         check_model(model, packing=False)
         self._model = model.to(self._device)
-        return {"device": str(self._device)}
+        return {"device": str(self._device), **whereabouts()}
 
     def logprobs(self, tensors: GroupTensors, temperature: float) -> tuple[int, np.ndarray]:
         """(N, log-probs [N] float32) of a group's response tokens at `temperature`.

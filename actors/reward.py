@@ -17,11 +17,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from actors.messages import GroupTensors, Prompt, Scores
+from actors.messages import GroupTensors, Messages, Prompt, Scores
 from actors.reward_model import ModelScorer, RewardModelCriterion
 from actors.reward_process import (
     HEADER_BYTES,
@@ -33,6 +33,7 @@ from actors.reward_process import (
     frame_length,
 )
 from actors.specs import ModelSpec
+from actors.whereabouts import whereabouts
 
 IMPORT_SECONDS = 300.0  # a new child's time to import the function, not counted against calls
 EXIT_SECONDS = 2.0  # between a closed channel and the exit status that explains it
@@ -106,14 +107,20 @@ class FunctionScorer:
             await self._ready()
 
     async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[float]:
-        """One call of the function for one group.
+        """One call of the function for one group. Raises `RewardFailed`, as `call`."""
+        return await self.call(prompt.source, completions, prompt.columns)
+
+    async def call(
+        self, source: str | Messages, completions: Sequence[str], columns: Mapping[str, Any]
+    ) -> list[float]:
+        """One call of the function for completions of one prompt and its data columns.
 
         Raises:
             RewardFailed: whatever kept it from one finite number per completion.
         """
         async with self._turn:
             child = await self._ready()
-            request = (prompt.source, list(completions), prompt.columns)
+            request = (source, list(completions), dict(columns))
             return await self._ask(child, request, self._criterion.timeout_s, "scoring a group")
 
     async def close(self) -> None:
@@ -214,7 +221,7 @@ class RewardActor:
 
         self._tokenizer = await asyncio.to_thread(load_tokenizer, self._tokenizer_spec)
         await _all(scorer.start() for scorer in self._scorers)
-        return {"criteria": tuple(scorer.name for scorer in self._scorers), "pid": os.getpid()}
+        return {"criteria": tuple(scorer.name for scorer in self._scorers), **whereabouts()}
 
     async def score(self, prompt: Prompt, tensors: GroupTensors) -> Scores:
         """The scores of one group, [G][K], criteria in the order they were given.

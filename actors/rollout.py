@@ -18,6 +18,7 @@ from actors.engines.base import EngineDead, Group, RolloutEngine, resolve_engine
 from actors.messages import Prompt, Sampling
 from actors.specs import ModelSpec, RolloutSpec
 from actors.weights import WeightBundle
+from actors.whereabouts import whereabouts
 
 
 @dataclass
@@ -54,17 +55,14 @@ class RolloutActor:
         self._busy_since = 0.0
 
     async def start(self) -> dict[str, Any]:
-        """Load the model; returns engine name and version, process id, node id, policy version."""
-        import ray
-
+        """Load the model; returns engine name and version, where it runs, policy version."""
         started = time.monotonic()
         await self._engine.start()
         return {
             "replica": self._replica,
             "engine": self._engine_name,
             "engine_version": _installed_version(self._engine_name),
-            "pid": os.getpid(),
-            "node_id": ray.get_runtime_context().get_node_id() if ray.is_initialized() else "",
+            **whereabouts(),
             "version": self._engine.version,
             "seconds": time.monotonic() - started,
         }

@@ -34,12 +34,17 @@ class LoRASpec(Spec):
 class ModelSpec(Spec):
     """The model that is trained."""
 
-    name: str = Field(description="a local folder or a hub name")
+    name: str = Field(
+        description="a local folder, a hub name, or an fsspec URI, which is fetched once a node"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16 computes in it; what is trained is kept in float32"
     )
     lora: LoRASpec | None = Field(None, description="adapters instead of full fine-tuning")
+    load_in_4bit: bool = Field(
+        False, description="frozen weights of the trained model in 4 bits; unsloth, lora and a GPU"
+    )
     gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
@@ -52,6 +57,12 @@ class RoleResources(Spec):
 
     cpus: float = Field(1.0, gt=0, description="logical CPUs")
     gpus: float = Field(0.0, ge=0, description="GPUs; a fraction shares one")
+    memory_gib: float | None = Field(None, gt=0, description="host memory; default: not counted")
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "PACK",
+        description="PACK: on few nodes, SPREAD: on many; STRICT_*: on exactly one, or on as many "
+        "as there are replicas, else the run is refused",
+    )
 
 
 class RolloutSpec(Spec):
@@ -61,6 +72,11 @@ class RolloutSpec(Spec):
         "auto", description="auto: vllm where it is installed, else transformers"
     )
     replicas: Positive = Field(1, description="actors, each with the whole model")
+    max_replicas: Positive | None = Field(
+        None,
+        description="more of them, up to this, while the cluster has room: on nodes that join, for "
+        "as long as they stay; default: none",
+    )
     resources: RoleResources = RoleResources()
     temperature: float = Field(1.0, gt=0, description="of sampling; log-probs are taken at it too")
     max_completion_length: Positive = Field(

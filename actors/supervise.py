@@ -1,4 +1,4 @@
-"""A set of replicas of one role: dispatch, deadlines, restarts; and the set of policy ranks.
+"""A set of replicas of one role: dispatch, deadlines, restarts, growth; and the policy's ranks.
 
 Invariant: no call outlives its deadline. A replica that dies or does not answer in time is killed
 and replaced, its callers get `ReplicaLost` with the reason, and the replacement takes no call
@@ -139,6 +139,29 @@ class ReplicaSet:
         async with self._changed:
             self._changed.notify_all()
 
+    def grow(self, limit: int, room: Callable[[int], bool]) -> None:
+        """Bring up replicas beyond the first `size`, `limit` in all, where `room(index)` says that
+        there is a place. One that is lost is not replaced, but a later call may bring it up again.
+        """
+        for index in range(self._size, limit):
+            known = index in self._replicas or index in self._starting
+            if not known and not self._closed and room(index):
+                self._starting[index] = asyncio.create_task(self._join(index))
+
+    async def _join(self, index: int) -> None:
+        """Bring up one replica more; the set does without it where that fails."""
+        try:
+            await self._bring_up(index)
+            self._event("replica_joined", role=self.role, replica=self._replicas[index].name)
+        except Exception as error:  # noqa: BLE001 - a failed start is a lost replica
+            replica = self._replicas.pop(index)
+            ray.kill(replica.handle)
+            self._event("replica_lost", role=self.role, replica=replica.name, reason=str(error))
+        finally:
+            self._starting.pop(index, None)
+            async with self._changed:
+                self._changed.notify_all()
+
     async def _replace(self, index: int) -> None:
         """Bring up a replacement, trying again while restarts are left."""
         try:
@@ -167,6 +190,11 @@ class ReplicaSet:
         self._failure = reason
         ray.kill(replica.handle)
         self._event("replica_lost", role=self.role, replica=replica.name, reason=reason)
+        if index >= self._size:
+            del self._replicas[index]
+            async with self._changed:
+                self._changed.notify_all()
+            return
         self._starting[index] = asyncio.create_task(self._replace(index))
 
     async def _acquire(self, deadline_s: float) -> tuple[int, _Replica]:

@@ -91,6 +91,23 @@ class Checkpoints:
             shutil.rmtree(old)
         return Checkpoint(step, final, state)
 
+    def adopt(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Make a checkpoint that the user chose the newest one: those of later steps go, for these
+        steps come again. One that lies elsewhere is copied in and takes the place of all."""
+        final = self._folder(checkpoint.step)
+        stays = checkpoint.path.resolve() == final.resolve()
+        if not stays:
+            staging = final.with_suffix(".partial")
+            shutil.copytree(checkpoint.path, staging)
+            if final.exists():
+                shutil.rmtree(final)
+            os.rename(staging, final)
+        for other in self._folders():
+            if other != final and (other > final or not stays):
+                shutil.rmtree(other)
+        write_atomically(self.directory / "latest", final.name + "\n")
+        return Checkpoint(checkpoint.step, final, checkpoint.state)
+
     def _folders(self) -> list[Path]:
         return sorted(p for p in self.directory.glob("step-*") if p.suffix != ".partial")
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aligntune import cli_launch
+
 if TYPE_CHECKING:
     from aligntune.preference_trainer import PreferenceTrainer
     from aligntune.trainers import OnlineTrainer
@@ -27,6 +29,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Reinforcement learning for language models on Ray.",
 )
+app.add_typer(cli_launch.app, name="launch")
+
+jobs_app = typer.Typer(no_args_is_help=True, help="The Ray jobs of a cluster.")
+app.add_typer(jobs_app, name="jobs")
+
+JobsAddress = Annotated[
+    str,
+    typer.Option(
+        "--address", envvar="RAY_API_SERVER_ADDRESS", help="the Jobs server's, as in HEAD:8265"
+    ),
+]
+JobId = Annotated[str, typer.Argument(metavar="ID")]
 
 
 @app.command()
@@ -130,6 +144,139 @@ def evaluate(
 
     trainer = create_rl_trainer(config=config, overrides=overrides or [])
     typer.echo(json.dumps(trainer.evaluate(), indent=1))
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...")] = None,
+    nodes: Annotated[int | None, typer.Option(help="of a cluster that need not exist")] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="of the described cluster")] = 0,
+    gpu: Annotated[str | None, typer.Option(help="their type, such as h100-80gb")] = None,
+    cpus_per_node: Annotated[
+        float | None, typer.Option(help="default: 16 a GPU, and 16 at least")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the plan as JSON")] = False,
+) -> None:
+    """Show where a run's ranks go, the memory they take and what a step costs; start nothing.
+
+    Without --nodes the plan is for the cluster that cluster.address or RAY_ADDRESS names, else for
+    this machine. A run that does not fit is refused with what would make it fit.
+    """
+    from aligntune.plan import plan_run
+
+    made = plan_run(
+        config,
+        overrides or [],
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        gpu=gpu,
+        cpus_per_node=cpus_per_node,
+    )
+    if as_json:
+        typer.echo(json.dumps(made.as_dict(), indent=1))
+        return
+    from cluster.plan_draw import draw
+
+    draw(made)
+
+
+@app.command("submit")
+def submit_run(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml")],
+    address: JobsAddress,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...")] = None,
+    working_dir: Annotated[
+        Path, typer.Option(help="goes with the job, but for what .gitignore names")
+    ] = Path("."),
+    env: Annotated[
+        list[str] | None, typer.Option(help="a variable to pass on, by its name; may repeat")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="do not follow the job")] = False,
+) -> int:
+    """Train on a cluster as a Ray job, and follow it; its exit code is this one.
+
+    Everything is checked here first. Submitting the same output_dir again resumes the run.
+    """
+    from aligntune.submit import submit
+
+    return submit(
+        config, overrides or [], address, working_dir, env or [], detach, _note, _passed_on
+    )
+
+
+@jobs_app.command("list")
+def jobs_list(address: JobsAddress) -> None:
+    """List the submitted jobs, oldest first."""
+    from aligntune.submit import connected, table
+
+    with connected(address) as jobs:
+        for line in table(jobs.all()):
+            typer.echo(line)
+
+
+@jobs_app.command("status")
+def jobs_status(job_id: JobId, address: JobsAddress) -> None:
+    """Show what is known of a job."""
+    from aligntune.submit import connected, describe
+
+    with connected(address) as jobs:
+        for line in describe(jobs.get(job_id)):
+            typer.echo(line)
+
+
+@jobs_app.command("logs")
+def jobs_logs(
+    job_id: JobId,
+    address: JobsAddress,
+    follow: Annotated[bool, typer.Option("--follow", help="until it ends")] = False,
+) -> int:
+    """Print what a job has printed; with --follow until it ends, with its exit code."""
+    from aligntune.submit import connected
+    from aligntune.submit import follow as follow_job
+
+    with connected(address) as jobs:
+        if follow:
+            jobs.get(job_id)
+            return follow_job(jobs, job_id, _note, _passed_on)
+        _passed_on(jobs.logs(job_id))
+        return 0
+
+
+@jobs_app.command("stop")
+def jobs_stop(job_id: JobId, address: JobsAddress) -> int:
+    """Stop a job after it has written its checkpoint, and say where that is."""
+    from aligntune.submit import connected, stop
+
+    with connected(address) as jobs:
+        return stop(jobs, job_id, _note)
+
+
+def _note(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _passed_on(text: str) -> None:
+    typer.echo(text, nl=False)
+
+
+@app.command()
+def doctor(
+    address: Annotated[
+        str | None, typer.Option(help="host:port or auto; default: RAY_ADDRESS, else no cluster")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one object a finding")] = False,
+) -> int:
+    """Examine this machine, and every node of a cluster; exit code 1 if anything fails."""
+    from aligntune.doctor import examine
+    from cluster.doctor import exit_code, lines
+
+    findings = []
+    for finding in examine(address):
+        findings.append(finding)
+        shown = json.dumps(finding.as_dict()) if as_json else lines([finding])[0]
+        typer.echo(shown)
+    return exit_code(findings)
 
 
 @app.command()

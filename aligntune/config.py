@@ -37,6 +37,7 @@ from actors.specs import (
 )
 from aligntune.algorithms import registry
 from aligntune.algorithms.base import Algorithm
+from aligntune.backends import check_backend
 from aligntune.data.spec import DataSpec
 from aligntune.errors import UserError, nearest
 from cluster.specs import ClusterSpec
@@ -108,6 +109,11 @@ class CheckpointSpec(Spec):
     every_steps: Positive = Field(50, description="steps between checkpoints")
     keep_last: Positive = Field(3, description="older ones are removed")
     at_end: bool = Field(True, description="one after the last step")
+    storage: str | None = Field(
+        None,
+        description="a folder that outlives the node, or an fsspec URI: the run is copied there "
+        "with every checkpoint, and fetched from there where output_dir is behind; default: none",
+    )
 
 
 class EvalSpec(Spec):
@@ -125,7 +131,7 @@ class EvalSpec(Spec):
 class TrackingSpec(Spec):
     """Beyond metrics.jsonl, which is always written."""
 
-    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio", "prometheus"]] = Field(
         ["tensorboard"], description="where figures go too"
     )
     project: str = Field("aligntune", description="its name at W&B, MLflow and Trackio")
@@ -406,10 +412,26 @@ def check(config: RunConfig) -> None:
             f"{name} does not run with backend={config.backend}; "
             f"use backend={config.algorithm.backends[0]}"
         )
-    if config.backend == "unsloth":
-        raise UserError(
-            f"{name} does not train through backend=unsloth yet (dpo does); use backend=trl"
-        )
+    policy = config.policy
+    check_backend(
+        config.backend,
+        config.model,
+        policy.resources,
+        "policy",
+        "policy.strategy=deepspeed" if policy.strategy == "deepspeed" else None,
+    )
+    rollout = config.rollout
+    if rollout.max_replicas is not None:
+        if rollout.max_replicas < rollout.replicas:
+            raise UserError(
+                f"rollout.max_replicas={rollout.max_replicas} is less than rollout.replicas="
+                f"{rollout.replicas}, which the run starts with; raise it or leave it out"
+            )
+        if any("rollout" in group for group in config.cluster.colocate):
+            raise UserError(
+                "rollout.max_replicas adds replicas in places of their own, and cluster.colocate "
+                "gives rollout none; drop one of the two"
+            )
     if needs.critic and config.critic.learning_rate is None:
         raise UserError(
             f"{name} has a critic and no default for its rate; set critic.learning_rate"

@@ -28,10 +28,12 @@ from actors.supervise import ReplicaSet, answer
 from aligntune.checkpoint import Checkpoint, Checkpoints
 from aligntune.config import RunConfig
 from aligntune.data.prompts import PromptSource
-from aligntune.errors import RunFailed
+from aligntune.errors import RunFailed, UserError
 from aligntune.evaluation import evaluate
+from aligntune.keeper import Keeper
 from aligntune.learner import Learner, PolicyLost, Weights
 from aligntune.ledger import Books, Ledger, LedgerLog, State
+from aligntune.mirror import Mirror
 from aligntune.pipeline import BusyClock, Pipeline, ReadyGroup, truncated
 from aligntune.recorder import Recorder
 from aligntune.roles import Roles
@@ -69,6 +71,7 @@ class Controller:
         rundir: RunDir,
         checkpoints: Checkpoints,
         recorder: Recorder,
+        mirror: Mirror | None = None,
     ) -> None:
         self.config = config
         self.algorithm = config.algorithm
@@ -76,9 +79,9 @@ class Controller:
         self.version = 0
         self._prompts = prompts
         self._eval_prompts = eval_prompts
-        self._rundir = rundir
         self._checkpoints = checkpoints
         self._recorder = recorder
+        self._rundir = rundir
         self._log = LedgerLog(rundir.file("ledger.jsonl"))
         self.ledger = Ledger(self._log)
         self._weights: Weights | None = None  # None: the starting model, which is version 0
@@ -89,6 +92,10 @@ class Controller:
         self._prepare_clock, self._update_clock = BusyClock(), BusyClock()
         self._sync_clock = BusyClock()
         self._learner = Learner(config, roles.policy, roles.critic)
+        self._room_for_rollout = roles.room_for_rollout
+        self._keeper = Keeper(
+            config, self._learner, self._log, prompts.fingerprint, checkpoints, mirror, recorder
+        )
         self._rollouts = ReplicaSet(
             "rollout",
             config.rollout.replicas,
@@ -237,6 +244,12 @@ class Controller:
         ranks, *_ = await asyncio.gather(self._learner.start(), *(s.start() for s in others))
         for name, info in ranks:
             self._recorder.role(name, info)
+        if blind := await self._learner.blind(self._rundir.path):
+            raise UserError(
+                f"output_dir {self._rundir.path} is not seen by {', '.join(blind)}, which could "
+                "write no checkpoint to it; put it on storage that every policy node shares, or "
+                "keep the policy on one node (policy.resources.strategy=STRICT_PACK)"
+            )
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`, or drop it and raise Interrupted as soon as the run is asked to stop."""
@@ -254,7 +267,7 @@ class Controller:
         await self._pipeline.cancel()
         if self.config.checkpoint.at_end:
             await self._checkpoint()
-        await self._learner.save_model(self._rundir.model)
+        await self._keeper.finish()
 
     async def _close(self) -> None:
         await self._pipeline.cancel()
@@ -408,6 +421,8 @@ class Controller:
                 self._weights.bundle,
                 deadline_s=self.config.rollout.generation_timeout_s,
             )
+        if self.config.rollout.max_replicas:
+            self._rollouts.grow(self.config.rollout.max_replicas, self._room_for_rollout)
 
     async def _evaluate(self, step: int) -> dict[str, float]:
         if not self._eval_prompts:
@@ -422,19 +437,7 @@ class Controller:
 
     async def _checkpoint(self) -> None:
         """Save the state after the last trained step, once per step."""
-        if self._checkpoints.exists(self.version):
-            return
-        staging = self._checkpoints.begin(self.version)
-        await self._learner.save(staging)
-        state = {
-            "step": self.version,
-            "ledger": self.ledger.snapshot(self.version),
-            "algorithm": self.algorithm.model_dump(mode="json"),
-            "prompts": self._prompts.fingerprint,
-        }
-        self._log.sync()
-        self._checkpoints.commit(self.version, state)
-        self._recorder.event(EventKind.CHECKPOINT_SAVED, step=self.version)
+        await self._keeper.checkpoint(self.version, self.ledger, self.algorithm)
 
     # Figures
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -188,6 +189,20 @@ class Learner:
         """Start all ranks; (name, what it says of itself) of each."""
         parts = await asyncio.gather(*(ranks.start() for ranks in self._parts.values()))
         return [info for part in parts for info in part]
+
+    async def blind(self, directory: Path) -> list[str]:
+        """The ranks, with their nodes, that do not see what the driver writes to `directory`."""
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".seen-") as file:
+            seen = [
+                (ranks.spec.role, await ranks.all("sees", file.name))
+                for ranks in self._parts.values()
+            ]
+        return [
+            f"{role}-{rank} on {node}"
+            for role, answers in seen
+            for rank, (sees, node) in enumerate(answers)
+            if not sees
+        ]
 
     async def prepare(
         self, step: int, algorithm: Algorithm, groups: Sequence[GroupWork]

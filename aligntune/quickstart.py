@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aligntune.errors import UserError, nearest
-
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -41,6 +39,9 @@ Inside 0.3 to 0.7 by a margin, for another engine may break a near tie different
 
 SETTLED = 0.98
 """Least share of held-out answers that are the sum or the slip at that point."""
+
+REJECTED = 3
+"""Wrong answers to a question among the preference pairs."""
 
 MAX_ANSWER_TOKENS = 8
 """Budget of a completion; a right one takes 3 (two digits and the end)."""
@@ -102,7 +103,8 @@ class QuickstartAssets:
     model: Path  # folder in Hugging Face format
     train: Path  # JSONL: prompt, answer
     eval: Path  # JSONL: prompt, answer
-    pairs: Path  # JSONL: prompt, chosen, rejected; for a reward model
+    pairs: Path  # JSONL: prompt, chosen, rejected; of the training questions
+    eval_pairs: Path  # the same of the held-out questions
     accuracy: float  # held-out, greedy, after the warm-up
 
 
@@ -119,23 +121,34 @@ def make_task(seed: int) -> Task:
 
 
 def preference_pairs(questions: Sequence[Question], seed: int) -> list[dict[str, str]]:
-    """Right answers preferred to wrong ones, three rows of prompt, chosen, rejected a question.
+    """Right answers preferred to wrong ones: `REJECTED` rows a question, prompt, chosen, rejected.
 
-    The rejected are one less (the teacher's slip, where there is one), one more, and one of: a
-    column off by one ten, an operand, too many digits, too few.
+    Four of five wrong answers have one digit changed, to any other: what tells them apart is then
+    each digit for itself, which a small model learns; answers that are off by one alone teach it
+    little. The rest are another number, an operand, or have too many digits or too few.
     """
     rng = random.Random(seed)
     rows = []
     for question in questions:
-        total = question.left + question.right
-        others = [str(total - 10), str(total + 10), str(question.left), str(question.right)]
-        others += [question.answer * 2, question.answer[0]]
+        wrong: set[str] = set()
+        while len(wrong) < REJECTED:
+            wrong.add(_wrong_answer(question, rng))
+            wrong.discard(question.answer)
         rows += [
             {"prompt": question.prompt, "chosen": question.answer, "rejected": rejected}
-            for rejected in (str(total - 1), str(total + 1), rng.choice(others))
+            for rejected in sorted(wrong)
         ]
     rng.shuffle(rows)
     return rows
+
+
+def _wrong_answer(question: Question, rng: random.Random) -> str:
+    answer = question.answer
+    if rng.random() < 0.8:
+        place = rng.randrange(len(answer))
+        return answer[:place] + rng.choice(string.digits) + answer[place + 1 :]
+    others = [str(rng.randrange(10, 100)), str(question.left), str(question.right)]
+    return rng.choice([*others, answer * 2, answer[0], answer + rng.choice(string.digits)])
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -291,77 +304,16 @@ def write_assets(directory: str | Path, seed: int) -> QuickstartAssets:
         train=root / "train.jsonl",
         eval=root / "eval.jsonl",
         pairs=root / "pairs.jsonl",
+        eval_pairs=root / "eval_pairs.jsonl",
         accuracy=reached,
     )
     _write_jsonl(assets.train, [{"prompt": q.prompt, "answer": q.answer} for q in task.train])
     _write_jsonl(assets.eval, [{"prompt": q.prompt, "answer": q.answer} for q in task.held_out])
     _write_jsonl(assets.pairs, preference_pairs(task.train, seed))
+    _write_jsonl(assets.eval_pairs, preference_pairs(task.held_out, seed))
     model.save_pretrained(assets.model)
     tokenizer.save_pretrained(assets.model)
     return assets
-
-
-def quickstart_settings(algorithm: str) -> dict[str, object]:
-    """What the quickstart sets for `algorithm` or an alias of it, as `key.path: value` of the tree.
-
-    Learning rates and steps are those at which this model and task were seen to learn; they say
-    nothing about other models.
-
-    Raises:
-        UserError: no settings for that algorithm.
-    """
-    from aligntune.algorithms import registry
-
-    try:
-        chosen = registry.get(algorithm)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    tuned = {registry.get(name): settings for name, settings in _TUNED.items()}
-    if chosen not in tuned:
-        raise UserError(
-            f"the quickstart has no settings for {algorithm!r}; {nearest(algorithm, _TUNED)}"
-        )
-    return {**_COMMON, **tuned[chosen]}
-
-
-_COMMON: dict[str, object] = {
-    "rollout.temperature": 1.0,
-    "rollout.max_completion_length": MAX_ANSWER_TOKENS,
-    "rollout.max_prompt_length": 32,
-    "policy.adam_betas": [0.9, 0.99],
-}
-
-_TUNED: dict[str, dict[str, object]] = {
-    "grpo": {
-        "train.steps": 30,
-        "train.groups_per_step": 16,
-        "train.completions_per_group": 8,
-        "train.groups_per_minibatch": 16,
-        "policy.learning_rate": 2e-4,
-    },
-    "drgrpo": {
-        "train.steps": 30,
-        "train.groups_per_step": 16,
-        "train.completions_per_group": 8,
-        "train.groups_per_minibatch": 16,
-        "policy.learning_rate": 2e-4,
-    },
-    "dapo": {
-        "train.steps": 20,
-        "train.groups_per_step": 16,
-        "train.completions_per_group": 8,
-        "train.groups_per_minibatch": 8,
-        "algorithm.max_sampling_rounds": 30,
-        "policy.learning_rate": 1e-4,
-    },
-    "gspo": {
-        "train.steps": 40,
-        "train.groups_per_step": 16,
-        "train.completions_per_group": 8,
-        "train.groups_per_minibatch": 4,
-        "policy.learning_rate": 1e-4,
-    },
-}
 
 
 @contextmanager

@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aligntune.checkpoint import write_atomically
 from aligntune.config import load_config
 from aligntune.errors import UserError
-from aligntune.quickstart import QuickstartAssets, quickstart_settings, write_assets
+from aligntune.quickstart import QuickstartAssets, write_assets
+from aligntune.quickstart_settings import REWARD_MODEL, quickstart_settings
 from aligntune.tracking.metrics import read_lines
-from aligntune.trainers import OnlineTrainer
+from aligntune.trainers import OnlineTrainer, create_rl_trainer
 
 ACCURACY = "eval/reward/exact_match/mean"  # greedy, over the held-out questions
-MADE = ("assets", "run", "result.json")
+RANKED = "eval/reward/accuracy"  # of a reward model, over the held-out pairs
+MADE = ("assets", "reward_model", "run", "result.json")
 
 
 def run_quickstart(
@@ -30,21 +32,28 @@ def run_quickstart(
     """Make, train, and return what is also in `out`/result.json.
 
     Keys: accuracy_before, accuracy_after (held-out, greedy), steps, seconds (in all), engine,
-    algorithm, seed. Raises UserError for a wrong name or a folder with something else in it.
+    algorithm, seed; and, where a reward model had to be trained first, reward_model_accuracy (its
+    share of held-out pairs ranked rightly). Raises UserError for a wrong name or a folder with
+    something else in it.
     """
     started = time.monotonic()
     settings = quickstart_settings(algorithm)
     _claim(out, {"algorithm": algorithm, "seed": seed})
     assets = _assets(out / "assets", seed)
+    ranked: dict[str, float] = {}
+    rewards: list[Any] = ["exact_match"]
+    if _needs_reward_model(algorithm):
+        ranked = {"reward_model_accuracy": _train_reward_model(out, assets, seed)}
+        model = {"model": str(out / "reward_model" / "model"), "name": "reward_model"}
+        rewards = [model, {"function": "exact_match", "weight": 0.0}]  # shown, not trained on
     tree = {
         "algorithm": {"name": algorithm},
         "model": {"name": str(assets.model)},
         "data": {"path": str(assets.train), "eval_path": str(assets.eval)},
-        "rewards": ["exact_match"],
+        "rewards": rewards,
         "output_dir": str(out / "run"),
     }
-    tuned = [f"{path}={json.dumps(value)}" for path, value in settings.items()]
-    config = load_config(tree, [*tuned, f"train.seed={seed}", *overrides])
+    config = load_config(tree, [*_overrides(settings), f"train.seed={seed}", *overrides])
     trained = OnlineTrainer(config).train()
     rows = read_lines(trained.output_dir / "metrics.jsonl")
     accuracies = [row[ACCURACY] for row in rows if ACCURACY in row]
@@ -56,9 +65,40 @@ def run_quickstart(
         "engine": trained.engine,
         "algorithm": config.algorithm_name,
         "seed": seed,
+        **ranked,
     }
     write_atomically(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _overrides(settings: Mapping[str, object]) -> list[str]:
+    return [f"{path}={json.dumps(value)}" for path, value in settings.items()]
+
+
+def _needs_reward_model(algorithm: str) -> bool:
+    from aligntune.algorithms import registry
+
+    return registry.get(algorithm).model_validate({}).needs.reward_model
+
+
+def _train_reward_model(out: Path, assets: QuickstartAssets, seed: int) -> float:
+    """Train a reward model on the task's pairs, in `out`/reward_model, unless a complete one is
+    there; returns its accuracy on the held-out pairs."""
+    home = out / "reward_model"
+    if not (home / "model").is_dir():
+        create_rl_trainer(
+            algorithm="reward_model",
+            model_name=str(assets.model),
+            dataset_name=str(assets.pairs),
+            output_dir=str(home),
+            seed=seed,
+            overrides=[
+                *_overrides(REWARD_MODEL),
+                f"data.eval_path={json.dumps(str(assets.eval_pairs))}",
+            ],
+        ).train()
+    rows = read_lines(home / "metrics.jsonl")
+    return float([row[RANKED] for row in rows if RANKED in row][-1])
 
 
 def _claim(out: Path, what: dict[str, Any]) -> None:
@@ -97,5 +137,6 @@ def _assets(root: Path, seed: int) -> QuickstartAssets:
         train=root / "train.jsonl",
         eval=root / "eval.jsonl",
         pairs=root / "pairs.jsonl",
+        eval_pairs=root / "eval_pairs.jsonl",
         accuracy=json.loads(done.read_text(encoding="utf-8")),
     )

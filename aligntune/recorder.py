@@ -17,7 +17,9 @@ SHOWN = {
     EventKind.RESUMED,
     EventKind.GROUP_QUARANTINED,
     EventKind.REPLICA_LOST,
+    EventKind.REPLICA_JOINED,
     EventKind.POLICY_REBUILT,
+    EventKind.NOT_COPIED,
 }
 
 
@@ -28,6 +30,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         self, config: RunConfig, rundir: RunDir, total_steps: int, after_step: int
     ) -> None:
         """`after_step` is the step of the checkpoint the run starts from, 0 at the beginning."""
+        self._rundir = rundir
         self._samples_per_step = config.tracking.samples_per_step
         self._config = config
         self._metrics = MetricsFile(rundir.file("metrics.jsonl"))
@@ -42,7 +45,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         )
         self._progress = Progress(total_steps)
         self._logged = 0
-        self.engine = ""  # the rollout engine that really runs
+        self.ran: dict[str, str] = {}  # the rollout `engine` and `backend` that really run
 
     def __exit__(self, *exc: object) -> None:
         self._progress.close()
@@ -60,7 +63,21 @@ class Recorder(AbstractContextManager["Recorder"]):
     def role(self, name: str, info: Mapping[str, Any]) -> None:
         """What an actor said of itself when it started."""
         self._events.append(EventKind.ROLE_STARTED, role=name, **info)
-        self.engine = str(info.get("engine", self.engine))
+        said = {key: str(info[key]) for key in ("engine", "backend") if key in info}
+        if not said.items() <= self.ran.items():
+            self.ran |= said
+            self._rundir.describe(self._config, self.ran)
+            self._progress.note(f"{name}: " + ", ".join(f"{k} {v}" for k, v in said.items()))
+
+    @property
+    def engine(self) -> str:
+        """The rollout engine that really runs."""
+        return self.ran.get("engine", "")
+
+    @property
+    def backend(self) -> str:
+        """What really loads and steps the policy, with versions."""
+        return self.ran.get("backend", "")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """The figures of a step. Raises NotFinite for a figure that is none."""

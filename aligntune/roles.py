@@ -1,4 +1,4 @@
-"""The actors of a run: what each role asks of the cluster, and how one of it is made."""
+"""The actors of a run: how one of each role is made in its reserved place."""
 
 from __future__ import annotations
 
@@ -13,30 +13,12 @@ from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
 from actors.reward import Criterion, RewardActor
 from actors.rollout import RolloutActor
-from actors.specs import RoleResources
+from actors.unsloth_policy import UnslothPolicyActor
 from aligntune.config import RunConfig
 from aligntune.paths import located
-from cluster.placement import Reservation, RoleRequest
+from cluster.reservation import Reservation
 
 SPARE_CALLS = 8  # pings, weight updates and statistics beside the groups in flight
-
-
-def role_requests(config: RunConfig) -> list[RoleRequest]:
-    """What the run's roles ask for; no reference or critic where the algorithm needs none."""
-
-    def request(role: str, replicas: int, resources: RoleResources) -> RoleRequest:
-        return RoleRequest(role, replicas, resources.cpus, resources.gpus)
-
-    requests = [
-        request("policy", config.policy.ranks, config.policy.resources),
-        request("rollout", config.rollout.replicas, config.rollout.resources),
-        request("reward", config.reward.replicas, config.reward.resources),
-    ]
-    if config.algorithm.needs.reference:
-        requests.append(request("reference", config.reference.replicas, config.reference.resources))
-    if config.algorithm.needs.critic:
-        requests.append(request("critic", config.critic.ranks, config.critic.resources))
-    return requests
 
 
 class Roles:
@@ -77,6 +59,10 @@ class Roles:
             0,
         )
 
+    def room_for_rollout(self, index: int) -> bool:
+        """Whether the cluster has a place for rollout replica `index`, beyond those reserved."""
+        return self._reservation.room("rollout", index)
+
     def reward(self, index: int, name: str) -> ActorHandle:
         """A reward replica."""
         return self._create(
@@ -107,9 +93,10 @@ class Roles:
 
     def policy(self, rank: int) -> ActorHandle:
         """One policy rank."""
-        config = self._config
+        config, rollout = self._config, self._config.rollout
+        longest = rollout.max_prompt_length + rollout.max_completion_length
         return self._create(
-            PolicyActor,
+            UnslothPolicyActor if config.backend == "unsloth" else PolicyActor,
             "policy",
             rank,
             None,
@@ -119,6 +106,7 @@ class Roles:
             config.policy.ranks,
             self._total_steps,
             config.train.seed,
+            *([longest] if config.backend == "unsloth" else []),
         )
 
     def critic(self, rank: int) -> ActorHandle:

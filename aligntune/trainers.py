@@ -19,12 +19,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from actors.loading import ModelError, load_tokenizer
+from actors.loading import ModelError, check_causal_lm, load_tokenizer
 from actors.messages import Prompt
 from actors.reward import Criterion
 from actors.specs import RewardFunctionSpec
 from actors.supervise import ReplicaLost, RoleExhausted
 from actors.values import check_critic_model
+from aligntune.backends import check_installed
 from aligntune.checkpoint import Checkpoints
 from aligntune.config import RunConfig
 from aligntune.controller import Controller, Interrupted
@@ -34,20 +35,31 @@ from aligntune.evaluation import evaluate_model
 from aligntune.keywords import build_tree
 from aligntune.learner import PolicyLost
 from aligntune.ledger import Books
+from aligntune.mirror import Mirror
 from aligntune.preference_config import PreferenceConfig, load_config
 from aligntune.preference_trainer import PreferenceTrainer
 from aligntune.recorder import Recorder
+from aligntune.requests import role_requests
 from aligntune.rewards.registry import check_columns, from_callable, resolve_all
-from aligntune.roles import Roles, role_requests
-from aligntune.rundir import RunDir
+from aligntune.roles import Roles
+from aligntune.rundir import RunDir, changes
 from aligntune.tracking.metrics import EventKind, NotFinite
 from aligntune.tracking.trackers import TrackerMissing, check_trackers
-from cluster.placement import DoesNotFit, reserve, totals
-from cluster.session import ClusterUnreachable, session
+from cluster.placement import BadRequest, DoesNotFit, bundle_sets, totals
+from cluster.reservation import reserve
+from cluster.session import ClusterUnreachable, resolve_address, session
 
 T = TypeVar("T")
 
-FAILURES = (RunFailed, RoleExhausted, ReplicaLost, PolicyLost, NotFinite, ArithmeticError)
+FAILURES = (
+    RunFailed,
+    RoleExhausted,
+    ReplicaLost,
+    PolicyLost,
+    ModelError,
+    NotFinite,
+    ArithmeticError,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,7 @@ class TrainResult:
     output_dir: Path
     model: Path  # save_pretrained folder
     engine: str  # the rollout engine that really ran
+    backend: str  # what really loaded and stepped the policy, with versions
 
     def describe(self) -> str:
         """One line for a person."""
@@ -80,7 +93,7 @@ def create_rl_trainer(**arguments: Any) -> OnlineTrainer | PreferenceTrainer:
     tree, overrides, functions = build_tree(arguments)
     config = load_config(tree, overrides)
     if isinstance(config, PreferenceConfig):
-        return PreferenceTrainer(config)
+        return PreferenceTrainer(config, functions)
     return OnlineTrainer(config, functions)
 
 
@@ -119,6 +132,7 @@ class OnlineTrainer:
     def tokenizer(self) -> Any:
         """The model's tokenizer. Raises UserError."""
         try:
+            check_causal_lm(self.config.model)
             return load_tokenizer(self.config.model)
         except ModelError as error:
             raise UserError(f"model.name: {error}") from error
@@ -162,6 +176,12 @@ class OnlineTrainer:
         """Everything that can be checked without starting Ray. Raises UserError."""
         rundir = RunDir(Path(self.config.output_dir).absolute())
         rundir.check(self.config, resume)
+        try:
+            bundle_sets(role_requests(self.config), self.config.cluster.colocate)
+        except BadRequest as error:
+            raise UserError(str(error)) from error
+        if resolve_address(self.config.cluster) == "local":
+            check_installed(self.config.backend)
         try:
             check_trackers(self.config.tracking.trackers)
         except TrackerMissing as error:
@@ -207,6 +227,10 @@ class OnlineTrainer:
         rundir.claim()
         try:
             checkpoints = Checkpoints(rundir.file("checkpoints"), self.config.checkpoint.keep_last)
+            mirror = self._mirror(rundir)
+            if mirror is not None and mirror.is_ahead_of(checkpoints, resume):
+                changed = changes(mirror.config(), self.config, f"checkpoint.storage {mirror.uri}")
+                mirror.fetch()
             checkpoint = rundir.start_from(checkpoints, resume)
             if checkpoint and checkpoint.state["prompts"] != self.prompts.fingerprint:
                 raise UserError(
@@ -214,6 +238,8 @@ class OnlineTrainer:
                     f"checkpoint of step {checkpoint.step}, so the run cannot go on where it was; "
                     "restore the data, or name another output_dir"
                 )
+            if checkpoint and resume != "auto":
+                checkpoint = checkpoints.adopt(checkpoint)
             rundir.describe(self.config)
             after = checkpoint.step if checkpoint else 0
             with Recorder(self.config, rundir, self.total_steps, after) as recorder:
@@ -229,6 +255,7 @@ class OnlineTrainer:
                             rundir,
                             checkpoints,
                             recorder,
+                            mirror,
                         )
                         metrics = asyncio.run(_with_signals(controller, controller.run(checkpoint)))
                 except Interrupted as stopped:
@@ -246,9 +273,16 @@ class OnlineTrainer:
                     output_dir=rundir.path,
                     model=rundir.model,
                     engine=recorder.engine,
+                    backend=recorder.backend,
                 )
         finally:
             rundir.release()
+
+    def _mirror(self, rundir: RunDir) -> Mirror | None:
+        checkpoint = self.config.checkpoint
+        if checkpoint.storage is None:
+            return None
+        return Mirror(checkpoint.storage, rundir.path, checkpoint.keep_last)
 
     @contextmanager
     def _roles(self) -> Iterator[Roles]:
@@ -259,7 +293,12 @@ class OnlineTrainer:
         try:
             with (
                 session(cluster, cpus=asked["CPU"], gpus=asked["GPU"]),
-                reserve(requests, cluster.placement_timeout_s) as reservation,
+                reserve(
+                    requests,
+                    cluster.placement_timeout_s,
+                    cluster.colocate,
+                    Path(self.config.output_dir).name,
+                ) as reservation,
             ):
                 yield Roles(self.config, reservation, self.criteria, self.total_steps)
         except (DoesNotFit, ClusterUnreachable) as error:

@@ -126,8 +126,9 @@ def stop_token_ids(model: ModelSpec) -> tuple[int, ...]:
     """The token ids that end a completion: the generation config's and the tokenizer's."""
     from transformers import AutoConfig, GenerationConfig
 
-    from actors.loading import load_tokenizer
+    from actors.loading import load_tokenizer, local
 
+    model = local(model)
     try:
         generation = GenerationConfig.from_pretrained(model.name, revision=model.revision)
     except OSError:  # optional in a model folder: transformers derives it from the config then

@@ -184,6 +184,7 @@ class VLLMEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from actors.engines.vllm_transfer import BACKEND, OWNER_ENV, WorkerExtension
+        from actors.loading import local
 
         os.environ[OWNER_ENV] = str(os.getpid())
         options = dict(self._spec.engine_options)
@@ -198,12 +199,13 @@ class VLLMEngine:
             # All shards live beside the actor, on the devices that Ray gave it.
             options.setdefault("distributed_executor_backend", "mp")
         self._stops = stop_token_ids(self._model)
+        model = local(self._model)
         return AsyncLLM.from_engine_args(
             AsyncEngineArgs(
-                model=self._model.name,
-                revision=self._model.revision,
-                dtype=self._model.dtype,
-                trust_remote_code=self._model.trust_remote_code,
+                model=model.name,
+                revision=model.revision,
+                dtype=model.dtype,
+                trust_remote_code=model.trust_remote_code,
                 max_model_len=self._spec.max_prompt_length + self._spec.max_completion_length,
                 tensor_parallel_size=self._spec.tensor_parallel_size,
                 gpu_memory_utilization=self._spec.gpu_memory_utilization,

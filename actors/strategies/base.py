@@ -146,7 +146,7 @@ def merged_state(model: TrainedModel, dtype: torch.dtype, gather: Gather) -> Nam
             if leaf == "weight":
                 module = adapted[layer]
                 with gather(list(module.parameters())), torch.no_grad():
-                    merged = parameter.detach().float()
+                    merged = _numbers(parameter).float()
                     for adapter in module.active_adapters:
                         merged = merged + module.get_delta_weight(adapter).float()
                 yield clean, merged.to(dtype)
@@ -156,7 +156,18 @@ def merged_state(model: TrainedModel, dtype: torch.dtype, gather: Gather) -> Nam
         else:
             clean = name
         with gather([parameter]):
-            yield clean, parameter.detach().to(dtype)
+            yield clean, _numbers(parameter).to(dtype)
+
+
+def _numbers(parameter: torch.Tensor) -> torch.Tensor:
+    """A weight as numbers, also where bitsandbytes keeps it in 4 bits."""
+    packed = getattr(parameter, "quant_state", None)
+    if packed is None:
+        return parameter.detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    numbers: torch.Tensor = dequantize_4bit(parameter.data, packed)
+    return numbers
 
 
 def adapter_state(model: TrainedModel, gather: Gather) -> NamedTensors:

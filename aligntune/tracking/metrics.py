@@ -32,8 +32,10 @@ class EventKind(StrEnum):
     GROUP_QUARANTINED = "group_quarantined"
     REPLICA_LOST = "replica_lost"
     REPLICA_RESTARTED = "replica_restarted"
+    REPLICA_JOINED = "replica_joined"  # beyond rollout.replicas, on what the cluster has to spare
     POLICY_REBUILT = "policy_rebuilt"
     CHECKPOINT_SAVED = "checkpoint_saved"
+    NOT_COPIED = "not_copied"  # checkpoint.storage did not take something; `reason` says why
 
 
 class NotFinite(ValueError):

@@ -1,4 +1,4 @@
-"""Experiment trackers behind one protocol: TensorBoard, Weights & Biases, MLflow, Trackio.
+"""Trackers behind one protocol: TensorBoard, Weights & Biases, MLflow, Trackio, Prometheus.
 
 metrics.jsonl is the record of a run; these are views of it. A run that goes on from a checkpoint
 goes on with the same run of the tracker, whose identity lies in the run directory. TensorBoard
@@ -9,6 +9,7 @@ twice.
 from __future__ import annotations
 
 import importlib
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,9 @@ class Tracker(Protocol):
         """Send what is buffered."""
 
 
+MODULES = {"prometheus": "ray.util.metrics"}  # the others are called as their packages are
+
+
 def check_trackers(names: Sequence[str]) -> None:
     """Import what the trackers need, before anything starts.
 
@@ -40,7 +44,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """
     for name in names:
         try:
-            importlib.import_module(name)  # each is called as its package is
+            importlib.import_module(MODULES.get(name, name))
         except ImportError as error:
             raise TrackerMissing(
                 f"tracking.trackers asks for {name!r}, which cannot be imported ({error}); "
@@ -61,6 +65,8 @@ def open_trackers(
     for name in names:
         if name == "tensorboard":
             trackers.append(TensorBoard(folder / "tensorboard", after_step))
+        elif name == "prometheus":
+            trackers.append(Prometheus(folder.name))
         else:
             trackers.append(SERVICES[name](folder, project, config))
     return trackers
@@ -101,6 +107,38 @@ class TensorBoard:
     def close(self) -> None:
         """Close the event file."""
         self._writer.close()
+
+
+def gauge_name(metric: str) -> str:
+    """A metric's name as a gauge; Ray puts `ray_` before it when it exports it."""
+    return "aligntune_" + re.sub(r"[^a-zA-Z0-9_]", "_", metric)
+
+
+class Prometheus:
+    """Gauges that Ray exports on every node's metrics port; Prometheus scrapes them there.
+
+    A gauge shows the latest step, so there is nothing to take back after a rollback.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._gauges: dict[str, Any] = {}
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One gauge a figure, and one for the step itself."""
+        from ray.util.metrics import Gauge
+
+        for name, value in {"step": float(step), **metrics}.items():
+            if name not in self._gauges:
+                gauge = Gauge(gauge_name(name), f"{name} of the latest step", ("run",))
+                self._gauges[name] = gauge.set_default_tags({"run": self._run})
+            self._gauges[name].set(value)
+
+    def truncate_after(self, step: int) -> None:
+        """The next step overwrites."""
+
+    def close(self) -> None:
+        """Ray exports what was set last, until the run's process ends."""
 
 
 class WandB:
