@@ -12,7 +12,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from actors.messages import GroupTensors
+from aligntune.algorithms.dapo import DAPO
+from aligntune.algorithms.dr_grpo import DrGRPO
 from aligntune.algorithms.grpo import GRPO
+from aligntune.algorithms.gspo import GSPO
+from aligntune.algorithms.ppo import PPO
 from tests.actors.policy_cases import (
     Probe,
     Ranks,
@@ -24,8 +28,17 @@ from tests.actors.policy_cases import (
 )
 
 TOLERANCE = 1e-6  # float32, relative to the norm of the gradient and the size of a figure
+
+Result = tuple[dict[str, torch.Tensor], dict[str, float]]  # gradients and metrics
 WHOLE = 10**6  # a budget that everything fits into
-LOSSES = {"simple": simple_loss, "grpo": GRPO(beta=0.04, entropy_coefficient=0.01).loss}
+LOSSES = {
+    "simple": simple_loss,
+    "grpo": GRPO(beta=0.04, entropy_coefficient=0.01).loss,
+    "drgrpo": DrGRPO(beta=0.04).loss,
+    "dapo": DAPO(entropy_coefficient=0.01).loss,
+    "gspo": GSPO(beta=0.04).loss,
+    "ppo": PPO(kl_in="loss", kl_estimator="k3").loss,
+}
 RANKS = [(2, 1), (2, 2), (2, 3), (3, 1), (3, 2), (3, 3)]
 
 batches = st.lists(
@@ -47,18 +60,23 @@ def leave_some_out(group: int, completion: int) -> bool:
     return (group + completion) % 4 != 3
 
 
+def flat(gradient: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([gradient[name].double().flatten() for name in sorted(gradient)])
+
+
 def assert_same(
-    got: tuple[dict[str, torch.Tensor], dict[str, float]],
-    wanted: tuple[dict[str, torch.Tensor], dict[str, float]],
-    tolerance: float = TOLERANCE,
+    got: Result, wanted: Result, tolerance: float = TOLERANCE, exact: Result | None = None
 ) -> None:
+    """`exact` is `wanted` in float64: what float32 rounds off in `wanted` is allowed on top, for
+    where gradients of rows cancel that alone can be more than the tolerance."""
     (gradient, metrics), (wanted_gradient, wanted_metrics) = got, wanted
     assert set(gradient) == set(wanted_gradient)
-    names = sorted(gradient)
-    flat = torch.cat([gradient[name].double().flatten() for name in names])
-    target = torch.cat([wanted_gradient[name].double().flatten() for name in names])
+    target = flat(wanted_gradient)
     assert float(target.norm()) > 0
-    assert float((flat - target).norm() / target.norm()) <= tolerance
+    rounding = float((target - flat(exact[0])).norm()) if exact else 0.0
+    difference = float((flat(gradient) - target).norm())
+    assert difference <= tolerance * float(target.norm()) + rounding
+    assert rounding <= 10 * tolerance * float(target.norm())
     assert set(metrics) == set(wanted_metrics)
     for name, value in wanted_metrics.items():
         assert metrics[name] == pytest.approx(value, rel=10 * tolerance, abs=tolerance), name
@@ -93,11 +111,11 @@ def ranks(folder: Path, request: Any) -> Iterator[tuple[int, Ranks]]:
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("recompute_old", [False, True])
 @settings(
-    deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(shapes=batches, cut=cuts)
 def test_on_one_rank_whatever_the_microbatches(
-    single: Probe, loss: str, recompute_old: bool, shapes: Any, cut: Any
+    single: Probe, single_float64: Probe, loss: str, recompute_old: bool, shapes: Any, cut: Any
 ) -> None:
     (job,) = make_jobs(
         groups_of(shapes),
@@ -106,7 +124,8 @@ def test_on_one_rank_whatever_the_microbatches(
         trained=leave_some_out,
         with_reference=True,
     )
-    assert_same(single.gradient(job, *cut), single.gradient(job, WHOLE, WHOLE, False))
+    wanted, exact = (p.gradient(job, WHOLE, WHOLE, False) for p in (single, single_float64))
+    assert_same(single.gradient(job, *cut), wanted, exact=exact)
 
 
 @settings(deadline=None, max_examples=25)
@@ -122,18 +141,23 @@ def test_the_law_is_exact_beyond_rounding(single_float64: Probe, shapes: Any, cu
 @pytest.mark.timeout(600)
 @settings(
     deadline=None,
-    max_examples=10,
+    max_examples=12,
     phases=[Phase.generate],  # ranks that failed once are not fit for shrinking
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(shapes=batches, cut=cuts, loss=st.sampled_from(sorted(LOSSES)))
 def test_on_any_number_of_ranks(
-    single: Probe, ranks: tuple[int, Ranks], shapes: Any, cut: Any, loss: str
+    single: Probe,
+    single_float64: Probe,
+    ranks: tuple[int, Ranks],
+    shapes: Any,
+    cut: Any,
+    loss: str,
 ) -> None:
     world, processes = ranks
     make: Any = {"loss": LOSSES[loss], "trained": leave_some_out, "with_reference": True}
     (whole,) = make_jobs(groups_of(shapes), **make)
     shares = make_jobs(groups_of(shapes), world=world, **make)
-    wanted = single.gradient(whole, WHOLE, WHOLE, False)
+    wanted, exact = (p.gradient(whole, WHOLE, WHOLE, False) for p in (single, single_float64))
     for got in processes.call(Probe.gradient, [(job, *cut) for job in shares]):
-        assert_same(got, wanted)
+        assert_same(got, wanted, exact=exact)

@@ -100,6 +100,61 @@ def test_calls_go_to_the_least_loaded_replica() -> None:
     asyncio.run(run())
 
 
+def test_a_set_grows_where_there_is_room_and_does_without_what_it_loses() -> None:
+    async def run() -> None:
+        events: Events = []
+        room = {1: True, 2: False, 3: True}
+        replicas = build(1, events)
+        await replicas.start()
+        replicas.grow(3, room.__getitem__)
+        replicas.grow(3, room.__getitem__)  # the same again, while it starts
+        await until(lambda: replicas.serving == 2)
+        assert [kind for kind, _ in events] == ["replica_joined"]
+        names = set()
+        for _ in range(4):
+            ((name, _),) = await replicas.call("work", deadline_s=30, queue_s=30)
+            names.add(name.split(".")[0])
+        assert names == {"worker-0", "worker-1"}
+
+        calls = [replicas.call("die", deadline_s=30, queue_s=30) for _ in range(2)]
+        assert all(isinstance(lost, ReplicaLost) for lost in await gather(calls))
+        await until(lambda: replicas.serving == 1)
+        await until(lambda: "replica_restarted" in [kind for kind, _ in events])
+        assert [kind for kind, _ in events].count("replica_restarted") == 1, "the first alone"
+        replicas.grow(3, room.__getitem__)
+        await until(lambda: replicas.serving == 2)
+        await replicas.close()
+
+    async def gather(calls: list[Any]) -> list[Any]:
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_cannot_join_costs_nothing() -> None:
+    async def refuse(handle: ActorHandle, name: str) -> None:
+        await serve_at_once(handle, name)
+        if not name.startswith("worker-0"):
+            raise ReplicaLost(name, "its node left")
+
+    async def run() -> None:
+        events: Events = []
+        replicas = build(1, events, prepare=refuse, max_restarts=0)
+        await replicas.start()
+        replicas.grow(2, lambda index: True)
+        await until(lambda: bool(events))
+        assert events == [
+            (
+                "replica_lost",
+                {"role": "worker", "replica": "worker-1.1", "reason": events[0][1]["reason"]},
+            )
+        ]
+        assert (await replicas.call("work", deadline_s=30, queue_s=30))[0][0] == "worker-0.0"
+        await replicas.close()
+
+    asyncio.run(run())
+
+
 def test_no_replica_gets_more_calls_than_it_has_slots() -> None:
     async def run() -> None:
         replicas = build(1, [], slots=2)
@@ -231,11 +286,22 @@ def test_a_rank_that_dies_loses_the_call_on_all_ranks() -> None:
     asyncio.run(run())
 
 
+def is_lost(reference: ray.ObjectRef) -> bool:
+    try:
+        ray.get(reference, timeout=1)
+    except ray.exceptions.ObjectLostError:
+        return True
+    except ray.exceptions.GetTimeoutError:
+        return False
+    return False
+
+
 def test_an_object_that_is_gone_is_not_taken_for_a_dead_replica() -> None:
     async def run() -> None:
         handle = make(0, "maker")
         ((gone,),) = (await answer(handle.put.remote(), "maker", "put", 60),)
-        ray.kill(handle)  # an object dies with its owner
+        ray.kill(handle)  # an object dies with its owner, and a moment later
+        await until(lambda: is_lost(gone))
         replicas = build(1, [])
         await replicas.start()
         with pytest.raises(ObjectsLost):

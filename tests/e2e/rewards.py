@@ -29,6 +29,11 @@ def misbehaves_for(
     return digits(completions)
 
 
+def undecided(completions: list[str], **columns: Any) -> list[float]:
+    """The same for all."""
+    return [0.1] * len(completions)
+
+
 def always_raises(completions: list[str], **columns: Any) -> list[float]:
     """A broken reward."""
     raise ValueError("this reward is broken")

@@ -181,6 +181,25 @@ def test_every_command_is_right(
             shown = capsys.readouterr()
             assert code == 0, shown.err
             assert " prompts, longest " in shown.out
+        case ["aligntune", "plan", *arguments]:
+            code = call(["plan", *arguments])
+            shown = capsys.readouterr()
+            assert code == 0, shown.err
+            assert "where each rank goes" in shown.out
+        case ["aligntune", "launch", *arguments]:
+            assert call(["launch", *arguments]) == 0, capsys.readouterr().err
+            assert (in_workplace / arguments[arguments.index("--out") + 1]).stat().st_size
+        case ["sbatch", path] | ["kubectl", "apply", "-f", path] | ["ray", "up", "-y", path]:
+            assert path in written_by_train, "a file that `aligntune launch` wrote"
+        case ["ray", "get-auth-token", "--generate"] | ["chmod", "600", "~/.ray/auth_token"]:
+            pass  # changes this user's own token; tests/cluster make theirs
+        case ["aligntune", "doctor", *arguments]:
+            assert {"doctor"} <= command_names()
+            assert set(arguments) <= {"--address", "auto", "--json"}
+        case ["aligntune", "submit" | "jobs" as group, *arguments]:  # done in tests/cluster
+            monkeypatch.setenv("WANDB_API_KEY", "secret")
+            assert call([group, *arguments]) == 2
+            assert "no Ray Jobs server answers at http://head:8265" in capsys.readouterr().err
         case ["aligntune", "algorithms"]:
             assert call(["algorithms"]) == 0
             listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
@@ -210,7 +229,10 @@ def test_commands_and_paths_in_the_prose_exist(document: Path) -> None:
 
 
 def command_names() -> set[str]:
-    return {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback}
+    groups = {group.name for group in cli.app.registered_groups if group.name}
+    return groups | {
+        c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback
+    }
 
 
 def missing_commands() -> set[str]:

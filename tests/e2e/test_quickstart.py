@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from aligntune.config import load_config
 from aligntune.errors import UserError
-from aligntune.quickstart import QuickstartAssets, quickstart_settings, write_assets
+from aligntune.quickstart import QuickstartAssets, write_assets
 from aligntune.quickstart_run import run_quickstart
+from aligntune.quickstart_settings import quickstart_settings
 from aligntune.trainers import OnlineTrainer
 from tests.e2e.conftest import read
 
@@ -28,6 +29,14 @@ ACCURACY = "eval/reward/exact_match/mean"
 def assets(tmp_path_factory: pytest.TempPathFactory) -> QuickstartAssets:
     """The task and the warmed-up model."""
     return write_assets(tmp_path_factory.mktemp("quickstart"), seed=0)
+
+
+def command(out: Path, *arguments: str, timeout: float = 280) -> tuple[dict[str, Any], str]:
+    """`aligntune quickstart` in a process of its own; returns result.json and what it printed."""
+    line = [sys.executable, "-m", "aligntune.cli", "quickstart", "--out", str(out), *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((out / "result.json").read_text()), done.stdout
 
 
 def run(assets: QuickstartAssets, out: Path, algorithm: str, *overrides: str) -> list[Any]:
@@ -54,10 +63,7 @@ def accuracies(rows: list[Any]) -> tuple[float, float]:
 
 def test_the_command_learns_with_vllm_and_says_so(tmp_path: Path) -> None:
     out = tmp_path / "quickstart"
-    command = [sys.executable, "-m", "aligntune.cli", "quickstart", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((out / "result.json").read_text())
+    result, printed = command(out)
     assert 0.3 <= result["accuracy_before"] <= 0.7
     assert result["accuracy_after"] >= 0.9
     assert result["engine"] == "vllm"
@@ -65,7 +71,7 @@ def test_the_command_learns_with_vllm_and_says_so(tmp_path: Path) -> None:
     rewards = [row["reward/mean"] for row in read(out / "run" / "metrics.jsonl") if row["step"]]
     assert result["steps"] == len(rewards)
     assert sum(rewards[-5:]) > sum(rewards[:5])
-    assert f"{result['accuracy_after']:.3f}" in done.stdout
+    assert f"{result['accuracy_after']:.3f}" in printed
     before, after = (
         load_file(folder / "model.safetensors")
         for folder in (out / "assets" / "model", out / "run" / "model")
@@ -76,7 +82,7 @@ def test_the_command_learns_with_vllm_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize(
     "algorithm",
-    ["grpo", *(pytest.param(name, marks=pytest.mark.long) for name in ("drgrpo", "dapo", "gspo"))],
+    [pytest.param(name, marks=pytest.mark.long) for name in ("grpo", "drgrpo", "dapo", "gspo")],
 )
 def test_each_algorithm_learns(assets: QuickstartAssets, tmp_path: Path, algorithm: str) -> None:
     rows = run(assets, tmp_path / "run", algorithm)
@@ -88,6 +94,32 @@ def test_each_algorithm_learns(assets: QuickstartAssets, tmp_path: Path, algorit
         "gspo": "gspo/sequence_clip_fraction",
     }
     assert all(own.get(algorithm, "reward/mean") in row for row in rows if row["step"])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_ppo_learns_from_a_reward_model_that_was_trained_on_pairs(tmp_path: Path) -> None:
+    result, _ = command(tmp_path / "ppo", "--algorithm", "ppo", "rollout.engine=transformers")
+    assert result["reward_model_accuracy"] >= 0.9
+    assert 0.3 <= result["accuracy_before"] <= 0.7
+    assert result["accuracy_after"] >= 0.85
+    assert result["engine"] == "transformers"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "drgrpo", "dapo", "gspo"])
+def test_every_quickstart_learns_with_every_seed(
+    algorithm: str, seed: int, tmp_path: Path, record_property: Any
+) -> None:
+    result, _ = command(
+        tmp_path / "out", "--algorithm", algorithm, "--seed", str(seed), timeout=480
+    )
+    record_property("result", result)
+    assert 0.3 <= result["accuracy_before"] <= 0.7
+    assert result["accuracy_after"] >= 0.85
+    assert result.get("reward_model_accuracy", 1.0) >= 0.9
 
 
 @pytest.mark.usefixtures("ray_session")

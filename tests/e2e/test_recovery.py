@@ -124,6 +124,7 @@ def test_a_policy_rank_killed_rolls_back_to_the_checkpoint_and_the_run_finishes(
     assert (books.trained, books.open, books.balanced) == (48, 0, True)
 
 
+@pytest.mark.long
 def test_a_stopped_rollout_replica_is_replaced_at_its_deadline(
     tree: dict[str, Any], launch: Callable[..., Run]
 ) -> None:

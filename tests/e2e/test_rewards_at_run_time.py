@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,22 @@ def test_too_many_quarantined_groups_stop_the_run_with_the_reason(tree: dict[str
         create_rl_trainer(config=tree).train()
     assert "this reward is broken" in str(failed.value)
     assert "broken" in events(tree, "run_stopped")[0]["reason"]
+
+
+def test_dynamic_sampling_that_finds_nothing_to_train_on_stops_with_the_scores(
+    tree: dict[str, Any],
+) -> None:
+    reward(tree, "undecided")
+    tree["algorithm"] = {"name": "dapo", "max_sampling_rounds": 2, "overlong_cache": 2}
+    tree["train"]["groups_per_minibatch"] = 4
+    with pytest.raises(RunFailed, match=r"filtered in 2 rounds and 0 of 4 kept") as failed:
+        create_rl_trainer(config=tree).train()
+    assert re.search(r"those filtered: 0\.1 x \d+\. The completions", str(failed.value))
+    assert "too hard, too easy" in str(failed.value)
+    books = audit(Path(tree["output_dir"]) / "ledger.jsonl")
+    assert books.trained == 0
+    assert books.filtered >= 8
+    assert books.balanced
 
 
 def test_stale_rollouts_stay_within_their_bound_and_every_group_is_trained_once(

@@ -68,3 +68,27 @@ def test_a_damaged_one_can_be_written_again(tmp_path: Path) -> None:
     assert not checkpoints.exists(1)
     save(checkpoints, 1)
     assert checkpoints.exists(1)
+
+
+def test_going_on_from_an_older_one_forgets_the_steps_that_come_again(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=5)
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    chosen = checkpoints.adopt(checkpoints.at(tmp_path / "step-000002"))
+    assert chosen.step == 2
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000001", "step-000002"]
+    assert checkpoints.latest() == chosen
+    assert not checkpoints.exists(3)
+
+
+def test_one_from_elsewhere_takes_the_place_of_all(tmp_path: Path) -> None:
+    here, there = (Checkpoints(tmp_path / name, keep_last=5) for name in ("here", "there"))
+    save(here, 2)
+    save(here, 7)
+    save(there, 2)
+    (tmp_path / "there" / "step-000002" / "policy" / "weights").write_bytes(b"x" * 100)
+    chosen = here.adopt(there.at(tmp_path / "there" / "step-000002"))
+    assert chosen.path == tmp_path / "here" / "step-000002"
+    assert (chosen.path / "policy" / "weights").read_bytes() == b"x" * 100
+    assert [p.name for p in (tmp_path / "here").glob("step-*")] == ["step-000002"]
+    assert there.exists(2), "the one it came from stays"

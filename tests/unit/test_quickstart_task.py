@@ -17,6 +17,7 @@ from aligntune import quickstart
 from aligntune.algorithms import registry
 from aligntune.errors import UserError
 from aligntune.quickstart import Question
+from aligntune.quickstart_settings import quickstart_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -67,8 +68,19 @@ def test_preference_pairs_prefer_the_answer_to_every_kind_of_wrong_one() -> None
     for row in rows:
         assert row["chosen"] == answers[row["prompt"]].answer
         assert row["rejected"] != row["chosen"]
-    slips = {row["prompt"] for row in rows if row["rejected"] == answers[row["prompt"]].slip}
-    assert slips == {q.prompt for q in task.train if q.slip != q.answer}
+    assert len({tuple(row.values()) for row in rows}) == len(rows) == 3 * len(task.train)
+    same_length = [row for row in rows if len(row["rejected"]) == len(row["chosen"])]
+    assert 0.8 < len(same_length) / len(rows) < 1
+    changed = {
+        (place, int(right) - int(wrong))
+        for row in same_length
+        for place, (right, wrong) in enumerate(zip(row["chosen"], row["rejected"], strict=True))
+        if right != wrong
+    }
+    assert {difference for _, difference in changed} >= set(range(-7, 8)) - {0}
+    assert {place for place, _ in changed} == {0, 1}
+    held_out = quickstart.preference_pairs(task.held_out, seed=0)
+    assert not {row["prompt"] for row in rows} & {row["prompt"] for row in held_out}
 
 
 @given(text=st.text(alphabet=[c for c in string.printable if c.isprintable() or c == "\n"]))
@@ -151,7 +163,7 @@ def test_a_warm_up_is_a_function_of_its_seed(tokenizer: PreTrainedTokenizerFast)
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
 
 
-@pytest.mark.parametrize("name", [name for name in registry.names() if name != "ppo"])
+@pytest.mark.parametrize("name", registry.names())
 def test_every_algorithm_has_settings_of_the_config_tree(name: str, tmp_path: Path) -> None:
     from aligntune.config import load_config, set_path
 
@@ -160,12 +172,12 @@ def test_every_algorithm_has_settings_of_the_config_tree(name: str, tmp_path: Pa
         "model": {"name": "model"},
         "data": {"path": "train.jsonl"},
         "output_dir": str(tmp_path),
-        "rewards": ["exact_match"],
+        "rewards": [{"model": "reward"}, "exact_match"],
     }
-    for path, value in quickstart.quickstart_settings(name).items():
+    for path, value in quickstart_settings(name).items():
         set_path(tree, path, value)
     config = load_config(tree)
-    assert config.train.steps == quickstart.quickstart_settings(name)["train.steps"]
+    assert config.train.steps == quickstart_settings(name)["train.steps"]
     assert config.policy.learning_rate is not None
     assert config.policy.learning_rate > 1e-5  # the defaults are for models 1000 times larger
 
@@ -201,6 +213,6 @@ def test_written_assets_load_and_have_the_accuracy_they_say(tmp_path: Path) -> N
     }
 
 
-def test_ppo_has_no_quickstart_and_is_told_what_has() -> None:
-    with pytest.raises(UserError, match=r"no settings for 'ppo'.*grpo"):
-        quickstart.quickstart_settings("ppo")
+def test_an_algorithm_without_settings_is_told_what_has_some() -> None:
+    with pytest.raises(UserError, match=r"no settings for 'tests.e2e.*grpo"):
+        quickstart_settings("tests.e2e.algorithms:FlippedGRPO")
