@@ -142,11 +142,11 @@ def test_one_role_alone_is_refused_only_where_the_nodes_cannot_hold_it(
     found = place(bundle_sets([request]), cluster, advice=False)
     room = []
     for node in cluster.nodes:
-        counts = [node.cpus // request.cpus]
+        counts = [round(1e4 * node.cpus) // round(1e4 * request.cpus)]  # 2.0 // 0.1 is 19
         if request.gpus >= 1:
             counts.append(node.gpus // request.gpus)
         elif request.gpus:
-            counts.append(node.gpus * int(10_000 // round(1e4 * request.gpus)))
+            counts.append(node.gpus * (10_000 // round(1e4 * request.gpus)))
         if request.memory_bytes and node.memory_bytes is not None:
             counts.append(node.memory_bytes // request.memory_bytes)
         room.append(int(min(counts)))
