@@ -15,8 +15,8 @@ from aligntune.errors import UserError, nearest
 from aligntune.preference_config import PreferenceConfig, load_config
 from aligntune.requests import role_request, role_requests
 from cluster import launch_kuberay, launch_ray_up, launch_slurm
+from cluster.bundles import BadRequest, RoleRequest, amounts
 from cluster.launch import BadLaunch, Launch, label, sized
-from cluster.placement import BadRequest, RoleRequest, amounts
 
 KINDS = ("rayjob", "raycluster")
 PROVIDERS = ("local", "aws")

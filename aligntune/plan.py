@@ -14,7 +14,8 @@ from aligntune.errors import UserError
 from aligntune.paths import located
 from aligntune.preference_config import is_preference
 from aligntune.requests import role_requests
-from cluster.placement import BadRequest, DoesNotFit, totals
+from cluster.bundles import BadRequest, totals
+from cluster.placement import DoesNotFit
 from cluster.plan import Plan, make_plan
 from cluster.plan_shapes import BadModelConfig, ModelShape, from_folder, from_table
 from cluster.plan_work import Frozen, Rollout, Step, Trained, Work

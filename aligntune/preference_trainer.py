@@ -31,7 +31,8 @@ from aligntune.rewards.registry import check_columns, from_callable, resolve
 from aligntune.rundir import RunDir
 from aligntune.tracking.metrics import EventKind, NotFinite
 from aligntune.tracking.trackers import TrackerMissing, check_trackers
-from cluster.placement import BadRequest, DoesNotFit, bundle_sets, totals
+from cluster.bundles import BadRequest, bundle_sets, totals
+from cluster.placement import DoesNotFit
 from cluster.reservation import ensure_possible
 from cluster.session import ClusterUnreachable, resolve_address, session
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from actors.specs import RoleResources, RolloutSpec
 from aligntune.config import RunConfig
 from aligntune.errors import UserError
-from cluster.placement import RoleRequest
+from cluster.bundles import RoleRequest
 
 
 def role_requests(config: RunConfig) -> list[RoleRequest]:

@@ -45,7 +45,8 @@ from aligntune.roles import Roles
 from aligntune.rundir import RunDir, changes
 from aligntune.tracking.metrics import EventKind, NotFinite
 from aligntune.tracking.trackers import TrackerMissing, check_trackers
-from cluster.placement import BadRequest, DoesNotFit, bundle_sets, totals
+from cluster.bundles import BadRequest, bundle_sets, totals
+from cluster.placement import DoesNotFit
 from cluster.reservation import reserve
 from cluster.session import ClusterUnreachable, resolve_address, session
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from cluster.placement import BundleSet, RoleRequest, Shortage, amounts, bundle_sets, place
+from cluster.bundles import BundleSet, RoleRequest, amounts, bundle_sets
+from cluster.placement import Shortage, place
 from cluster.resources import Cluster, Node
 
 PORT = 6379  # of the head

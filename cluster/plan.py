@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from cluster.placement import DoesNotFit, Placement, Shortage, bundle_sets, place
+from cluster.bundles import bundle_sets
+from cluster.placement import DoesNotFit, Placement, Shortage, place
 from cluster.plan_memory import (
     GIB,
     KINDS,

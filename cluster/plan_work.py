@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.placement import RoleRequest
+from cluster.bundles import RoleRequest
 from cluster.plan_shapes import ModelShape
 
 

@@ -15,17 +15,8 @@ from ray.util import placement_group_table
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.placement import (
-    BundleSet,
-    DoesNotFit,
-    RoleRequest,
-    Shortage,
-    amounts,
-    bundle,
-    bundle_sets,
-    place,
-    placement_order,
-)
+from cluster.bundles import BundleSet, RoleRequest, amounts, bundle, bundle_sets
+from cluster.placement import DoesNotFit, Shortage, place, placement_order
 from cluster.resources import connected, living_nodes
 
 PREFIX = "aligntune"  # of the names of placement groups: aligntune/RUN/ROLE

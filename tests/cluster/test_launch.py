@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from aligntune import cli
 from cluster import await_nodes
+from cluster.bundles import RoleRequest, bundle_sets
 from cluster.launch import RAY_SETTINGS, BadLaunch, label, sized
-from cluster.placement import Placement, RoleRequest, bundle_sets, place
+from cluster.placement import Placement, place
 from cluster.resources import Cluster, Node
 from tests.cluster.nodes import wait_for
 from tests.stand_ins import REPOSITORY

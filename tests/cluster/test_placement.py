@@ -8,16 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.placement import (
-    BadRequest,
-    Placement,
-    RoleRequest,
-    Shortage,
-    Strategy,
-    bundle_sets,
-    place,
-    totals,
-)
+from cluster.bundles import BadRequest, RoleRequest, Strategy, bundle_sets, totals
+from cluster.placement import Placement, Shortage, place
 from cluster.resources import (
     BadDescription,
     Cluster,

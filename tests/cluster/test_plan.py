@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligntune.cli import main
-from cluster.placement import DoesNotFit, RoleRequest
+from cluster.bundles import RoleRequest
+from cluster.placement import DoesNotFit
 from cluster.plan import Plan, make_plan
 from cluster.plan_memory import frozen_memory, kv_bytes, rollout_memory, trained_memory
 from cluster.plan_shapes import (

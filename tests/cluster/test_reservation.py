@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from cluster import reservation
-from cluster.placement import DoesNotFit, RoleRequest
+from cluster.bundles import RoleRequest
+from cluster.placement import DoesNotFit
 from cluster.reservation import Reservation, reserve
 
 
@@ -92,7 +93,7 @@ def test_runs_of_one_name_do_not_meet(ray_session: None) -> None:
 THREE_NODES = """
 import json, ray
 from ray.cluster_utils import Cluster
-from cluster.placement import RoleRequest
+from cluster.bundles import RoleRequest
 from cluster.reservation import reserve
 from cluster.resources import connected, living_nodes
 
