@@ -94,7 +94,7 @@ def train(
         arguments or [], algorithm, model, dataset, reward, reward_model, backend, out
     )
     if dry_run:
-        from aligntune.config import dump
+        from aligntune.tree import dump
 
         trainer.check(resume)
         typer.echo(dump(trainer.config))

@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from aligntune.config import read_yaml, set_path
 from aligntune.errors import UserError, nearest
 from aligntune.preference_config import preference_name
+from aligntune.tree import read_yaml, set_path
 
 PATHS = {
     "model_name": "model.name",

@@ -10,10 +10,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from actors.specs import RewardModelSpec
-from aligntune.config import RunConfig, dump, load_tree
+from aligntune.config import RunConfig
 from aligntune.errors import UserError, nearest
 from aligntune.preference_config import PreferenceConfig, load_config
 from aligntune.requests import role_request, role_requests
+from aligntune.tree import dump, load_tree
 from cluster import launch_kuberay, launch_ray_up, launch_slurm
 from cluster.bundles import BadRequest, RoleRequest, amounts
 from cluster.launch import BadLaunch, Launch, label, sized

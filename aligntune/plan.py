@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from actors.specs import CriticSpec, PolicySpec, RewardModelSpec
-from aligntune.config import RunConfig, load_config, load_tree
+from aligntune.config import RunConfig, load_config
 from aligntune.errors import UserError
 from aligntune.paths import located
 from aligntune.preference_config import is_preference
 from aligntune.requests import role_requests
+from aligntune.tree import load_tree
 from cluster.bundles import BadRequest, totals
 from cluster.placement import DoesNotFit
 from cluster.plan import Plan, make_plan

@@ -22,9 +22,10 @@ from actors.specs import (
 )
 from aligntune.algorithms.registry import canonical
 from aligntune.backends import check_backend
-from aligntune.config import CheckpointSpec, RunConfig, TrackingSpec, explain, load_tree
+from aligntune.config import CheckpointSpec, RunConfig, TrackingSpec
 from aligntune.config import load_config as load_online_config
 from aligntune.errors import UserError
+from aligntune.tree import explain, load_tree
 from cluster.specs import ClusterSpec
 
 Loss = Literal[

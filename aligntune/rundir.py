@@ -17,8 +17,8 @@ import yaml
 from pydantic import BaseModel
 
 from aligntune.checkpoint import Checkpoint, Checkpoints, write_atomically
-from aligntune.config import dump
 from aligntune.errors import UserError
+from aligntune.tree import dump
 
 # What makes a run the same run. The rest (steps, learning rate, replicas) may change on resume.
 IDENTITY = (

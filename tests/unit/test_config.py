@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from aligntune.config import dump, load_config, parse_override
+from aligntune.config import load_config
 from aligntune.errors import UserError
+from aligntune.tree import dump, parse_override
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from aligntune import create_rl_trainer
-from aligntune.config import RunConfig, dump
+from aligntune.config import RunConfig
 from aligntune.errors import UserError
 from aligntune.preference_config import PreferenceConfig, load_config
 from aligntune.preference_trainer import PreferenceTrainer
+from aligntune.tree import dump
 
 
 def config(*overrides: str, algorithm: Any = "dpo", **sections: Any) -> PreferenceConfig:

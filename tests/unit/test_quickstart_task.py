@@ -165,7 +165,8 @@ def test_a_warm_up_is_a_function_of_its_seed(tokenizer: PreTrainedTokenizerFast)
 
 @pytest.mark.parametrize("name", registry.names())
 def test_every_algorithm_has_settings_of_the_config_tree(name: str, tmp_path: Path) -> None:
-    from aligntune.config import load_config, set_path
+    from aligntune.config import load_config
+    from aligntune.tree import set_path
 
     tree: dict[str, object] = {
         "algorithm": name,

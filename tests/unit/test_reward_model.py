@@ -24,10 +24,11 @@ from actors.reward_model import (
 )
 from actors.reward_process import RewardFailed, RewardFailure
 from actors.specs import ModelSpec, RewardFunctionSpec, RewardModelSpec
-from aligntune.config import RunConfig, dump, load_config
+from aligntune.config import RunConfig, load_config
 from aligntune.errors import UserError
 from aligntune.keywords import build_tree
 from aligntune.rewards.registry import check_columns, resolve_all
+from aligntune.tree import dump
 
 
 @pytest.fixture(scope="module")
