@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.specs import ModelSpec
-from actors.storage import upload
+from actors.storage import Store
 
 if TYPE_CHECKING:
     from actors.preference import PreferenceJob
@@ -168,7 +168,7 @@ def export_model(trainer: Any, job: PreferenceJob, scratch: Path) -> None:
     model.save_pretrained(folder, state_dict=state)
     trainer.processing_class.save_pretrained(folder)
     (folder / "adapter" / "README.md").unlink(missing_ok=True)
-    upload(folder, job.export)
+    Store(job.export).put(folder)
 
 
 def _whole(model: Any, job: PreferenceJob) -> tuple[dict[str, Any], Any]:

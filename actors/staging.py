@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from actors.specs import ModelSpec
-from actors.storage import filesystem_of
+from actors.storage import Store
 
 FETCH_SECONDS = 3600.0
 POLL_SECONDS = 0.2
@@ -79,7 +79,7 @@ def _key(uri: str) -> str:
     """The name of the staged folder: the URI and the state of what is there."""
     from pyarrow.fs import FileSelector
 
-    filesystem, path = filesystem_of(uri.rstrip("/"))
+    filesystem, path = Store(uri).place
     files = filesystem.get_file_info(FileSelector(path, recursive=True))
     state = sorted((file.path, file.size, file.mtime_ns) for file in files if file.is_file)
     if not state:
@@ -89,13 +89,9 @@ def _key(uri: str) -> str:
 
 
 def _fetch(uri: str, target: Path) -> None:
-    from pyarrow.fs import copy_files
-
-    filesystem, path = filesystem_of(uri.rstrip("/"))
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that died amid this
-    partial.mkdir()
-    copy_files(path, str(partial), source_filesystem=filesystem)
+    Store(uri).get("", partial)
     os.rename(partial, target)
 
 

@@ -2,18 +2,78 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 
-def upload(folder: Path, target: str) -> None:
-    """Copy a folder to another folder or an fsspec URI, in place of what was there."""
-    from pyarrow.fs import copy_files
+class Store:
+    """A folder or an fsspec URI; what is below it goes by relative names."""
 
-    filesystem, path = filesystem_of(target)
-    filesystem.create_dir(path, recursive=True)
-    filesystem.delete_dir_contents(path)
-    copy_files(str(folder), path, destination_filesystem=filesystem)
+    def __init__(self, uri: str) -> None:
+        self.uri = uri.rstrip("/")
+
+    @cached_property
+    def place(self) -> tuple[Any, str]:
+        """The pyarrow file system, and the path within it."""
+        return filesystem_of(self.uri)
+
+    def _at(self, name: str) -> tuple[Any, str]:
+        filesystem, root = self.place
+        return filesystem, f"{root}/{name}" if name else root
+
+    def read(self, name: str) -> bytes | None:
+        """A file's content, or None where there is no such file."""
+        from pyarrow.fs import FileType
+
+        filesystem, path = self._at(name)
+        if filesystem.get_file_info(path).type != FileType.File:
+            return None
+        with filesystem.open_input_stream(path) as file:
+            content: bytes = file.read()
+            return content
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file whose folder exists, in place of what was there."""
+        filesystem, path = self._at(name)
+        with filesystem.open_output_stream(path) as file:
+            file.write(content)
+
+    def has_folder(self, name: str = "") -> bool:
+        """Whether there is such a folder."""
+        from pyarrow.fs import FileType
+
+        filesystem, path = self._at(name)
+        return bool(filesystem.get_file_info(path).type == FileType.Directory)
+
+    def names(self, name: str = "") -> list[str]:
+        """What is in a folder, in order of names."""
+        from pyarrow.fs import FileSelector
+
+        filesystem, path = self._at(name)
+        return sorted(item.base_name for item in filesystem.get_file_info(FileSelector(path)))
+
+    def put(self, folder: Path, name: str = "") -> None:
+        """Copy a folder there, in place of what was there."""
+        from pyarrow.fs import copy_files
+
+        filesystem, path = self._at(name)
+        filesystem.create_dir(path, recursive=True)
+        filesystem.delete_dir_contents(path)
+        copy_files(str(folder), path, destination_filesystem=filesystem)
+
+    def get(self, name: str, target: Path) -> None:
+        """Copy a folder from there into `target`, which is made."""
+        from pyarrow.fs import copy_files
+
+        filesystem, path = self._at(name)
+        target.mkdir(parents=True)
+        copy_files(path, str(target), source_filesystem=filesystem)
+
+    def remove(self, name: str) -> None:
+        """Remove a folder with all that is in it."""
+        filesystem, path = self._at(name)
+        filesystem.delete_dir(path)
 
 
 def filesystem_of(target: str) -> tuple[Any, str]:

@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
-from actors.storage import filesystem_of
+from actors.storage import Store
 from aligntune.checkpoint import Checkpoints
 from aligntune.errors import UserError
-from aligntune.preference_storage import answered
+from aligntune.storage import answered
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -28,17 +28,20 @@ FILES = (CONFIG, "ledger.jsonl", "metrics.jsonl", "samples.jsonl", "events.jsonl
 class Mirror:
     """The storage of one run; `uri` is `checkpoint.storage`."""
 
-    def __init__(self, uri: str, rundir: Path, keep_last: int) -> None:
-        self.uri = uri.rstrip("/")
+    def __init__(self, uri: str, rundir: Path, keep_last: int, copy_seconds: float) -> None:
+        """`copy_seconds`: the longest that fetching a checkpoint may take."""
+        self._store = Store(uri)
         self._rundir = rundir
         self._keep_last = keep_last
+        self._copy_seconds = copy_seconds
 
     @property
-    def _storage(self) -> tuple[Any, str]:
-        return filesystem_of(self.uri)
+    def uri(self) -> str:
+        """As the user gave it."""
+        return self._store.uri
 
     def _latest(self) -> int | None:
-        name = self._read(f"{CHECKPOINTS}/{LATEST}")
+        name = self._store.read(f"{CHECKPOINTS}/{LATEST}")
         return int(name.decode().strip().removeprefix("step-")) if name else None
 
     def is_ahead_of(self, checkpoints: Checkpoints, resume: str) -> bool:
@@ -55,28 +58,29 @@ class Mirror:
         return there is not None and (here is None or there > here.step)
 
     def config(self) -> dict[str, Any]:
-        """The config tree of the run that is there."""
-        tree: dict[str, Any] = yaml.safe_load(self._read(CONFIG) or b"{}")
+        """The config tree of the run that is there. Raises UserError where nothing answers."""
+        content = answered(self.uri, lambda: self._store.read(CONFIG))
+        tree: dict[str, Any] = yaml.safe_load(content or b"{}")
         return tree
 
     def fetch(self) -> None:
-        """Make the run directory what the storage holds: its newest checkpoint, and the logs."""
-        from pyarrow.fs import copy_files
+        """Make the run directory what the storage holds: its newest checkpoint, and the logs.
 
-        filesystem, root = self._storage
+        Raises UserError where that fails or takes too long; the next start fetches again.
+        """
+        answered(self.uri, self._fetch, self._copy_seconds)
+
+    def _fetch(self) -> None:
         step = self._latest()
         assert step is not None, "there is something to fetch"
         folder = self._rundir / CHECKPOINTS / f"step-{step:06d}"
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        copy_files(
-            f"{root}/{CHECKPOINTS}/{folder.name}", str(partial), source_filesystem=filesystem
-        )
+        self._store.get(f"{CHECKPOINTS}/{folder.name}", partial)
         for name in FILES:
-            found = self._read(name)
-            if found is not None:
-                (self._rundir / name).write_bytes(found)
+            content = self._store.read(name)
+            if content is not None:
+                (self._rundir / name).write_bytes(content)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
 
@@ -85,48 +89,21 @@ class Mirror:
 
         Raises OSError where the storage does not take it; what it had before is still named.
         """
-        from pyarrow.fs import FileSelector, copy_files
-
-        filesystem, root = self._storage
-        target = f"{root}/{CHECKPOINTS}/{checkpoint.name}"
-        filesystem.create_dir(target, recursive=True)
-        filesystem.delete_dir_contents(target)
-        copy_files(str(checkpoint), target, destination_filesystem=filesystem)
-        for name in FILES:
-            path = self._rundir / name
-            if path.is_file():
-                self._write(name, path.read_bytes())
-        self._write(f"{CHECKPOINTS}/{LATEST}", checkpoint.name.encode())
-        listed = filesystem.get_file_info(FileSelector(f"{root}/{CHECKPOINTS}"))
-        steps = sorted(
-            item.base_name
-            for item in listed
-            if item.base_name.startswith("step-") and item.base_name != checkpoint.name
-        )
-        for old in steps[: len(steps) + 1 - self._keep_last]:
-            filesystem.delete_dir(f"{root}/{CHECKPOINTS}/{old}")
+        self._store.put(checkpoint, f"{CHECKPOINTS}/{checkpoint.name}")
+        self._push_logs()
+        self._store.write(f"{CHECKPOINTS}/{LATEST}", checkpoint.name.encode())
+        steps = [name for name in self._store.names(CHECKPOINTS) if name.startswith("step-")]
+        others = [name for name in steps if name != checkpoint.name]
+        for old in others[: len(steps) - self._keep_last]:
+            self._store.remove(f"{CHECKPOINTS}/{old}")
 
     def push_model(self, folder: Path) -> None:
         """Copy the final export and the logs."""
-        from actors.storage import upload
+        self._store.put(folder, "model")
+        self._push_logs()
 
-        upload(folder, f"{self.uri}/model")
+    def _push_logs(self) -> None:
         for name in FILES:
             path = self._rundir / name
             if path.is_file():
-                self._write(name, path.read_bytes())
-
-    def _read(self, name: str) -> bytes | None:
-        from pyarrow.fs import FileType
-
-        filesystem, root = self._storage
-        if filesystem.get_file_info(f"{root}/{name}").type != FileType.File:
-            return None
-        with filesystem.open_input_stream(f"{root}/{name}") as file:
-            content: bytes = file.read()
-            return content
-
-    def _write(self, name: str, content: bytes) -> None:
-        filesystem, root = self._storage
-        with filesystem.open_output_stream(f"{root}/{name}") as file:
-            file.write(content)
+                self._store.write(name, path.read_bytes())

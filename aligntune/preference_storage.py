@@ -6,17 +6,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from actors.storage import filesystem_of
+from actors.storage import Store, filesystem_of
 from aligntune.errors import RunFailed, UserError
+from aligntune.storage import answered
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints that are whole
 FOLDER = "checkpoints"
-ANSWER_SECONDS = 10.0
 
 
 class JobStorage:
@@ -26,6 +24,7 @@ class JobStorage:
         self._uri = uri.rstrip("/") if uri else None
         self._rundir = rundir.absolute()
         self._root = self._uri or str(self._rundir)
+        self._checkpoints = Store(f"{self._root}/{FOLDER}")
 
     @property
     def export(self) -> str:
@@ -36,7 +35,7 @@ class JobStorage:
         """What Ray Train's RunConfig is told of it."""
         if self._uri is None:
             return {"storage_path": self._root, "name": FOLDER}
-        filesystem, path = filesystem_of(self._root)
+        filesystem, path = Store(self._root).place
         return {"storage_path": path, "storage_filesystem": filesystem, "name": FOLDER}
 
     def check(self, fresh: bool) -> None:
@@ -73,7 +72,7 @@ class JobStorage:
 
         Raises UserError where that is no whole checkpoint of this run.
         """
-        _, folder = filesystem_of(f"{self._root}/{FOLDER}")
+        _, folder = self._checkpoints.place
         try:
             _, given = filesystem_of(resume.rstrip("/"))
         except (ValueError, OSError, ImportError) as error:
@@ -98,80 +97,26 @@ class JobStorage:
         for key in ("checkpoint_results", "checkpoint_report_indices"):
             snapshot[key] = snapshot[key][:kept]
         snapshot["latest_checkpoint_result"] = snapshot["checkpoint_results"][-1]
-        filesystem, folder = filesystem_of(f"{self._root}/{FOLDER}")
-        with filesystem.open_output_stream(f"{folder}/{SNAPSHOT}") as file:
-            file.write(json.dumps(snapshot).encode())
+        self._checkpoints.write(SNAPSHOT, json.dumps(snapshot).encode())
         for later in names[kept:]:
-            filesystem.delete_dir(f"{folder}/{later}")
+            self._checkpoints.remove(later)
 
     def _read(self) -> Any:
-        from pyarrow.fs import FileType
-
-        filesystem, folder = filesystem_of(f"{self._root}/{FOLDER}")
-        path = f"{folder}/{SNAPSHOT}"
-        if filesystem.get_file_info(path).type != FileType.File:
-            return None
-        with filesystem.open_input_stream(path) as file:
-            return json.loads(file.read())
+        content = self._checkpoints.read(SNAPSHOT)
+        return None if content is None else json.loads(content)
 
     def fetch(self, target: Path) -> None:
         """Put the model that a worker left in place, in one rename. Raises RunFailed."""
-        from pyarrow.fs import FileType, LocalFileSystem, copy_files
-
-        filesystem, path = filesystem_of(self.export)
-        if filesystem.get_file_info(path).type != FileType.Directory:
+        store = Store(self.export)
+        if not store.has_folder():
             raise RunFailed(
                 f"the workers left no model at {self.export}: on several nodes output_dir must be "
                 "a folder that all of them see, or set checkpoint.storage"
             )
         staged = target.with_name(target.name + ".partial")
-        if not isinstance(filesystem, LocalFileSystem) or Path(path) != staged.absolute():
-            if staged.exists():
-                shutil.rmtree(staged)
-            staged.mkdir()
-            copy_files(path, str(staged), source_filesystem=filesystem)
+        if self._uri is not None:
+            shutil.rmtree(staged, ignore_errors=True)
+            store.get("", staged)
         if target.exists():
             shutil.rmtree(target)
         os.rename(staged, target)
-
-
-def answered(uri: str, ask: Callable[[], Any]) -> Any:
-    """What `ask()` gives within `ANSWER_SECONDS`; clients of object stores retry for minutes.
-
-    Raises UserError.
-    """
-    answers: list[Any] = []
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            answers.append(ask())
-        except Exception as error:  # noqa: BLE001  # of whatever client the URI is for; told below
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="storage", daemon=True)
-    thread.start()
-    thread.join(ANSWER_SECONDS)
-    if answers:
-        return answers[0]
-    if thread.is_alive():
-        _end_without_it()
-    reason = (
-        " ".join(str(errors[0]).split()) or type(errors[0]).__name__
-        if errors
-        else f"no answer within {ANSWER_SECONDS:g} s"
-    )
-    raise UserError(
-        f"checkpoint.storage {uri} cannot be used: {reason}; give a folder that every node sees, "
-        "or a URI whose client is installed and that answers"
-    )
-
-
-def _end_without_it() -> None:
-    """Let the process end while a client of S3 still tries: at exit pyarrow waits for it."""
-    import atexit
-
-    from pyarrow import fs
-
-    if (finish := getattr(fs, "ensure_s3_finalized", None)) is not None:
-        atexit.unregister(finish)

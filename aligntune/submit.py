@@ -246,8 +246,8 @@ def _run_dir(output_dir: str) -> str:
 
 def _check_storage(storage: str) -> None:
     """Whether the storage of checkpoints is named for all nodes, and answers. Raises UserError."""
-    from actors.storage import filesystem_of
-    from aligntune.preference_storage import answered
+    from actors.storage import Store
+    from aligntune.storage import answered
 
     if "://" not in storage:
         if not os.path.isabs(storage):
@@ -256,12 +256,7 @@ def _check_storage(storage: str) -> None:
                 "when the job is: give an absolute path or a URI"
             )
         return
-
-    def look() -> bool:
-        filesystem, path = filesystem_of(storage)
-        return bool(filesystem.get_file_info(path))
-
-    answered(storage, look)
+    answered(storage, Store(storage).has_folder)
 
 
 def _named(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -283,7 +283,8 @@ class OnlineTrainer:
         checkpoint = self.config.checkpoint
         if checkpoint.storage is None:
             return None
-        return Mirror(checkpoint.storage, rundir.path, checkpoint.keep_last)
+        longest = self.config.policy.update_timeout_s
+        return Mirror(checkpoint.storage, rundir.path, checkpoint.keep_last, longest)
 
     @contextmanager
     def _roles(self) -> Iterator[Roles]:

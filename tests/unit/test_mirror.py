@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from actors.storage import Store
 from aligntune.checkpoint import Checkpoints
 from aligntune.errors import UserError
 from aligntune.mirror import Mirror
@@ -36,13 +38,13 @@ def test_what_was_pushed_is_fetched_into_an_empty_run_directory(
 ) -> None:
     storage = tmp_path / "bucket"
     uri = storage.as_uri() if as_uri else str(storage)
-    push(home, Mirror(uri, home, 2), 8, 9, 10, 100)
+    push(home, Mirror(uri, home, 2, 60), 8, 9, 10, 100)
     there = {path.name for path in (storage / "checkpoints").iterdir()}
     assert there == {"latest", "step-000010", "step-000100"}
 
     new = tmp_path / "new"
     checkpoints = Checkpoints(new / "checkpoints", keep_last=2)
-    mirror = Mirror(uri, new, 2)
+    mirror = Mirror(uri, new, 2, 60)
     assert mirror.is_ahead_of(checkpoints, "auto")
     assert mirror.config() == {"train": {"seed": 3}}
     mirror.fetch()
@@ -57,7 +59,7 @@ def test_what_was_pushed_is_fetched_into_an_empty_run_directory(
 def test_an_empty_storage_is_ahead_of_nothing_and_never_is_refused_where_there_is_a_run(
     home: Path, tmp_path: Path
 ) -> None:
-    mirror = Mirror(str(tmp_path / "bucket"), home, 2)
+    mirror = Mirror(str(tmp_path / "bucket"), home, 2, 60)
     assert not mirror.is_ahead_of(Checkpoints(home / "checkpoints", 2), "never")
     checkpoints = push(home, mirror, 1)
     with pytest.raises(UserError, match="holds a run and resume=never"):
@@ -69,7 +71,7 @@ def test_a_copy_that_broke_off_is_not_named(
 ) -> None:
     import pyarrow.fs
 
-    mirror = Mirror(str(tmp_path / "bucket"), home, 2)
+    mirror = Mirror(str(tmp_path / "bucket"), home, 2, 60)
     checkpoints = push(home, mirror, 1)
     save(checkpoints, 2)
 
@@ -86,6 +88,25 @@ def test_a_copy_that_broke_off_is_not_named(
 
 
 def test_a_storage_that_cannot_be_used_is_one_clear_line(home: Path) -> None:
-    mirror = Mirror("teleport://bucket/run", home, 2)
+    mirror = Mirror("teleport://bucket/run", home, 2, 60)
     with pytest.raises(UserError, match=r"checkpoint.storage teleport://bucket/run cannot be used"):
         mirror.is_ahead_of(Checkpoints(home / "checkpoints", 2), "auto")
+
+
+def test_a_fetch_that_does_not_end_is_given_up_and_the_next_start_fetches_again(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(home, Mirror(str(tmp_path / "bucket"), home, 2, 60), 3)
+    new = tmp_path / "new"
+    mirror, checkpoints = (
+        Mirror(str(tmp_path / "bucket"), new, 2, 0.2),
+        Checkpoints(new / "checkpoints", 2),
+    )
+    done = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "get", lambda *_: done.wait(60))
+        with pytest.raises(UserError, match=r"no answer within 0\.2 s"):
+            mirror.fetch()
+        done.set()
+    assert checkpoints.latest() is None
+    assert mirror.is_ahead_of(checkpoints, "auto")

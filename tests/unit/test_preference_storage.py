@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from aligntune import preference_storage
+import actors.storage
+from aligntune import storage as answering
 from aligntune.errors import UserError
 from aligntune.preference_storage import FOLDER, SNAPSHOT, JobStorage
 
@@ -60,8 +61,8 @@ def test_a_uri_that_nothing_here_understands_is_refused(
 def silence(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A storage that never answers."""
     done = threading.Event()
-    monkeypatch.setattr(preference_storage, "filesystem_of", lambda _: done.wait(60))
-    monkeypatch.setattr(preference_storage, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(actors.storage, "filesystem_of", lambda _: done.wait(60))
+    monkeypatch.setattr(answering, "ANSWER_SECONDS", 0.2)
     yield
     done.set()
 
