@@ -20,10 +20,9 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-import torch
 from ray.actor import ActorHandle
 
-from actors.messages import GroupWork, Prompt
+from actors.messages import Prompt
 from actors.supervise import ReplicaSet, answer
 from aligntune.checkpoint import Checkpoint, Checkpoints
 from aligntune.config import RunConfig
@@ -34,7 +33,7 @@ from aligntune.keeper import Keeper
 from aligntune.learner import Learner, PolicyLost, Weights
 from aligntune.ledger import Books, Ledger, LedgerLog, State
 from aligntune.mirror import Mirror
-from aligntune.pipeline import BusyClock, Pipeline, ReadyGroup, truncated
+from aligntune.pipeline import BusyClock, Pipeline, ReadyGroup, group_works
 from aligntune.recorder import Recorder
 from aligntune.roles import Roles
 from aligntune.rundir import RunDir
@@ -350,7 +349,7 @@ class Controller:
         groups = [self._pipeline.ready[group_id] for group_id in batch]
         self._check_age(groups)
         self.ledger.move(batch, State.TRAINING, step=step)
-        works, prepared = self._works(groups), dict[str, float]()
+        works, prepared = group_works(self.config, self.algorithm, groups), dict[str, float]()
         if self.algorithm.prepares:
             with self._prepare_clock:
                 works, prepared = await self._learner.prepare(step, self.algorithm, works)
@@ -387,30 +386,6 @@ class Controller:
         if step % self.config.checkpoint.every_steps == 0:
             await self._checkpoint()
         return metrics
-
-    def _works(self, groups: list[ReadyGroup]) -> list[GroupWork]:
-        """Sequence advantages of the step's groups, and what the policy ranks need with them."""
-        config, algorithm = self.config, self.algorithm
-        scores, advantages = algorithm.scores_and_advantages(
-            torch.tensor([group.scores.values for group in groups], dtype=torch.float64),
-            torch.tensor([spec.weight for spec in config.rewards], dtype=torch.float64),
-            torch.tensor([group.record.lengths for group in groups]),
-            config.rollout.max_completion_length,
-        )
-        return [
-            GroupWork(
-                group_id=group.record.group_id,
-                prompt_tokens=group.record.prompt_tokens,
-                lengths=group.record.lengths,
-                trained=tuple(algorithm.trains_on(cut) for cut in truncated(group.record)),
-                truncated=truncated(group.record),
-                advantages=tuple(advantages[index].tolist()),
-                scores=tuple(scores[index].tolist()),
-                tensors=group.tensors,
-                reference=group.reference,
-            )
-            for index, group in enumerate(groups)
-        ]
 
     async def _sync(self) -> None:
         """Bring the weights of the current version to every rollout replica."""

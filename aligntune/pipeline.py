@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actors.messages import FinishReason, GroupRecord, Prompt, Sampling, Scores
+import torch
+
+from actors.messages import FinishReason, GroupRecord, GroupWork, Prompt, Sampling, Scores
 from actors.reward import RewardFailed
 from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet
 from aligntune.algorithms.base import Algorithm
@@ -238,3 +240,29 @@ def raw_scores(config: RunConfig, scores: Scores) -> dict[str, list[float]]:
 def truncated(record: GroupRecord) -> tuple[bool, ...]:
     """[G] which completions were cut by the length limit."""
     return tuple(reason is FinishReason.LENGTH for reason in record.finish_reasons)
+
+
+def group_works(
+    config: RunConfig, algorithm: Algorithm, groups: Sequence[ReadyGroup]
+) -> list[GroupWork]:
+    """Sequence advantages of a step's groups, and what the policy ranks need with them."""
+    scores, advantages = algorithm.scores_and_advantages(
+        torch.tensor([group.scores.values for group in groups], dtype=torch.float64),
+        torch.tensor([spec.weight for spec in config.rewards], dtype=torch.float64),
+        torch.tensor([group.record.lengths for group in groups]),
+        config.rollout.max_completion_length,
+    )
+    return [
+        GroupWork(
+            group_id=group.record.group_id,
+            prompt_tokens=group.record.prompt_tokens,
+            lengths=group.record.lengths,
+            trained=tuple(algorithm.trains_on(cut) for cut in truncated(group.record)),
+            truncated=truncated(group.record),
+            advantages=tuple(advantages[index].tolist()),
+            scores=tuple(scores[index].tolist()),
+            tensors=group.tensors,
+            reference=group.reference,
+        )
+        for index, group in enumerate(groups)
+    ]
