@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
 import time
 import uuid
@@ -236,13 +235,13 @@ class PreferenceTrainer:
                         PreferenceRun(self.config, job, storage.ray_arguments(), recorder).follow(
                             self.pairs, self.eval_pairs
                         )
+                    storage.fetch(rundir.model)
                 except Interrupted as stopped:
                     recorder.event(EventKind.RUN_STOPPED, reason=str(stopped))
                     raise
                 except (RunFailed, NotFinite) as failed:
                     recorder.event(EventKind.RUN_STOPPED, reason=str(failed))
                     raise RunFailed(str(failed)) from failed
-                storage.fetch(rundir.model)
                 recorder.event(EventKind.RUN_FINISHED, step=self.total_steps)
                 return PreferenceResult(
                     steps=self.total_steps,
@@ -274,13 +273,7 @@ class PreferenceTrainer:
 
     def save_model(self, path: str | Path) -> Path:
         """Copy the trained model (safetensors, tokenizer) to a new folder."""
-        trained, target = self._rundir.model, Path(path)
-        if not trained.is_dir():
-            raise UserError(f"no trained model in {trained.parent}; call train() first")
-        if target.exists():
-            raise UserError(f"{target} exists; name a new folder")
-        shutil.copytree(trained, target)
-        return target
+        return self._rundir.copy_model(Path(path))
 
     @contextmanager
     def _session(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import importlib.metadata
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,15 @@ class RunDir:
     def file(self, name: str) -> Path:
         """A file of the run directory."""
         return self.path / name
+
+    def copy_model(self, target: Path) -> Path:
+        """Copy the final export to a new folder; returns it. Raises UserError."""
+        if not self.model.is_dir():
+            raise UserError(f"no trained model in {self.path}; call train() first")
+        if target.exists():
+            raise UserError(f"{target} exists; name a new folder")
+        shutil.copytree(self.model, target)
+        return target
 
     def previous(self) -> dict[str, Any] | None:
         """The config tree of the run that is in here, or None."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import shutil
 import signal
 import threading
 import time
@@ -323,13 +322,7 @@ class OnlineTrainer:
 
     def save_model(self, path: str | Path) -> Path:
         """Copy the trained model (safetensors, tokenizer, generation config) to a new folder."""
-        trained, target = RunDir(Path(self.config.output_dir)).model, Path(path)
-        if not trained.is_dir():
-            raise UserError(f"no trained model in {trained.parent}; call train() first")
-        if target.exists():
-            raise UserError(f"{target} exists; name a new folder")
-        shutil.copytree(trained, target)
-        return target
+        return RunDir(Path(self.config.output_dir)).copy_model(Path(path))
 
 
 async def _with_signals(controller: Controller, run: Coroutine[Any, Any, T]) -> T:
