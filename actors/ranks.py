@@ -25,12 +25,12 @@ from actors.shares import (
     Fetched,
     Minibatch,
     Tally,
-    average,
     count,
     describe,
     fetch,
     join,
     longest,
+    over_steps,
     total,
 )
 from actors.specs import ModelSpec, RankSpec
@@ -148,6 +148,7 @@ class TrainedRank:
         self._strategy.model.train()
         steps: list[dict[str, float]] = []
         norms: list[float] = []
+        peaks: set[str] = set()
         empty = tokens = 0
         stopped = False
         for index, minibatch in enumerate(plan):
@@ -156,7 +157,8 @@ class TrainedRank:
                 empty += 1
                 continue
             where = f"{role}, training step {job.step}, optimiser step {index + 1} of {len(plan)}"
-            figures = self._accumulate(job, minibatch, groups, where)
+            figures, highest = self._accumulate(job, minibatch, groups, where)
+            peaks |= highest
             try:
                 norms.append(self._strategy.step(rate))
             except NonFiniteGradient as error:
@@ -169,7 +171,7 @@ class TrainedRank:
             if job.early_stop is not None and figures[job.early_stop[0]] > job.early_stop[1]:
                 stopped = True
                 break
-        metrics = average(steps)
+        metrics = over_steps(steps, peaks)
         metrics[f"{role}/learning_rate"] = rate
         if norms:
             metrics[f"{role}/grad_norm"] = sum(norms) / len(norms)
@@ -262,8 +264,9 @@ class TrainedRank:
 
     def _accumulate(
         self, job: UpdateJob, minibatch: Minibatch, groups: Mapping[int, Fetched], where: str
-    ) -> dict[str, float]:
-        """The gradient of one optimiser step over its micro-batches; its figures over all ranks.
+    ) -> tuple[dict[str, float], set[str]]:
+        """The gradient of one optimiser step over its micro-batches; its figures over all ranks,
+        and which of them are maxima.
 
         Raises:
             NonFiniteUpdate: the loss of a micro-batch is not finite, on whichever rank.
@@ -291,7 +294,8 @@ class TrainedRank:
                 f"({len(texts)} micro-batches like this)"
             )
         figures = join(tallies, minibatch.counts)
-        return figures | {self.total_loss: sum(rank.loss for rank in tallies)}
+        peaks = {name for rank in tallies for name in rank.maxima}
+        return figures | {self.total_loss: sum(rank.loss for rank in tallies)}, peaks
 
 
 def make_strategy(

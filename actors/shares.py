@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -80,12 +80,12 @@ def join(ranks: Sequence[Tally], counts: Counts) -> dict[str, float]:
     return figures
 
 
-def average(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Each figure's mean over the optimiser steps that have it."""
+def over_steps(steps: Sequence[Mapping[str, float]], peaks: Container[str]) -> dict[str, float]:
+    """Each figure's mean over the optimiser steps that have it; of `peaks` the largest."""
     joined = {}
     for name in sorted({name for figures in steps for name in figures}):
         seen = [figures[name] for figures in steps if name in figures]
-        joined[name] = sum(seen) / len(seen)
+        joined[name] = max(seen) if name in peaks else sum(seen) / len(seen)
     return joined
 
 

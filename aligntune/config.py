@@ -287,6 +287,18 @@ def check(config: RunConfig) -> None:
         )
     if not needs.critic and config.critic != CriticSpec():
         raise UserError(f"{name} has no critic, so the critic section would be ignored; remove it")
+    if not needs.reference and config.reference != ReferenceSpec():
+        raise UserError(
+            f"{name} has no reference model while algorithm.beta is 0, so the reference section "
+            "would be ignored; remove it, or set algorithm.beta above 0"
+        )
+    stop = config.algorithm.early_stop
+    if stop and train.epochs_per_batch == 1 and train.groups_per_minibatch == train.groups_per_step:
+        raise UserError(
+            f"{name} is to stop a step's updates where {stop[0]} is above {stop[1]:g}, and a step "
+            "has one update, so that would do nothing; raise train.epochs_per_batch, lower "
+            "train.groups_per_minibatch, or remove the limit"
+        )
     for spec in (config.policy, config.critic):
         if spec.strategy == "torch" and spec.ranks > 1:
             raise UserError(

@@ -169,7 +169,7 @@ class Controller:
         self.algorithm, snapshot = self.config.algorithm, Ledger.beginning()
         if checkpoint:
             await self._learner.load(checkpoint.path)
-            self.algorithm = type(self.algorithm).model_validate(checkpoint.state["algorithm"])
+            self.algorithm = self.algorithm.carried_on(checkpoint.state["algorithm"])
             snapshot = checkpoint.state["ledger"]
         if checkpoint or self._weights:
             await self._sync()
@@ -298,13 +298,13 @@ class Controller:
             if self._stop.is_set():
                 raise Interrupted(self._signal)
             self._pipeline.raise_failure()
-            self._check_sampling()
             self._admit()
             batch = choose_batch(
                 self.ledger.open_groups(), self.version, train.max_staleness, train.groups_per_step
             )
             if batch is not None:
                 return batch
+            self._check_sampling()
             try:
                 await asyncio.wait_for(self._pipeline.changed.wait(), deadline - time.monotonic())
             except TimeoutError as error:
@@ -337,9 +337,10 @@ class Controller:
         shown = ", ".join(f"{score:g} x {count}" for score, count in scores.most_common(8))
         raise RunFailed(
             f"step {self.version + 1}: {filtered} groups were drawn and filtered in {rounds} "
-            f"rounds and {len(self._pipeline.ready)} of {per_step} kept; the scores of those "
-            f"filtered: {shown}. The completions of a group score the same: the task is too hard, "
-            "too easy, or the reward does not tell completions apart"
+            f"rounds and {len(self._pipeline.ready)} of {per_step} kept; "
+            f"{self.algorithm.sampling_metric} of those filtered: {shown}. The completions of a "
+            "group score the same: the task is too hard, too easy, or the reward does not tell "
+            "completions apart"
         )
 
     async def _step(self) -> dict[str, float]:
@@ -372,8 +373,6 @@ class Controller:
             **time_metrics(seconds, self._busy(), groups),
         }
         if self.algorithm.sampling_rounds is not None:
-            drawn = (len(batch) + ended["filtered"]) / len(batch)
-            metrics[f"{self.config.algorithm_name}/draws_per_kept_group"] = drawn
             self._pipeline.filtered_scores.clear()
         completions = sum(len(group.record.lengths) for group in groups)
         self.algorithm = self.algorithm.after_step(metrics, completions)

@@ -102,6 +102,32 @@ def plan_updates(
     ]
 
 
+def plan_step(
+    config: RunConfig, step: int, algorithm: Algorithm, groups: Sequence[GroupWork]
+) -> dict[str, list[UpdateJob]]:
+    """The jobs of policy and, where there is one, critic, one a rank. Pure.
+
+    Old log-probs are those of the policy at the start of the step: they are computed before the
+    first of several updates, unless `prepare` has brought them. With one update they are its own.
+    """
+    several = len(minibatches(config, step)) > 1
+    plans = {
+        POLICY: plan_updates(
+            config,
+            step,
+            groups,
+            config.policy.ranks,
+            algorithm.loss,
+            recompute_old=algorithm.old == "policy" and several and not algorithm.prepares,
+            early_stop=algorithm.early_stop,
+        )
+    }
+    if algorithm.needs.critic:
+        loss = algorithm.value_loss
+        plans[CRITIC] = plan_updates(config, step, groups, config.critic.ranks, loss)
+    return plans
+
+
 async def _or_lost(work: Awaitable[T]) -> T:
     """Await `work`; a lost rank, or arrays lost with a node, is PolicyLost."""
     try:
@@ -243,22 +269,7 @@ class Learner:
         self, step: int, algorithm: Algorithm, groups: Sequence[GroupWork]
     ) -> UpdateResult:
         """Every optimiser step of a training step, of policy and critic at the same time."""
-        config = self._config
-        several = len(minibatches(config, step)) > 1
-        plans = {
-            POLICY: plan_updates(
-                config,
-                step,
-                groups,
-                self._policy.spec.ranks,
-                algorithm.loss,
-                recompute_old=algorithm.old == "policy" and several and not algorithm.prepares,
-                early_stop=algorithm.early_stop,
-            )
-        }
-        if self._critic is not None:
-            loss = algorithm.value_loss
-            plans[CRITIC] = plan_updates(config, step, groups, self._critic.spec.ranks, loss)
+        plans = plan_step(self._config, step, algorithm, groups)
         answers = await asyncio.gather(
             *(
                 ranks.each("update", [(job,) for job in plans[name]])

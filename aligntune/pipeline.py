@@ -135,7 +135,8 @@ class Pipeline:
                     return
                 table = raw_scores(self._config, scores)
                 if not self._algorithm.keep(table):
-                    self.filtered_scores.update(round(score, 4) for score in table["score"])
+                    seen = table[self._algorithm.sampling_metric]
+                    self.filtered_scores.update(round(score, 4) for score in seen)
                     self._ledger.move([group_id], State.FILTERED)
                     return
                 reference = await self._reference(tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
+from aligntune.algorithms.filters import varies
 from aligntune.config import RunConfig
 from aligntune.pipeline import ReadyGroup, raw_scores, truncated
 
@@ -43,16 +44,19 @@ def group_metrics(
 
     Groups of one completion are all constant and say nothing by it: then that figure is left out.
     `ended` counts the groups filtered and quarantined since the last step; ages are in policy
-    versions, of the oldest token of each group.
+    versions, of the oldest token of each group. With dynamic sampling, also how many groups were
+    drawn for each that was kept.
     """
     scores = [raw_scores(config, group.scores)["score"] for group in groups]
     ages = [version - group.record.oldest_version for group in groups]
-    constant = sum(len(set(row)) == 1 for row in scores) / len(scores)
+    constant = sum(not varies(row) for row in scores) / len(scores)
+    draws, drawn = config.algorithm.sampling_rounds is not None, len(groups) + ended["filtered"]
     return {
         "groups/trained": float(len(groups)),
         "groups/filtered": float(ended["filtered"]),
         "groups/quarantined": float(ended["quarantined"]),
         **({"groups/constant_fraction": constant} if any(len(row) > 1 for row in scores) else {}),
+        **({f"{config.algorithm_name}/draws_per_kept_group": drawn / len(groups)} if draws else {}),
         "staleness/mean": statistics.fmean(ages),
         "staleness/max": float(max(ages)),
     }

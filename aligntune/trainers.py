@@ -120,13 +120,18 @@ class OnlineTrainer:
             named = [spec for spec in specs if id(spec) not in given]
             resolved = dict(zip(map(id, named), resolve_all(named), strict=True))
             criteria = tuple((given | resolved)[id(spec)] for spec in specs)
+        except ValueError as error:
+            raise UserError(f"rewards: {error}") from error
+        train = self.config.train
+        try:
             self.config.algorithm.check_run(
                 [criterion.name for criterion in criteria],
                 self.config.rollout.max_completion_length,
+                train.groups_per_step * (train.completions_per_group or 1),
             )
-            return criteria
         except ValueError as error:
-            raise UserError(f"rewards: {error}") from error
+            raise UserError(f"algorithm: {error}") from error
+        return criteria
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -109,6 +109,11 @@ class Moments:
     mean: float
     variance: float  # ddof 1; 0 for fewer than two values
 
+    @property
+    def varies(self) -> bool:
+        """Whether there is more than rounding noise to divide by; as `is_constant` of a group."""
+        return self.variance**0.5 > CONSTANT_TOLERANCE * max(1.0, abs(self.mean))
+
 
 def moments(local: torch.Tensor, all_sum: AllSum = on_one_rank) -> Moments:
     """Global moments of the ranks' `local` values (any shape), in two passes: two `all_sum` calls.

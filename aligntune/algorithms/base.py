@@ -7,7 +7,7 @@ micro-batch ends: every denominator is in `TokenBatch.counts`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -93,6 +93,8 @@ class Algorithm(BaseModel):
                 f"clip_low must be below 1, got {self.clip_low}: a ratio never falls to "
                 "1 - clip_low <= 0, so nothing would be clipped from below"
             )
+        if self.correction == "none":
+            self.refuse_inert("correction_cap", "correction: none has no weights to bound")
         if self.old == "rollout" and self.correction != "none":
             raise ValueError(
                 f"correction: {self.correction} has no meaning with old: rollout, which takes the "
@@ -104,6 +106,11 @@ class Algorithm(BaseModel):
                 "no group normalisation of its own; set kl_in: loss or combine: sum"
             )
         return self
+
+    def refuse_inert(self, option: str, reason: str) -> None:
+        """Raises ValueError where an option was set that does nothing beside the others."""
+        if getattr(self, option) != type(self).model_fields[option].default:
+            raise ValueError(f"{option} would do nothing: {reason}; remove it")
 
     @property
     def needs(self) -> Needs:
@@ -125,14 +132,27 @@ class Algorithm(BaseModel):
         """(metric of an optimiser step, limit): the step's further updates are skipped above it."""
         return None
 
-    def check_run(self, criteria: Sequence[str], budget: int) -> None:
+    @property
+    def sampling_metric(self) -> str:
+        """What `keep` looks at: a criterion, or `SCORE`."""
+        return SCORE
+
+    def check_run(self, criteria: Sequence[str], budget: int, completions: int) -> None:
         """Raises ValueError, before anything starts, where an option does not fit the run.
 
-        `criteria` are the names of the rewards, `budget` is `max_completion_length` in tokens.
+        `criteria` are the names of the rewards, `budget` is `max_completion_length` in tokens,
+        `completions` are those of a step.
         """
 
     def after_step(self, metrics: dict[str, float], completions: int) -> Self:
         """The algorithm of the next step, from this step's metrics; itself where nothing adapts."""
+        return self
+
+    def carried_on(self, saved: Mapping[str, Any]) -> Self:
+        """This algorithm with what `after_step` has adapted, from the `model_dump` in a checkpoint.
+
+        All else is as the config says now.
+        """
         return self
 
     def keep(self, scores: dict[str, list[float]]) -> bool:

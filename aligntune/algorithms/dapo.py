@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from aligntune.algorithms.base import SCORE, Defaults
 from aligntune.algorithms.filters import named, varies
@@ -28,7 +28,9 @@ class DAPO(GRPO):
     clip_high: float = Field(0.28, gt=0)  # section 3.1
     dynamic_sampling: bool = Field(True, description="draw again for groups without contrast")
     metric: str = Field(SCORE, description="what dynamic sampling looks at: a criterion or 'score'")
-    max_sampling_rounds: int = Field(10, gt=0, description="draws per step before the run stops")
+    max_sampling_rounds: int = Field(
+        10, gt=0, description="this times groups_per_step filtered in one step stops the run"
+    )
     overlong_shaping: bool = Field(True, description="punish completions near the length limit")
     overlong_cache: int | None = Field(
         None, gt=0, description="tokens; default a fifth of the budget, the paper's 4096 of 20480"
@@ -40,7 +42,21 @@ class DAPO(GRPO):
         """The bound of dynamic sampling, where it is on."""
         return self.max_sampling_rounds if self.dynamic_sampling else None
 
-    def check_run(self, criteria: Sequence[str], budget: int) -> None:
+    @model_validator(mode="after")
+    def _what_is_off_has_no_options(self) -> Self:
+        if not self.dynamic_sampling:
+            for option in ("metric", "max_sampling_rounds"):
+                self.refuse_inert(option, "dynamic_sampling is off")
+        if not self.overlong_shaping:
+            self.refuse_inert("overlong_cache", "overlong_shaping is off")
+        return self
+
+    @property
+    def sampling_metric(self) -> str:
+        """What dynamic sampling looks at."""
+        return self.metric
+
+    def check_run(self, criteria: Sequence[str], budget: int, completions: int) -> None:
         """Raises ValueError on a metric that is no criterion and a cache beyond the budget."""
         if self.dynamic_sampling:
             if SCORE in criteria:

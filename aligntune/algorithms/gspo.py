@@ -41,7 +41,7 @@ class GSPO(GRPO):
         d = log_ratio(batch, self.old)
         log_s = row_mean(d, batch.mask)[:, None].expand_as(d)
         if self.importance == "token":
-            log_s = log_s.detach() + d - d.detach()  # sg[s] * exp(logp - sg[logp])
+            log_s = log_s.detach() + (d - d.detach())  # sg[s] * exp(logp - sg[logp])
         ell, clipped = clipped_surrogate(
             log_s, batch.advantages, batch.mask, self.clip_low, self.clip_high, self.dual_clip
         )

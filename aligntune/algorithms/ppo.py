@@ -6,8 +6,8 @@ the same whatever the ranks, because all moments are of the whole step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -78,6 +78,8 @@ class PPO(Algorithm):
     def _adaptive_needs_a_start(self) -> Self:
         if self.kl_target is not None and self.beta == 0:
             raise ValueError("kl_target steers beta by factors, and beta is 0; set beta above 0")
+        if self.kl_target is None:
+            self.refuse_inert("kl_horizon", "without kl_target beta is fixed")
         return self
 
     @property
@@ -103,6 +105,21 @@ class PPO(Algorithm):
         adapted = state.after(metrics["kl/reference"], completions)
         return self.model_copy(update={"beta": adapted.beta})
 
+    def carried_on(self, saved: Mapping[str, Any]) -> Self:
+        """With the adapted beta, where it was adapted and still is."""
+        if self.kl_target is None or saved["kl_target"] is None:
+            return self
+        return self.model_copy(update={"beta": saved["beta"]})
+
+    def check_run(self, criteria: Sequence[str], budget: int, completions: int) -> None:
+        """Raises ValueError where one step could take beta to 0 or below."""
+        if self.kl_target is not None and 0.2 * completions >= self.kl_horizon:
+            raise ValueError(
+                f"kl_horizon={self.kl_horizon:g} is too short for steps of {completions} "
+                f"completions: beta could reach 0 in one; give more than {0.2 * completions:g}, "
+                "some hundred steps' worth is usual"
+            )
+
     def sequence_advantages(self, rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The scores themselves; `prepare` turns them into advantages per token."""
         return weighted_sum(rewards, weights)
@@ -124,7 +141,7 @@ class PPO(Algorithm):
         """Old log-probs, whitened advantages, returns and old values per token, and figures.
 
         Raises ValueError where a group has no critic values, or no reference with a KL in the
-        reward. `ppo/explained_variance` is left out where all returns are equal.
+        reward. `ppo/explained_variance` is left out where all returns are equal, up to rounding.
         """
         rows = TokenRows.of(groups)
         mask = rows.mask
@@ -142,7 +159,7 @@ class PPO(Algorithm):
         of_errors = moments((returns - values)[mask], all_sum)
         of_advantages = moments(advantages[mask], all_sum)
         figures = {"ppo/return_mean": of_returns.mean, "ppo/beta": self.beta}
-        if of_returns.variance > 0:
+        if of_returns.varies:
             figures["ppo/explained_variance"] = 1 - of_errors.variance / of_returns.variance
         if in_reward:
             figures["kl/reference"] = rows.mean(k, all_sum)

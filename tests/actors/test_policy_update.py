@@ -110,6 +110,20 @@ def test_figures_are_exact_over_micro_batches_and_averaged_over_optimiser_steps(
     assert actor.update(job).metrics["test/rows"] == pytest.approx(sum(shares) / len(shares))
 
 
+def test_a_maximum_is_that_of_all_optimiser_steps(folder: Path) -> None:
+    peaks: list[float] = []
+
+    def watch(batch: TokenBatch) -> LossTerms:
+        terms = simple_loss(batch)
+        peaks.append(float(terms.maxima["test/peak"]))
+        return terms
+
+    actor = one_rank(folder, tokens_per_microbatch=1)
+    metrics = actor.update(replace(job_of_step(1), loss=watch)).metrics
+    assert len(set(peaks)) > 2
+    assert metrics["test/peak"] == max(peaks)
+
+
 def test_old_is_the_policy_at_the_start_of_the_update(folder: Path) -> None:
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 

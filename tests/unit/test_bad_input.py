@@ -108,6 +108,39 @@ def test_reward_whose_column_the_data_lack(fail: Fail, tmp_path: Path) -> None:
     assert "'answer'" in fail(dataset=str(path))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "rewards.0.weight=.nan",
+        "rewards.0.weight=.inf",
+        "policy.learning_rate=.inf",
+        "rollout.temperature=.inf",
+    ],
+)
+def test_a_number_that_is_not_finite(fail: Fail, change: str) -> None:
+    path = change.partition("=")[0]
+    error = fail(change)
+    assert path in error
+    assert "finite" in error
+
+
+def test_an_option_that_does_not_fit_the_run_is_named_as_the_algorithm_s(fail: Fail) -> None:
+    small = ("train.groups_per_step=2", "train.groups_per_minibatch=2")
+    error = fail("algorithm.metric=corect", *small, algorithm="dapo")
+    assert error.startswith("aligntune: algorithm: ")
+    assert "exact_match, score" in error
+
+
+def test_settings_of_a_reference_that_is_not_there(fail: Fail) -> None:
+    small = ("train.groups_per_step=2", "train.groups_per_minibatch=2")
+    assert "dapo has no reference" in fail("reference.replicas=2", *small, algorithm="dapo")
+
+
+def test_a_causal_lm_as_reward_model(fail: Fail, tiny_model: Path) -> None:
+    error = fail(f"rewards=[{{model: {tiny_model}}}]", reward="")
+    assert "causal" in error.lower()
+
+
 def test_group_size_one(fail: Fail) -> None:
     assert "use 2 or more" in fail("train.completions_per_group=1")
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.messages import GroupWork
+from actors.messages import GroupWork, UpdateJob
 from aligntune.config import RunConfig, load_config
 from aligntune.errors import UserError
-from aligntune.learner import minibatches, plan_updates, split_groups
+from aligntune.learner import minibatches, plan_step, plan_updates, split_groups
 
 
 def config(**train: Any) -> RunConfig:
@@ -80,6 +80,65 @@ def test_every_row_is_trained_on_once_an_epoch_and_every_group_has_one_rank(
         assert sorted((row.work, row.completion) for row in seen) == rows
     assert {len(job.minibatches) for job in jobs} == {3 * passes}
     assert sorted(chain(*split_groups(groups, ranks))) == list(range(6))
+
+
+def jobs_of(algorithm: str | dict[str, Any], **train: Any) -> dict[str, list[UpdateJob]]:
+    tree = config(**train).model_dump(mode="json")
+    resolved = load_config({**tree, "algorithm": algorithm, "policy": {}, "reference": {}})
+    groups = [group(index, (2, 3)) for index in range(6)]
+    return plan_step(resolved, 1, resolved.algorithm, groups)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "train", "before"),
+    [
+        ("dapo", {"groups_per_minibatch": 6}, False),  # one update: its own log-probs are the old
+        ("dapo", {"groups_per_minibatch": 2}, True),
+        ("gspo", {"groups_per_minibatch": 6, "epochs_per_batch": 2}, True),
+        ({"name": "dapo", "old": "rollout"}, {"groups_per_minibatch": 2}, False),
+        ({"name": "grpo", "kl_in": "reward"}, {"groups_per_minibatch": 2}, False),  # prepared
+    ],
+)
+def test_old_log_probs_are_computed_before_the_first_of_several_updates(
+    algorithm: str | dict[str, Any], train: dict[str, Any], before: bool
+) -> None:
+    jobs = jobs_of(algorithm, **train)
+    assert set(jobs) == {"policy"}
+    assert [job.recompute_old for job in jobs["policy"]] == [before]
+
+
+def test_the_policy_may_stop_early_and_the_critic_learns_from_the_same_rows() -> None:
+    limited = {"name": "tests.e2e.algorithms:PPOOnFunctions", "max_update_kl": 0.02}
+    jobs = jobs_of(limited)
+    (policy,), (critic,) = jobs["policy"], jobs["critic"]
+    assert policy.early_stop == ("kl/update", 0.02)
+    assert critic.early_stop is None
+    assert policy.minibatches == critic.minibatches
+    assert policy.loss.__name__ == "loss"
+    assert critic.loss.__name__ == "value_loss"
+    assert jobs_of("tests.e2e.algorithms:PPOOnFunctions")["policy"][0].early_stop is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"algorithm": {"name": "dapo"}, "reference": {"replicas": 2}}, "dapo has no reference"),
+        (
+            {
+                "algorithm": {
+                    "name": "tests.e2e.algorithms:PPOOnFunctions",
+                    "max_update_kl": 0.02,
+                },
+                "train": {"groups_per_step": 4, "epochs_per_batch": 1},
+            },
+            "a step has one update",
+        ),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(changes: dict[str, Any], reason: str) -> None:
+    tree = {**config().model_dump(mode="json"), **changes}
+    with pytest.raises(UserError, match=reason):
+        load_config(tree)
 
 
 def test_settings_of_a_critic_that_is_not_there_are_refused() -> None:

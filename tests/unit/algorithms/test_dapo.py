@@ -32,7 +32,8 @@ def test_the_filter_looks_at_the_metric_it_names() -> None:
     assert DAPO().keep(scores)
     assert not DAPO(metric="correct").keep(scores)
     assert DAPO(metric="format").keep(scores)
-    assert DAPO(metric="correct", dynamic_sampling=False).keep(scores)
+    assert DAPO(dynamic_sampling=False).keep({"score": [1.0, 1.0]})
+    assert DAPO(metric="correct").sampling_metric == "correct"
 
 
 def test_contrast_by_length_alone_does_not_keep_a_group() -> None:
@@ -45,18 +46,17 @@ def test_contrast_by_length_alone_does_not_keep_a_group() -> None:
 
 def test_a_metric_that_is_no_criterion_is_refused_with_the_names() -> None:
     with pytest.raises(ValueError, match=r"'corect'.*correct, format, score"):
-        DAPO(metric="corect").check_run(["correct", "format"], 100)
+        DAPO(metric="corect").check_run(["correct", "format"], 100, 64)
     with pytest.raises(ValueError, match="'corect'"):
         DAPO(metric="corect").keep({"correct": [1.0, 0.0]})
     with pytest.raises(ValueError, match="another name"):
-        DAPO().check_run(["score"], 100)
-    DAPO(metric="correct").check_run(["correct", "format"], 100)
-    DAPO(metric="corect", dynamic_sampling=False).check_run(["correct"], 100)
+        DAPO().check_run(["score"], 100, 64)
+    DAPO(metric="correct").check_run(["correct", "format"], 100, 64)
 
 
 def test_sampling_rounds_are_bounded_only_where_sampling_is_dynamic() -> None:
     assert DAPO(max_sampling_rounds=3).sampling_rounds == 3
-    assert DAPO(max_sampling_rounds=3, dynamic_sampling=False).sampling_rounds is None
+    assert DAPO(dynamic_sampling=False).sampling_rounds is None
 
 
 @pytest.mark.parametrize(("l_max", "l_cache"), [(20, 4), (20480, 4096), (10, 10), (7, 1)])
@@ -91,7 +91,7 @@ def test_shaping_can_be_off() -> None:
 
 def test_a_cache_beyond_the_budget_is_refused_before_the_run() -> None:
     with pytest.raises(ValueError, match="max_completion_length = 10, got 11"):
-        DAPO(overlong_cache=11).check_run(["correct"], 10)
+        DAPO(overlong_cache=11).check_run(["correct"], 10, 64)
 
 
 def test_overlong_filtering_leaves_truncated_completions_out() -> None:

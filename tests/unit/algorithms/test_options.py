@@ -57,6 +57,12 @@ def test_refused_by_every_algorithm(
         (DrGRPO, {"combine": "decoupled"}, "Dr. GRPO exists to leave out"),
         (DAPO, {"max_sampling_rounds": 0}, "greater than 0"),
         (DAPO, {"overlong_cache": 0}, "greater than 0"),
+        (PPO, {"kl_horizon": 500}, "without kl_target beta is fixed"),
+        (GRPO, {"correction": "none", "correction_cap": 3.0}, "has no weights to bound"),
+        (GRPO, {"old": "rollout", "correction_cap": 3.0}, "has no weights to bound"),
+        (DAPO, {"metric": "x", "dynamic_sampling": False}, "metric would do nothing"),
+        (DAPO, {"max_sampling_rounds": 3, "dynamic_sampling": False}, "would do nothing"),
+        (DAPO, {"overlong_cache": 3, "overlong_shaping": False}, "overlong_shaping is off"),
     ],
 )
 def test_refused_by_one_algorithm(

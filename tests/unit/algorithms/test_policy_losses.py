@@ -75,6 +75,14 @@ CASES: dict[str, tuple[Algorithm, slow.Options]] = {
             how="sequence_mean", low=0.1, high=0.1, level="sequence_token", correction="token"
         ),
     ),
+    "grpo, sequence weights, low cap": (
+        GRPO(beta=0, correction="sequence", correction_cap=1.2),
+        slow.Options(how="sequence_mean", correction="sequence", cap=1.2),
+    ),
+    "grpo, icepop, low cap": (
+        GRPO(beta=0, correction="icepop", correction_cap=1.2),
+        slow.Options(how="sequence_mean", correction="icepop", cap=1.2),
+    ),
     "gspo, token mean": (
         GSPO(aggregation="token_mean", clip_low=0.1, clip_high=0.1),
         slow.Options(low=0.1, high=0.1, level="sequence", correction="token"),
@@ -97,11 +105,12 @@ def case(request: pytest.FixtureRequest) -> tuple[Algorithm, slow.Options]:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("drift", [0.4, 1e-3])
+@pytest.mark.parametrize("per_token", [False, True])
 def test_loss_gradients_and_figures_are_those_of_the_formulas(
-    case: tuple[Algorithm, slow.Options], seed: int, drift: float
+    case: tuple[Algorithm, slow.Options], seed: int, drift: float, per_token: bool
 ) -> None:
     algorithm, options = case
-    batch = random_batch(seed, drift=drift)
+    batch = random_batch(seed, drift=drift, per_token_advantages=per_token)
     expected = slow.policy_loss(as_lists(batch), options)
 
     terms = algorithm.loss(batch)
@@ -310,6 +319,27 @@ def test_the_constant_normaliser_is_the_budget_not_the_padded_width() -> None:
     assert batch.budget == BUDGET != 5
     twice = dataclasses.replace(batch, budget=2 * BUDGET)
     assert DrGRPO().loss(twice).loss.item() == pytest.approx(DrGRPO().loss(batch).loss.item() / 2)
+
+
+@pytest.mark.parametrize(
+    ("q", "kept"), [(2.0, 2.0), (0.5, 0.5), (2.0 + 1e-12, 0.0), (0.5 - 1e-12, 0.0)]
+)
+def test_icepop_keeps_the_edges_of_its_window(q: float, kept: float) -> None:
+    old = torch.tensor([[math.log(q)]], dtype=torch.float64)
+    at, mask = old.exp().item(), torch.ones(1, 1, dtype=torch.bool)
+    cap = at if q > 1 else 1.0 / at  # the window's edge is where the ratio really lies
+    cap = cap if kept else 2.0
+    weights = losses.rollout_weights(old, torch.zeros_like(old), mask, "icepop", cap)
+    assert weights.item() == pytest.approx(kept, abs=1e-12)
+
+
+def test_gspo_token_has_the_very_ratio_of_its_sequence_in_float32() -> None:
+    """Else tokens of one sequence could fall on both sides of a window of 3e-4."""
+    batch = random_batch(0, drift=5.0, dtype=torch.float32)
+    token = GSPO(importance="token", correction="none").loss(batch)
+    sequence = GSPO(correction="none").loss(batch)
+    assert token.loss.item() == sequence.loss.item()
+    assert token.sums["gspo/sequence_clip_fraction"] == sequence.sums["gspo/sequence_clip_fraction"]
 
 
 def test_the_gspo_window_survives_float32() -> None:

@@ -182,6 +182,8 @@ def test_explained_variance_of_perfect_and_of_constant_returns() -> None:
     assert one([0.0, 0.0, 0.0], (1.0, 2.0, 3.0))["ppo/explained_variance"] == 0.0
     assert one([3.0, 2.0, 1.0], (1.0, 2.0, 3.0))["ppo/explained_variance"] == -3.0
     assert "ppo/explained_variance" not in one([3.0, 2.0, 1.0], (1.0, 1.0, 1.0))
+    # where rounding leaves a tiny variance
+    assert "ppo/explained_variance" not in one([0.3, 0.7, 0.9] * 5, (0.1,) * 15)
 
 
 def test_whitened_advantages_have_mean_zero_and_unit_spread() -> None:
@@ -357,6 +359,25 @@ def test_the_adaptive_weight_goes_to_the_next_step() -> None:
     assert PPO(beta=0.1).after_step({}, completions=10).beta == 0.1
     with pytest.raises(KeyError, match="kl/reference"):
         algorithm.after_step({}, completions=10)
+
+
+def test_a_resumed_run_keeps_the_adapted_weight_and_else_what_the_config_says() -> None:
+    saved = PPO(beta=0.1, kl_target=0.2, clip_high=0.2).model_copy(update={"beta": 0.17})
+    now = PPO(beta=0.1, kl_target=0.3, clip_high=0.5)
+    assert now.carried_on(saved.model_dump(mode="json")) == PPO(
+        beta=0.17, kl_target=0.3, clip_high=0.5
+    )
+    fixed = PPO(beta=0.4)
+    assert fixed.carried_on(saved.model_dump(mode="json")) == fixed
+    assert now.carried_on(fixed.model_dump(mode="json")) == now
+    assert GRPO(beta=0.0).carried_on(GRPO(beta=0.1).model_dump(mode="json")).beta == 0.0
+
+
+@pytest.mark.parametrize("completions", [50, 64, 1000])
+def test_a_horizon_in_which_beta_could_reach_zero_is_refused(completions: int) -> None:
+    with pytest.raises(ValueError, match="give more than"):
+        PPO(kl_target=0.1, kl_horizon=0.2 * completions).check_run([], 10, completions)
+    PPO(kl_target=0.1, kl_horizon=0.2 * completions + 0.1).check_run([], 10, completions)
 
 
 def test_early_stop_names_the_figure_it_watches() -> None:
