@@ -20,6 +20,8 @@ from actors.specs import ModelSpec, RolloutSpec
 from actors.weights import WeightBundle
 from actors.whereabouts import whereabouts
 
+_Key = tuple[int, bytes, Sampling]  # policy version, prompt, and what is drawn for which group
+
 
 @dataclass
 class _Call:
@@ -50,12 +52,13 @@ class RolloutActor:
         self._engine_name = resolve_engine(spec.engine)
         self._engine = _engine(self._engine_name, model, spec, replica, version)
         self._replica = replica
-        self._calls: dict[tuple[int, int, Sampling], _Call] = {}
+        self._calls: dict[_Key, _Call] = {}
         self._busy_seconds = 0.0
         self._busy_since = 0.0
 
     async def start(self) -> dict[str, Any]:
-        """Load the model; returns engine name and version, where it runs, policy version."""
+        """Load the model; returns engine name and version, where it runs, policy version, and how
+        many groups it may be given at a time."""
         started = time.monotonic()
         await self._engine.start()
         return {
@@ -64,6 +67,7 @@ class RolloutActor:
             "engine_version": _installed_version(self._engine_name),
             **whereabouts(),
             "version": self._engine.version,
+            "groups_at_once": self._engine.groups_at_once,
             "seconds": time.monotonic() - started,
         }
 
@@ -73,7 +77,7 @@ class RolloutActor:
         Idempotent per group and policy version: a call repeated while the first one runs gets the
         first one's group.
         """
-        key = (self._engine.version, prompt.row, sampling)
+        key = (self._engine.version, prompt.token_ids.tobytes(), sampling)
         call = self._calls.get(key)
         if call is None:
             if not self._calls:
@@ -122,7 +126,7 @@ class RolloutActor:
         """Free what the engine holds; the actor serves no more."""
         await self._engine.close()
 
-    def _end(self, key: tuple[int, int, Sampling], call: _Call) -> None:
+    def _end(self, key: _Key, call: _Call) -> None:
         """Forget a call that nobody waits for; where it still runs, its waiters were cancelled."""
         call.task.cancel()
         del self._calls[key]

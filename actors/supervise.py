@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from ray.exceptions import (
 
 log = logging.getLogger(__name__)
 
-PING_SECONDS = 30.0
+PEER_SECONDS = 10.0  # how long the cause of a rank's broken connection may come after it
 
 
 class ReplicaLost(RuntimeError):
@@ -75,6 +75,7 @@ async def answer(ref: Any, replica: str, what: str, deadline_s: float) -> Any:
 class _Replica:
     name: str
     handle: ActorHandle
+    slots: int
     busy: int = 0
     serving: bool = False
     calls: int = field(default=0)
@@ -87,7 +88,8 @@ class ReplicaSet:
     """Replicas of one role, least loaded first.
 
     `make(index, name)` creates an actor; `prepare(handle, name)` brings it to where it may serve,
-    and is awaited before it does. `event(kind, **fields)` hears of losses and restarts.
+    and is awaited before it does. A replica has up to `slots` calls at a time, fewer where
+    `prepare` returns a smaller number. `event(kind, **fields)` hears of losses and restarts.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class ReplicaSet:
         role: str,
         size: int,
         make: Callable[[int, str], ActorHandle],
-        prepare: Callable[[ActorHandle, str], Awaitable[None]],
+        prepare: Callable[[ActorHandle, str], Awaitable[int | None]],
         *,
         slots: int,
         max_restarts: int,
@@ -132,9 +134,10 @@ class ReplicaSet:
     async def _bring_up(self, index: int) -> None:
         name = f"{self.role}-{index}.{self._generation}"
         self._generation += 1
-        replica = _Replica(name, self._make(index, name))
+        replica = _Replica(name, self._make(index, name), self._slots)
         self._replicas[index] = replica
-        await self._prepare(replica.handle, name)
+        slots = await self._prepare(replica.handle, name)
+        replica.slots = min(self._slots, slots or self._slots)
         replica.serving = True  # no await in between: what `prepare` checked last still holds
         async with self._changed:
             self._changed.notify_all()
@@ -202,7 +205,7 @@ class ReplicaSet:
             return [
                 (replica.busy, replica.calls, index)
                 for index, replica in self._replicas.items()
-                if replica.serving and replica.busy < self._slots
+                if replica.serving and replica.busy < replica.slots
             ]
 
         def hopeless() -> bool:
@@ -261,7 +264,8 @@ class ReplicaSet:
     async def broadcast(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
         """Call `method` on every serving replica; a replica lost at it is replaced, not retried.
 
-        Replicas that are starting are left out: `prepare` brings them up to date.
+        Replicas that are starting are left out: `prepare` brings them up to date. Raises
+        ObjectsLost, once all have answered, where an argument is gone.
         """
 
         async def one(index: int, replica: _Replica) -> Any:
@@ -273,7 +277,11 @@ class ReplicaSet:
                 return None
 
         serving = [(i, r) for i, r in self._replicas.items() if r.serving]
-        return [a for a in await asyncio.gather(*(one(i, r) for i, r in serving)) if a is not None]
+        answers = await asyncio.gather(*(one(i, r) for i, r in serving), return_exceptions=True)
+        for given in answers:
+            if isinstance(given, BaseException):
+                raise given
+        return [given for given in answers if given is not None]
 
     async def close(self) -> None:
         """Stop every replica and whatever is still starting."""
@@ -303,20 +311,19 @@ class RankSet:
     async def each(
         self, method: str, args: Sequence[tuple[Any, ...]], deadline_s: float
     ) -> list[Any]:
-        """Call `method` on every rank with its own arguments; all answer or the set is lost."""
+        """Call `method` on every rank with its own arguments; see `together` for what it raises."""
         refs = [
             getattr(handle, method).remote(*a)
             for handle, a in zip(self._handles, args, strict=True)
         ]
-        tasks = [
-            asyncio.ensure_future(answer(ref, f"{self.role}-{rank}", method, deadline_s))
-            for rank, ref in enumerate(refs)
+        return await self.answers(method, refs, deadline_s)
+
+    async def answers(self, method: str, refs: Sequence[Any], deadline_s: float) -> list[Any]:
+        """What the ranks answer to calls that were started; one reference a rank."""
+        waits = [
+            answer(ref, f"{self.role}-{rank}", method, deadline_s) for rank, ref in enumerate(refs)
         ]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+        return await together(self.role, waits)
 
     async def all(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
         """Call `method` on every rank with the same arguments."""
@@ -332,3 +339,47 @@ class RankSet:
         for handle in self._handles:
             ray.kill(handle)
         self._handles.clear()
+
+
+async def together(role: str, waits: Sequence[Awaitable[Any]]) -> list[Any]:
+    """What all ranks answer, or the cause of their failure.
+
+    Where one rank dies the connections of the others break, often before its death is known: after
+    a first failure the others have `PEER_SECONDS` to answer too. Raises ReplicaLost where a rank
+    died, missed its deadline or lost its connection to the others; else what a rank raised.
+    """
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if pending:
+            await asyncio.wait(pending, timeout=PEER_SECONDS)
+        errors = {
+            rank: error
+            for rank, task in enumerate(tasks)
+            if task.done() and (error := task.exception()) is not None
+        }
+        if errors:
+            raise _cause(role, errors)
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _cause(role: str, errors: Mapping[int, BaseException]) -> BaseException:
+    """A death before an error of a rank's own before a broken connection, which is a lost rank."""
+
+    def order(error: BaseException) -> int:
+        return 0 if isinstance(error, ReplicaLost) else 2 if broken_connection(error) else 1
+
+    rank, error = min(errors.items(), key=lambda item: order(item[1]))
+    if broken_connection(error):
+        return ReplicaLost(f"{role}-{rank}", f"lost its connection to the other ranks: {error}")
+    return error
+
+
+def broken_connection(error: BaseException) -> bool:
+    """Whether an error of a collective says that another rank is gone or out of reach. NCCL, stores
+    and sockets have classes of their own; gloo raises RuntimeError and names itself."""
+    named = any(base.__name__ == "DistError" for base in type(error).__mro__)
+    return named or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())

@@ -18,12 +18,13 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from ray.actor import ActorHandle
 
 from actors.messages import Prompt
-from actors.supervise import ReplicaSet, answer
+from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet, answer
 from aligntune.checkpoint import Checkpoint, Checkpoints
 from aligntune.config import RunConfig
 from aligntune.data.prompts import PromptSource
@@ -87,7 +88,10 @@ class Controller:
         self._stop = asyncio.Event()
         self._signal = 0
         self._policy_restarts = 0
-        self._seen = self.ledger.books
+        self._seen = self.ledger.books  # at the last figures
+        self._unwritten: dict[str, float] | None = None  # figures that wait for their evaluation
+        self._weights_lost: str | None = None
+        self._exported = asyncio.Event()
         self._prepare_clock, self._update_clock = BusyClock(), BusyClock()
         self._sync_clock = BusyClock()
         self._learner = Learner(config, roles.policy, roles.critic)
@@ -132,6 +136,7 @@ class Controller:
             self._rewards,
             self._references,
             recorder.event,
+            freed=self._admit,
         )
 
     def stop(self, signal: int) -> None:
@@ -149,7 +154,8 @@ class Controller:
 
         return start
 
-    async def _prepare_rollout(self, handle: ActorHandle, name: str) -> None:
+    async def _prepare_rollout(self, handle: ActorHandle, name: str) -> int:
+        """Start a rollout replica with the current weights; how many groups it takes at a time."""
         deadline = self.config.rollout.start_timeout_s
         info = await answer(handle.start.remote(), name, "start", deadline)
         self._recorder.role(name, info)
@@ -157,8 +163,29 @@ class Controller:
         while self._weights is not loaded:  # newer ones may come while these are loaded
             weights = self._weights
             assert weights is not None, "weights were exported once and are never unset"
-            await answer(handle.load_weights.remote(weights.bundle), name, "load_weights", deadline)
+            bundle = weights.bundle
+            try:
+                await answer(handle.load_weights.remote(bundle), name, "load_weights", deadline)
+            except ObjectsLost as lost:
+                if self._weights is weights:
+                    await self._weights_after(weights, str(lost), name, deadline)
+                continue
             loaded = weights
+        return int(info["groups_at_once"])
+
+    async def _weights_after(
+        self, gone: Weights, reason: str, name: str, deadline_s: float
+    ) -> None:
+        """Weights are gone with the node they were exported on, and so is the policy: have it
+        rebuilt, and wait for what it exports then."""
+        self._weights_lost = reason
+        self._pipeline.changed.set()
+        end = time.monotonic() + deadline_s
+        while self._weights is gone:
+            try:
+                await asyncio.wait_for(self._exported.wait(), end - time.monotonic())
+            except TimeoutError as error:
+                raise ReplicaLost(name, f"no weights within {deadline_s:g} s: {reason}") from error
 
     async def _restore(self, checkpoint: Checkpoint | None) -> None:
         """Make policy, rollout weights and ledger what they were at a checkpoint.
@@ -174,7 +201,8 @@ class Controller:
         if checkpoint or self._weights:
             await self._sync()
         open_groups = self.ledger.restore(snapshot, step=self.version, version=self.version)
-        self._seen = self.ledger.books
+        seen = checkpoint.state["seen"] if checkpoint else {"filtered": 0, "quarantined": 0}
+        self._seen = replace(self.ledger.books, **seen)
         for group_id in open_groups:
             self._pipeline.start(group_id)
 
@@ -199,7 +227,8 @@ class Controller:
                 to_version=step,
             )
             try:
-                await self._learner.start()
+                for name, info in await self._learner.start():
+                    self._recorder.role(name, info)
                 await self._restore(checkpoint)
             except PolicyLost as again:
                 reason = str(again)
@@ -220,10 +249,14 @@ class Controller:
             started = True
             if checkpoint:
                 self._recorder.event(EventKind.RESUMED, step=checkpoint.step)
+                metrics = self._recorder.last
+                self._unwritten = checkpoint.state["unwritten"]
             elif self.config.eval.at_start:
-                await self._evaluate(0)
+                self._unwritten = {}
             while True:
                 try:
+                    if self._unwritten is not None:
+                        metrics = await self._write(self._unwritten)
                     while self.version < self.total_steps:
                         metrics = await self._step()
                     await self._finish()
@@ -277,6 +310,9 @@ class Controller:
         self._log.close()
 
     def _admit(self) -> None:
+        """Start as many groups as may be: before every batch, and where one ends untrained."""
+        if self._stop.is_set():
+            return
         free = free_slots(
             self.version,
             self.config.train.max_staleness,
@@ -298,6 +334,8 @@ class Controller:
             if self._stop.is_set():
                 raise Interrupted(self._signal)
             self._pipeline.raise_failure()
+            if self._weights_lost is not None:
+                raise PolicyLost(f"the weights of version {self.version}: {self._weights_lost}")
             self._admit()
             batch = choose_batch(
                 self.ledger.open_groups(), self.version, train.max_staleness, train.groups_per_step
@@ -376,25 +414,43 @@ class Controller:
             self._pipeline.filtered_scores.clear()
         completions = sum(len(group.record.lengths) for group in groups)
         self.algorithm = self.algorithm.after_step(metrics, completions)
-        evaluation = self.config.eval.every_steps
-        last = step == self.total_steps
-        if (evaluation and step % evaluation == 0) or (last and self.config.eval.at_end):
-            metrics.update(await self._evaluate(step))
-        self._recorder.step(step, metrics)
         self._recorder.samples(step, batch, groups)
+        metrics = await self._write(metrics)
         if step % self.config.checkpoint.every_steps == 0:
             await self._checkpoint()
+        return metrics
+
+    async def _write(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Write the figures of the current step, its evaluation among them where one is due.
+
+        Where the run is stopped meanwhile, a checkpoint keeps them, and the evaluation comes when
+        the run goes on. Step 0 has an evaluation alone.
+        """
+        self._unwritten = metrics
+        step, spec = self.version, self.config.eval
+        due = bool(spec.every_steps and step % spec.every_steps == 0)
+        if step == 0 or due or (step == self.total_steps and spec.at_end):
+            metrics = {**metrics, **await self._evaluate(step)}
+        if metrics:
+            self._recorder.step(step, metrics)
+        self._unwritten = None
         return metrics
 
     async def _sync(self) -> None:
         """Bring the weights of the current version to every rollout replica."""
         with self._sync_clock:
             self._weights = await self._learner.export(self.version)
-            await self._rollouts.broadcast(
-                "load_weights",
-                self._weights.bundle,
-                deadline_s=self.config.rollout.generation_timeout_s,
-            )
+            self._weights_lost = None
+            self._exported.set()
+            self._exported = asyncio.Event()
+            try:
+                await self._rollouts.broadcast(
+                    "load_weights",
+                    self._weights.bundle,
+                    deadline_s=self.config.rollout.generation_timeout_s,
+                )
+            except ObjectsLost as lost:  # with the node of the rank that exported them
+                raise PolicyLost(f"the weights of version {self.version}: {lost}") from lost
         if self.config.rollout.max_replicas:
             self._rollouts.grow(self.config.rollout.max_replicas, self._room_for_rollout)
 
@@ -411,7 +467,9 @@ class Controller:
 
     async def _checkpoint(self) -> None:
         """Save the state after the last trained step, once per step."""
-        await self._keeper.checkpoint(self.version, self.ledger, self.algorithm)
+        seen = {"filtered": self._seen.filtered, "quarantined": self._seen.quarantined}
+        state = {"seen": seen, "unwritten": self._unwritten}
+        await self._keeper.checkpoint(self.version, self.ledger, self.algorithm, state)
 
     # Figures
 

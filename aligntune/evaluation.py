@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from ray.actor import ActorHandle
 
@@ -87,9 +88,10 @@ async def evaluate_model(
 ) -> dict[str, float]:
     """`evaluate` on actors of its own, for a model that is not being trained."""
 
-    def starter(deadline_s: float) -> Callable[[ActorHandle, str], Awaitable[None]]:
-        async def start(handle: ActorHandle, name: str) -> None:
-            await answer(handle.start.remote(), name, "start", deadline_s)
+    def starter(deadline_s: float) -> Callable[[ActorHandle, str], Awaitable[int | None]]:
+        async def start(handle: ActorHandle, name: str) -> int | None:
+            info: dict[str, Any] = await answer(handle.start.remote(), name, "start", deadline_s)
+            return info.get("groups_at_once")
 
         return start
 

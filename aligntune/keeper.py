@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from aligntune.algorithms.base import Algorithm
 from aligntune.checkpoint import Checkpoints
@@ -39,8 +40,10 @@ class Keeper:
         self._rundir = Path(config.output_dir).absolute()
         self._copy_seconds = config.policy.update_timeout_s
 
-    async def checkpoint(self, step: int, ledger: Ledger, algorithm: Algorithm) -> None:
-        """Save the state after `step`, once per step."""
+    async def checkpoint(
+        self, step: int, ledger: Ledger, algorithm: Algorithm, more: Mapping[str, Any]
+    ) -> None:
+        """Save the state after `step`, and `more` of the controller's, once per step."""
         if self._checkpoints.exists(step):
             return
         staging = self._checkpoints.begin(step)
@@ -50,6 +53,7 @@ class Keeper:
             "ledger": ledger.snapshot(step),
             "algorithm": algorithm.model_dump(mode="json"),
             "prompts": self._fingerprint,
+            **more,
         }
         self._log.sync()
         checkpoint = self._checkpoints.commit(step, state)

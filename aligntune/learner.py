@@ -20,7 +20,7 @@ from ray.actor import ActorHandle
 from actors.messages import GroupWork, LossTerms, PrepareJob, Row, UpdateJob, UpdateResult
 from actors.packing import split_rows
 from actors.specs import RankSpec
-from actors.supervise import ObjectsLost, RankSet, ReplicaLost, answer
+from actors.supervise import ObjectsLost, RankSet, ReplicaLost
 from aligntune.algorithms.base import Algorithm
 from aligntune.checkpoint import CRITIC, POLICY
 from aligntune.config import RunConfig
@@ -178,12 +178,7 @@ class Ranks:
         return self._answers(method, [first for first, *_ in refs]), [rest for _, *rest in refs]
 
     async def _answers(self, method: str, refs: Sequence[Any]) -> list[Any]:
-        deadline = self.spec.update_timeout_s
-        waits = [
-            answer(ref, f"{self.spec.role}-{rank}", method, deadline)
-            for rank, ref in enumerate(refs)
-        ]
-        return list(await _or_lost(asyncio.gather(*waits)))
+        return await _or_lost(self.set.answers(method, refs, self.spec.update_timeout_s))
 
     def kill(self) -> None:
         """Stop every rank at once."""

@@ -79,7 +79,9 @@ class Pipeline:
         rewards: ReplicaSet,
         references: ReplicaSet | None,
         event: Callable[..., None],
+        freed: Callable[[], None],
     ) -> None:
+        """`freed()` is called when a group has ended untrained, so that another may be admitted."""
         self._config = config
         self._algorithm: Algorithm = config.algorithm
         self._ledger = ledger
@@ -88,6 +90,7 @@ class Pipeline:
         self._rewards = rewards
         self._references = references
         self._event = event
+        self._freed = freed
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._failure: Exception | None = None
         self.ready: dict[int, ReadyGroup] = {}
@@ -138,6 +141,7 @@ class Pipeline:
                     seen = table[self._algorithm.sampling_metric]
                     self.filtered_scores.update(round(score, 4) for score in seen)
                     self._ledger.move([group_id], State.FILTERED)
+                    self._freed()
                     return
                 reference = await self._reference(tensors)
             except (ReplicaLost, ObjectsLost) as lost:
@@ -218,6 +222,7 @@ class Pipeline:
                 f"{books.quarantined} of {books.admitted} groups were quarantined, more than "
                 f"train.max_quarantined_fraction={limit:g} allows; the last: {reason}"
             )
+        self._freed()
 
 
 def scoring_deadline(config: RunConfig) -> float:

@@ -56,10 +56,10 @@ def run_quickstart(
     config = load_config(tree, [*_overrides(settings), f"train.seed={seed}", *overrides])
     trained = OnlineTrainer(config).train()
     rows = read_lines(trained.output_dir / "metrics.jsonl")
-    accuracies = [row[ACCURACY] for row in rows if ACCURACY in row]
+    accuracy = {row["step"]: row[ACCURACY] for row in rows if ACCURACY in row}
     result = {
-        "accuracy_before": accuracies[0],
-        "accuracy_after": accuracies[-1],
+        "accuracy_before": accuracy[0],
+        "accuracy_after": accuracy[trained.steps],
         "steps": trained.steps,
         "seconds": round(time.monotonic() - started, 1),
         "engine": trained.engine,

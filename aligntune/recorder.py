@@ -9,7 +9,7 @@ from typing import Any
 from aligntune.config import RunConfig
 from aligntune.pipeline import ReadyGroup, total_reward
 from aligntune.rundir import RunDir
-from aligntune.tracking.metrics import EventKind, EventsFile, MetricsFile, SamplesFile
+from aligntune.tracking.metrics import EventKind, EventsFile, MetricsFile, SamplesFile, read_lines
 from aligntune.tracking.progress import Progress
 from aligntune.tracking.trackers import open_trackers
 
@@ -79,6 +79,12 @@ class Recorder(AbstractContextManager["Recorder"]):
         """What really loads and steps the policy, with versions."""
         return self.ran.get("backend", "")
 
+    @property
+    def last(self) -> dict[str, float]:
+        """The figures of the last step written."""
+        rows = read_lines(self._metrics.path)
+        return {k: v for k, v in rows[-1].items() if k != "step"} if rows else {}
+
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """The figures of a step. Raises NotFinite for a figure that is none."""
         self._metrics.append(step, metrics)
@@ -89,10 +95,8 @@ class Recorder(AbstractContextManager["Recorder"]):
             self._progress.step(step, metrics)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show an evaluation at once; one before the first step gets a row of its own."""
+        """Show an evaluation at once; its figures are written with those of its step."""
         self._progress.evaluation(metrics)
-        if step == 0:
-            self.step(0, metrics)
         reward = metrics["eval/reward/mean"]
         self._progress.note(f"evaluation after step {step}: reward {reward:.3f}")
 

@@ -43,6 +43,10 @@ class RolloutEngine(Protocol):
     Not its job: which group to generate when, retries, time limits, text.
     """
 
+    groups_at_once: int
+    """How many groups it may be given at a time. A call's time limit begins when it is given, so an
+    engine that works on them one by one says few."""
+
     async def start(self) -> None:
         """Load the model; the engine serves afterwards."""
 

@@ -46,6 +46,8 @@ class TransformersEngine:
     outside of it, so an update of the weights comes right after the group that is running.
     """
 
+    groups_at_once = 2  # one that runs and one that waits, so that it is never idle
+
     def __init__(self, model: ModelSpec, spec: RolloutSpec, replica: str, version: int) -> None:
         """Nothing is loaded yet; `version` is the policy version of the weights in `model.name`.
 

@@ -68,6 +68,7 @@ class VLLMEngine:
         self._model = model
         self._spec = spec
         self._replica = replica
+        self.groups_at_once = spec.max_concurrent_groups  # they are batched together
         self._version = version
         self._counters = Counters()
         self._updating = asyncio.Lock()
