@@ -46,13 +46,16 @@ def write_atomically(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
 class Checkpoints:
-    """The `checkpoints/` folder of a run."""
+    """The `checkpoints/` folder of a run; it is made when the first one is written."""
 
     def __init__(self, directory: Path, keep_last: int) -> None:
         self.directory = directory
         self.keep_last = keep_last
-        directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob("*.partial"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
@@ -72,7 +75,10 @@ class Checkpoints:
         return staging
 
     def commit(self, step: int, state: dict[str, Any]) -> Checkpoint:
-        """Make what `begin` staged the checkpoint of `step`, and forget the oldest ones."""
+        """Make what `begin` staged the checkpoint of `step`, and forget the oldest ones.
+
+        Later steps come again after this one, so whatever there is of them goes.
+        """
         final = self._folder(step)
         staging = final.with_suffix(".partial")
         (staging / STATE).write_text(json.dumps(state), encoding="utf-8")
@@ -87,8 +93,10 @@ class Checkpoints:
         os.rename(staging, final)
         _sync(self.directory)
         write_atomically(self.directory / "latest", final.name + "\n")
-        for old in self._folders()[: -self.keep_last]:
-            shutil.rmtree(old)
+        folders = self._folders()
+        own = folders.index(final) + 1
+        for other in (*folders[: max(0, own - self.keep_last)], *folders[own:]):
+            shutil.rmtree(other)
         return Checkpoint(step, final, state)
 
     def adopt(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -103,13 +111,24 @@ class Checkpoints:
                 shutil.rmtree(final)
             os.rename(staging, final)
         for other in self._folders():
-            if other != final and (other > final or not stays):
+            if other != final and (_step_of(other) > checkpoint.step or not stays):
                 shutil.rmtree(other)
         write_atomically(self.directory / "latest", final.name + "\n")
         return Checkpoint(checkpoint.step, final, checkpoint.state)
 
     def _folders(self) -> list[Path]:
-        return sorted(p for p in self.directory.glob("step-*") if p.suffix != ".partial")
+        """By step, whole or not."""
+        found = (p for p in self.directory.glob("step-*") if p.suffix != ".partial")
+        return sorted(found, key=_step_of)
+
+    def damaged(self) -> list[str]:
+        """The names of the folders that `latest` passes over, newest first."""
+        names = []
+        for folder in reversed(self._folders()):
+            if self._read(folder):
+                break
+            names.append(folder.name)
+        return names
 
     def _read(self, folder: Path) -> Checkpoint | None:
         manifest = folder / MANIFEST
@@ -120,7 +139,7 @@ class Checkpoints:
             if not part.is_file() or part.stat().st_size != size:
                 return None
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return Checkpoint(int(folder.name.removeprefix("step-")), folder, state)
+        return Checkpoint(state["step"], folder, state)
 
     def latest(self) -> Checkpoint | None:
         """The newest complete checkpoint, or None. Damaged ones are passed over."""

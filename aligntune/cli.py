@@ -350,5 +350,19 @@ def _fail(code: int, message: str) -> None:
     sys.exit(code)
 
 
+def console() -> None:
+    """`main` as the process: it ends at once, also while a storage still has not answered."""
+    try:
+        main()
+    finally:
+        from aligntune.storage import hangs
+
+        if hangs():  # its client would keep the interpreter from ending, or crash it
+            end = sys.exc_info()[1]
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 1)
+
+
 if __name__ == "__main__":
-    main()
+    console()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from aligntune.learner import Learner
 from aligntune.ledger import Ledger, LedgerLog
 from aligntune.mirror import Mirror
 from aligntune.recorder import Recorder
+from aligntune.storage import asked
 from aligntune.tracking.metrics import EventKind
 
 
@@ -38,6 +40,7 @@ class Keeper:
         self._mirror = mirror
         self._recorder = recorder
         self._rundir = Path(config.output_dir).absolute()
+        self._copying: Future[None] | None = None
         self._copy_seconds = config.policy.update_timeout_s
 
     async def checkpoint(
@@ -72,12 +75,16 @@ class Keeper:
             )
 
     async def _copied(self, push: Callable[[Path], None], folder: Path) -> bool:
-        """Copy a folder to the storage. Where it is not taken, that is told, and the run goes on:
-        the next checkpoint is copied again."""
-        try:
-            await asyncio.wait_for(asyncio.to_thread(push, folder), self._copy_seconds)
-            return True
-        except Exception as error:  # noqa: BLE001 - of whatever client the storage has
-            reason = str(error) or f"no end within {self._copy_seconds:g} s"
-            self._recorder.event(EventKind.NOT_COPIED, path=folder.name, reason=reason)
-            return False
+        """Copy a folder to the storage, one at a time. Where it is not taken, that is told, and the
+        run goes on: the next checkpoint is copied again."""
+        if self._copying is not None and not self._copying.done():
+            reason = "an earlier copy has not ended yet"
+        else:
+            self._copying = asked(lambda: push(folder))
+            try:
+                await asyncio.wait_for(asyncio.wrap_future(self._copying), self._copy_seconds)
+                return True
+            except Exception as error:  # noqa: BLE001 - of whatever client the storage has
+                reason = str(error) or f"no end within {self._copy_seconds:g} s"
+        self._recorder.event(EventKind.NOT_COPIED, path=folder.name, reason=reason)
+        return False

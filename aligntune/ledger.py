@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -215,8 +216,15 @@ def cut_torn_line(path: Path) -> int:
     return data.count(b"\n")
 
 
+def adopt(path: Path, snapshot: dict[str, Any], step: int) -> None:
+    """Let the books of a log begin with the checkpoint of `step` that another run has made."""
+    log = LedgerLog(path)
+    log({"event": "adopt", "step": step, **snapshot})
+    log.close()
+
+
 def audit(path: Path) -> Books:
-    """Replay a ledger log and return its books.
+    """Replay a ledger log and return its books, those of a run it goes on from among them.
 
     Raises LedgerError, with the line, where the log shows a move that cannot happen, a gap, or a
     restore from a checkpoint that was never made.
@@ -224,6 +232,7 @@ def audit(path: Path) -> Books:
     open_groups: dict[int, State] = {}
     ended: dict[int, tuple[int, State]] = {}  # group -> (seq of its end, how)
     marks: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (-1, 0, ())}  # step: seq, next, open
+    brought = dict.fromkeys(ENDS, 0)  # ended groups of another run
     next_group = 0
     with path.open("rb") as file:
         for seq, line in enumerate(file):
@@ -259,13 +268,19 @@ def audit(path: Path) -> Books:
                     ended = {g: end for g, end in ended.items() if end[0] < mark}
                     open_groups = dict.fromkeys(still_open, State.WAITING)
                     marks = {step: m for step, m in marks.items() if m[0] <= mark}
+                case "adopt":
+                    brought = {state: record["ended"][state] for state in ENDS}
+                    next_group, ended = record["next"], {}
+                    open_groups = dict.fromkeys(record["open"], State.WAITING)
+                    marks = {record["step"]: (seq, next_group, tuple(open_groups))}
                 case event:
                     raise LedgerError(f"{path}:{seq + 1}: unknown event {event!r}")
-    counts = [how for _, how in ended.values()]
+    counts = Counter(brought)
+    counts.update(how for _, how in ended.values())
     return Books(
         admitted=next_group,
-        trained=counts.count(State.TRAINED),
-        filtered=counts.count(State.FILTERED),
-        quarantined=counts.count(State.QUARANTINED),
+        trained=counts[State.TRAINED],
+        filtered=counts[State.FILTERED],
+        quarantined=counts[State.QUARANTINED],
         open=len(open_groups),
     )

@@ -94,7 +94,7 @@ class Mirror:
         self._store.write(f"{CHECKPOINTS}/{LATEST}", checkpoint.name.encode())
         steps = [name for name in self._store.names(CHECKPOINTS) if name.startswith("step-")]
         others = [name for name in steps if name != checkpoint.name]
-        for old in others[: len(steps) - self._keep_last]:
+        for old in others[: max(0, len(steps) - self._keep_last)]:
             self._store.remove(f"{CHECKPOINTS}/{old}")
 
     def push_model(self, folder: Path) -> None:

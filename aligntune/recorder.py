@@ -19,6 +19,7 @@ SHOWN = {
     EventKind.REPLICA_LOST,
     EventKind.REPLICA_JOINED,
     EventKind.POLICY_REBUILT,
+    EventKind.CHECKPOINT_DAMAGED,
     EventKind.NOT_COPIED,
 }
 

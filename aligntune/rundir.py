@@ -21,15 +21,23 @@ from aligntune.checkpoint import Checkpoint, Checkpoints, write_atomically
 from aligntune.errors import UserError
 from aligntune.tree import dump
 
-# What makes a run the same run. The rest (steps, learning rate, replicas) may change on resume.
+# What makes a run the same run, with what is below each in the tree: its task, its order, and what
+# its checkpoints hold. The rest (steps, learning rate, replicas) may change on resume.
 IDENTITY = (
     "algorithm.name",
     "model.name",
+    "model.lora",
     "data.path",
     "data.split",
     "train.seed",
     "train.groups_per_step",
     "train.completions_per_group",
+    "policy.strategy",
+    "policy.ranks",
+    "policy.deepspeed",
+    "critic.strategy",
+    "critic.ranks",
+    "critic.deepspeed",
     "train.workers",
     "train.pairs_per_worker",
     "train.accumulation_steps",
@@ -85,14 +93,20 @@ def changes(old: dict[str, Any], config: BaseModel, where: str) -> dict[str, tup
     Raises UserError where the two are not the same run.
     """
     changed = differences(old, config.model_dump(mode="json"))
-    for path in IDENTITY:
-        if path in changed:
-            was, now = changed[path]
+    for path, (was, now) in changed.items():
+        if any(path == own or path.startswith(f"{own}.") for own in IDENTITY):
             raise UserError(
                 f"{where} holds another run: {path} was {was!r} there and is {now!r} here; name "
                 "another"
             )
     return changed
+
+
+def _of_a_start(path: Path) -> bool:
+    """Whether a run that was refused or killed while it started may have left this behind."""
+    if path.name == "checkpoints" and path.is_dir():
+        return all(part.name.endswith(".partial") for part in path.iterdir())
+    return path.name in ("run.lock", "cli.log", "config.yaml.partial")
 
 
 class RunDir:
@@ -141,9 +155,7 @@ class RunDir:
             raise UserError(f"output_dir {self.path} is a file; name a folder")
         old = self.previous()
         if old is None:
-            if self.path.is_dir() and any(
-                p.name not in ("run.lock", "cli.log") for p in self.path.iterdir()
-            ):
+            if self.path.is_dir() and not all(map(_of_a_start, self.path.iterdir())):
                 raise UserError(
                     f"output_dir {self.path} is not empty and holds no aligntune run; "
                     "name an empty or new folder"
@@ -185,7 +197,14 @@ class RunDir:
     def start_from(self, checkpoints: Checkpoints, resume: str) -> Checkpoint | None:
         """The checkpoint to start from: the newest here, the one `resume` names, or none."""
         if resume in ("auto", "never"):
-            return checkpoints.latest()
+            newest, damaged = checkpoints.latest(), checkpoints.damaged()
+            if newest is None and damaged:
+                raise UserError(
+                    f"every checkpoint in {checkpoints.directory} is damaged "
+                    f"({', '.join(damaged)}); restore one from a copy, or remove "
+                    f"{self.path} to begin again"
+                )
+            return newest
         try:
             return checkpoints.at(Path(resume))
         except (ValueError, OSError) as error:

@@ -1,16 +1,34 @@
-"""Storage of the user's that must answer in time: clients of object stores retry for minutes."""
+"""Storage of the user's that must answer in time: clients of object stores retry for minutes, and
+a file system of the network may hang for ever."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TypeVar
 
 from aligntune.errors import UserError
 
-ANSWER_SECONDS = 10.0
+ANSWER_SECONDS = 8.0
+THREAD = "aligntune-storage"
 
 T = TypeVar("T")
+
+
+def asked(ask: Callable[[], T]) -> Future[T]:
+    """`ask()` in a thread that no process waits for at its end."""
+    answer: Future[T] = Future()
+    answer.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:  # noqa: BLE001 - for whoever waits
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name=THREAD, daemon=True).start()
+    return answer
 
 
 def answered(uri: str, ask: Callable[[], T], seconds: float | None = None) -> T:
@@ -19,38 +37,21 @@ def answered(uri: str, ask: Callable[[], T], seconds: float | None = None) -> T:
     Raises UserError.
     """
     limit = ANSWER_SECONDS if seconds is None else seconds
-    answers: list[T] = []
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            answers.append(ask())
-        except Exception as error:  # noqa: BLE001  # of whatever client the URI is for; told below
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="storage", daemon=True)
-    thread.start()
-    thread.join(limit)
-    if answers:
-        return answers[0]
-    if thread.is_alive():
-        _end_without_it()
-    reason = (
-        " ".join(str(errors[0]).split()) or type(errors[0]).__name__
-        if errors
-        else f"no answer within {limit:g} s"
-    )
-    raise UserError(
-        f"checkpoint.storage {uri} cannot be used: {reason}; give a folder that every node sees, "
-        "or a URI whose client is installed and that answers"
-    )
+    answer = asked(ask)
+    try:
+        return answer.result(limit)
+    except Exception as error:
+        reason = (
+            " ".join(str(error).split()) or type(error).__name__
+            if answer.done()
+            else f"no answer within {limit:g} s"
+        )
+        raise UserError(
+            f"checkpoint.storage {uri} cannot be used: {reason}; give a folder that every node "
+            "sees, or a URI whose client is installed and that answers"
+        ) from error
 
 
-def _end_without_it() -> None:
-    """Let the process end while a client of S3 still tries: at exit pyarrow waits for it."""
-    import atexit
-
-    from pyarrow import fs
-
-    if (finish := getattr(fs, "ensure_s3_finalized", None)) is not None:
-        atexit.unregister(finish)
+def hangs() -> bool:
+    """Whether a storage still has not answered, though nobody waits any more."""
+    return any(thread.name == THREAD for thread in threading.enumerate())

@@ -11,6 +11,7 @@ import math
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 
 from actors.loading import ModelError, check_causal_lm, load_tokenizer
 from actors.messages import Prompt
-from actors.reward import Criterion
+from actors.reward import Criterion, RewardFailed
 from actors.specs import RewardFunctionSpec
 from actors.supervise import ReplicaLost, RoleExhausted
 from actors.values import check_critic_model
@@ -33,7 +34,7 @@ from aligntune.errors import RunFailed, UserError
 from aligntune.evaluation import evaluate_model
 from aligntune.keywords import build_tree
 from aligntune.learner import PolicyLost
-from aligntune.ledger import Books
+from aligntune.ledger import Books, adopt
 from aligntune.mirror import Mirror
 from aligntune.preference_config import PreferenceConfig, load_config
 from aligntune.preference_trainer import PreferenceTrainer
@@ -57,6 +58,7 @@ FAILURES = (
     ReplicaLost,
     PolicyLost,
     ModelError,
+    RewardFailed,
     NotFinite,
     ArithmeticError,
 )
@@ -236,19 +238,25 @@ class OnlineTrainer:
             if mirror is not None and mirror.is_ahead_of(checkpoints, resume):
                 changed = changes(mirror.config(), self.config, f"checkpoint.storage {mirror.uri}")
                 mirror.fetch()
+            damaged = checkpoints.damaged()
             checkpoint = rundir.start_from(checkpoints, resume)
             if checkpoint and checkpoint.state["prompts"] != self.prompts.fingerprint:
                 raise UserError(
-                    f"the prompts, their order or their rendering have changed since the "
+                    f"the prompts, their columns, order or rendering have changed since the "
                     f"checkpoint of step {checkpoint.step}, so the run cannot go on where it was; "
                     "restore the data, or name another output_dir"
                 )
             if checkpoint and resume != "auto":
+                if checkpoint.path.resolve().parent != checkpoints.directory.resolve():
+                    snapshot = checkpoint.state["ledger"]
+                    adopt(rundir.file("ledger.jsonl"), snapshot, checkpoint.step)
                 checkpoint = checkpoints.adopt(checkpoint)
             rundir.describe(self.config)
             after = checkpoint.step if checkpoint else 0
             with Recorder(self.config, rundir, self.total_steps, after) as recorder:
                 recorder.event(EventKind.RUN_STARTED, changed={k: v[1] for k, v in changed.items()})
+                for name in damaged:
+                    recorder.event(EventKind.CHECKPOINT_DAMAGED, path=name)
                 try:
                     with self._roles() as roles:
                         controller = Controller(
@@ -269,6 +277,15 @@ class OnlineTrainer:
                 except FAILURES as failed:
                     recorder.event(EventKind.RUN_STOPPED, reason=str(failed))
                     raise RunFailed(str(failed)) from failed
+                except Exception as unforeseen:
+                    reason = " ".join(f"{type(unforeseen).__name__}: {unforeseen}".split())
+                    trace = "".join(traceback.format_exception(unforeseen))
+                    recorder.event(EventKind.RUN_STOPPED, reason=reason, traceback=trace)
+                    if isinstance(unforeseen, UserError):
+                        raise
+                    raise RunFailed(
+                        f"{reason} (the traceback is in {rundir.file('events.jsonl')})"
+                    ) from unforeseen
                 recorder.event(EventKind.RUN_FINISHED, step=self.total_steps)
                 return TrainResult(
                     steps=self.total_steps,

@@ -8,6 +8,7 @@ prompts it would have seen.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator
 from functools import lru_cache
@@ -106,14 +107,16 @@ class PromptSource:
         longest = 0
         for first in range(0, self.rows, BATCH):
             indices = range(first, min(first + BATCH, self.rows))
-            texts = [self._rendered(index)[1] for index in indices]
+            rendered = [self._rendered(index) for index in indices]
+            texts = [text for _, text, _ in rendered]
             for index, text, ids in zip(indices, texts, self._tokenise(texts), strict=True):
                 if not ids:
                     raise DataError(
                         f"{self._data.where(index)}: the prompt has no tokens; "
                         "the tokenizer knows none of its characters"
                     )
-                digest.update(text.encode() + b"\0")
+                columns = rendered[index - first][2]
+                digest.update(f"{text}\0{json.dumps(columns, default=_kind)}\0".encode())
                 if len(ids) > self.longest:
                     self.longest, longest = len(ids), index
                 if len(ids) > self._limit:
@@ -170,6 +173,11 @@ class PromptSource:
         if self._limit > 1 and ids[0] == self._tokenizer.bos_token_id:
             return [ids[0], *ids[1 - self._limit :]]
         return ids[-self._limit :]
+
+
+def _kind(value: object) -> str:
+    """What stands for a value that is not JSON's, such as an image, in a fingerprint."""
+    return type(value).__name__
 
 
 def training_prompts(

@@ -35,6 +35,7 @@ class EventKind(StrEnum):
     REPLICA_JOINED = "replica_joined"  # beyond rollout.replicas, on what the cluster has to spare
     POLICY_REBUILT = "policy_rebuilt"
     CHECKPOINT_SAVED = "checkpoint_saved"
+    CHECKPOINT_DAMAGED = "checkpoint_damaged"  # it was passed over for an older one
     NOT_COPIED = "not_copied"  # checkpoint.storage did not take something; `reason` says why
 
 

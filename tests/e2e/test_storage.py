@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,3 +50,17 @@ def test_a_run_goes_on_from_its_storage_where_the_run_directory_is_gone(
     assert other.finish() == 2
     assert "checkpoint.storage" in other.output()
     assert "holds another run: train.seed was 1 there and is 7 here" in other.output()
+
+
+def test_a_storage_that_takes_the_call_and_says_nothing_is_one_line_and_the_process_ends(
+    tree: dict[str, Any], launch: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        uri = f"s3://bucket/run?scheme=http&endpoint_override={address}&region=nowhere"
+        tree["checkpoint"]["storage"] = uri
+        run = launch()
+        assert run.finish(120) == 2, run.output()
+    (line,) = run.output().splitlines()
+    assert line.startswith(f"aligntune: checkpoint.storage {uri} cannot be used: no answer")

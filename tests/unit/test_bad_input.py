@@ -157,6 +157,17 @@ def test_an_output_directory_with_something_else_in_it(fail: Fail, tmp_path: Pat
     assert "not empty" in fail()
 
 
+def test_a_start_that_was_refused_or_killed_stands_in_nobody_s_way(
+    fail: Fail, tmp_path: Path
+) -> None:
+    (tmp_path / "run" / "checkpoints" / "step-000004.partial").mkdir(parents=True)
+    (tmp_path / "run" / "run.lock").touch()
+    assert "--resume: " in fail(resume=str(tmp_path / "nowhere"))
+    assert "--resume: " in fail(resume=str(tmp_path / "nowhere"))
+    (tmp_path / "run" / "checkpoints" / "step-000004").mkdir()
+    assert "not empty" in fail()
+
+
 def test_an_output_directory_that_holds_another_run(fail: Fail, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("algorithm: {name: dapo}\n")

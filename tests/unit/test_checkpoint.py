@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from aligntune.checkpoint import Checkpoints
+from aligntune.errors import UserError
+from aligntune.rundir import RunDir
 
 
 def save(checkpoints: Checkpoints, step: int) -> None:
@@ -59,6 +61,45 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
     assert latest.step == 1
     with pytest.raises(ValueError, match="not a complete checkpoint"):
         checkpoints.at(tmp_path / "step-000002")
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 3])
+def test_a_damaged_newer_one_costs_no_whole_one(tmp_path: Path, keep_last: int) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last)
+    for step in (5, 10):
+        save(checkpoints, step)
+    (tmp_path / "step-000010" / "policy" / "weights").unlink()
+    assert checkpoints.damaged() == ["step-000010"]
+    save(checkpoints, 6)
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert latest.step == 6
+    assert checkpoints.damaged() == []
+    assert (tmp_path / "latest").read_text() == "step-000006\n"
+    assert checkpoints.exists(5) == (keep_last == 2 or keep_last == 3)
+
+
+def test_folders_are_in_order_of_steps_not_of_names(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    for step in (999_998, 999_999, 1_000_000):
+        save(checkpoints, step)
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert latest.step == 1_000_000
+    assert not checkpoints.exists(999_998)
+
+
+def test_where_none_is_whole_the_run_does_not_begin_again_in_silence(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=2)
+    save(checkpoints, 4)
+    (tmp_path / "checkpoints" / "step-000004" / "policy" / "weights").unlink()
+    with pytest.raises(UserError, match=r"is damaged \(step-000004\); restore one"):
+        RunDir(tmp_path).start_from(checkpoints, "auto")
+
+
+def test_looking_for_checkpoints_leaves_nothing_behind(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "checkpoints", keep_last=2).latest() is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_one_can_be_written_again(tmp_path: Path) -> None:

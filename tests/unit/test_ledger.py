@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aligntune.ledger import ENDS, MOVES, Ledger, LedgerError, LedgerLog, State, audit
+from aligntune.ledger import ENDS, MOVES, Ledger, LedgerError, LedgerLog, State, adopt, audit
 
 
 def to_trained(ledger: Ledger, group: int, step: int = 1) -> None:
@@ -76,6 +76,37 @@ def test_a_torn_last_line_is_cut_and_the_log_goes_on(path: Path) -> None:
     again.restore(Ledger.beginning(), step=0, version=0)
     again.admit(0)
     assert audit(path).admitted == 1
+
+
+def test_the_books_of_a_run_that_goes_on_from_another_s_checkpoint_balance(
+    path: Path, tmp_path: Path
+) -> None:
+    first = Ledger(LedgerLog(path))
+    for _ in range(4):
+        first.admit(0)
+    for state in (State.ROLLING, State.SCORING):
+        first.move([0, 1, 2], state)
+    first.move([0], State.FILTERED)
+    first.move([1], State.READY)
+    first.move([1], State.TRAINING)
+    first.move([1], State.TRAINED)
+    snapshot = first.snapshot(step=1)
+
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    adopt(elsewhere, snapshot, step=1)
+    second = Ledger(LedgerLog(elsewhere))
+    assert second.restore(snapshot, step=1, version=1) == [2, 3]
+    second.move([3], State.QUARANTINED)
+    second.admit(1)
+    books = audit(elsewhere)
+    assert books == second.books
+    assert (books.admitted, books.trained, books.filtered) == (5, 1, 1)
+    assert (books.quarantined, books.open, books.balanced) == (1, 2, True)
+    second.restore(snapshot, step=1, version=1)
+    assert audit(elsewhere) == second.books
+    second.restore(snapshot, step=2, version=1)
+    with pytest.raises(LedgerError, match="no checkpoint in this log"):
+        audit(elsewhere)
 
 
 def test_audit_refuses_a_log_with_a_gap(path: Path) -> None:

@@ -56,6 +56,17 @@ def test_what_was_pushed_is_fetched_into_an_empty_run_directory(
     assert not mirror.is_ahead_of(checkpoints, "auto"), "both are at 100 now"
 
 
+@pytest.mark.parametrize("keep_last", [1, 2, 5])
+def test_as_many_copies_are_kept_as_checkpoints(home: Path, tmp_path: Path, keep_last: int) -> None:
+    mirror = Mirror(str(tmp_path / "bucket"), home, keep_last, 60)
+    checkpoints = Checkpoints(home / "checkpoints", keep_last)
+    for step in range(1, 9):
+        save(checkpoints, step)
+        mirror.push(home / "checkpoints" / f"step-{step:06d}")
+        there = {p.name for p in (tmp_path / "bucket" / "checkpoints").glob("step-*")}
+        assert there == {p.name for p in (home / "checkpoints").glob("step-*")}
+
+
 def test_an_empty_storage_is_ahead_of_nothing_and_never_is_refused_where_there_is_a_run(
     home: Path, tmp_path: Path
 ) -> None:

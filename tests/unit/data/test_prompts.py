@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from aligntune.data import prompts as prompts_module
 from aligntune.data.errors import DataError
 from aligntune.data.prompts import PromptSource, evaluation_prompts, training_prompts
+from aligntune.data.sources import load_rows
 from aligntune.data.spec import DataSpec
 from tests.unit.data.conftest import byte_tokenizer
 
@@ -207,6 +208,17 @@ def test_the_fingerprint_tells_runs_over_other_prompts_apart(values: list[str], 
     assert mark != source([*values, "a"], **options).fingerprint
     assert mark != source(["b" + values[0], *values[1:]], **options).fingerprint
     assert mark != source(values, **(options | {"seed": seed + 1})).fingerprint
+
+
+def test_the_fingerprint_knows_the_columns_that_rewards_read(tmp_path: Path) -> None:
+    def mark(answer: object) -> str:
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps({"prompt": "a", "answer": answer}) + "\n")
+        rows = load_rows(str(path))
+        return PromptSource(rows, TOKENIZER, max_prompt_length=9, seed=0).fingerprint
+
+    assert mark("1") == mark("1")
+    assert len({mark("1"), mark("2"), mark(1), mark(None)}) == 4
 
 
 def write(path: Path, prompts: list[str]) -> str:
