@@ -39,11 +39,14 @@ def ray_up(
     ssh_key: Annotated[str, typer.Option(help="the private key's file here")] = "~/.ssh/id_ed25519",
     region: Annotated[str | None, typer.Option(help="of AWS")] = None,
     instance_type: Annotated[str | None, typer.Option(help="of AWS")] = None,
+    image_id: Annotated[
+        str | None, typer.Option(help="of AWS: Ubuntu with drivers for its GPUs")
+    ] = None,
     venv: Annotated[
-        str | None, typer.Option(help="a complete one on every node; default: made and filled")
+        str | None, typer.Option(help="on every node, with aligntune unless --install fills it")
     ] = None,
     install: Annotated[
-        str | None, typer.Option(help="what pip puts into it; default: this version of aligntune")
+        str | None, typer.Option(help="aligntune: a wheel here, a path on the nodes, or a URL")
     ] = None,
     token_file: Token = RAY_TOKEN,
     nodes: Nodes = None,
@@ -67,6 +70,7 @@ def ray_up(
         ssh_key=ssh_key,
         region=region,
         instance_type=instance_type,
+        image_id=image_id,
         nfs=nfs,
         token_file=token_file,
         venv=venv,

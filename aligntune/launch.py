@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from actors.specs import RewardModelSpec
+from actors.specs import RewardFunctionSpec, RewardModelSpec
 from aligntune.config import RunConfig
 from aligntune.errors import UserError, nearest
 from aligntune.preference_config import PreferenceConfig, load_config
@@ -46,6 +46,7 @@ def ray_up(
     ssh_key: str,
     region: str | None,
     instance_type: str | None,
+    image_id: str | None,
     nfs: str | None,
     token_file: str,
     venv: str | None,
@@ -79,15 +80,11 @@ def ray_up(
                     "--provider aws needs --nfs HOST:/EXPORT (such as an EFS): new machines share "
                     "no folder"
                 )
-            hosts = launch_ray_up.aws(launch, region, instance_type)
-        software = launch_ray_up.Software(
-            venv or f"{launch_ray_up.HOME}/venv",
-            install or (None if venv else _requirement(config)),
-        )
+            hosts = launch_ray_up.aws(launch, region, instance_type, image_id)
         return launch_ray_up.render(
             launch,
             hosts,
-            software,
+            launch_ray_up.choose_software(venv, install, _extra(config)),
             token_file=token_file,
             config_file=str(path.absolute()),
             nfs=nfs,
@@ -181,7 +178,11 @@ def _launch(
         command=("aligntune", "train", config_path, *overrides, "cluster.address=auto"),
         ray_version=importlib.metadata.version("ray"),
         roles=tuple(f"{r.role} {r.replicas} x ({amounts(r.bundle)})" for r in requests),
-        notes=(_output(config.output_dir, storage, outside), *_local(config, storage)),
+        notes=(
+            _output(config.output_dir, storage, outside),
+            *_local(config, storage),
+            *_own_code(config, storage),
+        ),
     )
 
 
@@ -230,12 +231,30 @@ def _local(config: RunConfig | PreferenceConfig, storage: str) -> Iterator[str]:
             yield f"{key} is {value} if it is in {storage}, else a hub name."
 
 
-def _requirement(config: RunConfig | PreferenceConfig) -> str:
-    """What pip installs on the nodes: this version, and vLLM where rollouts use it on GPUs."""
+def _own_code(config: RunConfig | PreferenceConfig, storage: str) -> Iterator[str]:
+    """Rewards and algorithms of the user's own, as module:name: nodes must find their modules."""
+    if not isinstance(config, RunConfig):
+        return
+    named = {"algorithm.name": config.algorithm_name} | {
+        f"rewards.{index}.function": reward.function
+        for index, reward in enumerate(config.rewards)
+        if isinstance(reward, RewardFunctionSpec)
+    }
+    for key, target in named.items():
+        module, colon, _ = target.partition(":")
+        package = module.partition(".")[0]
+        if colon and package != "aligntune":
+            yield (
+                f"{key} is {target}: {package} must lie in {storage}, where the run starts, or be "
+                "installed on every node."
+            )
+
+
+def _extra(config: RunConfig | PreferenceConfig) -> str:
+    """Of aligntune on the nodes: with vLLM where rollouts use it on GPUs."""
     vllm = (
         isinstance(config, RunConfig)
         and config.rollout.engine != "transformers"
         and config.rollout.resources.gpus > 0
     )
-    extra = "[vllm-cuda]" if vllm else ""
-    return f"aligntune{extra}=={importlib.metadata.version('aligntune')}"
+    return "vllm-cuda" if vllm else ""

@@ -26,6 +26,12 @@ GPUS_PER_NODE = 8
 CPUS_PER_GPU = 16
 JOIN_SECONDS = 600  # for all nodes to join, before a run is given up
 STOP_SECONDS = 600  # for a run to write its checkpoint after SIGTERM
+# What roles cannot have of a node's memory, although it has it. Ray counts what is free when it
+# starts, and of that takes the same share as Ray's own default for its object store.
+IN_USE_SHARE = 0.05  # the kernel, page tables and services
+IN_USE_GIB = 1.0  # at least
+OBJECT_STORE_SHARE = 0.3
+OBJECT_STORE_MOST_BYTES = 200 * 10**9
 
 RAY_SETTINGS: Mapping[str, str] = {
     # A node that does not answer is dead after about 20 s; Ray's own settings take over a minute.
@@ -57,6 +63,18 @@ class NodeSize:
         """As in: 16 CPU, 1 GPU."""
         return amounts({"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus})
 
+    @property
+    def role_memory_bytes(self) -> int:
+        """What Ray offers to roles, at least; the rest is in use, or for Ray's object store."""
+        free = self.memory_gib - max(IN_USE_GIB, IN_USE_SHARE * self.memory_gib)
+        free_bytes = max(0.0, free) * 2**30
+        return int(free_bytes - min(OBJECT_STORE_SHARE * free_bytes, OBJECT_STORE_MOST_BYTES))
+
+    def describe_all(self) -> str:
+        """As in: 16 CPU, 1 GPU and 64 GiB (42.5 GiB of it for roles)."""
+        roles = math.floor(self.role_memory_bytes / 2**30 * 10) / 10
+        return f"{self.describe()} and {self.memory_gib} GiB ({roles:g} GiB of it for roles)"
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -74,7 +92,9 @@ class Launch:
     @property
     def start(self) -> str:
         """What a shell on the head runs: the nodes come, and the run starts in the storage."""
-        wait = f"python -m cluster.await_nodes {self.nodes} {JOIN_SECONDS} && " * (self.nodes > 1)
+        # -P: a folder in the storage that is named cluster too is not meant.
+        wait = f"python -P -m cluster.await_nodes {self.nodes} {JOIN_SECONDS} && "
+        wait *= self.nodes > 1
         return f"cd {shlex.quote(self.storage)} && {wait}exec {shell(self.command)}"
 
     def head(self, written_by: str, *lines: str) -> str:
@@ -114,7 +134,7 @@ def sized(
         ("--nodes", nodes, 1),
         ("--gpus-per-node", gpus_per_node, 0),
         ("--cpus-per-node", cpus_per_node, 1),
-        ("--memory-per-node", memory_gib, 1),
+        ("--memory-per-node", memory_gib, 2),
     ):
         if value is not None and value < least:
             raise BadLaunch(f"{option} is {value}; give {least} or more")
@@ -129,8 +149,8 @@ def sized(
         if isinstance(place([_single(one)], alone, advice=False), Shortage):
             raise BadLaunch(
                 f"one {one.name} ({amounts(one.bundle)}) does not fit on a node of "
-                f"{size.describe()} and {size.memory_gib} GiB; raise --gpus-per-node, "
-                "--cpus-per-node or --memory-per-node, or ask for less"
+                f"{size.describe_all()}; raise --gpus-per-node, --cpus-per-node or "
+                "--memory-per-node, or ask for less"
             )
 
     def fits(count: int) -> Shortage | None:
@@ -153,7 +173,7 @@ def sized(
 
 
 def _node(size: NodeSize, index: int = 0) -> Node:
-    return Node(f"node-{index}", float(size.cpus), float(size.gpus), size.memory_gib * 2**30)
+    return Node(f"node-{index}", float(size.cpus), float(size.gpus), size.role_memory_bytes)
 
 
 def _single(item: BundleSet) -> BundleSet:
@@ -171,7 +191,7 @@ def _gpus(sets: Sequence[BundleSet], nodes: int | None) -> int:
 
 def _does_not_fit(short: Shortage, nodes: int, size: NodeSize) -> str:
     return (
-        f"the run does not fit on {nodes} node(s) of {size.describe()} and {size.memory_gib} GiB: "
+        f"the run does not fit on {nodes} node(s) of {size.describe_all()}: "
         f"{short.missing}; change --nodes, --gpus-per-node, --cpus-per-node or --memory-per-node, "
         "or what the roles ask for"
     )
@@ -187,6 +207,10 @@ def shell(command: Sequence[str]) -> str:
 
 class _Dumper(yaml.SafeDumper):
     """Texts of several lines as blocks, so that a person can read them."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Ray changes one node type's settings after reading; another's must not be the same."""
+        return True
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from cluster.launch import (
     JOBS_PORT,
     METRICS_PORT,
+    OBJECT_STORE_SHARE,
     PORT,
     RAY_SETTINGS,
     BadLaunch,
@@ -17,8 +18,11 @@ from cluster.launch import (
 )
 
 Kind = Literal["rayjob", "raycluster"]
-CONFIG = "/etc/aligntune/config.yaml"
-SHM_SHARE = 0.3  # of a node's memory, as Ray takes for its object store
+FOLDER = "/etc/aligntune"  # where the ConfigMap is mounted
+CONFIG = f"{FOLDER}/config.yaml"
+# One command without shell syntax: KubeRay pastes the entrypoint into a shell line of the submitter
+# pod, where what follows a && would run, instead of on the cluster.
+ENTRYPOINT = f"bash {FOLDER}/run.sh"
 START_SECONDS = 1800  # for the pods to run; then the job fails instead of waiting
 KEEP_SECONDS = 600  # the finished job's pods, for their logs
 
@@ -33,7 +37,7 @@ class Namespace:
 
 
 def render(launch: Launch, kind: Kind, names: Namespace, config: str) -> str:
-    """The manifests: a ConfigMap with the resolved config, and the RayJob or RayCluster.
+    """The manifests: a ConfigMap with config and script, and the RayJob or RayCluster.
 
     Raises:
         BadLaunch: no image.
@@ -53,18 +57,24 @@ def render(launch: Launch, kind: Kind, names: Namespace, config: str) -> str:
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": f"{launch.name}-config"},
-        "data": {"config.yaml": config},
+        "data": {
+            "config.yaml": config,
+            "run.sh": f"# Ray runs this on the head.\n{launch.start}\n",
+        },
     }
     head = launch.head(
         f"kuberay --kind {kind}",
         "",
-        f"Before `kubectl apply -f`: the claim {names.claim} (ReadWriteMany), and the token:",
+        f"Before `kubectl apply -f`: the claim {names.claim}, ReadWriteMany and writable for the",
+        "image's user, and the token:",
         f"  kubectl create secret generic {names.secret} --from-file=auth_token=TOKEN_FILE",
         *(
             [
                 "Then start the run through the head's Jobs port:",
-                f"  ray job submit --address http://localhost:{JOBS_PORT} -- "
-                f"{shlex.quote(launch.start)}",
+                f"  kubectl port-forward service/{launch.name}-head-svc {JOBS_PORT} &",
+                "  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=TOKEN_FILE",
+                f"  ray job submit --address http://localhost:{JOBS_PORT} --no-wait "
+                f"-- {ENTRYPOINT}",
             ]
             if kind == "raycluster"
             else [
@@ -81,7 +91,7 @@ def _object(kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:
 
 def _job(launch: Launch, cluster: dict[str, Any]) -> dict[str, Any]:
     return {
-        "entrypoint": launch.start,
+        "entrypoint": ENTRYPOINT,
         "submissionMode": "K8sJobMode",
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": KEEP_SECONDS,
@@ -123,6 +133,8 @@ def _start(launch: Launch) -> dict[str, str]:
     return {
         "num-cpus": str(launch.size.cpus),
         "num-gpus": str(launch.size.gpus),
+        # KubeRay's default is all of the pod's, the object store's share too.
+        "memory": str(launch.size.role_memory_bytes),
         "metrics-export-port": str(METRICS_PORT),
     }
 
@@ -135,7 +147,8 @@ def _pod(launch: Launch, names: Namespace, container: str) -> dict[str, Any]:
     ports = {"metrics": METRICS_PORT}
     if container == "ray-head":
         ports |= {"gcs-server": PORT, "dashboard": JOBS_PORT}
-    shm = max(1, int(size.memory_gib * SHM_SHARE))
+    # Where /dev/shm is smaller than the object store, Ray puts that on the disk.
+    shm = math.ceil(size.memory_gib * OBJECT_STORE_SHARE)
     return {
         "spec": {
             "containers": [
@@ -148,7 +161,7 @@ def _pod(launch: Launch, names: Namespace, container: str) -> dict[str, Any]:
                     "ports": [{"name": n, "containerPort": p} for n, p in ports.items()],
                     "volumeMounts": [
                         {"name": "storage", "mountPath": launch.storage},
-                        {"name": "config", "mountPath": "/etc/aligntune", "readOnly": True},
+                        {"name": "config", "mountPath": FOLDER, "readOnly": True},
                         {"name": "shm", "mountPath": "/dev/shm"},
                     ],
                 }

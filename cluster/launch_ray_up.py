@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cluster.launch import (
@@ -21,6 +23,10 @@ from cluster.launch import (
 
 HOME = "~/.aligntune"  # on every node: the token, the config, the environment
 CONFIG = f"{HOME}/config.yaml"
+SUDO = "$(command -v sudo)"  # nothing where root logs in and there is none
+IMAGE = re.compile(r"ami-[0-9a-f]{8,17}")
+# Ray wants one version of Python on all nodes; this one's is as good as any.
+PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 
 
 @dataclass(frozen=True)
@@ -36,10 +42,49 @@ class Hosts:
 
 @dataclass(frozen=True)
 class Software:
-    """What runs on the nodes: `venv` is there already, or `install` is put into it."""
+    """What runs on the nodes: `venv` is there already, or `install` is put into it.
+
+    aligntune never comes from a package index by its name: there that is another project.
+    """
 
     venv: str
-    install: str | None  # a pip requirement; None: the venv is complete
+    install: str | None  # what pip takes, ~/ for a node's home; None: the venv is complete
+    copied: str | None = None  # a file here that is copied to every node as `install`, less extras
+
+
+def choose_software(venv: str | None, install: str | None, extra: str) -> Software:
+    """What runs on the nodes, from what the user names.
+
+    Args:
+        venv: a folder on the nodes; None makes one.
+        install: aligntune as a file here, an absolute path on the nodes, or a URL; None: it is in
+            `venv` already.
+        extra: of aligntune's own, such as vllm-cuda, or ''.
+
+    Raises:
+        BadLaunch: neither is given, or `install` is none of these.
+    """
+    if install is None:
+        if venv is None:
+            raise BadLaunch(
+                "ray-up needs --venv, an environment with aligntune on every node, or --install, "
+                "aligntune as a wheel, an absolute path on the nodes or a URL: no package index "
+                "has it"
+            )
+        return Software(venv, None)
+    venv = venv or f"{HOME}/venv"
+    extras = f"[{extra}]" if extra else ""
+    here = Path(install).expanduser()
+    if here.is_file():
+        return Software(venv, f"{HOME}/{here.name}{extras}", str(here.absolute()))
+    if install.startswith(("/", "~/")):
+        return Software(venv, install + extras)
+    if "://" in install:
+        return Software(venv, install if "@ " in install else f"aligntune{extras} @ {install}")
+    raise BadLaunch(
+        f"--install {install} is no file here, no absolute path and no URL, and no package index "
+        "has aligntune; give one of these, or --venv, an environment with aligntune on every node"
+    )
 
 
 def on_premise(
@@ -86,18 +131,28 @@ def on_premise(
     )
 
 
-def aws(launch: Launch, region: str | None, instance_type: str | None) -> Hosts:
+def aws(
+    launch: Launch, region: str | None, instance_type: str | None, image_id: str | None
+) -> Hosts:
     """Machines of AWS, of one type, none of which comes or goes. Raises BadLaunch."""
     if not region or not instance_type:
         raise BadLaunch(
             "--provider aws needs --region and --instance-type, such as us-west-2, p5.48xlarge"
         )
+    if not image_id:
+        raise BadLaunch(
+            "--provider aws needs --image-id, an Ubuntu image of the region with drivers for its "
+            "GPUs: Ray's own default is Ubuntu 18.04, too old for this"
+        )
+    if not IMAGE.fullmatch(image_id):
+        raise BadLaunch(f"--image-id {image_id} is no image of AWS, such as ami-0123456789abcdef0")
     size = launch.size
     resources = {"CPU": size.cpus} | ({"GPU": size.gpus} if size.gpus else {})
     machine = {
         "resources": resources,
         "node_config": {
             "InstanceType": instance_type,
+            "ImageId": image_id,
             "BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": 500}}],
         },
     }
@@ -128,6 +183,10 @@ def render(
         config_file: here; it is copied to every node as `CONFIG`.
         nfs: host:/export to mount at the storage folder; None where the folder is there already.
     """
+    local = hosts.node_types is None
+    files = {f"{HOME}/token": token_file, CONFIG: config_file}
+    if software.copied:
+        files[f"{HOME}/{Path(software.copied).name}"] = software.copied
     ray = f"ray start --disable-usage-stats --metrics-export-port={METRICS_PORT}"
     address = f" --node-ip-address={hosts.head_ip}" if hosts.head_ip else ""
     start = f". {HOME}/env; ulimit -n $(ulimit -Hn); {ray}{hosts.ray_start}"
@@ -142,7 +201,7 @@ def render(
     if hosts.node_types:
         tree |= {"available_node_types": dict(hosts.node_types), "head_node_type": "head"}
     tree |= {
-        "file_mounts": {f"{HOME}/token": token_file, CONFIG: config_file},
+        "file_mounts": files,
         "cluster_synced_files": [],
         "file_mounts_sync_continuously": False,
         "rsync_exclude": [],
@@ -150,13 +209,14 @@ def render(
         "initialization_commands": [],
         "setup_commands": [
             f"chmod 700 {HOME} && chmod 600 {HOME}/token",
-            _write(f"{HOME}/env", _environment(software, local=hosts.node_types is None)),
+            _write(f"{HOME}/env", _environment(software, local=local)),
             # `ray down` calls `ray stop` there, and has no other way to find it.
             f"grep -qs '{HOME}/env' ~/.bashrc || echo '. {HOME}/env' >> ~/.bashrc",
-            *_storage(launch.storage, nfs),
-            *_software(software, local=hosts.node_types is None),
+            *_storage(launch.storage, nfs, local=local),
+            *_software(software, local=local),
         ],
         "head_setup_commands": [
+            *([] if local else [_boto(software)]),
             _write(f"{HOME}/run", _run(launch)) + f" && chmod 755 {HOME}/run",
         ],
         "worker_setup_commands": [],
@@ -170,16 +230,19 @@ def render(
             f"{start} --address=$RAY_HEAD_IP:{PORT}",
         ],
     }
-    return launch.head("ray-up", *_how(launch, local=hosts.node_types is None)) + as_yaml(tree)
+    return launch.head("ray-up", *_how(launch, nfs, local=local)) + as_yaml(tree)
 
 
-def _how(launch: Launch, *, local: bool) -> list[str]:
+def _how(launch: Launch, nfs: str | None, *, local: bool) -> list[str]:
     jobs = f"--address http://127.0.0.1:{JOBS_PORT}"
     switch = "RAY_UP_enable_autoscaler_v2=0 " if local else ""
     version = (
         ["(Version 2 of the autoscaler leaves on-premise workers out; this file turns it off too.)"]
         if local
-        else []
+        else [
+            f"`ray up` needs boto3 here. {nfs} must let NFS (TCP port 2049) in from the machines;",
+            f"Ray puts them into the security group ray-autoscaler-{launch.name}.",
+        ]
     )
     return [
         "",
@@ -226,31 +289,65 @@ def _write(path: str, lines: Sequence[str]) -> str:
     return f"printf '%s\\n' {' '.join(map(shlex.quote, lines))} > {path}"
 
 
-def _storage(folder: str, nfs: str | None) -> list[str]:
+def _storage(folder: str, nfs: str | None, *, local: bool) -> list[str]:
+    """The shared folder is there, mounted where it has to be, and can be written to."""
     quoted = shlex.quote(folder)
     if nfs is None:
-        missing = shlex.quote(f"aligntune: {folder} is not there; mount the shared storage first")
-        return [f"test -d {quoted} || {{ echo {missing} >&2; exit 1; }}"]
+        missing = _stop(f"{folder} is not there; mount the shared storage first")
+        return [f"test -d {quoted} || {missing}", _writable(folder)]
+    # A port that others may use too lets an EFS take a lost connection up again; other servers may
+    # want a privileged one.
+    options = "nfsvers=4.1,hard,timeo=600" + ("" if local else ",noresvport")
+    no_client = _stop("no mount.nfs4 here; install the NFS client (nfs-common or nfs-utils)")
     return [
-        f"mountpoint -q {quoted} || {{ sudo mkdir -p {quoted} && sudo mount -t nfs4 "
-        f"-o nfsvers=4.1,hard,timeo=600 {shlex.quote(nfs)} {quoted}; }}"
+        f"mountpoint -q {quoted} || PATH=$PATH:/usr/sbin:/sbin command -v mount.nfs4 || "
+        f"{no_client if local else _apt('nfs-common')}",
+        f"mountpoint -q {quoted} || {{ {SUDO} mkdir -p {quoted} && {SUDO} mount -t nfs4 "
+        f"-o {options} {shlex.quote(nfs)} {quoted}; }}",
+        # The root of a new EFS belongs to root.
+        *([] if local else [f"test -w {quoted} || {SUDO} chown $(id -u):$(id -g) {quoted}"]),
+        _writable(folder),
     ]
+
+
+def _writable(folder: str) -> str:
+    refused = _stop(f"{folder} cannot be written to by the user of ssh; chown it on its server")
+    return f"test -w {shlex.quote(folder)} || {refused}"
 
 
 def _software(software: Software, *, local: bool) -> list[str]:
     binaries = f"{_path(software.venv)}/bin"
     if software.install is None:
-        missing = shlex.quote(f"aligntune: no aligntune in {software.venv}; install it there")
-        return [f"test -x {binaries}/aligntune || {{ echo {missing} >&2; exit 1; }}"]
-    # Ray wants one version of Python on all nodes; this one's is as good as any.
-    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    packages = f"{python} {python}-venv"
-    get = (
-        f"command -v {python} || {{ sudo apt-get update -qq && "
-        f"sudo apt-get install -y -qq {packages}; }}"
-    )
+        missing = _stop(f"no aligntune in {software.venv}; install it there")
+        return [f"test -x {binaries}/aligntune || {missing}"]
+    no_python = _stop(f"no {PYTHON} with venv here; install it")
+    packages = f"{PYTHON} {PYTHON}-venv"
     return [
-        *([] if local else [get]),
-        f"test -x {binaries}/aligntune || {{ {python} -m venv {_path(software.venv)} && "
-        f"{binaries}/pip install {shlex.quote(software.install)}; }}",
+        # Which is what venv looks for; Debian keeps it in a package of its own.
+        f"{PYTHON} -c 'import ensurepip' 2>/dev/null || {no_python if local else _apt(packages)}",
+        f"test -x {binaries}/aligntune || {{ {PYTHON} -m venv {_path(software.venv)} && "
+        f"{binaries}/pip install {_path(software.install)}; }}",
     ]
+
+
+def _boto(software: Software) -> str:
+    """The head starts the other machines, for which Ray needs boto3."""
+    binaries = f"{_path(software.venv)}/bin"
+    missing = _stop(f"no boto3 in {software.venv}; install it there")
+    cure = missing if software.install is None else f"{binaries}/pip install boto3"
+    return f"{binaries}/python -c 'import boto3' 2>/dev/null || {cure}"
+
+
+def _apt(packages: str) -> str:
+    """Commands that install what Ubuntu has."""
+    # ssh answers before a new machine is set up, and until then others hold the locks of apt.
+    return (
+        "{ cloud-init status --wait; sudo apt-get update -qq && "
+        "sudo DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 "
+        f"install -y -qq {packages}; }}"
+    )
+
+
+def _stop(why: str) -> str:
+    """Commands that end the setup."""
+    return f"{{ echo {shlex.quote('aligntune: ' + why)} >&2; exit 1; }}"

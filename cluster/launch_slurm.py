@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 from dataclasses import dataclass
 
 from cluster.launch import METRICS_PORT, PORT, RAY_SETTINGS, STOP_SECONDS, BadLaunch, Launch, shell
 
-TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
+STOPPED = 128 + signal.SIGTERM  # what `aligntune train` ends with after its last checkpoint
+TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+LEAST_SECONDS = 2 * STOP_SECONDS  # of a job: else its nodes start and stop, and hardly train
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,12 @@ def render(launch: Launch, site: Site, *, venv: str, token_file: str) -> str:
     """The batch script. `venv`, `token_file` and the storage lie at one path on all nodes.
 
     Raises:
-        BadLaunch: the time limit is no time of Slurm's.
+        BadLaunch: the time limit is no time of Slurm's, or too short.
     """
-    if not TIME.fullmatch(site.time):
+    if seconds(site.time) < LEAST_SECONDS:
         raise BadLaunch(
-            f"--time {site.time!r} is no time limit of Slurm; write hours:minutes:seconds or "
-            "days-hours, such as 24:00:00"
+            f"--time {site.time} is too short: the run is stopped {STOP_SECONDS // 60} minutes "
+            f"before it; give {LEAST_SECONDS // 60} minutes or more, such as 24:00:00"
         )
     size = launch.size
     options = [
@@ -55,9 +58,10 @@ def render(launch: Launch, site: Site, *, venv: str, token_file: str) -> str:
         "",
         "Submit it with sbatch. --chdir, the environment and the token are shared by all nodes.",
         f"{STOP_SECONDS} s before the time limit the run writes a checkpoint and the job goes back",
-        "to the queue, and on from there. `scancel --batch --signal=TERM JOB` makes it write a",
-        "checkpoint and end; a plain scancel kills it. The nodes are not shared with other jobs",
-        "(--exclusive): at the end `ray stop` ends every Ray of yours on them.",
+        "to the queue, and on from there, unless the run is done by then or fails.",
+        "`scancel --batch --signal=TERM JOB` makes it write a checkpoint and end; a plain scancel",
+        "kills it. The nodes are not shared with other jobs (--exclusive): at the end `ray stop`",
+        "ends every Ray of yours on them.",
     )
     directives = "".join(f"#SBATCH {option}\n" for option in options)
     settings = "".join(f"export {name}={value}\n" for name, value in RAY_SETTINGS.items())
@@ -76,8 +80,27 @@ def render(launch: Launch, site: Site, *, venv: str, token_file: str) -> str:
             f"--metrics-export-port={METRICS_PORT}",
             wait=max(120, 2 * launch.nodes),
             command=shell(launch.command),
+            stopped=STOPPED,
         )
     )
+
+
+def seconds(time: str) -> int:
+    """A time limit as Slurm reads it. Raises BadLaunch where it is none."""
+    if not (found := TIME.fullmatch(time)):
+        raise BadLaunch(
+            f"--time {time!r} is no time limit of Slurm; write hours:minutes:seconds or "
+            "days-hours, such as 24:00:00"
+        )
+    days, *rest = found.groups()
+    numbers = [int(number) for number in rest if number]
+    if days is not None:
+        hours, minutes, left = [*numbers, 0, 0][:3]
+    elif len(numbers) == 3:
+        hours, minutes, left = numbers
+    else:
+        hours, (minutes, left) = 0, [*numbers, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + left
 
 
 BODY = """\
@@ -94,7 +117,7 @@ for program in aligntune ray; do
 done
 [ -r "$RAY_AUTH_TOKEN_PATH" ] ||
   refuse "no token at $RAY_AUTH_TOKEN_PATH; ray get-auth-token --generate makes one"
-[ "$(stat -Lc %a "$RAY_AUTH_TOKEN_PATH")" = 600 ] ||
+[ $((0$(stat -Lc %a "$RAY_AUTH_TOKEN_PATH") & 077)) = 0 ] ||
   refuse "others can read $RAY_AUTH_TOKEN_PATH; chmod 600 it"
 srun --ntasks-per-node=1 test -w "$PWD" ||
   refuse "$PWD cannot be written to on every node; submit from storage that all nodes share"
@@ -111,6 +134,7 @@ esac
     "off this node (sbatch --exclude)"
 
 driver="$PWD/.aligntune-$SLURM_JOB_ID.pid"
+rm -f "$driver" # of a start whose node was lost
 forward() {{ reason=$1; [ -s "$driver" ] && kill -TERM "$(cat "$driver")"; }}
 reason=
 trap 'forward time' USR1
@@ -130,7 +154,13 @@ while kill -0 $steps 2>/dev/null; do # a signal ends `wait` before the steps hav
   code=$?
 done
 
-if [ "$reason" = time ]; then
+if [ $code = 0 ] && [ ! -s "$driver" ]; then # a Ray that does not start ends with 0 too
+  echo "aligntune: the run did not start; see above" >&2
+  code=1
+fi
+# Only what was stopped goes on: a run that was done by then is done, and one that failed would fail
+# again and again.
+if [ "$reason" = time ] && [ $code = {stopped} ]; then
   echo "aligntune: out of time; back to the queue, from the newest checkpoint"
   rm -f "$driver"
   exec scontrol requeue "$SLURM_JOB_ID"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -17,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligntune import cli
-from cluster import await_nodes
+from cluster import await_nodes, launch_slurm
 from cluster.bundles import RoleRequest, bundle_sets
-from cluster.launch import RAY_SETTINGS, BadLaunch, label, sized
+from cluster.launch import RAY_SETTINGS, BadLaunch, NodeSize, label, sized
 from cluster.placement import Placement, place
 from cluster.resources import Cluster, Node
 from tests.cluster.nodes import wait_for
@@ -28,6 +29,13 @@ from tests.stand_ins import REPOSITORY
 KEEPALIVE = {"RAY_grpc_client_keepalive_time_ms", "RAY_grpc_client_keepalive_timeout_ms"}
 HEALTH = {f"RAY_health_check_{n}" for n in ("period_ms", "timeout_ms", "failure_threshold")}
 HOSTS = ["--head-ip", "10.0.0.1", "--worker-ips", "10.0.0.2,10.0.0.3", "--storage", "/shared"]
+VENV = ["--venv", "/opt/aligntune"]
+AWS = [
+    *("--provider", "aws", "--region", "us-west-2", "--instance-type", "p4d.24xlarge"),
+    *("--storage", "/shared", "--nfs", "fs-1:/"),
+]
+IMAGE = ["--image-id", "ami-0123456789abcdef0"]
+URL = ["--install", "git+https://git.example/aligntune"]
 
 
 @pytest.fixture
@@ -109,6 +117,29 @@ def test_labels_are_dns_labels(name: str) -> None:
     assert set(made) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
 
 
+@pytest.mark.parametrize("gib", [2, 8, 64, 512, 2048])
+def test_roles_are_promised_no_more_memory_than_ray_offers(
+    gib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray._private import utils
+
+    monkeypatch.setattr(utils, "get_shared_memory_bytes", lambda: 2**50)  # no smaller object store
+    free = int((gib - max(1.0, 0.05 * gib)) * 2**30)
+    offered = free - utils.resolve_object_store_memory(free)
+    promised = NodeSize(1, 0, gib).role_memory_bytes
+    assert 0.3 * gib * 2**30 < promised <= offered
+
+
+def test_a_role_that_needs_what_ray_keeps_of_a_node_is_refused() -> None:
+    def fits(memory_gib: int) -> tuple[int, NodeSize]:
+        request = RoleRequest("rollout", 1, 1, 0.0, memory_bytes=memory_gib * 2**30)
+        return sized([request], memory_gib=64)
+
+    assert fits(42)[0] == 1
+    with pytest.raises(BadLaunch, match=r"64 GiB \(42\.5 GiB of it for roles\); raise"):
+        fits(50)
+
+
 # ray up
 
 
@@ -132,12 +163,9 @@ def check_ray_schema(text: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "options",
     [
-        HOSTS,
-        [*HOSTS, "--nfs", "10.0.0.9:/export", "--venv", "/opt/aligntune", "--gpus-per-node", "4"],
-        [
-            *("--provider", "aws", "--region", "us-west-2", "--instance-type", "p4d.24xlarge"),
-            *("--storage", "/shared", "--nfs", "fs-1:/", "--gpus-per-node", "4"),
-        ],
+        [*HOSTS, "--install", "/shared/aligntune-0.1.0-py3-none-any.whl"],
+        [*HOSTS, "--nfs", "10.0.0.9:/export", *VENV, "--gpus-per-node", "4"],
+        [*AWS, *IMAGE, *URL, "--gpus-per-node", "4"],
     ],
     ids=["hosts", "hosts with NFS", "aws"],
 )
@@ -150,14 +178,16 @@ def test_ray_up_files_pass_rays_own_schema(launch: Any, options: list[str]) -> N
 def test_ray_ups_own_check_would_see_an_unknown_key(launch: Any) -> None:
     import jsonschema
 
-    code, text, _ = launch("ray-up", *HOSTS)
+    code, text, _ = launch("ray-up", *HOSTS, *VENV)
     assert code == 0
     with pytest.raises(jsonschema.ValidationError):
         check_ray_schema(text + "speed: 1\n")
 
 
 def test_a_ray_up_file_sets_what_a_cluster_needs_on_every_node(launch: Any, config: Path) -> None:
-    code, text, err = launch("ray-up", *HOSTS, "train.steps=7", "--token-file", "/keys/token")
+    code, text, err = launch(
+        *("ray-up", *HOSTS, *VENV, "train.steps=7", "--token-file", "/keys/token")
+    )
     assert code == 0, err
     tree = yaml.safe_load(text)
     assert tree["provider"]["head_ip"] == "10.0.0.1"
@@ -170,16 +200,140 @@ def test_a_ray_up_file_sets_what_a_cluster_needs_on_every_node(launch: Any, conf
     assert "RAY_AUTH_MODE=token" in environment
     assert "RAY_enable_autoscaler_v2=0" in environment
     assert any("chmod 600 ~/.aligntune/token" in c for c in tree["setup_commands"])
-    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    (install,) = [c for c in tree["setup_commands"] if "pip install" in c]
-    assert "'aligntune[vllm-cuda]==" in install
-    assert f"{python} -m venv" in install
+    assert not any("pip install" in command for command in tree["setup_commands"])
     for start in (tree["head_start_ray_commands"], tree["worker_start_ray_commands"]):
         assert all(command.startswith(". ~/.aligntune/env; ") for command in start)
     (run,) = tree["head_setup_commands"]
-    assert "cd /shared && python -m cluster.await_nodes 3 600 && exec aligntune train" in run
+    assert "cd /shared && python -P -m cluster.await_nodes 3 600 && exec aligntune train" in run
     assert "train.steps=7 cluster.address=auto" in run
     assert "RAY_UP_enable_autoscaler_v2=0 ray up" in text
+
+
+PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
+
+
+@pytest.mark.parametrize(
+    ("install", "taken"),
+    [
+        ("dist/aligntune-0.1.0-py3-none-any.whl", ["{home}/.aligntune/{name}[vllm-cuda]"]),
+        ("/shared/{name}", ["/shared/{name}[vllm-cuda]"]),
+        ("git+https://git.example/a", ["aligntune[vllm-cuda] @ git+https://git.example/a"]),
+        ("aligntune[x] @ https://git.example/a", ["aligntune[x] @ https://git.example/a"]),
+    ],
+    ids=["a file here", "a path there", "a URL", "a requirement with a URL"],
+)
+@pytest.mark.parametrize("where", ["hosts", "aws"])
+def test_aligntune_comes_from_what_the_user_names_and_never_by_its_name(
+    launch: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    install: str,
+    taken: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"name": "aligntune-0.1.0-py3-none-any.whl", "home": str(tmp_path / "home")}
+    wheel = tmp_path / "dist" / names["name"]
+    wheel.parent.mkdir()
+    wheel.touch()
+    options = HOSTS if where == "hosts" else [*AWS, *IMAGE]
+    code, text, err = launch("ray-up", *options, "--install", install.format(**names))
+    assert code == 0, err
+    tree = yaml.safe_load(text)
+    copied = [there for there, here in tree["file_mounts"].items() if here == str(wheel)]
+    assert copied == (["~/.aligntune/" + names["name"]] if install.startswith("dist") else [])
+
+    binaries = tmp_path / "home" / ".aligntune" / "venv" / "bin"
+    for folder in (tmp_path / "stubs", binaries):
+        folder.mkdir(parents=True)
+    (binaries / "pip").write_text('#!/bin/sh\nfor word; do echo "$word"; done >> "$HOME/pip"\n')
+    (tmp_path / "stubs" / PYTHON).write_text("#!/bin/sh\n")
+    (binaries / "python").write_text("#!/bin/sh\nexit 1\n")  # which has no boto3
+    for program in (binaries / "pip", binaries / "python", tmp_path / "stubs" / PYTHON):
+        program.chmod(0o755)
+    commands = [*tree["setup_commands"], *tree["head_setup_commands"]]
+    for command in [c for c in commands if "/bin/pip" in c or "ensurepip" in c]:
+        environment = {"HOME": names["home"], "PATH": f"{tmp_path / 'stubs'}:/usr/bin:/bin"}
+        subprocess.run(["bash", "-ec", command], env=environment, check=True)
+    expected = ["install", *(word.format(**names) for word in taken)]
+    expected += ["install", "boto3"] if where == "aws" else []
+    assert (tmp_path / "home" / "pip").read_text().splitlines() == expected
+
+
+def test_machines_of_aws_have_an_image_and_a_mounted_folder_that_their_user_owns(
+    launch: Any, tmp_path: Path
+) -> None:
+    code, text, err = launch("ray-up", *AWS, *IMAGE, *URL, "--storage", f"{tmp_path}/shared")
+    assert code == 0, err
+    assert "boto3" in text
+    assert "NFS (TCP port 2049)" in text
+    tree = yaml.safe_load(text)
+    assert "&id" not in text
+    for machine in tree["available_node_types"].values():
+        assert machine["node_config"]["ImageId"] == "ami-0123456789abcdef0"
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    for name, body in {
+        "sudo": 'echo "$@" >> "$HOME/done"; env "$@"',
+        "cloud-init": 'echo "cloud-init $*" >> "$HOME/done"',
+        "apt-get": "",
+        "mountpoint": "exit 1",
+        "mount": 'for last; do :; done; chmod 500 "$last"',
+        "chown": 'shift; chmod 700 "$1"',
+        # What a user who is not root could do, also where root runs the tests.
+        "test": 'if [ "$1" = -w ]; then [ "$(stat -c %a "$2")" = 700 ]; else exec [ "$@" ]; fi',
+    }.items():
+        (stubs / name).write_text(f"#!/bin/bash\n{body}\n")
+        (stubs / name).chmod(0o755)
+    first = next(i for i, c in enumerate(tree["setup_commands"]) if "mount.nfs4" in c)
+    for command in tree["setup_commands"][first : first + 4]:
+        subprocess.run(
+            ["bash", "-ec", f"enable -n test; {command.replace('mount.nfs4', 'no.such')}"],
+            env={"HOME": str(tmp_path), "PATH": f"{stubs}:/usr/bin:/bin"},
+            check=True,
+        )
+    waited, _, packages, made, mounted, owned = (tmp_path / "done").read_text().splitlines()
+    assert waited == "cloud-init status --wait"
+    assert packages.endswith("install -y -qq nfs-common")
+    assert made == f"mkdir -p {tmp_path}/shared"
+    assert mounted.startswith("mount -t nfs4 -o nfsvers=4.1,hard,timeo=600,noresvport fs-1:/ ")
+    assert owned == f"chown {os.getuid()}:{os.getgid()} {tmp_path}/shared"
+
+    code, text, _ = launch("ray-up", *AWS, *IMAGE, *VENV)
+    assert code == 0
+    assert "no boto3 in /opt/aligntune; install it there" in text
+
+
+def test_storage_of_hosts_that_cannot_be_written_to_ends_the_setup(
+    launch: Any, tmp_path: Path
+) -> None:
+    code, text, err = launch("ray-up", *HOSTS[:4], *VENV, "--storage", str(tmp_path))
+    assert code == 0, err
+    (command,) = [c for c in yaml.safe_load(text)["setup_commands"] if "test -w" in c]
+    said = subprocess.run(
+        ["bash", "-ec", command.replace(f"test -w {tmp_path}", "false")],
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 1
+    assert f"aligntune: {tmp_path} cannot be written to" in said.stderr
+    subprocess.run(["bash", "-ec", command], check=True)
+
+
+@pytest.mark.parametrize("target", ["ray-up", "kuberay", "slurm"])
+def test_code_of_the_users_own_is_said_to_be_needed_where_the_run_starts(
+    launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = {"ray-up": [*HOSTS, *VENV], "kuberay": ["--image", "x"], "slurm": []}[target]
+    storage = str(tmp_path) if target == "slurm" else "/shared"
+    needed = f"# rewards.1.function is mine.own:f: mine must lie in {storage}, where the run starts"
+    rewards = "rewards=[math, 'mine.own:f', 'aligntune.rewards.text:contains']"
+    code, text, err = launch(target, *options, rewards)
+    assert code == 0, err
+    assert needed in text
+    assert text.count("must lie in") == 1
+    assert "must lie in" not in launch(target, *options)[1]
 
 
 def test_setup_commands_write_files_that_a_shell_reads(launch: Any, tmp_path: Path) -> None:
@@ -238,8 +392,6 @@ def test_kuberay_manifests_ask_for_what_the_roles_need(launch: Any, kind: str) -
     assert made["kind"] == {"rayjob": "RayJob", "raycluster": "RayCluster"}[kind]
     spec = made["spec"]
     if kind == "rayjob":
-        assert spec["entrypoint"].startswith("cd /shared && python -m cluster.await_nodes 2 600 &&")
-        assert "exec aligntune train /etc/aligntune/config.yaml" in spec["entrypoint"]
         assert spec["shutdownAfterJobFinishes"] is True
         assert spec["preRunningDeadlineSeconds"] > 0
         spec = spec["rayClusterSpec"]
@@ -253,6 +405,7 @@ def test_kuberay_manifests_ask_for_what_the_roles_need(launch: Any, kind: str) -
         assert container["resources"]["limits"] == container["resources"]["requests"]
         limits = container["resources"]["limits"]
         assert limits == {"cpu": "12", "memory": "64Gi", "nvidia.com/gpu": "4"}
+        assert group["rayStartParams"]["memory"] == str(NodeSize(12, 4, 64).role_memory_bytes)
         assert {e["name"] for e in container["env"]} >= KEEPALIVE | HEALTH
         mounts = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}
         assert mounts["storage"] == container["workingDir"] == "/shared"
@@ -261,6 +414,62 @@ def test_kuberay_manifests_ask_for_what_the_roles_need(launch: Any, kind: str) -
         assert set(volumes) == set(mounts)
         assert volumes["storage"]["persistentVolumeClaim"]["claimName"] == "aligntune"
         assert volumes["config"]["configMap"]["name"] == settings_map["metadata"]["name"]
+        assert volumes["shm"]["emptyDir"]["sizeLimit"] == "20Gi"  # the object store, rounded up
+
+
+def job_line(entrypoint: str) -> str:
+    """The shell line that KubeRay makes of an entrypoint for the submitter pod."""
+    job = "--address http://head:8265"
+    return (
+        f"if ! ray job status {job} id >/dev/null 2>&1 ; then ray job submit {job} --no-wait "
+        f"--submission-id id -- {entrypoint} ; fi ; ray job logs {job} --follow id"
+    )
+
+
+@pytest.mark.parametrize("kind", ["rayjob", "raycluster"])
+def test_what_trains_reaches_ray_and_nothing_runs_where_it_is_submitted(
+    launch: Any, tmp_path: Path, kind: str
+) -> None:
+    storage = tmp_path / "shared"
+    storage.mkdir()
+    code, text, err = launch(
+        *("kuberay", "--image", "x", "--kind", kind, "--nodes", "2"),
+        *("--storage", str(storage), "data.name=it's; touch local"),
+    )
+    assert code == 0, err
+    settings_map, made = manifests(text)
+    if kind == "rayjob":
+        line = job_line(made["spec"]["entrypoint"])
+    else:
+        (line,) = [one[1:] for one in text.splitlines() if "ray job submit" in one]
+    mounted = tmp_path / "etc"
+    mounted.mkdir()
+    for name, body in settings_map["data"].items():
+        (mounted / name).write_text(body)
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    for name, code_ in {
+        "ray": '[ "$2" = status ] && exit 1; [ "$2" = submit ] || exit 0; '
+        'while [ "$1" != -- ]; do shift; done; shift; printf "%s\\0" "$@" > submitted',
+        "python": 'echo "python $*" >> ran',
+        "aligntune": 'echo "aligntune $*" >> ran; echo $$ > pid',
+    }.items():
+        (binaries / name).write_text(f"#!/bin/bash\n{code_}\n")
+        (binaries / name).chmod(0o755)
+    environment = {"PATH": f"{binaries}:/usr/bin:/bin"}
+    subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, check=True)
+    assert not list(tmp_path.glob("**/ran"))
+    words = (tmp_path / "submitted").read_text().split("\0")[:-1]
+    # Ray's command line quotes each word for the shell on the head.
+    there = shlex.join(words).replace("/etc/aligntune", str(mounted))
+    process = subprocess.Popen(["sh", "-c", f"exec {there}"], cwd="/", env=environment)
+    assert process.wait(20) == 0
+    ran = (storage / "ran").read_text().splitlines()
+    assert ran[0] == "python -P -m cluster.await_nodes 2 600"
+    assert ran[1:] == ["aligntune train /etc/aligntune/config.yaml cluster.address=auto"]
+    # What Ray stops is the run itself, without a shell between that would not pass a signal on.
+    assert (storage / "pid").read_text() == f"{process.pid}\n"
+    assert not list(tmp_path.glob("**/local"))
 
 
 def unknown_fields(value: Any, schema: dict[str, Any], path: str = "") -> list[str]:
@@ -358,7 +567,7 @@ def test_the_slurm_script_is_a_script_sized_from_the_config(
 STUBS = {
     "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
     "ray": 'while [[ $1 != -- ]]; do shift; done; shift; exec "$@"',
-    "aligntune": "trap 'exit 143' TERM; touch started; while :; do sleep 0.05; done",
+    "aligntune": "trap 'exit ${STOPPED:-143}' TERM; touch started; while :; do sleep 0.05; done",
     "scontrol": 'echo "$@" > requeued',
 }
 
@@ -401,12 +610,19 @@ def script(launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "requeued"), [(signal.SIGUSR1, 0, "requeue 7\n"), (signal.SIGTERM, 143, "")]
+    ("number", "stopped", "code", "requeued"),
+    [
+        (signal.SIGUSR1, 143, 0, "requeue 7\n"),
+        (signal.SIGUSR1, 0, 0, ""),
+        (signal.SIGUSR1, 1, 1, ""),
+        (signal.SIGTERM, 143, 143, ""),
+    ],
+    ids=["time, stopped", "time, done", "time, failed", "stopped"],
 )
-def test_a_signal_to_the_slurm_script_stops_the_run_and_time_requeues_it(
-    script: Any, tmp_path: Path, number: int, code: int, requeued: str
+def test_a_signal_to_the_slurm_script_stops_the_run_and_time_requeues_what_is_not_done(
+    script: Any, tmp_path: Path, number: int, stopped: int, code: int, requeued: str
 ) -> None:
-    process = script()
+    process = script(STOPPED=str(stopped))
     wait_for((tmp_path / "started").exists, "the run to start", 10)
     os.kill(process.pid, number)
     out, err = process.communicate(timeout=20)
@@ -422,10 +638,11 @@ def test_a_signal_to_the_slurm_script_stops_the_run_and_time_requeues_it(
     [
         (lambda folder: (folder / "token").unlink(), "no token at"),
         (lambda folder: (folder / "token").chmod(0o644), "others can read"),
+        (lambda folder: (folder / "token").chmod(0o440), "others can read"),
         (lambda folder: (folder / "venv/bin/ray").unlink(), "no ray in"),
         (lambda folder: {"ALIGNTUNE_HEAD_IP": "127.0.1.1"}, "no address here that others reach"),
     ],
-    ids=["no token", "an open token", "no ray", "a loopback address"],
+    ids=["no token", "an open token", "a group's token", "no ray", "a loopback address"],
 )
 def test_the_slurm_script_refuses_in_one_line_before_it_starts(
     script: Any, tmp_path: Path, change: Any, said: str
@@ -435,6 +652,45 @@ def test_the_slurm_script_refuses_in_one_line_before_it_starts(
     assert (process.returncode, out) == (2, "")
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_a_ray_that_does_not_start_fails_the_slurm_job(script: Any, tmp_path: Path) -> None:
+    (tmp_path / "venv/bin/ray").write_text("#!/bin/bash\nexit 0\n")  # as symmetric-run then does
+    (tmp_path / ".aligntune-7.pid").write_text("1\n")  # of a start whose node was lost
+    (tmp_path / "token").chmod(0o400)
+    process = script()
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (1, "")
+    assert "the run did not start" in err
+
+
+def test_a_run_that_was_stopped_ends_with_the_code_that_the_slurm_script_requeues(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from aligntune.controller import Interrupted
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(cli, "app", stopped)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train"])
+    assert ended.value.code == launch_slurm.STOPPED
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("1:02:03", 3723),
+        ("2-00", 172800),
+        ("1-02:03", 93780),
+        ("1-02:03:04", 93784),
+    ],
+)
+def test_times_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
+    assert launch_slurm.seconds(time) == seconds
 
 
 def test_the_slurm_script_names_a_port_that_is_in_use(script: Any, tmp_path: Path) -> None:
@@ -466,12 +722,24 @@ def test_the_slurm_script_names_a_port_that_is_in_use(script: Any, tmp_path: Pat
         (["ray-up", *HOSTS, "--provider", "awz"], "did you mean 'aws'?"),
         (["ray-up", "--provider", "aws", "--storage", "/s"], "needs --nfs"),
         (["ray-up", "--provider", "aws", "--storage", "/s", "--nfs", "x:/"], "needs --region"),
+        (["ray-up", *AWS, *URL], "needs --image-id"),
+        (["ray-up", *AWS, *URL, "--image-id", "latest_dlami"], "is no image of AWS"),
+        (
+            ["ray-up", *HOSTS],
+            "needs --venv, an environment with aligntune on every node, or --inst",
+        ),
+        (["ray-up", *AWS, *IMAGE], "needs --venv"),
+        (["ray-up", *HOSTS, "--install", "aligntune==0.1.0"], "or --venv, an environment"),
+        (["ray-up", *HOSTS, *VENV, "--install", "aligntune"], "no package index has aligntune"),
+        (["ray-up", *HOSTS, "--install", "dist/no.whl"], "is no file here"),
         (["ray-up", *HOSTS, "output_dir=/elsewhere"], "does not lie in /shared"),
         (["ray-up", *HOSTS[:5], "shared"], "is no absolute path"),
         (["kuberay"], "needs --image"),
         (["kuberay", "--image", "x", "--kind", "rayjobs"], "did you mean 'rayjob'?"),
         (["kuberay", "--image", "x", "output_dir=../up"], "does not lie in /shared"),
         (["slurm", "--time", "tomorrow"], "is no time limit of Slurm"),
+        (["slurm", "--time", "19:59"], "--time 19:59 is too short"),
+        (["slurm", "--time", "0"], "is too short"),
         (["slurm", "--gpus-per-node", "1"], "one rollout (1 CPU, 2 GPU)"),
         (["slurm", "--nodes", "0"], "--nodes is 0"),
         (["slurm", "train.stepz=3"], "did you mean 'steps'?"),
