@@ -29,6 +29,8 @@ def examine(address: str | None) -> Iterator[Finding]:
         packages, [os.getcwd(), *([tmp] if (tmp := os.environ.get("RAY_TMPDIR")) else [])]
     )
     address = address or os.environ.get("RAY_ADDRESS")
+    if address == "local":  # as a config may say: no cluster, and one is not started to look at
+        address = None
     yield from doctor.local(seen, requirements)
     yield doctor.ports(seen.ports, connected=address is not None)
     yield doctor.token(seen)

@@ -119,13 +119,21 @@ def work_of(config: RunConfig) -> Work:
                 config.policy.tokens_per_chunk,
             )
         )
-    for reward in config.rewards:
+    for index, reward in enumerate(config.rewards):
         if isinstance(reward, RewardModelSpec):
             text = reward.max_tokens or max(step.longest, REWARD_TEXT_TOKENS)
             tokens = min(reward.batch_size, step.completions) * text
             of_reward = _shape(reward.model)
             frozen.append(
-                Frozen("reward", of_reward, config.reward.replicas, _bytes(reward.dtype), tokens)
+                Frozen(
+                    "reward",
+                    of_reward,
+                    config.reward.replicas,
+                    _bytes(reward.dtype),
+                    tokens,
+                    section=f"rewards.{index}",
+                    longest=text,
+                )
             )
     return Work(
         step=step,
@@ -175,6 +183,7 @@ def _trained(
         head_rows=config.policy.tokens_per_chunk if policy else 0,
         four_bit=model.load_in_4bit and policy,
         scores=model.attention == "eager",
+        may_shard=config.backend != "unsloth" or not policy,
     )
 
 
@@ -203,6 +212,8 @@ def _rollout(config: RunConfig, shape: ModelShape, dtype_bytes: int) -> Rollout:
         tensor_parallel=spec.tensor_parallel_size,
         memory_share=spec.gpu_memory_utilization,
         kv_cache_bytes=cache,
+        gpus_as_set=spec.resources.gpus,
+        most_replicas=spec.max_replicas,
     )
 
 

@@ -19,7 +19,12 @@ PORTS: Mapping[int, str] = {
     10001: "Ray Client",
     8080: "metrics (launch files)",
 }
-STORE_SHARE = 0.3  # of the memory, which Ray gives its object store unless told otherwise
+# What Ray gives its object store unless told otherwise: a share of the memory that is free when it
+# starts, at most STORE_MOST and what /dev/shm has, of which STORE_SMALL is not looked at.
+STORE_SHARE = 0.3
+STORE_MOST = 200 * 10**9
+STORE_SMALL = 10**10
+SHM_SHARE = 0.95
 DISK_FULL = 0.95  # where Ray stops to make objects
 
 
@@ -67,6 +72,7 @@ class Observed:
     token_path: str = ""
     token_file_mode: int | None = None  # None: no file there
     env: Mapping[str, str] = field(default_factory=dict)  # RAY_* settings that matter across nodes
+    store: int | None = None  # of the Ray that runs there; None: none does
 
 
 def local(seen: Observed, requirements: Sequence[str], node: str = "") -> list[Finding]:
@@ -76,7 +82,7 @@ def local(seen: Observed, requirements: Sequence[str], node: str = "") -> list[F
         *versions(requirements, seen.versions),
         devices(seen.gpus, seen.torch_gpus),
         memory(seen.memory_free, seen.memory),
-        shm(seen.shm, seen.shm_free, seen.memory),
+        shm(seen.shm, seen.shm_free, seen.memory_free, seen.store),
         *(disk(path, size, free) for path, (size, free) in seen.disks.items()),
         files(*seen.nofile),
     ]
@@ -155,14 +161,25 @@ def memory(free: int, total: int) -> Finding:
     return Finding("memory", Verdict.OK, seen)
 
 
-def shm(size: int, free: int, total_memory: int) -> Finding:
-    """Shared memory, in which Ray's object store lies."""
-    store = int(STORE_SHARE * total_memory)
-    seen = f"{_gib(free)} of {_gib(size)} free; Ray's object store takes {_gib(store)}"
-    if free < store:
+def default_store(memory_free: int, shm_free: int) -> int:
+    """Bytes that a Ray started here without a word gives its object store."""
+    room = max(STORE_SMALL, int(SHM_SHARE * shm_free))
+    return min(int(STORE_SHARE * memory_free), STORE_MOST, room)
+
+
+def shm(size: int, free: int, memory_free: int, running: int | None = None) -> Finding:
+    """Shared memory, in which Ray's object store lies: that which runs, else one started now."""
+    if running is None:
+        store, room = default_store(memory_free, free), free
+        verb = "would take"
+    else:
+        store, room = running, size  # what is not free may be the store's own
+        verb = "takes"
+    seen = f"{_gib(free)} of {_gib(size)} free; Ray's object store {verb} {_gib(store)}"
+    if room < store:
         return Finding(
             "shm",
-            Verdict.WARN if free > GIB else Verdict.FAIL,
+            Verdict.WARN if room > GIB else Verdict.FAIL,
             seen,
             "enlarge /dev/shm (docker run --shm-size, an emptyDir of medium Memory), or set "
             "cluster.object_store_gib or `ray start --object-store-memory` below it; else the "

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from cluster import doctor
@@ -82,8 +83,9 @@ def _examine(packages: Sequence[str], requirements: Sequence[str]) -> Iterator[F
                 "install aligntune there as on the head; see its raylet's log",
                 name,
             )
+    stores = {_name(node, nodes): _store(node) for node in nodes}
     for name, seen in observed.items():
-        yield from doctor.local(seen, requirements, name)
+        yield from doctor.local(replace(seen, store=stores[name]), requirements, name)
         if unset := doctor.keepalive(seen, len(nodes), name):
             yield unset
     yield doctor.same_versions(observed)
@@ -103,6 +105,12 @@ def _name(node: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> str:
     address = str(node["NodeManagerAddress"])
     shared = sum(other["NodeManagerAddress"] == address for other in nodes) > 1
     return f"{address}/{node['NodeID'][:6]}" if shared else address
+
+
+def _store(node: Mapping[str, Any]) -> int | None:
+    """Bytes of the node's object store."""
+    bytes_ = node.get("Resources", {}).get("object_store_memory")
+    return None if bytes_ is None else int(bytes_)
 
 
 def _probe(node: Mapping[str, Any], gpus: int = 0) -> Any:

@@ -14,15 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.doctor import PORTS, Observed
+from cluster.resources import host_memory
 
 SHM = Path("/dev/shm")
 
 
 def observe(packages: Sequence[str], folders: Sequence[str] = ()) -> Observed:
     """This machine, with the versions of `packages` and the disks of `folders`."""
-    import psutil
-
-    free = psutil.virtual_memory()
+    memory, memory_free = host_memory()
     token = os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
     token_path = Path(token).expanduser()
     shm = shutil.disk_usage(SHM) if SHM.is_dir() else None
@@ -30,8 +29,8 @@ def observe(packages: Sequence[str], folders: Sequence[str] = ()) -> Observed:
         python=platform.python_version(),
         versions=_versions(packages),
         cpus=os.cpu_count() or 1,
-        memory=free.total,
-        memory_free=free.available,
+        memory=memory,
+        memory_free=memory_free,
         shm=shm.total if shm else 0,
         shm_free=shm.free if shm else 0,
         disks=_disks([tempfile.gettempdir(), *folders]),

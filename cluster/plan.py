@@ -7,9 +7,10 @@ device, by how much, and which settings would make it fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain
 from typing import Any
 
 from cluster.bundles import bundle_sets
@@ -98,7 +99,7 @@ class Plan:
                 }
                 for use in self.uses
             ],
-            "seconds": vars(self.times),
+            "seconds": self.times.parts,
             "bound": self.times.bound,
             "staleness": {
                 str(bound): {
@@ -242,10 +243,10 @@ def _stores(placement: Placement) -> set[int]:
 
 @dataclass(frozen=True)
 class _Short:
-    """The device that is short by the most, and the role that takes the most of it."""
+    """The device that is short by the most, and the roles on it, that which takes most first."""
 
     use: Use
-    role: str
+    roles: tuple[str, ...]
     by: int
     cache: bool = False  # the KV cache does not hold one sequence
 
@@ -257,12 +258,9 @@ def _shortest(draft: _Draft, work: Work) -> _Short | None:
             continue
         by = use.bytes - use.capacity
         if worst is None or by > worst.by:
-            largest = max(
-                (role for role, _ in use.occupants if role in draft.memory),
-                key=lambda role: draft.memory[role].peak,
-                default="policy",
-            )
-            worst = _Short(use, largest, by)
+            there = dict.fromkeys(role for role, _ in use.occupants if role in draft.memory)
+            roles = sorted(there, key=lambda role: -draft.memory[role].peak)
+            worst = _Short(use, tuple(roles) or ("policy",), by)
     if worst is None:
         return _short_cache(draft, work)
     return worst
@@ -277,11 +275,12 @@ def _short_cache(draft: _Draft, work: Work) -> _Short | None:
     if have >= needed:
         return None
     use = next(u for u in draft.uses if any(role == "rollout" for role, _ in u.occupants))
-    return _Short(use, "rollout", needed - have, cache=True)
+    return _Short(use, ("rollout",), needed - have, cache=True)
 
 
 def _explain(short: _Short, draft: _Draft, work: Work, cluster: Cluster) -> str:
-    use, memory = short.use, draft.memory[short.role]
+    use, role = short.use, short.roles[0]
+    memory = draft.memory[role]
     kinds = {k: v for k, v in memory.device.items() if v > 0.02 * memory.peak}
     parts = ", ".join(
         f"{kind} {gib(v)}" for kind, v in sorted(kinds.items(), key=lambda item: -item[1])
@@ -301,38 +300,59 @@ def _explain(short: _Short, draft: _Draft, work: Work, cluster: Cluster) -> str:
             f"{where} ({who}) needs {gib(use.bytes)} and has {gib(use.capacity or 0)}: "
             f"{gib(short.by)} short"
         )
-    return f"{said} ({short.role}: {parts}); {_would_fit(short.role, work, cluster)}"
+    return f"{said} ({role}: {parts}); {_would_fit(short.roles, work, cluster)}"
 
 
-def _would_fit(role: str, work: Work, cluster: Cluster) -> str:
+def _would_fit(roles: tuple[str, ...], work: Work, cluster: Cluster) -> str:
     """Options that make the run fit, each alone; else several, each for what is short the most."""
-    fitting = (option.describe() for option in to_fit(work, role) if _excess(option, cluster) == 0)
-    if found := list(islice(fitting, MOST_FITTING)):
-        return f"what would fit: {', or '.join(found)}"
+    found: list[Option] = []
+    for option in _options(work, roles):
+        if any(one.settings.keys() <= option.settings.keys() for one in found):
+            continue  # less of the same does
+        if _excess(option, cluster) == 0:
+            found.append(option)
+        if len(found) == MOST_FITTING:
+            break
+    if found:
+        return f"what would fit: {', or '.join(option.describe() for option in found)}"
     taken = Option({}, work)
     for _ in range(MOST_TOGETHER):
-        scores = [
-            (excess, index, option)
-            for index, option in enumerate(to_fit(taken.work, role))
+        scored = [
+            (excess, option)
+            for option in _options(taken.work, roles)
             if (excess := _excess(option, cluster)) is not None
         ]
-        if not scores:
+        best = next(_with_place(scored, cluster), None)
+        if best is None:
             break
-        excess, _, best = min(scores, key=lambda score: score[:2])
-        taken = best.after(taken)
-        if excess == 0:
+        option, draft = best
+        taken = option.after(taken)
+        short = _shortest(draft, taken.work)
+        if short is None:
             return f"what would fit: {taken.describe()}"
-        draft = _try(taken.work, cluster)
-        short = _shortest(draft, taken.work) if draft else None
-        role = short.role if short else role
+        roles = short.roles
     return (
-        f"no setting makes it fit, {role} stays too large; take a smaller model, or GPUs or nodes "
-        "with more memory"
+        f"no setting that a plan tries makes it fit, {roles[0]} stays too large; take a smaller "
+        "model, or GPUs or nodes with more memory"
     )
 
 
+def _with_place(
+    scored: list[tuple[int, Option]], cluster: Cluster
+) -> Iterator[tuple[Option, _Draft]]:
+    """Options that have a place, by what they leave short."""
+    for _, option in sorted(scored, key=lambda score: score[0]):
+        if draft := _try(option.work, cluster):
+            yield option, draft
+
+
+def _options(work: Work, roles: Iterable[str]) -> Iterator[Option]:
+    """Options that make any of `roles` smaller."""
+    return chain.from_iterable(to_fit(work, role) for role in roles)
+
+
 def _excess(option: Option, cluster: Cluster) -> int | None:
-    """Bytes short on the worst device; 0 where it fits, None where it has no place."""
+    """Bytes short on the worst device; 0 where it fits, None where it surely has no place."""
     if alone := _excess_alone(option.work, cluster):
         return alone  # whatever the place, and much quicker to find
     draft = _try(option.work, cluster)
@@ -360,14 +380,18 @@ def _try(work: Work, cluster: Cluster) -> _Draft | None:
 
 
 def _times(draft: _Draft, work: Work, cluster: Cluster) -> Times:
-    rates, spans = {}, {}
+    rates, spans, slots = {}, {}, draft.placement.slots
     dtypes = {one.role: one.dtype_bytes for one in work.models}
     cpus = {request.role: request.cpus for request in work.requests}
     for role, dtype_bytes in dtypes.items():
         gpu = _gpu_of(role, draft.placement, cluster)
         rates[role] = Rates.of_gpu(gpu, dtype_bytes) if gpu else Rates.of_cpu(cpus[role])
-        spans[role] = len({slot.node for slot in draft.placement.slots[role]})
-    return times(work, rates, draft.memory, spans)
+        spans[role] = len({slot.node for slot in slots[role]})
+    far = len({slot.node for slot in slots["rollout"]} - {slots["policy"][0].node})
+    shared = {
+        tuple(role for role, _ in use.occupants) for use in draft.uses if use.device is not None
+    }
+    return times(work, rates, draft.memory, spans, far, map(Counter, shared))
 
 
 def _faster(work: Work, cluster: Cluster, now: Times) -> Iterator[Change]:

@@ -13,6 +13,7 @@ from cluster.plan import Plan, Use, gib
 from cluster.plan_memory import GIB, KINDS
 
 PLAIN_WIDTH = 120
+ALIKE = 0.02  # machines of one kind report memory that differs by less than this share
 
 
 def draw(plan: Plan, console: Console | None = None) -> None:
@@ -54,10 +55,17 @@ def _places(plan: Plan) -> Table:
         name = first if len(nodes) == 1 else f"{first} .. {last} ({len(nodes)} nodes)"
         for index, use in enumerate(rows):
             device = "host" if use.device is None else f"GPU {use.device}"
-            has = "?" if use.capacity is None else gib(use.capacity)
-            roles = _roles(use, [u for u in plan.uses if _same(u, use, nodes)])
-            table.add_row(name if index == 0 else "", device, roles, gib(use.bytes), has)
+            alike = [u for u in plan.uses if _same(u, use, nodes)]
+            cells = (device, _roles(use, alike), gib(use.bytes), _has(alike))
+            table.add_row(name if index == 0 else "", *cells)
     return table
+
+
+def _has(alike: list[Use]) -> str:
+    """The least and the most that one of these devices or hosts has."""
+    known = [use.capacity for use in alike if use.capacity is not None]
+    shown = dict.fromkeys(gib(amount) for amount in (min(known), max(known))) if known else "?"
+    return " .. ".join(shown)
 
 
 def _same(other: Use, use: Use, nodes: list[int]) -> bool:
@@ -78,17 +86,32 @@ def _roles(use: Use, alike: list[Use]) -> str:
 
 def _alike(plan: Plan) -> Iterator[tuple[list[int], list[Use]]]:
     """Neighbouring nodes whose devices have the same roles on them: (nodes, uses of the first)."""
-    by_node = {node: list(uses) for node, uses in groupby(_by_node(plan), key=lambda u: u.node)}
+    nodes: list[int] = []
+    first: list[Use] = []
+    for node, group in groupby(_by_node(plan), key=lambda use: use.node):
+        uses = list(group)
+        if nodes and not _look_alike(first, uses):
+            yield nodes, first
+            nodes = []
+        if not nodes:
+            first = uses
+        nodes.append(node)
+    if nodes:
+        yield nodes, first
 
-    def picture(node: int) -> tuple[object, ...]:
-        return tuple(
-            (u.device, tuple(role for role, _ in u.occupants), u.bytes, u.capacity)
-            for u in by_node[node]
-        )
 
-    for _, group in groupby(by_node, key=picture):
-        nodes = list(group)
-        yield nodes, by_node[nodes[0]]
+def _look_alike(first: list[Use], second: list[Use]) -> bool:
+    """Whether two nodes would be drawn alike, but for a little of what their memory has."""
+    return list(map(_picture, first)) == list(map(_picture, second)) and all(
+        one.capacity == other.capacity
+        if one.capacity is None or other.capacity is None
+        else abs(one.capacity - other.capacity) <= ALIKE * one.capacity
+        for one, other in zip(first, second, strict=True)
+    )
+
+
+def _picture(use: Use) -> tuple[object, ...]:
+    return use.device, tuple(role for role, _ in use.occupants), gib(use.bytes)
 
 
 def _by_node(plan: Plan) -> list[Use]:
@@ -114,7 +137,7 @@ def _seconds(plan: Plan) -> Table:
     table = _table(
         "predicted seconds of a step", 2, "what", "", "seconds", "rollouts idle", "policy idle"
     )
-    for name, seconds in vars(plan.times).items():
+    for name, seconds in plan.times.parts.items():
         table.add_row(name, "", f"{seconds:.3g}", "", "")
     for bound, label in ((0, "step, max_staleness 0"), (1, "step, max_staleness 1 or more")):
         rollout, policy = plan.times.idle(bound)

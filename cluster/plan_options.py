@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.plan_work import Rollout, Trained, Work
+from cluster.plan_work import Frozen, Rollout, Trained, Work
 
 LORA_RANK = 16
+CHUNK = 256  # rows of the logits matrix at once
 MOST_SHARDS = 8
 MOST_RANKS = 1024
 
@@ -38,12 +39,33 @@ def to_fit(work: Work, role: str) -> Iterator[Option]:
     elif role == "rollout":
         yield from _smaller_rollout(work, work.rollout)
     else:
-        kept = tuple(f for f in work.frozen if f.role == role)
-        if kept and kept[0].dtype_bytes == 4:
+        for frozen in work.frozen:
+            if frozen.role == role:
+                yield from _smaller_frozen(work, frozen)
+
+
+def _smaller_frozen(work: Work, frozen: Frozen) -> Iterator[Option]:
+    """The reference goes by the policy's settings, a reward model by its own."""
+    if frozen.role == "reference":
+        if frozen.dtype_bytes == 4:
             yield from _bfloat16(work)
-        if role == "reference" and kept[0].tokens > work.step.longest:
-            for tokens in _halves(kept[0].tokens, work.step.longest):
-                yield _microbatch(work, tokens)
+        for tokens in _halves(frozen.tokens, work.step.longest):
+            yield _microbatch(work, tokens)
+        if frozen.head_rows > CHUNK:
+            yield _chunk(work)
+        return
+    if frozen.dtype_bytes == 4:
+        settings = {f"{frozen.section}.dtype": "bfloat16"}
+        yield Option(settings, _other_frozen(work, frozen, dtype_bytes=2))
+    text = frozen.longest or work.step.longest
+    for tokens in _halves(frozen.tokens, text):
+        changed = _other_frozen(work, frozen, tokens=tokens)
+        yield Option({f"{frozen.section}.batch_size": str(tokens // text)}, changed)
+
+
+def _other_frozen(work: Work, frozen: Frozen, **changes: Any) -> Work:
+    others = (replace(one, **changes) if one is frozen else one for one in work.frozen)
+    return replace(work, frozen=tuple(others))
 
 
 def _smaller_rank(work: Work, trained: Trained) -> Iterator[Option]:
@@ -58,24 +80,37 @@ def _smaller_rank(work: Work, trained: Trained) -> Iterator[Option]:
         else:
             changed = _one(work, trained, tokens=tokens)
             yield Option({"critic.tokens_per_microbatch": str(tokens)}, changed)
+    if trained.head_rows > CHUNK:
+        yield _chunk(work)
     if trained.dtype_bytes == 4:
         yield from _bfloat16(work)
     yield from _sharded(work, trained)
-    if role == "policy" and trained.lora_rank is None:
-        changed = _one(work, trained, lora_rank=LORA_RANK)
-        yield Option({"model.lora": f"{{r: {LORA_RANK}}}"}, changed)
+    if role != "policy":
+        return
+    settings, adapted = {}, trained
+    if trained.lora_rank is None:
+        settings = {"model.lora": f"{{r: {LORA_RANK}}}"}
+        adapted = replace(trained, lora_rank=LORA_RANK)
+        yield Option(settings, replace(work, policy=adapted))
+    gpus = next(request.gpus for request in work.requests if request.role == role)
+    if gpus and not trained.may_shard and not trained.four_bit:  # Unsloth, which has 4 bits
+        adapted = replace(adapted, four_bit=True)
+        yield Option({**settings, "model.load_in_4bit": "true"}, replace(work, policy=adapted))
 
 
 def _sharded(work: Work, trained: Trained) -> Iterator[Option]:
     """More of ZeRO: a higher stage, offload, more ranks."""
+    if not trained.may_shard:
+        return
     strategy, stage = f"{trained.role}.strategy", f"{trained.role}.deepspeed.stage"
     offload, ranks = f"{trained.role}.deepspeed.offload", f"{trained.role}.ranks"
     chosen = {} if trained.strategy == "deepspeed" else {strategy: "deepspeed"}
     if trained.strategy == "deepspeed" and trained.ranks > 1:
         for higher in range(trained.zero_stage + 1, 4):
             yield Option({stage: str(higher)}, _one(work, trained, zero_stage=higher))
-    if trained.strategy == "deepspeed" and not trained.offload:
-        yield Option({offload: "true"}, _one(work, trained, offload=True))
+    if trained.strategy == "deepspeed":
+        other = not trained.offload  # true spares the GPU, false the host
+        yield Option({offload: str(other).lower()}, _one(work, trained, offload=other))
     if trained.strategy != "fsdp" and not (trained.offload and trained.zero_stage == 3):
         changed = _one(work, trained, strategy="deepspeed", zero_stage=3, offload=True)
         yield Option({**chosen, stage: "3", offload: "true"}, changed)
@@ -103,23 +138,26 @@ def _smaller_rollout(work: Work, rollout: Rollout) -> Iterator[Option]:
     while (
         gpus and not work.colocate and shards <= MOST_SHARDS and rollout.shape.heads % shards == 0
     ):
-        changed = replace(work, rollout=replace(rollout, tensor_parallel=shards))
-        yield Option(
-            {"rollout.tensor_parallel_size": str(shards)},
-            _with_request(changed, "rollout", gpus=float(shards)),
-        )
+        settings = {"rollout.tensor_parallel_size": str(shards)}
+        as_set = rollout.gpus_as_set
+        if as_set != 1:  # the replica's, so it goes with the shards
+            settings["rollout.resources.gpus"] = str(shards)
+            as_set = float(shards)
+        sharded = replace(rollout, tensor_parallel=shards, gpus_as_set=as_set)
+        changed = _with_request(replace(work, rollout=sharded), "rollout", gpus=float(shards))
+        yield Option(settings, changed)
         fewer = max(1, rollout.replicas * rollout.tensor_parallel // shards)
         if fewer != rollout.replicas:
-            changed = replace(
-                work, rollout=replace(rollout, tensor_parallel=shards, replicas=fewer)
-            )
+            changed = replace(changed, rollout=replace(sharded, replicas=fewer))
             yield Option(
-                {"rollout.tensor_parallel_size": str(shards), "rollout.replicas": str(fewer)},
-                _with_request(changed, "rollout", gpus=float(shards), replicas=fewer),
+                {**settings, "rollout.replicas": str(fewer)},
+                _with_request(changed, "rollout", replicas=fewer),
             )
         shards *= 2
-    for share in (0.45, 0.3):
-        if share < rollout.memory_share:
+    if not gpus:
+        return
+    for share in (0.92, 0.45, 0.3):  # more for the cache, or less for who is there too
+        if share != rollout.memory_share:
             changed = replace(work, rollout=replace(rollout, memory_share=share))
             yield Option({"rollout.gpu_memory_utilization": str(share)}, changed)
 
@@ -147,6 +185,10 @@ def to_be_faster(work: Work) -> Iterator[Option]:
     if work.colocate:
         return  # replicas of roles that share places change together
     roles = dict.fromkeys(one.role for one in work.models)
+    for request in work.requests if any(request.gpus for request in work.requests) else ():
+        if request.role in roles and not request.gpus and request.role != "rollout":
+            changed = _with_request(work, request.role, gpus=1.0)
+            yield Option({f"{request.role}.resources.gpus": "1"}, changed)
     for role in roles:
         if role in ("policy", "critic") and _ranks_are_fixed(work, role):
             continue
@@ -167,10 +209,16 @@ def _grown(work: Work, role: str) -> Option:
     changed = _with_request(work, role, replicas=count)
     if trained := next((one for one in work.trained if one.role == role), None):
         return Option({f"{role}.ranks": str(count)}, _one(changed, trained, ranks=count))
+    settings = {f"{role}.replicas": str(count)}
     if role == "rollout":
-        changed = replace(changed, rollout=replace(work.rollout, replicas=count))
+        most = work.rollout.most_replicas
+        if most is not None and most < count:
+            settings["rollout.max_replicas"] = str(count)
+            most = count
+        grown = replace(work.rollout, replicas=count, most_replicas=most)
+        changed = replace(changed, rollout=grown)
     frozen = tuple(replace(one, replicas=count) if one.role == role else one for one in work.frozen)
-    return Option({f"{role}.replicas": str(count)}, replace(changed, frozen=frozen))
+    return Option(settings, replace(changed, frozen=frozen))
 
 
 def _from_rollouts(grown: Option, before: Work) -> Option | None:
@@ -188,17 +236,18 @@ def _from_rollouts(grown: Option, before: Work) -> Option | None:
     return Option(settings, _with_request(fewer, "rollout", replicas=left))
 
 
-def _halves(tokens: int, least: int) -> Iterator[int]:
-    """Halves of a budget down to the longest row, four at most."""
-    for _ in range(4):
-        tokens //= 2
-        if tokens < least:
-            return
-        yield tokens
+def _halves(tokens: int, longest: int) -> Iterator[int]:
+    """Halves of a budget in whole rows, down to one."""
+    rows = tokens // longest
+    while rows := rows // 2:
+        yield rows * longest
 
 
 def _one(work: Work, trained: Trained, **changes: Any) -> Work:
+    """`trained` changed; a micro-batch has no more rows than a rank."""
     changed = replace(trained, **changes)
+    rows = math.ceil(work.step.sequences / work.step.updates / changed.ranks)
+    changed = replace(changed, tokens=min(changed.tokens, rows * changed.longest))
     if trained.role == "critic":
         return replace(work, critic=changed)
     return replace(work, policy=changed)
@@ -212,12 +261,22 @@ def _all_trained(work: Work, **changes: Any) -> Work:
 
 def _microbatch(work: Work, tokens: int) -> Option:
     """The policy's budget, which is the reference's too."""
-    changed = _one(work, work.policy, tokens=tokens)
+    changed = _one(work, work.policy, tokens=min(tokens, work.policy.tokens))
     frozen = tuple(
         replace(one, tokens=min(one.tokens, tokens)) if one.role == "reference" else one
         for one in work.frozen
     )
     return Option({"policy.tokens_per_microbatch": str(tokens)}, replace(changed, frozen=frozen))
+
+
+def _chunk(work: Work) -> Option:
+    """A smaller piece of the logits matrix, of the policy and of the reference."""
+    changed = _one(work, work.policy, head_rows=min(CHUNK, work.policy.head_rows))
+    frozen = tuple(
+        replace(one, head_rows=min(one.head_rows, CHUNK)) if one.role == "reference" else one
+        for one in work.frozen
+    )
+    return Option({"policy.tokens_per_chunk": str(CHUNK)}, replace(changed, frozen=frozen))
 
 
 def _bfloat16(work: Work) -> Iterator[Option]:

@@ -8,6 +8,7 @@ LoRA get no gradient: 4 a and 6 a. Attention adds 4 L d s a token forward, s the
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from cluster.plan_memory import Memory, kv_bytes
@@ -55,24 +56,32 @@ class Rates:
         return cls(CPU_FLOPS * cpus, CPU_BANDWIDTH, CPU_BANDWIDTH, 1.25e9 * NETWORK_USE, False)
 
 
+# How many replicas of each role are on one device.
+Sharing = Mapping[str, int]
+
+
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each part of one step, if it had the step to itself."""
+    """Seconds of each part of one step, if it had the step to itself.
+
+    A device does one thing at a time: roles that share one take turns, at every staleness.
+    """
 
     rollout: float
     scoring: float  # reference and reward models, beside the rollouts
     update: float
     transfer: float
+    generating: float  # rollouts and scoring together
+    busiest: float  # what the device with the most to do works in one step
 
     def step(self, staleness: int) -> float:
         """At staleness 0 parts follow each other; above it rollouts go on during the update.
 
         Scoring runs beside the rollouts in both. Loading weights stops both sides.
         """
-        generating = max(self.rollout, self.scoring)
         if staleness == 0:
-            return generating + self.update + self.transfer
-        return max(generating, self.update) + self.transfer
+            return self.generating + self.update + self.transfer
+        return self.busiest + self.transfer
 
     def idle(self, staleness: int) -> tuple[float, float]:
         """Shares of the step in which the rollouts and the policy do not work."""
@@ -80,27 +89,61 @@ class Times:
         return 1 - self.rollout / step, 1 - self.update / step
 
     @property
+    def parts(self) -> dict[str, float]:
+        """Seconds of each part by its name."""
+        return {
+            "rollout": self.rollout,
+            "scoring": self.scoring,
+            "update": self.update,
+            "transfer": self.transfer,
+        }
+
+    @property
     def bound(self) -> str:
         """The longest part."""
-        parts = vars(self)
+        parts = self.parts
         return max(parts, key=lambda name: parts[name])
 
 
 def times(
-    work: Work, rates: dict[str, Rates], memory: dict[str, Memory], spans: dict[str, int]
+    work: Work,
+    rates: Mapping[str, Rates],
+    memory: Mapping[str, Memory],
+    spans: Mapping[str, int],
+    far: int,
+    sharing: Iterable[Sharing],
 ) -> Times:
-    """All parts; `rates` and `memory` by role, `spans` the number of nodes that a role is on."""
+    """All parts; `rates` and `memory` by role, `spans` the number of nodes that a role is on.
+
+    `far` counts the rollouts' nodes that are not the one of the policy's rank 0, `sharing` has
+    every combination of replicas on one device.
+    """
     scoring: dict[str, float] = {}
     for frozen in work.frozen:
         seconds = forward_seconds(frozen, work.step, rates[frozen.role])
         scoring[frozen.role] = scoring.get(frozen.role, 0.0) + seconds
+    rollout = {
+        "rollout": rollout_seconds(work.rollout, work.step, rates["rollout"], memory["rollout"])
+    }
+    update = {
+        one.role: update_seconds(one, work.step, rates[one.role], spans[one.role])
+        for one in work.trained
+    }
+    devices = [*sharing, *({one.role: 1} for one in work.models)]  # with those without a GPU
+
+    def longest(seconds: Mapping[str, float]) -> float:
+        return max(
+            sum(count * seconds.get(role, 0.0) for role, count in device.items())
+            for device in devices
+        )
+
     return Times(
-        rollout=rollout_seconds(work.rollout, work.step, rates["rollout"], memory["rollout"]),
-        scoring=max(scoring.values(), default=0.0),
-        update=max(
-            update_seconds(one, work.step, rates[one.role], spans[one.role]) for one in work.trained
-        ),
-        transfer=transfer_seconds(work, rates["policy"], rates["rollout"], spans["rollout"]),
+        rollout=longest(rollout),
+        scoring=longest(scoring),
+        update=longest(update),
+        transfer=transfer_seconds(work, rates["policy"], rates["rollout"], far),
+        generating=longest({**rollout, **scoring}),
+        busiest=longest({**rollout, **scoring, **update}),
     )
 
 
@@ -196,14 +239,14 @@ def concurrency(work: Rollout, step: Step, memory: Memory) -> int:
     return max(1, min(fit, work.groups_at_once * step.completions, VLLM_SEQUENCES))
 
 
-def transfer_seconds(work: Work, policy: Rates, rollout: Rates, nodes: int) -> float:
-    """One version's weights: packed by rank 0, stored once, fetched by each node, loaded.
+def transfer_seconds(work: Work, policy: Rates, rollout: Rates, far: int) -> float:
+    """One version's weights: packed by rank 0, stored once, fetched by `far` other nodes, loaded.
 
     Nodes fetch from each other as a tree: the time doubles its reach.
     """
     size = work.policy.shape.parameters * work.policy.dtype_bytes
     out = size / (HOST_LINK if policy.is_gpu else policy.memory_bandwidth)
-    across = math.ceil(math.log2(nodes + 1)) * size / policy.network if nodes > 1 else 0.0
+    across = math.ceil(math.log2(far + 1)) * size / min(policy.network, rollout.network)
     into = size / (HOST_LINK if rollout.is_gpu else rollout.memory_bandwidth)
     return out + size / STORE_COPY + across + into
 
@@ -215,5 +258,6 @@ ASSUMPTIONS = (
     f"vLLM decodes at most {VLLM_SEQUENCES} sequences at once in a replica",
     f"without a GPU: {CPU_FLOPS / 1e9:g} GFLOP/s a CPU and {CPU_BANDWIDTH / 1e9:g} GB/s a node",
     "weights go through the object store; rewards that are functions take no time",
+    "a GPU that roles share works for one of them at a time",
     "Ray chooses nodes and devices itself, by the same rules; other runs are not counted",
 )

@@ -55,6 +55,7 @@ class Trained:
     head_rows: int = 0  # of the logits matrix at once; 0: there are no logits
     four_bit: bool = False  # frozen weights in 4 bits (model.load_in_4bit)
     scores: bool = False  # attention keeps its matrix of scores (model.attention: eager)
+    may_shard: bool = True  # the backend runs DeepSpeed; Unsloth is one rank
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class Rollout:
     tensor_parallel: int = 1
     memory_share: float = 0.85  # of a GPU, for vLLM
     kv_cache_bytes: int | None = None  # None: what the share leaves
+    gpus_as_set: float = 1.0  # rollout.resources.gpus: 1 is each shard's, else of all shards
+    most_replicas: int | None = None  # rollout.max_replicas
     role: str = "rollout"
 
 
@@ -82,6 +85,8 @@ class Frozen:
     dtype_bytes: int
     tokens: int  # of one pass
     head_rows: int = 0
+    section: str = "reference"  # of the config; a reward model's has its index: rewards.0
+    longest: int | None = None  # tokens of the longest row; None: that of the step
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 DATA = Path(__file__).parent / "data"
+ROOT = Path("/")  # of the files in which the kernel tells of control groups
 
 
 class UnknownName(ValueError):
@@ -142,13 +143,73 @@ def described(
 
 
 def this_machine(cpus: float = 0) -> Cluster:
-    """This machine, as a Ray started here for a run that asks for `cpus` would offer it."""
+    """This machine, as a Ray started here for a run that asks for `cpus` would offer it.
+
+    Its memory is what a container or a batch job leaves of the machine's.
+    """
     found = max(os.cpu_count() or 1, -(-cpus // 1))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory, _ = host_memory()
     gpus = _local_gpus()
     kind = _by_memory(gpus[0]) if gpus else None
     node = Node("this-machine", float(found), float(len(gpus)), memory, kind)
     return Cluster((node,), "this machine")
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes that this process can have in all, and that are free: the machine's, or what the
+    narrowest control group around it (a container, a Slurm job) grants and has left."""
+    import psutil
+
+    machine = psutil.virtual_memory()
+    total, free = machine.total, machine.available
+    for limit, used in _memory_limits():
+        total, free = min(total, limit), min(free, max(0, limit - used))
+    return total, free
+
+
+@dataclass(frozen=True)
+class _ControlGroups:
+    """Where a version of control groups is mounted, and what its files are called."""
+
+    mount: str
+    limit: str
+    used: str
+    cached: tuple[str, str]  # in memory.stat; the kernel takes these pages back before it kills
+
+
+_V1 = _ControlGroups(
+    "sys/fs/cgroup/memory",
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
+)
+_V2 = _ControlGroups(
+    "sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file")
+)
+
+
+def _memory_limits() -> Iterator[tuple[int, int]]:
+    """(limit, used) bytes of every control group that this process is in, and of those around."""
+    own = ROOT / "proc/self/cgroup"
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        version = _V1 if controllers else _V2
+        mount = ROOT / version.mount
+        inner = mount / path.lstrip("/")  # a container may see the mount alone, and as its own
+        for group in (inner, *inner.parents):
+            limit, used = group / version.limit, group / version.used
+            if group.is_relative_to(mount) and limit.is_file() and used.is_file():
+                most = limit.read_text().strip()
+                if most != "max":
+                    yield int(most), int(used.read_text()) - _cached(group, version)
+
+
+def _cached(group: Path, version: _ControlGroups) -> int:
+    """Bytes of files that a control group holds in memory and could drop."""
+    rows = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return sum(int(amount) for name, amount in rows if name in version.cached)
 
 
 def _local_gpus() -> list[tuple[str, int]]:

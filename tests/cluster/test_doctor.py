@@ -8,15 +8,20 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from cluster import doctor
+from aligntune.doctor import examine as examine_all
+from cluster import doctor, doctor_cluster, resources
 from cluster.doctor import GIB, Finding, Observed, Verdict
 from cluster.doctor_cluster import examine, pairs
+from cluster.doctor_probe import observe
+from cluster.session import ClusterUnreachable
 from tests.cluster.nodes import cluster, why_no_namespaces
 
 HEALTHY = Observed(
@@ -31,6 +36,7 @@ HEALTHY = Observed(
     nofile=(65536, 1 << 20),
     torch_gpus=0,
 )
+Kernel = Callable[[str], Path]
 NEEDS = ["ray==2.60.0", "torch==2.13.0", 'vllm==0.32.0; extra == "vllm-cuda"']
 
 
@@ -84,6 +90,96 @@ def test_what_is_not_well_is_told_with_what_to_do(
     assert said in f"{finding.seen} -> {finding.advice}"
     assert finding.advice
     assert doctor.exit_code([finding]) == (verdict == "fail")
+
+
+def group(folder: Path, **files: object) -> None:
+    """A control group's files; the first `_` of a name stands for a dot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("_", ".", 1)).write_text(f"{text}\n")
+
+
+STAT_V2 = f"anon {3 * GIB}\nactive_file {GIB // 2}\ninactive_file {GIB // 2}\nfile {4 * GIB}"
+STAT_V1 = f"inactive_file 7\ntotal_inactive_file {GIB // 2}\ntotal_active_file {GIB // 2}"
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """Control groups of this process, which is in those that /proc/self/cgroup is to name, on a
+    machine of 64 GiB."""
+    import psutil
+
+    machine = SimpleNamespace(total=64 * GIB, available=60 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+    monkeypatch.setattr(resources, "ROOT", tmp_path)
+
+    def of(own: str) -> Path:
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text(own)
+        return tmp_path / "sys/fs/cgroup"
+
+    return of
+
+
+def seen_memory() -> tuple[int, int]:
+    """Total and free, as the doctor sees it; a plan for this machine sees the same."""
+    seen = observe([])
+    (node,) = resources.this_machine().nodes
+    assert node.memory_bytes == seen.memory
+    return seen.memory, seen.memory_free
+
+
+def test_in_a_container_memory_is_what_the_container_may_have(kernel: Kernel) -> None:
+    mount = kernel("0::/\n")
+    group(mount, memory_max=4 * GIB, memory_current=2 * GIB, memory_stat=STAT_V2)
+    assert seen_memory() == (4 * GIB, 3 * GIB)
+
+
+def test_the_narrowest_group_around_a_job_counts(kernel: Kernel) -> None:
+    mount = kernel("0::/slurm/job_7/step_0\n")
+    group(mount / "slurm", memory_max=3 * GIB, memory_current=2 * GIB, memory_stat=STAT_V2)
+    job = mount / "slurm/job_7"
+    group(job, memory_max=2 * GIB, memory_current=GIB, memory_stat=STAT_V2)
+    group(job / "step_0", memory_max="max", memory_current=GIB, memory_stat=STAT_V2)
+    assert seen_memory() == (2 * GIB, 2 * GIB)
+
+
+@pytest.mark.parametrize("path", ["/", "/docker/0123"])  # a container may see its group as the root
+def test_the_older_groups_are_read_too(kernel: Kernel, path: str) -> None:
+    mount = kernel(f"9:name=systemd:/x\n4:cpu,memory:{path}\n0::/\n")
+    files = {"memory_usage_in_bytes": 2 * GIB, "memory_stat": STAT_V1}
+    group(mount / "memory", memory_limit_in_bytes=5 * GIB, **files)
+    assert seen_memory() == (5 * GIB, 4 * GIB)
+
+
+def test_without_a_limit_memory_is_the_machines(kernel: Kernel) -> None:
+    mount = kernel("0::/\n4:memory:/\n")
+    none = {"memory_limit_in_bytes": 9223372036854771712, "memory_usage_in_bytes": GIB}
+    group(mount / "memory", **none, memory_stat=STAT_V1)
+    group(mount, memory_max="max", memory_current=GIB, memory_stat=STAT_V2)
+    assert seen_memory() == (64 * GIB, 60 * GIB)
+
+
+@pytest.mark.parametrize("free", [2 * GIB, 100 * GIB, 4096 * GIB])
+@pytest.mark.parametrize("shm_free", [GIB, 20 * GIB, 4096 * GIB])
+def test_the_object_store_is_as_large_as_ray_makes_it(
+    free: int, shm_free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray._private import utils
+
+    monkeypatch.setattr(utils, "get_shared_memory_bytes", lambda: shm_free)
+    assert doctor.default_store(free, shm_free) == utils.resolve_object_store_memory(free)
+
+
+def test_a_store_that_runs_is_judged_by_its_own_size() -> None:
+    large = {"memory": 2048 * GIB, "memory_free": 2000 * GIB, "shm": 1024 * GIB}
+    assert "would take 186.3 GiB" in judged("shm", **large, shm_free=1024 * GIB).seen
+    mine = judged("shm", **large, shm_free=100 * GIB, store=950 * GIB)
+    assert mine.verdict == "ok"  # what is not free is the store's
+    assert "takes 950.0 GiB" in mine.seen
+    over = judged("shm", shm=16 * GIB, shm_free=16 * GIB, store=20 * GIB)
+    assert over.verdict == "warn"
+    assert "--shm-size" in over.advice
 
 
 @pytest.mark.parametrize(
@@ -165,6 +261,38 @@ def test_an_address_where_nothing_answers_is_a_finding_within_seconds() -> None:
     assert finding.verdict is Verdict.FAIL
     assert "nothing answers" in finding.seen
     assert time.monotonic() - started < 15
+
+
+def test_a_cluster_is_asked_for_with_a_deadline_before_ray_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    def refuse(address: str) -> None:
+        raise ClusterUnreachable(f"nothing answers at {address!r}")
+
+    monkeypatch.setattr("cluster.doctor_cluster.check_head", refuse)
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was asked"))
+    (finding,) = examine("auto", [], [])
+    assert (finding.verdict, finding.seen) == ("fail", "nothing answers at 'auto'")
+
+
+def test_local_is_no_cluster_to_examine(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was started"))
+    assert "cluster" not in {finding.check for finding in examine_all(None)}
+
+
+@pytest.mark.slow
+def test_the_store_of_a_node_is_the_one_that_its_ray_has(ray_session: None) -> None:
+    import ray
+
+    findings = list(doctor_cluster._examine([], []))
+    (shm,) = [finding for finding in findings if finding.check == "shm"]
+    store = ray.cluster_resources()["object_store_memory"] / GIB
+    assert f"Ray's object store takes {store:.1f} GiB" in shm.seen
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import statistics
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,12 +16,17 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from aligntune.cli import main
+from aligntune.config import load_config
+from aligntune.plan import work_of as work_from
 from cluster.bundles import RoleRequest
 from cluster.placement import DoesNotFit
 from cluster.plan import Plan, make_plan
+from cluster.plan_draw import draw
 from cluster.plan_memory import frozen_memory, kv_bytes, rollout_memory, trained_memory
+from cluster.plan_options import to_fit
 from cluster.plan_shapes import (
     BadModelConfig,
     from_config,
@@ -221,6 +230,107 @@ def test_the_weights_of_both_colocated_roles_count_on_their_device() -> None:
     assert plan.placement.slots["policy"] == plan.placement.slots["rollout"]
 
 
+def colocated(**rollout: object) -> Work:
+    """Policy and rollout on one GPU, where both have place."""
+    work = work_of()
+    made = replace(work.rollout, memory_share=0.4, **rollout)
+    return replace(work, colocate=[["policy", "rollout"]], rollout=made)
+
+
+def test_roles_that_share_a_gpu_take_turns_at_every_staleness() -> None:
+    cluster = described(1, 8, "h100-80gb")
+    plan, apart = make_plan(colocated(), cluster), make_plan(work_of(), cluster)
+    times = plan.times
+    assert times.step(0) == pytest.approx(
+        max(times.rollout, times.scoring) + times.update + times.transfer
+    )
+    assert times.rollout > times.scoring
+    assert times.step(1) == times.step(0)
+    assert times.idle(1) == times.idle(0)
+    assert times.idle(1)[0] == pytest.approx(1 - times.rollout / times.step(0))
+    assert not any("max_staleness" in change.settings for change in plan.changes)
+    assert apart.times.step(1) < apart.times.step(0)
+    assert any("max_staleness" in change.settings for change in apart.changes)
+
+
+def test_halves_of_a_gpu_are_shared_as_colocated_roles_are() -> None:
+    work = work_of(gpus=0.5)
+    work = replace(work, rollout=replace(work.rollout, memory_share=0.3))
+    work = replace(work, requests=tuple(r for r in work.requests if r.role != "reference"))
+    plan = make_plan(replace(work, frozen=()), described(1, 1, "h100-80gb"))
+    assert plan.placement.slots["policy"] == plan.placement.slots["rollout"]
+    assert plan.times.step(1) == plan.times.step(0)
+
+
+def test_two_replicas_on_one_gpu_are_no_faster_than_one() -> None:
+    work = replace(work_of(), frozen=(), requests=(RoleRequest("policy", 1, 1, 1.0),))
+    step = replace(work.step, groups=2048)  # so many that decoding is bound by arithmetic
+
+    def seconds(replicas: int, share: float) -> float:
+        rollout = replace(
+            work.rollout,
+            replicas=replicas,
+            groups_at_once=8,
+            memory_share=0.4,
+            kv_cache_bytes=2**33,
+        )
+        request = RoleRequest("rollout", replicas, 1, share)
+        changed = replace(work, step=step, rollout=rollout, requests=(*work.requests, request))
+        return make_plan(changed, described(1, 2, "h100-80gb")).times.rollout
+
+    assert seconds(2, 0.5) >= 0.99 * seconds(1, 1.0)
+
+
+def test_models_that_score_on_the_policys_gpu_wait_for_its_update() -> None:
+    work = replace(work_of(), colocate=[["policy", "reference"]])
+    work = replace(work, step=replace(work.step, completion_tokens=16))
+    times = make_plan(work, described(1, 2, "h100-80gb")).times
+    assert times.rollout < times.scoring < times.update
+    assert times.step(1) == pytest.approx(times.scoring + times.update + times.transfer)
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+@pytest.mark.parametrize(
+    ("nodes", "replicas", "hops"), [(1, 1, 0), (2, 1, 1), (4, 3, 2), (2, 3, 1)]
+)
+def test_weights_cross_the_network_to_every_node_but_the_policys(
+    gpus: int, nodes: int, replicas: int, hops: int
+) -> None:
+    def seconds(nodes: int, replicas: int) -> float:
+        """Of a transfer between roles that just fill the nodes."""
+        each = (1 + replicas) // nodes
+        work = work_of(replicas=replicas, gpus=gpus)
+        two = tuple(replace(one, cpus=16 / each) for one in work.requests[:2])
+        cluster = described(nodes, each * gpus, "h100-80gb" if gpus else None, 16)
+        plan = make_plan(replace(work, requests=two, frozen=()), cluster)
+        on = {slot.node for slot in plan.placement.slots["rollout"]}
+        assert len(on - {plan.placement.slots["policy"][0].node}) == nodes - 1
+        return plan.times.transfer
+
+    link = 0.7 * (H100.network_bandwidth if gpus else 1.25e9)
+    across = hops * 2 * from_table(SMALL).parameters / link
+    assert seconds(nodes, replicas) - seconds(1, 1) == pytest.approx(across, abs=1e-9)
+
+
+def test_of_the_policys_nodes_only_that_of_rank_0_has_the_weights() -> None:
+    work = work_of(ranks=2, replicas=2)
+    spread = tuple(replace(one, strategy="STRICT_SPREAD") for one in work.requests[:2])
+    two = replace(work, requests=spread, frozen=())
+    one = replace(two, requests=(spread[0], replace(work.requests[1], strategy="PACK")))
+    on_both, on_one = (make_plan(run, described(2, 4, "h100-80gb")).times for run in (two, one))
+    across = 2 * from_table(SMALL).parameters / (0.7 * H100.network_bandwidth)
+    assert on_both.transfer - on_one.transfer == pytest.approx(across)
+
+
+def test_what_does_not_fit_into_the_hosts_memory_may_stay_on_the_gpus() -> None:
+    work = work_of(LARGE, ranks=8)
+    away = replace(work, policy=replace(work.policy, zero_stage=3, offload=True))
+    cluster = described(2, 8, "h200-141gb")
+    small = tuple(node._replace(memory_bytes=64 * 2**30) for node in cluster.nodes)
+    with pytest.raises(DoesNotFit, match=r"host .*policy\.deepspeed\.offload=false"):
+        make_plan(away, replace(cluster, nodes=small))
+
+
 def test_gpus_of_unknown_type_are_refused() -> None:
     nodes = described(1, 8, "h100-80gb").nodes
     unknown = Cluster(tuple(node._replace(gpu=None) for node in nodes), "Ray")
@@ -235,8 +345,215 @@ def test_the_slower_part_bounds_the_step_and_staleness_hides_the_other() -> None
     assert many.times.update == few.times.update
     rollout_idle, policy_idle = few.times.idle(0)
     assert few.times.idle(1) < (rollout_idle, policy_idle)
-    longest = max(vars(few.times), key=lambda name: vars(few.times)[name])
-    assert few.times.bound == longest
+    assert few.times.bound == max(few.times.parts, key=lambda name: few.times.parts[name])
+
+
+# Advice
+
+SETTING = re.compile(r"([a-z_0-9]+(?:\.[a-z_0-9]+)+)=(\{.*?\}|[^\s,]+)")
+REWARD = "Skywork/Skywork-Reward-V2-Qwen3-8B"
+ON_GPUS = ["policy.resources.gpus=1", "rollout.resources.gpus=1", "model.dtype=bfloat16"]
+SHARDED = ["policy.strategy=deepspeed", "policy.deepspeed.stage=3", "policy.ranks=16"]
+SCORED = [*ON_GPUS, "reward.resources.gpus=1", "policy.tokens_per_microbatch=4096"]
+TWO_SHARDS = ["rollout.tensor_parallel_size=2", "rollout.resources.gpus=2"]
+LARGER = ["model.name=Qwen/Qwen2.5-32B", "model.gradient_checkpointing=true"]
+
+
+def advice(plan: Callable[[], Plan]) -> list[tuple[list[str], float | None]]:
+    """What a plan, or its refusal, says to set: (overrides, the step's seconds if promised)."""
+    try:
+        made = plan()
+    except DoesNotFit as reason:
+        said = str(reason).partition("what would fit: ")[2].split(", or ")
+        return [([f"{k}={v}" for k, v in SETTING.findall(one)], None) for one in said if one]
+    return [
+        ([f"{k}={v}" for k, v in SETTING.findall(change.settings)], change.step_seconds)
+        for change in made.changes
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tree", "overrides", "nodes", "gpu", "named"),
+    [
+        ({}, [f"model.name={LARGE}", *ON_GPUS[:2]], 2, "h100-80gb", "policy.strategy=deepspeed"),
+        ({}, [*LARGER, *ON_GPUS, *SHARDED], 6, "l40s-48gb", "rollout.tensor_parallel_size=2"),
+        (
+            {},
+            [*LARGER, *ON_GPUS, *SHARDED, *TWO_SHARDS, "policy.deepspeed.offload=true"],
+            6,
+            "l4-24gb",
+            "rollout.resources.gpus=4",
+        ),
+        ({"rewards": [{"model": REWARD}]}, SCORED, 1, "l4-24gb", "rewards.0.dtype=bfloat16"),
+        (
+            {"rewards": ["exact_match", {"model": REWARD, "dtype": "bfloat16"}]},
+            [*SCORED, "rewards.1.max_tokens=16384"],
+            1,
+            "l4-24gb",
+            "rewards.1.batch_size=1",
+        ),
+        (
+            {"rewards": [{"model": REWARD}, {"model": REWARD, "name": "second"}]},
+            SCORED,
+            1,
+            "a100-40gb",
+            "rewards.1.dtype=bfloat16",
+        ),
+        (
+            {"algorithm": "ppo", "rewards": [{"model": REWARD}]},
+            [*SCORED, f"model.name={LARGE}", "critic.resources.gpus=1"],
+            2,
+            "h100-80gb",
+            "critic.strategy=deepspeed",
+        ),
+        (
+            {"backend": "unsloth"},
+            ["model.name=Qwen/Qwen2.5-14B", *ON_GPUS],
+            1,
+            "l4-24gb",
+            "model.load_in_4bit=true",
+        ),
+        (
+            {"cluster": {"colocate": [["policy", "rollout"]]}},
+            ON_GPUS,
+            1,
+            "h100-80gb",
+            "rollout.gpu_memory_utilization=0.45",
+        ),
+        (
+            {},
+            [
+                *("model.name=deepseek-ai/DeepSeek-V3", *ON_GPUS, *SHARDED),
+                *("policy.ranks=256", "policy.tokens_per_microbatch=768"),
+                *("model.gradient_checkpointing=true", "rollout.tensor_parallel_size=8"),
+            ],
+            64,
+            "b200-180gb",
+            "rollout.gpu_memory_utilization=0.92",
+        ),
+        (
+            {"algorithm": {"name": "grpo", "beta": 0}},
+            ON_GPUS,
+            1,
+            "h100-80gb",
+            "train.max_staleness",
+        ),
+        (
+            {"algorithm": {"name": "grpo", "beta": 0.1}},
+            ON_GPUS,
+            1,
+            "h100-80gb",
+            "reference.resources",
+        ),
+        (
+            {"algorithm": {"name": "grpo", "beta": 0}},
+            [*ON_GPUS, "rollout.max_replicas=1", "rollout.max_completion_length=4096"],
+            1,
+            "h200-141gb",
+            "rollout.max_replicas=2",
+        ),
+        (
+            {"algorithm": {"name": "grpo", "beta": 0}},
+            [*ON_GPUS, *SHARDED, "policy.deepspeed.offload=true", "policy.ranks=2"],
+            2,
+            "h100-80gb",
+            "policy.deepspeed.offload=false",
+        ),
+    ],
+)
+def test_every_suggestion_is_accepted_and_does_what_was_said(
+    tree: dict[str, object], overrides: list[str], nodes: int, gpu: str, named: str
+) -> None:
+    whole = {
+        "algorithm": {"name": "grpo", "beta": 0},
+        "model": {"name": SMALL},
+        "data": {"path": "not-read.jsonl"},
+        "rewards": ["exact_match"],
+        "output_dir": "not-written",
+        "rollout": {"engine": "vllm"},
+        **tree,
+    }
+    cluster = described(nodes, 8, gpu)
+
+    def plan(*more: str) -> Plan:
+        return make_plan(work_from(load_config(whole, [*overrides, *more])), cluster)
+
+    suggested = advice(plan)
+    assert any(named in setting for settings_, _ in suggested for setting in settings_), suggested
+    for settings_, promised in suggested:
+        changed = plan(*settings_)  # refused where the config does not take it, or it does not fit
+        seconds = changed.times.step(changed.work.step.max_staleness)
+        assert promised is None or seconds == pytest.approx(promised), settings_
+
+
+def test_more_ranks_have_fewer_rows_each() -> None:
+    work = work_of(LARGE)
+    few = replace(work, step=replace(work.step, groups=2))
+    ranks = {
+        option.work.policy.ranks: option.work.policy.tokens // work.policy.longest
+        for option in to_fit(few, "policy")
+        if "policy.ranks" in option.settings
+    }
+    assert (ranks[2], ranks[4], ranks[8], ranks[1024]) == (8, 4, 2, 1)
+
+
+# Size
+
+
+def test_planning_for_1024_nodes_takes_less_than_two_seconds() -> None:
+    work = work_of(LARGE, ranks=1024, replicas=7000)
+    work = replace(work, policy=replace(work.policy, zero_stage=3))
+    cluster = described(1024, 8, "h100-80gb")
+
+    def seconds() -> float:
+        started = time.process_time()  # of this process, so that a busy machine does not count
+        plan = make_plan(work, cluster)
+        assert len(plan.placement.slots["rollout"]) == 7000
+        return time.process_time() - started
+
+    assert statistics.median(seconds() for _ in range(3)) < 2
+
+
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_nodes_of_one_kind_are_drawn_once_though_their_memory_differs_a_little(gpus: int) -> None:
+    nodes = described(64, gpus, "h100-80gb" if gpus else None).nodes
+    sizes = [512 * 2**30 - 2**20 * (37 * index % 101) for index in range(64)]
+    cluster = Cluster(
+        tuple(node._replace(memory_bytes=size) for node, size in zip(nodes, sizes, strict=True)),
+        "Ray",
+    )
+    work = work_of(ranks=64, replicas=64, gpus=float(gpus > 0))
+    rollout = replace(work.rollout, engine="vllm" if gpus else "transformers")
+    spread = tuple(replace(one, strategy="SPREAD") for one in work.requests)
+    out = io.StringIO()
+    draw(
+        make_plan(replace(work, rollout=rollout, requests=spread), cluster),
+        Console(file=out, force_terminal=False),
+    )
+    shown = out.getvalue()
+    assert len(shown.splitlines()) < 60
+    assert " nodes)" in shown
+    assert f"{min(sizes) / 2**30:.1f} GiB .. {max(sizes) / 2**30:.1f} GiB" in shown
+
+
+def test_a_node_with_half_the_memory_is_drawn_apart() -> None:
+    nodes = described(3, 0).nodes
+    sizes = (256 * 2**30, 256 * 2**30, 128 * 2**30)
+    cluster = Cluster(
+        tuple(node._replace(memory_bytes=size) for node, size in zip(nodes, sizes, strict=True)),
+        "Ray",
+    )
+    work = work_of(replicas=3, gpus=0.0)
+    spread = (replace(work.requests[1], strategy="STRICT_SPREAD"),)
+    out = io.StringIO()
+    plan = make_plan(
+        replace(work, frozen=(), requests=(*spread, work.requests[0])),
+        cluster,
+    )
+    draw(plan, Console(file=out, force_terminal=False))
+    assert "128.0 GiB" in out.getvalue()
+    assert "256.0 GiB" in out.getvalue()
+    assert ".. 256.0" not in out.getvalue()
 
 
 # The command
