@@ -20,6 +20,8 @@ from actors.specs import ModelSpec, RolloutSpec
 from actors.weights import WeightBundle
 from actors.whereabouts import whereabouts
 
+WATCH_SECONDS = 2.0
+
 _Key = tuple[int, bytes, Sampling]  # policy version, prompt, and what is drawn for which group
 
 
@@ -53,6 +55,7 @@ class RolloutActor:
         self._engine = _engine(self._engine_name, model, spec, replica, version)
         self._replica = replica
         self._calls: dict[_Key, _Call] = {}
+        self._watching: asyncio.Task[None] | None = None
         self._busy_seconds = 0.0
         self._busy_since = 0.0
 
@@ -61,6 +64,7 @@ class RolloutActor:
         many groups it may be given at a time."""
         started = time.monotonic()
         await self._engine.start()
+        self._watching = asyncio.create_task(self._watch())
         return {
             "replica": self._replica,
             "engine": self._engine_name,
@@ -124,6 +128,8 @@ class RolloutActor:
 
     async def close(self) -> None:
         """Free what the engine holds; the actor serves no more."""
+        if self._watching is not None:
+            self._watching.cancel()
         await self._engine.close()
 
     def _end(self, key: _Key, call: _Call) -> None:
@@ -132,6 +138,16 @@ class RolloutActor:
         del self._calls[key]
         if not self._calls:
             self._busy_seconds += time.monotonic() - self._busy_since
+
+    async def _watch(self) -> None:
+        """End with the engine, also where a call to it would wait for ever: vLLM does not answer
+        the first one after its process is gone."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            try:
+                await self._engine.check()
+            except EngineDead as error:
+                self._die(error)
 
     def _die(self, error: EngineDead) -> NoReturn:
         """End the process at once: a retry must meet a new actor, not this one."""

@@ -284,6 +284,20 @@ def test_a_call_repeated_while_it_runs_joins_the_first(transformers_replica):
     assert transformers_replica.get("stats")["groups"] == before + 1
 
 
+def test_prompts_of_two_data_sets_do_not_join_by_their_row_numbers(transformers_replica):
+    """As of the held-out data and the training data, whose rows are numbered alike."""
+    prompts = (_prompt(0), replace(_prompt(1), row=_prompt(0).row))
+    assert len(prompts[0].token_ids) != len(prompts[1].token_ids) or not np.array_equal(
+        prompts[0].token_ids, prompts[1].token_ids
+    )
+    calls = [
+        transformers_replica.call("generate", prompt, _sampling(max_tokens=100))
+        for prompt in prompts
+    ]
+    for call, prompt in zip(calls, prompts, strict=True):
+        assert np.array_equal(call.result(WAIT_S)[1].prompt_ids, prompt.token_ids)
+
+
 def test_a_replica_answers_while_it_generates_and_stops_what_nobody_waits_for(
     transformers_replica,
 ):

@@ -68,7 +68,7 @@ def build(
     *,
     slots: int = 4,
     max_restarts: int = 3,
-    prepare: Callable[[ActorHandle, str], Awaitable[None]] = serve_at_once,
+    prepare: Callable[[ActorHandle, str], Awaitable[int | None]] = serve_at_once,
 ) -> ReplicaSet:
     return ReplicaSet(
         "worker",
@@ -266,6 +266,32 @@ def test_further_returns_stay_references() -> None:
         assert first == 4
         assert isinstance(second, ray.ObjectRef)
         assert ray.get(second) == [4, 4, 4]
+        await replicas.close()
+
+    asyncio.run(run())
+
+
+def test_a_replica_has_no_more_calls_than_it_says_it_takes() -> None:
+    async def run() -> None:
+        async def prepare(handle: ActorHandle, name: str) -> int:
+            await serve_at_once(handle, name)
+            return 2
+
+        replicas = build(1, [], slots=5, prepare=prepare)
+        await replicas.start()
+        most = 0
+
+        def watch(_: str) -> None:
+            nonlocal most
+            most = max(most, replicas.busy)
+
+        await asyncio.gather(
+            *(
+                replicas.call("work", 0.01, deadline_s=30, queue_s=30, on_dispatch=watch)
+                for _ in range(6)
+            )
+        )
+        assert most == 2
         await replicas.close()
 
     asyncio.run(run())

@@ -90,6 +90,14 @@ def test_a_signal_ends_in_a_checkpoint_and_the_run_resumes(
     assert [row["step"] for row in figures(run.output_dir)] == list(range(1, done + 2))
     assert audit(run.output_dir / "ledger.jsonl").open == 0
 
+    newest = next((run.output_dir / "checkpoints").glob("step-*"))
+    tree["output_dir"] = str(run.output_dir.parent / "elsewhere")
+    tree["train"]["steps"] = done + 3
+    other = launch("--resume", str(newest))
+    assert other.finish() == 0, other.output()
+    books = audit(other.output_dir / "ledger.jsonl")
+    assert (books.trained, books.open, books.balanced) == (4 * (done + 3), 0, True)
+
 
 @pytest.mark.parametrize("role", ["rollout", pytest.param("reward", marks=pytest.mark.long)])
 def test_a_replica_killed_in_a_run_costs_nothing_but_time(
@@ -106,14 +114,18 @@ def test_a_replica_killed_in_a_run_costs_nothing_but_time(
     assert (books.trained, books.quarantined, books.open) == (120, 0, 0)
 
 
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_policy_rank_killed_rolls_back_to_the_checkpoint_and_the_run_finishes(
-    tree: dict[str, Any], launch: Callable[..., Run]
+    tree: dict[str, Any], launch: Callable[..., Run], ranks: int
 ) -> None:
+    if ranks > 1:
+        tree["policy"].update(strategy="deepspeed", ranks=ranks)
     tree["train"]["steps"] = 12
     tree["checkpoint"]["every_steps"] = 3
     run = launch()
     run.wait_for(lambda: len(read(run.output_dir / "metrics.jsonl")) >= 4)
-    victim = next(e for e in run.events("role_started") if e["role"] == "policy-0")
+    last = f"policy-{ranks - 1}"
+    victim = next(e for e in run.events("role_started") if e["role"] == last)
     os.kill(victim["pid"], signal.SIGKILL)
     assert run.finish() == 0, run.output()
     (rebuilt,) = run.events("policy_rebuilt")
