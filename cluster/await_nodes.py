@@ -13,6 +13,7 @@ import time
 import ray
 
 from cluster.resources import living_nodes
+from cluster.session import check_head
 
 EVERY_S = 1.0
 
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> int:
     """The exit code; what is missing goes to standard error."""
     count, seconds = int(arguments[0]), float(arguments[1])
     try:
+        check_head("auto")
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         print(f"aligntune: no Ray cluster here: {error}", file=sys.stderr)

@@ -60,14 +60,32 @@ def check_answers(address: str) -> None:
             ) from error
 
 
+def find_cluster() -> str:
+    """The address that 'auto' stands for: RAY_ADDRESS, or that of the Ray started here last.
+
+    Raises ClusterUnreachable where there is none.
+    """
+    from ray._private.services import get_ray_address_from_environment
+
+    try:
+        return str(get_ray_address_from_environment("auto", None))
+    except ConnectionError as error:
+        raise ClusterUnreachable(
+            "cluster.address is auto, and no Ray runs on this machine; start one with `ray start`, "
+            "set RAY_ADDRESS, or use cluster.address=local"
+        ) from error
+
+
 def check_head(address: str) -> None:
     """Whether the head at `host:port` takes us in, on a machine that is one of its nodes.
 
     Ray would try for half a minute, and end this process without a word where no node is here.
-    'local', 'auto' and ray:// addresses are left to Ray.
+    'auto' is looked up first; 'local' and ray:// addresses are left to Ray.
 
     Raises ClusterUnreachable within three times `ANSWER_S` seconds.
     """
+    if address == "auto":
+        address = find_cluster()
     check_answers(address)
     if ":" not in address or "://" in address:
         return

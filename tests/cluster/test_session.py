@@ -8,6 +8,9 @@ from contextlib import closing
 
 import pytest
 
+from aligntune.doctor import examine
+from cluster import await_nodes
+from cluster.doctor import Verdict
 from cluster.session import ClusterUnreachable, check_answers, check_head, session
 from cluster.specs import ClusterSpec
 
@@ -38,12 +41,56 @@ def test_a_head_that_does_not_answer_is_said_at_once(
     assert address in str(error.value)
 
 
+@pytest.fixture
+def dead_head(monkeypatch: pytest.MonkeyPatch) -> str:
+    """What RAY_ADDRESS names, as in a shell whose cluster is gone; Ray itself must not be asked."""
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *_, **options: pytest.fail("Ray was asked"))
+    address = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    return address
+
+
+def test_auto_finds_a_head_that_is_gone_at_once(dead_head: str) -> None:
+    with (
+        pytest.raises(ClusterUnreachable, match=f"nothing answers at '{dead_head}'"),
+        session(ClusterSpec(address="auto"), cpus=1, gpus=0),
+    ):
+        pass
+
+
+def test_waiting_for_the_nodes_of_a_head_that_is_gone_ends_at_once(
+    dead_head: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert await_nodes.main(["2", "600"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"nothing answers at '{dead_head}'" in line
+
+
+def test_the_doctor_says_of_a_head_that_is_gone_that_it_is(dead_head: str) -> None:
+    (found,) = [finding for finding in examine(None) if "nothing answers" in finding.seen]
+    assert found.verdict is Verdict.FAIL
+    assert dead_head in found.seen
+
+
+def test_auto_without_any_ray_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import services
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(services, "find_gcs_addresses", list)
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: None)
+    with pytest.raises(ClusterUnreachable, match="no Ray runs on this machine"):
+        check_head("auto")
+
+
 def test_a_port_that_cannot_be_is_refused() -> None:
     with pytest.raises(ClusterUnreachable):
         check_answers("127.0.0.1:99999")
 
 
-@pytest.mark.parametrize("address", ["local", "auto", "head.example"])
+@pytest.mark.parametrize("address", ["local", "head.example"])
 def test_addresses_without_a_port_are_left_to_ray(address: str) -> None:
     check_answers(address)
 
