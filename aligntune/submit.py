@@ -90,7 +90,11 @@ def submit(
                     package,
                     job_id,
                     secrets,
-                    {"run_dir": run_dir, "submitted_with": json.dumps(_versions())},
+                    {
+                        "run_dir": run_dir,
+                        "submitted_with": json.dumps(_versions()),
+                        "variables": ", ".join(sorted(secrets)),
+                    },
                 )
     except PackagingError as error:
         raise UserError(str(error)) from error
@@ -164,7 +168,7 @@ def describe(job: JobDetails) -> list[str]:
         "ended": _when(job.end_time),
         "exit code": job.driver_exit_code,
         "working directory": runtime_env.get("working_dir"),
-        "variables": ", ".join(sorted(runtime_env.get("env_vars") or {})),
+        "variables": metadata.get("variables"),
         "submitted with": _listed(metadata.get("submitted_with")),
         "message": _one_line(job.message),
     }

@@ -19,6 +19,7 @@ from typing import Any
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from cluster import secrets
 from cluster.packaging import Package
 
 CONNECT_SECONDS = 5.0
@@ -107,18 +108,26 @@ class Jobs:
         entrypoint: str,
         package: Package,
         job_id: str,
-        env: Mapping[str, str],
+        secret: Mapping[str, str],
         metadata: Mapping[str, str],
     ) -> None:
         """Upload the package, unless it is there, and start `entrypoint` in it on the head.
 
-        `env` is set for the entrypoint and for every actor and task of the job.
+        The variables `secret` are set for the entrypoint and for every actor and task of the job,
+        and are in no log.
         """
-        runtime_env = {
+        env_vars = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+        runtime_env: dict[str, Any] = {
             "working_dir": str(package.archive),
-            "env_vars": {**env, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+            "env_vars": env_vars,
         }
         with self._errors():
+            if secret:
+                key = secrets.new_key()
+                path = f"/api/packages/gcs/{key}"
+                self._client._do_request("PUT", path, data=secrets.packed(secret))
+                env_vars[secrets.VARIABLE] = key
+                runtime_env["worker_process_setup_hook"] = secrets.HOOK
             self._client.submit_job(
                 entrypoint=entrypoint,
                 submission_id=job_id,

@@ -1,7 +1,8 @@
 """Packs the working directory of a job: what git would not ignore, within Ray's limit.
 
 Invariant: the same files give the same archive, byte for byte, so that a directory that has not
-changed is not uploaded twice. Nothing is left out but what .gitignore names.
+changed is not uploaded twice. Nothing is left out but what git ignores: what .gitignore names, and
+the excludes that the user has set for git.
 """
 
 from __future__ import annotations
@@ -85,23 +86,22 @@ def packed(directory: Path, limit: int | None = None) -> Iterator[Package]:
 def chosen_files(directory: Path) -> tuple[str, ...]:
     """The files to pack, relative to `directory`, sorted: tracked by git, or not ignored.
 
-    Links are followed, each folder once.
+    Links are followed, but not into a folder that they lie in.
 
     Raises:
         PackagingError: a .gitignore is there, but no git to read it.
     """
-    return tuple(sorted(_below(directory, "", set())))
+    return tuple(sorted(_below(directory, "", frozenset())))
 
 
-def _below(directory: Path, prefix: str, seen: set[str]) -> Iterator[str]:
+def _below(directory: Path, prefix: str, around: frozenset[str]) -> Iterator[str]:
     real = os.path.realpath(directory)
-    if real in seen:
+    if real in around:
         return
-    seen.add(real)
     for name in _listed(directory):
         path = directory / name
         if path.is_dir():  # another repository or a submodule, which git does not look into
-            yield from _below(path, f"{prefix}{name.rstrip('/')}/", seen)
+            yield from _below(path, f"{prefix}{name.rstrip('/')}/", around | {real})
         elif path.is_file():  # neither a tracked file that was removed nor a broken link
             yield f"{prefix}{name}"
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import ray
 
+from cluster import secrets
 from cluster.specs import ClusterSpec
 
 ANSWER_S = 5.0  # longest wait for a head to take a connection
@@ -154,4 +155,5 @@ def session(spec: ClusterSpec, *, cpus: float, gpus: float) -> Iterator[str]:
     try:
         yield address
     finally:
+        secrets.forget()
         ray.shutdown()

@@ -40,6 +40,7 @@ STORE_BYTES = 100_000_000
 GCS_PORT = 6379
 JOBS_PORT = 8265
 START_SECONDS = 90.0
+SEARCH = ("grep", "--recursive", "--files-with-matches", "--fixed-strings", "--devices=skip")
 CLIENT_SETTINGS = ("PATH", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
 
 # A node is dead 8 s after its link is cut, and calls on black-holed connections end by themselves.
@@ -159,6 +160,10 @@ class Nodes:
         """Bring the link of a node up again."""
         raise NotImplementedError
 
+    def files_with(self, text: str) -> list[str]:
+        """What Ray has written on any node that has `text` in it."""
+        raise NotImplementedError
+
 
 class Namespaces(Nodes):
     """Nodes in network namespaces of their own."""
@@ -253,6 +258,13 @@ class Namespaces(Nodes):
     def heal(self, node: Node) -> None:
         _ip("-n", self._switch, "link", "set", node.name, "up")
 
+    def files_with(self, text: str) -> list[str]:
+        found = []
+        for node in self.nodes:
+            search = self.run_on(node, [*SEARCH, text, "/tmp/ray"], stdout=subprocess.PIPE)
+            found += [f"{node.name}: {name}" for name in search.communicate()[0].decode().split()]
+        return found
+
     def close(self) -> None:
         """End every process and remove every namespace of this object."""
         for node in reversed(self.nodes):
@@ -315,6 +327,11 @@ class SameAddress(Nodes):
 
     def cut(self, node: Node) -> None:
         pytest.skip("nodes at one address have no link to cut: this needs network namespaces")
+
+    def files_with(self, text: str) -> list[str]:
+        return subprocess.run(
+            [*SEARCH, text, *self._folders], capture_output=True, text=True
+        ).stdout.split()
 
     def close(self) -> None:
         """End every process of this object."""

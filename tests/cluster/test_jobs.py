@@ -67,7 +67,16 @@ def test_tracked_files_travel_though_ignored_and_removed_ones_do_not(tmp_path: P
     assert chosen_files(tmp_path) == (".gitignore", "kept.bin", "new.py")
 
 
-def test_nested_repositories_and_linked_folders_travel_once(tmp_path: Path) -> None:
+def test_two_links_to_one_folder_both_travel(tmp_path: Path) -> None:
+    write(tmp_path, "real/data.txt")
+    for name in ("a", "b"):
+        (tmp_path / name).symlink_to(tmp_path / "real")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    assert chosen_files(tmp_path) == ("a/data.txt", "b/data.txt", "real/data.txt")
+
+
+def test_nested_repositories_travel_and_a_link_that_leads_back_ends(tmp_path: Path) -> None:
     write(tmp_path, "a.py", "inner/b.py", "inner/skipped.log")
     git(tmp_path, "init", "-q")
     git(tmp_path / "inner", "init", "-q")
@@ -144,7 +153,7 @@ class Server:
     job: dict[str, Any] = field(default_factory=dict)
     seen: list[tuple[str, str]] = field(default_factory=list)  # method and path
     submitted: dict[str, Any] = field(default_factory=dict)
-    package: bytes = b""
+    uploaded: dict[str, bytes] = field(default_factory=dict)  # by name
 
     @property
     def url(self) -> str:
@@ -177,7 +186,7 @@ class Server:
                 request.transport.abort() if self.connections else await ws.close()
                 return ws
         if request.method == "PUT" and path.startswith("/api/packages/gcs/"):
-            self.package = await request.read()
+            self.uploaded[path.rpartition("/")[2]] = await request.read()
             return web.Response()
         return web.Response(status=404, text=f"Job {path.split('/')[3]} does not exist")
 
@@ -414,8 +423,13 @@ def test_what_is_submitted_and_how_it_is_followed_up(
     assert server.submitted["metadata"]["run_dir"] == str(project.parent / "run")
     assert "torch" in json.loads(server.submitted["metadata"]["submitted_with"])
     env = server.submitted["runtime_env"]
-    assert env["env_vars"] == {"SECRET_WORD": "Rumpel-417", "RAY_JOB_STOP_WAIT_TIME_S": "600"}
-    with zipfile.ZipFile(io.BytesIO(server.package)) as packed_files:
+    key = env["env_vars"].pop("ALIGNTUNE_SECRETS")
+    assert env["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "600"}
+    assert json.loads(server.uploaded[key]) == {"SECRET_WORD": "Rumpel-417"}
+    assert server.submitted["metadata"]["variables"] == "SECRET_WORD"
+    assert "Rumpel-417" not in json.dumps(server.submitted), "Ray logs it"
+    (package,) = [data for name, data in server.uploaded.items() if name != key]
+    with zipfile.ZipFile(io.BytesIO(package)) as packed_files:
         assert packed_files.namelist() == [".gitignore", "config.yaml", "data.jsonl"]
     assert "packed 3 files" in shown.err
     assert f"aligntune jobs stop {job_id} --address" in shown.err

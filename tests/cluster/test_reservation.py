@@ -141,7 +141,7 @@ def test_on_three_nodes_ranks_are_in_order_and_colocated_roles_are_on_one_gpu() 
     assert answer["nodes"] == 3
     policy, rollout = answer["found"]["policy"], answer["found"]["rollout"]
     assert policy == rollout
-    assert [node for node, _ in policy] == sorted(node for node, _ in policy)
+    assert policy == sorted(policy), "ranks go up with node and device"
     assert {node for node, _ in policy} == {0, 1, 2}
     assert all(len(devices) == 1 for _, devices in policy)
 

@@ -44,7 +44,7 @@ def test_rollouts_and_policy_ranks_work_on_two_nodes_each(
 
 
 def test_a_job_that_is_stopped_checkpoints_and_the_next_submit_resumes(
-    runs: Runs, project: Path, tmp_path: Path
+    nodes: Nodes, runs: Runs, project: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     secret = ("rewards.0.function=rewards:digits_with_a_secret", "--env", "SECRET_WORD")
@@ -85,6 +85,8 @@ def test_a_job_that_is_stopped_checkpoints_and_the_next_submit_resumes(
     assert re.search(rf"{job_id} +STOPPED .* {run}\n", listed.text())
     for command in runs.started:
         assert SECRET not in command.text()
+    assert nodes.files_with(job_id), "Ray's logs are there"
+    assert nodes.files_with(SECRET) == []
 
 
 @pytest.mark.long

@@ -1,0 +1,55 @@
+"""Secrets of a job, beside its runtime environment: Ray writes that, values and all, to the logs of
+every node, and its Jobs server shows it.
+
+They lie in the head's key-value store from the submission to the end of the run. A hook that Ray
+calls in every process of the job sets them there; only the name of the key is in the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+
+VARIABLE = "ALIGNTUNE_SECRETS"  # holds the key
+HOOK = f"{__name__}.take"
+
+
+def new_key() -> str:
+    """Of the store, and of the Jobs server's path for packages that writes to it."""
+    return f"aligntune-{uuid.uuid4().hex}"
+
+
+def packed(values: Mapping[str, str]) -> bytes:
+    """As they lie in the store."""
+    return json.dumps(dict(values)).encode()
+
+
+def take() -> None:
+    """Set the job's secrets in this process, which Ray has connected to the cluster.
+
+    Raises KeyError where they are gone from the store.
+    """
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    key = os.environ[VARIABLE]
+    content = _internal_kv_get(_address(key))
+    if content is None:
+        raise KeyError(
+            f"the secrets of this job ({key}) are gone: its run has ended, or the head was started "
+            "anew; submit it again"
+        )
+    os.environ.update(json.loads(content))
+
+
+def forget() -> None:
+    """Remove the job's secrets from the store, where this process is of a job that has some."""
+    if key := os.environ.get(VARIABLE):
+        from ray.experimental.internal_kv import _internal_kv_del
+
+        _internal_kv_del(_address(key))
+
+
+def _address(key: str) -> str:
+    return f"gcs://{key}"  # what the Jobs server makes of a package's name
