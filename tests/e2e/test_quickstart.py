@@ -123,6 +123,17 @@ def test_every_quickstart_learns_with_every_seed(
 
 
 @pytest.mark.usefixtures("ray_session")
+def test_a_short_quickstart_with_the_transformers_engine_learns(
+    assets: QuickstartAssets, tmp_path: Path
+) -> None:
+    rows = run(assets, tmp_path / "run", "grpo", "train.steps=10")
+    before, after = accuracies(rows)
+    assert after > before + 0.1
+    rewards = [row["reward/mean"] for row in rows if row["step"]]
+    assert sum(rewards[-4:]) > sum(rewards[:4])
+
+
+@pytest.mark.usefixtures("ray_session")
 def test_the_control_with_flipped_advantages_gets_worse(
     assets: QuickstartAssets, tmp_path: Path
 ) -> None:

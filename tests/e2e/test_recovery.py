@@ -99,11 +99,15 @@ def test_a_signal_ends_in_a_checkpoint_and_the_run_resumes(
     assert (books.trained, books.open, books.balanced) == (4 * (done + 3), 0, True)
 
 
-@pytest.mark.parametrize("role", ["rollout", pytest.param("reward", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "role", ["rollout", *(pytest.param(r, marks=pytest.mark.long) for r in ("reward", "reference"))]
+)
 def test_a_replica_killed_in_a_run_costs_nothing_but_time(
     tree: dict[str, Any], launch: Callable[..., Run], role: str
 ) -> None:
     tree["train"]["steps"] = 30
+    if role == "reference":
+        tree["algorithm"]["beta"] = 0.04
     run = launch()
     run.wait_for(lambda: len(read(run.output_dir / "metrics.jsonl")) >= 2)
     victim = next(e for e in run.events("role_started") if e["role"].startswith(role))
