@@ -29,7 +29,13 @@ from aligntune.backends import check_installed
 from aligntune.checkpoint import Checkpoints
 from aligntune.config import RunConfig
 from aligntune.controller import Controller, Interrupted
-from aligntune.data.prompts import PromptSource, evaluation_prompts, training_prompts
+from aligntune.data.prompts import (
+    FOR_PAIRS,
+    PAIR,
+    PromptSource,
+    evaluation_prompts,
+    training_prompts,
+)
 from aligntune.errors import RunFailed, UserError
 from aligntune.evaluation import evaluate_model
 from aligntune.keywords import build_tree
@@ -40,7 +46,12 @@ from aligntune.preference_config import PreferenceConfig, load_config
 from aligntune.preference_trainer import PreferenceTrainer
 from aligntune.recorder import Recorder
 from aligntune.requests import role_requests
-from aligntune.rewards.registry import check_columns, from_callable, resolve_all
+from aligntune.rewards.registry import (
+    check_columns,
+    columns_named,
+    from_callable,
+    resolve_all,
+)
 from aligntune.roles import Roles
 from aligntune.rundir import RunDir, changes
 from aligntune.tracking.metrics import EventKind, NotFinite
@@ -153,11 +164,18 @@ class OnlineTrainer:
             max_prompt_length=self.config.rollout.max_prompt_length,
             seed=self.config.train.seed,
         )
+        columns = source.prompt_at(0).columns
         try:
             for criterion in self.criteria:
-                check_columns(criterion, source.prompt_at(0).columns)
+                check_columns(criterion, columns)
         except ValueError as error:
             raise UserError(str(error)) from error
+        read = {name for criterion in self.criteria for name in columns_named(criterion)}
+        if {*PAIR} <= columns.keys() and not read & {*PAIR}:
+            raise UserError(
+                f"{self.config.data.path} holds pairs, and no reward reads their "
+                f"{' and '.join(PAIR)}; {FOR_PAIRS}: choose one of those, or drop these columns"
+            )
         return source
 
     @cached_property

@@ -26,13 +26,17 @@ BATCH = 1024  # prompts tokenised at once when the data is checked
 CACHED = 4096  # tokenised prompts kept, so that epochs over small data tokenise once
 
 
+PAIR = ("chosen", "rejected")
+FOR_PAIRS = "algorithm: dpo and algorithm: reward_model train on pairs, this one on prompts"
+
+
 class PromptSource:
     """The usable prompts of a data set, tokenised when they are asked for.
 
     All rows are checked at construction. `rows` counts them, `long` those over
     `max_prompt_length`, `longest` is the length in tokens of the longest; with policy `drop`,
-    `len` is `rows - long`. `fingerprint` changes with the prompts, their order or their rendering,
-    but not with the other columns.
+    `len` is `rows - long`. `fingerprint` changes with the prompts, their columns, their order or
+    their rendering.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class PromptSource:
     ) -> None:
         """Raises: DataError at the first row that has no usable prompt."""
         check_template(tokenizer, system_prompt, apply_chat_template)
+        if prompt_column not in rows.columns and {*PAIR} <= {*rows.columns}:
+            raise DataError(f"{rows.origin} holds pairs ({' and '.join(PAIR)}); {FOR_PAIRS}")
         require_column(rows, prompt_column, "data.prompt_column")
         self._data = rows
         self._tokenizer = tokenizer

@@ -150,6 +150,20 @@ def from_callable(function: Callable[..., Any], spec: RewardFunctionSpec) -> Rew
     return _criterion(name, pickled, function, spec, ignores_unknown=False)
 
 
+def columns_named(criterion: RewardCriterion | RewardModelCriterion) -> dict[str, bool]:
+    """The data columns that a criterion asks for by name, and whether it cannot do without."""
+    if not isinstance(criterion, RewardCriterion):
+        return {}
+    by_target = {registered.target: registered for registered in REWARDS.values()}
+    registered = by_target.get(criterion.target) if isinstance(criterion.target, str) else None
+    if registered is not None:
+        column = registered.column
+        return {criterion.options.get("column", column): True} if column else {}
+    named, _ = named_parameters(_function_of(criterion))
+    given = {"prompts", "completions", *criterion.options}
+    return {name: required for name, required in named.items() if name not in given}
+
+
 def check_columns(
     criterion: RewardCriterion | RewardModelCriterion, columns: Collection[str]
 ) -> None:
@@ -163,18 +177,8 @@ def check_columns(
     Raises:
         ValueError: naming the column and those that exist.
     """
-    if not isinstance(criterion, RewardCriterion):
-        return
-    by_target = {registered.target: registered for registered in REWARDS.values()}
-    registered = by_target.get(criterion.target) if isinstance(criterion.target, str) else None
-    if registered is not None:
-        needed = [criterion.options.get("column", registered.column)] if registered.column else []
-    else:
-        named, _ = named_parameters(_function_of(criterion))
-        given = {"prompts", "completions", *criterion.options}
-        needed = [name for name, required in named.items() if required and name not in given]
-    for name in needed:
-        if name not in columns:
+    for name, required in columns_named(criterion).items():
+        if required and name not in columns:
             raise ValueError(
                 f"reward {criterion.name!r} needs column {name!r}, which the data lack; their "
                 f"columns are {', '.join(map(repr, sorted(columns))) or 'none'}"

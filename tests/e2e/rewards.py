@@ -37,3 +37,8 @@ def undecided(completions: list[str], **columns: Any) -> list[float]:
 def always_raises(completions: list[str], **columns: Any) -> list[float]:
     """A broken reward."""
     raise ValueError("this reward is broken")
+
+
+def like_the_chosen(completions: list[str], chosen: list[str], **columns: Any) -> list[float]:
+    """Of data that are pairs: whether a completion is the chosen one."""
+    return [float(text == good) for text, good in zip(completions, chosen, strict=True)]

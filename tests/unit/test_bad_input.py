@@ -92,6 +92,19 @@ def test_no_prompt_column_lists_the_columns(fail: Fail, tmp_path: Path) -> None:
     assert "it has question, answer" in error
 
 
+def test_pairs_are_not_prompts(fail: Fail, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    pair = {"chosen": "2", "rejected": "3", "answer": "2"}
+    path.write_text(json.dumps(pair) + "\n")
+    assert "algorithm: dpo and algorithm: reward_model train on pairs" in fail(dataset=str(path))
+    path.write_text(json.dumps({"prompt": "1+1", **pair}) + "\n")
+    error = fail(dataset=str(path))
+    assert "no reward reads their chosen and rejected; algorithm: dpo" in error
+    reading = "tests.e2e.rewards:like_the_chosen"
+    with pytest.raises(AssertionError, match="Ray was started"):
+        fail(dataset=str(path), reward=reading)
+
+
 def test_no_reward(fail: Fail) -> None:
     assert "no reward" in fail(reward="")
 
