@@ -8,6 +8,7 @@ driver that follows the relay misses no step, whatever is killed.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -22,6 +23,9 @@ from actors.preference_trainers import backend_in_use, build_trainer, export_mod
 from actors.specs import ModelSpec
 
 Kind = Literal["dpo", "reward_model"]
+
+ANSWER_SECONDS = 60.0  # for the relay, which only ever keeps a list
+ALIVE_SECONDS = 10.0  # between signs of life
 
 METRICS = {
     "loss": "loss",
@@ -76,7 +80,8 @@ class PreferenceJob:
 class Relay:
     """Between the workers and the driver, which asks for news; to be wrapped by `ray.remote`.
 
-    News are (kind, fields) in the order they happened: `role`, `started`, `step`, `checkpoint`.
+    News are (kind, fields) in the order they happened: `role`, `started`, `step`, `checkpoint`, and
+    `alive` from what takes long and has no figures yet.
     """
 
     _news: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -104,6 +109,43 @@ class Relay:
     def fatal(self) -> str:
         """The first reason given to `fail`, or nothing."""
         return self._fatal
+
+
+class RelaySilent(RuntimeError):
+    """The relay gave no answer in time, or is gone."""
+
+
+def answer_of(call: Any) -> Any:
+    """What a remote call of the relay returns. Raises RelaySilent after ANSWER_SECONDS."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError
+
+    try:
+        return ray.get(call, timeout=ANSWER_SECONDS)
+    except GetTimeoutError as error:
+        raise RelaySilent(
+            f"the relay between driver and workers gave no answer within {ANSWER_SECONDS:g} s; its "
+            "node may be overloaded, or cut off"
+        ) from error
+    except RayActorError as error:
+        raise RelaySilent(
+            "the relay between driver and workers is gone, with the driver or its node"
+        ) from error
+
+
+class SignOfLife:
+    """Tells the relay that a worker is alive, at most every ALIVE_SECONDS, waiting for nothing."""
+
+    def __init__(self, relay: Any) -> None:
+        self._relay = relay
+        self._told = -math.inf
+
+    def __call__(self) -> None:
+        """To be called often from what takes long."""
+        now = time.monotonic()
+        if now - self._told >= ALIVE_SECONDS:
+            self._told = now
+            self._relay.tell.remote("alive")
 
 
 def announcer(relay: Any) -> Any:
@@ -145,15 +187,15 @@ def train_worker(config: dict[str, Any]) -> None:
     Raises whatever ends this worker; Ray Train then starts all of them again from the last
     checkpoint. What came before the first step would come again: it is told to the relay too.
     """
-    import ray
     import ray.train
 
     job: PreferenceJob = config["job"]
     relay: Any = config["relay"]
-    if ray.get(relay.fatal.remote()):
+    if answer_of(relay.fatal.remote()):
         return
     context = ray.train.get_context()
     scratch = Path(tempfile.gettempdir()) / job.scratch
+    alive = SignOfLife(relay)
     try:
         if job.backend == "unsloth":
             from actors.unsloth_backend import import_unsloth
@@ -161,26 +203,19 @@ def train_worker(config: dict[str, Any]) -> None:
             import_unsloth()  # before transformers and TRL, which it patches
         from transformers import PrinterCallback
 
-        trainer = build_trainer(job, config["train"], config["eval"], scratch)
-        follower = _follower(job, relay)
+        _introduce(relay, backend_in_use(job))
+        trainer = build_trainer(job, config["train"], config["eval"], scratch, alive)
+        follower = _follower(job, relay, alive)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(follower)
+    except RelaySilent:
+        raise
     except Exception as error:
         relay.fail.remote(_reason(error))
         raise
-    ray.get(
-        relay.tell.remote(
-            "role",
-            role="trainer",
-            rank=context.get_world_rank(),
-            pid=os.getpid(),
-            node=ray.get_runtime_context().get_node_id(),
-            device=str(trainer.args.device),
-            backend=backend_in_use(job),
-        )
-    )
     try:
         if job.steps == 0:
+            answer_of(relay.tell.remote("started", step=0, history={}))
             trainer.evaluate()
             follower.flush()
             return
@@ -192,8 +227,30 @@ def train_worker(config: dict[str, Any]) -> None:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _introduce(relay: Any, backend: str) -> None:
+    """Say who this worker is, before anything that takes long."""
+    import ray
+    import ray.train
+    import torch
+
+    context = ray.train.get_context()
+    device = f"cuda:{context.get_local_rank()}" if torch.cuda.is_available() else "cpu"
+    answer_of(
+        relay.tell.remote(
+            "role",
+            role="trainer",
+            rank=context.get_world_rank(),
+            pid=os.getpid(),
+            node=ray.get_runtime_context().get_node_id(),
+            device=device,
+            backend=backend,
+        )
+    )
+
+
 def _train(trainer: Any, job: PreferenceJob) -> None:
-    """Train from the last checkpoint, or from the beginning."""
+    """Train from the last checkpoint, or from the beginning; a checkpoint that has all the steps is
+    only loaded."""
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
@@ -212,16 +269,15 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {what} ({Path(where.filename).name}:{where.lineno})"
 
 
-def _follower(job: PreferenceJob, relay: Any) -> Any:
+def _follower(job: PreferenceJob, relay: Any, alive: SignOfLife) -> Any:
     """The callback that says when to evaluate, save and stop, and tells the relay."""
-    import ray
     import ray.train
     import torch
     from transformers import TrainerCallback
 
     context = ray.train.get_context()
     leads = context.get_world_rank() == 0
-    tell: Callable[..., str] = lambda kind, **fields: ray.get(relay.tell.remote(kind, **fields))  # noqa: E731
+    tell: Callable[..., str] = lambda kind, **fields: answer_of(relay.tell.remote(kind, **fields))  # noqa: E731
 
     def agreed(word: str) -> str:
         """What rank 0 has, on every rank."""
@@ -252,6 +308,12 @@ def _follower(job: PreferenceJob, relay: Any) -> Any:
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.flush()
             self._began = time.monotonic()
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            alive()
+
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            alive()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             step = state.global_step

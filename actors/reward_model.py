@@ -41,7 +41,7 @@ def scored_text(
     template and `data.system_prompt` play no part: the prompt is what the data have.
 
     Raises:
-        ValueError: messages without a chat template to render them.
+        ValueError: messages without a chat template to render them, or that it refuses.
     """
     if apply_chat_template and tokenizer.chat_template:
         asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -50,8 +50,7 @@ def scored_text(
             if isinstance(completion, str)
             else completion
         )
-        text: str = tokenizer.apply_chat_template([*asked, *said], tokenize=False)
-        return text, False
+        return rendered(tokenizer, [*asked, *said]), False
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise ValueError(
             "the prompt or completion is messages, but the reward model's tokenizer has no chat "
@@ -61,18 +60,40 @@ def scored_text(
     return prompt + completion + end, True
 
 
+def rendered(tokenizer: Any, messages: Messages, **options: Any) -> str:
+    """The text that the tokenizer's chat template makes of `messages`.
+
+    Raises:
+        ValueError: the template refuses them, or cannot render what they hold.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(
+            f"the chat template refuses the messages ({error}); give it messages it knows"
+        ) from error
+    return text
+
+
 def scored_ids(
     tokenizer: Any,
     pairs: Sequence[tuple[str | Messages, str | Messages]],
     apply_chat_template: bool,
 ) -> list[list[int]]:
     """The tokens of `scored_text` for each (prompt, completion). Raises ValueError as it does."""
-    rendered = [scored_text(tokenizer, p, c, apply_chat_template) for p, c in pairs]
-    if not rendered:
+    texts = [scored_text(tokenizer, p, c, apply_chat_template) for p, c in pairs]
+    return tokens_of(tokenizer, [text for text, _ in texts], any(special for _, special in texts))
+
+
+def tokens_of(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
+    """The whole texts' tokens, with special tokens added where `special` says so."""
+    if not texts:
         return []
     ids: list[list[int]] = tokenizer(
-        [text for text, _ in rendered],
-        add_special_tokens=rendered[0][1],
+        texts,
+        add_special_tokens=special,
         truncation=False,
         return_attention_mask=False,
         return_token_type_ids=False,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -24,7 +24,7 @@ from aligntune.algorithms.registry import canonical
 from aligntune.backends import check_backend
 from aligntune.config import CheckpointSpec, RunConfig, TrackingSpec
 from aligntune.config import load_config as load_online_config
-from aligntune.errors import UserError
+from aligntune.errors import UserError, nearest
 from aligntune.tree import explain, load_tree
 from cluster.specs import ClusterSpec
 
@@ -47,6 +47,18 @@ Loss = Literal[
 ]
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
 """The losses in which TRL 1.13 uses `label_smoothing`; the others ignore it."""
+DIVERGENT = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+"""The losses that TRL 1.13 takes with an `f_divergence` other than reverse_kl."""
+UNWEIGHTED = ("aot", "aot_unpaired", "sft")
+"""The losses that TRL 1.13 cannot weigh pair by pair: they sort the pairs, or have one number."""
+
+
+def _known_losses(value: Any) -> Any:
+    """`value`, where every name in it is a loss. Raises ValueError with the nearest name."""
+    for name in value if isinstance(value, list) else [value]:
+        if name not in get_args(Loss):
+            raise ValueError(f"no loss is called {name!r}; {nearest(str(name), get_args(Loss))}")
+    return value
 
 
 class DPOSpec(Spec):
@@ -57,8 +69,12 @@ class DPOSpec(Spec):
 
     name: Literal["dpo"] = "dpo"
     beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference")
-    loss_type: Loss | list[Loss] = Field("sigmoid", description="several are added, with weights")
-    loss_weights: list[float] | None = Field(None, description="of the losses; default 1 each")
+    loss_type: Annotated[Loss | list[Loss], BeforeValidator(_known_losses)] = Field(
+        "sigmoid", description="several are added, with weights; sft only beside another"
+    )
+    loss_weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="of the losses; default 1 each"
+    )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description=f"share of flipped preferences; for {', '.join(SMOOTHED)}"
     )
@@ -67,7 +83,7 @@ class DPOSpec(Spec):
         False, description="reference log-probs before training, no second model during it"
     )
     f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
-        "reverse_kl", description="between policy and reference"
+        "reverse_kl", description=f"of policy and reference; another for {', '.join(DIVERGENT)}"
     )
     weighting: bool = Field(False, description="weigh pairs by their likelihood (WPO, 2406.11827)")
 
@@ -93,6 +109,23 @@ class DPOSpec(Spec):
                 raise ValueError("label_smoothing of loss_type robust must be below 0.5")
         if "exo_pair" in self.losses and not self.label_smoothing:
             raise ValueError("loss_type exo_pair needs label_smoothing above 0, such as 1e-3")
+        if set(self.losses) == {"sft"}:
+            raise ValueError(
+                "loss_type sft alone reads no rejected side, no reference and no beta; add it to "
+                "another loss, as in [sigmoid, sft]"
+            )
+        fixed = [loss for loss in self.losses if loss not in DIVERGENT]
+        if self.f_divergence != "reverse_kl" and fixed:
+            raise ValueError(
+                f"f_divergence {self.f_divergence} does not go with loss_type {fixed[0]}; use "
+                f"reverse_kl, or a loss_type of {', '.join(DIVERGENT)}"
+            )
+        unweighted = [loss for loss in self.losses if loss in UNWEIGHTED]
+        if self.weighting and unweighted:
+            raise ValueError(
+                f"weighting does not go with loss_type {unweighted[0]}, which has no loss of each "
+                "pair; set it to false, or use another loss"
+            )
         if self.reference_free and self.precompute_reference:
             raise ValueError("reference_free leaves no reference to precompute; drop one of them")
         return self
@@ -169,7 +202,9 @@ class PreferenceDataSpec(Spec):
     max_samples: Positive | None = Field(None, description="the first rows of the training data")
     eval_samples: Positive | None = Field(None, description="the first rows of the held-out data")
     bad_pairs: Literal["error", "drop"] = Field(
-        "error", description="what becomes of pairs that are equal, empty or share no prompt"
+        "error",
+        description="what becomes of pairs that are equal, empty, share no prompt or that the chat "
+        "template refuses",
     )
     max_length: Positive = Field(1024, description="tokens of prompt and completion")
     long_pairs: Literal["error", "drop", "keep_start", "keep_end"] = Field(

@@ -13,7 +13,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from actors.preference import PreferenceJob, Relay, announcer, train_worker
+from actors.preference import (
+    PreferenceJob,
+    Relay,
+    RelaySilent,
+    announcer,
+    answer_of,
+    train_worker,
+)
 from aligntune.controller import Interrupted
 from aligntune.data.pairtokens import PairTokens
 from aligntune.errors import RunFailed
@@ -131,7 +138,8 @@ class PreferenceRecorder(Figures, AbstractContextManager["PreferenceRecorder"]):
         for known in sorted(history):
             if known <= step:
                 self.step(known, history[known])
-        self.last = dict(history.get(step, {})) or self.last
+        written = {line.pop("step"): line for line in read_lines(self._metrics.path)}
+        self.last = written.get(step, self.last)  # with the times, which no checkpoint holds
 
 
 class PreferenceRun:
@@ -167,8 +175,8 @@ class PreferenceRun:
             thread.start()
             with self._signals():
                 self._listen(relay, thread)
-            self._write(ray.get(relay.take.remote()))
-            if fatal := ray.get(relay.fatal.remote()):
+            self._write(_answer(relay.take.remote()))
+            if fatal := _answer(relay.fatal.remote()):
                 raise RunFailed(f"the trainer's worker could not start: {fatal}")
             if self._error is not None:
                 raise RunFailed(_lines(self._error)) from self._error
@@ -219,25 +227,23 @@ class PreferenceRun:
             self._error = error
 
     def _listen(self, relay: Any, thread: threading.Thread) -> None:
-        import ray
-
         heard, stopping = time.monotonic(), False
         limit, waiting_for = self._config.train.start_timeout_s, "train.start_timeout_s"
         while thread.is_alive():
             thread.join(POLL_SECONDS)
             try:
-                news = ray.get(relay.take.remote(), timeout=60)
+                news = _answer(relay.take.remote())
                 self._write(news)
             except NotFinite:
                 relay.stop.remote("drop")
                 thread.join(STOP_SECONDS)
                 raise
             now = time.monotonic()
-            if news:
+            if news and not stopping:  # whatever it says, a worker has started
+                heard, limit = now, self._config.train.step_timeout_s
+                waiting_for = "train.step_timeout_s"
+            elif any(kind != "alive" for kind, _ in news):  # nearer to its end
                 heard = now
-                if any(kind in ("started", "step") for kind, _ in news):
-                    limit = self._config.train.step_timeout_s
-                    waiting_for = "train.step_timeout_s"
             if self._signal and not stopping:
                 stopping, heard, limit = True, now, STOP_SECONDS
                 waiting_for = "the time a stopped job has"
@@ -262,6 +268,8 @@ class PreferenceRun:
                     self._recorder.step(fields["step"], fields["metrics"])
                 case "checkpoint":
                     self._recorder.event(EventKind.CHECKPOINT_SAVED, step=fields["step"])
+                case "alive":
+                    pass
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -279,6 +287,14 @@ class PreferenceRun:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _answer(call: Any) -> Any:
+    """What a remote call of the relay returns. Raises RunFailed where it does not in time."""
+    try:
+        return answer_of(call)
+    except RelaySilent as error:
+        raise RunFailed(str(error)) from error
 
 
 def _lines(error: BaseException) -> str:

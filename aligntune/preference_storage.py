@@ -9,12 +9,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
+from pydantic import BaseModel
+
 from actors.storage import Store, filesystem_of
 from aligntune.errors import RunFailed, UserError
+from aligntune.rundir import changes
 from aligntune.storage import answered
+from aligntune.tree import dump
 
+CONFIG = "config.yaml"  # of the run whose checkpoints these are
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints that are whole
 FOLDER = "checkpoints"
+
+
+def step_of(name: str) -> int:
+    """The step of a checkpoint folder, as its name says it."""
+    return int(name.removeprefix("step-"))
 
 
 class JobStorage:
@@ -38,13 +49,15 @@ class JobStorage:
         filesystem, path = Store(self._root).place
         return {"storage_path": path, "storage_filesystem": filesystem, "name": FOLDER}
 
-    def check(self, fresh: bool) -> None:
+    def check(self, config: BaseModel, resume: str, fresh: bool) -> None:
         """Whether the storage answers and is this run's; reads only.
 
-        `fresh` says that the run directory knows of no run, so the storage must not either.
+        `fresh` says that the run directory knows of no run: what is in the storage must then be
+        this run all the same, which has lost its run directory.
 
         Raises:
-            UserError: a scheme that is not known, no answer in time, or another run's checkpoints.
+            UserError: a scheme that is not known, no answer in time, another run's checkpoints, or
+                any run's under resume=never.
         """
         if self._uri is None:
             return
@@ -54,12 +67,42 @@ class JobStorage:
                 "absolute, as in file:///shared/run"
             )
         names = answered(self._uri, self.names)
-        if fresh and names:
+        if not fresh or not names:
+            return
+        if resume == "never":
             raise UserError(
-                f"checkpoint.storage {self._uri} holds another run's checkpoints "
+                f"checkpoint.storage {self._uri} holds a run and resume=never; name another "
+                "folder, or use --resume auto to go on with it"
+            )
+        known = answered(self._uri, lambda: Store(self._root).read(CONFIG))
+        if known is None:
+            raise UserError(
+                f"checkpoint.storage {self._uri} holds checkpoints of a run that is not known "
                 f"({', '.join(names)}), and this would go on with them; name a folder of this "
                 "run's own"
             )
+        changes(yaml.safe_load(known), config, f"checkpoint.storage {self._uri}")
+
+    def describe(self, config: BaseModel) -> None:
+        """Leave the config beside the checkpoints, for a run that has lost its run directory.
+
+        Raises UserError where the storage does not take it in time.
+        """
+        if self._uri is None:
+            return
+        store, content = Store(self._root), dump(config).encode()
+
+        def write() -> None:
+            filesystem, folder = store.place
+            filesystem.create_dir(folder, recursive=True)
+            store.write(CONFIG, content)
+
+        answered(self._uri, write)
+
+    def newest_step(self) -> int:
+        """The step of the newest checkpoint that is whole; 0 where there is none."""
+        names = self.names() if self._uri is None else answered(self._uri, self.names)
+        return step_of(names[-1]) if names else 0
 
     def names(self) -> list[str]:
         """The folders of the checkpoints that are whole, oldest first."""

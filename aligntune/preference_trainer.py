@@ -24,7 +24,7 @@ from aligntune.data.sources import Rows, load_rows
 from aligntune.errors import RunFailed, UserError
 from aligntune.preference_config import DPOSpec, PreferenceConfig
 from aligntune.preference_job import Figures, PreferenceRecorder, PreferenceRun
-from aligntune.preference_storage import JobStorage
+from aligntune.preference_storage import JobStorage, step_of
 from aligntune.requests import role_request
 from aligntune.rewards.registry import check_columns, from_callable, resolve
 from aligntune.rundir import RunDir
@@ -177,14 +177,20 @@ class PreferenceTrainer:
         if resolve_address(self.config.cluster) == "local":
             check_installed(self.config.backend)
         storage = self._storage(rundir)
-        storage.check(fresh=rundir.previous() is None)
-        if resume not in ("auto", "never"):
-            storage.named(resume)
+        storage.check(self.config, resume, fresh=rundir.previous() is None)
+        named = None if resume in ("auto", "never") else storage.named(resume)
         try:
             check_trackers(self.config.tracking.trackers)
         except TrackerMissing as error:
             raise UserError(str(error)) from error
         _ = self.tokenizer, self.pairs, self.eval_pairs
+        reached = step_of(named) if named else storage.newest_step()
+        if reached > self.total_steps:
+            raise UserError(
+                f"train.{'steps' if self.config.train.steps else 'epochs'} makes "
+                f"{self.total_steps} steps and the run's checkpoint is of step {reached}; raise "
+                "it, or go back with --resume and an earlier checkpoint folder"
+            )
         return rundir
 
     def summary(self) -> str:
@@ -221,6 +227,7 @@ class PreferenceTrainer:
         rundir.claim()
         rundir.describe(self.config)
         try:
+            storage.describe(self.config)
             with PreferenceRecorder(self.config, rundir, self.total_steps) as recorder:
                 recorder.event(EventKind.RUN_STARTED, changed={k: v[1] for k, v in changed.items()})
                 if isinstance(self.rows, ScoredPairs):
@@ -331,7 +338,7 @@ def _arguments(config: PreferenceConfig) -> dict[str, Any]:
         "adam_beta2": train.adam_betas[1],
         "adam_epsilon": train.adam_epsilon,
         "max_grad_norm": train.max_grad_norm,
-        "deepspeed": None if train.deepspeed is None else {**FILLED_IN, **train.deepspeed},
+        "deepspeed": None if train.deepspeed is None else _deepspeed(train.deepspeed),
         "max_length": None,
     }
     if not isinstance(algorithm, DPOSpec):
@@ -349,3 +356,11 @@ def _arguments(config: PreferenceConfig) -> dict[str, Any]:
         **({"max_length": config.data.max_length} if cut else {}),
         **({"truncation_mode": config.data.long_pairs} if cut else {}),
     }
+
+
+def _deepspeed(given: dict[str, Any]) -> dict[str, Any]:
+    """A DeepSpeed config with what the trainer tells it filled in; ZeRO-3 can give the whole model
+    back then, for the export."""
+    zero = given.get("zero_optimization") or {}
+    whole = {"stage3_gather_16bit_weights_on_model_save": True} if zero.get("stage") == 3 else {}
+    return {**FILLED_IN, **given, "zero_optimization": {**whole, **zero}}

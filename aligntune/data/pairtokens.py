@@ -7,12 +7,12 @@ is what its two sides begin with in common, never more than the rendered prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from actors.messages import Messages
-from actors.reward_model import scored_ids
+from actors.reward_model import rendered, scored_text, tokens_of
 from aligntune.data.errors import DataError
 from aligntune.data.preference import Pair, Pairs, bad_rows_message, read_pairs
 from aligntune.data.sources import Rows
@@ -51,8 +51,8 @@ def pair_tokens(
     """Every usable pair of a data set, tokenised for a job of `kind`.
 
     Raises:
-        DataError: as `read_pairs`; messages without a chat template; pairs over `max_length` under
-            policy `error`; nothing left to train on.
+        DataError: as `read_pairs`, and so for rows that cannot be rendered or are equal as tokens;
+            pairs over `max_length` under policy `error`; nothing left to train on.
     """
     found = read_pairs(
         rows,
@@ -67,28 +67,39 @@ def pair_tokens(
             "data.system_prompt: there is no chat template to say where it goes; write it into the "
             "prompts, or use a model with a template"
         )
-    make = _reward_tokens if kind == "reward_model" else _dpo_tokens
-    sides: list[dict[str, list[int]]] = []
+    render = _scored(tokenizer, template)
+    if kind == "dpo":
+        render = _by_template(tokenizer, system_prompt) if template else _as_text(tokenizer)
+    sides: dict[int, dict[str, list[int]]] = {}
+    bad: dict[int, str] = {}
     for first in range(0, len(found.pairs), BATCH):
-        batch = found.pairs[first : first + BATCH]
-        try:
-            sides += make(batch, tokenizer, template, system_prompt)
-        except ValueError as error:
-            raise DataError(f"{rows.origin}: {error}") from error
-    return _within(rows, found, sides, max_length, long_pairs, bad_pairs)
+        texts: dict[int, tuple[str, ...]] = {}
+        for position in range(first, min(first + BATCH, len(found.pairs))):
+            row = found.rows[position]
+            try:
+                texts[row] = render(found.pairs[position])
+            except ValueError as error:
+                bad[row] = str(error)
+        every = [text for parts in texts.values() for text in parts]
+        ids = iter(tokens_of(tokenizer, every, special=not template))
+        for row, parts in texts.items():
+            own = [next(ids) for _ in parts]
+            sides[row] = _dpo_sides(*own) if kind == "dpo" else _reward_sides(*own)
+    return _within(rows, found, bad, sides, max_length, long_pairs, bad_pairs)
 
 
 def _within(
     rows: Rows,
     found: Pairs,
-    sides: list[dict[str, list[int]]],
+    bad: dict[int, str],
+    sides: dict[int, dict[str, list[int]]],
     max_length: int,
     long_pairs: str,
     bad_pairs: str,
 ) -> PairTokens:
-    """Apply the length policy."""
-    kept, bad, long, longest = [], dict(found.bad), 0, 0
-    for row, side in zip(found.rows, sides, strict=True):
+    """Apply the policies for length and for bad rows; `bad` has those that were not rendered."""
+    kept, long, longest = [], 0, 0
+    for row, side in sides.items():
         asked = len(side.get("prompt_ids", ()))
         tokens = asked + max(len(side["chosen_ids"]), len(side["rejected_ids"]))
         longest = max(longest, tokens)
@@ -106,54 +117,54 @@ def _within(
             )
         if long_pairs == "keep_start" and asked >= max_length:
             bad[row] = f"the prompt alone fills data.max_length={max_length}"
+        elif long_pairs != "drop" and _equal_once_cut(side, asked, max_length, long_pairs):
+            bad[row] = f"cut to data.max_length={max_length}, chosen and rejected are the same"
         elif long_pairs != "drop":
             kept.append(side)
-    if len(bad) > len(found.bad) and bad_pairs == "error":
-        new = {row: why for row, why in bad.items() if row not in found.bad}
-        raise DataError(bad_rows_message(rows, new, "set data.bad_pairs: drop to leave them out"))
+    bad = dict(sorted(bad.items()))
+    if bad and bad_pairs == "error":
+        raise DataError(bad_rows_message(rows, bad, "set data.bad_pairs: drop to leave them out"))
+    if not kept and bad and not long:
+        raise DataError(bad_rows_message(rows, found.bad | bad, "none is left to train on"))
     if not kept:
         raise DataError(f"{rows.origin}: no pair is left to train on ({long} too long)")
     columns = {name: [side[name] for side in kept] for name in kept[0]}
-    return PairTokens(columns, len(rows), bad, long, longest)
+    return PairTokens(columns, len(rows), dict(sorted((found.bad | bad).items())), long, longest)
 
 
-def _reward_tokens(
-    pairs: Sequence[Pair], tokenizer: Any, template: bool, system_prompt: str | None
-) -> list[dict[str, list[int]]]:
-    rendered = [pair.as_messages() if template else pair for pair in pairs]
-    chosen = scored_ids(tokenizer, [(p.prompt, p.chosen) for p in rendered], template)
-    rejected = scored_ids(tokenizer, [(p.prompt, p.rejected) for p in rendered], template)
-    return [
-        {"chosen_ids": better, "rejected_ids": worse}
-        for better, worse in zip(chosen, rejected, strict=True)
-    ]
+def _equal_once_cut(
+    side: dict[str, list[int]], asked: int, max_length: int, long_pairs: str
+) -> bool:
+    """Whether what is left of the two completions is the same."""
+    cut = slice(max_length - asked) if long_pairs == "keep_start" else slice(-max_length, None)
+    return side["chosen_ids"][cut] == side["rejected_ids"][cut]
 
 
-def _dpo_tokens(
-    pairs: Sequence[Pair], tokenizer: Any, template: bool, system_prompt: str | None
-) -> list[dict[str, list[int]]]:
-    render = _by_template(tokenizer, system_prompt) if template else _as_text(tokenizer)
-    texts = [text for pair in pairs for text in render(pair)]
-    ids: list[list[int]] = tokenizer(
-        texts,
-        add_special_tokens=not template,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
-    tokens = []
-    for prompt, chosen, rejected in zip(ids[::3], ids[1::3], ids[2::3], strict=True):
-        # A token may span the end of the prompt: it then belongs to the completion.
-        asked = min(_common(prompt, chosen), _common(prompt, rejected))
-        tokens.append(
-            {
-                "prompt_ids": chosen[:asked],
-                "chosen_ids": chosen[asked:],
-                "rejected_ids": rejected[asked:],
-            }
+def _reward_sides(chosen: list[int], rejected: list[int]) -> dict[str, list[int]]:
+    return {"chosen_ids": chosen, "rejected_ids": rejected}
+
+
+def _dpo_sides(prompt: list[int], chosen: list[int], rejected: list[int]) -> dict[str, list[int]]:
+    # A token may span the end of the prompt: it then belongs to the completion.
+    asked = min(_common(prompt, chosen), _common(prompt, rejected))
+    return {
+        "prompt_ids": chosen[:asked],
+        "chosen_ids": chosen[asked:],
+        "rejected_ids": rejected[asked:],
+    }
+
+
+def _scored(tokenizer: Any, template: bool) -> Callable[[Pair], tuple[str, ...]]:
+    """Both sides as a reward model reads them."""
+
+    def render(pair: Pair) -> tuple[str, ...]:
+        pair = pair.as_messages() if template else pair
+        return tuple(
+            scored_text(tokenizer, pair.prompt, side, template)[0]
+            for side in (pair.chosen, pair.rejected)
         )
-    return tokens
+
+    return render
 
 
 def _by_template(tokenizer: Any, system_prompt: str | None) -> Callable[[Pair], tuple[str, ...]]:
@@ -166,11 +177,10 @@ def _by_template(tokenizer: Any, system_prompt: str | None) -> Callable[[Pair], 
                     "a prompt has a system message and data.system_prompt is set too; remove one"
                 )
             asked = [{"role": "system", "content": system_prompt}, *asked]
-        template = tokenizer.apply_chat_template
         return (
-            template(asked, tokenize=False, add_generation_prompt=True),
-            template([*asked, *pair.chosen], tokenize=False),
-            template([*asked, *pair.rejected], tokenize=False),
+            rendered(tokenizer, asked, add_generation_prompt=True),
+            rendered(tokenizer, [*asked, *pair.chosen]),
+            rendered(tokenizer, [*asked, *pair.rejected]),
         )
 
     return render

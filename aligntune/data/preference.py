@@ -1,18 +1,20 @@
 """Preference pairs from the rows of a data set: prompt, chosen and rejected, checked one by one.
 
-Three forms are read. Explicit: columns prompt, chosen and rejected, strings or messages. Implicit:
-chosen and rejected begin with the same messages or the same text, which is the prompt. Transcripts:
-strings of `\\n\\nHuman: ... \\n\\nAssistant: ...` turns, whose prompt reaches up to and including
-the last Assistant marker the two share.
+Three forms are read. Explicit: columns prompt, chosen and rejected, strings or messages; the sides
+may repeat the prompt. Implicit: chosen and rejected begin with the same messages or the same text,
+which is the prompt. Transcripts: strings of `Human: ... \\n\\nAssistant: ...` turns, perhaps with a
+system text before them, whose prompt reaches up to and including the last Assistant marker the two
+share.
 
-Invariant: nothing is lost. Prompt and completion, joined again, are what the row had on each side.
+Invariant: nothing is lost. Prompt and completion, joined again, are what the row had on each side,
+a prompt that a side repeats counted once.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from actors.messages import Messages
@@ -20,8 +22,9 @@ from aligntune.data.errors import DataError
 from aligntune.data.formats import ROLES
 from aligntune.data.sources import Rows, require_column
 
-MARKER = re.compile(r"\n\n(Human|Assistant):")
+MARKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 SPEAKER = {"Human": "user", "Assistant": "assistant"}
+ASKING = ("system", "developer", "user")  # roles that ask, and do not answer
 SHOWN = 5  # bad rows that a message names
 
 
@@ -33,6 +36,7 @@ class Pair:
     chosen: str | Messages
     rejected: str | Messages
     transcript: bool = False  # strings of Human and Assistant turns
+    split: bool = field(default=False, compare=False)  # the sides have no prompt of their own
 
     def as_messages(self) -> Pair:
         """The pair as messages: a transcript turn by turn, without the blanks around each turn;
@@ -102,11 +106,44 @@ def read_pairs(
             used.append(index)
         except DataError as error:
             bad[index] = str(error)
+    pairs, used = _without_repeated_prompts(pairs, used, bad)
+    bad = dict(sorted(bad.items()))
     if bad and bad_pairs == "error":
         raise DataError(bad_rows_message(rows, bad, "set data.bad_pairs: drop to leave them out"))
     if not pairs:
         raise DataError(bad_rows_message(rows, bad, "none is left to train on"))
     return Pairs(tuple(pairs), tuple(used), bad)
+
+
+def _without_repeated_prompts(
+    pairs: list[Pair], used: list[int], bad: dict[int, str]
+) -> tuple[list[Pair], list[int]]:
+    """The pairs of strings without the prompt in front of their sides, where most rows have it.
+
+    Of one row it cannot be told, for an answer may begin with the words of the question, as a
+    greeting does; of a column it can. Rows that differ from most then go to `bad`.
+    """
+    plain = [pair for pair in pairs if isinstance(pair.prompt, str) and not pair.split]
+    repeating = sum(_repeats(pair.prompt, pair.chosen, pair.rejected) == 2 for pair in plain)
+    if 2 * repeating <= len(plain):
+        return pairs, used
+    kept, rows = [], []
+    for pair, row in zip(pairs, used, strict=True):
+        try:
+            if isinstance(pair.prompt, str) and not pair.split:
+                if _repeats(pair.prompt, pair.chosen, pair.rejected) < 2:
+                    raise DataError(
+                        "most rows repeat the prompt in front of both sides, and this one does not"
+                    )
+                cut = len(pair.prompt)
+                pair = _checked(
+                    replace(pair, chosen=pair.chosen[cut:], rejected=pair.rejected[cut:])
+                )
+            kept.append(pair)
+            rows.append(row)
+        except DataError as error:
+            bad[row] = str(error)
+    return kept, rows
 
 
 def bad_rows_message(rows: Rows, bad: dict[int, str], cure: str) -> str:
@@ -136,10 +173,15 @@ def to_pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
         pair = _of_messages(prompt, _messages("chosen", chosen), _messages("rejected", rejected))
     elif prompt is not None:
         pair = _of_strings(prompt, chosen, rejected)
-    elif MARKER.match(chosen) or MARKER.match(rejected):
+    elif _is_transcript(chosen) or _is_transcript(rejected):
         pair = split_transcripts(chosen, rejected)
     else:
         pair = _of_shared_text(chosen, rejected)
+    return _checked(pair)
+
+
+def _checked(pair: Pair) -> Pair:
+    """`pair`, where none of its parts is empty and the sides differ. Raises DataError."""
     if _empty(pair.prompt):
         raise DataError("the prompt is empty")
     for name, said in (("chosen", pair.chosen), ("rejected", pair.rejected)):
@@ -164,17 +206,23 @@ def split_transcripts(chosen: str, rejected: str) -> Pair:
             "differ"
         )
     end = markers[-1].end()
-    return Pair(chosen[:end], chosen[end:], rejected[end:], transcript=True)
+    if len(turns(chosen[:end])) < 2:
+        raise DataError("the prompt is empty: no turn is before the Assistant's")
+    return Pair(chosen[:end], chosen[end:], rejected[end:], transcript=True, split=True)
 
 
 def _of_messages(prompt: Any, chosen: Messages, rejected: Messages) -> Pair:
     """Messages with the prompt in a column, in front of both sides, or both."""
     if isinstance(prompt, list):
         asked = _messages("prompt", prompt)
-        cut = len(asked)
-        if chosen[:cut] == asked and rejected[:cut] == asked:
-            return Pair(asked, chosen[cut:], rejected[cut:])
-        return Pair(asked, chosen, rejected)
+        cut = len(asked) if _repeat_both(asked, chosen, rejected) else 0
+        for name, side in (("chosen", chosen[cut:]), ("rejected", rejected[cut:])):
+            if side and side[0]["role"] in ASKING:
+                raise DataError(
+                    f"{name} opens with a {side[0]['role']} message, and the prompt column holds "
+                    "the prompt; give the answers alone, or the same prompt in front of both"
+                )
+        return Pair(asked, chosen[cut:], rejected[cut:])
     openers = {chosen[0]["role"], rejected[0]["role"]}
     if isinstance(prompt, str) and openers == {"assistant"}:
         return Pair([{"role": "user", "content": prompt}], chosen, rejected)
@@ -203,7 +251,40 @@ def _of_strings(prompt: Any, chosen: str, rejected: str) -> Pair:
         )
     if not isinstance(prompt, str):
         raise DataError(f"the prompt is a {type(prompt).__name__}; give a string or messages")
-    return Pair(prompt, chosen, rejected, transcript=_ends_at_assistant(prompt))
+    if _ends_at_assistant(prompt):
+        cut = len(prompt) if _repeat_both(prompt, chosen, rejected) else 0
+        return Pair(prompt, chosen[cut:], rejected[cut:], transcript=True, split=True)
+    openers = [MARKER.match(side) for side in (chosen, rejected)]
+    if all(opener and opener[1] == "Human" for opener in openers):
+        return _of_text_and_transcripts(prompt, chosen, rejected)
+    shared = openers[0][0] if openers[0] else ""
+    if MARKER.search(prompt) and shared.endswith("Assistant:") and rejected.startswith(shared):
+        cut = len(shared)
+        return Pair(prompt + shared, chosen[cut:], rejected[cut:], transcript=True, split=True)
+    return Pair(prompt, chosen, rejected)
+
+
+def _of_text_and_transcripts(prompt: str, chosen: str, rejected: str) -> Pair:
+    """Transcripts whose question stands in the prompt column too."""
+    pair = split_transcripts(chosen, rejected)
+    said = turns(str(pair.prompt))
+    whole = str(pair.prompt).startswith(prompt)  # a transcript itself
+    if not whole and prompt.strip() not in (said[0]["content"], said[-2]["content"]):
+        raise DataError("the prompt column is not what chosen and rejected begin with")
+    return pair
+
+
+def _repeats(prompt: Any, chosen: Any, rejected: Any) -> int:
+    """How many of the two sides begin with the prompt."""
+    return sum(side[: len(prompt)] == prompt for side in (chosen, rejected))
+
+
+def _repeat_both(prompt: Any, chosen: Any, rejected: Any) -> bool:
+    """Whether the sides begin with the prompt. Raises DataError where only one does."""
+    found = _repeats(prompt, chosen, rejected)
+    if found == 1:
+        raise DataError("one side repeats the prompt and the other does not; give both in one form")
+    return found == 2
 
 
 def _of_shared_text(chosen: str, rejected: str) -> Pair:
@@ -213,12 +294,26 @@ def _of_shared_text(chosen: str, rejected: str) -> Pair:
     cut = words[-1] if words else 0
     if not chosen[:cut].strip():
         raise DataError("there is no prompt column, and chosen and rejected begin differently")
-    return Pair(chosen[:cut], chosen[cut:], rejected[cut:])
+    return Pair(chosen[:cut], chosen[cut:], rejected[cut:], split=True)
+
+
+def _is_transcript(text: str) -> bool:
+    """Whether a text opens with a turn, or has a question and an answer after some other text."""
+    if MARKER.match(text):
+        return True
+    speakers = [marker[1] for marker in MARKER.finditer(text)]
+    return "Human" in speakers and "Assistant" in speakers[speakers.index("Human") :]
 
 
 def _ends_at_assistant(prompt: str) -> bool:
+    """Whether a prompt is a transcript up to the marker of its answer, with or without a blank."""
     markers = list(MARKER.finditer(prompt))
-    return bool(markers) and markers[-1][1] == "Assistant" and prompt.endswith("\n\nAssistant:")
+    return (
+        bool(markers)
+        and markers[-1][1] == "Assistant"
+        and not prompt[markers[-1].end() :].strip()
+        and len(turns(prompt)) > 1
+    )
 
 
 def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -82,7 +82,7 @@ def made_of(
     assert isinstance(config, PreferenceConfig)
     job = PreferenceJob(
         kind=kind,
-        backend="trl",
+        backend=config.backend,
         model=config.model,
         seed=config.train.seed,
         steps=steps,
@@ -350,6 +350,22 @@ def test_a_bfloat16_model_is_written_in_bfloat16(
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_tied_weights_are_written_once_in_another_dtype_too(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tied = AutoModelForCausalLM.from_pretrained(tiny_model, tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "tied")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "tied")
+    trainer = made_of(tmp_path / "tied", tmp_path, ["model.dtype=bfloat16"])
+    export_model(trainer, trainer.job, tmp_path / "scratch")
+    before = load_file(tmp_path / "tied" / "model.safetensors")
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    assert written.keys() == before.keys()
+    assert "lm_head.weight" not in written
+
+
 @pytest.mark.parametrize(
     ("dtype", "model"), [("float32", "whole"), ("bfloat16", "whole"), ("bfloat16", "lora")]
 )
@@ -425,6 +441,41 @@ os._exit(0)
     assert first == pytest.approx(math.log(2), abs=1e-6)
     written = load_file(tmp_path / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["whole", "lora"])
+def test_unsloth_in_bfloat16_starts_from_the_same_first_loss_and_trains_in_float32(
+    tiny_model: Path, tmp_path: Path, model: str
+) -> None:
+    """In a process of its own, which Unsloth patches for good."""
+    script = """
+import sys
+from pathlib import Path
+from actors.unsloth_backend import import_unsloth
+import_unsloth()
+from tests.actors.test_preference_trainers import made_of, weights
+trainer = made_of(Path(sys.argv[1]), Path(sys.argv[2]), (
+    "model.dtype=bfloat16", "backend=unsloth", *sys.argv[3:]
+))
+before = weights(trainer)
+trainer.train()
+moved = [bool((weights(trainer)[name] != weight).any()) for name, weight in before.items()]
+print("all moved", all(moved), {weight.dtype for weight in before.values()})
+print("first", next(e["loss"] for e in trainer.state.log_history if "loss" in e), flush=True)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_model), str(tmp_path), *MODELS[model]],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "all moved True {torch.float32}" in ran.stdout
+    first = float(ran.stdout.rpartition("first ")[2].split()[0])
+    assert first == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_the_optimiser_is_named(build: Build) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +94,49 @@ def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
     return found
 
 
+def kill_a_worker(folder: Path, killed: list[int]) -> threading.Thread:
+    """Kills rank 1 once a checkpoint is there; started."""
+
+    def kill() -> None:
+        wait_for(lambda: events_of(folder, "checkpoint_saved"), 300)
+        rank = next(e for e in events_of(folder, "role_started") if e["rank"] == 1)
+        os.kill(rank["pid"], signal.SIGKILL)
+        killed.append(rank["pid"])
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    return killer
+
+
+def test_two_workers_outlive_a_killed_one_and_a_finished_run_trains_no_more(
+    ray_session: None, job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    two = ["train.workers=2", "algorithm.precompute_reference=true", "train.scheduler=constant"]
+    given = job(max_steps=10, overrides=[*two, "checkpoint.every_steps=2"])
+    killed: list[int] = []
+    killer = kill_a_worker(folder, killed)
+    result = create_rl_trainer(**given).train()
+    killer.join()
+    assert killed
+    steps = steps_of(folder)
+    assert list(steps) == list(range(11))
+    assert steps[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert len(events_of(folder, "role_started")) == 4
+    assert [event["step"] % 2 for event in events_of(folder, "resumed")] == [0]
+    model = (result.model / "model.safetensors").read_bytes()
+    lines = (folder / "metrics.jsonl").read_bytes()
+
+    again = create_rl_trainer(**given).train()
+    assert [event["step"] for event in events_of(folder, "resumed")][1:] == [10]
+    assert (again.steps, again.metrics) == (10, result.metrics)
+    assert (folder / "metrics.jsonl").read_bytes() == lines
+    assert (again.model / "model.safetensors").read_bytes() == model
+
+    with pytest.raises(UserError, match=r"makes 9 steps and .* checkpoint is of step 10; raise"):
+        create_rl_trainer(**{**given, "max_steps": 9}).train()
+
+
 @pytest.mark.long
 def test_dpo_on_two_workers_learns_and_outlives_a_killed_worker(
     ray_session: None, job: Callable[..., dict[str, Any]], tmp_path: Path
@@ -102,15 +146,7 @@ def test_dpo_on_two_workers_learns_and_outlives_a_killed_worker(
         **job(max_steps=60, overrides=["train.workers=2", "checkpoint.every_steps=10"])
     )
     killed: list[int] = []
-
-    def kill_one_worker() -> None:
-        wait_for(lambda: events_of(folder, "checkpoint_saved"), 300)
-        rank = next(e for e in events_of(folder, "role_started") if e["rank"] == 1)
-        os.kill(rank["pid"], signal.SIGKILL)
-        killed.append(rank["pid"])
-
-    killer = threading.Thread(target=kill_one_worker)
-    killer.start()
+    killer = kill_a_worker(folder, killed)
     result = trainer.train()
     killer.join()
     assert killed
@@ -241,7 +277,8 @@ def test_a_stopped_job_saves_and_goes_on_and_a_named_checkpoint_is_gone_back_to(
         )
 
     process = start()
-    wait_for(lambda: len(steps_of(folder)) > 12 if folder.exists() else False, 300)
+    metrics = folder / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(steps_of(folder)) > 12, 300)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 143, output
@@ -303,7 +340,8 @@ def test_a_precomputed_reference_gives_the_same_losses_and_none_gives_others(
     found = {}
     for name in ("kept", "precompute_reference", "reference_free"):
         option = [] if name == "kept" else [f"algorithm.{name}=true"]
-        given = job(max_steps=4, output_dir=str(tmp_path / name), overrides=option)
+        overrides = ["train.workers=2", *option]
+        given = job(max_steps=4, output_dir=str(tmp_path / name), overrides=overrides)
         create_rl_trainer(**given).train()
         found[name] = steps_of(tmp_path / name)
     for step in range(1, 5):
@@ -350,9 +388,13 @@ def test_checkpoints_and_the_model_go_through_a_uri(
     create_rl_trainer(**{**given, "max_steps": 10}).train()
     assert [event["step"] for event in events_of(tmp_path / "run", "resumed")] == [5]
     assert list(steps_of(tmp_path / "run")) == list(range(11))
-    another = create_rl_trainer(**{**given, "output_dir": str(tmp_path / "another")})
-    with pytest.raises(UserError, match="holds another run's checkpoints"):
-        another.train()
+    elsewhere = {**given, "output_dir": str(tmp_path / "elsewhere"), "max_steps": 12}
+    with pytest.raises(UserError, match=r"holds another run: train\.seed was"):
+        create_rl_trainer(**{**elsewhere, "seed": 7}).train()
+    shutil.rmtree(tmp_path / "run")
+    create_rl_trainer(**elsewhere).train()
+    assert [event["step"] for event in events_of(tmp_path / "elsewhere", "resumed")] == [10]
+    assert list(steps_of(tmp_path / "elsewhere")) == list(range(13))
 
 
 def test_what_no_restart_can_mend_ends_the_job_with_its_reason(
@@ -366,6 +408,8 @@ def test_what_no_restart_can_mend_ends_the_job_with_its_reason(
     trainer = create_rl_trainer(**job(model_name=str(broken)))
     with pytest.raises(RunFailed, match=r"worker could not start: ModelError: .*broken"):
         trainer.train()
+    started = events_of(Path(trainer.config.output_dir), "role_started")
+    assert started, "a worker says who it is before it loads anything"
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import shlex
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 
 from aligntune import cli
 from aligntune.algorithms import registry
-from aligntune.config import RunConfig, load_config
-from aligntune.trainers import OnlineTrainer, TrainResult
+from aligntune.config import RunConfig
+from aligntune.preference_config import ALGORITHMS, PreferenceConfig, load_config
+from aligntune.preference_trainer import PreferenceTrainer
+from aligntune.trainers import OnlineTrainer
 from tests.stand_ins import LOCAL, REPOSITORY, write_stand_ins
 
 EXAMPLES = REPOSITORY / "examples"
@@ -25,6 +28,18 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
     """A folder with stand-ins for the models and data that the examples name."""
     root = tmp_path_factory.mktemp("workplace")
     write_stand_ins(root, tiny_model)
+    pairs = [
+        {
+            side: [{"role": "user", "content": f"{i}+1"}, {"role": "assistant", "content": answer}]
+            for side, answer in (("chosen", f"{i + 1}"), ("rejected", f"{i}"))
+        }
+        for i in range(16)
+    ]
+    for split in ("train", "test"):
+        file = root / "data" / "pairs" / f"{split}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    (root / "trl-lib" / "ultrafeedback_binarized").symlink_to(file.parent)
     return root
 
 
@@ -35,21 +50,24 @@ def shown_commands(path: Path) -> list[list[str]]:
     return [shlex.split(line) for line in lines if line.startswith(("aligntune ", "python "))]
 
 
-def run_script(path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+def run_script(
+    path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> RunConfig | PreferenceConfig:
     """Run an example up to its `train`, which checks instead; returns the config it made."""
-    made: list[RunConfig] = []
+    made: list[RunConfig | PreferenceConfig] = []
 
     class Checked(Exception):
         """The script has come to its training."""
 
-    def check(self: OnlineTrainer, resume: str = "auto") -> TrainResult:
+    def check(self: OnlineTrainer | PreferenceTrainer, resume: str = "auto") -> None:
         made.append(self.config)
         if overrides:  # hub names are for the hub: only what is local can be looked at here
             self.check(resume)
             assert self.summary()
         raise Checked
 
-    monkeypatch.setattr(OnlineTrainer, "train", check)
+    for trainer in (OnlineTrainer, PreferenceTrainer):
+        monkeypatch.setattr(trainer, "train", check)
     monkeypatch.setattr("sys.argv", [str(path), *overrides])
     with pytest.raises(Checked):
         runpy.run_path(str(path), run_name="__main__")
@@ -58,6 +76,7 @@ def run_script(path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 
 def test_every_algorithm_of_ours_has_a_yaml_and_a_python_example() -> None:
     ours = {name for name in registry.names() if registry.get(name).__module__.startswith("align")}
+    ours |= ALGORITHMS.keys()
     assert {path.stem for path in YAMLS} == ours
     assert {path.stem for path in SCRIPTS} == ours
 
@@ -88,12 +107,14 @@ def test_the_commands_in_a_yaml_example_dry_run(
 ) -> None:
     monkeypatch.chdir(workplace)
     for command in shown_commands(path):
+        local = () if path.stem in ALGORITHMS else LOCAL
         with pytest.raises(SystemExit) as ended:
-            cli.main([*command[1:], *LOCAL, "--dry-run"])
+            cli.main([*command[1:], *local, "--dry-run"])
         shown = capsys.readouterr()
         assert ended.value.code == 0, shown.err
         assert f"name: {path.stem}" in shown.out
-        assert " prompts, longest " in shown.out
+        preference = path.stem in ALGORITHMS
+        assert (" 16 of 16 pairs, 0 bad" if preference else " prompts, longest ") in shown.out
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
@@ -104,7 +125,7 @@ def test_the_commands_in_a_python_example_dry_run(
     for command in shown_commands(path):
         config = run_script(path, command[2:], monkeypatch)
         assert config.algorithm_name == path.stem
-        assert config.rewards
+        assert config.rewards or path.stem in ALGORITHMS
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)

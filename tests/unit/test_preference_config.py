@@ -57,6 +57,25 @@ REFUSED = {
         "algorithm.loss_type=[sigmoid, sft]",
         "algorithm.loss_weights=[1]",
     ],
+    "no loss is called 'sigmod'; did you mean 'sigmoid'?": ["algorithm.loss_type=sigmod"],
+    "no loss is called 'hing'; did you mean 'hinge'?": ["algorithm.loss_type=[ipo, hing]"],
+    "loss_weights.1: Input should be greater than 0": [
+        "algorithm.loss_type=[sigmoid, sft]",
+        "algorithm.loss_weights=[1, 0]",
+    ],
+    "loss_type sft alone reads no rejected side": ["algorithm.loss_type=sft"],
+    "f_divergence forward_kl does not go with loss_type nca_pair": [
+        "algorithm.loss_type=[sigmoid, nca_pair]",
+        "algorithm.f_divergence=forward_kl",
+    ],
+    "weighting does not go with loss_type sft": [
+        "algorithm.loss_type=[sigmoid, sft]",
+        "algorithm.weighting=true",
+    ],
+    "weighting does not go with loss_type aot": [
+        "algorithm.loss_type=aot",
+        "algorithm.weighting=true",
+    ],
     "leaves no reference to precompute": [
         "algorithm.reference_free=true",
         "algorithm.precompute_reference=true",

@@ -13,7 +13,8 @@ import pytest
 import actors.storage
 from aligntune import storage as answering
 from aligntune.errors import UserError
-from aligntune.preference_storage import FOLDER, SNAPSHOT, JobStorage
+from aligntune.preference_storage import CONFIG, FOLDER, SNAPSHOT, JobStorage
+from tests.unit.test_preference_config import config
 
 
 def write_checkpoints(root: Path, steps: list[int]) -> None:
@@ -52,7 +53,7 @@ def test_a_uri_that_nothing_here_understands_is_refused(
     uri: str, reason: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=reason) as said:
-        JobStorage(uri, tmp_path).check(fresh=True)
+        JobStorage(uri, tmp_path).check(config(), "auto", fresh=True)
     assert f"checkpoint.storage {uri} cannot be used" in str(said.value)
     assert "\n" not in str(said.value)
 
@@ -71,16 +72,41 @@ def silence(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_storage_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(UserError, match=r"no answer within 0\.2 s"):
-        JobStorage("s3://bucket/run", tmp_path).check(fresh=True)
+        JobStorage("s3://bucket/run", tmp_path).check(config(), "auto", fresh=True)
     assert time.monotonic() - began < 30
 
 
-def test_another_run_s_storage_is_refused_by_a_new_run_only(tmp_path: Path) -> None:
+@pytest.fixture
+def shared(tmp_path: Path) -> JobStorage:
+    """A storage with a checkpoint, whose run directory is gone."""
     write_checkpoints(tmp_path / "shared", [10])
-    storage = JobStorage(f"file://{tmp_path}/shared/", tmp_path / "run")
-    storage.check(fresh=False)
-    with pytest.raises(UserError, match=r"holds another run's checkpoints \(step-000010\)"):
-        storage.check(fresh=True)
+    return JobStorage(f"file://{tmp_path}/shared/", tmp_path / "run")
+
+
+def test_checkpoints_of_a_run_that_is_not_known_are_refused_by_a_new_run_only(
+    shared: JobStorage,
+) -> None:
+    shared.check(config(), "auto", fresh=False)
+    with pytest.raises(UserError, match=r"of a run that is not known \(step-000010\)"):
+        shared.check(config(), "auto", fresh=True)
+
+
+def test_a_run_that_lost_its_directory_goes_on_from_its_storage_and_another_does_not(
+    shared: JobStorage, tmp_path: Path
+) -> None:
+    shared.describe(config())
+    assert (tmp_path / "shared" / CONFIG).is_file()
+    shared.check(config("train.learning_rate=1e-5", "output_dir=elsewhere"), "auto", fresh=True)
+    assert shared.newest_step() == 10
+    with pytest.raises(UserError, match=r"holds another run: train\.seed was 0 there"):
+        shared.check(config("train.seed=1"), "auto", fresh=True)
+    with pytest.raises(UserError, match="holds a run and resume=never"):
+        shared.check(config(), "never", fresh=True)
+
+
+def test_a_storage_that_is_not_there_yet_is_made_for_the_config(tmp_path: Path) -> None:
+    JobStorage(f"file://{tmp_path}/new/run", tmp_path / "run").describe(config())
+    assert (tmp_path / "new" / "run" / CONFIG).is_file()
 
 
 def test_a_named_checkpoint_becomes_the_newest(run: JobStorage, tmp_path: Path) -> None:

@@ -110,6 +110,19 @@ class TestScoring:
         with pytest.raises(RewardFailed, match="max_tokens is 64"):
             score(criterion(), "1" * 80, "2")
 
+    def test_a_prompt_that_the_chat_template_refuses_fails_the_group(
+        self, criterion: Callable[..., RewardModelCriterion]
+    ) -> None:
+        async def body() -> None:
+            scorer = ModelScorer(criterion())
+            await scorer.start()
+            scorer._tokenizer.chat_template = "{{ raise_exception('not like this') }}"
+            await scorer.score(prompt(), ["2"])
+
+        with pytest.raises(RewardFailed, match=r"template refuses .*not like this") as failed:
+            asyncio.run(body())
+        assert failed.value.reason is RewardFailure.RAISED
+
     def test_a_score_that_is_not_finite_fails_the_group(
         self, criterion: Callable[..., RewardModelCriterion]
     ) -> None:

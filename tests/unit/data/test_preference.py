@@ -73,6 +73,36 @@ class TestForms:
         for prompt in (None, "p", [user("p")]):
             assert to_pair(prompt, *sides) == expected
 
+    @pytest.mark.parametrize("opener", ["user", "system"])
+    def test_another_prompt_than_the_columns_is_none_of_the_pairs(self, opener: str) -> None:
+        other = {"role": opener, "content": "B"}
+        with pytest.raises(DataError, match=f"chosen opens with a {opener} message"):
+            to_pair([user("A")], [other, assistant("x")], [assistant("y")])
+        with pytest.raises(DataError, match=f"rejected opens with a {opener} message"):
+            to_pair([user("A")], [assistant("x")], [other, assistant("y")])
+
+    def test_a_prompt_that_one_side_alone_repeats_is_refused(self) -> None:
+        with pytest.raises(DataError, match="one side repeats the prompt"):
+            to_pair([user("A")], [user("A"), assistant("x")], [assistant("y")])
+        start = "\n\nHuman: A\n\nAssistant:"
+        with pytest.raises(DataError, match="one side repeats the prompt"):
+            to_pair(start, start + " x", " y")
+
+    def test_strings_that_repeat_the_prompt_have_it_once_where_most_rows_do(self) -> None:
+        joined = [row(f"Q {i}:", f"Q {i}: a", f"Q {i}: b") for i in range(3)]
+        found = read_pairs(Table(*joined), **COLUMNS, bad_pairs="error")
+        assert found.pairs[2] == Pair("Q 2:", " a", " b")
+        with pytest.raises(DataError, match="row 3: most rows repeat the prompt"):
+            read_pairs(Table(*joined, row("p", "a", "b")), **COLUMNS, bad_pairs="error")
+        empty = row("Q 3:", "Q 3:", "Q 3: b")
+        found = read_pairs(Table(*joined, empty), **COLUMNS, bad_pairs="drop")
+        assert (found.rows, list(found.bad)) == ((0, 1, 2), [3])
+
+    def test_an_answer_may_begin_like_its_question(self) -> None:
+        rows = row("Hello", "Hello! What is it?", "Hello."), row("p", "a", "b"), row("q", "a", "b")
+        found = read_pairs(Table(*rows), **COLUMNS, bad_pairs="error")
+        assert found.pairs[0] == Pair("Hello", "Hello! What is it?", "Hello.")
+
     def test_an_implicit_prompt_ends_where_the_messages_part_or_an_answer_begins(self) -> None:
         start = [user("p"), assistant("same")]
         pair = to_pair(
@@ -93,6 +123,7 @@ class TestForms:
 
 
 word = st.text(st.sampled_from("ab é.\n:"), min_size=1, max_size=12).filter(str.strip)
+openings = st.sampled_from(["\n\nHuman:", "Human:", "Be brief.\n\nHuman:", " \nHuman:"])
 speakers = st.lists(st.tuples(st.sampled_from(["Human", "Assistant"]), word), max_size=5)
 
 
@@ -112,14 +143,14 @@ class TestTranscripts:
         assert messages.chosen == [assistant("a"), user("b"), assistant("c")]
         assert messages.rejected == [assistant("d")]
 
-    @given(speakers, st.booleans(), speakers, speakers)
+    @given(openings, speakers, st.booleans(), speakers, speakers)
     def test_joined_again_a_transcript_is_the_input(
-        self, shared: Any, opens: bool, one: Any, other: Any
+        self, opening: str, shared: Any, opens: bool, one: Any, other: Any
     ) -> None:
         def text(said: Any) -> str:
             return "".join(f"\n\n{who}: {what}" for who, what in said)
 
-        start = text([("Human", "hi"), *shared, ("Human", "?")]) + "\n\nAssistant:"
+        start = f"{opening} hi" + text([*shared, ("Human", "?")]) + "\n\nAssistant:"
         chosen, rejected = start + " x" + text(one), start + " y" * opens + text(other)
         assume(chosen != rejected and rejected[len(start) :].strip())
         pair = to_pair(None, chosen, rejected)
@@ -130,6 +161,28 @@ class TestTranscripts:
         messages = pair.as_messages()
         assert messages.prompt + messages.chosen == turns(chosen)
         assert messages.prompt + messages.rejected == turns(rejected)
+        for blank in ("", " "):
+            again = to_pair(pair.prompt + blank, pair.chosen, pair.rejected).as_messages()
+            assert again == messages
+
+    @pytest.mark.parametrize("opening", ["Human:", "Be nice.\n\nHuman:"])
+    def test_answers_that_begin_alike_stay_whole_whatever_opens_the_transcript(
+        self, opening: str
+    ) -> None:
+        start = f"{opening} hi\n\nAssistant:"
+        pair = to_pair(None, f"{start} Yes I can", f"{start} Yes you may")
+        assert (pair.prompt, pair.chosen, pair.rejected) == (start, " Yes I can", " Yes you may")
+        assert pair.as_messages().prompt[-1] == user("hi")
+
+    def test_transcripts_beside_a_prompt_column_have_its_question(self) -> None:
+        sides = [f"\n\nHuman: hi\n\nAssistant: {answer}" for answer in "ab"]
+        expected = Pair([user("hi")], [assistant("a")], [assistant("b")])
+        assert to_pair("hi", *sides).as_messages() == expected
+        assert to_pair("\n\nHuman: hi\n\nAssistant:", *sides).as_messages() == expected
+        answers = [side.removeprefix("\n\nHuman: hi") for side in sides]
+        assert to_pair("\n\nHuman: hi", *answers).as_messages() == expected
+        with pytest.raises(DataError, match="is not what chosen and rejected begin with"):
+            to_pair("bye", *sides)
 
     def test_what_stands_before_the_first_turn_is_the_systems(self) -> None:
         assert turns("Be brief.\n\nHuman: hi")[0] == {"role": "system", "content": "Be brief."}
@@ -151,6 +204,11 @@ BAD = {
         "prompt": None,
         "chosen": "\n\nHuman: a\n\nAssistant: x",
         "rejected": "\n\nHuman: b\n\nAssistant: y",
+    },
+    "no turn is before the Assistant's": {
+        "prompt": None,
+        "chosen": "\n\nAssistant: a",
+        "rejected": "\n\nAssistant: b",
     },
     "begin with different messages": {
         "prompt": None,
@@ -270,3 +328,36 @@ class TestTokens:
     def test_sides_that_are_the_same_tokens_are_a_bad_pair(self, tokenizer: Any) -> None:
         with pytest.raises(DataError, match="row 0: the tokenizer makes chosen and"):
             tokens(tokenizer, "dpo", row("1", "é", "è"))
+
+    @pytest.mark.parametrize("policy", ["keep_start", "keep_end"])
+    def test_sides_that_are_the_same_once_cut_are_a_bad_pair(
+        self, tokenizer: Any, policy: str
+    ) -> None:
+        same, other = "2" * 60, "3" * 60
+        ends = (same + "4", same + "5") if policy == "keep_start" else ("4" + same, "5" + same)
+        rows = row("1", "2", "3"), row("1", *ends), row("1", same, other)
+        with pytest.raises(DataError, match=r"row 1: cut to data\.max_length=40"):
+            tokens(tokenizer, "dpo", *rows, long_pairs=policy)
+        kept = tokens(tokenizer, "dpo", *rows, long_pairs=policy, bad_pairs="drop")
+        assert (len(kept), list(kept.bad)) == (2, [1])
+
+    @pytest.mark.parametrize("kind", ["dpo", "reward_model"])
+    def test_a_row_that_the_chat_template_refuses_is_named_or_left_out(
+        self, chat: Any, kind: str
+    ) -> None:
+        tool = {"role": "tool", "content": "4"}
+        rows = row("1", "2", "3"), {"prompt": [user("2+2"), tool], "chosen": "4", "rejected": "5"}
+        with pytest.raises(DataError, match=r"row 1: the chat template refuses .*no tools") as said:
+            tokens(chat, kind, *rows)
+        assert "\n" not in str(said.value)
+        kept = tokens(chat, kind, *rows, bad_pairs="drop")
+        assert (len(kept), list(kept.bad)) == (1, [1])
+        with pytest.raises(DataError, match="none is left to train on"):
+            tokens(chat, kind, rows[1], bad_pairs="drop")
+
+    def test_a_row_with_a_system_message_of_its_own_is_named(self, tokenizer: Any) -> None:
+        own = [{"role": "system", "content": "s"}, user("1")]
+        rows = row("1", "2", "3"), {"prompt": own, "chosen": "2", "rejected": "3"}
+        with pytest.raises(DataError, match="row 1: a prompt has a system message"):
+            tokens(tokenizer, "dpo", *rows, system_prompt="s")
+        assert len(tokens(tokenizer, "dpo", *rows, system_prompt="s", bad_pairs="drop")) == 1
