@@ -59,7 +59,8 @@ def test_four_bits_are_taken_where_there_is_a_gpu(algorithm: str, role: str) -> 
 def test_a_missing_package_is_found_before_anything_starts(
     algorithm: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [{"prompt": "1+1", "answer": "2", "chosen": "2", "rejected": "3"}] * 8
+    wanted = {"chosen": "2", "rejected": "3"} if algorithm == "dpo" else {"answer": "2"}
+    rows = [{"prompt": "1+1", **wanted}] * 8
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     trainer = create_rl_trainer(
