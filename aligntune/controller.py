@@ -17,27 +17,25 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from ray.actor import ActorHandle
-
 from actors.messages import Prompt
-from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet, answer
 from aligntune.checkpoint import Checkpoint, Checkpoints
 from aligntune.config import RunConfig
 from aligntune.data.prompts import PromptSource
 from aligntune.errors import RunFailed, UserError
 from aligntune.evaluation import evaluate
 from aligntune.keeper import Keeper
-from aligntune.learner import Learner, PolicyLost, Weights
+from aligntune.learner import Learner, PolicyLost
 from aligntune.ledger import Books, Ledger, LedgerLog, State
 from aligntune.mirror import Mirror
 from aligntune.pipeline import BusyClock, Pipeline, ReadyGroup, group_works
 from aligntune.recorder import Recorder
 from aligntune.roles import Roles
 from aligntune.rundir import RunDir
+from aligntune.serving import Serving
 from aligntune.staleness import choose_batch, free_slots
 from aligntune.stepmetrics import (
     completion_metrics,
@@ -84,57 +82,27 @@ class Controller:
         self._rundir = rundir
         self._log = LedgerLog(rundir.file("ledger.jsonl"))
         self.ledger = Ledger(self._log)
-        self._weights: Weights | None = None  # None: the starting model, which is version 0
         self._stop = asyncio.Event()
         self._signal = 0
         self._policy_restarts = 0
         self._seen = self.ledger.books  # at the last figures
         self._unwritten: dict[str, float] | None = None  # figures that wait for their evaluation
-        self._weights_lost: str | None = None
-        self._exported = asyncio.Event()
         self._prepare_clock, self._update_clock = BusyClock(), BusyClock()
         self._sync_clock = BusyClock()
         self._learner = Learner(config, roles.policy, roles.critic)
-        self._room_for_rollout = roles.room_for_rollout
         self._keeper = Keeper(
             config, self._learner, self._log, prompts.fingerprint, checkpoints, mirror, recorder
         )
-        self._rollouts = ReplicaSet(
-            "rollout",
-            config.rollout.replicas,
-            roles.rollout,
-            self._prepare_rollout,
-            slots=config.rollout.max_concurrent_groups,
-            max_restarts=config.rollout.max_restarts,
-            event=recorder.event,
+        self._serving = Serving(
+            config, roles, recorder.event, recorder.role, wake=lambda: self._pipeline.changed.set()
         )
-        self._rewards = ReplicaSet(
-            "reward",
-            config.reward.replicas,
-            roles.reward,
-            self._starter(config.reward.start_timeout_s),
-            slots=config.reward.max_concurrent_groups,
-            max_restarts=config.reward.max_restarts,
-            event=recorder.event,
-        )
-        self._references: ReplicaSet | None = None
-        if self.algorithm.needs.reference:
-            self._references = ReplicaSet(
-                "reference",
-                config.reference.replicas,
-                roles.reference,
-                self._starter(config.reference.start_timeout_s),
-                slots=2,
-                max_restarts=config.reference.max_restarts,
-                event=recorder.event,
-            )
         self._pipeline = Pipeline(
             config,
             self.ledger,
             prompts.prompt_at,
-            self._rollouts,
-            self._rewards,
-            self._references,
+            self._serving.rollouts,
+            self._serving.rewards,
+            self._serving.references,
             recorder.event,
             freed=self._admit,
         )
@@ -147,46 +115,6 @@ class Controller:
 
     # Starting and going back
 
-    def _starter(self, deadline_s: float) -> Callable[[ActorHandle, str], Any]:
-        async def start(handle: ActorHandle, name: str) -> None:
-            info = await answer(handle.start.remote(), name, "start", deadline_s)
-            self._recorder.role(name, info)
-
-        return start
-
-    async def _prepare_rollout(self, handle: ActorHandle, name: str) -> int:
-        """Start a rollout replica with the current weights; how many groups it takes at a time."""
-        deadline = self.config.rollout.start_timeout_s
-        info = await answer(handle.start.remote(), name, "start", deadline)
-        self._recorder.role(name, info)
-        loaded: Weights | None = None
-        while self._weights is not loaded:  # newer ones may come while these are loaded
-            weights = self._weights
-            assert weights is not None, "weights were exported once and are never unset"
-            bundle = weights.bundle
-            try:
-                await answer(handle.load_weights.remote(bundle), name, "load_weights", deadline)
-            except ObjectsLost as lost:
-                if self._weights is weights:
-                    await self._weights_after(weights, str(lost), name, deadline)
-                continue
-            loaded = weights
-        return int(info["groups_at_once"])
-
-    async def _weights_after(
-        self, gone: Weights, reason: str, name: str, deadline_s: float
-    ) -> None:
-        """Weights are gone with the node they were exported on, and so is the policy: have it
-        rebuilt, and wait for what it exports then."""
-        self._weights_lost = reason
-        self._pipeline.changed.set()
-        end = time.monotonic() + deadline_s
-        while self._weights is gone:
-            try:
-                await asyncio.wait_for(self._exported.wait(), end - time.monotonic())
-            except TimeoutError as error:
-                raise ReplicaLost(name, f"no weights within {deadline_s:g} s: {reason}") from error
-
     async def _restore(self, checkpoint: Checkpoint | None) -> None:
         """Make policy, rollout weights and ledger what they were at a checkpoint.
 
@@ -198,7 +126,7 @@ class Controller:
             await self._learner.load(checkpoint.path)
             self.algorithm = self.algorithm.carried_on(checkpoint.state["algorithm"])
             snapshot = checkpoint.state["ledger"]
-        if checkpoint or self._weights:
+        if checkpoint or self._serving.synced:
             await self._sync()
         open_groups = self.ledger.restore(snapshot, step=self.version, version=self.version)
         seen = checkpoint.state["seen"] if checkpoint else {"filtered": 0, "quarantined": 0}
@@ -272,8 +200,7 @@ class Controller:
             await self._close()
 
     async def _start_roles(self) -> None:
-        others = [s for s in (self._rollouts, self._rewards, self._references) if s is not None]
-        ranks, *_ = await asyncio.gather(self._learner.start(), *(s.start() for s in others))
+        ranks, _ = await asyncio.gather(self._learner.start(), self._serving.start())
         for name, info in ranks:
             self._recorder.role(name, info)
         if blind := await self._learner.blind(self._rundir.path):
@@ -304,9 +231,7 @@ class Controller:
     async def _close(self) -> None:
         await self._pipeline.cancel()
         self._learner.kill()
-        for replicas in (self._rollouts, self._rewards, self._references):
-            if replicas is not None:
-                await replicas.close()
+        await self._serving.close()
         self._log.close()
 
     def _admit(self) -> None:
@@ -334,8 +259,8 @@ class Controller:
             if self._stop.is_set():
                 raise Interrupted(self._signal)
             self._pipeline.raise_failure()
-            if self._weights_lost is not None:
-                raise PolicyLost(f"the weights of version {self.version}: {self._weights_lost}")
+            if self._serving.lost is not None:
+                raise PolicyLost(self._serving.lost)
             self._admit()
             batch = choose_batch(
                 self.ledger.open_groups(), self.version, train.max_staleness, train.groups_per_step
@@ -439,27 +364,18 @@ class Controller:
     async def _sync(self) -> None:
         """Bring the weights of the current version to every rollout replica."""
         with self._sync_clock:
-            self._weights = await self._learner.export(self.version)
-            self._weights_lost = None
-            self._exported.set()
-            self._exported = asyncio.Event()
-            try:
-                await self._rollouts.broadcast(
-                    "load_weights",
-                    self._weights.bundle,
-                    deadline_s=self.config.rollout.generation_timeout_s,
-                )
-            except ObjectsLost as lost:  # with the node of the rank that exported them
-                raise PolicyLost(f"the weights of version {self.version}: {lost}") from lost
-        if self.config.rollout.max_replicas:
-            self._rollouts.grow(self.config.rollout.max_replicas, self._room_for_rollout)
+            await self._serving.sync(await self._learner.export(self.version))
 
     async def _evaluate(self, step: int) -> dict[str, float]:
         if not self._eval_prompts:
             return {}
         metrics = await self._unless_stopped(
             evaluate(
-                self.config, self._eval_prompts, self._rollouts, self._rewards, self._recorder.event
+                self.config,
+                self._eval_prompts,
+                self._serving.rollouts,
+                self._serving.rewards,
+                self._recorder.event,
             )
         )
         self._recorder.evaluation(step, metrics)

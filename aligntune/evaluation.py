@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
-
-from ray.actor import ActorHandle
+from collections.abc import Callable, Sequence
 
 from actors.messages import Prompt, Sampling
 from actors.reward import RewardFailed
-from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet, answer
+from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet
 from aligntune.config import RunConfig
 from aligntune.errors import RunFailed
 from aligntune.pipeline import QUEUE_SECONDS, ReadyGroup, scoring_deadline
 from aligntune.roles import Roles
+from aligntune.serving import Serving
 from aligntune.stepmetrics import completion_metrics, score_metrics
 from aligntune.tracking.metrics import EventKind
 
@@ -88,37 +86,12 @@ async def evaluate_model(
 ) -> dict[str, float]:
     """`evaluate` on actors of its own, for a model that is not being trained."""
 
-    def starter(deadline_s: float) -> Callable[[ActorHandle, str], Awaitable[int | None]]:
-        async def start(handle: ActorHandle, name: str) -> int | None:
-            info: dict[str, Any] = await answer(handle.start.remote(), name, "start", deadline_s)
-            return info.get("groups_at_once")
+    def ignore(*_: object, **__: object) -> None:
+        """There is no run whose events these could be, nor a policy to rebuild."""
 
-        return start
-
-    def ignore(kind: EventKind, **fields: object) -> None:
-        """There is no run whose events these could be."""
-
-    rollouts = ReplicaSet(
-        "rollout",
-        config.rollout.replicas,
-        roles.rollout,
-        starter(config.rollout.start_timeout_s),
-        slots=config.rollout.max_concurrent_groups,
-        max_restarts=config.rollout.max_restarts,
-        event=ignore,
-    )
-    rewards = ReplicaSet(
-        "reward",
-        config.reward.replicas,
-        roles.reward,
-        starter(config.reward.start_timeout_s),
-        slots=config.reward.max_concurrent_groups,
-        max_restarts=config.reward.max_restarts,
-        event=ignore,
-    )
+    serving = Serving(config, roles, ignore, ignore, ignore)
     try:
-        await asyncio.gather(rollouts.start(), rewards.start())
-        return await evaluate(config, prompts, rollouts, rewards, ignore)
+        await asyncio.gather(serving.rollouts.start(), serving.rewards.start())
+        return await evaluate(config, prompts, serving.rollouts, serving.rewards, ignore)
     finally:
-        await rollouts.close()
-        await rewards.close()
+        await serving.close()

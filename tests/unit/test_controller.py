@@ -24,6 +24,7 @@ from actors.messages import (
 )
 from actors.supervise import ObjectsLost
 from aligntune import controller as module
+from aligntune import serving
 from aligntune.algorithms.base import Algorithm
 from aligntune.checkpoint import Checkpoints
 from aligntune.config import RunConfig, load_config
@@ -183,7 +184,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
         return {"eval/reward/mean": 0.5 + world.controller.version / 10}
 
     monkeypatch.setattr(module, "Learner", FakeLearner)
-    monkeypatch.setattr(module, "ReplicaSet", FakeReplicas)
+    monkeypatch.setattr(serving, "ReplicaSet", FakeReplicas)
     monkeypatch.setattr(module, "evaluate", evaluation)
     world.configure()
     return world
@@ -388,7 +389,7 @@ def test_a_replica_that_starts_with_lost_weights_has_the_policy_rebuilt(world: W
 
     world.during["update"] = update
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "answer", answer)
+        patch.setattr(serving, "answer", answer)
         world.run()
     assert slots[0].result() == 7
     (rebuilt,) = world.events("policy_rebuilt")
