@@ -17,7 +17,7 @@ from aligntune.errors import UserError
 from aligntune.quickstart import QuickstartAssets, write_assets
 from aligntune.quickstart_run import run_quickstart
 from aligntune.quickstart_settings import quickstart_settings
-from aligntune.trainers import OnlineTrainer
+from aligntune.trainers import OnlineTrainer, create_rl_trainer
 from tests.e2e.conftest import read
 
 pytestmark = pytest.mark.slow
@@ -131,6 +131,8 @@ def test_a_short_quickstart_with_the_transformers_engine_learns(
     assert after > before + 0.1
     rewards = [row["reward/mean"] for row in rows if row["step"]]
     assert sum(rewards[-4:]) > sum(rewards[:4])
+    trained = create_rl_trainer(config=tmp_path / "run" / "config.yaml")
+    assert trained.evaluate()[ACCURACY] == after, "the model that was written is the one trained"
 
 
 @pytest.mark.usefixtures("ray_session")
