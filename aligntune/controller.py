@@ -178,7 +178,8 @@ class Controller:
             if checkpoint:
                 self._recorder.event(EventKind.RESUMED, step=checkpoint.step)
                 metrics = self._recorder.last
-                self._unwritten = checkpoint.state["unwritten"]
+                if self._recorder.last_step < checkpoint.step:  # else they were written since
+                    self._unwritten = checkpoint.state["unwritten"]
             elif self.config.eval.at_start:
                 self._unwritten = {}
             while True:

@@ -81,6 +81,12 @@ class Recorder(AbstractContextManager["Recorder"]):
         return self.ran.get("backend", "")
 
     @property
+    def last_step(self) -> int:
+        """The last step whose figures are written; -1 where there is none."""
+        rows = read_lines(self._metrics.path)
+        return int(rows[-1]["step"]) if rows else -1
+
+    @property
     def last(self) -> dict[str, float]:
         """The figures of the last step written."""
         rows = read_lines(self._metrics.path)

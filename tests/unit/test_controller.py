@@ -220,6 +220,30 @@ def test_a_stop_amid_an_evaluation_loses_no_figure(
     assert audit(world.folder / "ledger.jsonl").balanced
 
 
+@pytest.mark.parametrize("stopped_at", [0, 2])
+def test_figures_that_a_checkpoint_kept_are_written_once_however_often_it_is_gone_back_to(
+    world: World, stopped_at: int
+) -> None:
+    async def stop(version: int) -> None:
+        if version == stopped_at:
+            assert world.controller is not None
+            world.controller.stop(signal.SIGTERM)
+            await asyncio.Event().wait()
+
+    def die(step: int) -> None:
+        raise MemoryError("killed")
+
+    world.during["evaluate"] = stop
+    with pytest.raises(Interrupted):
+        world.run()
+    world.during = {"update": die}
+    with pytest.raises(MemoryError):
+        world.run()
+    world.during = {}
+    world.run()
+    assert [row["step"] for row in world.rows()] == list(range(STEPS + 1))
+
+
 def test_a_finished_run_that_is_called_again_gives_its_last_figures(world: World) -> None:
     first = world.run()
     assert world.run() == first
