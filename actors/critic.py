@@ -7,12 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from actors.logprobs import collate_rows, idle_inputs, rows_of
 from actors.messages import Counts, GroupTensors, Row, UpdateJob, ValueBatch
-from actors.ranks import TrainedRank
-from actors.shares import Fetched, Padding, objects
-from actors.specs import CriticSpec, ModelSpec
-from actors.values import (
+from actors.models.logprobs import collate_rows, idle_inputs, rows_of
+from actors.models.values import (
     ValueModel,
     asked,
     check_critic_model,
@@ -20,6 +17,9 @@ from actors.values import (
     group_values,
     load_value_model,
 )
+from actors.ranks import TrainedRank
+from actors.shares import Fetched, Padding, objects
+from actors.specs import CriticSpec, ModelSpec
 
 
 class CriticActor(TrainedRank):

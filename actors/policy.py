@@ -10,15 +10,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from actors.loading import load_causal_lm
-from actors.logprobs import (
-    LogProbModel,
-    check_model,
-    collate_rows,
-    group_logprobs,
-    idle_inputs,
-    rows_of,
-)
 from actors.messages import (
     Counts,
     GroupTensors,
@@ -27,6 +18,15 @@ from actors.messages import (
     TokenBatch,
     TokenInputs,
     UpdateJob,
+)
+from actors.models.loading import load_causal_lm
+from actors.models.logprobs import (
+    LogProbModel,
+    check_model,
+    collate_rows,
+    group_logprobs,
+    idle_inputs,
+    rows_of,
 )
 from actors.ranks import TrainedRank
 from actors.shares import Fetched, Padding, fetch, longest, objects

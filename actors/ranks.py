@@ -18,9 +18,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from actors.loading import load_tokenizer, whole_model
-from actors.logprobs import plan_passes
 from actors.messages import Counts, GroupTensors, Row, UpdateJob, UpdateResult
+from actors.models.loading import load_tokenizer, whole_model
+from actors.models.logprobs import plan_passes
+from actors.models.wrapped import TrainedModel
 from actors.shares import (
     Fetched,
     Minibatch,
@@ -35,7 +36,6 @@ from actors.shares import (
 )
 from actors.specs import ModelSpec, RankSpec
 from actors.strategies.base import NonFiniteGradient, Strategy, flush, learning_rate
-from actors.trained import TrainedModel
 from actors.whereabouts import node_address, whereabouts
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from actors.loading import load_causal_lm
-from actors.logprobs import LogProbModel, check_model, group_logprobs, plan_passes, rows_of
 from actors.messages import GroupTensors
+from actors.models.loading import load_causal_lm
+from actors.models.logprobs import LogProbModel, check_model, group_logprobs, plan_passes, rows_of
 from actors.specs import ModelSpec
 from actors.whereabouts import whereabouts
 

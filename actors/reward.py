@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from actors.messages import GroupTensors, Messages, Prompt, Scores
-from actors.reward_model import ModelScorer, RewardModelCriterion
-from actors.reward_process import (
+from actors.scoring.model import ModelScorer, RewardModelCriterion
+from actors.scoring.process import (
     HEADER_BYTES,
     Answer,
     RewardCriterion,
@@ -41,7 +41,7 @@ EXIT_SECONDS = 2.0  # between a closed channel and the exit status that explains
 # sys.path comes first, as it is what `actors` itself is found on.
 _BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from actors.reward_process import main; main(int(sys.argv[2]), int(sys.argv[3]))"
+    "from actors.scoring.process import main; main(int(sys.argv[2]), int(sys.argv[3]))"
 )
 
 
@@ -217,7 +217,9 @@ class RewardActor:
             RewardFailed: a function could not be imported here.
             ModelError: the tokenizer or a reward model cannot be loaded.
         """
-        from actors.loading import load_tokenizer  # transformers: seconds, and only needed here
+        from actors.models.loading import (
+            load_tokenizer,  # transformers: seconds, and only needed here
+        )
 
         self._tokenizer = await asyncio.to_thread(load_tokenizer, self._tokenizer_spec)
         await _all(scorer.start() for scorer in self._scorers)

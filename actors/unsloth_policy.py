@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from actors.logprobs import LogProbModel, check_model
+from actors.models.logprobs import LogProbModel, check_model
+from actors.models.unsloth import load_unsloth, versions
 from actors.policy import PolicyActor
 from actors.specs import ModelSpec, PolicySpec
-from actors.unsloth_backend import load_unsloth, versions
 
 
 class UnslothPolicyActor(PolicyActor):

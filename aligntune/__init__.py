@@ -6,17 +6,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aligntune.config import RunConfig
-    from aligntune.preference_config import PreferenceConfig, load_config
+    from aligntune.config.load import load_config
+    from aligntune.config.online import RunConfig
+    from aligntune.config.preference import PreferenceConfig
     from aligntune.trainers import create_rl_trainer
 
 __version__ = "0.1.0"
 __all__ = ["PreferenceConfig", "RunConfig", "__version__", "create_rl_trainer", "load_config"]
 
 _HOMES = {
-    "RunConfig": "aligntune.config",
-    "PreferenceConfig": "aligntune.preference_config",
-    "load_config": "aligntune.preference_config",
+    "RunConfig": "aligntune.config.online",
+    "PreferenceConfig": "aligntune.config.preference",
+    "load_config": "aligntune.config.load",
     "create_rl_trainer": "aligntune.trainers",
 }
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aligntune import cli_launch
+from aligntune.commands import launch_cli
 
 if TYPE_CHECKING:
-    from aligntune.preference_trainer import PreferenceTrainer
-    from aligntune.trainers import OnlineTrainer
+    from aligntune.online.trainer import OnlineTrainer
+    from aligntune.preference.trainer import PreferenceTrainer
 
 # What typer raises for a wrong option or argument; it exports this subclass of it only.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Reinforcement learning for language models on Ray.",
 )
-app.add_typer(cli_launch.app, name="launch")
+app.add_typer(launch_cli.app, name="launch")
 
 jobs_app = typer.Typer(no_args_is_help=True, help="The Ray jobs of a cluster.")
 app.add_typer(jobs_app, name="jobs")
@@ -53,7 +53,7 @@ def quickstart(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...")] = None,
 ) -> None:
     """Make a tiny model and task here, train it, and show accuracy before and after."""
-    from aligntune.quickstart_run import run_quickstart
+    from aligntune.quickstart.run import run_quickstart
 
     result = run_quickstart(algorithm, out, seed, overrides or [])
     typer.echo(
@@ -94,7 +94,7 @@ def train(
         arguments or [], algorithm, model, dataset, reward, reward_model, backend, out
     )
     if dry_run:
-        from aligntune.tree import dump
+        from aligntune.config.tree import dump
 
         trainer.check(resume)
         typer.echo(dump(trainer.config))
@@ -163,7 +163,7 @@ def plan(
     Without --nodes the plan is for the cluster that cluster.address or RAY_ADDRESS names, else for
     this machine. A run that does not fit is refused with what would make it fit.
     """
-    from aligntune.plan import plan_run
+    from aligntune.commands.plan import plan_run
 
     made = plan_run(
         config,
@@ -176,7 +176,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(made.as_dict(), indent=1))
         return
-    from cluster.plan_draw import draw
+    from cluster.plan.draw import draw
 
     draw(made)
 
@@ -198,7 +198,7 @@ def submit_run(
 
     Everything is checked here first. Submitting the same output_dir again resumes the run.
     """
-    from aligntune.submit import submit
+    from aligntune.commands.submit import submit
 
     return submit(
         config, overrides or [], address, working_dir, env or [], detach, _note, _passed_on
@@ -208,7 +208,7 @@ def submit_run(
 @jobs_app.command("list")
 def jobs_list(address: JobsAddress) -> None:
     """List the submitted jobs, oldest first."""
-    from aligntune.submit import connected, table
+    from aligntune.commands.submit import connected, table
 
     with connected(address) as jobs:
         for line in table(jobs.all()):
@@ -218,7 +218,7 @@ def jobs_list(address: JobsAddress) -> None:
 @jobs_app.command("status")
 def jobs_status(job_id: JobId, address: JobsAddress) -> None:
     """Show what is known of a job."""
-    from aligntune.submit import connected, describe
+    from aligntune.commands.submit import connected, describe
 
     with connected(address) as jobs:
         for line in describe(jobs.get(job_id)):
@@ -232,8 +232,8 @@ def jobs_logs(
     follow: Annotated[bool, typer.Option("--follow", help="until it ends")] = False,
 ) -> int:
     """Print what a job has printed; with --follow until it ends, with its exit code."""
-    from aligntune.submit import connected
-    from aligntune.submit import follow as follow_job
+    from aligntune.commands.submit import connected
+    from aligntune.commands.submit import follow as follow_job
 
     with connected(address) as jobs:
         if follow:
@@ -246,7 +246,7 @@ def jobs_logs(
 @jobs_app.command("stop")
 def jobs_stop(job_id: JobId, address: JobsAddress) -> int:
     """Stop a job after it has written its checkpoint, and say where that is."""
-    from aligntune.submit import connected, stop
+    from aligntune.commands.submit import connected, stop
 
     with connected(address) as jobs:
         return stop(jobs, job_id, _note)
@@ -268,8 +268,8 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="one object a finding")] = False,
 ) -> int:
     """Examine this machine, and every node of a cluster; exit code 1 if anything fails."""
-    from aligntune.doctor import examine
-    from cluster.doctor import exit_code, lines
+    from aligntune.commands.doctor import examine
+    from cluster.doctor.findings import exit_code, lines
 
     findings = []
     for finding in examine(address):
@@ -283,8 +283,8 @@ def doctor(
 def audit(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> None:
     """Replay a run's ledger and show that its books balance."""
     from aligntune.errors import RunFailed, UserError
-    from aligntune.ledger import LedgerError
-    from aligntune.ledger import audit as audit_log
+    from aligntune.online.ledger import LedgerError
+    from aligntune.online.ledger import audit as audit_log
 
     path = run_dir / "ledger.jsonl"
     if not path.is_file():
@@ -303,7 +303,7 @@ def audit(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> None:
 def algorithms() -> None:
     """List the algorithms."""
     from aligntune.algorithms import registry
-    from aligntune.preference_config import ALGORITHMS
+    from aligntune.config.preference import ALGORITHMS
 
     titles = {name: registry.get(name).title for name in registry.names()}
     titles |= {name: algorithm.title for name, algorithm in ALGORITHMS.items()}
@@ -322,7 +322,7 @@ def rewards() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; every expected error is one line on standard error."""
-    from aligntune.errors import RunFailed, UserError
+    from aligntune.errors import Interrupted, RunFailed, UserError
 
     arguments = sys.argv[1:] if argv is None else argv
     if os.getcwd() not in sys.path:
@@ -338,11 +338,8 @@ def main(argv: list[str] | None = None) -> None:
         _fail(1, f"{error}\nresume with: {shlex.join(['aligntune', *arguments])}")
     except (typer.Abort, KeyboardInterrupt):
         _fail(130, "stopped before the run began")
-    except RuntimeError as error:
-        number = getattr(error, "signal", None)
-        if number is None:
-            raise
-        _fail(128 + number, f"{error}\nresume with: {shlex.join(['aligntune', *arguments])}")
+    except Interrupted as error:
+        _fail(128 + error.signal, f"{error}\nresume with: {shlex.join(['aligntune', *arguments])}")
 
 
 def _fail(code: int, message: str) -> None:
@@ -355,7 +352,7 @@ def console() -> None:
     try:
         main()
     finally:
-        from aligntune.storage import hangs
+        from aligntune.runs.deadline import hangs
 
         if hangs():  # its client would keep the interpreter from ending, or crash it
             end = sys.exc_info()[1]

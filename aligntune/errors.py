@@ -14,6 +14,14 @@ class RunFailed(RuntimeError):
     """The run cannot go on. The CLI exits 1 with it and the command that resumes."""
 
 
+class Interrupted(RuntimeError):
+    """The run was asked to stop; its checkpoint has what was trained. Exit code: 128 + signal."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"stopped by signal {signal}")
+        self.signal = signal
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """' Did you mean X?' for a name close to a valid one, else the valid names."""
     names = sorted(valid)

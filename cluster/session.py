@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import ray
 
-from cluster import secrets
+from cluster.jobs import secrets
 from cluster.specs import ClusterSpec
 
 ANSWER_S = 5.0  # longest wait for a head to take a connection

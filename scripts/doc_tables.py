@@ -29,8 +29,8 @@ from actors.specs import (
 )
 from aligntune.algorithms import registry
 from aligntune.algorithms.base import Algorithm
-from aligntune.config import RunConfig, TrackingSpec
-from aligntune.preference_config import ALGORITHMS, PreferenceConfig
+from aligntune.config.online import RunConfig, TrackingSpec
+from aligntune.config.preference import ALGORITHMS, PreferenceConfig
 from cluster.specs import ClusterSpec
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -47,7 +47,7 @@ def ray_session() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen-architecture model of a few thousand parameters with its tokenizer."""
-    from aligntune.quickstart import make_model, make_tokenizer
+    from aligntune.quickstart.task import make_model, make_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny-model")
     make_model(seed=0).save_pretrained(folder)

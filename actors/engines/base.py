@@ -130,7 +130,7 @@ def stop_token_ids(model: ModelSpec) -> tuple[int, ...]:
     """The token ids that end a completion: the generation config's and the tokenizer's."""
     from transformers import AutoConfig, GenerationConfig
 
-    from actors.loading import load_tokenizer, local
+    from actors.models.loading import load_tokenizer, local
 
     model = local(model)
     try:

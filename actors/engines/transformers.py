@@ -27,8 +27,8 @@ from actors.engines.base import (
     pack_group,
     stop_token_ids,
 )
-from actors.loading import load_causal_lm
 from actors.messages import FinishReason, Prompt, Sampling, VersionSpan
+from actors.models.loading import load_causal_lm
 from actors.specs import ModelSpec, RolloutSpec
 from actors.weights import WeightBundle
 

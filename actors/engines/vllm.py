@@ -185,7 +185,7 @@ class VLLMEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from actors.engines.vllm_transfer import BACKEND, OWNER_ENV, WorkerExtension
-        from actors.loading import local
+        from actors.models.loading import local
 
         os.environ[OWNER_ENV] = str(os.getpid())
         options = dict(self._spec.engine_options)

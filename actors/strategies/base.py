@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from actors.models.wrapped import TrainedModel
 from actors.specs import ModelSpec, RankSpec
-from actors.trained import TrainedModel
 
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
 Gather = Callable[[list[torch.Tensor]], AbstractContextManager[Any]]

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from actors.models.wrapped import TrainedModel
 from actors.specs import ModelSpec, RankSpec
 from actors.strategies.base import (
     NamedTensors,
@@ -34,7 +35,6 @@ from actors.strategies.base import (
     rng_state,
     set_rng_state,
 )
-from actors.trained import TrainedModel
 
 # Weights with fewer elements are kept whole on every rank under ZeRO-3: gathering them costs more.
 WHOLE_BELOW = 100_000

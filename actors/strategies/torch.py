@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from actors.models.wrapped import TrainedModel
 from actors.specs import ModelSpec, RankSpec
 from actors.strategies.base import (
     NamedTensors,
@@ -24,7 +25,6 @@ from actors.strategies.base import (
     rng_state,
     set_rng_state,
 )
-from actors.trained import TrainedModel
 
 
 class TorchStrategy:

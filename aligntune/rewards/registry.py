@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from actors.reward_process import (
+from actors.scoring.process import (
     FunctionNotFound,
     RewardCriterion,
     import_function,
@@ -25,7 +25,7 @@ from actors.specs import ModelSpec, RewardFunctionSpec, RewardModelSpec
 from aligntune.paths import located
 
 if TYPE_CHECKING:
-    from actors.reward_model import RewardModelCriterion
+    from actors.scoring.model import RewardModelCriterion
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def resolve_model(spec: RewardModelSpec) -> RewardModelCriterion:
     Raises:
         ValueError: no such model, or one that is no reward model.
     """
-    from actors.reward_model import RewardModelCriterion, check_reward_model  # torch: seconds
+    from actors.scoring.model import RewardModelCriterion, check_reward_model  # torch: seconds
 
     model = ModelSpec(
         name=located(spec.model),

@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any
 
-from aligntune.ledger import cut_torn_line
+from aligntune.online.ledger import cut_torn_line
 
 
 class EventKind(StrEnum):

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from actors.critic import CriticActor
-from actors.loading import ModelError
 from actors.messages import GroupTensors, StateValues, TokenTargets, UpdateJob
+from actors.models.loading import ModelError
+from actors.models.values import check_critic_model, critic_model, load_value_model
 from actors.specs import CriticSpec, LoRASpec, ModelSpec
-from actors.values import check_critic_model, critic_model, load_value_model
 from aligntune.algorithms.ppo import PPO
 from tests.actors.policy_cases import (
     VOCABULARY,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from actors.loading import ModelError, load_causal_lm, load_tokenizer
 from actors.messages import LossTerms, TokenBatch, TokenTargets, UpdateJob
+from actors.models.loading import ModelError, load_causal_lm, load_tokenizer
 from actors.policy import PolicyActor
 from actors.ranks import NonFiniteUpdate
 from actors.specs import LoRASpec, ModelSpec

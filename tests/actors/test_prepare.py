@@ -25,8 +25,9 @@ from actors.policy import PolicyActor
 from aligntune.algorithms.base import Algorithm
 from aligntune.algorithms.grpo import GRPO
 from aligntune.algorithms.ppo import PPO
-from aligntune.config import RunConfig, load_config
-from aligntune.learner import Learner, PolicyLost
+from aligntune.config.load import load_config
+from aligntune.config.online import RunConfig
+from aligntune.online.learner import Learner, PolicyLost
 from tests.actors.policy_cases import (
     make_group,
     make_jobs,

@@ -41,7 +41,7 @@ def make(folder: str) -> None:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from aligntune.quickstart import make_tokenizer
+    from aligntune.quickstart.task import make_tokenizer
 
     torch.manual_seed(0)
     config = Qwen2Config(

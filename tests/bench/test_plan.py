@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.plan_memory import CPU_FRAMEWORK, Memory, rollout_memory, trained_memory
-from cluster.plan_shapes import from_folder
-from cluster.plan_work import Rollout, Step, Trained
+from cluster.plan.memory import CPU_FRAMEWORK, Memory, rollout_memory, trained_memory
+from cluster.plan.shapes import from_folder
+from cluster.plan.work import Rollout, Step, Trained
 from tests.bench.measure_memory import (
     CHUNK,
     COMPLETION,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aligntune.ledger import audit
+from aligntune.online.ledger import audit
 from tests.cluster.conftest import Runs, events
 from tests.cluster.nodes import Nodes
 from tests.e2e.conftest import read

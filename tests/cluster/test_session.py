@@ -8,9 +8,9 @@ from contextlib import closing
 
 import pytest
 
-from aligntune.doctor import examine
+from aligntune.commands.doctor import examine
 from cluster import await_nodes
-from cluster.doctor import Verdict
+from cluster.doctor.findings import Verdict
 from cluster.session import ClusterUnreachable, check_answers, check_head, session
 from cluster.specs import ClusterSpec
 

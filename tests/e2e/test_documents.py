@@ -25,12 +25,14 @@ from typing import Any
 import pytest
 import torch
 
-from aligntune import cli, keywords
+from aligntune import cli
 from aligntune.algorithms import registry
-from aligntune.config import RunConfig, load_config
-from aligntune.preference_config import ALGORITHMS as PREFERENCE
+from aligntune.config import keywords
+from aligntune.config.load import load_config
+from aligntune.config.online import RunConfig
+from aligntune.config.preference import ALGORITHMS as PREFERENCE
 from aligntune.rewards.registry import REWARDS
-from aligntune.rundir import IDENTITY
+from aligntune.runs.rundir import IDENTITY
 from aligntune.tracking.metrics import EventKind, read_lines
 from tests.stand_ins import LOCAL, ON_CPU, REPOSITORY, SHORT, write_stand_ins
 
@@ -452,7 +454,7 @@ def test_metrics_that_the_code_names_are_documented() -> None:
     """Also those that only one algorithm or a rare case has."""
     files = [
         *(REPOSITORY / "aligntune" / "algorithms").glob("*.py"),
-        *(REPOSITORY / "aligntune" / name for name in ("stepmetrics.py", "evaluation.py")),
+        *(REPOSITORY / "aligntune" / "online" / name for name in ("figures.py", "evaluation.py")),
         *(REPOSITORY / "actors" / name for name in ("ranks.py", "policy.py", "critic.py")),
     ]
     named = {

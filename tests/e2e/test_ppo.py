@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aligntune.ledger import audit
+from aligntune.online.ledger import audit
 from tests.e2e.conftest import Run, read
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

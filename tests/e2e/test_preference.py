@@ -20,7 +20,7 @@ import pytest
 
 from aligntune import create_rl_trainer
 from aligntune.errors import RunFailed, UserError
-from aligntune.preference_trainer import PreferenceTrainer
+from aligntune.preference.trainer import PreferenceTrainer
 from aligntune.tracking.metrics import read_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -416,8 +416,8 @@ def test_what_no_restart_can_mend_ends_the_job_with_its_reason(
 def test_a_reward_model_ranks_above_chance_and_serves_as_a_reward(
     ray_session: None, tmp_path: Path
 ) -> None:
-    from aligntune.quickstart import make_task, preference_pairs, write_assets
-    from aligntune.trainers import OnlineTrainer
+    from aligntune.online.trainer import OnlineTrainer
+    from aligntune.quickstart.task import make_task, preference_pairs, write_assets
 
     assets = write_assets(tmp_path / "assets", seed=0)
     held = tmp_path / "held.jsonl"

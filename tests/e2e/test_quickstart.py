@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aligntune.config import load_config
+from aligntune.config.load import load_config
 from aligntune.errors import UserError
-from aligntune.quickstart import QuickstartAssets, write_assets
-from aligntune.quickstart_run import run_quickstart
-from aligntune.quickstart_settings import quickstart_settings
-from aligntune.trainers import OnlineTrainer, create_rl_trainer
+from aligntune.online.trainer import OnlineTrainer
+from aligntune.quickstart.run import run_quickstart
+from aligntune.quickstart.settings import quickstart_settings
+from aligntune.quickstart.task import QuickstartAssets, write_assets
+from aligntune.trainers import create_rl_trainer
 from tests.e2e.conftest import read
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from aligntune.errors import RunFailed, UserError
-from aligntune.ledger import audit
+from aligntune.online.ledger import audit
 from aligntune.trainers import create_rl_trainer
 from tests.e2e.conftest import read
 

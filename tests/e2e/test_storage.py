@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aligntune.ledger import audit
+from aligntune.online.ledger import audit
 from tests.e2e.conftest import Run, read
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -1,0 +1,242 @@
+"""Causal language models and their tokenizers, through transformers and PEFT.
+
+A model comes back complete or not at all: a folder that is missing, holds something else than a
+causal language model, or lacks weights is an error here, never a randomly initialised layer later.
+
+transformers is imported when a model is loaded, not with this module: a process that loads its
+model through Unsloth has to import that first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from actors.models.staging import StagingFailed, on_this_node
+from actors.specs import LoRASpec, ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# transformers imports torchao where it is installed, for a quantiser that is not used here; its
+# complaints about kernels for other machines would be the first thing a user reads.
+for noisy in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+class ModelError(ValueError):
+    """A model or tokenizer that cannot be used as asked; the message says why and what to do."""
+
+
+def local(spec: ModelSpec) -> ModelSpec:
+    """`spec` with a model that is named by URI staged on this node. Raises ModelError."""
+    try:
+        return on_this_node(spec)
+    except StagingFailed as error:
+        raise ModelError(str(error)) from error
+
+
+def load_causal_lm(spec: ModelSpec, lora: bool = False) -> PreTrainedModel:
+    """The causal LM that `spec` names, on CPU, in `spec.dtype`, with its own dropout switched off.
+
+    With `lora` the model is wrapped by PEFT as `spec.lora` says: base weights frozen, adapters in
+    float32 and trainable. Dropout is off because a log-prob must not depend on when it is computed;
+    LoRA's own dropout, which the user sets, stays.
+
+    Raises:
+        ModelError: the folder or hub name is missing, is no causal LM, or lacks weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    spec = local(spec)
+    config = _config(spec)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            spec.name,
+            config=config,
+            revision=spec.revision,
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation=spec.attention,
+            trust_remote_code=spec.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ImportError, ValueError) as error:
+        raise ModelError(f"model {spec.name!r} could not be loaded: {error}") from error
+    _require_all(info, spec, config)
+    switch_off_dropout(model)
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora:
+        if spec.lora is None:
+            raise ModelError(f"model {spec.name!r}: LoRA was asked for without model.lora settings")
+        model = _wrap_lora(model, spec.lora)
+    return model
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer of `spec`; padding falls back to the end-of-sequence token, which masks cover.
+
+    Raises:
+        ModelError: there is no tokenizer, or it has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    spec = local(spec)
+    _require_source(spec.name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ImportError, ValueError) as error:
+        raise ModelError(
+            f"the tokenizer of model {spec.name!r} could not be loaded: {error}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of model {spec.name!r} has no end-of-sequence token, so a completion "
+            "could never end; set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_causal_lm(spec: ModelSpec) -> None:
+    """Look at the configuration alone, without weights: is this a causal LM that can be loaded?
+
+    Raises:
+        ModelError: as `load_causal_lm`, but for what only the weights can show.
+    """
+    _config(spec)
+
+
+def whole_model(model: Any, spec: ModelSpec) -> Any:
+    """What to save whole weights with: `model` itself, or where it is kept in 4 bits, and would be
+    saved as such, the model that `spec` names."""
+    if not getattr(model, "is_quantized", False):
+        return model
+    return load_causal_lm(spec.model_copy(update={"lora": None}))
+
+
+def check_complete(spec: ModelSpec) -> None:
+    """Compare the names of the model's weights with those that are there, and read none of them.
+
+    Raises:
+        ModelError: as `load_causal_lm`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    spec = local(spec)
+    config = _config(spec)
+    try:
+        _, info = AutoModelForCausalLM.from_pretrained(
+            spec.name,
+            config=config,
+            revision=spec.revision,
+            device_map="meta",
+            trust_remote_code=spec.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ImportError, ValueError) as error:
+        raise ModelError(f"model {spec.name!r} could not be loaded: {error}") from error
+    _require_all(info, spec, config)
+
+
+def _require_all(loading_info: Any, spec: ModelSpec, config: Any) -> None:
+    missing = sorted(loading_info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model {spec.name!r} lacks {len(missing)} weights of a causal LM, {missing[0]!r} the "
+            f"first; it was saved as {_architecture(config)}. Give a complete causal LM"
+        )
+
+
+def _config(spec: ModelSpec) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    spec = local(spec)
+    _require_source(spec.name)
+    try:
+        config = AutoConfig.from_pretrained(
+            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(f"model {spec.name!r} has no usable configuration: {error}") from error
+    saved_as = _architecture(config)
+    remote = spec.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    wrong_head = "For" in saved_as and not saved_as.endswith(("ForCausalLM", "LMHeadModel"))
+    if (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote) or (
+        wrong_head and saved_as not in _causal_class_names(config)
+    ):
+        raise ModelError(
+            f"model {spec.name!r} is not a causal language model: it is {saved_as}. "
+            "Give one whose config.json names a ...ForCausalLM architecture"
+        )
+    return config
+
+
+def _causal_class_names(config: Any) -> set[str]:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return set()
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return {c.__name__ for c in (found if isinstance(found, tuple | list) else (found,))}
+
+
+def _architecture(config: Any) -> str:
+    architectures = getattr(config, "architectures", None)
+    return architectures[0] if architectures else type(config).__name__
+
+
+def _require_source(name: str) -> None:
+    """Tell a folder that is not there from a hub name, before the hub is asked about a path."""
+    folder = Path(name)
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"model folder {name!r} holds a LoRA adapter without its model; merge the two and "
+                "give the merged folder"
+            )
+        raise ModelError(f"model folder {name!r} has no config.json: it holds no model")
+    if folder.exists():
+        raise ModelError(f"model {name!r} is a file; give the folder that holds config.json")
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") != 1:
+        hub = "" if "/" in name else " (hub names have the form owner/name)"
+        raise ModelError(f"model folder {name!r} does not exist{hub}")
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout probability in `model` to 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _wrap_lora(model: PreTrainedModel, lora: LoRASpec) -> PreTrainedModel:
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                task_type=TaskType.CAUSAL_LM,
+                r=lora.r,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=lora.target_modules,
+            ),
+            autocast_adapter_dtype=True,
+        )
+    except ValueError as error:
+        raise ModelError(f"LoRA could not be added: {error}") from error

@@ -1,0 +1,295 @@
+"""Log-probs and entropies of response tokens, in chunks, so [tokens, vocabulary] never exists.
+
+The decoder gives hidden states; the output head sees at most `tokens_per_chunk` of them at a time,
+forwards and (recomputed) backwards. A padded and a packed batch give the same numbers. A model that
+turns its logits in a way not known here is refused by `check_model`, never silently wrong.
+
+Shapes: B rows, W padded width, N response tokens of the batch, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from actors.messages import GroupTensors, Row
+from actors.models.loading import ModelError
+from actors.models.wrapped import TrainedModel
+from actors.packing import microbatches
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """A micro-batch for the model: padded [B, W] with a mask, or packed [1, sum of lengths]."""
+
+    input_ids: torch.Tensor  # [B, W] or [1, L] int64
+    position_ids: torch.Tensor  # like input_ids; restarts at 0 with every packed sequence
+    attention_mask: torch.Tensor | None  # [B, W]; None where packed: positions tell sequences apart
+    positions: torch.Tensor  # [N] where, in the flattened batch, each response token is predicted
+    targets: torch.Tensor  # [N] the response tokens themselves
+
+    def to(self, device: torch.device) -> ModelInputs:
+        """The same batch on `device`."""
+        return ModelInputs(
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            None if self.attention_mask is None else self.attention_mask.to(device),
+            self.positions.to(device),
+            self.targets.to(device),
+        )
+
+
+def collate(sequences: Sequence[tuple[np.ndarray, np.ndarray]], packed: bool) -> ModelInputs:
+    """A batch from (prompt ids [P], response ids [n]) pairs; response tokens stay in row order.
+
+    Raises:
+        ValueError: a prompt is empty, so its first response token is predicted by nothing.
+    """
+    rows, positions, targets = [], [], []
+    width = max(len(prompt) + len(response) for prompt, response in sequences)
+    start = 0
+    for index, (prompt, response) in enumerate(sequences):
+        if len(prompt) == 0:
+            raise ValueError(f"sequence {index} of a batch has an empty prompt")
+        first = start + len(prompt) - 1  # the last prompt token predicts the first response token
+        positions.append(torch.arange(first, first + len(response)))
+        targets.append(torch.as_tensor(response, dtype=torch.int64))
+        rows.append(torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.int64))
+        start += len(rows[-1]) if packed else width
+    if packed:
+        input_ids = torch.cat(rows)[None]
+        position_ids = torch.cat([torch.arange(len(row)) for row in rows])[None]
+        attention_mask = None
+    else:
+        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows])
+        attention_mask = (torch.arange(width)[None] < lengths[:, None]).long()
+        position_ids = torch.arange(width).expand(len(rows), width).contiguous()
+    return ModelInputs(
+        input_ids, position_ids, attention_mask, torch.cat(positions), torch.cat(targets)
+    )
+
+
+class LogProbModel(TrainedModel):
+    """A causal LM, plain or wrapped by PEFT, that answers with log-probs instead of logits."""
+
+    def __init__(self, model: nn.Module, tokens_per_chunk: int) -> None:
+        super().__init__(model)
+        self.tokens_per_chunk = tokens_per_chunk
+        config = self.causal_lm.config.get_text_config()
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._scale = (
+            (getattr(config, "logit_scale", None) or 1.0)
+            * (getattr(config, "lm_head_multiplier", None) or 1.0)
+            / (getattr(config, "logits_scaling", None) or 1.0)
+        )
+
+    @property
+    def causal_lm(self) -> Any:
+        """`unwrapped`, by what it is here."""
+        return self.unwrapped
+
+    def chunks(self, tokens: int) -> int:
+        """How many calls of the output head `tokens` response tokens take; at least one."""
+        return max(1, -(-tokens // self.tokens_per_chunk))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        entropy: bool = False,
+        chunks: int | None = None,
+    ) -> tuple[torch.Tensor, None] | torch.Tensor:
+        """Log-probs [N] of `targets` at `temperature`, and entropies [N] in nats, float32 or wider.
+
+        The two unpack from a pair without, and from one tensor [2, N] with `entropy`.
+        `chunks` fixes the number of head calls: where weights are sharded, every rank has to gather
+        the head equally often. A surplus call is made on one state and counts for nothing.
+        """
+        causal = self.causal_lm
+        states = causal.base_model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+        ).last_hidden_state.flatten(0, 1)
+        hidden = states.index_select(0, positions)  # [N, H]
+        needed = self.chunks(len(targets))
+        if chunks is not None and chunks < needed:
+            raise ValueError(f"{len(targets)} tokens need {needed} chunks, not {chunks}")
+        logps, entropies = [states.new_zeros(0, dtype=torch.float32)], []
+        surplus: list[torch.Tensor] = []
+        for index in range(chunks or needed):
+            cut = slice(index * self.tokens_per_chunk, (index + 1) * self.tokens_per_chunk)
+            idle = cut.start >= len(targets)
+            # Autograd passes over an empty tensor, and with it over the gather of its backward.
+            part = (states[:1], input_ids.flatten()[:1]) if idle else (hidden[cut], targets[cut])
+            if torch.is_grad_enabled():
+                logp, spread = checkpoint(
+                    self._chunk, *part, temperature, entropy, use_reentrant=False
+                )
+            else:
+                logp, spread = self._chunk(*part, temperature, entropy)
+            (surplus if idle else logps).append(logp)
+            if entropy and not idle:
+                entropies.append(spread)
+        logp = torch.cat(logps)
+        if surplus:
+            logp = logp + 0.0 * torch.cat(surplus).sum()
+        if not entropy:
+            return logp, None
+        # One tensor: DeepSpeed counts the outputs that a backward pass reaches, and these counts
+        # have to agree between ranks, whose losses may or may not use the entropy.
+        return torch.stack([logp, torch.cat([logp.new_zeros(0), *entropies])])
+
+    def _chunk(
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probs and entropies [n] from hidden states [n, H]; its [n, V] die with the call."""
+        logits = self.causal_lm.get_output_embeddings()(hidden)
+        # The head may compute in bfloat16; a log-softmax there has no digits left for a ratio.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self._scale
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        logits = logits / temperature
+        normaliser = logits.logsumexp(-1)
+        logp = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
+        if not entropy:
+            return logp, None
+        return logp, normaliser - (logits.softmax(-1) * logits).sum(-1)
+
+
+@torch.no_grad()
+def check_model(model: LogProbModel, packing: bool, training: bool = False) -> None:
+    """Compare with the model's own logits on a few tokens, before any training leans on it.
+
+    With `training` the log-probs are those of the training mode. New adapters add nothing yet, so
+    their dropout does not show.
+
+    Raises:
+        ModelError: log-probs differ from those of the model's logits, or (with `packing`) sequences
+            packed together see each other.
+    """
+    causal = model.causal_lm
+    vocabulary = causal.get_output_embeddings().weight.shape[0]
+    device = next(causal.parameters()).device
+    draw = np.random.default_rng(0).integers(0, vocabulary, size=(3, 12))
+    sequences = [
+        (draw[0, :5], draw[0, 5:]),
+        (draw[1, :2], draw[1, 2:9]),
+        (draw[2, :3], draw[2, 3:]),
+    ]
+    inputs = collate(sequences, packed=False).to(device)
+    was_training = model.training
+    model.eval()
+    logits = causal(
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        position_ids=inputs.position_ids,
+        use_cache=False,
+    ).logits.flatten(0, 1)[inputs.positions]
+    wanted = logits.float().log_softmax(-1).gather(-1, inputs.targets[:, None]).squeeze(-1)
+    precision = max(1e-4, 4 * torch.finfo(logits.dtype).eps) * max(1.0, float(logits.abs().max()))
+    model.train(training)
+    got, _ = model(**vars(inputs), temperature=1.0)
+    gap = float((got - wanted).abs().max())
+    name = type(causal).__name__
+    if not gap <= precision:
+        raise ModelError(
+            f"log-probs computed from {name}'s hidden states and output head differ from those of "
+            f"its logits by {gap:.3g} (allowed {precision:.3g}): it transforms its logits in a way "
+            "that is not supported. Use another model"
+        )
+    if packing:
+        packed, _ = model(**vars(collate(sequences, packed=True).to(device)), temperature=1.0)
+        gap = float((packed - wanted).abs().max())
+        if not gap <= 4 * precision:
+            raise ModelError(
+                f"{name} gives packed sequences other log-probs than padded ones (difference "
+                f"{gap:.3g}, allowed {4 * precision:.3g}): set policy.packing to false"
+            )
+    model.train(was_training)
+
+
+@torch.no_grad()
+def group_logprobs(
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    groups: Mapping[int, GroupTensors],
+    batches: Sequence[Sequence[Row]],
+    chunks: Sequence[int],
+    temperature: float,
+    packed: bool,
+    device: torch.device,
+) -> dict[int, np.ndarray]:
+    """Log-probs [N] float32 of each group, for the rows in `batches`; NaN where a row is in none.
+
+    `groups` is keyed by `Row.work`. `chunks` has a number of head calls per batch; it may be longer
+    than `batches`: the surplus is run on a token that counts for nothing, so that ranks which shard
+    one model gather its weights equally often.
+    """
+    found = {
+        work: np.full(len(group.token_ids), np.nan, dtype=np.float32)
+        for work, group in groups.items()
+    }
+    for index, count in enumerate(chunks):
+        rows = batches[index] if index < len(batches) else ()
+        inputs = (collate_rows(groups, rows, packed) if rows else idle_inputs()).to(device)
+        logp, _ = forward(**vars(inputs), temperature=temperature, chunks=count)
+        values = logp.float().cpu().numpy()
+        start = 0
+        for row in rows:
+            cut = groups[row.work].completion(row.completion)
+            found[row.work][cut] = values[start : start + cut.stop - cut.start]
+            start += cut.stop - cut.start
+    return found
+
+
+def collate_rows(
+    groups: Mapping[int, GroupTensors], rows: Sequence[Row], packed: bool
+) -> ModelInputs:
+    """The model inputs of `rows`, in their order."""
+    sequences = []
+    for row in rows:
+        group = groups[row.work]
+        sequences.append((group.prompt_ids, group.token_ids[group.completion(row.completion)]))
+    return collate(sequences, packed)
+
+
+def idle_inputs() -> ModelInputs:
+    """One prompt and one response token, for a pass whose only use is to keep in step."""
+    token = np.zeros(1, dtype=np.int64)
+    return collate([(token, token)], packed=False)
+
+
+def rows_of(groups: Mapping[int, GroupTensors]) -> list[Row]:
+    """Every completion of `groups` as a row."""
+    return [
+        Row(work, completion, len(group.prompt_ids) + length)
+        for work, group in groups.items()
+        for completion, length in enumerate(group.lengths)
+    ]
+
+
+def plan_passes(
+    model: TrainedModel,
+    groups: Mapping[int, GroupTensors],
+    rows: Sequence[Row],
+    tokens_per_microbatch: int,
+    packed: bool,
+) -> tuple[tuple[tuple[Row, ...], ...], list[int]]:
+    """Micro-batches of `rows`, and the number of head calls each of them needs."""
+    batches = microbatches(rows, tokens_per_microbatch, packed)
+    return batches, [
+        model.chunks(sum(groups[row.work].lengths[row.completion] for row in batch))
+        for batch in batches
+    ]

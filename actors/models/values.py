@@ -1,0 +1,179 @@
+"""Values of states: a decoder with a scalar head, read at the positions of response tokens.
+
+The value of a response token is that of the state before it, the hidden state its own log-prob is
+computed from: no value sees the token it is the baseline of. A padded and a packed batch give the
+same numbers. Shapes: B rows, W padded width, N states of the batch, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from actors.messages import GroupTensors, Row, StateValues
+from actors.models.loading import ModelError, load_tokenizer
+from actors.models.logprobs import ModelInputs, collate, collate_rows, idle_inputs
+from actors.models.wrapped import TrainedModel
+from actors.scoring.model import new_reward_model
+from actors.specs import CriticSpec, ModelSpec
+
+
+class ValueModel(TrainedModel):
+    """A one-label sequence classifier whose `score` head is read at any token of a sequence."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Values [N] of the states after the tokens at `positions`, float32 or wider."""
+        hidden = self.unwrapped.base_model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+        ).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, positions)  # [N, H]
+        head = self.unwrapped.score
+        # A value in bfloat16 has three digits; where the head's weights have more, use them.
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = head(hidden.to(head.weight.dtype)).squeeze(-1)
+        return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def critic_model(policy: ModelSpec, spec: CriticSpec) -> ModelSpec:
+    """The model a critic starts from; it is trained whole, also where the policy has adapters."""
+    own = {} if spec.model in (None, policy.name) else {"name": spec.model, "revision": None}
+    return policy.model_copy(update={"lora": None, **own})
+
+
+def check_critic_model(policy: ModelSpec, spec: CriticSpec) -> None:
+    """Whether `critic.model` reads the policy's tokens; looks at the tokenizers alone.
+
+    Raises:
+        ModelError: there is no such model, or its vocabulary is another.
+    """
+    model = critic_model(policy, spec)
+    if model.name == policy.name:
+        return
+    if load_tokenizer(model).get_vocab() != load_tokenizer(policy).get_vocab():
+        raise ModelError(
+            f"critic.model {model.name!r} has another vocabulary than the policy {policy.name!r}, "
+            "and the critic reads the policy's tokens; give a model with the same tokenizer, or "
+            "leave critic.model out to start from the policy's model"
+        )
+
+
+def load_value_model(spec: ModelSpec, packing: bool) -> ValueModel:
+    """The critic as it starts, checked, on CPU, dropout off.
+
+    From a reward model, values start as its scores of the text so far; from a causal LM the head
+    starts as zeros, so every value does.
+
+    Raises:
+        ModelError: the model cannot be loaded, has no scalar head, or (with `packing`) sequences
+            packed together see each other.
+    """
+    classifier = new_reward_model(spec, seed=0)
+    head = getattr(classifier, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise ModelError(
+            f"model {spec.name!r} cannot be a critic: {type(classifier).__name__} has no linear "
+            "`score` head over its tokens; give critic.model a decoder that has one"
+        )
+    saved_as = classifier.config.architectures or ()
+    if not any(name.endswith(("ForSequenceClassification", "RewardModel")) for name in saved_as):
+        nn.init.zeros_(head.weight)
+        if head.bias is not None:
+            nn.init.zeros_(head.bias)
+    model = ValueModel(classifier)
+    if packing:
+        _check_packing(model, spec.name)
+    return model
+
+
+@torch.no_grad()
+def _check_packing(model: ValueModel, name: str) -> None:
+    """Compare hidden states, since values of a zero head are equal whatever it reads."""
+    draw = np.random.default_rng(0).integers(0, model.unwrapped.config.vocab_size, size=(2, 9))
+    pair = [(draw[0, :4], draw[0, 4:]), (draw[1, :2], draw[1, 2:])]
+    packed, padded = (
+        model.unwrapped.base_model(
+            input_ids=inputs.input_ids,
+            position_ids=inputs.position_ids,
+            attention_mask=inputs.attention_mask,
+            use_cache=False,
+        )
+        .last_hidden_state.flatten(0, 1)
+        .index_select(0, inputs.positions)
+        for inputs in (collate(pair, packed=True), collate(pair, packed=False))
+    )
+    gap = float((packed - padded).abs().max())
+    allowed = max(1e-4, 4 * torch.finfo(padded.dtype).eps) * max(1.0, float(padded.abs().max()))
+    if not gap <= 4 * allowed:
+        raise ModelError(
+            f"critic model {name!r} reads packed sequences differently from padded ones (hidden "
+            f"states differ by {gap:.3g}, allowed {4 * allowed:.3g}): set critic.packing to false"
+        )
+
+
+def asked(inputs: ModelInputs) -> dict[str, Any]:
+    """The arguments of `ValueModel.forward`: no value depends on what the next token is."""
+    return {name: value for name, value in vars(inputs).items() if name != "targets"}
+
+
+def state_inputs(
+    groups: Mapping[int, GroupTensors], rows: Sequence[Row], packed: bool
+) -> ModelInputs:
+    """Inputs of `rows` at n + 1 states each: before each response token, and after the last."""
+    inputs = collate_rows(groups, rows, packed)
+    width = inputs.input_ids.shape[1]
+    start, positions = 0, []
+    for row in rows:
+        first = start + len(groups[row.work].prompt_ids) - 1
+        states = groups[row.work].lengths[row.completion] + 1
+        positions.append(torch.arange(first, first + states))
+        start += first - start + states if packed else width
+    return replace(inputs, positions=torch.cat(positions))
+
+
+@torch.no_grad()
+def group_values(
+    forward: Callable[..., torch.Tensor],
+    groups: Mapping[int, GroupTensors],
+    batches: Sequence[Sequence[Row]],
+    passes: int,
+    packed: bool,
+    device: torch.device,
+) -> dict[int, StateValues]:
+    """Values of each group's states. `groups` is keyed by `Row.work`, `batches` hold all its rows.
+
+    `passes` may be more than there are batches: the surplus is run on a token that counts for
+    nothing, so that ranks which shard one model gather its weights equally often.
+    """
+    found = {
+        work: StateValues(
+            values=np.full(len(group.token_ids), np.nan, dtype=np.float32),
+            final=np.full(len(group.lengths), np.nan, dtype=np.float32),
+        )
+        for work, group in groups.items()
+    }
+    for index in range(passes):
+        rows = batches[index] if index < len(batches) else ()
+        inputs = (state_inputs(groups, rows, packed) if rows else idle_inputs()).to(device)
+        values = forward(**asked(inputs)).float().cpu().numpy()
+        start = 0
+        for row in rows:
+            length = groups[row.work].lengths[row.completion]
+            cut = groups[row.work].completion(row.completion)
+            found[row.work].values[cut] = values[start : start + length]
+            found[row.work].final[row.completion] = values[start + length]
+            start += length + 1
+    return found

@@ -1,0 +1,320 @@
+"""TRL's trainers for a preference job: the model loaded, the data in place, the model written.
+
+In bfloat16 the trained weights are kept in float32 and the arithmetic runs under autocast, as in
+online runs: at these learning rates an update is below bfloat16's last digit, and would be lost.
+DeepSpeed does the same its own way, with float32 weights in its optimiser. The reference computes
+like the policy, so that the two agree to the bit before the first step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actors.specs import ModelSpec
+from actors.storage import Store
+
+if TYPE_CHECKING:
+    import torch
+
+    from actors.preference.worker import PreferenceJob
+
+
+def build_trainer(
+    job: PreferenceJob,
+    train: Any,
+    evaluation: Any,
+    scratch: Path,
+    alive: Callable[[], None] = lambda: None,
+) -> Any:
+    """TRL's trainer for this job, its model loaded and its data in place.
+
+    `alive` is called now and then while this takes long.
+    """
+    import torch
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    from actors.models.loading import load_tokenizer
+
+    common = {
+        "output_dir": str(scratch),
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": job.model.dtype == "bfloat16",  # the arithmetic; TRL's default is True
+        "optim": "adamw_torch_fused",  # transformers' own default has changed before
+        "seed": job.seed,
+        "max_steps": job.steps or 1,
+        "save_strategy": "no",  # the follower says when
+        "eval_strategy": "no",
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "gradient_checkpointing": job.model.gradient_checkpointing,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "save_on_each_node": False,
+        **job.arguments,
+    }
+    if job.arguments["deepspeed"] is not None and not torch.cuda.is_available():
+        common |= _deepspeed_without_gpu()
+    torch.manual_seed(job.seed)  # of LoRA's first weights, drawn before the trainer sets its seed
+    train_set = Dataset(InMemoryTable(train))
+    eval_set = None if evaluation is None else Dataset(InMemoryTable(evaluation))
+    tokenizer = load_tokenizer(job.model)
+    build = _dpo if job.kind == "dpo" else _reward_model
+    trainer = build(job, common, train_set, eval_set, tokenizer, alive)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # adapters on a base of fewer bits, and what Unsloth loads
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+def _deepspeed_without_gpu() -> dict[str, Any]:
+    """Bring this rank into a group that DeepSpeed steps on a CPU; returns what the trainer is told.
+
+    Left to itself, accelerate takes no notice of a DeepSpeed config where there is no GPU.
+    """
+    os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_USE_DEEPSPEED="true")
+    import deepspeed
+    from accelerate import PartialState
+
+    # A shared-memory all-reduce that is compiled at first use; gloo does without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    PartialState(backend="gloo")
+    return {"accelerator_config": {"use_configured_state": True}}
+
+
+def _dpo(
+    job: PreferenceJob,
+    common: dict[str, Any],
+    train: Any,
+    evaluation: Any,
+    tokenizer: Any,
+    alive: Callable[[], None],
+) -> Any:
+    import torch
+    from trl import DPOConfig, DPOTrainer
+    from trl.models import prepare_deepspeed
+
+    class Trainer(DPOTrainer):
+        """DPOTrainer on tokens, with reference log-probs of its own where none are kept."""
+
+        _precompute_engine: Any
+
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+        def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+            if not _is_finished(self):
+                super()._run_epoch(*args, **kwargs)
+
+        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+            """`dataset` with the reference's log-probs, on every rank.
+
+            TRL's own leaves them in a file that rank 0 writes below a folder of its process.
+            """
+            if job.reference_free:
+                found = torch.zeros(2, len(dataset))
+            else:
+                found = self._reference_logps(dataset, batch_size)
+            with_chosen = dataset.add_column("ref_chosen_logps", found[0].tolist())
+            return with_chosen.add_column("ref_rejected_logps", found[1].tolist())
+
+        def _reference_logps(self, dataset: Any, batch_size: int) -> torch.Tensor:
+            """Log-probs of the chosen and the rejected sides in float32, [2, rows]."""
+            loader = torch.utils.data.DataLoader(
+                dataset, batch_size=batch_size, collate_fn=self.data_collator, shuffle=False
+            )
+            model = self.ref_model or self.model
+            if self.ref_model is None and self.is_deepspeed_enabled:
+                # The model is neither placed nor, under ZeRO-3, gathered before training starts.
+                if self._precompute_engine is None:
+                    self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
+                model = self._precompute_engine
+            found = []
+            for batch in self.accelerator.prepare(loader):
+                alive()
+                with self.accelerator.autocast():
+                    sides = self.compute_ref_log_probs(model, batch)
+                gathered = self.accelerator.gather_for_metrics(sides)
+                found.append(torch.stack([side.float().cpu() for side in gathered]))
+            return torch.cat(found, dim=1)
+
+    model, reference = _policy_and_reference(job, common)
+    for each in (model, reference):
+        if each is not None:
+            _give_float_logits(each)
+    return Trainer(
+        model=model,
+        ref_model=reference,
+        args=DPOConfig(**common),
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+    )
+
+
+def _is_finished(trainer: Any) -> bool:
+    """Whether the checkpoint that was resumed has all the steps; transformers would train one."""
+    return bool(trainer.state.global_step >= trainer.state.max_steps)
+
+
+def _give_float_logits(model: Any) -> None:
+    """Let `model` give logits in float32, whoever calls it: a difference of log-probs is far below
+    bfloat16's last digit."""
+
+    def widen(_: Any, __: Any, output: Any) -> Any:
+        if output.logits is not None:
+            output.logits = output.logits.float()
+        return output
+
+    model.register_forward_hook(widen)
+
+
+def _policy_and_reference(job: PreferenceJob, common: dict[str, Any]) -> tuple[Any, Any]:
+    """The trained model, and the frozen one where the trainer cannot have it otherwise."""
+    from actors.models.loading import load_causal_lm
+
+    precomputed = common["precompute_ref_log_probs"] and job.trained is None
+    plain = _with_float_weights(job.model)
+    if job.backend == "unsloth" and job.trained is None:
+        from actors.models.unsloth import load_unsloth
+
+        trained = plain if job.model.lora is None else job.model
+        model = load_unsloth(trained, job.max_length, job.seed)
+        alone = precomputed or job.model.lora is not None
+        return model, None if alone else load_causal_lm(plain)
+    if job.trained is not None:
+        return load_causal_lm(_renamed_model(job)), load_causal_lm(plain)
+    if job.model.lora is not None:
+        return load_causal_lm(job.model, lora=True), None
+    return load_causal_lm(plain), None if precomputed else load_causal_lm(plain)
+
+
+def _with_float_weights(spec: ModelSpec) -> ModelSpec:
+    return spec.model_copy(update={"dtype": "float32"})
+
+
+def _renamed_model(job: PreferenceJob) -> ModelSpec:
+    named = {"name": job.trained, "revision": None, "lora": None}
+    return _with_float_weights(job.model.model_copy(update=named))
+
+
+def _reward_model(
+    job: PreferenceJob,
+    common: dict[str, Any],
+    train: Any,
+    evaluation: Any,
+    tokenizer: Any,
+    alive: Callable[[], None],
+) -> Any:
+    from trl import RewardConfig, RewardTrainer
+
+    from actors.scoring.model import new_reward_model
+
+    class Trainer(RewardTrainer):
+        """RewardTrainer that does not go on from its last step."""
+
+        def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+            if not _is_finished(self):
+                super()._run_epoch(*args, **kwargs)
+
+    spec = job.model if job.trained is None else _renamed_model(job)
+    lora = None
+    if spec.lora is not None:
+        from peft import LoraConfig, TaskType
+
+        lora = LoraConfig(
+            task_type=TaskType.SEQ_CLS,
+            r=spec.lora.r,
+            lora_alpha=spec.lora.alpha,
+            lora_dropout=spec.lora.dropout,
+            target_modules=spec.lora.target_modules,
+            modules_to_save=["score"],
+        )
+    model = new_reward_model(spec if spec.lora else _with_float_weights(spec), job.seed)
+    _give_float_logits(model)
+    return Trainer(
+        model=model,
+        args=RewardConfig(**common),
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+
+
+def export_model(trainer: Any, job: PreferenceJob, scratch: Path) -> None:
+    """Write the trained model in model.dtype where the job says; with LoRA merged, and the adapter
+    beside it."""
+    import torch
+    from peft import PeftModel
+
+    dtype: torch.dtype = getattr(torch, job.model.dtype)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    adapted = isinstance(model, PeftModel)
+    # Under ZeRO-3 this gathers the shards, which takes every rank.
+    state = None if adapted else trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.is_world_process_zero():
+        return
+    folder = scratch / "export"
+    if adapted:
+        model.save_pretrained(folder / "adapter")
+        if job.model.load_in_4bit:  # merging in place would round the sum to 4 bits again
+            state, model = _whole(model, job)
+        else:
+            model = model.merge_and_unload()
+    if state is None:
+        state = model.state_dict()
+    model.save_pretrained(folder, state_dict=_in_dtype(state, dtype))
+    _name_dtype(folder / "config.json", job.model.dtype)
+    trainer.processing_class.save_pretrained(folder)
+    (folder / "adapter" / "README.md").unlink(missing_ok=True)
+    Store(job.export).put(folder)
+
+
+def _in_dtype(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """`state` with its numbers in `dtype`; tied weights stay one, for they are written once."""
+    cast: dict[tuple[Any, ...], torch.Tensor] = {}
+    for tensor in state.values():
+        if (place := _place(tensor)) not in cast:
+            cast[place] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return {name: cast[_place(tensor)] for name, tensor in state.items()}
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _name_dtype(config: Path, dtype: str) -> None:
+    """Let a saved config say what its weights are in; transformers writes what the model was."""
+    tree = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**tree, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+
+
+def _whole(model: Any, job: PreferenceJob) -> tuple[dict[str, Any], Any]:
+    """The weights of a model in 4 bits with its adapters added, and a model to save them with."""
+    import torch
+
+    from actors.models.loading import whole_model
+    from actors.models.wrapped import TrainedModel
+    from actors.strategies.base import merged_state
+
+    dtype: torch.dtype = getattr(torch, job.model.dtype)
+    weights = merged_state(TrainedModel(model), dtype, lambda _: nullcontext())
+    state = {name: tensor.to("cpu", copy=True) for name, tensor in weights}
+    return state, whole_model(model.get_base_model(), job.model)
+
+
+def backend_in_use(job: PreferenceJob) -> str:
+    """What runs, with versions, for people."""
+    from importlib.metadata import version
+
+    names = ["unsloth", "trl"] if job.backend == "unsloth" else ["trl"]
+    return ", ".join(f"{name} {version(name)}" for name in names)

@@ -1,0 +1,363 @@
+"""The worker function of a preference job: TRL's DPOTrainer or RewardTrainer in a Ray Train worker.
+
+What the worker gets is tokenised already, so that every worker trains on the same tokens and a
+reward model on those it is asked about later. Invariant: the relay is told of a step before the
+checkpoint of that step is written, and a checkpoint holds the figures of all steps up to it; so a
+driver that follows the relay misses no step, whatever is killed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from actors.preference.trainers import backend_in_use, build_trainer, export_model
+from actors.specs import ModelSpec
+
+Kind = Literal["dpo", "reward_model"]
+
+ANSWER_SECONDS = 60.0  # for the relay, which only ever keeps a list
+ALIVE_SECONDS = 10.0  # between signs of life
+
+METRICS = {
+    "loss": "loss",
+    "grad_norm": "policy/grad_norm",
+    "learning_rate": "policy/learning_rate",
+    "epoch": "epoch",
+    "num_tokens": "tokens",
+    "entropy": "policy/entropy",
+    "mean_token_accuracy": "policy/token_accuracy",
+    "rewards/accuracies": "reward/accuracy",
+    "rewards/margins": "reward/margin",
+    "rewards/chosen": "reward/chosen",
+    "rewards/rejected": "reward/rejected",
+    "accuracy": "reward/accuracy",
+    "margin": "reward/margin",
+    "mean_reward": "reward/mean",
+    "min_reward": "reward/min",
+    "max_reward": "reward/max",
+    "logps/chosen": "logprobs/chosen",
+    "logps/rejected": "logprobs/rejected",
+    "logits/chosen": "logits/chosen",
+    "logits/rejected": "logits/rejected",
+    "aux_loss": "loss/router",
+    "runtime": "time/eval",
+}
+"""What TRL and transformers call a figure, and what it is called here; others are left out."""
+
+
+@dataclass(frozen=True)
+class PreferenceJob:
+    """What every worker of a job does. Data only."""
+
+    kind: Kind
+    backend: Literal["trl", "unsloth"]
+    model: ModelSpec
+    seed: int
+    steps: int  # 0 evaluates the model and ends
+    arguments: dict[str, Any]  # of TRL's DPOConfig or RewardConfig
+    scratch: str  # name of the folder that the workers of a node write their checkpoints in
+    export: str  # folder or fsspec URI where the trained model is left
+    max_length: int  # tokens of the longest text
+    reference_free: bool = False
+    trained: str | None = None  # evaluate this model; `model` stays the reference
+    eval_every: int | None = None  # steps
+    eval_at_start: bool = False
+    eval_at_end: bool = False
+    save_every: int = 50  # steps
+    save_at_end: bool = True
+
+
+@dataclass
+class Relay:
+    """Between the workers and the driver, which asks for news; to be wrapped by `ray.remote`.
+
+    News are (kind, fields) in the order they happened: `role`, `started`, `step`, `checkpoint`, and
+    `alive` from what takes long and has no figures yet.
+    """
+
+    _news: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    _stop: Literal["", "save", "drop"] = ""
+    _fatal: str = ""
+
+    def tell(self, kind: str, **fields: Any) -> str:
+        """Leave news for the driver; returns what `stop` was called with."""
+        self._news.append((kind, fields))
+        return self._stop
+
+    def take(self) -> list[tuple[str, dict[str, Any]]]:
+        """The news since the last call."""
+        news, self._news = self._news, []
+        return news
+
+    def stop(self, how: Literal["save", "drop"]) -> None:
+        """Ask the workers to end after the step they are in, with or without a checkpoint."""
+        self._stop = how
+
+    def fail(self, reason: str) -> None:
+        """What no restart of the workers can mend."""
+        self._fatal = self._fatal or reason
+
+    def fatal(self) -> str:
+        """The first reason given to `fail`, or nothing."""
+        return self._fatal
+
+
+class RelaySilent(RuntimeError):
+    """The relay gave no answer in time, or is gone."""
+
+
+def answer_of(call: Any) -> Any:
+    """What a remote call of the relay returns. Raises RelaySilent after ANSWER_SECONDS."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError
+
+    try:
+        return ray.get(call, timeout=ANSWER_SECONDS)
+    except GetTimeoutError as error:
+        raise RelaySilent(
+            f"the relay between driver and workers gave no answer within {ANSWER_SECONDS:g} s; its "
+            "node may be overloaded, or cut off"
+        ) from error
+    except RayActorError as error:
+        raise RelaySilent(
+            "the relay between driver and workers is gone, with the driver or its node"
+        ) from error
+
+
+class SignOfLife:
+    """Tells the relay that a worker is alive, at most every ALIVE_SECONDS, waiting for nothing."""
+
+    def __init__(self, relay: Any) -> None:
+        self._relay = relay
+        self._told = -math.inf
+
+    def __call__(self) -> None:
+        """To be called often from what takes long."""
+        now = time.monotonic()
+        if now - self._told >= ALIVE_SECONDS:
+            self._told = now
+            self._relay.tell.remote("alive")
+
+
+def announcer(relay: Any) -> Any:
+    """The Ray Train callback that tells the relay of a checkpoint once a restart would find it,
+    which is later than the worker that wrote it can say."""
+    from ray.train import UserCallback
+
+    class Announcer(UserCallback):
+        def after_report(self, run_context: Any, metrics: list[Any], checkpoint: Any) -> None:
+            if checkpoint is not None:
+                relay.tell.remote("checkpoint", step=metrics[0]["step"])
+
+    return Announcer()
+
+
+def renamed(logs: dict[str, Any]) -> dict[str, float]:
+    """The figures of a log entry under the names of this project."""
+    found = {}
+    for name, value in logs.items():
+        prefix = "eval/" if name.startswith("eval_") else ""
+        known = METRICS.get(name.removeprefix("eval_"))
+        if known is not None and isinstance(value, int | float):
+            found[prefix + known] = float(value)
+    return found
+
+
+def history_of(entries: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """The figures by step of a checkpoint's log."""
+    steps: dict[int, dict[str, float]] = {}
+    for entry in entries:
+        if found := renamed(entry):
+            steps.setdefault(int(entry["step"]), {}).update(found)
+    return steps
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """One worker of a job. `config` has the job, the relay, and the tables of pairs.
+
+    Raises whatever ends this worker; Ray Train then starts all of them again from the last
+    checkpoint. What came before the first step would come again: it is told to the relay too.
+    """
+    import ray.train
+
+    job: PreferenceJob = config["job"]
+    relay: Any = config["relay"]
+    if answer_of(relay.fatal.remote()):
+        return
+    context = ray.train.get_context()
+    scratch = Path(tempfile.gettempdir()) / job.scratch
+    alive = SignOfLife(relay)
+    try:
+        if job.backend == "unsloth":
+            from actors.models.unsloth import import_unsloth
+
+            import_unsloth()  # before transformers and TRL, which it patches
+        from transformers import PrinterCallback
+
+        _introduce(relay, backend_in_use(job))
+        trainer = build_trainer(job, config["train"], config["eval"], scratch, alive)
+        follower = _follower(job, relay, alive)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(follower)
+    except RelaySilent:
+        raise
+    except Exception as error:
+        relay.fail.remote(_reason(error))
+        raise
+    try:
+        if job.steps == 0:
+            answer_of(relay.tell.remote("started", step=0, history={}))
+            trainer.evaluate()
+            follower.flush()
+            return
+        _train(trainer, job)
+        if not follower.stopped:
+            export_model(trainer, job, scratch)
+    finally:
+        if context.get_local_rank() == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _introduce(relay: Any, backend: str) -> None:
+    """Say who this worker is, before anything that takes long."""
+    import ray
+    import ray.train
+    import torch
+
+    context = ray.train.get_context()
+    device = f"cuda:{context.get_local_rank()}" if torch.cuda.is_available() else "cpu"
+    answer_of(
+        relay.tell.remote(
+            "role",
+            role="trainer",
+            rank=context.get_world_rank(),
+            pid=os.getpid(),
+            node=ray.get_runtime_context().get_node_id(),
+            device=device,
+            backend=backend,
+        )
+    )
+
+
+def _train(trainer: Any, job: PreferenceJob) -> None:
+    """Train from the last checkpoint, or from the beginning; a checkpoint that has all the steps is
+    only loaded."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            trainer.train(resume_from_checkpoint=folder)
+        return
+    trainer.args.eval_on_start = job.eval_at_start
+    trainer.train()
+
+
+def _reason(error: BaseException) -> str:
+    """The error in one line, and where in this project or TRL it was raised."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    what = " ".join(str(error).split())
+    return f"{type(error).__name__}: {what} ({Path(where.filename).name}:{where.lineno})"
+
+
+def _follower(job: PreferenceJob, relay: Any, alive: SignOfLife) -> Any:
+    """The callback that says when to evaluate, save and stop, and tells the relay."""
+    import ray.train
+    import torch
+    from transformers import TrainerCallback
+
+    context = ray.train.get_context()
+    leads = context.get_world_rank() == 0
+    tell: Callable[..., str] = lambda kind, **fields: answer_of(relay.tell.remote(kind, **fields))  # noqa: E731
+
+    def agreed(word: str) -> str:
+        """What rank 0 has, on every rank."""
+        if context.get_world_size() == 1:
+            return word
+        words = [word]
+        torch.distributed.broadcast_object_list(words, src=0)
+        return words[0]
+
+    class Follower(TrainerCallback):
+        def __init__(self) -> None:
+            self.stopped = False
+            self._asked = ""
+            self._began = 0.0
+            self._pending: tuple[int, dict[str, float]] | None = None
+
+        def flush(self) -> None:
+            """Tell the figures of the last step, once."""
+            pending, self._pending = self._pending, None
+            if pending is not None and leads:
+                self._asked = tell("step", step=pending[0], metrics=pending[1])
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if leads:
+                history = history_of(state.log_history) if state.global_step else {}
+                tell("started", step=state.global_step, history=history)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.flush()
+            self._began = time.monotonic()
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            alive()
+
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            alive()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            step = state.global_step
+            last = step >= job.steps
+            self._asked = agreed(self._asked)
+            self.stopped = bool(self._asked) and not last
+            control.should_log = True
+            control.should_evaluate = _due(step, job.eval_every) or (last and job.eval_at_end)
+            control.should_save = _due(step, job.save_every) or (last and job.save_at_end)
+            if self.stopped:
+                control.should_training_stop = True
+                control.should_evaluate = False
+                control.should_save = self._asked == "save"
+
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+        ) -> None:
+            if not logs or "train_runtime" in logs:
+                return
+            figures = renamed(logs)
+            if "loss" in figures and self._began:
+                figures["time/step"] = time.monotonic() - self._began
+            step, known = self._pending or (state.global_step, {})
+            self._pending = (step, {**known, **figures})
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.flush()
+            if context.get_world_size() > 1:
+                torch.distributed.barrier()  # every rank's part is in the folder
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            name = f"step-{state.global_step:06d}"
+            holds = context.get_local_rank() == 0 and folder.is_dir()
+            checkpoint = ray.train.Checkpoint.from_directory(folder) if holds else None
+            ray.train.report(
+                {"step": state.global_step}, checkpoint=checkpoint, checkpoint_dir_name=name
+            )
+            if holds:
+                shutil.rmtree(folder)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.flush()
+
+    return Follower()
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

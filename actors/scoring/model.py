@@ -1,0 +1,338 @@
+"""Reward models: what text they score, how one is loaded, and the criterion that serves it.
+
+Invariant: a reward model is trained on and asked about the same text. `scored_text` alone makes
+that text, for the reward-model job and for reward actors; nothing is ever cut off it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actors.messages import Messages, Prompt
+from actors.scoring.process import RewardFailed, RewardFailure
+from actors.specs import ModelSpec
+
+
+@dataclass(frozen=True)
+class RewardModelCriterion:
+    """One reward model that scores completions, as reward actors get it."""
+
+    name: str  # in metrics
+    model: ModelSpec  # a one-label sequence classification folder or hub name
+    batch_size: int  # texts in one forward pass
+    timeout_s: float  # per call, one group a call; waiting for earlier calls is not counted
+    max_tokens: int | None = None  # of prompt and completion; default: the model's positions
+    apply_chat_template: bool = True  # False: prompts are text already in the model's format
+
+
+def scored_text(
+    tokenizer: Any, prompt: str | Messages, completion: str | Messages, apply_chat_template: bool
+) -> tuple[str, bool]:
+    """The text a reward model reads, and whether special tokens are added when it is tokenised.
+
+    With the reward model's own chat template: the prompt (a string is one user message) and the
+    completion (a string is one assistant message) as one conversation, without a generation prompt.
+    Without one: prompt, completion and the end-of-sequence token, one after the other. A completion
+    that was cut off by the length limit is so scored as if it had ended there. The policy's own
+    template and `data.system_prompt` play no part: the prompt is what the data have.
+
+    Raises:
+        ValueError: messages without a chat template to render them, or that it refuses.
+    """
+    if apply_chat_template and tokenizer.chat_template:
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        said = (
+            [{"role": "assistant", "content": completion}]
+            if isinstance(completion, str)
+            else completion
+        )
+        return rendered(tokenizer, [*asked, *said]), False
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        raise ValueError(
+            "the prompt or completion is messages, but the reward model's tokenizer has no chat "
+            "template in use; use a model that has one, or give strings"
+        )
+    end = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
+    return prompt + completion + end, True
+
+
+def rendered(tokenizer: Any, messages: Messages, **options: Any) -> str:
+    """The text that the tokenizer's chat template makes of `messages`.
+
+    Raises:
+        ValueError: the template refuses them, or cannot render what they hold.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(
+            f"the chat template refuses the messages ({error}); give it messages it knows"
+        ) from error
+    return text
+
+
+def scored_ids(
+    tokenizer: Any,
+    pairs: Sequence[tuple[str | Messages, str | Messages]],
+    apply_chat_template: bool,
+) -> list[list[int]]:
+    """The tokens of `scored_text` for each (prompt, completion). Raises ValueError as it does."""
+    texts = [scored_text(tokenizer, p, c, apply_chat_template) for p, c in pairs]
+    return tokens_of(tokenizer, [text for text, _ in texts], any(special for _, special in texts))
+
+
+def tokens_of(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
+    """The whole texts' tokens, with special tokens added where `special` says so."""
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(
+        texts,
+        add_special_tokens=special,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    return ids
+
+
+def check_reward_model(spec: ModelSpec) -> None:
+    """Look at the configuration alone: is this a reward model that can be loaded?
+
+    Raises:
+        ModelError: no such model, a causal LM, or another number of labels than one.
+    """
+    _reward_config(spec)
+
+
+def load_reward_model(spec: ModelSpec) -> Any:
+    """The complete sequence classifier that `spec` names, in evaluation mode, on CPU.
+
+    Raises:
+        ModelError: as `check_reward_model`, or a model without the weights of its scoring head.
+    """
+    from actors.models.loading import ModelError
+
+    model, missing = _load(spec, _reward_config(spec))
+    if missing:
+        raise ModelError(
+            f"reward model {spec.name!r} lacks {len(missing)} weights, {missing[0]!r} the first: "
+            "its scores would be random. Give a trained one (algorithm: reward_model trains one)"
+        )
+    return model.eval()
+
+
+def new_reward_model(spec: ModelSpec, seed: int) -> Any:
+    """A sequence classifier with one label to be trained: a causal LM or another model with a fresh
+    head drawn by `seed`, or a reward model as it is. Dropout is off.
+
+    Raises:
+        ModelError: no such model, or more than the head is missing.
+    """
+    import torch
+
+    from actors.models.loading import ModelError, switch_off_dropout
+
+    config = _any_config(spec)
+    if not _is_classifier(config):
+        config.num_labels = 1
+    elif config.num_labels != 1:
+        raise ModelError(_labels_message(spec, config))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, missing = _load(spec, config)
+    body = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
+    if body:
+        raise ModelError(
+            f"model {spec.name!r} lacks {len(body)} weights beside the scoring head, {body[0]!r} "
+            "the first; give a complete model"
+        )
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    switch_off_dropout(model)
+    return model
+
+
+def _load(spec: ModelSpec, config: Any) -> tuple[Any, list[str]]:
+    """The classifier and the names of the weights its folder does not have."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from actors.models.loading import ModelError, local
+
+    spec = local(spec)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            spec.name,
+            config=config,
+            revision=spec.revision,
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation=spec.attention,
+            trust_remote_code=spec.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ImportError, ValueError) as error:
+        raise ModelError(f"reward model {spec.name!r} could not be loaded: {error}") from error
+    return model, sorted(info["missing_keys"])
+
+
+def _any_config(spec: ModelSpec) -> Any:
+    from transformers import AutoConfig
+
+    from actors.models.loading import ModelError, _require_source, local
+
+    spec = local(spec)
+    _require_source(spec.name)
+    try:
+        return AutoConfig.from_pretrained(
+            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {spec.name!r} has no usable configuration: {error}") from error
+
+
+def _is_classifier(config: Any) -> bool:
+    return any(
+        name.endswith(("ForSequenceClassification", "RewardModel"))
+        for name in config.architectures or ()
+    )
+
+
+def _reward_config(spec: ModelSpec) -> Any:
+    from actors.models.loading import ModelError
+
+    config = _any_config(spec)
+    saved_as = (config.architectures or [type(config).__name__])[0]
+    if saved_as.endswith(("ForCausalLM", "LMHeadModel")):
+        raise ModelError(
+            f"reward model {spec.name!r} is a causal language model ({saved_as}), which has no "
+            "scoring head; train a reward model from it with algorithm: reward_model, or give a "
+            "sequence classification model with one label"
+        )
+    if config.num_labels != 1:
+        raise ModelError(_labels_message(spec, config))
+    return config
+
+
+def _labels_message(spec: ModelSpec, config: Any) -> str:
+    return (
+        f"reward model {spec.name!r} has {config.num_labels} labels; a reward model gives one "
+        "number, so give a sequence classification model with num_labels 1"
+    )
+
+
+class ModelScorer:
+    """A reward model in this process. Calls are served one after the other, a group a call, so that
+    a score does not depend on what else is being scored."""
+
+    def __init__(self, criterion: RewardModelCriterion) -> None:
+        self.name = criterion.name
+        self._criterion = criterion
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._limit = 0
+        self._turn = asyncio.Lock()
+        self._running: asyncio.Future[list[float]] | None = None
+
+    async def start(self) -> None:
+        """Load the model and its tokenizer, onto the GPU that this actor was given, if any.
+
+        Raises:
+            ModelError: it cannot be loaded or is no reward model.
+        """
+        if self._model is None:
+            await asyncio.to_thread(self._load)
+
+    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[float]:
+        """The model's scores of one group.
+
+        Raises:
+            RewardFailed: a text over the limit, a score that is not finite, no answer in time.
+        """
+        async with self._turn:
+            if self._running is not None:  # a forward pass that ran out of time cannot be stopped
+                await asyncio.wait({self._running})
+            self._running = asyncio.ensure_future(
+                asyncio.to_thread(self._scores, prompt.source, list(completions))
+            )
+            done, _ = await asyncio.wait({self._running}, timeout=self._criterion.timeout_s)
+            if not done:
+                raise RewardFailed(
+                    self.name,
+                    RewardFailure.TIMEOUT,
+                    f"no scores within {self._criterion.timeout_s:g} s for a group of "
+                    f"{len(completions)}",
+                )
+            return self._running.result()
+
+    async def close(self) -> None:
+        """Let go of the model."""
+        self._model = None
+
+    def _load(self) -> None:
+        import torch
+
+        from actors.models.loading import load_tokenizer
+
+        self._tokenizer = load_tokenizer(self._criterion.model)
+        model = load_reward_model(self._criterion.model)
+        # The model finds a text's last token by this id; TRL sets the same when it trains one.
+        model.config.pad_token_id = self._tokenizer.pad_token_id
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._limit = self._criterion.max_tokens or positions or 0
+        self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def _scores(self, prompt: str | Messages, completions: list[str]) -> list[float]:
+        if self._model is None:
+            raise RuntimeError("ModelScorer.score was called before start or after close")
+        try:
+            rows = scored_ids(
+                self._tokenizer,
+                [(prompt, completion) for completion in completions],
+                self._criterion.apply_chat_template,
+            )
+        except ValueError as error:
+            raise RewardFailed(self.name, RewardFailure.RAISED, str(error)) from error
+        for index, ids in enumerate(rows):
+            if self._limit and len(ids) > self._limit:
+                raise RewardFailed(
+                    self.name,
+                    RewardFailure.TOO_LONG,
+                    f"prompt and completion {index} are {len(ids)} tokens and max_tokens is "
+                    f"{self._limit}; raise it if the model can read more, or shorten "
+                    "rollout.max_prompt_length or max_completion_length",
+                )
+        size = self._criterion.batch_size
+        scores = [
+            score
+            for first in range(0, len(rows), size)
+            for score in self._forward(rows[first : first + size])
+        ]
+        for index, score in enumerate(scores):
+            if not math.isfinite(score):
+                raise RewardFailed(
+                    self.name,
+                    RewardFailure.NOT_FINITE,
+                    f"the model's score for completion {index} is {score}",
+                )
+        return scores
+
+    def _forward(self, rows: list[list[int]]) -> list[float]:
+        import torch
+
+        # Padding is on the right, where no earlier token sees it.
+        batch = self._tokenizer.pad(
+            {"input_ids": rows}, padding_side="right", return_tensors="pt"
+        ).to(self._model.device)
+        with torch.no_grad():
+            logits = self._model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+            ).logits
+        scores: list[float] = logits[:, 0].float().cpu().tolist()
+        return scores

@@ -1,0 +1,5 @@
+"""`python -m aligntune`: the command line."""
+
+from aligntune.cli import console
+
+console()

@@ -1,0 +1,263 @@
+"""`aligntune launch`: a resolved config as what `cluster.launch` needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from actors.specs import RewardFunctionSpec, RewardModelSpec
+from aligntune.config.load import load_config
+from aligntune.config.online import RunConfig
+from aligntune.config.preference import PreferenceConfig
+from aligntune.config.tree import dump
+from aligntune.errors import UserError, nearest
+from aligntune.online.role_requests import role_request, role_requests
+from cluster.bundles import BadRequest, RoleRequest, amounts
+from cluster.launch import kuberay as kuberay_files
+from cluster.launch import ray_up as ray_up_files
+from cluster.launch import slurm as slurm_files
+from cluster.launch.files import BadLaunch, Launch, label, sized
+
+KINDS = ("rayjob", "raycluster")
+PROVIDERS = ("local", "aws")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the user says of the nodes; None: worked out from the roles."""
+
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    cpus_per_node: int | None = None
+    memory_gib: int | None = None
+
+
+def ray_up(
+    path: Path,
+    overrides: list[str],
+    size: Size,
+    *,
+    provider: str,
+    storage: str | None,
+    head_ip: str | None,
+    worker_ips: Sequence[str],
+    ssh_user: str,
+    ssh_key: str,
+    region: str | None,
+    instance_type: str | None,
+    image_id: str | None,
+    nfs: str | None,
+    token_file: str,
+    venv: str | None,
+    install: str | None,
+) -> str:
+    """A file for `ray up`. Raises UserError, one line, for whatever is wrong."""
+    config = load_config(path, overrides)
+    if provider not in PROVIDERS:
+        raise UserError(f"unknown provider {provider!r}; {nearest(provider, PROVIDERS)}")
+    if storage is None:
+        raise UserError("ray-up needs --storage, the folder that every node shares, for the run")
+    with _as_user_errors():
+        if provider == "local" and size.nodes is None and head_ip:
+            size = Size(
+                1 + len(worker_ips), size.gpus_per_node, size.cpus_per_node, size.memory_gib
+            )
+        launch = _launch(config, size, storage, ray_up_files.CONFIG, overrides)
+        if provider == "local":
+            hosts = ray_up_files.on_premise(
+                launch,
+                head_ip,
+                worker_ips,
+                ssh_user,
+                ssh_key,
+                cpus=size.cpus_per_node,
+                gpus=size.gpus_per_node,
+            )
+        else:
+            if nfs is None:
+                raise BadLaunch(
+                    "--provider aws needs --nfs HOST:/EXPORT (such as an EFS): new machines share "
+                    "no folder"
+                )
+            hosts = ray_up_files.aws(launch, region, instance_type, image_id)
+        return ray_up_files.render(
+            launch,
+            hosts,
+            ray_up_files.choose_software(venv, install, _extra(config)),
+            token_file=token_file,
+            config_file=str(path.absolute()),
+            nfs=nfs,
+        )
+
+
+def kuberay(
+    path: Path,
+    overrides: list[str],
+    size: Size,
+    *,
+    kind: str,
+    image: str,
+    claim: str,
+    secret: str,
+    storage: str,
+) -> str:
+    """KubeRay manifests. Raises UserError, one line, for whatever is wrong."""
+    config = load_config(path, overrides)
+    with _as_user_errors():
+        launch = _launch(config, size, storage, kuberay_files.CONFIG, [])
+        names = kuberay_files.Namespace(image, claim, secret)
+        if kind == "rayjob":
+            return kuberay_files.render(launch, "rayjob", names, dump(config))
+        if kind == "raycluster":
+            return kuberay_files.render(launch, "raycluster", names, dump(config))
+    raise UserError(f"unknown kind {kind!r}; {nearest(kind, KINDS)}")
+
+
+def slurm(
+    path: Path,
+    overrides: list[str],
+    size: Size,
+    *,
+    time: str,
+    partition: str | None,
+    account: str | None,
+    token_file: str,
+    venv: str,
+) -> str:
+    """A Slurm batch script. Raises UserError, one line, for whatever is wrong.
+
+    The run starts in the current folder, which the nodes must share.
+    """
+    config = load_config(path, overrides)
+    with _as_user_errors():
+        launch = _launch(config, size, os.getcwd(), str(path.absolute()), overrides, outside=True)
+        site = slurm_files.Site(time, partition, account)
+        token = os.path.abspath(os.path.expanduser(token_file))
+        return slurm_files.render(launch, site, venv=os.path.abspath(venv), token_file=token)
+
+
+class _as_user_errors:
+    """What cluster/ says of wrong input, as UserError."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, BadLaunch | BadRequest):
+            raise UserError(str(error)) from error
+
+
+def _launch(
+    config: RunConfig | PreferenceConfig,
+    size: Size,
+    storage: str,
+    config_path: str,
+    overrides: Sequence[str],
+    *,
+    outside: bool = False,
+) -> Launch:
+    """`outside`: the output may lie beside the storage, on other shared storage."""
+    if not PurePosixPath(storage).is_absolute():
+        raise UserError(f"--storage {storage!r} is no absolute path; nodes have no common folder")
+    requests = _requests(config)
+    colocate = config.cluster.colocate if isinstance(config, RunConfig) else []
+    nodes, node_size = sized(
+        requests,
+        colocate,
+        nodes=size.nodes,
+        gpus_per_node=size.gpus_per_node,
+        cpus_per_node=size.cpus_per_node,
+        memory_gib=size.memory_gib,
+    )
+    return Launch(
+        name=label(Path(config.output_dir).name),
+        nodes=nodes,
+        size=node_size,
+        storage=storage,
+        command=("aligntune", "train", config_path, *overrides, "cluster.address=auto"),
+        ray_version=importlib.metadata.version("ray"),
+        roles=tuple(f"{r.role} {r.replicas} x ({amounts(r.bundle)})" for r in requests),
+        notes=(
+            _output(config.output_dir, storage, outside),
+            *_local(config, storage),
+            *_own_code(config, storage),
+        ),
+    )
+
+
+def _requests(config: RunConfig | PreferenceConfig) -> list[RoleRequest]:
+    if isinstance(config, RunConfig):
+        return role_requests(config)
+    return [role_request("trainer", config.train.workers, config.train.resources)]
+
+
+def _output(output_dir: str, storage: str, outside: bool) -> str:
+    """Where the run directory is, as a note. UserError where nodes would not share it."""
+    if "://" in output_dir:
+        return f"The run directory is {output_dir}."
+    folder = os.path.normpath(os.path.join(storage, output_dir))
+    if not PurePosixPath(folder).is_relative_to(os.path.normpath(storage)):
+        if not outside:
+            raise UserError(
+                f"output_dir {output_dir} does not lie in {storage}, the folder that the nodes "
+                "share; make it relative, or change --storage"
+            )
+        return f"The run directory is {folder}: every node must share it."
+    return f"The run directory is {folder}; every node must share {storage}."
+
+
+def _local(config: RunConfig | PreferenceConfig, storage: str) -> Iterator[str]:
+    """Models and data that are folders and files here: nodes need them too."""
+    named: dict[str, str | None] = {
+        "model.name": config.model.name,
+        "data.path": config.data.path,
+        "data.eval_path": config.data.eval_path,
+    }
+    if isinstance(config, RunConfig):
+        named |= {
+            "reference.model": config.reference.model,
+            "critic.model": config.critic.model,
+            **{
+                f"rewards.{index}.model": reward.model
+                for index, reward in enumerate(config.rewards)
+                if isinstance(reward, RewardModelSpec)
+            },
+        }
+    for key, value in named.items():
+        if value and (os.path.isabs(value) or value.startswith(("./", "../", "~"))):
+            yield f"{key} is {value}: every node must have it there."
+        elif value and os.path.exists(value):
+            yield f"{key} is {value} if it is in {storage}, else a hub name."
+
+
+def _own_code(config: RunConfig | PreferenceConfig, storage: str) -> Iterator[str]:
+    """Rewards and algorithms of the user's own, as module:name: nodes must find their modules."""
+    if not isinstance(config, RunConfig):
+        return
+    named = {"algorithm.name": config.algorithm_name} | {
+        f"rewards.{index}.function": reward.function
+        for index, reward in enumerate(config.rewards)
+        if isinstance(reward, RewardFunctionSpec)
+    }
+    for key, target in named.items():
+        module, colon, _ = target.partition(":")
+        package = module.partition(".")[0]
+        if colon and package != "aligntune":
+            yield (
+                f"{key} is {target}: {package} must lie in {storage}, where the run starts, or be "
+                "installed on every node."
+            )
+
+
+def _extra(config: RunConfig | PreferenceConfig) -> str:
+    """Of aligntune on the nodes: with vLLM where rollouts use it on GPUs."""
+    vllm = (
+        isinstance(config, RunConfig)
+        and config.rollout.engine != "transformers"
+        and config.rollout.resources.gpus > 0
+    )
+    return "vllm-cuda" if vllm else ""

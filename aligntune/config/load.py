@@ -1,0 +1,22 @@
+"""The one entry to settings: a YAML file or mapping, with overrides, becomes a resolved config."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from aligntune.config.online import RunConfig, load_online_config
+from aligntune.config.preference import PreferenceConfig, is_preference, load_preference_config
+from aligntune.config.tree import load_tree
+
+
+def load_config(
+    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable[str] = ()
+) -> RunConfig | PreferenceConfig:
+    """A resolved config of either kind, by the name of its algorithm.
+
+    Raises UserError, one line, for anything that is wrong.
+    """
+    tree = load_tree(source, overrides)
+    return load_preference_config(tree) if is_preference(tree) else load_online_config(tree)

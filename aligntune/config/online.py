@@ -1,0 +1,301 @@
+"""RunConfig: the one typed tree of a run, composed of the specs that live beside each part.
+
+A tree comes from YAML or keyword arguments plus `key.path=value` overrides; unknown keys are
+refused with the nearest valid one. `resolve` fills in the algorithm's defaults and refuses what
+does not fit together, so that a resolved tree says everything a run will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+    ValidationError,
+)
+
+from actors.specs import (
+    CriticSpec,
+    ModelSpec,
+    PolicySpec,
+    Positive,
+    ReferenceSpec,
+    RewardActorSpec,
+    RewardFunctionSpec,
+    RewardModelSpec,
+    RolloutSpec,
+    Spec,
+)
+from aligntune.algorithms import registry
+from aligntune.algorithms.base import Algorithm
+from aligntune.config.backends import check_backend
+from aligntune.config.tree import explain
+from aligntune.data.spec import DataSpec
+from aligntune.errors import UserError, nearest
+from cluster.specs import ClusterSpec
+
+
+def _parse_algorithm(value: Any) -> Any:
+    """'grpo', {'name': 'grpo', 'beta': 0.04} or an Algorithm become an Algorithm."""
+    if isinstance(value, Algorithm):
+        return value
+    options = {"name": value} if isinstance(value, str) else dict(value or {})
+    if "name" not in options:
+        raise ValueError(f"algorithm needs a name; {nearest('', registry.names())}")
+    return registry.get(str(options.pop("name"))).model_validate(options)
+
+
+def name_of(algorithm: type[Algorithm]) -> str:
+    """The name an algorithm is registered under, or its `module:Class` path."""
+    for name in registry.names():
+        if registry.get(name) is algorithm:
+            return name
+    return f"{algorithm.__module__}:{algorithm.__qualname__}"
+
+
+def _dump_algorithm(value: Algorithm) -> dict[str, Any]:
+    return {"name": name_of(type(value)), **value.model_dump(mode="json")}
+
+
+def _parse_reward(value: Any) -> Any:
+    return {"function": value} if isinstance(value, str) else value
+
+
+def _reward_kind(value: Any) -> str:
+    """Whether an entry of `rewards` is of the form {function: ...} or {model: ...}."""
+    if isinstance(value, Mapping):
+        return "model" if "model" in value and "function" not in value else "function"
+    return "model" if isinstance(value, RewardModelSpec) else "function"
+
+
+AlgorithmField = Annotated[
+    Algorithm, BeforeValidator(_parse_algorithm), PlainSerializer(_dump_algorithm)
+]
+RewardField = Annotated[
+    Annotated[RewardFunctionSpec, Tag("function")] | Annotated[RewardModelSpec, Tag("model")],
+    Discriminator(_reward_kind),
+    BeforeValidator(_parse_reward),
+]
+
+
+class TrainSpec(Spec):
+    """How much is trained and in which units."""
+
+    steps: Positive | None = Field(None, description="optimiser batches; or give epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the prompts; default 1")
+    groups_per_step: Positive = Field(32, description="prompts of a step")
+    completions_per_group: Positive | None = Field(None, description="G; default: the algorithm's")
+    groups_per_minibatch: Positive | None = Field(None, description="per optimiser step")
+    epochs_per_batch: Positive | None = Field(None, description="default: the algorithm's")
+    max_staleness: int = Field(0, ge=0, description="policy versions; 0 is on-policy")
+    seed: int = Field(0, description="of data order, sampling and LoRA")
+    max_quarantined_fraction: float = Field(
+        0.1, ge=0, le=1, description="of the admitted groups; beyond it the run stops"
+    )
+    step_timeout_s: float = Field(3600.0, gt=0, description="longest wait for a step's groups")
+
+
+class CheckpointSpec(Spec):
+    """When the run is saved."""
+
+    every_steps: Positive = Field(50, description="steps between checkpoints")
+    keep_last: Positive = Field(3, description="older ones are removed")
+    at_end: bool = Field(True, description="one after the last step")
+    storage: str | None = Field(
+        None,
+        description="a folder that outlives the node, or an fsspec URI: the run is copied there "
+        "with every checkpoint, and fetched from there where output_dir is behind; default: none",
+    )
+
+
+class EvalSpec(Spec):
+    """Evaluation on the eval set, scored by the run's own rewards."""
+
+    every_steps: Positive | None = Field(
+        None, description="steps between evaluations; none: only at the ends"
+    )
+    at_start: bool = Field(True, description="before the first step")
+    at_end: bool = Field(True, description="after the last step")
+    completions: Positive = Field(1, description="per prompt")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+
+
+class TrackingSpec(Spec):
+    """Beyond metrics.jsonl, which is always written."""
+
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio", "prometheus"]] = Field(
+        ["tensorboard"], description="where figures go too"
+    )
+    project: str = Field("aligntune", description="its name at W&B, MLflow and Trackio")
+    samples_per_step: int = Field(4, ge=0, description="completions written to samples.jsonl")
+
+
+class RunConfig(Spec):
+    """Everything a run will do."""
+
+    algorithm: AlgorithmField
+    model: ModelSpec
+    data: DataSpec
+    output_dir: str = Field(description="the run directory")
+    backend: Literal["trl", "unsloth"] = Field(
+        "trl", description="what loads and steps the trained model"
+    )
+    rewards: list[RewardField] = []
+    train: TrainSpec = TrainSpec()
+    rollout: RolloutSpec = RolloutSpec()
+    reward: RewardActorSpec = RewardActorSpec()
+    reference: ReferenceSpec = ReferenceSpec()
+    policy: PolicySpec = PolicySpec()
+    critic: CriticSpec = CriticSpec()
+    eval: EvalSpec = EvalSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    cluster: ClusterSpec = ClusterSpec()
+
+    @property
+    def algorithm_name(self) -> str:
+        """The registered name of the algorithm."""
+        return name_of(type(self.algorithm))
+
+
+def load_online_config(tree: Mapping[str, Any]) -> RunConfig:
+    """The resolved config of an online run. Raises UserError, one line, for anything wrong."""
+    return resolve(validate(tree))
+
+
+def validate(tree: Mapping[str, Any]) -> RunConfig:
+    """A RunConfig from a mapping; UserError names the first wrong key and its cure."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(explain(error, tree, RunConfig, _algorithm_options)) from error
+
+
+def _algorithm_options(name: str) -> Iterable[str]:
+    return registry.get(name).model_fields
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Fill the algorithm's defaults in and refuse what does not fit together (UserError)."""
+    algorithm, train = config.algorithm, config.train
+    policy, critic = config.policy, config.critic
+    defaults = algorithm.defaults
+    group = train.completions_per_group or defaults.completions_per_group
+    if train.groups_per_minibatch is not None:
+        minibatch = train.groups_per_minibatch
+    elif train.groups_per_step % defaults.minibatches == 0:
+        minibatch = train.groups_per_step // defaults.minibatches
+    else:
+        raise UserError(
+            f"train.groups_per_step={train.groups_per_step} does not split into "
+            f"{config.algorithm_name}'s {defaults.minibatches} mini-batches; "
+            "set train.groups_per_minibatch to a divisor of it"
+        )
+    filled = {
+        "train": train.model_copy(
+            update={
+                "epochs": train.epochs if train.epochs or train.steps else 1.0,
+                "completions_per_group": group,
+                "groups_per_minibatch": minibatch,
+                "epochs_per_batch": train.epochs_per_batch or defaults.epochs,
+            }
+        ),
+        "policy": policy.model_copy(
+            update={
+                "learning_rate": policy.learning_rate or defaults.learning_rate,
+                "adam_betas": policy.adam_betas or defaults.adam_betas,
+            }
+        ),
+    }
+    if algorithm.needs.critic:
+        filled["critic"] = critic.model_copy(
+            update={
+                "learning_rate": critic.learning_rate or defaults.critic_learning_rate,
+                "adam_betas": critic.adam_betas or defaults.adam_betas,
+            }
+        )
+    resolved = config.model_copy(update=filled)
+    check(resolved)
+    return resolved
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a resolved tree that cannot be run, before anything starts (UserError)."""
+    name, needs, train = config.algorithm_name, config.algorithm.needs, config.train
+    group = train.completions_per_group or 0
+    if train.steps is not None and train.epochs is not None:
+        raise UserError("train.steps and train.epochs both say how long; give one of them")
+    if group < needs.min_group:
+        raise UserError(
+            f"{name} compares the completions of a group: train.completions_per_group={group} "
+            f"gives no signal, use {needs.min_group} or more"
+        )
+    if train.groups_per_step % (train.groups_per_minibatch or 1):
+        raise UserError(
+            f"train.groups_per_minibatch={train.groups_per_minibatch} does not divide "
+            f"train.groups_per_step={train.groups_per_step}"
+        )
+    if needs.reward_model and not any(isinstance(r, RewardModelSpec) for r in config.rewards):
+        raise UserError(
+            f"{name} needs a reward model and rewards names none; add {{model: FOLDER_OR_HUB_NAME}}"
+            " to rewards, or give --reward-model (algorithm: reward_model trains one from pairs)"
+        )
+    if not config.rewards:
+        raise UserError(
+            f"{name} has no reward; add one, such as rewards: [math] or --reward "
+            "my_package.my_module:my_function (`aligntune rewards` lists what is registered)"
+        )
+    if config.backend not in config.algorithm.backends:
+        raise UserError(
+            f"{name} does not run with backend={config.backend}; "
+            f"use backend={config.algorithm.backends[0]}"
+        )
+    policy = config.policy
+    check_backend(
+        config.backend,
+        config.model,
+        policy.resources,
+        "policy",
+        "policy.strategy=deepspeed" if policy.strategy == "deepspeed" else None,
+    )
+    rollout = config.rollout
+    if rollout.max_replicas is not None:
+        if rollout.max_replicas < rollout.replicas:
+            raise UserError(
+                f"rollout.max_replicas={rollout.max_replicas} is less than rollout.replicas="
+                f"{rollout.replicas}, which the run starts with; raise it or leave it out"
+            )
+        if any("rollout" in group for group in config.cluster.colocate):
+            raise UserError(
+                "rollout.max_replicas adds replicas in places of their own, and cluster.colocate "
+                "gives rollout none; drop one of the two"
+            )
+    if needs.critic and config.critic.learning_rate is None:
+        raise UserError(
+            f"{name} has a critic and no default for its rate; set critic.learning_rate"
+        )
+    if not needs.critic and config.critic != CriticSpec():
+        raise UserError(f"{name} has no critic, so the critic section would be ignored; remove it")
+    if not needs.reference and config.reference != ReferenceSpec():
+        raise UserError(
+            f"{name} has no reference model while algorithm.beta is 0, so the reference section "
+            "would be ignored; remove it, or set algorithm.beta above 0"
+        )
+    stop = config.algorithm.early_stop
+    if stop and train.epochs_per_batch == 1 and train.groups_per_minibatch == train.groups_per_step:
+        raise UserError(
+            f"{name} is to stop a step's updates where {stop[0]} is above {stop[1]:g}, and a step "
+            "has one update, so that would do nothing; raise train.epochs_per_batch, lower "
+            "train.groups_per_minibatch, or remove the limit"
+        )
+    for spec in (config.policy, config.critic):
+        if spec.strategy == "torch" and spec.ranks > 1:
+            raise UserError(
+                f"{spec.role}.strategy=torch is one rank and {spec.role}.ranks={spec.ranks}; "
+                f"use {spec.role}.strategy=deepspeed for several"
+            )

@@ -1,0 +1,177 @@
+"""Preference pairs from texts that reward functions score: of two completions of one prompt the one
+with the higher score is preferred.
+
+Invariant: every row is scored once, alone and with its own columns, and is in a pair with each
+completion of its prompt whose score differs; ties are no pairs, and are counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from actors.reward import FunctionScorer
+from actors.scoring.process import RewardCriterion, RewardFailed
+from aligntune.data.errors import DataError
+from aligntune.data.pairs import bad_rows_message
+from aligntune.data.sources import Rows, require_column
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Which rows are preferred to which."""
+
+    pairs: tuple[tuple[int, int], ...]  # (row of the higher score, row of the lower)
+    ties: int  # pairs of rows of one prompt with equal scores
+
+
+def rank(prompts: Sequence[str], scores: Sequence[float]) -> Ranked:
+    """Every two rows of one prompt, by their scores; prompts in the order they come. Pure."""
+    groups: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(row)
+    pairs, ties = [], 0
+    for rows in groups.values():
+        for one, other in itertools.combinations(rows, 2):
+            if scores[one] == scores[other]:
+                ties += 1
+            else:
+                pairs.append((one, other) if scores[one] > scores[other] else (other, one))
+    return Ranked(tuple(pairs), ties)
+
+
+class ScoredPairs:
+    """Rows `prompt`, `chosen` and `rejected`, formed from the rows of a data set of texts."""
+
+    columns: tuple[str, ...] = ("prompt", "chosen", "rejected")
+
+    def __init__(
+        self,
+        texts: Rows,
+        used: Sequence[int],
+        ranked: Ranked,
+        bad: dict[int, str],
+        prompt_column: str,
+        completion_column: str,
+    ) -> None:
+        """`ranked` counts in positions of `used`, which are rows of `texts`."""
+        self.origin = texts.origin
+        self.ties = ranked.ties
+        self.bad = bad  # rows of the texts that were left out, and why
+        self._texts = texts
+        self._pairs = [(used[better], used[worse]) for better, worse in ranked.pairs]
+        self._prompt, self._completion = prompt_column, completion_column
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        better, worse = (self._texts[row] for row in self._pairs[index])
+        return {
+            "prompt": better[self._prompt],
+            "chosen": better[self._completion],
+            "rejected": worse[self._completion],
+        }
+
+    def describe(self) -> str:
+        """What became of the texts, in one line."""
+        return (
+            f"scored texts: {len(self._texts)}, {len(self.bad)} bad and left out; they make "
+            f"{len(self)} pairs; {self.ties} ties left out"
+        )
+
+    def where(self, index: int) -> str:
+        """As in `texts.jsonl, row 3 (line 4) over texts.jsonl, row 1 (line 2)`."""
+        better, worse = self._pairs[index]
+        return f"{self._texts.where(better)} over {self._texts.where(worse)}"
+
+
+def scored_pairs(
+    texts: Rows,
+    criteria: Sequence[RewardCriterion],
+    weights: Sequence[float],
+    *,
+    prompt_column: str,
+    completion_column: str,
+    bad_pairs: Literal["error", "drop"],
+) -> ScoredPairs:
+    """Score every row of `texts` with the weighted sum of the criteria and form the pairs.
+
+    The functions run in child processes of this one, as they do in a reward actor.
+
+    Raises:
+        DataError: columns that are not there; under policy `error` the first row that has no text
+            or no score; no two completions of a prompt with different scores.
+    """
+    require_column(texts, prompt_column, "data.prompt_column")
+    require_column(texts, completion_column, "data.completion_column")
+    bad = {
+        row: why
+        for row in range(len(texts))
+        if (why := _wrong(texts[row], prompt_column, completion_column))
+    }
+    rows = [row for row in range(len(texts)) if row not in bad]
+    sums = asyncio.run(_score(texts, rows, criteria, weights, prompt_column, completion_column))
+    bad |= {row: found for row, found in sums.items() if isinstance(found, str)}
+    if bad and bad_pairs == "error":
+        bad = dict(sorted(bad.items()))
+        cure = "set data.bad_pairs: drop to leave them out"
+        raise DataError(bad_rows_message(texts, bad, cure))
+    used = [row for row in rows if row not in bad]
+    ranked = rank(
+        [json.dumps(texts[row][prompt_column], sort_keys=True) for row in used],
+        [float(sums[row]) for row in used],
+    )
+    if not ranked.pairs:
+        raise DataError(
+            f"{texts.origin}: no prompt has two completions with different scores ({len(used)} "
+            f"texts, {ranked.ties} ties), so nothing is preferred to anything; give several "
+            "completions a prompt, one a row, and a reward that tells them apart"
+        )
+    return ScoredPairs(texts, used, ranked, bad, prompt_column, completion_column)
+
+
+def _wrong(row: dict[str, Any], prompt_column: str, completion_column: str) -> str | None:
+    prompt, completion = row[prompt_column], row[completion_column]
+    if not isinstance(prompt, str | list) or not prompt:
+        return f"{prompt_column} is empty or neither a string nor messages"
+    if not isinstance(completion, str) or not completion.strip():
+        return f"{completion_column} is empty or not a string"
+    return None
+
+
+async def _score(
+    texts: Rows,
+    rows: Sequence[int],
+    criteria: Sequence[RewardCriterion],
+    weights: Sequence[float],
+    prompt_column: str,
+    completion_column: str,
+) -> dict[int, float | str]:
+    """The weighted sum of each row's scores, or why it has none."""
+    scorers = [FunctionScorer(criterion) for criterion in criteria]
+    sums: dict[int, float | str] = {}
+    try:
+        for scorer in scorers:
+            try:
+                await scorer.start()
+            except RewardFailed as error:
+                raise DataError(str(error)) from error
+        for row in rows:
+            values = dict(texts[row])
+            source, completion = values.pop(prompt_column), values.pop(completion_column)
+            try:
+                scores = [
+                    (await scorer.call(source, [completion], values))[0] for scorer in scorers
+                ]
+                sums[row] = sum(w * score for w, score in zip(weights, scores, strict=True))
+            except RewardFailed as error:
+                sums[row] = str(error).splitlines()[0]
+    finally:
+        for scorer in scorers:
+            await scorer.close()
+    return sums

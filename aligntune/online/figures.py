@@ -1,0 +1,84 @@
+"""The figures of one step, from records and scores. Pure; no token arrays."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from aligntune.algorithms.filters import varies
+from aligntune.config.online import RunConfig
+from aligntune.online.pipeline import ReadyGroup, raw_scores, truncated
+
+
+def score_metrics(
+    config: RunConfig, groups: Sequence[ReadyGroup], prefix: str = ""
+) -> dict[str, float]:
+    """Mean of every criterion, and mean and population std of the weighted reward."""
+    pooled: dict[str, list[float]] = {}
+    for group in groups:
+        for name, values in raw_scores(config, group.scores).items():
+            pooled.setdefault(name, []).extend(values)
+    reward = pooled.pop("score")
+    return {
+        f"{prefix}reward/mean": statistics.fmean(reward),
+        f"{prefix}reward/std": statistics.pstdev(reward),
+        **{f"{prefix}reward/{name}/mean": statistics.fmean(v) for name, v in pooled.items()},
+    }
+
+
+def completion_metrics(groups: Sequence[ReadyGroup], prefix: str = "") -> dict[str, float]:
+    """Lengths in tokens, and the fraction cut by the length limit."""
+    lengths = [length for group in groups for length in group.record.lengths]
+    cut = [cut for group in groups for cut in truncated(group.record)]
+    return {
+        f"{prefix}completions/length_mean": statistics.fmean(lengths),
+        f"{prefix}completions/length_max": float(max(lengths)),
+        f"{prefix}completions/truncated_fraction": sum(cut) / len(cut),
+    }
+
+
+def group_metrics(
+    config: RunConfig, groups: Sequence[ReadyGroup], version: int, ended: Mapping[str, int]
+) -> dict[str, float]:
+    """How many groups ended which way in this step, how many were constant, and their age.
+
+    Groups of one completion are all constant and say nothing by it: then that figure is left out.
+    `ended` counts the groups filtered and quarantined since the last step; ages are in policy
+    versions, of the oldest token of each group. With dynamic sampling, also how many groups were
+    drawn for each that was kept.
+    """
+    scores = [raw_scores(config, group.scores)["score"] for group in groups]
+    ages = [version - group.record.oldest_version for group in groups]
+    constant = sum(not varies(row) for row in scores) / len(scores)
+    draws, drawn = config.algorithm.sampling_rounds is not None, len(groups) + ended["filtered"]
+    return {
+        "groups/trained": float(len(groups)),
+        "groups/filtered": float(ended["filtered"]),
+        "groups/quarantined": float(ended["quarantined"]),
+        **({"groups/constant_fraction": constant} if any(len(row) > 1 for row in scores) else {}),
+        **({f"{config.algorithm_name}/draws_per_kept_group": drawn / len(groups)} if draws else {}),
+        "staleness/mean": statistics.fmean(ages),
+        "staleness/max": float(max(ages)),
+    }
+
+
+def time_metrics(
+    step_s: float, busy: Mapping[str, float], groups: Sequence[ReadyGroup]
+) -> dict[str, float]:
+    """Seconds by activity and throughput of the step.
+
+    `busy` has wall seconds with at least one rollout, reward, reference, prepare, update or
+    weight_sync running. A role is idle for the rest of the step.
+    """
+    tokens = sum(group.record.tokens for group in groups)
+    samples = sum(len(group.record.lengths) for group in groups)
+    return {
+        "time/step": step_s,
+        **{f"time/{name}": seconds for name, seconds in busy.items()},
+        "time/idle_rollout": max(0.0, step_s - busy["rollout"]),
+        "time/idle_policy": max(
+            0.0, step_s - busy["prepare"] - busy["update"] - busy["weight_sync"]
+        ),
+        "throughput/tokens_per_s": tokens / step_s,
+        "throughput/samples_per_s": samples / step_s,
+    }

@@ -1,0 +1,315 @@
+"""The learners' side of a step: policy and critic ranks, their targets, updates and checkpoints.
+
+Invariant: a rank that dies takes the policy and the critic with it (`PolicyLost`), so that both are
+always of the same step; nothing is retried on ranks that may be half-way through an update. The
+controller decides what to go back to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ray.actor import ActorHandle
+
+from actors.messages import GroupWork, LossTerms, PrepareJob, Row, UpdateJob, UpdateResult
+from actors.packing import split_rows
+from actors.specs import RankSpec
+from actors.supervise import ObjectsLost, RankSet, ReplicaLost
+from aligntune.algorithms.base import Algorithm
+from aligntune.config.online import RunConfig
+from aligntune.runs.checkpoint import CRITIC, POLICY
+
+T = TypeVar("T")
+
+
+class PolicyLost(RuntimeError):
+    """A rank died or missed a deadline; policy and critic must be rebuilt from a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One policy version's weights: a reference to the only copy the driver owns."""
+
+    version: int
+    bundle: Any
+    nbytes: int
+
+
+def minibatches(config: RunConfig, step: int) -> list[list[int]]:
+    """Indices of the groups of every optimiser step of training step `step`, over all epochs. Pure.
+
+    The first epoch takes the groups as they come, each later one in an order drawn from the seed,
+    the step and the epoch.
+    """
+    train = config.train
+    size = train.groups_per_minibatch or train.groups_per_step
+    plan = []
+    for epoch in range(train.epochs_per_batch or 1):
+        order = list(range(train.groups_per_step))
+        if epoch > 0:
+            random.Random(f"{train.seed} {step} {epoch}").shuffle(order)
+        plan += [order[start : start + size] for start in range(0, len(order), size)]
+    return plan
+
+
+def split_groups(groups: Sequence[GroupWork], ranks: int) -> list[list[int]]:
+    """Indices of the whole groups that each rank gets, balanced by tokens. Pure."""
+    rows = [
+        Row(index, 0, len(group.lengths) * group.prompt_tokens + sum(group.lengths))
+        for index, group in enumerate(groups)
+    ]
+    return [[row.work for row in share] for share in split_rows(rows, ranks)]
+
+
+def plan_updates(
+    config: RunConfig,
+    step: int,
+    groups: Sequence[GroupWork],
+    ranks: int,
+    loss: Callable[[Any], LossTerms],
+    *,
+    recompute_old: bool = False,
+    early_stop: tuple[str, float] | None = None,
+) -> list[UpdateJob]:
+    """One job a rank: mini-batches of whole groups, each split over the ranks by tokens. Pure."""
+    shares: list[list[tuple[Row, ...]]] = [[] for _ in range(ranks)]
+    for indices in minibatches(config, step):
+        rows = [
+            Row(index, completion, groups[index].prompt_tokens + length)
+            for index in indices
+            for completion, length in enumerate(groups[index].lengths)
+        ]
+        for share, part in zip(shares, split_rows(rows, ranks), strict=True):
+            share.append(tuple(part))
+    return [
+        UpdateJob(
+            step=step,
+            groups=tuple(groups),
+            minibatches=tuple(share),
+            loss=loss,
+            recompute_old=recompute_old,
+            temperature=config.rollout.temperature,
+            budget=config.rollout.max_completion_length,
+            early_stop=early_stop,
+        )
+        for share in shares
+    ]
+
+
+def plan_step(
+    config: RunConfig, step: int, algorithm: Algorithm, groups: Sequence[GroupWork]
+) -> dict[str, list[UpdateJob]]:
+    """The jobs of policy and, where there is one, critic, one a rank. Pure.
+
+    Old log-probs are those of the policy at the start of the step: they are computed before the
+    first of several updates, unless `prepare` has brought them. With one update they are its own.
+    """
+    several = len(minibatches(config, step)) > 1
+    plans = {
+        POLICY: plan_updates(
+            config,
+            step,
+            groups,
+            config.policy.ranks,
+            algorithm.loss,
+            recompute_old=algorithm.old == "policy" and several and not algorithm.prepares,
+            early_stop=algorithm.early_stop,
+        )
+    }
+    if algorithm.needs.critic:
+        loss = algorithm.value_loss
+        plans[CRITIC] = plan_updates(config, step, groups, config.critic.ranks, loss)
+    return plans
+
+
+async def _or_lost(work: Awaitable[T]) -> T:
+    """Await `work`; a lost rank, or arrays lost with a node, is PolicyLost."""
+    try:
+        return await work
+    except (ReplicaLost, ObjectsLost) as lost:
+        raise PolicyLost(str(lost)) from lost
+
+
+class Ranks:
+    """The ranks of one trained model, called together; `make(rank)` creates one."""
+
+    def __init__(self, spec: RankSpec, make: Callable[[int], ActorHandle]) -> None:
+        self.spec = spec
+        self._make = make
+        self._ranks: RankSet | None = None
+
+    @property
+    def set(self) -> RankSet:
+        """The running ranks. Raises PolicyLost where there are none."""
+        if self._ranks is None:
+            raise PolicyLost(f"the {self.spec.role} ranks are not running")
+        return self._ranks
+
+    async def start(self) -> list[tuple[str, dict[str, Any]]]:
+        """Start the ranks and let them find each other; (name, what it says of itself) of each."""
+        role, size, deadline = self.spec.role, self.spec.ranks, self.spec.start_timeout_s
+        self._ranks = RankSet(role, [self._make(rank) for rank in range(size)])
+        addresses = await _or_lost(self._ranks.all("address", deadline_s=deadline))
+        infos = await _or_lost(self._ranks.all("start", *addresses[0], deadline_s=deadline))
+        return [(f"{role}-{rank}", info) for rank, info in enumerate(infos)]
+
+    async def all(self, method: str, *args: Any) -> list[Any]:
+        """Call `method` on every rank with the same arguments."""
+        return await self.each(method, [args] * self.spec.ranks)
+
+    async def each(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call `method` on every rank with its own arguments."""
+        return await _or_lost(self.set.each(method, args, self.spec.update_timeout_s))
+
+    def begin(
+        self, method: str, args: Sequence[tuple[Any, ...]], objects: Sequence[int]
+    ) -> tuple[Awaitable[list[Any]], list[list[Any]]]:
+        """Start `method` on every rank; its answers, and references to each rank's `objects`."""
+        refs = [
+            self.set.start_call(rank, method, *own, returns=1 + further)
+            for rank, (own, further) in enumerate(zip(args, objects, strict=True))
+        ]
+        return self._answers(method, [first for first, *_ in refs]), [rest for _, *rest in refs]
+
+    async def _answers(self, method: str, refs: Sequence[Any]) -> list[Any]:
+        return await _or_lost(self.set.answers(method, refs, self.spec.update_timeout_s))
+
+    def kill(self) -> None:
+        """Stop every rank at once."""
+        if self._ranks is not None:
+            self._ranks.kill()
+            self._ranks = None
+
+
+class Learner:
+    """The policy ranks, and the critic ranks where the algorithm has a critic."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        make_policy: Callable[[int], ActorHandle],
+        make_critic: Callable[[int], ActorHandle],
+    ) -> None:
+        self._config = config
+        self._policy = Ranks(config.policy, make_policy)
+        self._critic = Ranks(config.critic, make_critic) if config.algorithm.needs.critic else None
+
+    @property
+    def _parts(self) -> dict[str, Ranks]:
+        """What is trained, by its folder in a checkpoint."""
+        critic = {} if self._critic is None else {CRITIC: self._critic}
+        return {POLICY: self._policy, **critic}
+
+    async def start(self) -> list[tuple[str, dict[str, Any]]]:
+        """Start all ranks; (name, what it says of itself) of each."""
+        parts = await asyncio.gather(*(ranks.start() for ranks in self._parts.values()))
+        return [info for part in parts for info in part]
+
+    async def blind(self, directory: Path) -> list[str]:
+        """The ranks, with their nodes, that do not see what the driver writes to `directory`."""
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".seen-") as file:
+            seen = [
+                (ranks.spec.role, await ranks.all("sees", file.name))
+                for ranks in self._parts.values()
+            ]
+        return [
+            f"{role}-{rank} on {node}"
+            for role, answers in seen
+            for rank, (sees, node) in enumerate(answers)
+            if not sees
+        ]
+
+    async def prepare(
+        self, step: int, algorithm: Algorithm, groups: Sequence[GroupWork]
+    ) -> tuple[list[GroupWork], dict[str, float]]:
+        """The groups with token-level targets, and figures of the step; no array comes here.
+
+        The critic's values and the policy's old log-probs are computed side by side.
+        """
+        works = list(groups)
+        valued: list[Awaitable[list[Any]]] = []
+        if self._critic is not None:
+            shares = split_groups(works, self._critic.spec.ranks)
+            tensors = [([works[index].tensors for index in share],) for share in shares]
+            wait, values = self._critic.begin("values", tensors, [len(s) for s in shares])
+            valued.append(wait)
+            for index, ref in _by_group(shares, values).items():
+                works[index] = replace(works[index], values=ref)
+        shares = split_groups(works, self._policy.spec.ranks)
+        jobs = [
+            PrepareJob(
+                step=step,
+                groups=tuple(works[index] for index in share),
+                prepare=algorithm.prepare,
+                recompute_old=algorithm.old == "policy",
+                temperature=self._config.rollout.temperature,
+            )
+            for share in shares
+        ]
+        prepared, targets = self._policy.begin(
+            "prepare", [(job,) for job in jobs], [len(s) for s in shares]
+        )
+        (figures, *_), *_ = await asyncio.gather(prepared, *valued)
+        found = _by_group(shares, targets)
+        made = [replace(work, targets=found[i], values=None) for i, work in enumerate(works)]
+        return made, figures
+
+    async def update(
+        self, step: int, algorithm: Algorithm, groups: Sequence[GroupWork]
+    ) -> UpdateResult:
+        """Every optimiser step of a training step, of policy and critic at the same time."""
+        plans = plan_step(self._config, step, algorithm, groups)
+        answers = await asyncio.gather(
+            *(
+                ranks.each("update", [(job,) for job in plans[name]])
+                for name, ranks in self._parts.items()
+            )
+        )
+        results: list[UpdateResult] = [ranks[0] for ranks in answers]
+        return UpdateResult(
+            metrics={name: x for result in results for name, x in result.metrics.items()},
+            seconds=max(result.seconds for result in results),
+            tokens=sum(result.tokens for result in results),
+        )
+
+    async def export(self, version: int) -> Weights:
+        """The weights of `version` in the object store; the driver owns the one object."""
+        ranks = self._policy.spec.ranks
+        sizes, objects = self._policy.begin("export_weights", [(version,)] * ranks, [1] * ranks)
+        return Weights(version, objects[0][0], (await sizes)[0])
+
+    async def save(self, directory: Path) -> None:
+        """Write every rank's part of a checkpoint."""
+        await asyncio.gather(
+            *(ranks.all("save", str(directory / name)) for name, ranks in self._parts.items())
+        )
+
+    async def load(self, directory: Path) -> None:
+        """Take a checkpoint's state."""
+        await asyncio.gather(
+            *(ranks.all("load", str(directory / name)) for name, ranks in self._parts.items())
+        )
+
+    async def save_model(self, directory: Path) -> None:
+        """Export the policy for use: safetensors, tokenizer, generation config."""
+        await self._policy.all("save_model", str(directory))
+
+    def kill(self) -> None:
+        """Stop every rank at once."""
+        for ranks in self._parts.values():
+            ranks.kill()
+
+
+def _by_group(shares: Sequence[Sequence[int]], refs: Sequence[Sequence[Any]]) -> dict[int, Any]:
+    """Per-rank references by the index of the group each belongs to."""
+    return {
+        index: ref
+        for share, own in zip(shares, refs, strict=True)
+        for index, ref in zip(share, own, strict=True)
+    }

@@ -1,0 +1,51 @@
+"""What each role of a run asks of the cluster. Light: no framework is imported."""
+
+from __future__ import annotations
+
+from actors.specs import RoleResources, RolloutSpec
+from aligntune.config.online import RunConfig
+from aligntune.errors import UserError
+from cluster.bundles import RoleRequest
+
+
+def role_requests(config: RunConfig) -> list[RoleRequest]:
+    """What the run's roles ask for; no reference or critic where the algorithm needs none.
+
+    Raises UserError where the rollouts' GPUs are not those of their shards.
+    """
+    requests = [
+        role_request("policy", config.policy.ranks, config.policy.resources),
+        role_request("rollout", config.rollout.replicas, _of_all_shards(config.rollout)),
+        role_request("reward", config.reward.replicas, config.reward.resources),
+    ]
+    if config.algorithm.needs.reference:
+        reference = config.reference
+        requests.append(role_request("reference", reference.replicas, reference.resources))
+    if config.algorithm.needs.critic:
+        requests.append(role_request("critic", config.critic.ranks, config.critic.resources))
+    return requests
+
+
+def role_request(role: str, replicas: int, resources: RoleResources) -> RoleRequest:
+    """What `replicas` of a role ask for."""
+    return RoleRequest(
+        role,
+        replicas,
+        resources.cpus,
+        resources.gpus,
+        resources.strategy,
+        int((resources.memory_gib or 0) * 2**30),
+    )
+
+
+def _of_all_shards(spec: RolloutSpec) -> RoleResources:
+    """The resources of one rollout replica: on GPUs, one for each tensor-parallel shard."""
+    resources, shards = spec.resources, spec.tensor_parallel_size
+    if shards == 1 or resources.gpus == 0:
+        return resources
+    if resources.gpus not in (1, shards):
+        raise UserError(
+            f"rollout.resources.gpus={resources.gpus:g} with rollout.tensor_parallel_size={shards}:"
+            f" each shard has one GPU, so write 1 (each) or {shards} (of the replica)"
+        )
+    return resources.model_copy(update={"gpus": float(shards)})

@@ -1,0 +1,302 @@
+"""A preference job as the driver sees it: starts Ray Train, follows the relay, writes it all down.
+
+Invariant: `metrics.jsonl` has every step once, whatever was killed: on a restart the steps after
+the checkpoint are forgotten, and those before it that were not written come from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from actors.preference.worker import (
+    PreferenceJob,
+    Relay,
+    RelaySilent,
+    announcer,
+    answer_of,
+    train_worker,
+)
+from aligntune.config.preference import PreferenceConfig
+from aligntune.data.pair_tokens import PairTokens
+from aligntune.errors import Interrupted, RunFailed
+from aligntune.runs.rundir import RunDir
+from aligntune.tracking.metrics import EventKind, EventsFile, MetricsFile, NotFinite, read_lines
+from aligntune.tracking.progress import Progress
+from aligntune.tracking.trackers import open_trackers
+
+POLL_SECONDS = 0.2
+STOP_SECONDS = 120.0  # for the workers to save and end after a signal
+
+
+class Figures:
+    """Keeps the last figures; what an evaluation needs of a recorder."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, float] = {}
+        self.backend = ""
+
+    def event(self, kind: EventKind, **fields: Any) -> None:
+        """Nothing is written."""
+
+    def role(self, info: Mapping[str, Any]) -> None:
+        """What a worker said of itself."""
+        self.backend = str(info["backend"])
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The figures of a step."""
+        self.last = dict(metrics)
+
+    def restart(self, step: int, history: Mapping[int, Mapping[str, float]]) -> None:
+        """Steps after `step` come again."""
+
+
+class PreferenceRecorder(Figures, AbstractContextManager["PreferenceRecorder"]):
+    """The run's files are open while this is entered."""
+
+    def __init__(self, config: PreferenceConfig, rundir: RunDir, total_steps: int) -> None:
+        super().__init__()
+        self._config = config
+        self._rundir = rundir
+        self._pairs_per_step = config.train.pairs_per_step
+        self._metrics = MetricsFile(rundir.file("metrics.jsonl"))
+        self._events = EventsFile(rundir.file("events.jsonl"))
+        self._step = max((line["step"] for line in read_lines(self._metrics.path)), default=-1)
+        self._trackers = open_trackers(
+            config.tracking.trackers,
+            rundir.path,
+            config.tracking.project,
+            config.model_dump(mode="json"),
+            max(self._step, 0),
+        )
+        self._progress = Progress(total_steps)
+        self._starts = 0
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.close()
+        for tracker in self._trackers:
+            tracker.close()
+        self._metrics.close()
+        self._events.close()
+
+    def event(self, kind: EventKind, **fields: Any) -> None:
+        """Write an event."""
+        self._events.append(kind, **fields)
+
+    def role(self, info: Mapping[str, Any]) -> None:
+        """What a worker said of itself when it started; config.yaml says what really runs."""
+        before = self.backend
+        super().role(info)
+        self.event(EventKind.ROLE_STARTED, **info)
+        if self.backend != before:
+            self._rundir.describe(self._config, {"backend": self.backend})
+            self.note(f"trainer: backend {self.backend} on {info['device']}")
+
+    def note(self, text: str) -> None:
+        """Show a line."""
+        self._progress.note(text)
+
+    def left_out(self, pairs: PairTokens) -> None:
+        """Show which rows are not trained on, and why."""
+        row, why = next(iter(pairs.bad.items()))
+        self._progress.note(f"{len(pairs.bad)} pairs left out, the first in row {row}: {why}")
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The figures of a step. Raises NotFinite for a figure that is none."""
+        if step <= self._step:
+            return
+        seconds = metrics.get("time/step")
+        speed = {"throughput/samples_per_s": self._pairs_per_step / seconds} if seconds else {}
+        figures = {**metrics, **speed}
+        self._metrics.append(step, figures)
+        self._step = step
+        for tracker in self._trackers:
+            tracker.log(step, figures)
+        super().step(step, figures)
+        self._progress.evaluation(figures)
+        if step:
+            self._progress.step(step, figures)
+
+    def restart(self, step: int, history: Mapping[int, Mapping[str, float]]) -> None:
+        """The workers start at `step`: later figures are forgotten, missing ones written."""
+        self._starts += 1
+        if step:
+            self.event(EventKind.RESUMED, step=step)
+            self._progress.note(f"resumed: step {step}")
+        elif self._starts > 1:
+            self.event(EventKind.REPLICA_RESTARTED, role="trainer", step=0)
+        first = step if step else -1
+        self._metrics.truncate_after(first)
+        for tracker in self._trackers:
+            tracker.truncate_after(first)
+        self._step = min(self._step, first)
+        for known in sorted(history):
+            if known <= step:
+                self.step(known, history[known])
+        written = {line.pop("step"): line for line in read_lines(self._metrics.path)}
+        self.last = written.get(step, self.last)  # with the times, which no checkpoint holds
+
+
+class PreferenceRun:
+    """One Ray Train job, from its start to its end."""
+
+    def __init__(
+        self,
+        config: PreferenceConfig,
+        job: PreferenceJob,
+        storage: Mapping[str, Any],
+        recorder: Figures,
+    ) -> None:
+        """`storage` is where Ray Train keeps its checkpoints, as its RunConfig takes it."""
+        self._config = config
+        self._job = job
+        self._storage = storage
+        self._recorder = recorder
+        self._signal = 0
+        self._error: BaseException | None = None
+
+    def follow(self, train: PairTokens, evaluation: PairTokens | None) -> None:
+        """Run the job and write down what happens. Raises RunFailed, NotFinite or Interrupted."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = ray.get_runtime_context().get_node_id()
+        near = NodeAffinitySchedulingStrategy(here, soft=False)
+        relay = ray.remote(Relay).options(num_cpus=0, scheduling_strategy=near).remote()
+        try:
+            thread = threading.Thread(
+                target=self._fit, args=(relay, train, evaluation), name="ray-train", daemon=True
+            )
+            thread.start()
+            with self._signals():
+                self._listen(relay, thread)
+            self._write(_answer(relay.take.remote()))
+            if fatal := _answer(relay.fatal.remote()):
+                raise RunFailed(f"the trainer's worker could not start: {fatal}")
+            if self._error is not None:
+                raise RunFailed(_lines(self._error)) from self._error
+            if self._signal:
+                raise Interrupted(self._signal)
+        finally:
+            ray.kill(relay)
+
+    def _fit(self, relay: Any, train: PairTokens, evaluation: PairTokens | None) -> None:
+        import pyarrow
+        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        spec = self._config.train
+        resources = {"CPU": spec.resources.cpus}
+        if spec.resources.gpus:
+            resources["GPU"] = spec.resources.gpus
+        if spec.resources.memory_gib:
+            resources["memory"] = spec.resources.memory_gib * 2**30
+        tables = [
+            None if pairs is None else pyarrow.table(pairs.columns) for pairs in (train, evaluation)
+        ]
+        try:
+            TorchTrainer(
+                train_worker,
+                train_loop_config={
+                    "job": self._job,
+                    "relay": relay,
+                    "train": tables[0],
+                    "eval": tables[1],
+                },
+                scaling_config=ScalingConfig(
+                    num_workers=spec.workers,
+                    use_gpu=spec.resources.gpus > 0,
+                    resources_per_worker=resources,
+                    placement_strategy=spec.resources.strategy,
+                ),
+                run_config=RunConfig(
+                    **self._storage,
+                    callbacks=[announcer(relay)],
+                    failure_config=FailureConfig(max_failures=spec.max_failures),
+                    checkpoint_config=CheckpointConfig(
+                        num_to_keep=self._config.checkpoint.keep_last
+                    ),
+                ),
+            ).fit()
+        except Exception as error:  # noqa: BLE001  # it is the job's end, told by `follow`
+            self._error = error
+
+    def _listen(self, relay: Any, thread: threading.Thread) -> None:
+        heard, stopping = time.monotonic(), False
+        limit, waiting_for = self._config.train.start_timeout_s, "train.start_timeout_s"
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            try:
+                news = _answer(relay.take.remote())
+                self._write(news)
+            except NotFinite:
+                relay.stop.remote("drop")
+                thread.join(STOP_SECONDS)
+                raise
+            now = time.monotonic()
+            if news and not stopping:  # whatever it says, a worker has started
+                heard, limit = now, self._config.train.step_timeout_s
+                waiting_for = "train.step_timeout_s"
+            elif any(kind != "alive" for kind, _ in news):  # nearer to its end
+                heard = now
+            if self._signal and not stopping:
+                stopping, heard, limit = True, now, STOP_SECONDS
+                waiting_for = "the time a stopped job has"
+                relay.stop.remote("save")
+            if now - heard > limit:
+                relay.stop.remote("drop")
+                if stopping:
+                    raise Interrupted(self._signal)
+                raise RunFailed(
+                    f"the workers gave no sign of life for {limit:g} s ({waiting_for}); the "
+                    "cluster may be full, or a worker hangs"
+                )
+
+    def _write(self, news: list[tuple[str, dict[str, Any]]]) -> None:
+        for kind, fields in news:
+            match kind:
+                case "role":
+                    self._recorder.role(fields)
+                case "started":
+                    self._recorder.restart(fields["step"], fields["history"])
+                case "step":
+                    self._recorder.step(fields["step"], fields["metrics"])
+                case "checkpoint":
+                    self._recorder.event(EventKind.CHECKPOINT_SAVED, step=fields["step"])
+                case "alive":
+                    pass
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask the job to save and end; only the main thread gets them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: object) -> None:
+            self._signal = number
+
+        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _answer(call: Any) -> Any:
+    """What a remote call of the relay returns. Raises RunFailed where it does not in time."""
+    try:
+        return answer_of(call)
+    except RelaySilent as error:
+        raise RunFailed(str(error)) from error
+
+
+def _lines(error: BaseException) -> str:
+    """What ended a Ray Train job: its last line, where the worker's own error stands."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"the training job failed: {lines[-1].strip() if lines else type(error).__name__}"

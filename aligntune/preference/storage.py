@@ -1,0 +1,165 @@
+"""Where a preference job keeps its checkpoints and leaves its model: the run directory, or an
+fsspec URI that the workers share. What is there is Ray Train's; `rewind` alone changes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from actors.storage import Store, filesystem_of
+from aligntune.config.tree import dump
+from aligntune.errors import RunFailed, UserError
+from aligntune.runs.deadline import answered
+from aligntune.runs.rundir import changes
+
+CONFIG = "config.yaml"  # of the run whose checkpoints these are
+SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints that are whole
+FOLDER = "checkpoints"
+
+
+def step_of(name: str) -> int:
+    """The step of a checkpoint folder, as its name says it."""
+    return int(name.removeprefix("step-"))
+
+
+class JobStorage:
+    """The storage of one run; `uri` is `checkpoint.storage`, `rundir` the run directory."""
+
+    def __init__(self, uri: str | None, rundir: Path) -> None:
+        self._uri = uri.rstrip("/") if uri else None
+        self._rundir = rundir.absolute()
+        self._root = self._uri or str(self._rundir)
+        self._checkpoints = Store(f"{self._root}/{FOLDER}")
+
+    @property
+    def export(self) -> str:
+        """Where the workers leave the model: beside its place, or in the storage they share."""
+        return f"{self._uri}/model" if self._uri else str(self._rundir / "model.partial")
+
+    def ray_arguments(self) -> dict[str, Any]:
+        """What Ray Train's RunConfig is told of it."""
+        if self._uri is None:
+            return {"storage_path": self._root, "name": FOLDER}
+        filesystem, path = Store(self._root).place
+        return {"storage_path": path, "storage_filesystem": filesystem, "name": FOLDER}
+
+    def check(self, config: BaseModel, resume: str, fresh: bool) -> None:
+        """Whether the storage answers and is this run's; reads only.
+
+        `fresh` says that the run directory knows of no run: what is in the storage must then be
+        this run all the same, which has lost its run directory.
+
+        Raises:
+            UserError: a scheme that is not known, no answer in time, another run's checkpoints, or
+                any run's under resume=never.
+        """
+        if self._uri is None:
+            return
+        if self._uri.startswith("file://") and not self._uri.startswith("file:///"):
+            raise UserError(
+                f"checkpoint.storage {self._uri} cannot be used: the path of a file URI is "
+                "absolute, as in file:///shared/run"
+            )
+        names = answered(self._uri, self.names)
+        if not fresh or not names:
+            return
+        if resume == "never":
+            raise UserError(
+                f"checkpoint.storage {self._uri} holds a run and resume=never; name another "
+                "folder, or use --resume auto to go on with it"
+            )
+        known = answered(self._uri, lambda: Store(self._root).read(CONFIG))
+        if known is None:
+            raise UserError(
+                f"checkpoint.storage {self._uri} holds checkpoints of a run that is not known "
+                f"({', '.join(names)}), and this would go on with them; name a folder of this "
+                "run's own"
+            )
+        changes(yaml.safe_load(known), config, f"checkpoint.storage {self._uri}")
+
+    def describe(self, config: BaseModel) -> None:
+        """Leave the config beside the checkpoints, for a run that has lost its run directory.
+
+        Raises UserError where the storage does not take it in time.
+        """
+        if self._uri is None:
+            return
+        store, content = Store(self._root), dump(config).encode()
+
+        def write() -> None:
+            filesystem, folder = store.place
+            filesystem.create_dir(folder, recursive=True)
+            store.write(CONFIG, content)
+
+        answered(self._uri, write)
+
+    def newest_step(self) -> int:
+        """The step of the newest checkpoint that is whole; 0 where there is none."""
+        names = self.names() if self._uri is None else answered(self._uri, self.names)
+        return step_of(names[-1]) if names else 0
+
+    def names(self) -> list[str]:
+        """The folders of the checkpoints that are whole, oldest first."""
+        snapshot = self._read()
+        results = snapshot["checkpoint_results"] if snapshot else []
+        return [str(result["checkpoint_dir_name"]) for result in results]
+
+    def named(self, resume: str) -> str:
+        """The name of the checkpoint folder that `--resume` gives.
+
+        Raises UserError where that is no whole checkpoint of this run.
+        """
+        _, folder = self._checkpoints.place
+        try:
+            _, given = filesystem_of(resume.rstrip("/"))
+        except (ValueError, OSError, ImportError) as error:
+            raise UserError(f"--resume: {resume} cannot be read: {error}") from error
+        name, names = given.rpartition("/")[2], self.names()
+        if name not in names or os.path.normpath(given) != f"{folder}/{name}":
+            there = f"there are {', '.join(names)}" if names else "there is none yet"
+            raise UserError(
+                f"--resume: {resume} is not a complete checkpoint of this run; in "
+                f"{self._root}/{FOLDER} {there}; use auto, never or one of these folders"
+            )
+        return name
+
+    def rewind(self, name: str) -> None:
+        """Make the checkpoint `name` the newest: later ones are removed, for their steps come
+        again."""
+        snapshot = self._read()
+        if snapshot is None:
+            raise RunFailed(f"{self._root}/{FOLDER} has lost its list of checkpoints")
+        names = self.names()
+        kept = names.index(name) + 1
+        for key in ("checkpoint_results", "checkpoint_report_indices"):
+            snapshot[key] = snapshot[key][:kept]
+        snapshot["latest_checkpoint_result"] = snapshot["checkpoint_results"][-1]
+        self._checkpoints.write(SNAPSHOT, json.dumps(snapshot).encode())
+        for later in names[kept:]:
+            self._checkpoints.remove(later)
+
+    def _read(self) -> Any:
+        content = self._checkpoints.read(SNAPSHOT)
+        return None if content is None else json.loads(content)
+
+    def fetch(self, target: Path) -> None:
+        """Put the model that a worker left in place, in one rename. Raises RunFailed."""
+        store = Store(self.export)
+        if not store.has_folder():
+            raise RunFailed(
+                f"the workers left no model at {self.export}: on several nodes output_dir must be "
+                "a folder that all of them see, or set checkpoint.storage"
+            )
+        staged = target.with_name(target.name + ".partial")
+        if self._uri is not None:
+            shutil.rmtree(staged, ignore_errors=True)
+            store.get("", staged)
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(staged, target)

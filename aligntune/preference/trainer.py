@@ -1,0 +1,365 @@
+"""PreferenceTrainer: DPO and reward models as one Ray Train job, all checked before it starts."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from actors.models.loading import ModelError, check_causal_lm, load_tokenizer
+from actors.preference.worker import PreferenceJob
+from actors.scoring.process import RewardCriterion
+from aligntune.config.backends import check_installed
+from aligntune.config.preference import DPOSpec, PreferenceConfig
+from aligntune.data.pair_tokens import PairTokens, pair_tokens
+from aligntune.data.scored_pairs import ScoredPairs, scored_pairs
+from aligntune.data.sources import Rows, load_rows
+from aligntune.errors import Interrupted, RunFailed, UserError
+from aligntune.online.role_requests import role_request
+from aligntune.preference.job import Figures, PreferenceRecorder, PreferenceRun
+from aligntune.preference.storage import JobStorage, step_of
+from aligntune.rewards.registry import check_columns, from_callable, resolve
+from aligntune.runs.rundir import RunDir
+from aligntune.tracking.metrics import EventKind, NotFinite
+from aligntune.tracking.trackers import TrackerMissing, check_trackers
+from cluster.bundles import BadRequest, bundle_sets, totals
+from cluster.placement import DoesNotFit
+from cluster.reservation import ensure_possible
+from cluster.session import ClusterUnreachable, resolve_address, session
+
+FILLED_IN = dict.fromkeys(
+    ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+)
+"""What the trainer tells DeepSpeed from the rest of the config; another value given is refused."""
+
+
+@dataclass(frozen=True)
+class PreferenceResult:
+    """What a finished job came to."""
+
+    steps: int
+    metrics: dict[str, float]  # of the last step, `eval/*` figures included
+    seconds: float
+    output_dir: Path
+    model: Path  # save_pretrained folder
+    backend: str  # what really ran, with versions
+
+    def describe(self) -> str:
+        """One line for a person."""
+        accuracy = self.metrics.get("eval/reward/accuracy")
+        held_out = "" if accuracy is None else f", held-out accuracy {accuracy:.3f}"
+        return f"done: {self.steps} steps{held_out}; the model is in {self.model}"
+
+
+class PreferenceTrainer:
+    """DPO and reward models."""
+
+    def __init__(
+        self, config: PreferenceConfig, functions: Mapping[str, Callable[..., Any]] | None = None
+    ) -> None:
+        """`functions` are reward callables by criterion name, for those without an import path."""
+        self.config = config
+        self._functions = dict(functions or {})
+
+    @property
+    def _rundir(self) -> RunDir:
+        return RunDir(Path(self.config.output_dir).absolute())
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer. Raises UserError."""
+        try:
+            if self.config.algorithm_name == "dpo":
+                check_causal_lm(self.config.model)
+            return load_tokenizer(self.config.model)
+        except ModelError as error:
+            raise UserError(f"model.name: {error}") from error
+
+    @cached_property
+    def criteria(self) -> tuple[RewardCriterion, ...]:
+        """The functions that score texts, where the data are texts. Raises UserError."""
+        try:
+            return tuple(
+                from_callable(self._functions[spec.name], spec)
+                if spec.name in self._functions
+                else resolve(spec)
+                for spec in self.config.rewards
+            )
+        except ValueError as error:
+            raise UserError(f"rewards: {error}") from error
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The training pairs as rows; formed here where they are to be made of scored texts."""
+        data = self.config.data
+        return self._rows(data.path, data.split, data.max_samples, hub=True)
+
+    @cached_property
+    def pairs(self) -> PairTokens:
+        """The training pairs, all checked. Raises DataError, a UserError."""
+        return self._tokens(self.rows)
+
+    @cached_property
+    def eval_pairs(self) -> PairTokens | None:
+        """The held-out pairs, if the config names any. Raises DataError, a UserError."""
+        data = self.config.data
+        if not data.evaluates:
+            return None
+        path = data.eval_path or data.path
+        return self._tokens(
+            self._rows(path, data.eval_split, data.eval_samples, hub=data.eval_path is None)
+        )
+
+    def _rows(self, path: str, split: str | None, rows: int | None, hub: bool) -> Rows:
+        data = self.config.data
+        read = load_rows(
+            path,
+            name=data.name if hub else None,
+            revision=data.revision if hub else None,
+            split=split,
+            max_rows=rows,
+        )
+        if not self.criteria:
+            return read
+        given = {*read.columns} - {data.prompt_column, data.completion_column}
+        try:
+            for criterion in self.criteria:
+                check_columns(criterion, given)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return scored_pairs(
+            read,
+            self.criteria,
+            [spec.weight for spec in self.config.rewards],
+            prompt_column=data.prompt_column,
+            completion_column=data.completion_column,
+            bad_pairs=data.bad_pairs,
+        )
+
+    def _tokens(self, rows: Rows) -> PairTokens:
+        data = self.config.data
+        scored = isinstance(rows, ScoredPairs)
+        return pair_tokens(
+            rows,
+            self.tokenizer,
+            self.config.algorithm.name,
+            prompt_column="prompt" if scored else data.prompt_column,
+            chosen_column="chosen" if scored else data.chosen_column,
+            rejected_column="rejected" if scored else data.rejected_column,
+            bad_pairs=data.bad_pairs,
+            max_length=data.max_length,
+            long_pairs=data.long_pairs,
+            apply_chat_template=data.apply_chat_template,
+            system_prompt=data.system_prompt,
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole job."""
+        train = self.config.train
+        if train.steps is not None:
+            return train.steps
+        passes = math.ceil(len(self.pairs) / train.pairs_per_worker / train.workers)
+        return math.ceil((train.epochs or 1.0) * math.ceil(passes / train.accumulation_steps))
+
+    def check(self, resume: str = "auto") -> RunDir:
+        """Everything that can be checked without starting Ray. Raises UserError."""
+        rundir = self._rundir
+        rundir.check(self.config, resume)
+        if resolve_address(self.config.cluster) == "local":
+            check_installed(self.config.backend)
+        storage = self._storage(rundir)
+        storage.check(self.config, resume, fresh=rundir.previous() is None)
+        named = None if resume in ("auto", "never") else storage.named(resume)
+        try:
+            check_trackers(self.config.tracking.trackers)
+        except TrackerMissing as error:
+            raise UserError(str(error)) from error
+        _ = self.tokenizer, self.pairs, self.eval_pairs
+        reached = step_of(named) if named else storage.newest_step()
+        if reached > self.total_steps:
+            raise UserError(
+                f"train.{'steps' if self.config.train.steps else 'epochs'} makes "
+                f"{self.total_steps} steps and the run's checkpoint is of step {reached}; raise "
+                "it, or go back with --resume and an earlier checkpoint folder"
+            )
+        return rundir
+
+    def summary(self) -> str:
+        """What a job would do, for --dry-run."""
+        train, pairs = self.config.train, self.pairs
+        held_out = len(self.eval_pairs) if self.eval_pairs else 0
+        return "\n".join(
+            (
+                f"{self.config.algorithm_name}: {self.total_steps} steps of "
+                f"{train.pairs_per_step} pairs with {self.config.backend}",
+                f"data: {len(pairs)} of {pairs.rows} pairs, {len(pairs.bad)} bad, {pairs.long} "
+                f"over data.max_length; longest {pairs.longest} tokens; {held_out} held out",
+                *([self.rows.describe()] if isinstance(self.rows, ScoredPairs) else []),
+                f"trainer: {train.workers} x {train.resources.cpus:g} CPU, "
+                f"{train.resources.gpus:g} GPU",
+            )
+        )
+
+    def train(self, resume: str = "auto") -> PreferenceResult:
+        """Train to the last step, from the newest checkpoint if there is one.
+
+        Args:
+            resume: auto, never, or a checkpoint folder of this run.
+
+        Raises:
+            UserError: the input is wrong; nothing was started.
+            RunFailed: the job cannot go on; what was trained is in its last checkpoint.
+            Interrupted: SIGINT or SIGTERM; what was trained is in a checkpoint.
+        """
+        started = time.monotonic()
+        rundir = self.check(resume)
+        changed = rundir.check(self.config, resume)
+        storage = self._storage(rundir)
+        rundir.claim()
+        rundir.describe(self.config)
+        try:
+            storage.describe(self.config)
+            with PreferenceRecorder(self.config, rundir, self.total_steps) as recorder:
+                recorder.event(EventKind.RUN_STARTED, changed={k: v[1] for k, v in changed.items()})
+                if isinstance(self.rows, ScoredPairs):
+                    recorder.note(self.rows.describe())
+                if self.pairs.bad:
+                    recorder.left_out(self.pairs)
+                try:
+                    job = self._job(self.total_steps, export=storage.export)
+                    with self._session():
+                        if resume not in ("auto", "never"):
+                            storage.rewind(storage.named(resume))
+                        PreferenceRun(self.config, job, storage.ray_arguments(), recorder).follow(
+                            self.pairs, self.eval_pairs
+                        )
+                    storage.fetch(rundir.model)
+                except Interrupted as stopped:
+                    recorder.event(EventKind.RUN_STOPPED, reason=str(stopped))
+                    raise
+                except (RunFailed, NotFinite) as failed:
+                    recorder.event(EventKind.RUN_STOPPED, reason=str(failed))
+                    raise RunFailed(str(failed)) from failed
+                recorder.event(EventKind.RUN_FINISHED, step=self.total_steps)
+                return PreferenceResult(
+                    steps=self.total_steps,
+                    metrics=recorder.last,
+                    seconds=time.monotonic() - started,
+                    output_dir=rundir.path,
+                    model=rundir.model,
+                    backend=recorder.backend,
+                )
+        finally:
+            rundir.release()
+
+    def evaluate(self) -> dict[str, float]:
+        """`eval/*` figures of the trained model in `output_dir`, or of the starting model before.
+
+        Raises UserError where the config names no held-out pairs.
+        """
+        if self.eval_pairs is None:
+            raise UserError("nothing to evaluate on; set data.eval_path or data.eval_split")
+        trained = self._rundir.model
+        job = self._job(0, export="", trained=str(trained.absolute()) if trained.is_dir() else None)
+        figures = Figures()
+        name = f"aligntune-evaluation-{uuid.uuid4().hex}"
+        with self._session(), tempfile.TemporaryDirectory(prefix=f"{name}-") as folder:
+            place = {"storage_path": folder, "name": name}
+            run = PreferenceRun(self.config, job, place, figures)
+            run.follow(self.pairs, self.eval_pairs)
+        return figures.last
+
+    def save_model(self, path: str | Path) -> Path:
+        """Copy the trained model (safetensors, tokenizer) to a new folder."""
+        return self._rundir.copy_model(Path(path))
+
+    @contextmanager
+    def _session(self) -> Iterator[None]:
+        """A Ray that can hold the job. Raises UserError where it never can."""
+        train, cluster = self.config.train, self.config.cluster
+        requests = [role_request("trainer", train.workers, train.resources)]
+        asked = totals(requests)
+        try:
+            sets = bundle_sets(requests, cluster.colocate)
+            with session(cluster, cpus=asked["CPU"], gpus=asked["GPU"]):
+                ensure_possible(sets)
+                yield
+        except (BadRequest, DoesNotFit, ClusterUnreachable) as error:
+            raise UserError(str(error)) from error
+
+    def _storage(self, rundir: RunDir) -> JobStorage:
+        return JobStorage(self.config.checkpoint.storage, rundir.path)
+
+    def _job(self, steps: int, export: str, trained: str | None = None) -> PreferenceJob:
+        config, evaluation = self.config, self.config.eval
+        held_out = self.eval_pairs is not None
+        return PreferenceJob(
+            kind=config.algorithm.name,
+            backend=config.backend,
+            model=config.model,
+            seed=config.train.seed,
+            steps=steps,
+            arguments=_arguments(config),
+            scratch=f"aligntune-{uuid.uuid4().hex}",
+            export=export,
+            max_length=config.data.max_length,
+            reference_free=isinstance(config.algorithm, DPOSpec)
+            and config.algorithm.reference_free,
+            trained=trained,
+            eval_every=evaluation.every_steps if held_out else None,
+            eval_at_start=evaluation.at_start and held_out,
+            eval_at_end=evaluation.at_end and held_out,
+            save_every=config.checkpoint.every_steps,
+            save_at_end=config.checkpoint.at_end,
+        )
+
+
+def _arguments(config: PreferenceConfig) -> dict[str, Any]:
+    """The keyword arguments of TRL's DPOConfig or RewardConfig that the config stands for."""
+    train, algorithm = config.train, config.algorithm
+    arguments: dict[str, Any] = {
+        "per_device_train_batch_size": train.pairs_per_worker,
+        "per_device_eval_batch_size": config.eval.pairs_per_worker,
+        "gradient_accumulation_steps": train.accumulation_steps,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.scheduler,
+        "warmup_steps": train.warmup_steps,
+        "weight_decay": train.weight_decay,
+        "adam_beta1": train.adam_betas[0],
+        "adam_beta2": train.adam_betas[1],
+        "adam_epsilon": train.adam_epsilon,
+        "max_grad_norm": train.max_grad_norm,
+        "deepspeed": None if train.deepspeed is None else _deepspeed(train.deepspeed),
+        "max_length": None,
+    }
+    if not isinstance(algorithm, DPOSpec):
+        return {**arguments, "center_rewards_coefficient": algorithm.center_coefficient}
+    cut = config.data.long_pairs in ("keep_start", "keep_end")
+    return {
+        **arguments,
+        "beta": algorithm.beta,
+        "loss_type": algorithm.losses,
+        "loss_weights": algorithm.loss_weights,
+        "label_smoothing": algorithm.label_smoothing,
+        "f_divergence_type": algorithm.f_divergence,
+        "use_weighting": algorithm.weighting,
+        "precompute_ref_log_probs": algorithm.precompute_reference or algorithm.reference_free,
+        **({"max_length": config.data.max_length} if cut else {}),
+        **({"truncation_mode": config.data.long_pairs} if cut else {}),
+    }
+
+
+def _deepspeed(given: dict[str, Any]) -> dict[str, Any]:
+    """A DeepSpeed config with what the trainer tells it filled in; ZeRO-3 can give the whole model
+    back then, for the export."""
+    zero = given.get("zero_optimization") or {}
+    whole = {"stage3_gather_16bit_weights_on_model_save": True} if zero.get("stage") == 3 else {}
+    return {**FILLED_IN, **given, "zero_optimization": {**whole, **zero}}

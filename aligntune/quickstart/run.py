@@ -1,0 +1,145 @@
+"""`aligntune quickstart`: makes the assets, trains through the path of `aligntune train`, reports.
+
+An unfinished quickstart in the folder goes on; a finished one is made anew. Only what an earlier
+quickstart wrote there is ever removed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aligntune.config.load import load_config
+from aligntune.config.online import RunConfig
+from aligntune.errors import UserError
+from aligntune.online.trainer import OnlineTrainer
+from aligntune.quickstart.settings import REWARD_MODEL, quickstart_settings
+from aligntune.quickstart.task import QuickstartAssets, write_assets
+from aligntune.runs.checkpoint import write_atomically
+from aligntune.tracking.metrics import read_lines
+from aligntune.trainers import create_rl_trainer
+
+ACCURACY = "eval/reward/exact_match/mean"  # greedy, over the held-out questions
+RANKED = "eval/reward/accuracy"  # of a reward model, over the held-out pairs
+MADE = ("assets", "reward_model", "run", "result.json")
+
+
+def run_quickstart(
+    algorithm: str, out: Path, seed: int = 0, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Make, train, and return what is also in `out`/result.json.
+
+    Keys: accuracy_before, accuracy_after (held-out, greedy), steps, seconds (in all), engine,
+    algorithm, seed; and, where a reward model had to be trained first, reward_model_accuracy (its
+    share of held-out pairs ranked rightly). Raises UserError for a wrong name or a folder with
+    something else in it.
+    """
+    started = time.monotonic()
+    settings = quickstart_settings(algorithm)
+    _claim(out, {"algorithm": algorithm, "seed": seed})
+    assets = _assets(out / "assets", seed)
+    ranked: dict[str, float] = {}
+    rewards: list[Any] = ["exact_match"]
+    if _needs_reward_model(algorithm):
+        ranked = {"reward_model_accuracy": _train_reward_model(out, assets, seed)}
+        model = {"model": str(out / "reward_model" / "model"), "name": "reward_model"}
+        rewards = [model, {"function": "exact_match", "weight": 0.0}]  # shown, not trained on
+    tree = {
+        "algorithm": {"name": algorithm},
+        "model": {"name": str(assets.model)},
+        "data": {"path": str(assets.train), "eval_path": str(assets.eval)},
+        "rewards": rewards,
+        "output_dir": str(out / "run"),
+    }
+    config = load_config(tree, [*_overrides(settings), f"train.seed={seed}", *overrides])
+    assert isinstance(config, RunConfig), "the quickstart's algorithms are online"
+    trained = OnlineTrainer(config).train()
+    rows = read_lines(trained.output_dir / "metrics.jsonl")
+    accuracy = {row["step"]: row[ACCURACY] for row in rows if ACCURACY in row}
+    result = {
+        "accuracy_before": accuracy[0],
+        "accuracy_after": accuracy[trained.steps],
+        "steps": trained.steps,
+        "seconds": round(time.monotonic() - started, 1),
+        "engine": trained.engine,
+        "algorithm": config.algorithm_name,
+        "seed": seed,
+        **ranked,
+    }
+    write_atomically(out / "result.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _overrides(settings: Mapping[str, object]) -> list[str]:
+    return [f"{path}={json.dumps(value)}" for path, value in settings.items()]
+
+
+def _needs_reward_model(algorithm: str) -> bool:
+    from aligntune.algorithms import registry
+
+    return registry.get(algorithm).model_validate({}).needs.reward_model
+
+
+def _train_reward_model(out: Path, assets: QuickstartAssets, seed: int) -> float:
+    """Train a reward model on the task's pairs, in `out`/reward_model, unless a complete one is
+    there; returns its accuracy on the held-out pairs."""
+    home = out / "reward_model"
+    if not (home / "model").is_dir():
+        create_rl_trainer(
+            algorithm="reward_model",
+            model_name=str(assets.model),
+            dataset_name=str(assets.pairs),
+            output_dir=str(home),
+            seed=seed,
+            overrides=[
+                *_overrides(REWARD_MODEL),
+                f"data.eval_path={json.dumps(str(assets.eval_pairs))}",
+            ],
+        ).train()
+    rows = read_lines(home / "metrics.jsonl")
+    return float([row[RANKED] for row in rows if RANKED in row][-1])
+
+
+def _claim(out: Path, what: dict[str, Any]) -> None:
+    """Make `out` a quickstart's folder, or see that it is the same one's; clear a finished one."""
+    marker = out / "quickstart.json"
+    if not marker.is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(
+                f"--out {out} holds something else than a quickstart; name a new folder"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(marker, json.dumps(what) + "\n")
+        return
+    there = json.loads(marker.read_text(encoding="utf-8"))
+    if there != what:
+        raise UserError(f"--out {out} holds the quickstart {there}; name another folder")
+    if (out / "result.json").is_file():
+        for name in MADE:
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _assets(root: Path, seed: int) -> QuickstartAssets:
+    """The assets in `root`, made there unless an interrupted quickstart left them complete."""
+    done = root / "accuracy.json"
+    if not done.is_file():
+        if root.exists():
+            shutil.rmtree(root)
+        try:
+            assets = write_assets(root, seed)
+        except RuntimeError as error:
+            raise UserError(str(error)) from error
+        write_atomically(done, json.dumps(assets.accuracy))
+    return QuickstartAssets(
+        model=root / "model",
+        train=root / "train.jsonl",
+        eval=root / "eval.jsonl",
+        pairs=root / "pairs.jsonl",
+        eval_pairs=root / "eval_pairs.jsonl",
+        accuracy=json.loads(done.read_text(encoding="utf-8")),
+    )

@@ -1,0 +1,109 @@
+"""A copy of an online run on object storage, or on a folder that outlives the node: brought up to
+date with every checkpoint, and fetched where the run directory is empty or behind.
+
+Invariant: what `latest` names there is whole. A checkpoint is copied first and named last, and one
+that is named is removed only after another is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from actors.storage import Store
+from aligntune.errors import UserError
+from aligntune.runs.checkpoint import Checkpoints
+from aligntune.runs.deadline import answered
+
+CHECKPOINTS = "checkpoints"
+LATEST = "latest"
+CONFIG = "config.yaml"
+FILES = (CONFIG, "ledger.jsonl", "metrics.jsonl", "samples.jsonl", "events.jsonl")
+
+
+class Mirror:
+    """The storage of one run; `uri` is `checkpoint.storage`."""
+
+    def __init__(self, uri: str, rundir: Path, keep_last: int, copy_seconds: float) -> None:
+        """`copy_seconds`: the longest that fetching a checkpoint may take."""
+        self._store = Store(uri)
+        self._rundir = rundir
+        self._keep_last = keep_last
+        self._copy_seconds = copy_seconds
+
+    @property
+    def uri(self) -> str:
+        """As the user gave it."""
+        return self._store.uri
+
+    def _latest(self) -> int | None:
+        name = self._store.read(f"{CHECKPOINTS}/{LATEST}")
+        return int(name.decode().strip().removeprefix("step-")) if name else None
+
+    def is_ahead_of(self, checkpoints: Checkpoints, resume: str) -> bool:
+        """Whether the run there has gone further than the one here.
+
+        Raises UserError where nothing answers, or a run is there and `resume` is never.
+        """
+        there, here = answered(self.uri, self._latest), checkpoints.latest()
+        if there is not None and resume == "never":
+            raise UserError(
+                f"checkpoint.storage {self.uri} holds a run and resume=never; name another "
+                "folder, or use --resume auto to go on with it"
+            )
+        return there is not None and (here is None or there > here.step)
+
+    def config(self) -> dict[str, Any]:
+        """The config tree of the run that is there. Raises UserError where nothing answers."""
+        content = answered(self.uri, lambda: self._store.read(CONFIG))
+        tree: dict[str, Any] = yaml.safe_load(content or b"{}")
+        return tree
+
+    def fetch(self) -> None:
+        """Make the run directory what the storage holds: its newest checkpoint, and the logs.
+
+        Raises UserError where that fails or takes too long; the next start fetches again.
+        """
+        answered(self.uri, self._fetch, self._copy_seconds)
+
+    def _fetch(self) -> None:
+        step = self._latest()
+        assert step is not None, "there is something to fetch"
+        folder = self._rundir / CHECKPOINTS / f"step-{step:06d}"
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        self._store.get(f"{CHECKPOINTS}/{folder.name}", partial)
+        for name in FILES:
+            content = self._store.read(name)
+            if content is not None:
+                (self._rundir / name).write_bytes(content)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(partial, folder)
+
+    def push(self, checkpoint: Path) -> None:
+        """Copy a checkpoint and the logs, name it the newest, and forget the oldest.
+
+        Raises OSError where the storage does not take it; what it had before is still named.
+        """
+        self._store.put(checkpoint, f"{CHECKPOINTS}/{checkpoint.name}")
+        self._push_logs()
+        self._store.write(f"{CHECKPOINTS}/{LATEST}", checkpoint.name.encode())
+        steps = [name for name in self._store.names(CHECKPOINTS) if name.startswith("step-")]
+        others = [name for name in steps if name != checkpoint.name]
+        for old in others[: max(0, len(steps) - self._keep_last)]:
+            self._store.remove(f"{CHECKPOINTS}/{old}")
+
+    def push_model(self, folder: Path) -> None:
+        """Copy the final export and the logs."""
+        self._store.put(folder, "model")
+        self._push_logs()
+
+    def _push_logs(self) -> None:
+        for name in FILES:
+            path = self._rundir / name
+            if path.is_file():
+                self._store.write(name, path.read_bytes())

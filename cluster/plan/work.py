@@ -1,0 +1,112 @@
+"""What a plan has to know of a run: plain sizes, named as the config names them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.bundles import RoleRequest
+from cluster.plan.shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step. Lengths are the limits: every prompt and completion at its longest."""
+
+    groups: int
+    completions: int  # of a group
+    prompt_tokens: int
+    completion_tokens: int
+    passes: int  # over the batch
+    updates: int  # optimiser steps in one pass
+    max_staleness: int
+
+    @property
+    def sequences(self) -> int:
+        """Completions of a step."""
+        return self.groups * self.completions
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and completion tokens of a step."""
+        return self.sequences * self.longest
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The ranks of a policy or critic."""
+
+    role: str
+    shape: ModelShape
+    ranks: int
+    strategy: str  # torch, deepspeed or fsdp
+    dtype_bytes: int  # of model.dtype
+    tokens: int  # of one micro-batch of one rank
+    longest: int  # tokens of its longest row
+    zero_stage: int = 2
+    offload: bool = False
+    lora_rank: int | None = None
+    checkpointing: bool = False
+    head_rows: int = 0  # of the logits matrix at once; 0: there are no logits
+    four_bit: bool = False  # frozen weights in 4 bits (model.load_in_4bit)
+    scores: bool = False  # attention keeps its matrix of scores (model.attention: eager)
+    may_shard: bool = True  # the backend runs DeepSpeed; Unsloth is one rank
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The replicas that generate."""
+
+    shape: ModelShape
+    replicas: int
+    engine: str  # vllm or transformers
+    dtype_bytes: int
+    groups_at_once: int  # in flight in one replica
+    tensor_parallel: int = 1
+    memory_share: float = 0.85  # of a GPU, for vLLM
+    kv_cache_bytes: int | None = None  # None: what the share leaves
+    gpus_as_set: float = 1.0  # rollout.resources.gpus: 1 is each shard's, else of all shards
+    most_replicas: int | None = None  # rollout.max_replicas
+    role: str = "rollout"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Replicas of a model that is only run forward: reference or reward models."""
+
+    role: str
+    shape: ModelShape
+    replicas: int
+    dtype_bytes: int
+    tokens: int  # of one pass
+    head_rows: int = 0
+    section: str = "reference"  # of the config; a reward model's has its index: rewards.0
+    longest: int | None = None  # tokens of the longest row; None: that of the step
+
+
+@dataclass(frozen=True)
+class Work:
+    """A whole run. Several of `frozen` may be of one role: a reward replica holds all models."""
+
+    step: Step
+    policy: Trained
+    rollout: Rollout
+    requests: tuple[RoleRequest, ...]
+    critic: Trained | None = None
+    frozen: tuple[Frozen, ...] = ()
+    colocate: Sequence[Sequence[str]] = ()
+
+    @property
+    def models(self) -> tuple[Trained | Rollout | Frozen, ...]:
+        """Everything that holds a model."""
+        return (*self.trained, self.rollout, *self.frozen)
+
+    @property
+    def trained(self) -> tuple[Trained, ...]:
+        """Policy and critic."""
+        return (self.policy,) if self.critic is None else (self.policy, self.critic)

@@ -1,0 +1,509 @@
+"""TRL's trainers as preference jobs build them: what each option computes, what is trained in which
+precision, and what a resumed run does; in this process, without Ray."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pyarrow
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import logsigmoid, relu
+
+from actors.preference.trainers import build_trainer, export_model
+from actors.preference.worker import PreferenceJob
+from aligntune.config.load import load_config
+from aligntune.config.preference import SMOOTHED, Loss, PreferenceConfig
+from aligntune.preference.trainer import _arguments
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+BETA, EPSILON = 0.3, 0.2
+PAIRS = 6
+Build = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """One thread, which is quicker for a model as small; transformers leaves the precision of a
+    trainer in the environment."""
+    before, threads = dict(os.environ), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def table(rows: int = PAIRS, columns: tuple[str, ...] = ("prompt", "chosen", "rejected")) -> Any:
+    """Pairs of digits, the two sides of different lengths."""
+    rng = random.Random(0)
+    lengths = {"prompt": 4, "chosen": 5, "rejected": 3}
+    return pyarrow.table(
+        {
+            f"{name}_ids": [
+                [rng.randrange(3, 13) for _ in range(lengths[name] + row % 2)]
+                for row in range(rows)
+            ]
+            for name in columns
+        }
+    )
+
+
+def made_of(
+    model: Path,
+    folder: Path,
+    overrides: Iterable[str] = (),
+    *,
+    kind: Any = "dpo",
+    steps: int = 4,
+    alive: Callable[[], None] = lambda: None,
+) -> Any:
+    """A trainer of a config with the overrides; it has its job as `job`."""
+    config = load_config(
+        {
+            "algorithm": kind,
+            "model": {"name": str(model)},
+            "data": {"path": "d"},
+            "output_dir": "o",
+            "train": {"pairs_per_worker": PAIRS, "learning_rate": 1e-6},
+        },
+        overrides,
+    )
+    assert isinstance(config, PreferenceConfig)
+    job = PreferenceJob(
+        kind=kind,
+        backend=config.backend,
+        model=config.model,
+        seed=config.train.seed,
+        steps=steps,
+        arguments=_arguments(config),
+        scratch="s",
+        export=str(folder / "model"),
+        max_length=config.data.max_length,
+    )
+    columns = ("prompt", "chosen", "rejected")[kind == "reward_model" :]
+    trainer = build_trainer(job, table(columns=columns), None, folder, alive)
+    trainer.job = job
+    return trainer
+
+
+@pytest.fixture
+def build(tiny_model: Path, tmp_path: Path) -> Build:
+    """`made_of` the tiny model."""
+
+    def make(*overrides: str, **options: Any) -> Any:
+        return made_of(tiny_model, tmp_path, overrides, **options)
+
+    return make
+
+
+def disturb(trainer: Any) -> None:
+    """Move the policy away from its reference, always in the same way."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn(parameter.shape, generator=draw)
+
+
+def batch_of(trainer: Any) -> dict[str, torch.Tensor]:
+    """All pairs in one batch."""
+    batch: dict[str, torch.Tensor] = trainer.data_collator(list(trainer.train_dataset))
+    return batch
+
+
+def loss_of(trainer: Any) -> float:
+    """The loss of all pairs under a disturbed policy."""
+    disturb(trainer)
+    trainer.model.eval()
+    with torch.no_grad():
+        return float(trainer.compute_loss(trainer.model, batch_of(trainer)))
+
+
+class Sides:
+    """What the formulas are of: log-probs of every side, in float64, from plain models."""
+
+    def __init__(self, trainer: Any) -> None:
+        batch = batch_of(trainer)
+        ids, said = batch["input_ids"], batch["completion_mask"][:, 1:].double()
+        with torch.no_grad():
+            logits, reference = (
+                model.double()(input_ids=ids, attention_mask=batch["attention_mask"]).logits
+                for model in (trainer.model, trainer.ref_model)
+            )
+        policy, frozen = (x[:, :-1].double().log_softmax(-1) for x in (logits, reference))
+        own = policy.gather(2, ids[:, 1:, None])[..., 0]
+        ref = frozen.gather(2, ids[:, 1:, None])[..., 0]
+        self.lengths = said.sum(1).chunk(2)
+        self.policy = (own * said).sum(1).chunk(2)
+        self.reference = (ref * said).sum(1).chunk(2)
+        self.nll = -(own * said)[:PAIRS].sum() / said[:PAIRS].sum()
+        self.ratios = tuple(p - r for p, r in zip(self.policy, self.reference, strict=True))
+        # WPO: each token's probability over the sum of the squares of all, averaged as logs
+        aligned = (own - policy.exp().square().sum(-1).log()) * said
+        chosen, rejected = (aligned.sum(1) / said.sum(1)).exp().chunk(2)
+        self.weights = chosen * rejected
+
+
+def formula(loss: str, sides: Sides, scores: Any = None, eps: float = 0.0) -> torch.Tensor:
+    """The loss of each pair as its paper has it; `scores` take the place of the log ratios."""
+    c, r = sides.ratios if scores is None else scores
+    margin = BETA * (c - r)
+    lc, lr = sides.lengths
+    match loss:
+        case "sigmoid":
+            return -logsigmoid(margin)
+        case "hinge":
+            return relu(1 - margin)
+        case "ipo":
+            return (c / lc - r / lr - 1 / (2 * BETA)).square()
+        case "sigmoid_norm":
+            return -logsigmoid(BETA * (c / lc - r / lr))
+        case "exo_pair":
+            model = torch.stack([margin.sigmoid(), (-margin).sigmoid()])
+            wanted = torch.tensor([1 - eps, eps])[:, None]
+            return (model * (model / wanted).log()).sum(0)
+        case "robust":
+            return (-(1 - eps) * logsigmoid(margin) + eps * logsigmoid(-margin)) / (1 - 2 * eps)
+        case "nca_pair":
+            halves = 0.5 * (logsigmoid(-BETA * c) + logsigmoid(-BETA * r))
+            return -logsigmoid(BETA * c) - halves
+        case "bco_pair":
+            return -logsigmoid(BETA * c) - logsigmoid(-BETA * r)
+        case "sppo_hard":
+            return (c - 0.5 / BETA).square() + (r + 0.5 / BETA).square()
+        case "apo_zero":
+            return 1 - (BETA * c).sigmoid() + (BETA * r).sigmoid()
+        case "apo_down":
+            return (BETA * c).sigmoid() + 1 - margin.sigmoid()
+        case "discopop":
+            blend = (margin / 0.05).sigmoid()
+            return -logsigmoid(margin) * (1 - blend) + (-margin).exp() * blend
+        case "aot" | "aot_unpaired":
+            if loss == "aot":
+                one, other = (x[0] - x[1] for x in (sides.policy, sides.reference))
+            else:
+                one, other = c, r
+            gap = BETA * (one.sort().values - other.sort().values)
+            return -(1 - eps) * logsigmoid(gap) - eps * logsigmoid(-gap)
+        case "sft":
+            return sides.nll.expand(PAIRS)
+    raise AssertionError(loss)
+
+
+def test_every_loss_is_that_of_its_paper_and_label_smoothing_is_in_it(build: Build) -> None:
+    found = {}
+    for loss in get_args(Loss):
+        if loss == "sft":
+            continue
+        for eps in (0.05, EPSILON) if loss in SMOOTHED else (0.0,):
+            trainer = build(
+                f"algorithm.loss_type={loss}",
+                f"algorithm.beta={BETA}",
+                f"algorithm.label_smoothing={eps}",
+            )
+            found[loss, eps] = loss_of(trainer)
+            wanted = formula(loss, Sides(trainer), eps=eps).mean()
+            assert found[loss, eps] == pytest.approx(float(wanted), rel=1e-4), (loss, eps)
+    assert len({round(value, 5) for value in found.values()}) == len(found)
+
+
+def test_several_losses_are_added_by_their_weights(build: Build) -> None:
+    trainer = build(
+        "algorithm.loss_type=[sigmoid, sft, apo_zero]",
+        "algorithm.loss_weights=[1, 0.5, 2]",
+        f"algorithm.beta={BETA}",
+    )
+    found, sides = loss_of(trainer), Sides(trainer)
+    parts = [formula(name, sides).mean() for name in ("sigmoid", "sft", "apo_zero")]
+    assert found == pytest.approx(float(parts[0] + 0.5 * parts[1] + 2 * parts[2]), rel=1e-4)
+    alone = loss_of(build("algorithm.loss_type=[sigmoid, sft, apo_zero]", f"algorithm.beta={BETA}"))
+    assert alone == pytest.approx(float(sum(parts)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "score"),  # f'(t) of f-DPO (2309.16240), where t is the ratio of the two
+    [
+        ("forward_kl", lambda x: 1 - (-x).exp()),
+        ("js_divergence", lambda x: (2 * x.exp() / (x.exp() + 1)).log()),
+        ("alpha_divergence", lambda x: (((0.5 - 1) * x).exp() - 1) / (0.5 - 1)),
+    ],
+)
+def test_another_divergence_takes_the_place_of_the_log_ratio(
+    build: Build, divergence: str, score: Any
+) -> None:
+    trainer = build(f"algorithm.f_divergence={divergence}", f"algorithm.beta={BETA}")
+    found, sides = loss_of(trainer), Sides(trainer)
+    wanted = formula("sigmoid", sides, [score(x) for x in sides.ratios]).mean()
+    assert found == pytest.approx(float(wanted), rel=1e-5)
+    assert found != pytest.approx(float(formula("sigmoid", sides).mean()), rel=1e-5)
+
+
+def test_weighting_multiplies_each_pair_by_its_likelihood(build: Build) -> None:
+    trainer = build("algorithm.weighting=true", f"algorithm.beta={BETA}")
+    found, sides = loss_of(trainer), Sides(trainer)
+    wanted = (formula("sigmoid", sides) * sides.weights).mean()
+    assert found == pytest.approx(float(wanted), rel=1e-4)
+    assert found != pytest.approx(float(formula("sigmoid", sides).mean()), rel=1e-3)
+
+
+def test_the_centre_coefficient_weighs_the_square_of_the_sum_of_scores(build: Build) -> None:
+    plain = build(kind="reward_model")
+    disturb(plain)
+    batch = batch_of(plain)
+    with torch.no_grad():
+        scores = plain.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits[:, 0]
+    chosen, rejected = scores.chunk(2)
+    ranking = float(-logsigmoid(chosen - rejected).mean())
+    assert loss_of(build(kind="reward_model")) == pytest.approx(ranking, rel=1e-5)
+    centred = loss_of(build("algorithm.center_coefficient=0.5", kind="reward_model"))
+    square = float((chosen + rejected).square().mean())
+    assert centred == pytest.approx(ranking + 0.5 * square, rel=1e-5)
+    assert square > 1e-6
+
+
+@pytest.mark.parametrize("side", ["keep_start", "keep_end"])
+def test_a_long_pair_is_cut_on_the_side_that_is_named(build: Build, side: str) -> None:
+    trainer = build(f"data.long_pairs={side}", "data.max_length=7")
+    row = trainer.train_dataset[0]
+    whole = row["prompt_ids"] + row["chosen_ids"]
+    assert len(whole) == 9
+    batch = trainer.data_collator([row])
+    kept, said = batch["input_ids"][0].tolist(), batch["completion_mask"][0].tolist()
+    assert kept == (whole[:7] if side == "keep_start" else whole[-7:])
+    assert sum(said) == (3 if side == "keep_start" else 5)
+
+
+MODELS = {
+    "whole": [],
+    "lora": ["model.lora.r=2"],
+    "checkpointed": ["model.gradient_checkpointing=true"],
+}
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def moved(trainer: Any) -> tuple[float, torch.Tensor]:
+    """Train; the share of trained weights that changed, and all the changes in one row."""
+    before = weights(trainer)
+    trainer.train()
+    changes = [after - before[name] for name, after in weights(trainer).items()]
+    flat = torch.cat([change.flatten() for change in changes])
+    return float((flat != 0).double().mean()), flat
+
+
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        ("dpo", "whole"),
+        ("dpo", "lora"),
+        ("reward_model", "whole"),
+        ("reward_model", "lora"),
+        pytest.param("dpo", "checkpointed", marks=pytest.mark.long),
+        pytest.param("reward_model", "checkpointed", marks=pytest.mark.long),
+    ],
+)
+def test_bfloat16_trains_what_float32_does_from_the_same_first_loss(
+    build: Build, kind: str, model: str
+) -> None:
+    shares, steps, losses = {}, {}, {}
+    for dtype in ("float32", "bfloat16"):
+        trainer = build(f"model.dtype={dtype}", *MODELS[model], kind=kind, steps=3)
+        assert {weight.dtype for weight in weights(trainer).values()} == {torch.float32}
+        shares[dtype], steps[dtype] = moved(trainer)
+        losses[dtype] = next(e["loss"] for e in trainer.state.log_history if "loss" in e)
+    if kind == "dpo":
+        assert losses["bfloat16"] == pytest.approx(math.log(2), abs=1e-6)
+    else:
+        assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.02)
+    assert shares["bfloat16"] == pytest.approx(shares["float32"], abs=0.02)
+    alike = torch.nn.functional.cosine_similarity(steps["float32"], steps["bfloat16"], dim=0)
+    assert alike > 0.9
+
+
+@pytest.mark.parametrize("model", ["whole", "lora"])
+@pytest.mark.parametrize("kind", ["dpo", "reward_model"])
+def test_a_bfloat16_model_is_written_in_bfloat16(
+    build: Build, tmp_path: Path, kind: str, model: str
+) -> None:
+    trainer = build("model.dtype=bfloat16", *MODELS[model], kind=kind)
+    names = trainer.accelerator.unwrap_model(trainer.model).state_dict().keys()
+    export_model(trainer, trainer.job, tmp_path / "scratch")
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    if model == "whole":
+        assert written.keys() <= set(names)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_tied_weights_are_written_once_in_another_dtype_too(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tied = AutoModelForCausalLM.from_pretrained(tiny_model, tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "tied")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "tied")
+    trainer = made_of(tmp_path / "tied", tmp_path, ["model.dtype=bfloat16"])
+    export_model(trainer, trainer.job, tmp_path / "scratch")
+    before = load_file(tmp_path / "tied" / "model.safetensors")
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    assert written.keys() == before.keys()
+    assert "lm_head.weight" not in written
+
+
+@pytest.mark.parametrize(
+    ("dtype", "model"), [("float32", "whole"), ("bfloat16", "whole"), ("bfloat16", "lora")]
+)
+def test_precomputed_references_are_those_of_the_trainer_and_in_no_file(
+    build: Build, dtype: str, model: str
+) -> None:
+    signs: list[int] = []
+    common = (f"model.dtype={dtype}", "train.pairs_per_worker=4", *MODELS[model])
+    trainer = build(
+        "algorithm.precompute_reference=true", *common, steps=2, alive=lambda: signs.append(0)
+    )
+    assert trainer.ref_model is None
+    assert len(signs) == 2, "a sign of life for each batch of four"
+    assert not trainer.train_dataset.cache_files
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    kept = build(*common, steps=2)
+    kept.train()
+    wanted = [entry["loss"] for entry in kept.state.log_history if "loss" in entry]
+    assert losses == pytest.approx(wanted, abs=1e-6)
+
+
+def test_the_seed_draws_the_adapters_and_the_same_one_the_same(build: Build) -> None:
+    for kind in ("dpo", "reward_model"):
+        drawn = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(123 + len(drawn))
+            trainer = build(f"train.seed={seed}", "model.lora.r=2", kind=kind)
+            drawn.append(
+                torch.cat([w.flatten() for n, w in weights(trainer).items() if "lora_A" in n])
+            )
+        assert torch.equal(drawn[0], drawn[1])
+        assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.long)])
+def test_deepspeed_keeps_float32_weights_beside_the_bfloat16_ones(
+    tiny_model: Path, tmp_path: Path, stage: int
+) -> None:
+    """In a process of its own, which DeepSpeed joins to a group for good."""
+    script = """
+import os, sys
+from pathlib import Path
+from tests.actors.preference.test_trainers import export_model, made_of
+os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+os.environ["MASTER_PORT"] = sys.argv[4]
+trainer = made_of(Path(sys.argv[1]), Path(sys.argv[2]), (
+    "model.dtype=bfloat16", "train.deepspeed={zero_optimization: {stage: " + sys.argv[3] + "}}"
+))
+trainer.train()
+export_model(trainer, trainer.job, Path(sys.argv[2]) / "scratch")
+optimizer = trainer.model_wrapped.optimizer
+flat = "single_partition_of_fp32_groups" if sys.argv[3] == "2" else "fp32_partitioned_groups_flat"
+print("kept in", {weight.dtype for weight in getattr(optimizer, flat)})
+print("first", next(e["loss"] for e in trainer.state.log_history if "loss" in e), flush=True)
+os._exit(0)
+"""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_model), str(tmp_path), str(stage), port],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[3],
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "kept in {torch.float32}" in ran.stdout
+    first = float(ran.stdout.rpartition("first ")[2])
+    assert first == pytest.approx(math.log(2), abs=1e-6)
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["whole", "lora"])
+def test_unsloth_in_bfloat16_starts_from_the_same_first_loss_and_trains_in_float32(
+    tiny_model: Path, tmp_path: Path, model: str
+) -> None:
+    """In a process of its own, which Unsloth patches for good."""
+    script = """
+import sys
+from pathlib import Path
+from actors.models.unsloth import import_unsloth
+import_unsloth()
+from tests.actors.preference.test_trainers import made_of, weights
+trainer = made_of(Path(sys.argv[1]), Path(sys.argv[2]), (
+    "model.dtype=bfloat16", "backend=unsloth", *sys.argv[3:]
+))
+before = weights(trainer)
+trainer.train()
+moved = [bool((weights(trainer)[name] != weight).any()) for name, weight in before.items()]
+print("all moved", all(moved), {weight.dtype for weight in before.values()})
+print("first", next(e["loss"] for e in trainer.state.log_history if "loss" in e), flush=True)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_model), str(tmp_path), *MODELS[model]],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[3],
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "all moved True {torch.float32}" in ran.stdout
+    first = float(ran.stdout.rpartition("first ")[2].split()[0])
+    assert first == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_optimiser_is_named(build: Build) -> None:
+    assert build().args.optim == "adamw_torch_fused"
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward_model"])
+def test_a_run_that_is_resumed_at_its_last_step_trains_none(
+    build: Build, tmp_path: Path, kind: str
+) -> None:
+    from transformers import TrainerCallback
+
+    class Saving(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_save = state.global_step == 3
+
+    changes = ("train.scheduler=constant", "train.learning_rate=1e-3")
+    split = "train.pairs_per_worker=2"  # three steps an epoch
+    for pairs in (split, "train.pairs_per_worker=4"):
+        first = build(*changes, pairs, kind=kind, steps=3)
+        first.add_callback(Saving())
+        first.train()
+        again = build(*changes, pairs, kind=kind, steps=3)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert again.state.global_step == 3
+        for name, weight in weights(first).items():
+            assert torch.equal(weights(again)[name], weight), name
+        longer = build(*changes, pairs, kind=kind, steps=4)
+        longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert longer.state.global_step == 4

@@ -1,0 +1,106 @@
+"""The config tree: resolved values, refusals in one line, and the nearest valid name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from aligntune.config.load import load_config
+from aligntune.config.tree import dump, parse_override
+from aligntune.errors import UserError
+
+
+@pytest.fixture
+def tree() -> dict[str, Any]:
+    return {
+        "algorithm": "grpo",
+        "model": {"name": "some/model"},
+        "data": {"path": "data.jsonl"},
+        "rewards": ["exact_match"],
+        "output_dir": "runs/x",
+    }
+
+
+def test_silence_is_filled_from_the_algorithms_defaults(tree: dict[str, Any]) -> None:
+    config = load_config(tree)
+    assert config.train.completions_per_group == 8
+    assert config.train.groups_per_minibatch == config.train.groups_per_step
+    assert config.train.epochs_per_batch == 1
+    assert config.policy.learning_rate == 1e-6
+    assert config.train.epochs == 1.0
+    assert config.algorithm.beta == 0.04
+
+
+def test_an_override_wins_over_the_tree_and_keeps_its_type(tree: dict[str, Any]) -> None:
+    config = load_config(
+        tree, ["train.steps=7", "algorithm.beta=0", "rewards.0.weight=2", "model.lora.r=4"]
+    )
+    assert (config.train.steps, config.train.epochs) == (7, None)
+    assert config.algorithm.beta == 0
+    assert config.rewards[0].weight == 2
+    assert config.model.lora is not None
+    assert config.model.lora.r == 4
+
+
+def test_the_callers_mapping_is_left_as_it_was(tree: dict[str, Any]) -> None:
+    load_config(tree, ["train.steps=7", "algorithm.beta=0"])
+    assert tree["algorithm"] == "grpo"
+    assert "train" not in tree
+
+
+def test_a_resolved_tree_reads_back_as_itself(tree: dict[str, Any]) -> None:
+    config = load_config(tree, ["train.steps=3"])
+    assert load_config(yaml.safe_load(dump(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.max_completion_lenght=5"], "did you mean 'max_completion_length'"),
+        (["algorithm.betta=1"], r"unknown key 'algorithm.betta'; did you mean 'beta'"),
+        (["rolout.engine=vllm"], "unknown key 'rolout'; did you mean 'rollout'"),
+        (["algorithm=grop"], "did you mean 'grpo'"),
+        (["algorithm.name=nonsense-entirely"], "unknown algorithm"),
+        (["train.completions_per_group=1"], "gives no signal, use 2 or more"),
+        (["train.groups_per_minibatch=5"], "does not divide"),
+        (["train.steps=0"], r"train.steps: .* got 0"),
+        (["train.steps=3", "train.epochs=2"], "both say how long"),
+        (["rewards=[]"], "grpo has no reward"),
+        (["policy.ranks=2"], "use policy.strategy=deepspeed"),
+        (["algorithm=gspo", "backend=unsloth"], "gspo does not run with backend=unsloth"),
+        (["backend=tlr"], "backend"),
+        (["train.seed"], "not an override; write key.path=value"),
+        (["model.name.x=3"], "model.name is a value, not a section"),
+        (["rewards.3.weight=2"], "not an index of a list of 1"),
+        (["output_dir="], "output_dir"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    tree: dict[str, Any], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(tree, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_section_is_named() -> None:
+    with pytest.raises(UserError, match="missing"):
+        load_config({"algorithm": "grpo"})
+
+
+def test_broken_yaml_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("algorithm: grpo\nmodel: {name: x\n")
+    with pytest.raises(UserError, match=r"config\.yaml:\d+: not valid YAML"):
+        load_config(path)
+    with pytest.raises(UserError, match="no config file at"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_override_values_are_yaml() -> None:
+    assert parse_override("a.b=[1, 2]") == ("a.b", [1, 2])
+    assert parse_override("a=null") == ("a", None)
+    assert parse_override("a=x=y") == ("a", "x=y")

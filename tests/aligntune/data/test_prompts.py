@@ -1,0 +1,264 @@
+"""The order of prompts is a function of seed and position; every row is checked beforehand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from aligntune.data import prompts as prompts_module
+from aligntune.data.errors import DataError
+from aligntune.data.prompts import PromptSource, evaluation_prompts, training_prompts
+from aligntune.data.sources import load_rows
+from aligntune.data.spec import DataSpec
+from tests.aligntune.data.conftest import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+
+
+class Table:
+    """Rows held in memory."""
+
+    origin = "table"
+
+    def __init__(self, values: list[Any]) -> None:
+        self.values = values
+        self.columns: tuple[str, ...] = ("prompt", "answer")
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.reads += 1
+        return {"prompt": self.values[index], "answer": index}
+
+    def where(self, index: int) -> str:
+        return f"table, row {index}"
+
+
+def source(values: list[Any] | int, tokenizer: Any = TOKENIZER, **options: Any) -> PromptSource:
+    if isinstance(values, int):
+        values = [f"p{n}" for n in range(values)]
+    options = {"max_prompt_length": 32, "seed": 0} | options
+    return PromptSource(Table(values), tokenizer, **options)
+
+
+def order(of: PromptSource, start: int, stop: int) -> list[int]:
+    return [of.prompt_at(position).row for position in range(start, stop)]
+
+
+sizes = st.integers(1, 40)
+seeds = st.integers(0, 2**63)
+
+
+@given(rows=sizes, seed=seeds, epoch=st.integers(0, 10**6))
+def test_each_epoch_is_a_permutation(rows: int, seed: int, epoch: int) -> None:
+    prompts = source(rows, seed=seed)
+    assert sorted(order(prompts, epoch * rows, (epoch + 1) * rows)) == list(range(rows))
+
+
+@given(rows=sizes, seed=seeds, cut=st.integers(0, 100), length=st.integers(1, 60))
+def test_resuming_anywhere_gives_the_same_sequence(
+    rows: int, seed: int, cut: int, length: int
+) -> None:
+    whole = order(source(rows, seed=seed), 0, cut + length)
+    assert order(source(rows, seed=seed), cut, cut + length) == whole[cut:]
+
+
+def test_the_order_does_not_depend_on_what_was_asked_before() -> None:
+    forwards, backwards = source(7), source(7)
+    expected = order(forwards, 0, 50)
+    assert [backwards.prompt_at(n).row for n in reversed(range(50))][::-1] == expected
+
+
+@given(seed=seeds)
+def test_seeds_and_epochs_differ(seed: int) -> None:
+    prompts = source(30, seed=seed)
+    first = order(prompts, 0, 30)
+    assert first != order(prompts, 30, 60)
+    assert first != order(source(30, seed=seed + 1), 0, 30)
+
+
+def test_the_order_is_the_documented_one_for_ever() -> None:
+    seeds = np.random.SeedSequence([5, 1])
+    expected = np.random.Generator(np.random.PCG64(seeds)).permutation(9).tolist()
+    assert order(source(9, seed=5), 9, 18) == expected
+    assert expected == [5, 6, 2, 4, 0, 8, 7, 3, 1]
+
+
+def test_without_shuffling_the_order_is_that_of_the_data() -> None:
+    assert order(source(3, shuffle=False), 0, 7) == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_epochs_and_positions() -> None:
+    prompts = source(4)
+    assert [prompts.epoch_at(position) for position in (0, 3, 4, 11)] == [0, 0, 1, 2]
+    assert (prompts.positions_in(2), prompts.positions_in(0.3)) == (8, 2)
+    assert [prompt.row for prompt in prompts.epoch(1)] == order(prompts, 4, 8)
+    with pytest.raises(ValueError, match="from 0"):
+        prompts.prompt_at(-1)
+
+
+def test_a_prompt_carries_its_source_text_tokens_and_columns(chat: Any) -> None:
+    messages = [{"role": "user", "content": "é"}]
+    (prompt,) = source([messages], chat, system_prompt="S", max_prompt_length=64).epoch()
+    assert prompt.source is messages
+    assert prompt.text == "<system>S</system><user>é</user><assistant>"
+    assert prompt.token_ids.dtype == np.int32
+    assert chat.decode(prompt.token_ids) == prompt.text
+    assert prompt.columns == {"answer": 0}
+
+
+def test_special_tokens_are_added_only_where_no_template_writes_them(plain_bos: Any) -> None:
+    (prompt,) = source(["abc"], plain_bos).epoch()
+    assert (prompt.token_ids[0], len(prompt.token_ids)) == (plain_bos.bos_token_id, 4)
+    templated = byte_tokenizer(template="{{ messages[0].content }}", bos=True)
+    (prompt,) = source(["abc"], templated).epoch()
+    assert len(prompt.token_ids) == 3
+
+
+LONG = ["short", "x" * 33, "x" * 32, "y" * 40 + "é end"]
+
+
+def test_long_prompts_are_an_error_that_counts_them_and_names_the_longest() -> None:
+    with pytest.raises(DataError) as caught:
+        source(LONG)
+    message = str(caught.value)
+    assert "2 of 4 prompts" in message
+    assert "(32 tokens)" in message
+    assert "table, row 3, has 46" in message
+    assert "data.long_prompts" in message
+
+
+def test_long_prompts_are_dropped_and_counted() -> None:
+    prompts = source(LONG, long_prompts="drop")
+    assert sorted(order(prompts, 0, 2)) == [0, 2]
+    assert (len(prompts), prompts.rows, prompts.long, prompts.longest) == (2, 4, 2, 46)
+
+
+def test_dropping_all_is_an_error() -> None:
+    with pytest.raises(DataError, match="none is left"):
+        source(["x" * 33], long_prompts="drop")
+
+
+def test_truncation_keeps_the_end_of_the_source_as_it_was() -> None:
+    prompts = source(LONG, long_prompts="truncate", shuffle=False)
+    cut = prompts.prompt_at(3)
+    assert len(cut.token_ids) == 32
+    assert cut.text == "y" * 26 + "é end"
+    assert cut.source == LONG[3]
+    assert prompts.prompt_at(2).text == LONG[2]
+    assert (len(prompts), prompts.long) == (4, 2)
+
+
+def test_truncation_keeps_a_leading_beginning_of_sequence_token(plain_bos: Any) -> None:
+    (prompt,) = source(
+        ["0123456789"], plain_bos, long_prompts="truncate", max_prompt_length=4
+    ).epoch()
+    assert prompt.text == "<bos>789"
+    assert prompt.token_ids[0] == plain_bos.bos_token_id
+
+
+@pytest.mark.parametrize("bad", [None, "", 4, [{"role": "user"}], "\ud800"])
+@pytest.mark.parametrize("row", [0, prompts_module.BATCH + 3])
+def test_the_row_without_a_usable_prompt_is_named(bad: Any, row: int) -> None:
+    values: list[Any] = ["ok"] * (row + 2)
+    values[row] = bad
+    with pytest.raises(DataError, match=rf"^table, row {row}: "):
+        source(values)
+
+
+def test_a_prompt_the_tokenizer_has_no_tokens_for_is_named(chat: Any) -> None:
+    blank = byte_tokenizer(template="{{ '' }}")
+    with pytest.raises(DataError, match="table, row 0: the prompt has no tokens"):
+        source(["x"], blank)
+
+
+def test_a_system_prompt_without_a_template_is_no_rows_fault(plain: Any) -> None:
+    with pytest.raises(DataError, match=r"^data\.system_prompt"):
+        source(["x"], plain, system_prompt="S")
+
+
+def test_tokenised_prompts_are_kept_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts_module, "CACHED", 2)
+    table = Table(["a", "b", "c"])
+    prompts = PromptSource(table, TOKENIZER, max_prompt_length=9, seed=0, shuffle=False)
+    table.reads = 0
+    for position in (0, 1, 0, 1):
+        prompts.prompt_at(position)
+    assert table.reads == 2
+    for position in (2, 0):
+        prompts.prompt_at(position)
+    assert table.reads == 4
+
+
+@settings(max_examples=20)
+@given(values=st.lists(st.text("ab", min_size=1), min_size=1), seed=st.integers(0, 5))
+def test_the_fingerprint_tells_runs_over_other_prompts_apart(values: list[str], seed: int) -> None:
+    options: dict[str, Any] = {"max_prompt_length": 10**6, "seed": seed}
+    mark = source(values, **options).fingerprint
+    assert mark == source(list(values), **options).fingerprint
+    assert mark != source([*values, "a"], **options).fingerprint
+    assert mark != source(["b" + values[0], *values[1:]], **options).fingerprint
+    assert mark != source(values, **(options | {"seed": seed + 1})).fingerprint
+
+
+def test_the_fingerprint_knows_the_columns_that_rewards_read(tmp_path: Path) -> None:
+    def mark(answer: object) -> str:
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps({"prompt": "a", "answer": answer}) + "\n")
+        rows = load_rows(str(path))
+        return PromptSource(rows, TOKENIZER, max_prompt_length=9, seed=0).fingerprint
+
+    assert mark("1") == mark("1")
+    assert len({mark("1"), mark("2"), mark(1), mark(None)}) == 4
+
+
+def write(path: Path, prompts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"q": prompt, "a": 1}) + "\n" for prompt in prompts))
+    return str(path)
+
+
+def test_training_and_evaluation_prompts_of_a_config(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", [str(n) for n in range(20)])
+    spec = DataSpec(
+        path=path,
+        prompt_column="q",
+        split="train[:80%]",
+        eval_split="train[80%:]",
+        max_samples=10,
+        eval_samples=3,
+    )
+    train = training_prompts(spec, TOKENIZER, max_prompt_length=4, seed=1)
+    held_out = evaluation_prompts(spec, TOKENIZER, max_prompt_length=4)
+    assert sorted(prompt.text for prompt in train.epoch()) == [str(n) for n in range(10)]
+    assert held_out is not None
+    assert [prompt.text for prompt in held_out.epoch()] == ["16", "17", "18"]
+    other = DataSpec(path=path, prompt_column="q", eval_path=write(tmp_path / "e.jsonl", ["x"]))
+    held_out = evaluation_prompts(other, TOKENIZER, max_prompt_length=4)
+    assert held_out is not None
+    assert [prompt.text for prompt in held_out.epoch()] == ["x"]
+    none = DataSpec(path=path, prompt_column="q")
+    assert evaluation_prompts(none, TOKENIZER, max_prompt_length=4) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"eval_samples": 3}, "eval_path or eval_split"),
+        ({"system_prompt": "x", "apply_chat_template": False}, "apply_chat_template"),
+        ({"promt_column": "x"}, "promt_column"),
+        ({"max_samples": 0}, "max_samples"),
+        ({"long_prompts": "cut"}, "long_prompts"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], what: str) -> None:
+    with pytest.raises(ValidationError, match=what):
+        DataSpec.model_validate({"path": "x"} | options)

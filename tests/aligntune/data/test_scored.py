@@ -1,0 +1,126 @@
+"""Pairs from scored texts: what is preferred, what is a tie, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.specs import RewardFunctionSpec
+from aligntune.config.load import load_config
+from aligntune.config.preference import PreferenceConfig
+from aligntune.data.errors import DataError
+from aligntune.data.scored_pairs import ScoredPairs, rank, scored_pairs
+from aligntune.data.sources import load_rows
+from aligntune.errors import UserError
+from aligntune.preference.trainer import PreferenceTrainer
+from aligntune.rewards.registry import resolve_all
+from aligntune.trainers import create_rl_trainer
+
+TEXTS = [
+    {"prompt": "1+1", "completion": "2", "answer": "2"},
+    {"prompt": "1+2", "completion": "4", "answer": "3"},
+    {"prompt": "1+1", "completion": "3", "answer": "2"},
+    {"prompt": "1+1", "completion": "4", "answer": "2"},
+    {"prompt": "1+2", "completion": "3", "answer": "3"},
+    {"prompt": "2+2", "completion": "4", "answer": "4"},
+]
+
+
+def pairs_of(rows: list[dict[str, Any]], folder: Path, bad_pairs: Any = "error") -> ScoredPairs:
+    path = folder / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    specs = [
+        RewardFunctionSpec(function="exact_match"),
+        RewardFunctionSpec(function="length", weight=0.0, options={"target": 1}),
+    ]
+    return scored_pairs(
+        load_rows(str(path)),
+        resolve_all(specs),  # type: ignore[arg-type]  # functions alone
+        [spec.weight for spec in specs],
+        prompt_column="prompt",
+        completion_column="completion",
+        bad_pairs=bad_pairs,
+    )
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 2)), max_size=12))
+@settings(deadline=None, max_examples=50)
+def test_every_two_texts_of_a_prompt_are_a_pair_or_a_tie(rows: list[tuple[str, int]]) -> None:
+    prompts, scores = [p for p, _ in rows], [float(s) for _, s in rows]
+    ranked = rank(prompts, scores)
+    for better, worse in ranked.pairs:
+        assert prompts[better] == prompts[worse]
+        assert scores[better] > scores[worse]
+    assert len(set(map(frozenset, ranked.pairs))) == len(ranked.pairs)
+    of_each = [prompts.count(prompt) for prompt in set(prompts)]
+    assert len(ranked.pairs) + ranked.ties == sum(n * (n - 1) // 2 for n in of_each)
+
+
+def test_the_higher_score_is_chosen_and_ties_are_counted(tmp_path: Path) -> None:
+    pairs = pairs_of(TEXTS, tmp_path)
+    found = {(p["prompt"], p["chosen"], p["rejected"]) for p in (pairs[i] for i in range(3))}
+    assert found == {("1+1", "2", "3"), ("1+1", "2", "4"), ("1+2", "3", "4")}
+    assert (len(pairs), pairs.ties) == (3, 1)
+    assert "row 4 (line 5) over" in pairs.where(2)
+    assert "make 3 pairs; 1 ties left out" in pairs.describe()
+
+
+def test_a_text_without_a_score_is_reported_with_its_row(tmp_path: Path) -> None:
+    broken = [*TEXTS, {"prompt": "1+1", "completion": " ", "answer": "2"}]
+    with pytest.raises(DataError, match=r"row 6 \(line 7\): completion is empty"):
+        pairs_of(broken, tmp_path)
+    assert pairs_of(broken, tmp_path, "drop").bad == {6: "completion is empty or not a string"}
+    unscored = [*TEXTS, {"prompt": "1+1", "completion": "2", "answer": None}]
+    with pytest.raises(DataError, match=r"row 6 \(line 7\): reward 'exact_match' failed"):
+        pairs_of(unscored, tmp_path)
+
+
+def test_texts_that_no_reward_tells_apart_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing is preferred to anything.*several completions"):
+        pairs_of(TEXTS[:1] + TEXTS[5:], tmp_path)
+
+
+def test_a_reward_model_config_may_name_texts_and_rewards(tmp_path: Path, tiny_model: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in TEXTS), encoding="utf-8")
+    trainer = create_rl_trainer(
+        model_name=str(tiny_model),
+        dataset_name=str(path),
+        algorithm="reward_model",
+        reward_functions=["exact_match"],
+        output_dir=str(tmp_path / "run"),
+    )
+    assert isinstance(trainer, PreferenceTrainer)
+    assert len(trainer.pairs) == 3
+    assert "scored texts: 6" in trainer.summary()
+
+    def longer(completions: list[str], **columns: Any) -> list[float]:
+        return [-float(completion) for completion in completions]
+
+    own = create_rl_trainer(
+        model_name=str(tiny_model),
+        dataset_name=str(path),
+        algorithm="reward_model",
+        reward_functions=[longer],
+    )
+    assert isinstance(own, PreferenceTrainer)
+    assert len(own.pairs) == 4
+    path.write_text('{"prompt": "a", "completion": "b", "sum": 1}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"needs column 'answer'.* their columns are 'sum'"):
+        create_rl_trainer(config=trainer.config.model_dump(mode="json")).check()
+
+
+def test_rewards_are_for_reward_models_made_of_texts() -> None:
+    base = {"model": {"name": "m"}, "data": {"path": "d"}, "output_dir": "o"}
+    with pytest.raises(UserError, match="dpo is trained on pairs and takes no rewards"):
+        load_config({"algorithm": "dpo", **base, "rewards": ["math"]})
+    with pytest.raises(UserError, match="rewards names none"):
+        load_config({"algorithm": "reward_model", **base}, ["data.completion_column=text"])
+    kept = load_config({"algorithm": "reward_model", **base, "rewards": ["math"]})
+    assert isinstance(kept, PreferenceConfig)
+    assert [spec.function for spec in kept.rewards] == ["math"]

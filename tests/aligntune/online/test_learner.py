@@ -1,0 +1,165 @@
+"""How a training step is cut: optimiser steps over epochs, rows over ranks, groups over ranks."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.messages import GroupWork, UpdateJob
+from aligntune.config.load import load_config
+from aligntune.config.online import RunConfig
+from aligntune.errors import UserError
+from aligntune.online.learner import minibatches, plan_step, plan_updates, split_groups
+
+
+def config(**train: Any) -> RunConfig:
+    return load_config(
+        {
+            "algorithm": "grpo",
+            "model": {"name": "m"},
+            "data": {"path": "d"},
+            "rewards": ["length"],
+            "output_dir": "out",
+            "train": {"groups_per_step": 6, "groups_per_minibatch": 2, **train},
+        }
+    )
+
+
+def group(index: int, lengths: tuple[int, ...]) -> GroupWork:
+    count = len(lengths)
+    return GroupWork(
+        group_id=index,
+        prompt_tokens=3,
+        lengths=lengths,
+        trained=(True,) * count,
+        truncated=(False,) * count,
+        advantages=(0.0,) * count,
+        scores=(0.0,) * count,
+        tensors=None,
+    )
+
+
+def epochs(plan: list[list[int]], of: int = 3) -> list[list[list[int]]]:
+    return [plan[start : start + of] for start in range(0, len(plan), of)]
+
+
+def test_the_first_epoch_takes_groups_as_they_come_and_later_ones_another_order() -> None:
+    first, second, third = epochs(minibatches(config(epochs_per_batch=3), step=1))
+    assert first == [[0, 1], [2, 3], [4, 5]]
+    for later in (second, third):
+        assert sorted(chain(*later)) == list(range(6))
+    assert len({str(first), str(second), str(third)}) == 3
+
+
+def test_the_order_is_a_function_of_seed_and_step_alone() -> None:
+    many = config(epochs_per_batch=4, groups_per_step=24, seed=5)
+    other_seed = config(epochs_per_batch=4, groups_per_step=24, seed=6)
+    assert minibatches(many, 3) == minibatches(many, 3)
+    assert minibatches(many, 3) != minibatches(many, 4)
+    assert minibatches(many, 3) != minibatches(other_seed, 3)
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=3), min_size=6, max_size=6),
+    ranks=st.integers(1, 3),
+    passes=st.integers(1, 3),
+)
+def test_every_row_is_trained_on_once_an_epoch_and_every_group_has_one_rank(
+    lengths: list[list[int]], ranks: int, passes: int
+) -> None:
+    groups = [group(index, tuple(own)) for index, own in enumerate(lengths)]
+    jobs = plan_updates(config(epochs_per_batch=passes), 1, groups, ranks, loss=len)  # type: ignore[arg-type]
+    assert len(jobs) == ranks
+    rows = sorted((index, c) for index, g in enumerate(groups) for c in range(len(g.lengths)))
+    for epoch in range(passes):
+        steps = slice(3 * epoch, 3 * epoch + 3)
+        seen = [r for job in jobs for part in job.minibatches[steps] for r in part]
+        assert sorted((row.work, row.completion) for row in seen) == rows
+    assert {len(job.minibatches) for job in jobs} == {3 * passes}
+    assert sorted(chain(*split_groups(groups, ranks))) == list(range(6))
+
+
+def jobs_of(algorithm: str | dict[str, Any], **train: Any) -> dict[str, list[UpdateJob]]:
+    tree = config(**train).model_dump(mode="json")
+    resolved = load_config({**tree, "algorithm": algorithm, "policy": {}, "reference": {}})
+    groups = [group(index, (2, 3)) for index in range(6)]
+    return plan_step(resolved, 1, resolved.algorithm, groups)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "train", "before"),
+    [
+        ("dapo", {"groups_per_minibatch": 6}, False),  # one update: its own log-probs are the old
+        ("dapo", {"groups_per_minibatch": 2}, True),
+        ("gspo", {"groups_per_minibatch": 6, "epochs_per_batch": 2}, True),
+        ({"name": "dapo", "old": "rollout"}, {"groups_per_minibatch": 2}, False),
+        ({"name": "grpo", "kl_in": "reward"}, {"groups_per_minibatch": 2}, False),  # prepared
+    ],
+)
+def test_old_log_probs_are_computed_before_the_first_of_several_updates(
+    algorithm: str | dict[str, Any], train: dict[str, Any], before: bool
+) -> None:
+    jobs = jobs_of(algorithm, **train)
+    assert set(jobs) == {"policy"}
+    assert [job.recompute_old for job in jobs["policy"]] == [before]
+
+
+def test_the_policy_may_stop_early_and_the_critic_learns_from_the_same_rows() -> None:
+    limited = {"name": "tests.e2e.algorithms:PPOOnFunctions", "max_update_kl": 0.02}
+    jobs = jobs_of(limited)
+    (policy,), (critic,) = jobs["policy"], jobs["critic"]
+    assert policy.early_stop == ("kl/update", 0.02)
+    assert critic.early_stop is None
+    assert policy.minibatches == critic.minibatches
+    assert policy.loss.__name__ == "loss"
+    assert critic.loss.__name__ == "value_loss"
+    assert jobs_of("tests.e2e.algorithms:PPOOnFunctions")["policy"][0].early_stop is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"algorithm": {"name": "dapo"}, "reference": {"replicas": 2}}, "dapo has no reference"),
+        (
+            {
+                "algorithm": {
+                    "name": "tests.e2e.algorithms:PPOOnFunctions",
+                    "max_update_kl": 0.02,
+                },
+                "train": {"groups_per_step": 4, "epochs_per_batch": 1},
+            },
+            "a step has one update",
+        ),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(changes: dict[str, Any], reason: str) -> None:
+    tree = {**config().model_dump(mode="json"), **changes}
+    with pytest.raises(UserError, match=reason):
+        load_config(tree)
+
+
+def test_settings_of_a_critic_that_is_not_there_are_refused() -> None:
+    tree = config().model_dump(mode="json")
+    assert load_config(tree) == config()
+    tree["critic"]["ranks"] = 2
+    with pytest.raises(UserError, match="grpo has no critic"):
+        load_config(tree)
+
+
+def test_a_critic_has_the_algorithms_rate_and_its_own_limits() -> None:
+    tree = {
+        **config().model_dump(mode="json"),
+        "algorithm": "tests.e2e.algorithms:PPOOnFunctions",
+        "train": {"groups_per_step": 4},
+    }
+    resolved = load_config(tree)
+    assert resolved.critic.learning_rate == 1e-5
+    assert resolved.critic.adam_betas == (0.9, 0.999)
+    assert load_config(resolved.model_dump(mode="json")) == resolved
+    tree["critic"] = {"ranks": 2}
+    with pytest.raises(UserError, match=r"critic\.strategy=torch is one rank"):
+        load_config(tree)

@@ -1,0 +1,169 @@
+"""The ledger: exactly once, and the log alone proves it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aligntune.online.ledger import ENDS, MOVES, Ledger, LedgerError, LedgerLog, State, adopt, audit
+
+
+def to_trained(ledger: Ledger, group: int, step: int = 1) -> None:
+    for state in (State.ROLLING, State.SCORING, State.READY, State.TRAINING):
+        ledger.move([group], state)
+    ledger.move([group], State.TRAINED, step=step)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.jsonl"
+
+
+def test_a_group_cannot_be_trained_twice(path: Path) -> None:
+    ledger = Ledger(LedgerLog(path))
+    group = ledger.admit(0)
+    to_trained(ledger, group)
+    with pytest.raises(LedgerError, match=r"group 0 is not open"):
+        ledger.move([group], State.TRAINED)
+
+
+def test_a_group_cannot_skip_its_scores(path: Path) -> None:
+    ledger = Ledger(LedgerLog(path))
+    group = ledger.admit(0)
+    ledger.move([group], State.ROLLING)
+    with pytest.raises(LedgerError, match="ROLLING and cannot become READY"):
+        ledger.move([group], State.READY)
+
+
+def test_a_move_of_many_is_all_or_none(path: Path) -> None:
+    ledger = Ledger(LedgerLog(path))
+    first, second = ledger.admit(0), ledger.admit(0)
+    ledger.move([first], State.ROLLING)
+    with pytest.raises(LedgerError):
+        ledger.move([first, second], State.SCORING)
+    assert ledger.state(first) is State.ROLLING
+    assert audit(path).open == 2
+
+
+def test_restore_undoes_what_came_after_the_checkpoint(path: Path) -> None:
+    ledger = Ledger(LedgerLog(path))
+    ledger.restore(Ledger.beginning(), step=0, version=0)
+    kept, lost = ledger.admit(0), ledger.admit(0)
+    to_trained(ledger, kept)
+    snapshot = ledger.snapshot(1)
+    to_trained(ledger, lost)
+    ledger.admit(1)
+    assert ledger.restore(snapshot, step=1, version=1) == [lost]
+    to_trained(ledger, lost, step=2)
+    books = audit(path)
+    assert books == ledger.books
+    assert (books.admitted, books.trained, books.open) == (2, 2, 0)
+    assert books.balanced
+
+
+def test_a_torn_last_line_is_cut_and_the_log_goes_on(path: Path) -> None:
+    log = LedgerLog(path)
+    ledger = Ledger(log)
+    ledger.admit(0)
+    log.close()
+    with path.open("a") as file:
+        file.write('{"seq": 1, "event": "adm')
+    assert audit(path).admitted == 1
+    again = Ledger(LedgerLog(path))
+    again.restore(Ledger.beginning(), step=0, version=0)
+    again.admit(0)
+    assert audit(path).admitted == 1
+
+
+def test_the_books_of_a_run_that_goes_on_from_another_s_checkpoint_balance(
+    path: Path, tmp_path: Path
+) -> None:
+    first = Ledger(LedgerLog(path))
+    for _ in range(4):
+        first.admit(0)
+    for state in (State.ROLLING, State.SCORING):
+        first.move([0, 1, 2], state)
+    first.move([0], State.FILTERED)
+    first.move([1], State.READY)
+    first.move([1], State.TRAINING)
+    first.move([1], State.TRAINED)
+    snapshot = first.snapshot(step=1)
+
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    adopt(elsewhere, snapshot, step=1)
+    second = Ledger(LedgerLog(elsewhere))
+    assert second.restore(snapshot, step=1, version=1) == [2, 3]
+    second.move([3], State.QUARANTINED)
+    second.admit(1)
+    books = audit(elsewhere)
+    assert books == second.books
+    assert (books.admitted, books.trained, books.filtered) == (5, 1, 1)
+    assert (books.quarantined, books.open, books.balanced) == (1, 2, True)
+    second.restore(snapshot, step=1, version=1)
+    assert audit(elsewhere) == second.books
+    second.restore(snapshot, step=2, version=1)
+    with pytest.raises(LedgerError, match="no checkpoint in this log"):
+        audit(elsewhere)
+
+
+def test_audit_refuses_a_log_with_a_gap(path: Path) -> None:
+    ledger = Ledger(LedgerLog(path))
+    for _ in range(3):
+        ledger.admit(0)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[2]]) + "\n")
+    with pytest.raises(LedgerError, match=":2: record 2 where 1 is due"):
+        audit(path)
+
+
+def test_audit_refuses_a_group_that_ends_twice(path: Path) -> None:
+    ledger = Ledger(LedgerLog(path))
+    ledger.admit(0)
+    ledger.move([0], State.QUARANTINED, reason="test")
+    lines = path.read_text().splitlines()
+    again = json.dumps({**json.loads(lines[1]), "seq": 2})
+    path.write_text("\n".join([*lines, again]) + "\n")
+    with pytest.raises(LedgerError, match="not open"):
+        audit(path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_the_log_agrees_with_the_ledger_under_any_history(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
+    ledger = Ledger(LedgerLog(path))
+    ledger.restore(Ledger.beginning(), step=0, version=0)
+    saved: list[tuple[int, dict[str, Any]]] = [(0, Ledger.beginning())]
+    step = 0
+    for _ in range(data.draw(st.integers(1, 60))):
+        open_ids = [g.group_id for g in ledger.open_groups()] + [
+            g for g in range(ledger.next_group) if ledger.state(g) is State.TRAINING
+        ]
+        action = data.draw(st.sampled_from(["admit", "move", "move", "move", "save", "restore"]))
+        if action == "admit" or (action == "move" and not open_ids):
+            ledger.admit(step)
+        elif action == "move":
+            group = data.draw(st.sampled_from(open_ids))
+            current = ledger.state(group)
+            assert current is not None
+            ledger.move([group], data.draw(st.sampled_from(sorted(MOVES[current]))))
+        elif action == "save":
+            step += 1
+            saved.append((step, ledger.snapshot(step)))
+        else:
+            index = data.draw(st.integers(0, len(saved) - 1))
+            saved = saved[: index + 1]
+            step, snapshot = saved[-1]
+            ledger.restore(snapshot, step=step, version=step)
+        assert ledger.books.balanced
+    assert audit(path) == ledger.books
+
+
+def test_every_state_but_the_ends_can_be_left() -> None:
+    assert set(MOVES) | ENDS == set(State)
+    assert not set(MOVES) & ENDS

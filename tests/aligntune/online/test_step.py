@@ -1,0 +1,140 @@
+"""What the driver makes of a step's groups: work for the ranks, and figures. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.messages import FinishReason, GroupRecord, Prompt, Scores, VersionSpan
+from aligntune.config.load import load_config
+from aligntune.config.online import RunConfig
+from aligntune.online.figures import completion_metrics, group_metrics, score_metrics, time_metrics
+from aligntune.online.pipeline import ReadyGroup, group_works
+
+STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
+
+
+def config(algorithm: Any, rewards: list[Any] | None = None) -> RunConfig:
+    return load_config(
+        {
+            "algorithm": algorithm,
+            "model": {"name": "m"},
+            "data": {"path": "d"},
+            "rewards": rewards or ["length"],
+            "output_dir": "out",
+            "train": {"groups_per_step": 2, "completions_per_group": 2, "groups_per_minibatch": 2},
+            "rollout": {"max_completion_length": 10},
+        }
+    )
+
+
+def ready(
+    group_id: int,
+    values: list[tuple[float, ...]],
+    reasons: tuple[FinishReason, ...] = (STOP, STOP),
+    lengths: tuple[int, ...] = (3, 5),
+    versions: tuple[int, ...] = (4, 4),
+    criteria: tuple[str, ...] = ("length",),
+) -> ReadyGroup:
+    spans = tuple((VersionSpan(v, n),) for v, n in zip(versions, lengths, strict=True))
+    return ReadyGroup(
+        prompt=Prompt(group_id, "p", "p", np.array([1])),
+        record=GroupRecord(group_id, 7, lengths, reasons, spans, 0.5, "rollout-0"),
+        scores=Scores(group_id, criteria, tuple(values), ("x",) * len(values), 0.1),
+        tensors=f"tensors {group_id}",
+        reference=f"reference {group_id}",
+    )
+
+
+def test_the_ranks_get_advantages_scores_and_which_completions_were_cut() -> None:
+    groups = [ready(0, [(1.0,), (0.0,)], (STOP, LENGTH)), ready(1, [(1.0,), (1.0,)])]
+    first, second = group_works(config("drgrpo"), config("drgrpo").algorithm, groups)
+    assert (first.group_id, second.group_id) == (0, 1)
+    assert first.advantages == (0.5, -0.5)
+    assert second.advantages == (0.0, 0.0)
+    assert first.scores == (1.0, 0.0)
+    assert first.truncated == (False, True)
+    assert first.trained == (True, True)
+    assert (first.prompt_tokens, first.lengths) == (7, (3, 5))
+    assert (first.tensors, first.reference) == ("tensors 0", "reference 0")
+
+
+def test_overlong_filtering_and_shaping_reach_the_ranks() -> None:
+    options = {"name": "dapo", "overlong_filtering": True, "overlong_cache": 4}
+    dapo = config(options)
+    (work,) = group_works(
+        dapo, dapo.algorithm, [ready(0, [(1.0,), (1.0,)], (STOP, LENGTH), lengths=(6, 10))]
+    )
+    assert work.trained == (True, False)
+    assert work.scores == (1.0, 0.0), "the full punishment at the limit, none below the cache"
+
+
+def test_several_criteria_count_by_their_weights() -> None:
+    rewards = [{"function": "length", "weight": 2.0}, {"function": "exact_match", "weight": 0.5}]
+    both = config("drgrpo", rewards)
+    values = [(1.0, 4.0), (0.0, 0.0)]
+    group = ready(0, values, criteria=("length", "exact_match"))
+    (work,) = group_works(both, both.algorithm, [group])
+    assert work.scores == (4.0, 0.0)
+    figures = score_metrics(both, [group])
+    assert figures == {
+        "reward/mean": 2.0,
+        "reward/std": 2.0,
+        "reward/length/mean": 0.5,
+        "reward/exact_match/mean": 2.0,
+    }
+
+
+def test_group_figures_by_hand() -> None:
+    groups = [
+        ready(0, [(1.0,), (0.0,)], versions=(4, 2)),
+        ready(1, [(0.1,), (0.1,)], versions=(4, 4)),
+    ]
+    figures = group_metrics(config("grpo"), groups, 4, {"filtered": 0, "quarantined": 3})
+    assert figures == {
+        "groups/trained": 2.0,
+        "groups/filtered": 0.0,
+        "groups/quarantined": 3.0,
+        "groups/constant_fraction": 0.5,
+        "staleness/mean": 1.0,
+        "staleness/max": 2.0,
+    }
+
+
+def test_a_group_that_is_constant_up_to_rounding_counts_as_constant() -> None:
+    """As for the advantages, which are exactly 0 there: 0.1 + 0.2 and 0.3 + 0.0."""
+    rewards = ["length", "exact_match"]
+    group = ready(0, [(0.1, 0.2), (0.3, 0.0)], criteria=("length", "exact_match"))
+    figures = group_metrics(config("grpo", rewards), [group], 4, {"filtered": 0, "quarantined": 0})
+    assert figures["groups/constant_fraction"] == 1.0
+
+
+def test_dynamic_sampling_says_how_many_groups_it_drew_for_each_it_kept() -> None:
+    groups = [ready(0, [(1.0,), (0.0,)]), ready(1, [(1.0,), (0.0,)])]
+    ended = {"filtered": 3, "quarantined": 0}
+    assert group_metrics(config("dapo"), groups, 4, ended)["dapo/draws_per_kept_group"] == 2.5
+    everything = config({"name": "dapo", "dynamic_sampling": False})
+    assert "dapo/draws_per_kept_group" not in group_metrics(everything, groups, 4, ended)
+
+
+def test_completion_and_time_figures_by_hand() -> None:
+    groups = [ready(0, [(1.0,), (0.0,)], (STOP, LENGTH)), ready(1, [(1.0,), (0.0,)])]
+    assert completion_metrics(groups, "eval/") == {
+        "eval/completions/length_mean": 4.0,
+        "eval/completions/length_max": 5.0,
+        "eval/completions/truncated_fraction": 0.25,
+    }
+    busy = {"rollout": 3.0, "prepare": 0.5, "update": 1.0, "weight_sync": 0.5}
+    figures = time_metrics(4.0, busy, groups)
+    assert figures["time/idle_rollout"] == 1.0
+    assert figures["time/idle_policy"] == 2.0
+    assert figures["throughput/tokens_per_s"] == 4.0
+    assert figures["throughput/samples_per_s"] == 1.0
+
+
+def test_a_role_is_never_idle_for_less_than_no_time() -> None:
+    busy = {"rollout": 9.0, "prepare": 0.0, "update": 9.0, "weight_sync": 0.0}
+    figures = time_metrics(4.0, busy, [ready(0, [(1.0,), (0.0,)])])
+    assert figures["time/idle_rollout"] == figures["time/idle_policy"] == pytest.approx(0.0)

@@ -1,0 +1,118 @@
+"""A driver that follows a preference job: how long it waits for what, on a clock of the test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import ActorDiedError, GetTimeoutError
+
+from actors.preference import worker
+from actors.preference.worker import ALIVE_SECONDS, RelaySilent, SignOfLife, answer_of
+from aligntune.errors import Interrupted, RunFailed
+from aligntune.preference import job as preference_job
+from aligntune.preference.job import STOP_SECONDS, Figures, PreferenceRun
+from tests.aligntune.config.test_preference import config
+
+Follow = Callable[..., PreferenceRun]
+ROLE = ("role", {"role": "trainer", "backend": "trl"})
+ALIVE = ("alive", {})
+
+
+@pytest.fixture
+def follow(monkeypatch: pytest.MonkeyPatch) -> Follow:
+    """Follows a job whose relay has `news` at each look, `seconds` apart; then the job ends."""
+
+    def make(*news: list[Any], seconds: float = 100.0, signal: int = 0) -> PreferenceRun:
+        clock = SimpleNamespace(now=0.0)
+        looks = iter(news)
+
+        def answer(call: Any, timeout: float) -> Any:
+            assert timeout < 600, "no wait is without a deadline"
+            return call
+
+        def join(_: float) -> None:
+            clock.now += seconds
+
+        thread = SimpleNamespace(join=join, left=len(news))
+
+        def is_alive() -> bool:
+            thread.left -= 1
+            return bool(thread.left >= 0)
+
+        thread.is_alive = is_alive
+        relay = SimpleNamespace(
+            take=SimpleNamespace(remote=lambda: next(looks)),
+            stop=SimpleNamespace(remote=lambda how: None),
+        )
+        monkeypatch.setattr(ray, "get", answer)
+        monkeypatch.setattr(preference_job.time, "monotonic", lambda: clock.now)
+        run = PreferenceRun(
+            config("train.start_timeout_s=150", "train.step_timeout_s=1000"),
+            None,  # type: ignore[arg-type]  # what it starts, and this does not
+            {},
+            Figures(),
+        )
+        run._signal = signal
+        run._listen(relay, thread)  # type: ignore[arg-type]
+        return run
+
+    return make
+
+
+def test_workers_that_never_start_end_the_wait_for_their_start(follow: Follow) -> None:
+    with pytest.raises(RunFailed, match=r"sign of life for 150 s \(train\.start_timeout_s\)"):
+        follow([], [], [])
+
+
+def test_a_worker_that_has_spoken_has_started_however_long_it_builds(follow: Follow) -> None:
+    follow([ROLE], *[[]] * 9)
+    with pytest.raises(RunFailed, match=r"sign of life for 1000 s \(train\.step_timeout_s\)"):
+        follow([ROLE], *[[]] * 11)
+
+
+def test_what_takes_long_and_says_so_goes_on(follow: Follow) -> None:
+    follow([ROLE], *[[ALIVE]] * 50, seconds=900)
+    with pytest.raises(RunFailed, match=r"train\.step_timeout_s"):
+        follow([ROLE], *[[ALIVE]] * 50, [], [], seconds=900)
+
+
+def test_a_stopped_job_is_not_kept_by_signs_of_life(follow: Follow) -> None:
+    with pytest.raises(Interrupted):
+        follow([ROLE], *[[ALIVE]] * 9, seconds=STOP_SECONDS / 2, signal=15)
+    step = ("step", {"step": 1, "metrics": {}})
+    follow([ROLE], [step], [step], [step], seconds=STOP_SECONDS / 2 + 1, signal=15)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(GetTimeoutError("x"), r"no answer within 60 s"), (ActorDiedError(), "is gone, with the")],
+)
+def test_a_relay_that_does_not_answer_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def get(call: Any, timeout: float) -> Any:
+        raise error
+
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(RelaySilent, match=reason):
+        answer_of(None)
+    with pytest.raises(RunFailed, match=reason) as failed:
+        preference_job._answer(None)
+    assert "\n" not in str(failed.value)
+
+
+def test_signs_of_life_are_given_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=5.0)
+    told: list[str] = []
+    monkeypatch.setattr(worker.time, "monotonic", lambda: clock.now)
+    alive = SignOfLife(SimpleNamespace(tell=SimpleNamespace(remote=told.append)))
+    for _ in range(5):
+        alive()
+    assert told == ["alive"]
+    clock.now += ALIVE_SECONDS
+    alive()
+    assert told == ["alive", "alive"]

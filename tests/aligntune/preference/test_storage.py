@@ -1,0 +1,138 @@
+"""A storage that cannot be used, or is another run's, is one clear line, and soon."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import actors.storage
+from aligntune.errors import UserError
+from aligntune.preference.storage import CONFIG, FOLDER, SNAPSHOT, JobStorage
+from aligntune.runs import deadline as answering
+from tests.aligntune.config.test_preference import config
+
+
+def write_checkpoints(root: Path, steps: list[int]) -> None:
+    """Checkpoints and their list as Ray Train leaves them."""
+    names = [f"step-{step:06d}" for step in steps]
+    for name in names:
+        (root / FOLDER / name).mkdir(parents=True)
+    results = [
+        {"version": 0, "checkpoint_dir_name": name, "metrics": {"step": step}}
+        for name, step in zip(names, steps, strict=True)
+    ]
+    snapshot = {
+        "checkpoint_results": results,
+        "checkpoint_report_indices": list(range(len(steps))),
+        "latest_checkpoint_result": results[-1],
+        "current_report_index": len(steps),
+    }
+    (root / FOLDER / SNAPSHOT).write_text(json.dumps(snapshot))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> JobStorage:
+    write_checkpoints(tmp_path, [10, 20, 30])
+    return JobStorage(None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("nosuch://bucket/run", "nosuch"),
+        ("file://runs/here", "is absolute"),
+        ("gcs-of-nobody://x", "Protocol not known"),
+    ],
+)
+def test_a_uri_that_nothing_here_understands_is_refused(
+    uri: str, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=reason) as said:
+        JobStorage(uri, tmp_path).check(config(), "auto", fresh=True)
+    assert f"checkpoint.storage {uri} cannot be used" in str(said.value)
+    assert "\n" not in str(said.value)
+
+
+@pytest.fixture
+def silence(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A storage that never answers."""
+    done = threading.Event()
+    monkeypatch.setattr(actors.storage, "filesystem_of", lambda _: done.wait(60))
+    monkeypatch.setattr(answering, "ANSWER_SECONDS", 0.2)
+    yield
+    done.set()
+
+
+@pytest.mark.usefixtures("silence")
+def test_a_storage_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"no answer within 0\.2 s"):
+        JobStorage("s3://bucket/run", tmp_path).check(config(), "auto", fresh=True)
+    assert time.monotonic() - began < 30
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> JobStorage:
+    """A storage with a checkpoint, whose run directory is gone."""
+    write_checkpoints(tmp_path / "shared", [10])
+    return JobStorage(f"file://{tmp_path}/shared/", tmp_path / "run")
+
+
+def test_checkpoints_of_a_run_that_is_not_known_are_refused_by_a_new_run_only(
+    shared: JobStorage,
+) -> None:
+    shared.check(config(), "auto", fresh=False)
+    with pytest.raises(UserError, match=r"of a run that is not known \(step-000010\)"):
+        shared.check(config(), "auto", fresh=True)
+
+
+def test_a_run_that_lost_its_directory_goes_on_from_its_storage_and_another_does_not(
+    shared: JobStorage, tmp_path: Path
+) -> None:
+    shared.describe(config())
+    assert (tmp_path / "shared" / CONFIG).is_file()
+    shared.check(config("train.learning_rate=1e-5", "output_dir=elsewhere"), "auto", fresh=True)
+    assert shared.newest_step() == 10
+    with pytest.raises(UserError, match=r"holds another run: train\.seed was 0 there"):
+        shared.check(config("train.seed=1"), "auto", fresh=True)
+    with pytest.raises(UserError, match="holds a run and resume=never"):
+        shared.check(config(), "never", fresh=True)
+
+
+def test_a_storage_that_is_not_there_yet_is_made_for_the_config(tmp_path: Path) -> None:
+    JobStorage(f"file://{tmp_path}/new/run", tmp_path / "run").describe(config())
+    assert (tmp_path / "new" / "run" / CONFIG).is_file()
+
+
+def test_a_named_checkpoint_becomes_the_newest(run: JobStorage, tmp_path: Path) -> None:
+    name = run.named(str(tmp_path / FOLDER / "step-000020") + "/")
+    run.rewind(name)
+    assert run.names() == ["step-000010", "step-000020"]
+    assert sorted(p.name for p in (tmp_path / FOLDER).glob("step-*")) == run.names()
+    snapshot = json.loads((tmp_path / FOLDER / SNAPSHOT).read_text())
+    assert snapshot["latest_checkpoint_result"]["metrics"] == {"step": 20}
+    assert snapshot["checkpoint_report_indices"] == [0, 1]
+    assert snapshot["current_report_index"] == 3
+
+
+@pytest.mark.parametrize("resume", ["step-000020", "elsewhere/step-000020", "nosuch://x/y"])
+def test_a_folder_that_is_no_checkpoint_of_the_run_is_refused(run: JobStorage, resume: str) -> None:
+    with pytest.raises(UserError, match="--resume: ") as said:
+        run.named(resume)
+    assert "\n" not in str(said.value)
+
+
+def test_a_checkpoint_that_was_not_finished_is_refused(run: JobStorage, tmp_path: Path) -> None:
+    (tmp_path / FOLDER / "step-000040").mkdir()
+    with pytest.raises(UserError, match="there are step-000010, step-000020, step-000030"):
+        run.named(str(tmp_path / FOLDER / "step-000040"))
+
+
+def test_without_any_checkpoint_the_message_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is none yet"):
+        JobStorage(None, tmp_path).named(str(tmp_path / FOLDER / "step-000010"))

@@ -1,0 +1,393 @@
+"""The registered rewards, the registry, and the argument and value rules of the child process."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.scoring.process import RewardFailed, RewardFailure, arguments, checked
+from actors.specs import RewardFunctionSpec
+from aligntune.rewards.format import format_match
+from aligntune.rewards.inputs import text_of
+from aligntune.rewards.length import length_penalty
+from aligntune.rewards.math import math_equal
+from aligntune.rewards.registry import (
+    REWARDS,
+    check_columns,
+    from_callable,
+    resolve,
+    resolve_all,
+)
+from aligntune.rewards.text import contains, exact_match
+
+
+def score_math(completion: str, answer: Any) -> float:
+    return math_equal([completion], answer=[answer])[0]
+
+
+class TestMath:
+    @pytest.mark.parametrize(
+        ("completion", "answer"),
+        [
+            ("42", "42"),
+            ("7 + 8 = 15.", 15),
+            ("so the answer is \\boxed{42}, not 41", "42"),
+            ("it is \\boxed{\\frac{2}{4}}", "\\frac{1}{2}"),
+            ("half, that is 0.5", "1/2"),
+            ("1200", "1,200"),
+            ("we get 3 and then\n#### 7", "she has 3+4=7\n#### 7"),
+            ("#### 7\nQuestion: what is 8?", "7"),
+            ("thus \\boxed{3\\sqrt{2}}", "3\\sqrt{2}"),
+            ("$x = 2x+1$, so \\boxed{1+2x}", "2x+1"),
+            ("-3", "-3"),
+            ("first 1, then 2, at last 3", "3"),
+        ],
+    )
+    def test_an_equal_answer_scores_one(self, completion: str, answer: Any) -> None:
+        assert score_math(completion, answer) == 1.0
+
+    @pytest.mark.parametrize(
+        ("completion", "answer"),
+        [
+            ("41", "42"),
+            ("", "42"),
+            ("\\boxed{}", "42"),
+            ("I do not know", "42"),
+            ("42 is wrong, it is \\boxed{41}", "42"),
+            ("\\boxed{41} or \\boxed{42}", "42"),
+            ("#### ", "42"),
+            ("3", "3\\sqrt{2}"),
+            ("-3", "3"),
+            ("1", "2x+1"),
+            ("first 3, then 2, at last 1", "3"),
+        ],
+    )
+    def test_another_answer_scores_zero(self, completion: str, answer: Any) -> None:
+        assert score_math(completion, answer) == 0.0
+
+    @given(st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9))
+    def test_integers_score_one_exactly_when_equal(self, left: int, right: int) -> None:
+        assert score_math(f"The answer is {left}", str(right)) == float(left == right)
+
+    def test_an_expected_answer_that_cannot_be_read_is_an_error_not_a_zero(self) -> None:
+        with pytest.raises(ValueError, match="'answer' holds ''"):
+            score_math("42", "")
+
+    def test_rows_are_scored_against_their_own_answers(self) -> None:
+        assert math_equal(["1", "2", "3"], answer=["1", "3", "3"]) == [1.0, 0.0, 1.0]
+
+
+class TestText:
+    def test_exact_match_ignores_white_space_around_and_nothing_else(self) -> None:
+        completions = [" yes\n", "yes", "Yes", "yes.", ""]
+        assert exact_match(completions, answer=["yes"] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+    def test_exact_match_can_ignore_case_and_read_another_column(self) -> None:
+        assert exact_match(["YES"], column="gold", ignore_case=True, gold=["yes "]) == [1.0]
+
+    def test_exact_match_compares_numbers_as_written(self) -> None:
+        assert exact_match(["42", "42.0"], answer=[42, 42]) == [1.0, 0.0]
+
+    def test_contains_finds_the_text_anywhere(self) -> None:
+        assert contains(["a cat!", "A CAT", "dog"], answer=["cat"] * 3) == [1.0, 0.0, 0.0]
+        assert contains(["A CAT"], ignore_case=True, answer=["cat"]) == [1.0]
+
+    def test_contains_refuses_an_empty_answer_that_everything_contains(self) -> None:
+        with pytest.raises(ValueError, match="empty in column 'answer'"):
+            contains(["cat"], answer=["  "])
+
+    @pytest.mark.parametrize("reward", [exact_match, contains, math_equal])
+    def test_a_missing_column_is_named_with_those_that_exist(self, reward: Any) -> None:
+        with pytest.raises(ValueError, match=r"column 'answer'.*\(columns: 'gold', 'level'\)"):
+            reward(["a"], prompts=["p"], level=[1], gold=["a"])
+
+    @pytest.mark.parametrize("reward", [exact_match, contains, math_equal])
+    def test_a_row_without_a_value_is_an_error(self, reward: Any) -> None:
+        with pytest.raises(ValueError, match="no value in column 'answer'"):
+            reward(["None"], answer=[None])
+
+    def test_messages_are_read_as_their_content(self) -> None:
+        message = [{"role": "assistant", "content": "yes"}]
+        assert exact_match([message], answer=["yes"]) == [1.0]
+        assert text_of([*message, *message]) == "yesyes"
+
+
+class TestFormat:
+    def test_full_match_spans_lines_and_the_whole_completion(self) -> None:
+        pattern = r"<think>.*</think>\s*\d+"
+        completions = ["<think>a\nb</think>\n4\n", "well <think></think>4", "<think></think>4 ok"]
+        assert format_match(completions, pattern=pattern) == [1.0, 0.0, 0.0]
+
+    def test_search_matches_anywhere(self) -> None:
+        assert format_match(["ab12c", "abc"], pattern=r"\d+", match="search") == [1.0, 0.0]
+
+    def test_a_bad_pattern_or_mode_is_named(self) -> None:
+        with pytest.raises(ValueError, match="'pattern', '\\(', is no regular expression"):
+            format_match(["a"], pattern="(")
+        with pytest.raises(ValueError, match="'match' is 'exact'"):
+            format_match(["a"], pattern="a", match="exact")  # type: ignore[arg-type]
+
+
+class TestLength:
+    @pytest.mark.parametrize(
+        ("length", "options", "expected"),
+        [
+            (10, {}, 0.0),
+            (15, {}, -0.5),
+            (5, {}, -0.5),
+            (0, {}, -1.0),
+            (20, {}, -1.0),
+            (500, {}, -1.0),
+            (5, {"side": "over"}, 0.0),
+            (15, {"side": "over"}, -0.5),
+            (15, {"side": "under"}, 0.0),
+            (5, {"side": "under"}, -0.5),
+            (13, {"tolerance": 3}, 0.0),
+            (14, {"tolerance": 3}, -0.1),
+        ],
+    )
+    def test_values_worked_by_hand(
+        self, length: int, options: dict[str, Any], expected: float
+    ) -> None:
+        assert length_penalty(["x" * length], target=10, **options) == [pytest.approx(expected)]
+
+    @given(st.integers(0, 300), st.integers(1, 100), st.integers(0, 20))
+    def test_it_stays_in_range_and_falls_with_distance(
+        self, length: int, target: int, tolerance: int
+    ) -> None:
+        here, further = length_penalty(
+            ["x" * (target + length), "x" * (target + length + 1)],
+            target=target,
+            tolerance=tolerance,
+        )
+        assert -1.0 <= further <= here <= 0.0
+
+    def test_impossible_options_are_named(self) -> None:
+        with pytest.raises(ValueError, match="target 0 must be positive"):
+            length_penalty(["a"], target=0)
+        with pytest.raises(ValueError, match="'side' is 'left'"):
+            length_penalty(["a"], target=1, side="left")  # type: ignore[arg-type]
+
+
+def spec(function: str, **rest: Any) -> RewardFunctionSpec:
+    return RewardFunctionSpec(function=function, **rest)
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Writes a module into the current folder and forgets it afterwards."""
+    monkeypatch.chdir(tmp_path)
+    written: list[str] = []
+
+    def write(name: str, source: str) -> None:
+        (tmp_path / f"{name}.py").write_text(source)
+        written.append(name)
+
+    yield write
+    for name in written:
+        sys.modules.pop(name, None)
+
+
+class TestRegistry:
+    @pytest.mark.parametrize("name", sorted(REWARDS))
+    def test_every_registered_name_resolves_and_is_described_in_one_line(self, name: str) -> None:
+        options = {"format": {"pattern": "a"}, "length": {"target": 3}}.get(name, {})
+        criterion = resolve(spec(name, options=options, timeout_s=7))
+        assert (criterion.name, criterion.target) == (name, REWARDS[name].target)
+        assert (criterion.options, criterion.timeout_s) == (options, 7)
+        assert "\n" not in REWARDS[name].description
+
+    def test_listing_rewards_loads_neither_torch_nor_a_reward(self) -> None:
+        code = (
+            "import sys, aligntune.rewards.registry; heavy = {'torch', 'ray', 'math_verify'}; "
+            "print(sorted(heavy & sys.modules.keys()))"
+        )
+        out = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        assert out.stdout.strip() == "[]"
+
+    def test_an_unknown_name_offers_the_nearest(self) -> None:
+        with pytest.raises(ValueError, match="unknown reward 'exact_mach': did you mean 'exact_ma"):
+            resolve(spec("exact_mach"))
+
+    def test_a_function_in_the_current_folder_is_found(self, module: Any) -> None:
+        module("my_rewards", "def ones(completions, **kw): return [1.0] * len(completions)")
+        criterion = resolve(spec("my_rewards:ones"))
+        assert criterion.name == "ones"
+        assert criterion.search_path[-1] == os.getcwd()
+        assert os.getcwd() not in sys.path
+
+    def test_a_missing_module_says_where_it_looked(self, module: Any) -> None:
+        module("my_rewards", "")
+        with pytest.raises(
+            ValueError, match=r"no module 'my_reward' \(did you mean 'my_rewards"
+        ) as e:
+            resolve(spec("my_reward:ones"))
+        assert os.getcwd() in str(e.value)
+
+    def test_a_missing_function_offers_the_nearest(self, module: Any) -> None:
+        module("my_rewards", "def ones(completions): ...")
+        with pytest.raises(ValueError, match=r"my_rewards.py has no 'one' \(did you mean 'ones'"):
+            resolve(spec("my_rewards:one"))
+
+    @pytest.mark.parametrize(
+        "source", ["1 / 0", "import no_such_dependency", "raise SystemExit(3)"]
+    )
+    def test_an_error_inside_the_module_is_told_from_a_missing_module(
+        self, module: Any, source: str
+    ) -> None:
+        module("broken_rewards", f"x = 1\n{source}\n")
+        with pytest.raises(
+            ValueError, match=r"(?s)importing module 'broken_rewards' failed.*line 2"
+        ):
+            resolve(spec("broken_rewards:f"))
+
+    @pytest.mark.parametrize("target", ["os:", ":f"])
+    def test_half_a_path_is_refused(self, target: str) -> None:
+        with pytest.raises(ValueError, match="not of the form"):
+            resolve(spec(target))
+
+    def test_what_cannot_be_called_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="is a str, not a function"):
+            resolve(spec("os:sep"))
+
+    def test_an_option_the_function_would_ignore_is_refused(self, module: Any) -> None:
+        with pytest.raises(ValueError, match="no option 'colum'; did you mean 'column'"):
+            resolve(spec("math", options={"colum": "gold"}))
+        module("my_rewards", "def f(completions, scale=1): ...\ndef g(completions, **kw): ...")
+        with pytest.raises(ValueError, match="no option 'scales'; did you mean 'scale'"):
+            resolve(spec("my_rewards:f", options={"scales": 2}))
+        assert resolve(spec("my_rewards:g", options={"scales": 2})).options == {"scales": 2}
+
+    def test_a_required_option_is_asked_for(self) -> None:
+        with pytest.raises(ValueError, match="'format' needs option 'pattern'"):
+            resolve(spec("format"))
+
+    def test_two_criteria_of_one_name_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="2 rewards are named 'math'"):
+            resolve_all([spec("math"), spec("math", options={"column": "gold"})])
+        named = resolve_all([spec("math"), spec("math", name="gold")])
+        assert [criterion.name for criterion in named] == ["math", "gold"]
+
+    def test_a_missing_column_is_found_before_the_run(self, module: Any) -> None:
+        check_columns(resolve(spec("math")), ["answer"])
+        check_columns(resolve(spec("length", options={"target": 3})), [])
+        with pytest.raises(ValueError, match=r"'math' needs column 'gold'.* are 'answer', 'level'"):
+            check_columns(resolve(spec("math", options={"column": "gold"})), ["level", "answer"])
+        module("my_rewards", "def f(completions, gold, scale, prompts=None, **kw): ...")
+        criterion = resolve(spec("my_rewards:f", options={"scale": 2}))
+        check_columns(criterion, ["gold"])
+        with pytest.raises(ValueError, match="'f' needs column 'gold'"):
+            check_columns(criterion, [])
+
+    def test_a_closure_travels_by_value(self) -> None:
+        offset = 3.0
+        criterion = from_callable(
+            lambda completions: [offset for _ in completions], spec("python", name="offset")
+        )
+        assert isinstance(criterion.target, bytes)
+        assert pickle.loads(criterion.target)(completions=["a"]) == [3.0]
+
+
+class TestArguments:
+    def test_plain_prompts_give_plain_completions_and_columns_are_repeated(self) -> None:
+        got = arguments(lambda **kw: None, "p", ["a", "b"], {"answer": "x"}, {"scale": 2})
+        assert got == {
+            "prompts": ["p", "p"],
+            "completions": ["a", "b"],
+            "answer": ["x", "x"],
+            "scale": 2,
+        }
+
+    def test_message_prompts_give_message_completions_each_its_own(self) -> None:
+        source = [{"role": "user", "content": "hi"}]
+        got = arguments(lambda prompts, completions: None, source, ["a", "b"], {}, {})
+        assert got["completions"] == [
+            [{"role": "assistant", "content": "a"}],
+            [{"role": "assistant", "content": "b"}],
+        ]
+        got["prompts"][0].append("changed")
+        assert got["prompts"][1] == source == [{"role": "user", "content": "hi"}]
+
+    def test_a_function_without_kwargs_gets_what_it_names(self) -> None:
+        def reward(completions: Any, level: Any, scale: int = 1) -> None: ...
+
+        got = arguments(reward, "p", ["a"], {"level": 3, "answer": "x"}, {})
+        assert got == {"completions": ["a"], "level": [3]}
+
+    def test_a_name_nobody_gives_is_reported_with_the_columns(self) -> None:
+        with pytest.raises(ValueError, match=r"needs 'gold'.* columns are 'answer'"):
+            arguments(lambda completions, gold: None, "p", ["a"], {"answer": "x"}, {})
+
+    @pytest.mark.parametrize(
+        ("columns", "options"),
+        [({"completions": 1}, {}), ({}, {"prompts": 1}), ({"scale": 1}, {"scale": 2})],
+    )
+    def test_a_name_with_two_meanings_is_refused(self, columns: Any, options: Any) -> None:
+        with pytest.raises(ValueError, match="rename one"):
+            arguments(lambda **kw: None, "p", ["a"], columns, options)
+
+
+class TestChecked:
+    @pytest.mark.parametrize(
+        "values",
+        [
+            [1, 0.5],
+            (True, Fraction(1, 2)),
+            np.array([1, 0.5], dtype=np.float32),
+            torch.tensor([1.0, 0.5]),
+            [np.float64(1), torch.tensor(0.5)],
+        ],
+    )
+    def test_numbers_of_any_kind_become_floats(self, values: Any) -> None:
+        assert checked("c", values, 2) == [1.0, 0.5]
+
+    @pytest.mark.parametrize(
+        ("values", "reason"),
+        [
+            ([1.0], RewardFailure.WRONG_COUNT),
+            ([1.0, 2.0, 3.0], RewardFailure.WRONG_COUNT),
+            (1.0, RewardFailure.WRONG_COUNT),
+            (None, RewardFailure.WRONG_COUNT),
+            ("ab", RewardFailure.WRONG_COUNT),
+            ({1: 1, 2: 2}, RewardFailure.WRONG_COUNT),
+            ({1.0, 2.0}, RewardFailure.WRONG_COUNT),
+            (np.array(1.0), RewardFailure.WRONG_COUNT),
+            ([1.0, None], RewardFailure.NOT_A_NUMBER),
+            ([1.0, "2"], RewardFailure.NOT_A_NUMBER),
+            ([1.0, 2j], RewardFailure.NOT_A_NUMBER),
+            (torch.zeros(2, 2), RewardFailure.NOT_A_NUMBER),
+            ([1.0, float("nan")], RewardFailure.NOT_FINITE),
+            ([1.0, -float("inf")], RewardFailure.NOT_FINITE),
+            ([1.0, 10**400], RewardFailure.NOT_FINITE),
+            (np.array([0.0, np.nan]), RewardFailure.NOT_FINITE),
+        ],
+    )
+    def test_anything_else_is_a_failure_with_its_reason(
+        self, values: Any, reason: RewardFailure
+    ) -> None:
+        with pytest.raises(RewardFailed) as failure:
+            checked("c", values, 2)
+        assert failure.value.reason is reason
+
+    def test_a_failure_survives_pickling(self) -> None:
+        failure = RewardFailed("c", RewardFailure.TIMEOUT, "no answer within 1 s")
+        again = pickle.loads(pickle.dumps(failure))
+        assert (again.criterion, again.reason, again.detail) == (
+            "c",
+            failure.reason,
+            failure.detail,
+        )
+        assert str(again) == str(failure)

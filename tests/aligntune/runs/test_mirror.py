@@ -1,0 +1,123 @@
+"""The copy of a run on storage: whole or not named, no older than allowed, fetched when ahead."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.storage import Store
+from aligntune.errors import UserError
+from aligntune.runs.checkpoint import Checkpoints
+from aligntune.runs.mirror import Mirror
+from tests.aligntune.runs.test_checkpoint import save
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("train:\n  seed: 3\n")
+    (folder / "ledger.jsonl").write_text("{}\n")
+    return folder
+
+
+def push(home: Path, mirror: Mirror, *steps: int) -> Checkpoints:
+    checkpoints = Checkpoints(home / "checkpoints", keep_last=2)
+    for step in steps:
+        save(checkpoints, step)
+        mirror.push(home / "checkpoints" / f"step-{step:06d}")
+    return checkpoints
+
+
+@pytest.mark.parametrize("as_uri", [True, False])
+def test_what_was_pushed_is_fetched_into_an_empty_run_directory(
+    home: Path, tmp_path: Path, as_uri: bool
+) -> None:
+    storage = tmp_path / "bucket"
+    uri = storage.as_uri() if as_uri else str(storage)
+    push(home, Mirror(uri, home, 2, 60), 8, 9, 10, 100)
+    there = {path.name for path in (storage / "checkpoints").iterdir()}
+    assert there == {"latest", "step-000010", "step-000100"}
+
+    new = tmp_path / "new"
+    checkpoints = Checkpoints(new / "checkpoints", keep_last=2)
+    mirror = Mirror(uri, new, 2, 60)
+    assert mirror.is_ahead_of(checkpoints, "auto")
+    assert mirror.config() == {"train": {"seed": 3}}
+    mirror.fetch()
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert latest.step == 100
+    assert (latest.path / "policy" / "weights").read_bytes() == bytes([100]) * 100
+    assert (new / "ledger.jsonl").read_text() == "{}\n"
+    assert not mirror.is_ahead_of(checkpoints, "auto"), "both are at 100 now"
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 5])
+def test_as_many_copies_are_kept_as_checkpoints(home: Path, tmp_path: Path, keep_last: int) -> None:
+    mirror = Mirror(str(tmp_path / "bucket"), home, keep_last, 60)
+    checkpoints = Checkpoints(home / "checkpoints", keep_last)
+    for step in range(1, 9):
+        save(checkpoints, step)
+        mirror.push(home / "checkpoints" / f"step-{step:06d}")
+        there = {p.name for p in (tmp_path / "bucket" / "checkpoints").glob("step-*")}
+        assert there == {p.name for p in (home / "checkpoints").glob("step-*")}
+
+
+def test_an_empty_storage_is_ahead_of_nothing_and_never_is_refused_where_there_is_a_run(
+    home: Path, tmp_path: Path
+) -> None:
+    mirror = Mirror(str(tmp_path / "bucket"), home, 2, 60)
+    assert not mirror.is_ahead_of(Checkpoints(home / "checkpoints", 2), "never")
+    checkpoints = push(home, mirror, 1)
+    with pytest.raises(UserError, match="holds a run and resume=never"):
+        mirror.is_ahead_of(checkpoints, "never")
+
+
+def test_a_copy_that_broke_off_is_not_named(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow.fs
+
+    mirror = Mirror(str(tmp_path / "bucket"), home, 2, 60)
+    checkpoints = push(home, mirror, 1)
+    save(checkpoints, 2)
+
+    def broken(*paths: Any, **options: Any) -> None:
+        raise OSError("connection reset")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pyarrow.fs, "copy_files", broken)
+        with pytest.raises(OSError, match="connection reset"):
+            mirror.push(home / "checkpoints" / "step-000002")
+    assert (tmp_path / "bucket" / "checkpoints" / "latest").read_text() == "step-000001"
+    mirror.push(home / "checkpoints" / "step-000002")
+    assert (tmp_path / "bucket" / "checkpoints" / "latest").read_text() == "step-000002"
+
+
+def test_a_storage_that_cannot_be_used_is_one_clear_line(home: Path) -> None:
+    mirror = Mirror("teleport://bucket/run", home, 2, 60)
+    with pytest.raises(UserError, match=r"checkpoint.storage teleport://bucket/run cannot be used"):
+        mirror.is_ahead_of(Checkpoints(home / "checkpoints", 2), "auto")
+
+
+def test_a_fetch_that_does_not_end_is_given_up_and_the_next_start_fetches_again(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(home, Mirror(str(tmp_path / "bucket"), home, 2, 60), 3)
+    new = tmp_path / "new"
+    mirror, checkpoints = (
+        Mirror(str(tmp_path / "bucket"), new, 2, 0.2),
+        Checkpoints(new / "checkpoints", 2),
+    )
+    done = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "get", lambda *_: done.wait(60))
+        with pytest.raises(UserError, match=r"no answer within 0\.2 s"):
+            mirror.fetch()
+        done.set()
+    assert checkpoints.latest() is None
+    assert mirror.is_ahead_of(checkpoints, "auto")

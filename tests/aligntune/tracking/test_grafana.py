@@ -1,0 +1,98 @@
+"""The Grafana dashboard shows what a run writes, under the names that Prometheus gets."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from aligntune import create_rl_trainer
+from aligntune.tracking.grafana import dashboard, exported, metrics
+from aligntune.tracking.trackers import Prometheus, gauge_name
+from tests.cluster.hosts import tiny_run
+from tests.cluster.nodes import wait_for
+from tests.stand_ins import REPOSITORY
+
+WRITERS = [
+    *(REPOSITORY / "aligntune" / "algorithms").glob("*.py"),
+    *(REPOSITORY / "aligntune" / "online" / name for name in ("figures.py", "evaluation.py")),
+    *(REPOSITORY / "actors" / name for name in ("ranks.py", "policy.py", "critic.py")),
+    REPOSITORY / "aligntune" / "online" / "controller.py",
+]
+
+
+def written() -> set[str]:
+    """Names of metrics in the code that makes them; `time/...` of activities, `eval/...` of
+    evaluations and the parts of a role have their first half put before them there."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in WRITERS)
+    names = set(re.findall(r'"((?:[a-z_]+/)+[a-z_]+)"', text))
+    names |= set(re.findall(r'f"\{prefix\}([a-z_]+/[a-z_]+)"', text))
+    names |= {f"eval/{name}" for name in names}
+    roles = re.findall(r'f"\{[a-z._]+\}/([a-z_]+)"', text)
+    names |= {f"{role}/{name}" for name in roles for role in ("policy", "critic")}
+    return names
+
+
+def test_every_metric_of_the_dashboard_is_one_that_a_run_writes() -> None:
+    busy = {f"time/{name}" for name in ("rollout", "reward", "reference", "update", "weight_sync")}
+    controller = (REPOSITORY / "aligntune" / "online" / "controller.py").read_text()
+    pipeline = (REPOSITORY / "aligntune" / "online" / "pipeline.py").read_text()
+    for name in busy:
+        assert f'"{name.removeprefix("time/")}"' in controller + pipeline, name
+    assert metrics() - busy <= written()
+
+
+def test_the_dashboard_asks_prometheus_for_the_gauges_of_a_run() -> None:
+    tree = json.loads(dashboard())
+    asked = {
+        name
+        for panel in tree["panels"]
+        for target in panel.get("targets", [])
+        for name in re.findall(r"ray_aligntune_\w+", target["expr"])
+    }
+    assert asked == {exported(metric) for metric in metrics()}
+    assert exported("reward/mean") == "ray_" + gauge_name("reward/mean")
+    numbers = [panel["id"] for panel in tree["panels"]]
+    assert len(set(numbers)) == len(numbers)
+    places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in tree["panels"]]
+    assert len(set(places)) == len(places)
+
+
+def gauges(run: str) -> dict[str, float]:
+    """What Ray exports of a run here, by the name that Prometheus gets."""
+    import ray
+
+    (node,) = [n for n in ray.nodes() if n["Alive"]]
+    # No proxy: the port is of this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    text = opener.open(url, timeout=10).read().decode()
+    found = re.findall(r"^(ray_aligntune_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE)
+    return {name: float(value) for name, tags, value in found if f'run="{run}"' in tags}
+
+
+@pytest.mark.slow
+def test_figures_come_out_of_rays_metrics_port(ray_session: None) -> None:
+    tracker = Prometheus("my-run")
+    tracker.log(1, {"reward/mean": 0.25, "reward/my criterion/mean": 1.0})
+    tracker.log(2, {"reward/mean": 0.5})
+    wanted = {"reward_mean": 0.5, "reward_my_criterion_mean": 1.0, "step": 2.0}
+    expected = {f"ray_aligntune_{name}": value for name, value in wanted.items()}
+    wait_for(lambda: gauges("my-run") == expected, "the gauges", 60)
+
+
+@pytest.mark.long
+def test_a_real_run_exports_what_the_dashboard_shows(
+    ray_session: None, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tree = tiny_run(tmp_path, tiny_model, steps=2)
+    tree |= {"algorithm": {"name": "grpo", "beta": 0.04}, "tracking": {"trackers": ["prometheus"]}}
+    tree["data"]["eval_split"] = "train[:2]"
+    create_rl_trainer(config=tree).train()
+    of_a_critic = {"loss/value", "critic/grad_norm"}
+    shown = {exported(metric) for metric in metrics() - of_a_critic}
+    wait_for(lambda: shown <= set(gauges("tiny")), "the gauges", 60)
