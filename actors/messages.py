@@ -97,12 +97,14 @@ class GroupTensors:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the reward actors say of one group: one number per completion and criterion."""
+    """What the reward actors say of one group: one number per completion and criterion.
+
+    The decoded texts are the call's second return, which stays in the object store.
+    """
 
     group_id: int
     criteria: tuple[str, ...]  # [K]
     values: tuple[tuple[float, ...], ...]  # [G][K], finite
-    completions: tuple[str, ...]  # [G] decoded text, for the samples file
     seconds: float
 
 

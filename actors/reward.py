@@ -225,8 +225,11 @@ class RewardActor:
         await _all(scorer.start() for scorer in self._scorers)
         return {"criteria": tuple(scorer.name for scorer in self._scorers), **whereabouts()}
 
-    async def score(self, prompt: Prompt, tensors: GroupTensors) -> Scores:
-        """The scores of one group, [G][K], criteria in the order they were given.
+    async def score(self, prompt: Prompt, tensors: GroupTensors) -> tuple[Scores, tuple[str, ...]]:
+        """The scores of one group, [G][K], criteria in the order they were given, and its texts.
+
+        Called with `num_returns=2`: the driver waits for the scores, and fetches the decoded texts
+        [G] of the groups that it writes to the samples file, and no others.
 
         Raises:
             RewardFailed: the first criterion in that order that had no scores. The others are
@@ -242,15 +245,15 @@ class RewardActor:
             for index in range(len(tensors.lengths))
         ]
         by_criterion = await _all(scorer.score(prompt, texts) for scorer in self._scorers)
-        return Scores(
+        scores = Scores(
             group_id=tensors.group_id,
             criteria=tuple(scorer.name for scorer in self._scorers),
             values=tuple(
                 tuple(values[index] for values in by_criterion) for index in range(len(texts))
             ),
-            completions=tuple(texts),
             seconds=time.monotonic() - began,
         )
+        return scores, tuple(texts)
 
     async def ping(self) -> None:
         """Answers while the actor's event loop turns."""

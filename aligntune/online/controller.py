@@ -332,7 +332,7 @@ class Controller:
             self._pipeline.filtered_scores.clear()
         completions = sum(len(group.record.lengths) for group in groups)
         self.algorithm = self.algorithm.after_step(metrics, completions)
-        self._recorder.samples(step, batch, groups)
+        await self._recorder.samples(step, batch, groups)
         metrics = await self._write(metrics)
         if step % self.config.checkpoint.every_steps == 0:
             await self._checkpoint()

@@ -67,14 +67,15 @@ async def _one(
                 queue_s=QUEUE_SECONDS,
                 returns=2,
             )
-            (scores,) = await rewards.call(
+            scores, texts = await rewards.call(
                 "score",
                 prompt,
                 tensors,
                 deadline_s=scoring_deadline(config),
                 queue_s=QUEUE_SECONDS,
+                returns=2,
             )
-            return ReadyGroup(prompt, record, scores, tensors, None)
+            return ReadyGroup(prompt, record, scores, texts, tensors, None)
         except (ReplicaLost, ObjectsLost, RewardFailed) as failure:
             reason = str(failure)
             event(EventKind.GROUP_RETRIED, evaluation=index, reason=reason)

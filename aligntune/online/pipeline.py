@@ -34,6 +34,7 @@ class ReadyGroup:
     prompt: Prompt
     record: GroupRecord
     scores: Scores
+    texts: Any  # reference to the decoded completions, tuple[str, ...] [G]
     tensors: Any  # reference to GroupTensors
     reference: Any | None  # reference to the reference log-probs [N]
 
@@ -133,9 +134,10 @@ class Pipeline:
         while True:
             try:
                 record, tensors = await self._roll_out(group_id, prompt)
-                scores = await self._score(group_id, prompt, tensors)
-                if scores is None:
+                scored = await self._score(group_id, prompt, tensors)
+                if scored is None:
                     return
+                scores, texts = scored
                 table = raw_scores(self._config, scores)
                 if not self._algorithm.keep(table):
                     seen = table[self._algorithm.sampling_metric]
@@ -152,7 +154,7 @@ class Pipeline:
                 self._event(EventKind.GROUP_RETRIED, group=group_id, reason=str(lost))
                 self._ledger.move([group_id], State.WAITING, reason=str(lost))
                 continue
-            self.ready[group_id] = ReadyGroup(prompt, record, scores, tensors, reference)
+            self.ready[group_id] = ReadyGroup(prompt, record, scores, texts, tensors, reference)
             self._ledger.move([group_id], State.READY)
             return
 
@@ -180,14 +182,21 @@ class Pipeline:
         self._ledger.move([group_id], State.SCORING)
         return record, tensors
 
-    async def _score(self, group_id: int, prompt: Prompt, tensors: Any) -> Scores | None:
-        """The group's scores, or None when it was quarantined."""
+    async def _score(
+        self, group_id: int, prompt: Prompt, tensors: Any
+    ) -> tuple[Scores, Any] | None:
+        """The group's scores and the reference to its texts, or None when it was quarantined."""
         limit, deadline = self._config.reward.max_attempts, scoring_deadline(self._config)
         for attempt in range(1, limit + 1):
             try:
                 with self.reward_clock:
-                    (scores,) = await self._rewards.call(
-                        "score", prompt, tensors, deadline_s=deadline, queue_s=QUEUE_SECONDS
+                    scores, texts = await self._rewards.call(
+                        "score",
+                        prompt,
+                        tensors,
+                        deadline_s=deadline,
+                        queue_s=QUEUE_SECONDS,
+                        returns=2,
                     )
             except (RewardFailed, ReplicaLost) as failure:
                 if attempt == limit:
@@ -195,7 +204,7 @@ class Pipeline:
                     return None
                 self._event(EventKind.GROUP_RETRIED, group=group_id, reason=str(failure))
             else:
-                return scores
+                return scores, texts
         raise AssertionError("unreachable: the loop returns")
 
     async def _reference(self, tensors: Any) -> Any | None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from actors.supervise import ObjectsLost, ReplicaLost, answer
 from aligntune.config.online import RunConfig
 from aligntune.online.pipeline import ReadyGroup, total_reward
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind, EventsFile, MetricsFile, SamplesFile, read_lines
 from aligntune.tracking.progress import Progress
 from aligntune.tracking.trackers import open_trackers
+
+TEXTS_SECONDS = 60.0  # for the texts of a group that a reward actor's node still holds
 
 SHOWN = {
     EventKind.RESUMED,
@@ -107,23 +111,23 @@ class Recorder(AbstractContextManager["Recorder"]):
         reward = metrics["eval/reward/mean"]
         self._progress.note(f"evaluation after step {step}: reward {reward:.3f}")
 
-    def samples(self, step: int, batch: Sequence[int], groups: Sequence[ReadyGroup]) -> None:
-        """The first completion of the step's first groups."""
+    async def samples(self, step: int, batch: Sequence[int], groups: Sequence[ReadyGroup]) -> None:
+        """The first completion of the step's first groups, null where its text was lost."""
+        written = list(zip(batch, groups, strict=True))[: self._samples_per_step]
+        texts = await asyncio.gather(*(_texts(group) for _, group in written))
         self._samples.append(
             step,
             [
                 {
                     "group": group_id,
                     "prompt": group.prompt.text,
-                    "completion": group.scores.completions[0],
+                    "completion": completions[0] if completions else None,
                     "reward": total_reward(self._config, group.scores.values[0]),
                     "scores": dict(zip(group.scores.criteria, group.scores.values[0], strict=True)),
                     "finish_reason": group.record.finish_reasons[0].value,
                     "tokens": group.record.lengths[0],
                 }
-                for group_id, group in list(zip(batch, groups, strict=True))[
-                    : self._samples_per_step
-                ]
+                for (group_id, group), completions in zip(written, texts, strict=True)
             ],
         )
 
@@ -134,3 +138,12 @@ class Recorder(AbstractContextManager["Recorder"]):
         if self._logged > step:  # trackers were opened without what an earlier process logged
             for tracker in self._trackers:
                 tracker.truncate_after(step)
+
+
+async def _texts(group: ReadyGroup) -> tuple[str, ...] | None:
+    """The group's decoded completions, or None where they are gone with their node."""
+    try:
+        texts: tuple[str, ...] = await answer(group.texts, "reward", "score", TEXTS_SECONDS)
+    except (ObjectsLost, ReplicaLost):
+        return None
+    return texts

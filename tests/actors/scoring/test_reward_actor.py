@@ -25,7 +25,7 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from actors.messages import GroupTensors, Messages, Prompt
+from actors.messages import GroupTensors, Messages, Prompt, Scores
 from actors.reward import Criterion, RewardActor
 from actors.scoring.model import RewardModelCriterion
 from actors.scoring.process import RewardCriterion, RewardFailed, RewardFailure
@@ -158,6 +158,11 @@ async def running(spec: ModelSpec, *criteria: Criterion) -> AsyncIterator[Reward
         await actor.close()
 
 
+async def scores_of(actor: RewardActor, *args: Any) -> Scores:
+    scores, _ = await actor.score(*args)
+    return scores
+
+
 def within(seconds: float, condition: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -209,11 +214,11 @@ class TestRewardModels:
         async def body() -> None:
             criteria = (criterion("lengths"), model, criterion("ones"))
             async with running(tokenizer_spec, *criteria) as actor:
-                scores = await actor.score(prompt(), group("abc", "a", "abc"))
+                scores = await scores_of(actor, prompt(), group("abc", "a", "abc"))
                 with pytest.raises(RewardFailed, match="max_tokens is 32") as failed:
-                    await actor.score(prompt(), group("a" * 40))
+                    await scores_of(actor, prompt(), group("a" * 40))
                 assert failed.value.reason is RewardFailure.TOO_LONG
-                assert (await actor.score(prompt(), group("abc"))).values[0][0] == 3.0
+                assert (await scores_of(actor, prompt(), group("abc"))).values[0][0] == 3.0
             assert scores.criteria == ("lengths", "model", "ones")
             assert [row[0] for row in scores.values] == [3.0, 1.0, 3.0]
             first, second, third = (row[1] for row in scores.values)
@@ -229,11 +234,13 @@ class TestScoring:
     ) -> None:
         async def body() -> None:
             async with running(tokenizer_spec, criterion("lengths"), criterion("ones")) as actor:
-                scores = await actor.score(prompt(answer="x"), group("abc", "", "a b", group_id=9))
+                scores, texts = await actor.score(
+                    prompt(answer="x"), group("abc", "", "a b", group_id=9)
+                )
             assert scores.group_id == 9
             assert scores.criteria == ("lengths", "ones")
             assert scores.values == ((3.0, 1.0), (0.0, 1.0), (3.0, 1.0))
-            assert scores.completions == ("abc", "", "a b")
+            assert texts == ("abc", "", "a b")
 
         run(body)
 
@@ -249,8 +256,8 @@ class TestScoring:
     ) -> None:
         async def body() -> None:
             async with running(tokenizer_spec, criterion("seen", scale=10)) as actor:
-                scores = await actor.score(
-                    prompt(source, answer="yes", level=2, other="x"), group("yes", "no")
+                scores = await scores_of(
+                    actor, prompt(source, answer="yes", level=2, other="x"), group("yes", "no")
                 )
             assert scores.values == expected
 
@@ -262,7 +269,7 @@ class TestScoring:
         async def body() -> None:
             async with running(tokenizer_spec, criterion("slowly")) as actor:
                 for text in ("a", "ab"):
-                    scores = await actor.score(prompt(), group(text))
+                    scores = await scores_of(actor, prompt(), group(text))
                     assert scores.values == ((float(len(text)),),)
 
         run(body)
@@ -276,7 +283,7 @@ class TestScoring:
 
         async def body() -> None:
             async with running(tokenizer_spec, resolve(spec), own) as actor:
-                scores = await actor.score(prompt(answer="42"), group("it is 42", "41"))
+                scores = await scores_of(actor, prompt(answer="42"), group("it is 42", "41"))
             assert scores.values == ((1.0, 4.0), (0.0, 4.0))
 
         run(body)
@@ -287,7 +294,7 @@ class TestScoring:
         async def body() -> None:
             async with running(tokenizer_spec, criterion("lengths")) as actor:
                 results = await asyncio.gather(
-                    *(actor.score(prompt(), group("a" * n, group_id=n)) for n in range(20))
+                    *(scores_of(actor, prompt(), group("a" * n, group_id=n)) for n in range(20))
                 )
             assert [(r.group_id, r.values) for r in results] == [
                 (n, ((float(n),),)) for n in range(20)
@@ -301,7 +308,7 @@ class TestScoring:
         async def body() -> None:
             async with running(tokenizer_spec, criterion("printing")) as actor:
                 for _ in range(2):
-                    assert (await actor.score(prompt(), group("a"))).values == ((2.0,),)
+                    assert (await scores_of(actor, prompt(), group("a"))).values == ((2.0,),)
 
         run(body)
 
@@ -333,11 +340,11 @@ class TestFailures:
         async def body() -> None:
             async with running(tokenizer_spec, criterion("misbehaving")) as actor:
                 with pytest.raises(RewardFailed) as failure:
-                    await actor.score(prompt(what), group("a", "b"))
+                    await scores_of(actor, prompt(what), group("a", "b"))
                 assert failure.value.criterion == "misbehaving"
                 assert failure.value.reason is reason
                 assert detail in failure.value.detail
-                scores = await actor.score(prompt("fine"), group("a", "b"))
+                scores = await scores_of(actor, prompt("fine"), group("a", "b"))
                 assert scores.values == ((5.0,), (5.0,))
 
         run(body)
@@ -348,7 +355,7 @@ class TestFailures:
         async def body() -> None:
             async with running(tokenizer_spec, criterion("misbehaving")) as actor:
                 with pytest.raises(RewardFailed) as failure:
-                    await actor.score(prompt("raise"), group("a"))
+                    await scores_of(actor, prompt("raise"), group("a"))
                 assert 'raise KeyError("user mistake")' in failure.value.detail
                 assert "reward_process.py" not in failure.value.detail
 
@@ -365,8 +372,8 @@ class TestFailures:
             ) as actor:
                 began = time.monotonic()
                 results = await asyncio.gather(
-                    actor.score(prompt("hang"), group("a")),
-                    actor.score(prompt("fine"), group("a")),
+                    scores_of(actor, prompt("hang"), group("a")),
+                    scores_of(actor, prompt("fine"), group("a")),
                     return_exceptions=True,
                 )
                 seconds = time.monotonic() - began
@@ -384,8 +391,8 @@ class TestFailures:
         async def body() -> None:
             async with running(tokenizer_spec, criterion("misbehaving", timeout_s=0.5)) as actor:
                 results = await asyncio.gather(
-                    *(actor.score(prompt("hang"), group("a")) for _ in range(3)),
-                    actor.score(prompt("fine"), group("a")),
+                    *(scores_of(actor, prompt("hang"), group("a")) for _ in range(3)),
+                    scores_of(actor, prompt("fine"), group("a")),
                     return_exceptions=True,
                 )
             reasons = [getattr(result, "reason", None) for result in results]
@@ -399,8 +406,8 @@ class TestFailures:
         async def body() -> None:
             async with running(tokenizer_spec, criterion("misbehaving")) as actor:
                 with pytest.raises(TimeoutError):
-                    await asyncio.wait_for(actor.score(prompt("hang"), group("a")), 0.5)
-                assert (await actor.score(prompt("fine"), group("a"))).values == ((5.0,),)
+                    await asyncio.wait_for(scores_of(actor, prompt("hang"), group("a")), 0.5)
+                assert (await scores_of(actor, prompt("fine"), group("a"))).values == ((5.0,),)
 
         run(body)
 
@@ -421,7 +428,7 @@ class TestFailures:
                 tokenizer_spec, resolve(RewardFunctionSpec(function="exact_match"))
             ) as actor:
                 with pytest.raises(RewardFailed, match=r"column 'answer'.*\(columns: 'gold'\)"):
-                    await actor.score(prompt(gold="x"), group("a"))
+                    await scores_of(actor, prompt(gold="x"), group("a"))
 
         run(body)
 
@@ -476,7 +483,7 @@ class TestProcesses:
             stuck = criterion("leave_pid_and_hang", timeout_s=1.0, folder=str(tmp_path))
             async with running(tokenizer_spec, stuck) as actor:
                 with pytest.raises(RewardFailed) as failure:
-                    await actor.score(prompt(), group("a"))
+                    await scores_of(actor, prompt(), group("a"))
             assert failure.value.reason is RewardFailure.TIMEOUT
 
         run(body)
@@ -493,11 +500,13 @@ def test_in_ray_failures_arrive_whole_and_children_end_with_the_actor(
     ray.get(actor.start.remote(), timeout=120)
     tensors = ray.put(group("a", "b"))
 
-    hanging, fine = (actor.score.remote(prompt(what), tensors) for what in ("hang", "fine"))
+    score = actor.score.options(num_returns=2)
+    (hanging, _), (fine, texts) = (score.remote(prompt(what), tensors) for what in ("hang", "fine"))
     with pytest.raises(RewardFailed) as failure:
         ray.get(hanging, timeout=60)
     assert failure.value.cause.reason is RewardFailure.TIMEOUT  # type: ignore[attr-defined]
     assert ray.get(fine, timeout=60).values == ((5.0, 1.0), (5.0, 1.0))
+    assert ray.get(texts, timeout=60) == ("a", "b")
 
     stuck = criterion("leave_pid_and_hang", folder=str(tmp_path))
     other: Any = ray.remote(RewardActor).options(num_cpus=0.5).remote((stuck,), tokenizer_spec)

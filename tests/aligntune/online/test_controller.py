@@ -6,12 +6,14 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import ObjectLostError
 
 from actors.messages import (
     FinishReason,
@@ -41,6 +43,21 @@ STEPS = 3
 Hook = Callable[..., Any]
 
 
+class Reference:
+    """An object in the store, or one that is gone with its node."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def future(self) -> Future[Any]:
+        future: Future[Any] = Future()
+        if isinstance(self._value, Exception):
+            future.set_exception(self._value)
+        else:
+            future.set_result(self._value)
+        return future
+
+
 class World:
     """A run's folder, and the roles of its processes, each of which can be told to misbehave."""
 
@@ -48,6 +65,7 @@ class World:
         self.folder = folder
         self.config = RunConfig.model_construct()
         self.scores: Callable[[int], tuple[float, float]] = lambda group: (1.0, 0.0)
+        self.texts: Callable[[int], Any] = lambda group: (f"{group}a", f"{group}b")
         self.during: dict[str, Hook] = {}  # role's method: called first, with what it was given
         self.updates: list[tuple[int, Algorithm]] = []
         self.version = 0
@@ -175,7 +193,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
                 stop = (FinishReason.STOP,) * 2
                 return GroupRecord(group, 1, (1, 1), stop, spans, 0.1, "replica-0"), group
             values = tuple((score,) for score in world.scores(args[1]))
-            return (Scores(args[1], ("length",), values, ("x", "y"), 0.1),)
+            return Scores(args[1], ("length",), values, 0.1), Reference(world.texts(args[1]))
 
         async def close(self) -> None: ...
 
@@ -365,6 +383,15 @@ def test_a_step_that_never_fills_ends_with_the_metric_that_was_looked_at(world: 
     world.scores = lambda group: (0.25, 0.25)
     with pytest.raises(RunFailed, match=r"length of those filtered: 0\.25 x \d+"):
         world.run()
+
+
+def test_a_text_that_is_lost_with_its_node_costs_its_sample_and_nothing_else(world: World) -> None:
+    lost = ObjectLostError("0" * 56, None, "")
+    world.texts = lambda group: lost if group == 1 else (f"{group}a", f"{group}b")
+    world.run()
+    assert [row["step"] for row in world.rows()] == list(range(STEPS + 1))
+    samples = read_lines(world.folder / "samples.jsonl")
+    assert [sample["completion"] for sample in samples][:3] == ["0a", None, "2a"]
 
 
 def test_weights_lost_with_their_node_rebuild_the_policy(world: World) -> None:

@@ -42,7 +42,8 @@ def ready(
     return ReadyGroup(
         prompt=Prompt(group_id, "p", "p", np.array([1])),
         record=GroupRecord(group_id, 7, lengths, reasons, spans, 0.5, "rollout-0"),
-        scores=Scores(group_id, criteria, tuple(values), ("x",) * len(values), 0.1),
+        scores=Scores(group_id, criteria, tuple(values), 0.1),
+        texts=f"texts {group_id}",
         tensors=f"tensors {group_id}",
         reference=f"reference {group_id}",
     )
