@@ -43,7 +43,7 @@ class Sampling:
     completions: int  # G
     max_tokens: int  # the sampling budget per completion, end-of-sequence token included
     temperature: float
-    seed: int  # with `group_id` it fixes the draw wherever the engine can be exact
+    seed: int  # with `group_id` it fixes the draw in the transformers engine; vLLM has its own
     group_id: int
 
 

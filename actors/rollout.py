@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from actors.engines.base import EngineDead, Group, RolloutEngine, resolve_engine
+from actors.engines.base import EngineDead, Group, RolloutEngine, engine_seed, resolve_engine
 from actors.messages import Prompt, Sampling
 from actors.specs import ModelSpec, RolloutSpec
 from actors.weights import WeightBundle
@@ -39,7 +39,15 @@ class RolloutActor:
     It needs as many concurrent calls as groups in flight, and some more for pings and updates.
     """
 
-    def __init__(self, model: ModelSpec, spec: RolloutSpec, replica: str, version: int) -> None:
+    def __init__(
+        self,
+        model: ModelSpec,
+        spec: RolloutSpec,
+        replica: str,
+        version: int,
+        completions: int,
+        seed: int,
+    ) -> None:
         """Nothing is loaded before `start`.
 
         Args:
@@ -47,12 +55,14 @@ class RolloutActor:
             spec: generation settings.
             replica: the replica's name, for records and logs.
             version: the policy version of the weights in `model.name`; the caller sends newer ones.
+            completions: of a group, at most.
+            seed: the run's, for an engine whose draws are not seeded one by one.
 
         Raises:
             ValueError: an engine that is not installed, or options it does not take.
         """
         self._engine_name = resolve_engine(spec.engine)
-        self._engine = _engine(self._engine_name, model, spec, replica, version)
+        self._engine = _engine(self._engine_name, model, spec, replica, version, completions, seed)
         self._replica = replica
         self._calls: dict[_Key, _Call] = {}
         self._watching: asyncio.Task[None] | None = None
@@ -156,13 +166,20 @@ class RolloutActor:
 
 
 def _engine(
-    name: str, model: ModelSpec, spec: RolloutSpec, replica: str, version: int
+    name: str,
+    model: ModelSpec,
+    spec: RolloutSpec,
+    replica: str,
+    version: int,
+    completions: int,
+    seed: int,
 ) -> RolloutEngine:
     """Engine `name`; only its own framework is imported."""
     if name == "vllm":
         from actors.engines.vllm import VLLMEngine
 
-        return VLLMEngine(model, spec, replica, version)
+        sequences = spec.max_concurrent_groups * completions
+        return VLLMEngine(model, spec, replica, version, sequences, engine_seed(seed, replica))
     from actors.engines.transformers import TransformersEngine
 
     return TransformersEngine(model, spec, replica, version)

@@ -93,7 +93,11 @@ class RolloutSpec(Spec):
         0.85, gt=0, le=1, description="share of the GPU that vLLM takes"
     )
     kv_cache_gib: float | None = Field(None, gt=0, description="vLLM on CPU; default 1 GiB there")
-    engine_options: dict[str, Any] = Field(default={}, description="passed to the engine as is")
+    engine_options: dict[str, Any] = Field(
+        default={},
+        description="passed to the engine as is; vLLM's `max_num_seqs` and "
+        "`max_num_batched_tokens` follow from the groups in flight unless they are set here",
+    )
 
 
 class RewardFunctionSpec(Spec):

@@ -153,6 +153,12 @@ def draw_seed(sampling: Sampling) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 2
 
 
+def engine_seed(seed: int, replica: str) -> int:
+    """The seed of a whole engine, another one for each replica of a run. 31 bits."""
+    key = f"{seed}/{replica}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") >> 1
+
+
 def pack_group(
     prompt: Prompt,
     sampling: Sampling,

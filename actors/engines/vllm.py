@@ -28,7 +28,6 @@ from actors.engines.base import (
     EngineDead,
     Group,
     WeightMismatch,
-    draw_seed,
     pack_group,
     stop_token_ids,
 )
@@ -48,6 +47,7 @@ _OURS = {
     "max_model_len": "rollout.max_prompt_length and rollout.max_completion_length",
     "tensor_parallel_size": "rollout.tensor_parallel_size",
     "gpu_memory_utilization": "rollout.gpu_memory_utilization",
+    "seed": "train.seed",
     "logprobs_mode": None,
     "weight_transfer_config": None,
     "worker_extension_cls": None,
@@ -60,14 +60,26 @@ _OURS = {
 class VLLMEngine:
     """A `RolloutEngine` over vLLM 0.32, on GPUs or on CPU."""
 
-    def __init__(self, model: ModelSpec, spec: RolloutSpec, replica: str, version: int) -> None:
+    def __init__(
+        self,
+        model: ModelSpec,
+        spec: RolloutSpec,
+        replica: str,
+        version: int,
+        sequences: int,
+        seed: int,
+    ) -> None:
         """Nothing is started yet; `version` is the policy version of the weights in `model.name`.
 
-        `spec.engine_options` are fields of vLLM's AsyncEngineArgs.
+        `spec.engine_options` are fields of vLLM's AsyncEngineArgs. `sequences` completions are in
+        flight at a time. `seed` is the engine's, not a request's: a generator of its own takes a
+        request out of vLLM's fast samplers, and on CPU it ends the engine where a prefill is cut.
         """
         self._model = model
         self._spec = spec
         self._replica = replica
+        self._sequences = sequences
+        self._seed = seed
         self.groups_at_once = spec.max_concurrent_groups  # they are batched together
         self._version = version
         self._counters = Counters()
@@ -182,6 +194,7 @@ class VLLMEngine:
             log.warning("no g++ on PATH: vLLM compiles nothing and runs slower; install g++")
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from actors.engines.vllm_transfer import BACKEND, OWNER_ENV, WorkerExtension
@@ -194,6 +207,9 @@ class VLLMEngine:
             gib = self._spec.kv_cache_gib or _CPU_KV_CACHE_GIB
             options.setdefault("kv_cache_memory_bytes", int(gib * 2**30))
         options.setdefault("enable_prefix_caching", True)
+        most = AsyncEngineArgs.get_batch_defaults(self._spec.tensor_parallel_size)
+        most_tokens, most_sequences = (limits[UsageContext.LLM_CLASS] for limits in most)
+        options = batch_limits(self._spec, self._sequences, most_sequences, most_tokens, options)
         if eager:
             options.setdefault("enforce_eager", True)
         if self._spec.tensor_parallel_size > 1:
@@ -210,6 +226,7 @@ class VLLMEngine:
                 max_model_len=self._spec.max_prompt_length + self._spec.max_completion_length,
                 tensor_parallel_size=self._spec.tensor_parallel_size,
                 gpu_memory_utilization=self._spec.gpu_memory_utilization,
+                seed=self._seed,
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",  # sampling is ours, not the model folder's
                 skip_tokenizer_init=True,
@@ -228,8 +245,8 @@ class VLLMEngine:
         params = SamplingParams(
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
-            seed=draw_seed(sampling) + index,
             logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,  # one list of numbers, not a dict for each token
             stop_token_ids=list(self._stops),
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -254,10 +271,7 @@ def _completion(group_id: int, output: Any) -> Completion:
         )
     return Completion(
         token_ids=output.token_ids,
-        logprobs=[
-            position[token].logprob
-            for position, token in zip(output.logprobs, output.token_ids, strict=True)
-        ],
+        logprobs=output.logprobs.logprobs,
         finish_reason=reasons[output.finish_reason],
         spans=tuple(
             VersionSpan(int(span.version), span.end - span.start) for span in output.weight_versions
@@ -274,6 +288,27 @@ def _deaths_translated() -> Iterator[None]:
         yield
     except EngineDeadError as error:
         raise EngineDead(f"vLLM's engine process died: {error}") from error
+
+
+def batch_limits(
+    spec: RolloutSpec,
+    sequences: int,
+    most_sequences: int,
+    most_tokens: int,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """`options` with what of `max_num_seqs` and `max_num_batched_tokens` they leave open.
+
+    Every one of the `sequences` in flight takes part in a step of decoding, and a step of prefill
+    takes all their prompts, or one whole sequence: vLLM's defaults of 128 and 2,048 are a server's.
+    Both are bounded by what vLLM itself would take on this device (`most_...`), for it allocates
+    by them; what is beyond waits its turn in vLLM.
+    """
+    budget = options.get("max_num_batched_tokens", most_tokens)
+    seqs = options.get("max_num_seqs", min(sequences, most_sequences, budget))
+    longest = spec.max_prompt_length + spec.max_completion_length
+    tokens = max(seqs, min(max(seqs * spec.max_prompt_length, longest), most_tokens))
+    return {"max_num_seqs": seqs, "max_num_batched_tokens": tokens} | options
 
 
 def check_engine_options(options: dict[str, Any], known: set[str]) -> None:

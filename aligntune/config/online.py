@@ -93,7 +93,11 @@ class TrainSpec(Spec):
     groups_per_minibatch: Positive | None = Field(None, description="per optimiser step")
     epochs_per_batch: Positive | None = Field(None, description="default: the algorithm's")
     max_staleness: int = Field(0, ge=0, description="policy versions; 0 is on-policy")
-    seed: int = Field(0, description="of data order, sampling and LoRA")
+    seed: int = Field(
+        0,
+        description="of data order, sampling and LoRA; completions repeat bit for bit with the "
+        "transformers engine alone",
+    )
     max_quarantined_fraction: float = Field(
         0.1, ge=0, le=1, description="of the admitted groups; beyond it the run stops"
     )

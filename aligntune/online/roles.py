@@ -47,7 +47,7 @@ class Roles:
 
     def rollout(self, index: int, name: str) -> ActorHandle:
         """A rollout replica; its model is the run's starting model, version 0."""
-        spec = self._config.rollout
+        spec, train = self._config.rollout, self._config.train
         return self._create(
             RolloutActor,
             "rollout",
@@ -57,6 +57,8 @@ class Roles:
             spec,
             name,
             0,
+            max(train.completions_per_group or 1, self._config.eval.completions),
+            train.seed,
         )
 
     def room_for_rollout(self, index: int) -> bool:

@@ -151,7 +151,7 @@ async def vllm(folder: str) -> int:
     spec = RolloutSpec(
         engine="vllm", max_prompt_length=PROMPT, max_completion_length=COMPLETION, kv_cache_gib=1
     )
-    engine = VLLMEngine(ModelSpec(name=folder), spec, "rollout-0", 0)
+    engine = VLLMEngine(ModelSpec(name=folder), spec, "rollout-0", 0, GROUP, 0)
     await engine.start()
     prompt = Prompt(0, "", "", np.arange(3, 3 + PROMPT, dtype=np.int32))
     await engine.generate(prompt, Sampling(GROUP, COMPLETION, 1.0, 0, 1))

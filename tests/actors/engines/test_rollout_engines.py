@@ -111,7 +111,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 @pytest.fixture(scope="module")
 def transformers_replica(folder: Path, loop: asyncio.AbstractEventLoop) -> Replica:
-    actor = RolloutActor(_model_spec(folder), _rollout_spec("transformers"), "t0", 0)
+    actor = RolloutActor(_model_spec(folder), _rollout_spec("transformers"), "t0", 0, 8, 11)
 
     def call(method: str, *args: Any) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(getattr(actor, method)(*args), loop)
@@ -125,7 +125,7 @@ def vllm_replica(folder: Path, ray_session: None) -> Iterator[Replica]:
     handle = (
         ray.remote(RolloutActor)
         .options(num_cpus=1, max_concurrency=64)
-        .remote(_model_spec(folder), _rollout_spec("vllm"), "v0", 0)
+        .remote(_model_spec(folder), _rollout_spec("vllm"), "v0", 0, 8, 11)
     )
     yield Replica("vllm", lambda method, *args: getattr(handle, method).remote(*args).future())
     ray.kill(handle)
@@ -231,6 +231,27 @@ def test_tokens_made_while_an_update_arrives_carry_the_label_of_their_weights(
     assert replica.get("ping") == 2
 
 
+@pytest.mark.slow
+def test_vllm_survives_more_prompts_than_a_step_takes_and_an_update_with_all_in_flight(
+    vllm_replica, policies, bundles
+):
+    """16 groups x 8 of 40 tokens: their prefill is cut, before the update and again after it."""
+    vllm_replica.get("load_weights", bundles[0])
+    calls = [
+        vllm_replica.call(
+            "generate", _prompt(row, tokens=40), _sampling(max_tokens=200, group_id=row)
+        )
+        for row in range(16)
+    ]
+    _until(lambda: vllm_replica.get("stats")["groups_in_flight"] == 16)
+    vllm_replica.group(_prompt(20), _sampling(max_tokens=8, completions=1))
+    vllm_replica.get("load_weights", bundles[1])
+    groups = [call.result(WAIT_S) for call in calls]
+    assert [_labels(group) for group in groups] == [{0, 1}] * 16
+    for group in groups:
+        assert _worst_error(group, policies, 1.0) < TOLERANCE
+
+
 def test_a_bundle_that_does_not_fit_is_refused_by_name_and_changes_nothing(
     transformers_replica, policies, bundles
 ):
@@ -317,7 +338,7 @@ def test_a_replica_answers_while_it_generates_and_stops_what_nobody_waits_for(
 def test_an_untied_head_is_loaded_too(tmp_path, loop):
     _tiny(seed=0, untied_qwen3=True).save_pretrained(tmp_path)
     _tokenizer().save_pretrained(tmp_path)
-    actor = RolloutActor(_model_spec(tmp_path), _rollout_spec("transformers"), "t1", 0)
+    actor = RolloutActor(_model_spec(tmp_path), _rollout_spec("transformers"), "t1", 0, 8, 11)
     new = _tiny(seed=1, untied_qwen3=True).eval()
 
     async def update_and_generate() -> Group:
@@ -356,7 +377,7 @@ def test_an_engine_option_that_is_unknown_or_ours_is_refused(folder):
 
     with pytest.raises(ValueError, match=r"takes no options, but .* has enforce_eager"):
         RolloutActor(
-            _model_spec(folder), _rollout_spec("transformers", enforce_eager=True), "t2", 0
+            _model_spec(folder), _rollout_spec("transformers", enforce_eager=True), "t2", 0, 8, 11
         )
     known = {"enforce_eager", "max_num_seqs", "logprobs_mode", "max_model_len"}
     with pytest.raises(ValueError, match=r"no option 'max_num_seq'; did you mean 'max_num_seqs'\?"):
@@ -366,6 +387,30 @@ def test_an_engine_option_that_is_unknown_or_ours_is_refused(folder):
     with pytest.raises(ValueError, match=r"set rollout\.max_prompt_length"):
         check_engine_options({"max_model_len": 4}, known)
     check_engine_options({"enforce_eager": True}, known)
+
+
+def test_vllms_batches_follow_from_the_groups_that_a_replica_is_given():
+    from actors.engines.vllm import batch_limits
+
+    def limits(sequences: int, *, prompt: int = 512, **options: int) -> tuple[int, int]:
+        spec = _rollout_spec("vllm").model_copy(update={"max_prompt_length": prompt})
+        found = batch_limits(spec, sequences, 1024, 16384, options)
+        return found["max_num_seqs"], found["max_num_batched_tokens"]
+
+    assert limits(256) == (256, 16384)
+    assert limits(256, prompt=8) == (256, 2048)
+    assert limits(1, prompt=8) == (1, 408)  # one sequence, prompt and completion
+    assert limits(9999) == (1024, 16384)
+    assert limits(256, max_num_seqs=3) == (3, 1536)
+    assert limits(256, max_num_batched_tokens=100) == (100, 100)
+    assert limits(256, max_num_seqs=20000) == (20000, 20000)
+    assert limits(256, max_num_seqs=7, max_num_batched_tokens=9) == (7, 9)
+
+
+def test_replicas_draw_apart():
+    seeds = {base.engine_seed(seed, f"rollout-{index}") for seed in (0, 1) for index in (0, 1)}
+    assert len(seeds) == 4
+    assert all(0 <= seed < 2**31 for seed in seeds)
 
 
 def test_a_process_tied_to_another_ends_when_that_one_is_killed():
