@@ -9,8 +9,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cluster.plan.fit import Use, gib
 from cluster.plan.memory import GIB, KINDS
-from cluster.plan.plan import Plan, Use, gib
+from cluster.plan.plan import Plan
 
 PLAIN_WIDTH = 120
 ALIKE = 0.02  # machines of one kind report memory that differs by less than this share

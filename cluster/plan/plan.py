@@ -7,7 +7,6 @@ device, by how much, and which settings would make it fit.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -15,35 +14,27 @@ from typing import Any
 
 from cluster.bundles import bundle_sets
 from cluster.placement import DoesNotFit, Placement, Shortage, place
-from cluster.plan.durations import ASSUMPTIONS, Rates, Times, times
-from cluster.plan.memory import (
-    GIB,
-    KINDS,
-    Memory,
-    frozen_memory,
-    kv_bytes,
-    rollout_memory,
-    trained_memory,
+from cluster.plan.durations import ASSUMPTIONS, Times
+from cluster.plan.fit import (
+    Draft,
+    Short,
+    Use,
+    draft_of,
+    excess,
+    gib,
+    shortest,
+    times_of,
+    try_draft,
 )
+from cluster.plan.memory import Memory
 from cluster.plan.options import Option, to_be_faster, to_fit
 from cluster.plan.work import Work
-from cluster.resources import Cluster, GpuType, UnknownName, gpu_type
+from cluster.resources import Cluster
 
 WORTH = 0.9  # a change is proposed where the step takes at most this share of its time
 MOST_FITTING = 3  # changes that are named where a run does not fit
 MOST_TOGETHER = 6
 MOST_CHANGES = 5
-
-
-@dataclass(frozen=True)
-class Use:
-    """One device, or the memory of one node, and who is on it."""
-
-    node: int
-    device: int | None  # None: the host's memory
-    occupants: tuple[tuple[str, int], ...]  # (role, replica)
-    bytes: int
-    capacity: int | None  # None: not known, so not checked
 
 
 @dataclass(frozen=True)
@@ -114,15 +105,6 @@ class Plan:
         }
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """Placement and memory, before the question whether they fit."""
-
-    placement: Placement
-    memory: dict[str, Memory]
-    uses: tuple[Use, ...]
-
-
 def make_plan(work: Work, cluster: Cluster) -> Plan:
     """The plan of `work` on `cluster`.
 
@@ -134,10 +116,10 @@ def make_plan(work: Work, cluster: Cluster) -> Plan:
     found = place(bundle_sets(work.requests, work.colocate), cluster)
     if isinstance(found, Shortage):
         raise DoesNotFit(str(found))
-    draft = _draft(work, cluster, found)
-    if short := _shortest(draft, work):
+    draft = draft_of(work, cluster, found)
+    if short := shortest(draft, work):
         raise DoesNotFit(_explain(short, draft, work, cluster))
-    seconds = _times(draft, work, cluster)
+    seconds = times_of(draft, work, cluster)
     return Plan(
         work,
         cluster,
@@ -150,135 +132,7 @@ def make_plan(work: Work, cluster: Cluster) -> Plan:
     )
 
 
-def _gpu_of(role: str, placement: Placement, cluster: Cluster) -> GpuType | None:
-    """The slowest GPU that the role is on; None where it has none.
-
-    Raises UnknownName where a GPU's type is not known.
-    """
-    names = {
-        cluster.nodes[slot.node].gpu: cluster.nodes[slot.node].name
-        for slot in placement.slots[role]
-        if slot.devices
-    }
-    if None in names:
-        raise UnknownName(
-            f"the GPUs of {names[None]} are of no type that the table has; say what they are like "
-            "with --gpu NAME"
-        )
-    kinds = [gpu_type(name) for name in names if name is not None]
-    return min(kinds, key=lambda kind: kind.flops, default=None)
-
-
-def _draft(work: Work, cluster: Cluster, placement: Placement) -> _Draft:
-    gpus = {role: _gpu_of(role, placement, cluster) for role in placement.slots}
-    memory = _memory(work, {role: gpu for role, gpu in gpus.items() if gpu is not None})
-    return _Draft(placement, memory, tuple(_uses(work, cluster, placement, memory)))
-
-
-def _memory(work: Work, gpus: Mapping[str, GpuType]) -> dict[str, Memory]:
-    """What a replica of each role with a model keeps; `gpus` by role, for those on one."""
-    memory = {one.role: trained_memory(one, one.role in gpus) for one in work.trained}
-    memory["rollout"] = rollout_memory(work.rollout, work.step, gpus.get("rollout"))
-    for frozen in work.frozen:
-        more = frozen_memory(frozen, frozen.role in gpus)
-        memory[frozen.role] = _both(memory.get(frozen.role), more)
-    return memory
-
-
-def _both(first: Memory | None, second: Memory) -> Memory:
-    """Two models of one replica; it has one framework."""
-    if first is None:
-        return second
-    device = {kind: first.device.get(kind, 0) + second.device.get(kind, 0) for kind in KINDS}
-    return Memory({**device, "framework": second.device["framework"]}, on_gpu=second.on_gpu)
-
-
-def _uses(
-    work: Work, cluster: Cluster, placement: Placement, memory: Mapping[str, Memory]
-) -> Iterator[Use]:
-    """Every device and host with somebody on it, by node and device, the host last."""
-    on: dict[tuple[int, int], list[tuple[str, int]]] = {}
-    hosts: dict[int, list[tuple[str, int]]] = {}
-    filled: dict[int, int] = {}
-    bundle = work.policy.shape.parameters * work.policy.dtype_bytes
-    peaks = {role: needs.peak for role, needs in memory.items()}
-    for role in (request.role for request in work.requests):
-        slots, needs = placement.slots[role], memory.get(role)
-        for index, (node, devices) in enumerate(slots):
-            for device in devices:
-                on.setdefault((node, device), []).append((role, index))
-            if needs is None:
-                here = 0
-            elif devices:
-                here = needs.host_bytes
-                if role == "policy" and index > 0:  # rank 0 alone packs the weights
-                    here -= needs.host.get("transfer", 0)
-            else:
-                here = peaks[role]
-            if here or not devices:
-                hosts.setdefault(node, []).append((role, index))
-            filled[node] = filled.get(node, 0) + here
-    for node in _stores(placement):
-        filled[node] = filled.get(node, 0) + bundle
-        hosts.setdefault(node, [])
-    for (node, device), occupants in sorted(on.items()):
-        kind = cluster.nodes[node].gpu
-        capacity = gpu_type(kind).memory_bytes if kind else None
-        yield Use(
-            node,
-            device,
-            tuple(occupants),
-            sum(peaks.get(role, 0) for role, _ in occupants),
-            capacity,
-        )
-    for node, occupants in sorted(hosts.items()):
-        capacity = cluster.nodes[node].memory_bytes
-        yield Use(node, None, tuple(occupants), filled[node], capacity)
-
-
-def _stores(placement: Placement) -> set[int]:
-    """Nodes whose object store holds a version's weights: of rank 0 and of every rollout."""
-    return {placement.slots["policy"][0].node, *(s.node for s in placement.slots["rollout"])}
-
-
-@dataclass(frozen=True)
-class _Short:
-    """The device that is short by the most, and the roles on it, that which takes most first."""
-
-    use: Use
-    roles: tuple[str, ...]
-    by: int
-    cache: bool = False  # the KV cache does not hold one sequence
-
-
-def _shortest(draft: _Draft, work: Work) -> _Short | None:
-    worst: _Short | None = None
-    for use in draft.uses:
-        if use.capacity is None or use.bytes <= use.capacity:
-            continue
-        by = use.bytes - use.capacity
-        if worst is None or by > worst.by:
-            there = dict.fromkeys(role for role, _ in use.occupants if role in draft.memory)
-            roles = sorted(there, key=lambda role: -draft.memory[role].peak)
-            worst = _Short(use, tuple(roles) or ("policy",), by)
-    if worst is None:
-        return _short_cache(draft, work)
-    return worst
-
-
-def _short_cache(draft: _Draft, work: Work) -> _Short | None:
-    """vLLM takes no more than its share, so what is short shows in its cache."""
-    if work.rollout.engine != "vllm":
-        return None
-    needed = kv_bytes(work.rollout) * work.step.longest
-    have = draft.memory["rollout"].device["KV cache"]
-    if have >= needed:
-        return None
-    use = next(u for u in draft.uses if any(role == "rollout" for role, _ in u.occupants))
-    return _Short(use, ("rollout",), needed - have, cache=True)
-
-
-def _explain(short: _Short, draft: _Draft, work: Work, cluster: Cluster) -> str:
+def _explain(short: Short, draft: Draft, work: Work, cluster: Cluster) -> str:
     use, role = short.use, short.roles[0]
     memory = draft.memory[role]
     kinds = {k: v for k, v in memory.device.items() if v > 0.02 * memory.peak}
@@ -309,7 +163,7 @@ def _would_fit(roles: tuple[str, ...], work: Work, cluster: Cluster) -> str:
     for option in _options(work, roles):
         if any(one.settings.keys() <= option.settings.keys() for one in found):
             continue  # less of the same does
-        if _excess(option, cluster) == 0:
+        if excess(option.work, cluster) == 0:
             found.append(option)
         if len(found) == MOST_FITTING:
             break
@@ -318,16 +172,16 @@ def _would_fit(roles: tuple[str, ...], work: Work, cluster: Cluster) -> str:
     taken = Option({}, work)
     for _ in range(MOST_TOGETHER):
         scored = [
-            (excess, option)
+            (by, option)
             for option in _options(taken.work, roles)
-            if (excess := _excess(option, cluster)) is not None
+            if (by := excess(option.work, cluster)) is not None
         ]
         best = next(_with_place(scored, cluster), None)
         if best is None:
             break
         option, draft = best
         taken = option.after(taken)
-        short = _shortest(draft, taken.work)
+        short = shortest(draft, taken.work)
         if short is None:
             return f"what would fit: {taken.describe()}"
         roles = short.roles
@@ -339,10 +193,10 @@ def _would_fit(roles: tuple[str, ...], work: Work, cluster: Cluster) -> str:
 
 def _with_place(
     scored: list[tuple[int, Option]], cluster: Cluster
-) -> Iterator[tuple[Option, _Draft]]:
+) -> Iterator[tuple[Option, Draft]]:
     """Options that have a place, by what they leave short."""
     for _, option in sorted(scored, key=lambda score: score[0]):
-        if draft := _try(option.work, cluster):
+        if draft := try_draft(option.work, cluster):
             yield option, draft
 
 
@@ -351,64 +205,21 @@ def _options(work: Work, roles: Iterable[str]) -> Iterator[Option]:
     return chain.from_iterable(to_fit(work, role) for role in roles)
 
 
-def _excess(option: Option, cluster: Cluster) -> int | None:
-    """Bytes short on the worst device; 0 where it fits, None where it surely has no place."""
-    if alone := _excess_alone(option.work, cluster):
-        return alone  # whatever the place, and much quicker to find
-    draft = _try(option.work, cluster)
-    if draft is None:
-        return None
-    short = _shortest(draft, option.work)
-    return short.by if short else 0
-
-
-def _excess_alone(work: Work, cluster: Cluster) -> int:
-    """By how much the largest role on a GPU exceeds the largest GPU of the cluster, by itself."""
-    kinds = [gpu_type(name) for name in {node.gpu for node in cluster.nodes} if name is not None]
-    largest = max(kinds, key=lambda kind: kind.memory_bytes, default=None)
-    on_gpu = {request.role for request in work.requests if request.gpus}
-    if largest is None or not on_gpu:
-        return 0
-    memory = _memory(work, dict.fromkeys(on_gpu, largest))
-    return max(0, *(memory[role].peak - largest.memory_bytes for role in on_gpu if role in memory))
-
-
-def _try(work: Work, cluster: Cluster) -> _Draft | None:
-    """A draft of an option; None where it has no place."""
-    found = place(bundle_sets(work.requests, work.colocate), cluster, advice=False)
-    return None if isinstance(found, Shortage) else _draft(work, cluster, found)
-
-
-def _times(draft: _Draft, work: Work, cluster: Cluster) -> Times:
-    rates, spans, slots = {}, {}, draft.placement.slots
-    dtypes = {one.role: one.dtype_bytes for one in work.models}
-    cpus = {request.role: request.cpus for request in work.requests}
-    for role, dtype_bytes in dtypes.items():
-        gpu = _gpu_of(role, draft.placement, cluster)
-        rates[role] = Rates.of_gpu(gpu, dtype_bytes) if gpu else Rates.of_cpu(cpus[role])
-        spans[role] = len({slot.node for slot in slots[role]})
-    far = len({slot.node for slot in slots["rollout"]} - {slots["policy"][0].node})
-    shared = {
-        tuple(role for role, _ in use.occupants) for use in draft.uses if use.device is not None
-    }
-    return times(work, rates, draft.memory, spans, far, map(Counter, shared))
-
-
 def _faster(work: Work, cluster: Cluster, now: Times) -> Iterator[Change]:
     """Options with which a step is clearly shorter, the best first."""
     seconds = now.step(work.step.max_staleness)
     changes: dict[float, Change] = {}
     for option in to_be_faster(work):
-        draft = _try(option.work, cluster)
-        if draft is None or _shortest(draft, option.work):
+        draft = try_draft(option.work, cluster)
+        if draft is None or shortest(draft, option.work):
             continue
-        then = _times(draft, option.work, cluster).step(option.work.step.max_staleness)
+        then = times_of(draft, option.work, cluster).step(option.work.step.max_staleness)
         if then <= WORTH * seconds:
             changes.setdefault(then, Change(option.describe(), then))  # the first is the simplest
     yield from sorted(changes.values(), key=lambda change: change.step_seconds)[:MOST_CHANGES]
 
 
-def _notes(work: Work, cluster: Cluster, draft: _Draft) -> Iterator[str]:
+def _notes(work: Work, cluster: Cluster, draft: Draft) -> Iterator[str]:
     """What is assumed of this run in particular."""
     for shape in dict.fromkeys(one.shape for one in work.models):
         yield f"sizes of {shape.name}: {shape.parameters / 1e9:.3g}B parameters, {shape.source}"
@@ -416,10 +227,3 @@ def _notes(work: Work, cluster: Cluster, draft: _Draft) -> Iterator[str]:
     if unknown:
         name = cluster.nodes[min(unknown)].name
         yield f"memory of the host is not known of {len(unknown)} node(s), such as {name}"
-
-
-def gib(amount: float) -> str:
-    """Bytes for people."""
-    if abs(amount) >= 0.1 * GIB:
-        return f"{amount / GIB:.1f} GiB"
-    return f"{amount / 2**20:.1f} MiB"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from cluster.bundles import RoleRequest
 from cluster.plan.shapes import ModelShape
@@ -100,6 +100,7 @@ class Work:
     critic: Trained | None = None
     frozen: tuple[Frozen, ...] = ()
     colocate: Sequence[Sequence[str]] = ()
+    threads: Mapping[str, int] = field(default_factory=dict)  # by role, where not its CPUs
 
     @property
     def models(self) -> tuple[Trained | Rollout | Frozen, ...]:

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from aligntune.cli import main
-from aligntune.commands.plan import work_of as work_from
 from aligntune.config.load import load_config
+from aligntune.online.work import work_of as work_from
 from cluster.bundles import RoleRequest
 from cluster.placement import DoesNotFit
 from cluster.plan.draw import draw

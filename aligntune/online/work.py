@@ -1,0 +1,153 @@
+"""A resolved config as what the plan has to know of it: sizes and numbers, no place yet."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+
+from actors.specs import CriticSpec, PolicySpec, RewardModelSpec
+from aligntune.config.online import RunConfig
+from aligntune.errors import UserError
+from aligntune.online.role_requests import role_requests
+from aligntune.paths import located
+from cluster.plan.shapes import ModelShape, from_folder, from_table
+from cluster.plan.work import Frozen, Rollout, Step, Trained, Work
+
+REWARD_TEXT_TOKENS = 512  # of a text, where neither its limit nor the rollouts' is longer
+
+
+def work_of(config: RunConfig) -> Work:
+    """What the plan has to know of a resolved config.
+
+    Raises:
+        UnknownName: a model that is no local folder and not in the table.
+        BadModelConfig: a folder whose config.json does not say how large the model is.
+        UserError: see `role_requests`.
+    """
+    step = _step(config)
+    shape = _shape(config.model.name)
+    dtype_bytes = _bytes(config.model.dtype)
+    needs = config.algorithm.needs
+    frozen = []
+    if needs.reference:
+        frozen.append(
+            Frozen(
+                "reference",
+                _shape(config.reference.model or config.model.name),
+                config.reference.replicas,
+                dtype_bytes,
+                _microbatch(config.policy.tokens_per_microbatch, step.completions, step.longest),
+                config.policy.tokens_per_chunk,
+            )
+        )
+    for index, reward in enumerate(config.rewards):
+        if isinstance(reward, RewardModelSpec):
+            text = reward.max_tokens or max(step.longest, REWARD_TEXT_TOKENS)
+            tokens = min(reward.batch_size, step.completions) * text
+            of_reward = _shape(reward.model)
+            frozen.append(
+                Frozen(
+                    "reward",
+                    of_reward,
+                    config.reward.replicas,
+                    _bytes(reward.dtype),
+                    tokens,
+                    section=f"rewards.{index}",
+                    longest=text,
+                )
+            )
+    return Work(
+        step=step,
+        policy=_trained(config, config.policy, shape, step),
+        critic=_trained(config, config.critic, _critic_shape(config), step)
+        if needs.critic
+        else None,
+        rollout=_rollout(config, shape, dtype_bytes),
+        requests=tuple(role_requests(config)),
+        frozen=tuple(frozen),
+        colocate=config.cluster.colocate,
+    )
+
+
+def _step(config: RunConfig) -> Step:
+    train, rollout = config.train, config.rollout
+    minibatch = train.groups_per_minibatch or train.groups_per_step
+    return Step(
+        groups=train.groups_per_step,
+        completions=train.completions_per_group or 1,
+        prompt_tokens=rollout.max_prompt_length,
+        completion_tokens=rollout.max_completion_length,
+        passes=train.epochs_per_batch or 1,
+        updates=train.groups_per_step // minibatch,
+        max_staleness=train.max_staleness,
+    )
+
+
+def _trained(
+    config: RunConfig, spec: PolicySpec | CriticSpec, shape: ModelShape, step: Step
+) -> Trained:
+    model = config.model
+    policy = isinstance(spec, PolicySpec)
+    rows = math.ceil(step.sequences / step.updates / spec.ranks)
+    return Trained(
+        role=spec.role,
+        shape=shape,
+        ranks=spec.ranks,
+        strategy=spec.strategy,
+        dtype_bytes=_bytes(model.dtype),
+        tokens=_microbatch(spec.tokens_per_microbatch, rows, step.longest),
+        longest=step.longest,
+        zero_stage=spec.deepspeed.stage,
+        offload=spec.deepspeed.offload,
+        lora_rank=model.lora.r if model.lora and policy else None,
+        checkpointing=model.gradient_checkpointing,
+        head_rows=config.policy.tokens_per_chunk if policy else 0,
+        four_bit=model.load_in_4bit and policy,
+        scores=model.attention == "eager",
+        may_shard=config.backend != "unsloth" or not policy,
+    )
+
+
+def _microbatch(budget: int, rows: int, longest: int) -> int:
+    """Tokens of the largest micro-batch: whole rows within the budget, one at least."""
+    return longest * max(1, min(rows, budget // longest))
+
+
+def _critic_shape(config: RunConfig) -> ModelShape:
+    return _shape(config.critic.model or config.model.name)
+
+
+def _rollout(config: RunConfig, shape: ModelShape, dtype_bytes: int) -> Rollout:
+    spec = config.rollout
+    vllm = spec.engine == "vllm" or (
+        spec.engine == "auto"
+        and (spec.resources.gpus > 0 or importlib.util.find_spec("vllm") is not None)
+    )
+    cache = None if spec.kv_cache_gib is None else int(spec.kv_cache_gib * 2**30)
+    return Rollout(
+        shape=shape,
+        replicas=spec.replicas,
+        engine="vllm" if vllm else "transformers",
+        dtype_bytes=dtype_bytes,
+        groups_at_once=spec.max_concurrent_groups,
+        tensor_parallel=spec.tensor_parallel_size,
+        memory_share=spec.gpu_memory_utilization,
+        kv_cache_bytes=cache,
+        gpus_as_set=spec.resources.gpus,
+        most_replicas=spec.max_replicas,
+    )
+
+
+def _shape(name: str) -> ModelShape:
+    """From the model's folder where there is one, else from the table; nothing is downloaded."""
+    folder = Path(located(name))
+    if folder.is_dir():
+        return from_folder(folder, name)
+    if name.startswith(("/", "./", "../", "~")):
+        raise UserError(f"model folder {name!r} does not exist")
+    return from_table(name)
+
+
+def _bytes(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else 4
