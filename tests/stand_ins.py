@@ -44,7 +44,7 @@ def write_stand_ins(root: Path, tiny_model: Path) -> None:
     for name in MODELS:
         _link(root / name, tiny_model)
     for name in REWARD_MODELS:
-        _write_reward_model(root / name, tiny_model)
+        write_reward_model(root / name, tiny_model)
     questions = [
         {"question": f"{10 + i}+{i % 10}", "answer": f"Count on.\n#### {10 + i + i % 10}"}
         for i in range(64)
@@ -67,7 +67,7 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _write_reward_model(folder: Path, tiny_model: Path) -> None:
+def write_reward_model(folder: Path, tiny_model: Path) -> None:
     """Configuration and tokenizer of a one-label classifier; no weights, so it cannot be run."""
     from transformers import AutoConfig, AutoTokenizer
 

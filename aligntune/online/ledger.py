@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from aligntune.online.staleness import OpenGroup
+from aligntune.runs.jsonl import cut_torn_line
 
 
 class State(StrEnum):
@@ -202,18 +203,6 @@ class LedgerLog:
         """Sync and close."""
         self.sync()
         self._file.close()
-
-
-def cut_torn_line(path: Path) -> int:
-    """Remove an unfinished last line from a JSONL file, if any; returns the complete lines."""
-    if not path.exists():
-        return 0
-    data = path.read_bytes()
-    complete = data.rfind(b"\n") + 1
-    if complete != len(data):
-        with path.open("r+b") as file:
-            file.truncate(complete)
-    return data.count(b"\n")
 
 
 def adopt(path: Path, snapshot: dict[str, Any], step: int) -> None:

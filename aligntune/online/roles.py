@@ -15,7 +15,7 @@ from actors.reward import Criterion, RewardActor
 from actors.rollout import RolloutActor
 from actors.unsloth_policy import UnslothPolicyActor
 from aligntune.config.online import RunConfig
-from aligntune.paths import located
+from aligntune.paths import located, located_model
 from cluster.reservation import Reservation
 
 SPARE_CALLS = 8  # pings, weight updates and statistics beside the groups in flight
@@ -130,8 +130,7 @@ class Roles:
 
 def _located(config: RunConfig) -> RunConfig:
     """The config with every model that is a local folder named by its absolute path."""
-    model = config.model.model_copy(update={"name": located(config.model.name)})
-    changed: dict[str, Any] = {"model": model}
+    changed: dict[str, Any] = {"model": located_model(config.model)}
     for role in ("reference", "critic"):
         spec = getattr(config, role)
         if spec.model is not None:

@@ -37,6 +37,7 @@ from aligntune.online.learner import PolicyLost
 from aligntune.online.ledger import Books, adopt
 from aligntune.online.role_requests import role_requests
 from aligntune.online.roles import Roles
+from aligntune.paths import located_storage
 from aligntune.rewards.registry import (
     check_columns,
     columns_named,
@@ -303,7 +304,8 @@ class OnlineTrainer:
         if checkpoint.storage is None:
             return None
         longest = self.config.policy.update_timeout_s
-        return Mirror(checkpoint.storage, rundir.path, checkpoint.keep_last, longest)
+        storage = located_storage(checkpoint.storage)
+        return Mirror(storage, rundir.path, checkpoint.keep_last, longest)
 
     @contextmanager
     def _roles(self) -> Iterator[Roles]:

@@ -24,8 +24,9 @@ from actors.preference.worker import (
 from aligntune.config.preference import PreferenceConfig
 from aligntune.data.pair_tokens import PairTokens
 from aligntune.errors import Interrupted, RunFailed
+from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import RunDir
-from aligntune.tracking.metrics import EventKind, EventsFile, MetricsFile, NotFinite, read_lines
+from aligntune.tracking.metrics import EventKind, EventsFile, MetricsFile, NotFinite
 from aligntune.tracking.progress import Progress
 from aligntune.tracking.trackers import open_trackers
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from actors.storage import Store, filesystem_of
 from aligntune.config.tree import dump
 from aligntune.errors import RunFailed, UserError
+from aligntune.paths import located_storage
 from aligntune.runs.deadline import answered
 from aligntune.runs.rundir import changes
 
@@ -32,7 +33,7 @@ class JobStorage:
     """The storage of one run; `uri` is `checkpoint.storage`, `rundir` the run directory."""
 
     def __init__(self, uri: str | None, rundir: Path) -> None:
-        self._uri = uri.rstrip("/") if uri else None
+        self._uri = located_storage(uri.rstrip("/")) if uri else None
         self._rundir = rundir.absolute()
         self._root = self._uri or str(self._rundir)
         self._checkpoints = Store(f"{self._root}/{FOLDER}")

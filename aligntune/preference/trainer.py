@@ -23,6 +23,7 @@ from aligntune.data.scored_pairs import ScoredPairs, scored_pairs
 from aligntune.data.sources import Rows, load_rows
 from aligntune.errors import Interrupted, RunFailed, UserError
 from aligntune.online.role_requests import role_request
+from aligntune.paths import located_model
 from aligntune.preference.job import Figures, PreferenceRecorder, PreferenceRun
 from aligntune.preference.storage import JobStorage, step_of
 from aligntune.rewards.registry import check_columns, from_callable, resolve
@@ -176,7 +177,7 @@ class PreferenceTrainer:
         if resolve_address(self.config.cluster) == "local":
             check_installed(self.config.backend)
         storage = self._storage(rundir)
-        storage.check(self.config, resume, fresh=rundir.previous() is None)
+        storage.check(self.config, resume, fresh=not rundir.trained)
         named = None if resume in ("auto", "never") else storage.named(resume)
         try:
             check_trackers(self.config.tracking.trackers)
@@ -304,7 +305,7 @@ class PreferenceTrainer:
         return PreferenceJob(
             kind=config.algorithm.name,
             backend=config.backend,
-            model=config.model,
+            model=located_model(config.model),  # Ray Train's workers change the folder
             seed=config.train.seed,
             steps=steps,
             arguments=_arguments(config),

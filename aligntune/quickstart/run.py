@@ -20,7 +20,7 @@ from aligntune.online.trainer import OnlineTrainer
 from aligntune.quickstart.settings import REWARD_MODEL, quickstart_settings
 from aligntune.quickstart.task import QuickstartAssets, write_assets
 from aligntune.runs.checkpoint import write_atomically
-from aligntune.tracking.metrics import read_lines
+from aligntune.runs.jsonl import read_lines
 from aligntune.trainers import create_rl_trainer
 
 ACCURACY = "eval/reward/exact_match/mean"  # greedy, over the held-out questions

@@ -10,8 +10,9 @@ from typing import Any
 from actors.supervise import ObjectsLost, ReplicaLost, answer
 from aligntune.config.online import RunConfig
 from aligntune.online.pipeline import ReadyGroup, total_reward
+from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import RunDir
-from aligntune.tracking.metrics import EventKind, EventsFile, MetricsFile, SamplesFile, read_lines
+from aligntune.tracking.metrics import EventKind, EventsFile, MetricsFile, SamplesFile
 from aligntune.tracking.progress import Progress
 from aligntune.tracking.trackers import open_trackers
 

@@ -1,7 +1,8 @@
 """The run directory: who holds it, what run it is, and whether this config may go on with it.
 
-Invariant: a directory belongs to one run. It is locked while a process trains in it (the lock ends
-with the process, however it ends), and a config that describes another run is refused.
+Invariant: a directory in which a step was trained belongs to one run. It is locked while a process
+trains in it (the lock ends with the process, however it ends), and a config that describes another
+run is refused.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pydantic import BaseModel
 from aligntune.config.tree import dump
 from aligntune.errors import UserError
 from aligntune.runs.checkpoint import Checkpoint, Checkpoints, write_atomically
+from aligntune.runs.jsonl import read_lines
 
 # What makes a run the same run, with what is below each in the tree: its task, its order, and what
 # its checkpoints hold. The rest (steps, learning rate, replicas) may change on resume.
@@ -42,6 +44,8 @@ IDENTITY = (
     "train.pairs_per_worker",
     "train.accumulation_steps",
 )
+PLACES = ("model.name", "data.path")
+"""Those of them that may be local paths: two spellings of one folder are the same."""
 VERSIONS = (
     "aligntune",
     "torch",
@@ -93,13 +97,21 @@ def changes(old: dict[str, Any], config: BaseModel, where: str) -> dict[str, tup
     Raises UserError where the two are not the same run.
     """
     changed = differences(old, config.model_dump(mode="json"))
-    for path, (was, now) in changed.items():
-        if any(path == own or path.startswith(f"{own}.") for own in IDENTITY):
-            raise UserError(
-                f"{where} holds another run: {path} was {was!r} there and is {now!r} here; name "
-                "another"
-            )
+    other = [
+        f"{path} was {was!r} there and is {now!r} here"
+        for path, (was, now) in changed.items()
+        if any(path == own or path.startswith(f"{own}.") for own in IDENTITY)
+        and not _same_place(path, was, now)
+    ]
+    if other:
+        raise UserError(f"{where} holds another run: {', '.join(other)}; name another")
     return changed
+
+
+def _same_place(path: str, was: Any, now: Any) -> bool:
+    """Whether two values of a key are two spellings of one folder or file, as ./m and m are."""
+    both_named = isinstance(was, str) and isinstance(now, str)
+    return path in PLACES and both_named and os.path.abspath(was) == os.path.abspath(now)
 
 
 def _of_a_start(path: Path) -> bool:
@@ -146,8 +158,20 @@ class RunDir:
         tree = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         return tree if isinstance(tree, dict) else None
 
+    @property
+    def trained(self) -> bool:
+        """Whether a step was ever trained here: it has figures, a checkpoint, or a model."""
+        metrics = self.file("metrics.jsonl")
+        return (
+            self.model.is_dir()
+            or any(p.suffix != ".partial" for p in self.file("checkpoints").glob("step-*"))
+            or (metrics.is_file() and any(row["step"] > 0 for row in read_lines(metrics)))
+        )
+
     def check(self, config: BaseModel, resume: str) -> dict[str, tuple[Any, Any]]:
         """Whether this config may run here; returns what changed since. Starts and writes nothing.
+
+        A run that ended before its first step has no claim: its folder is any run's.
 
         Raises UserError where the directory holds another run, or any run under resume=never.
         """
@@ -161,6 +185,8 @@ class RunDir:
                     "name an empty or new folder"
                 )
             return {}
+        if not self.trained:
+            return differences(old, config.model_dump(mode="json"))
         if resume == "never":
             raise UserError(
                 f"output_dir {self.path} holds a run and resume=never; "

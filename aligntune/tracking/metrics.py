@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any
 
-from aligntune.online.ledger import cut_torn_line
+from aligntune.runs.jsonl import cut_torn_line
 
 
 class EventKind(StrEnum):
@@ -126,21 +126,3 @@ class EventsFile(_Lines):
     def append(self, kind: EventKind | str, **fields: Any) -> None:
         """Write one event. ValueError for a kind that is no `EventKind`."""
         self._write([{"time": time.time(), "kind": EventKind(kind).value, **fields}])
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, also one that is being written: a torn last line is left out.
-
-    Raises:
-        ValueError: a complete line is not JSON; with file and line.
-    """
-    records = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not a JSON object: {error}") from error
-    return records

@@ -32,8 +32,9 @@ from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.config.preference import ALGORITHMS as PREFERENCE
 from aligntune.rewards.registry import REWARDS
+from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import IDENTITY
-from aligntune.tracking.metrics import EventKind, read_lines
+from aligntune.tracking.metrics import EventKind
 from tests.stand_ins import LOCAL, ON_CPU, REPOSITORY, SHORT, write_stand_ins
 
 DOCUMENTS = sorted(

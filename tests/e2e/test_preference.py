@@ -21,7 +21,7 @@ import pytest
 from aligntune import create_rl_trainer
 from aligntune.errors import RunFailed, UserError
 from aligntune.preference.trainer import PreferenceTrainer
-from aligntune.tracking.metrics import read_lines
+from aligntune.runs.jsonl import read_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

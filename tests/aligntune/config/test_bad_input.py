@@ -187,13 +187,13 @@ def test_a_start_that_was_refused_or_killed_stands_in_nobody_s_way(
 
 
 def test_an_output_directory_that_holds_another_run(fail: Fail, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("algorithm: {name: dapo}\n")
     assert "holds another run: algorithm.name was 'dapo'" in fail()
 
 
 def test_resume_never_on_a_run(fail: Fail, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("algorithm: {name: grpo}\n")
     assert "resume=never" in fail(resume="never")
 

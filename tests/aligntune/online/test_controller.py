@@ -35,9 +35,9 @@ from aligntune.online.controller import Controller
 from aligntune.online.learner import PolicyLost, Weights
 from aligntune.online.ledger import audit
 from aligntune.runs.checkpoint import Checkpoints
+from aligntune.runs.jsonl import read_lines
 from aligntune.runs.recorder import Recorder
 from aligntune.runs.rundir import RunDir
-from aligntune.tracking.metrics import read_lines
 
 STEPS = 3
 Hook = Callable[..., Any]

@@ -14,7 +14,7 @@ from actors.reward import RewardFailed, RewardFailure
 from aligntune.cli import main
 from aligntune.errors import UserError
 from aligntune.online import trainer as trainers
-from aligntune.tracking.metrics import read_lines
+from aligntune.runs.jsonl import read_lines
 
 Train = Callable[[Exception], tuple[int, str]]
 

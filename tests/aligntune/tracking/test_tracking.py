@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from aligntune.runs.jsonl import read_lines
 from aligntune.tracking.metrics import (
     EventKind,
     EventsFile,
     MetricsFile,
     NotFinite,
     SamplesFile,
-    read_lines,
 )
 from aligntune.tracking.progress import Progress, duration, figures, line, seconds_left
 from aligntune.tracking.trackers import (

@@ -1,0 +1,77 @@
+"""Whose a run directory is: one run's from its first step on, and whoever comes before that."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from aligntune.errors import UserError
+from aligntune.runs.rundir import RunDir
+from tests.aligntune.config.test_preference import config
+
+
+@pytest.fixture
+def rundir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A run that was described and never trained, called in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    made = RunDir(tmp_path / "o")
+    made.claim()
+    made.describe(config(model={"name": "./m"}))
+    made.release()
+    return made
+
+
+def train(rundir: RunDir, how: str) -> None:
+    match how:
+        case "figures":
+            rows = [{"step": 0, "eval/loss": 1.0}, {"step": 1, "loss": 1.0}]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            rundir.file("metrics.jsonl").write_text(text)
+        case "checkpoint":
+            rundir.file("checkpoints/step-000002").mkdir(parents=True)
+        case "model":
+            rundir.model.mkdir()
+
+
+def test_a_run_that_failed_at_its_start_keeps_no_folder(rundir: RunDir) -> None:
+    rundir.file("events.jsonl").write_text('{"kind": "run_stopped"}\n')
+    rundir.file("metrics.jsonl").write_text('{"step": 0, "eval/loss": 1.0}\n')
+    rundir.file("checkpoints/step-000002.partial").mkdir(parents=True)
+    other = config("train.seed=5", model={"name": "other"})
+    changed = rundir.check(other, "auto")
+    assert changed["train.seed"] == (0, 5)
+    assert changed["model.name"] == ("./m", "other")
+    assert rundir.check(other, "never") == changed
+
+
+@pytest.mark.parametrize("how", ["figures", "checkpoint", "model"])
+def test_a_run_that_trained_is_not_another_and_every_difference_is_named(
+    rundir: RunDir, how: str
+) -> None:
+    train(rundir, how)
+    with pytest.raises(UserError) as said:
+        rundir.check(config("train.seed=5", "train.pairs_per_worker=2"), "auto")
+    message = str(said.value)
+    assert "\n" not in message
+    for part in (
+        "model.name was './m' there and is 'm' here",
+        "train.pairs_per_worker was 8 there and is 2 here",
+        "train.seed was 0 there and is 5 here",
+    ):
+        assert (part in message) == (not part.startswith("model")), message
+    with pytest.raises(UserError, match="resume=never"):
+        rundir.check(config(), "never")
+
+
+def test_two_spellings_of_a_path_are_the_same_run(rundir: RunDir, tmp_path: Path) -> None:
+    train(rundir, "figures")
+    for name in ("m", "./m", "m/", str(tmp_path / "m")):
+        rundir.check(config(model={"name": name}), "auto")
+    with pytest.raises(UserError, match=r"model\.name was '\./m' there and is 'elsewhere/m' here"):
+        rundir.check(config(model={"name": "elsewhere/m"}), "auto")
+    tree = yaml.safe_load(rundir.config.read_text())
+    assert tree["model"]["name"] == "./m", "as it was given"
