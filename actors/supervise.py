@@ -1,16 +1,15 @@
-"""A set of replicas of one role: dispatch, deadlines, restarts, growth; and the policy's ranks.
+"""Replicas of one role as Ray actors: calls with deadlines, losses, replacements, growth.
 
 Invariant: no call outlives its deadline. A replica that dies or does not answer in time is killed
 and replaced, its callers get `ReplicaLost` with the reason, and the replacement takes no call
 before its start-up (the current weights, say) is done. What becomes of lost work, callers decide.
+Which replica gets which call is decided in `replicas`, without Ray.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import ray
@@ -23,9 +22,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-log = logging.getLogger(__name__)
-
-PEER_SECONDS = 10.0  # how long the cause of a rank's broken connection may come after it
+from actors.replicas import Replica, Replicas, State, Waiter
 
 
 class ReplicaLost(RuntimeError):
@@ -71,16 +68,6 @@ async def answer(ref: Any, replica: str, what: str, deadline_s: float) -> Any:
         )
 
 
-@dataclass
-class _Replica:
-    name: str
-    handle: ActorHandle
-    slots: int
-    busy: int = 0
-    serving: bool = False
-    calls: int = field(default=0)
-
-
 Event = Callable[..., None]
 
 
@@ -89,7 +76,8 @@ class ReplicaSet:
 
     `make(index, name)` creates an actor; `prepare(handle, name)` brings it to where it may serve,
     and is awaited before it does. A replica has up to `slots` calls at a time, fewer where
-    `prepare` returns a smaller number. `event(kind, **fields)` hears of losses and restarts.
+    `prepare` returns a smaller number. `event(kind, **fields)` hears of losses and restarts;
+    `kill(handle)` stops an actor at once.
     """
 
     def __init__(
@@ -102,135 +90,108 @@ class ReplicaSet:
         slots: int,
         max_restarts: int,
         event: Event,
+        kill: Callable[[ActorHandle], None] = ray.kill,
     ) -> None:
         self.role = role
-        self._size = size
+        self.replicas = Replicas(role, size, slots, max_restarts)
         self._make = make
         self._prepare = prepare
-        self._slots = slots
-        self._restarts_left = max_restarts
         self._event = event
-        self._replicas: dict[int, _Replica] = {}
-        self._starting: dict[int, asyncio.Task[None]] = {}
-        self._generation = 0
-        self._changed = asyncio.Condition()
-        self._closed = False
-        self._failure: str | None = None
+        self._kill = kill
+        self._handles: dict[Replica, ActorHandle] = {}
+        self._starting: set[asyncio.Task[None]] = set()
 
     @property
     def serving(self) -> int:
         """Replicas that take calls now."""
-        return sum(replica.serving for replica in self._replicas.values())
-
-    @property
-    def busy(self) -> int:
-        """Calls in flight."""
-        return sum(replica.busy for replica in self._replicas.values())
+        return len(self.replicas.serving)
 
     async def start(self) -> None:
         """Start every replica; returns when all serve. Raises what kept one from starting."""
-        await asyncio.gather(*(self._bring_up(index) for index in range(self._size)))
+        first = [self.replicas.begin(index) for index in range(self.replicas.size)]
+        await asyncio.gather(*(self._bring_up(replica) for replica in first))
 
-    async def _bring_up(self, index: int) -> None:
-        name = f"{self.role}-{index}.{self._generation}"
-        self._generation += 1
-        replica = _Replica(name, self._make(index, name), self._slots)
-        self._replicas[index] = replica
-        slots = await self._prepare(replica.handle, name)
-        replica.slots = min(self._slots, slots or self._slots)
-        replica.serving = True  # no await in between: what `prepare` checked last still holds
-        async with self._changed:
-            self._changed.notify_all()
+    async def _bring_up(self, replica: Replica) -> None:
+        handle = self._handles[replica] = self._make(replica.index, replica.name)
+        slots = await self._prepare(handle, replica.name)
+        # No await in between: what `prepare` checked last still holds.
+        self.replicas.move(replica, State.READY, slots)
 
     def grow(self, limit: int, room: Callable[[int], bool]) -> None:
         """Bring up replicas beyond the first `size`, `limit` in all, where `room(index)` says that
         there is a place. One that is lost is not replaced, but a later call may bring it up again.
         """
-        for index in range(self._size, limit):
-            known = index in self._replicas or index in self._starting
-            if not known and not self._closed and room(index):
-                self._starting[index] = asyncio.create_task(self._join(index))
+        for replica in self.replicas.grow(limit, room):
+            self._later(replica, "replica_joined")
 
-    async def _join(self, index: int) -> None:
-        """Bring up one replica more; the set does without it where that fails."""
+    def _later(self, replica: Replica, kind: str) -> None:
+        """Bring up one more replica beside what runs; `kind` is the event of its coming."""
+        task = asyncio.create_task(self._come(replica, kind))
+        self._starting.add(task)
+        task.add_done_callback(self._starting.discard)
+
+    async def _come(self, replica: Replica, kind: str) -> None:
         try:
-            await self._bring_up(index)
-            self._event("replica_joined", role=self.role, replica=self._replicas[index].name)
-        except Exception as error:  # noqa: BLE001 - a failed start is a lost replica
-            replica = self._replicas.pop(index)
-            ray.kill(replica.handle)
-            self._event("replica_lost", role=self.role, replica=replica.name, reason=str(error))
-        finally:
-            self._starting.pop(index, None)
-            async with self._changed:
-                self._changed.notify_all()
+            await self._bring_up(replica)
+        except Exception as error:  # noqa: BLE001 - a failed start is one more lost replica
+            self._lost(replica, str(error))
+        else:
+            self._event(kind, role=self.role, replica=replica.name)
 
-    async def _replace(self, index: int) -> None:
-        """Bring up a replacement, trying again while restarts are left."""
-        try:
-            while self._restarts_left > 0 and not self._closed:
-                self._restarts_left -= 1
-                try:
-                    await self._bring_up(index)
-                except Exception as error:  # noqa: BLE001 - a failed start is one more lost replica
-                    self._failure = str(error)
-                    ray.kill(self._replicas[index].handle)
-                    self._event("replica_lost", role=self.role, reason=str(error))
-                    continue
-                self._event("replica_restarted", role=self.role, replica=self._replicas[index].name)
-                return
-            self._replicas.pop(index, None)
-        finally:
-            self._starting.pop(index, None)
-            async with self._changed:
-                self._changed.notify_all()
-
-    async def _lost(self, index: int, replica: _Replica, reason: str) -> None:
+    def _lost(self, replica: Replica, reason: str) -> None:
         """Take a replica out of service and start its replacement, once for all who saw it."""
-        if self._closed or self._replicas.get(index) is not replica or index in self._starting:
+        if replica.state is State.DEAD:
             return
-        replica.serving = False
-        self._failure = reason
-        ray.kill(replica.handle)
+        new = self.replicas.lost(replica, reason)
+        self._stop(replica)
         self._event("replica_lost", role=self.role, replica=replica.name, reason=reason)
-        if index >= self._size:
-            del self._replicas[index]
-            async with self._changed:
-                self._changed.notify_all()
-            return
-        self._starting[index] = asyncio.create_task(self._replace(index))
+        if new is not None:
+            self._later(new, "replica_restarted")
 
-    async def _acquire(self, deadline_s: float) -> tuple[int, _Replica]:
-        def free() -> list[tuple[int, int, int]]:
-            return [
-                (replica.busy, replica.calls, index)
-                for index, replica in self._replicas.items()
-                if replica.serving and replica.busy < replica.slots
-            ]
+    def _stop(self, replica: Replica) -> None:
+        handle = self._handles.pop(replica, None)
+        if handle is not None:  # else it was never made
+            self._kill(handle)
 
-        def hopeless() -> bool:
-            return self._closed or not (self.serving or self._starting)
-
-        async with self._changed:
-            try:
-                await asyncio.wait_for(
-                    self._changed.wait_for(lambda: bool(free()) or hopeless()), deadline_s
-                )
-            except TimeoutError as error:
+    async def _acquire(self, deadline_s: float) -> tuple[Replica, ActorHandle]:
+        """A slot of a replica, to be released. Raises RoleExhausted."""
+        end = asyncio.get_running_loop().time() + deadline_s
+        while True:
+            waiter = self.replicas.ask()
+            if not waiter.settled:
+                await self._settled(waiter, end, deadline_s)
+            if (replica := waiter.replica) is None:
+                why = self.replicas.failure or "the set is closed"
                 raise RoleExhausted(
-                    f"no {self.role} replica was free within {deadline_s:g} s "
-                    f"({self.serving} serving, {self.busy} calls in flight)"
-                ) from error
-            if not free():
-                raise RoleExhausted(
-                    f"no {self.role} replica is left ({self._failure or 'the set is closed'}); "
+                    f"no {self.role} replica is left ({why}); "
                     f"raise {self.role}.max_restarts or mend the cause"
                 )
-            _, _, index = min(free())
-            replica = self._replicas[index]
-            replica.busy += 1
-            replica.calls += 1
-            return index, replica
+            if (handle := self._handles.get(replica)) is not None:
+                return replica, handle
+            self.replicas.release(replica)  # it was lost before its slot could be used
+
+    async def _settled(self, waiter: Waiter, end: float, deadline_s: float) -> None:
+        """Wait until a waiter has a slot, or will never have one. Raises RoleExhausted at the
+        deadline; whoever is cancelled, or late, leaves the slot it may just have got to others."""
+        settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def wake() -> None:
+            if not settled.done():
+                settled.set_result(None)
+
+        waiter.wake = wake
+        try:
+            async with asyncio.timeout_at(end):
+                await settled
+        except BaseException as error:
+            self.replicas.give_up(waiter)
+            if not isinstance(error, TimeoutError):
+                raise
+            busy = sum(replica.busy for replica in self.replicas.live)
+            raise RoleExhausted(
+                f"no {self.role} replica was free within {deadline_s:g} s "
+                f"({self.serving} serving, {busy} calls in flight)"
+            ) from error
 
     async def call(
         self,
@@ -246,20 +207,18 @@ class ReplicaSet:
         `on_dispatch(replica)` runs when a replica is chosen. Raises ReplicaLost, RoleExhausted, or
         what the actor's method raised.
         """
-        index, replica = await self._acquire(queue_s)
+        replica, handle = await self._acquire(queue_s)
         try:
             if on_dispatch is not None:
                 on_dispatch(replica.name)
-            refs = getattr(replica.handle, method).options(num_returns=returns).remote(*args)
+            refs = getattr(handle, method).options(num_returns=returns).remote(*args)
             first, *rest = refs if returns > 1 else [refs]
             return await answer(first, replica.name, method, deadline_s), *rest
         except ReplicaLost as lost:
-            await self._lost(index, replica, lost.reason)
+            self._lost(replica, lost.reason)
             raise
         finally:
-            async with self._changed:
-                replica.busy -= 1
-                self._changed.notify_all()
+            self.replicas.release(replica)
 
     async def broadcast(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
         """Call `method` on every serving replica; a replica lost at it is replaced, not retried.
@@ -268,16 +227,16 @@ class ReplicaSet:
         ObjectsLost, once all have answered, where an argument is gone.
         """
 
-        async def one(index: int, replica: _Replica) -> Any:
+        async def one(replica: Replica, handle: ActorHandle) -> Any:
             try:
-                ref = getattr(replica.handle, method).remote(*args)
+                ref = getattr(handle, method).remote(*args)
                 return await answer(ref, replica.name, method, deadline_s)
             except ReplicaLost as lost:
-                await self._lost(index, replica, lost.reason)
+                self._lost(replica, lost.reason)
                 return None
 
-        serving = [(i, r) for i, r in self._replicas.items() if r.serving]
-        answers = await asyncio.gather(*(one(i, r) for i, r in serving), return_exceptions=True)
+        serving = [(replica, self._handles[replica]) for replica in self.replicas.serving]
+        answers = await asyncio.gather(*(one(*each) for each in serving), return_exceptions=True)
         for given in answers:
             if isinstance(given, BaseException):
                 raise given
@@ -285,101 +244,10 @@ class ReplicaSet:
 
     async def close(self) -> None:
         """Stop every replica and whatever is still starting."""
-        self._closed = True
-        for task in list(self._starting.values()):
+        stopped = self.replicas.close()
+        starting = list(self._starting)
+        for task in starting:
             task.cancel()
-        await asyncio.gather(*self._starting.values(), return_exceptions=True)
-        for replica in self._replicas.values():
-            ray.kill(replica.handle)
-        self._replicas.clear()
-        async with self._changed:
-            self._changed.notify_all()
-
-
-class RankSet:
-    """The ranks of the policy (or critic): called together, lost together."""
-
-    def __init__(self, role: str, handles: Sequence[ActorHandle]) -> None:
-        self.role = role
-        self._handles = list(handles)
-
-    @property
-    def size(self) -> int:
-        """Number of ranks."""
-        return len(self._handles)
-
-    async def each(
-        self, method: str, args: Sequence[tuple[Any, ...]], deadline_s: float
-    ) -> list[Any]:
-        """Call `method` on every rank with its own arguments; see `together` for what it raises."""
-        refs = [
-            getattr(handle, method).remote(*a)
-            for handle, a in zip(self._handles, args, strict=True)
-        ]
-        return await self.answers(method, refs, deadline_s)
-
-    async def answers(self, method: str, refs: Sequence[Any], deadline_s: float) -> list[Any]:
-        """What the ranks answer to calls that were started; one reference a rank."""
-        waits = [
-            answer(ref, f"{self.role}-{rank}", method, deadline_s) for rank, ref in enumerate(refs)
-        ]
-        return await together(self.role, waits)
-
-    async def all(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
-        """Call `method` on every rank with the same arguments."""
-        return await self.each(method, [args] * self.size, deadline_s)
-
-    def start_call(self, rank: int, method: str, *args: Any, returns: int) -> list[Any]:
-        """Start a call with several returns on one rank; returns their references."""
-        refs = getattr(self._handles[rank], method).options(num_returns=returns).remote(*args)
-        return refs if returns > 1 else [refs]
-
-    def kill(self) -> None:
-        """Stop every rank at once."""
-        for handle in self._handles:
-            ray.kill(handle)
-        self._handles.clear()
-
-
-async def together(role: str, waits: Sequence[Awaitable[Any]]) -> list[Any]:
-    """What all ranks answer, or the cause of their failure.
-
-    Where one rank dies the connections of the others break, often before its death is known: after
-    a first failure the others have `PEER_SECONDS` to answer too. Raises ReplicaLost where a rank
-    died, missed its deadline or lost its connection to the others; else what a rank raised.
-    """
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    try:
-        _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        if pending:
-            await asyncio.wait(pending, timeout=PEER_SECONDS)
-        errors = {
-            rank: error
-            for rank, task in enumerate(tasks)
-            if task.done() and (error := task.exception()) is not None
-        }
-        if errors:
-            raise _cause(role, errors)
-        return [task.result() for task in tasks]
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-def _cause(role: str, errors: Mapping[int, BaseException]) -> BaseException:
-    """A death before an error of a rank's own before a broken connection, which is a lost rank."""
-
-    def order(error: BaseException) -> int:
-        return 0 if isinstance(error, ReplicaLost) else 2 if broken_connection(error) else 1
-
-    rank, error = min(errors.items(), key=lambda item: order(item[1]))
-    if broken_connection(error):
-        return ReplicaLost(f"{role}-{rank}", f"lost its connection to the other ranks: {error}")
-    return error
-
-
-def broken_connection(error: BaseException) -> bool:
-    """Whether an error of a collective says that another rank is gone or out of reach. NCCL, stores
-    and sockets have classes of their own; gloo raises RuntimeError and names itself."""
-    named = any(base.__name__ == "DistError" for base in type(error).__mro__)
-    return named or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+        await asyncio.gather(*starting, return_exceptions=True)
+        for replica in stopped:
+            self._stop(replica)

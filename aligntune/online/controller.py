@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -34,7 +33,7 @@ from aligntune.online.figures import (
 )
 from aligntune.online.keeper import Keeper
 from aligntune.online.learner import Learner, PolicyLost
-from aligntune.online.ledger import Books, Ledger, LedgerLog, State
+from aligntune.online.ledger import Books, Ledger, LedgerLog, State, at_end_of_tick
 from aligntune.online.pipeline import BusyClock, Pipeline, ReadyGroup, group_works
 from aligntune.online.roles import Roles
 from aligntune.online.serving import Serving
@@ -72,7 +71,7 @@ class Controller:
         self._checkpoints = checkpoints
         self._recorder = recorder
         self._rundir = rundir
-        self._log = LedgerLog(rundir.file("ledger.jsonl"))
+        self._log = LedgerLog(rundir.file("ledger.jsonl"), at_end_of_tick)
         self.ledger = Ledger(self._log)
         self._stop = asyncio.Event()
         self._signal = 0
@@ -256,7 +255,7 @@ class Controller:
                 raise PolicyLost(self._serving.lost)
             self._admit()
             batch = choose_batch(
-                self.ledger.open_groups(), self.version, train.max_staleness, train.groups_per_step
+                self.ledger.cohorts(), self.version, train.max_staleness, train.groups_per_step
             )
             if batch is not None:
                 return batch
@@ -264,8 +263,8 @@ class Controller:
             try:
                 await asyncio.wait_for(self._pipeline.changed.wait(), deadline - time.monotonic())
             except TimeoutError as error:
-                states = Counter(self.ledger.state(g.group_id) for g in self.ledger.open_groups())
-                waiting = ", ".join(f"{count} {state}" for state, count in states.items())
+                states = self.ledger.states().items()
+                waiting = ", ".join(f"{count} {state}" for state, count in states)
                 raise RunFailed(
                     f"step {self.version + 1} had no batch within train.step_timeout_s="
                     f"{train.step_timeout_s:g} s; open groups: {waiting}"

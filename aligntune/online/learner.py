@@ -13,23 +13,17 @@ import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ray.actor import ActorHandle
 
 from actors.messages import GroupWork, LossTerms, PrepareJob, Row, UpdateJob, UpdateResult
 from actors.packing import split_rows
-from actors.specs import RankSpec
-from actors.supervise import ObjectsLost, RankSet, ReplicaLost
 from aligntune.algorithms.base import Algorithm
 from aligntune.config.online import RunConfig
+from aligntune.online.ranks import PolicyLost as PolicyLost
+from aligntune.online.ranks import Ranks
 from aligntune.runs.checkpoint import CRITIC, POLICY
-
-T = TypeVar("T")
-
-
-class PolicyLost(RuntimeError):
-    """A rank died or missed a deadline; policy and critic must be rebuilt from a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -126,65 +120,6 @@ def plan_step(
         loss = algorithm.value_loss
         plans[CRITIC] = plan_updates(config, step, groups, config.critic.ranks, loss)
     return plans
-
-
-async def _or_lost(work: Awaitable[T]) -> T:
-    """Await `work`; a lost rank, or arrays lost with a node, is PolicyLost."""
-    try:
-        return await work
-    except (ReplicaLost, ObjectsLost) as lost:
-        raise PolicyLost(str(lost)) from lost
-
-
-class Ranks:
-    """The ranks of one trained model, called together; `make(rank)` creates one."""
-
-    def __init__(self, spec: RankSpec, make: Callable[[int], ActorHandle]) -> None:
-        self.spec = spec
-        self._make = make
-        self._ranks: RankSet | None = None
-
-    @property
-    def set(self) -> RankSet:
-        """The running ranks. Raises PolicyLost where there are none."""
-        if self._ranks is None:
-            raise PolicyLost(f"the {self.spec.role} ranks are not running")
-        return self._ranks
-
-    async def start(self) -> list[tuple[str, dict[str, Any]]]:
-        """Start the ranks and let them find each other; (name, what it says of itself) of each."""
-        role, size, deadline = self.spec.role, self.spec.ranks, self.spec.start_timeout_s
-        self._ranks = RankSet(role, [self._make(rank) for rank in range(size)])
-        addresses = await _or_lost(self._ranks.all("address", deadline_s=deadline))
-        infos = await _or_lost(self._ranks.all("start", *addresses[0], deadline_s=deadline))
-        return [(f"{role}-{rank}", info) for rank, info in enumerate(infos)]
-
-    async def all(self, method: str, *args: Any) -> list[Any]:
-        """Call `method` on every rank with the same arguments."""
-        return await self.each(method, [args] * self.spec.ranks)
-
-    async def each(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call `method` on every rank with its own arguments."""
-        return await _or_lost(self.set.each(method, args, self.spec.update_timeout_s))
-
-    def begin(
-        self, method: str, args: Sequence[tuple[Any, ...]], objects: Sequence[int]
-    ) -> tuple[Awaitable[list[Any]], list[list[Any]]]:
-        """Start `method` on every rank; its answers, and references to each rank's `objects`."""
-        refs = [
-            self.set.start_call(rank, method, *own, returns=1 + further)
-            for rank, (own, further) in enumerate(zip(args, objects, strict=True))
-        ]
-        return self._answers(method, [first for first, *_ in refs]), [rest for _, *rest in refs]
-
-    async def _answers(self, method: str, refs: Sequence[Any]) -> list[Any]:
-        return await _or_lost(self.set.answers(method, refs, self.spec.update_timeout_s))
-
-    def kill(self) -> None:
-        """Stop every rank at once."""
-        if self._ranks is not None:
-            self._ranks.kill()
-            self._ranks = None
 
 
 class Learner:

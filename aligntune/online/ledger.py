@@ -16,16 +16,17 @@ checkpoint undid, and refuses any move the machine does not allow.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from aligntune.online.staleness import OpenGroup
+from aligntune.online.staleness import Cohort
 from aligntune.runs.jsonl import cut_torn_line
 
 
@@ -59,8 +60,25 @@ class LedgerError(RuntimeError):
 
 @dataclass
 class _Entry:
-    version: int  # the policy's at admission
     state: State
+    cohort: _Cohort
+
+
+@dataclass
+class _Cohort:
+    """The open groups admitted at one version of the policy."""
+
+    version: int
+    open: int = 0
+    size: int = 0  # of these, without those being trained on
+    ready: set[int] = field(default_factory=set)
+
+    def count(self, group_id: int, state: State, times: int) -> None:
+        """A group of it comes to (`times` 1) or leaves (-1) a state."""
+        if state is not State.TRAINING:
+            self.size += times
+        if state is State.READY:
+            (self.ready.add if times > 0 else self.ready.discard)(group_id)
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,7 @@ class Ledger:
     def __init__(self, record: Callable[[dict[str, Any]], None]) -> None:
         self._record = record
         self._open: dict[int, _Entry] = {}
+        self._cohorts: dict[int, _Cohort] = {}
         self._ended = dict.fromkeys(sorted(ENDS), 0)
         self._next = 0
 
@@ -100,37 +119,28 @@ class Ledger:
         )
 
     @property
-    def next_group(self) -> int:
-        """The id the next admitted group gets; also the position in the order of prompts."""
-        return self._next
-
-    @property
     def in_flight(self) -> int:
         """Groups admitted and not ended."""
         return len(self._open)
 
-    def open_groups(self) -> list[OpenGroup]:
-        """Every group that has not ended and is not in a running update."""
-        return [
-            OpenGroup(group_id, entry.version, entry.state is State.READY)
-            for group_id, entry in self._open.items()
-            if entry.state is not State.TRAINING
-        ]
+    def cohorts(self) -> list[Cohort]:
+        """Every group that has not ended and is not in a running update, by admission version."""
+        return [Cohort(each.version, each.size, each.ready) for each in self._cohorts.values()]
+
+    def states(self) -> Counter[State]:
+        """How many open groups are in each state."""
+        return Counter(entry.state for entry in self._open.values())
 
     def state(self, group_id: int) -> State | None:
         """The state of an open group; None once it ended."""
         entry = self._open.get(group_id)
         return entry.state if entry else None
 
-    def version(self, group_id: int) -> int:
-        """The policy version at the admission of an open group."""
-        return self._open[group_id].version
-
     def admit(self, version: int) -> int:
         """Admit the next group; returns its id."""
         group_id = self._next
         self._record({"event": "admit", "group": group_id, "version": version})
-        self._open[group_id] = _Entry(version, State.WAITING)
+        self._enter(group_id, version)
         self._next += 1
         return group_id
 
@@ -144,11 +154,28 @@ class Ledger:
             _check(group_id, self.state(group_id), to)
         self._record({"event": "move", "groups": groups, "to": to.value, **why})
         for group_id in groups:
+            entry = self._open[group_id]
+            entry.cohort.count(group_id, entry.state, -1)
             if to in ENDS:
-                del self._open[group_id]
+                self._leave(group_id)
                 self._ended[to] += 1
             else:
-                self._open[group_id].state = to
+                entry.cohort.count(group_id, to, +1)
+                entry.state = to
+
+    def _enter(self, group_id: int, version: int) -> None:
+        """A group is open from now on, WAITING."""
+        cohort = self._cohorts.setdefault(version, _Cohort(version))
+        cohort.count(group_id, State.WAITING, +1)
+        cohort.open += 1
+        self._open[group_id] = _Entry(State.WAITING, cohort)
+
+    def _leave(self, group_id: int) -> None:
+        """A group has ended, and with the last of its cohort that is over too."""
+        cohort = self._open.pop(group_id).cohort
+        cohort.open -= 1
+        if not cohort.open:
+            del self._cohorts[cohort.version]
 
     @staticmethod
     def beginning() -> dict[str, Any]:
@@ -169,7 +196,9 @@ class Ledger:
         self._record({"event": "restore", "step": step, "version": version})
         self._next = snapshot["next"]
         self._ended = {State(name): count for name, count in snapshot["ended"].items()}
-        self._open = {group: _Entry(version, State.WAITING) for group in snapshot["open"]}
+        self._open, self._cohorts = {}, {}
+        for group_id in snapshot["open"]:
+            self._enter(group_id, version)
         return sorted(self._open)
 
 
@@ -180,29 +209,77 @@ def _check(group_id: int, current: State | None, to: State) -> None:
         raise LedgerError(f"group {group_id} is {current} and cannot become {to}")
 
 
-class LedgerLog:
-    """`ledger.jsonl`: one record a line, flushed as written, on disk at `sync`.
+def at_end_of_tick(flush: Callable[[], None]) -> None:
+    """Have `flush` called when the running event loop has gone round once."""
+    asyncio.get_running_loop().call_soon(flush)
 
-    A line torn by a kill is cut off when the log is opened again.
+
+class LedgerLog:
+    """`ledger.jsonl`: one record a line.
+
+    The rule of what is where when: records are written in order, and those of one turn of the
+    event loop together (`later`); without it each at once. What others build on is written before
+    the call returns, with all that came before it: a checkpoint's mark, a restore, and TRAINED,
+    which metrics and samples follow. `sync` forces what was written to disk; only after that is a
+    checkpoint complete. A kill takes at most one turn's moves of groups that were still on their
+    way, and a resumed run, which starts from a checkpoint, undoes these anyway.
+
+    A line torn by a kill is cut off when the log is opened again. After a failed write every call
+    raises its OSError, so that a run does not go on without its books.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, later: Callable[[Callable[[], None]], None] | None = None
+    ) -> None:
         self._seq = cut_torn_line(path)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._later = later
+        self._lines: list[str] = []
+        self._error: OSError | None = None
 
     def __call__(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"seq": self._seq, **record}) + "\n")
-        self._file.flush()
+        if self._error is not None:
+            raise self._error
+        self._lines.append(json.dumps({"seq": self._seq, **record}) + "\n")
         self._seq += 1
+        on_its_way = record["event"] == "admit" or (
+            record["event"] == "move" and record["to"] != State.TRAINED
+        )
+        if self._later is None or not on_its_way:
+            self.flush()
+        elif len(self._lines) == 1:
+            self._later(self._tick)
+
+    def _tick(self) -> None:
+        try:
+            self.flush()
+        except OSError as error:
+            self._error = error  # there is no caller here; the next one hears of it
+
+    def flush(self) -> None:
+        """Hand what was recorded to the operating system."""
+        if self._error is not None:
+            raise self._error
+        data = memoryview("".join(self._lines).encode())
+        self._lines.clear()
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            self._error = error
+            raise
 
     def sync(self) -> None:
-        """Force what was written to disk."""
+        """Force everything recorded to disk."""
+        self.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Sync and close."""
-        self.sync()
-        self._file.close()
+        try:
+            self.sync()
+        finally:
+            self._file.close()
 
 
 def adopt(path: Path, snapshot: dict[str, Any], step: int) -> None:

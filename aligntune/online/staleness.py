@@ -7,17 +7,17 @@ groups behind than can still be trained in time, and waits for late ones instead
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class OpenGroup:
-    """An admitted group that has not ended. `version` is the policy's at its admission."""
+class Cohort:
+    """The open groups admitted at one policy version, without those of a running update."""
 
-    group_id: int
     version: int
-    ready: bool
+    size: int
+    ready: Set[int]  # ids
 
 
 def free_slots(
@@ -32,22 +32,26 @@ def free_slots(
 
 
 def choose_batch(
-    groups: Iterable[OpenGroup], version: int, max_staleness: int, groups_per_step: int
+    cohorts: Iterable[Cohort], version: int, max_staleness: int, groups_per_step: int
 ) -> list[int] | None:
     """Ids of the groups the next step trains on, in id order, or None to go on waiting.
 
     The oldest ready groups are taken. The step waits where it would leave more groups of some age
-    behind than the steps until their age limit can still train.
+    behind than the steps until their age limit can still train. To find that it has to wait takes
+    no look at any single group.
     """
-    oldest_first = sorted(groups, key=lambda g: (g.version, g.group_id))
-    batch = [g for g in oldest_first if g.ready][:groups_per_step]
-    if len(batch) < groups_per_step:
-        return None
-    taken = {g.group_id for g in batch}
-    left_behind = 0
-    for group in oldest_first:
-        left_behind += group.group_id not in taken
-        steps_left = group.version + max_staleness - version
-        if left_behind > steps_left * groups_per_step:
+    oldest_first = sorted(cohorts, key=lambda cohort: cohort.version)
+    missing, left_behind = groups_per_step, 0
+    for cohort in oldest_first:
+        taken = min(missing, len(cohort.ready))
+        missing -= taken
+        left_behind += cohort.size - taken
+        steps_left = cohort.version + max_staleness - version
+        if cohort.size and left_behind > steps_left * groups_per_step:
             return None
-    return sorted(taken)
+    if missing:
+        return None
+    batch: list[int] = []
+    for cohort in oldest_first:
+        batch += sorted(cohort.ready)[: groups_per_step - len(batch)]
+    return sorted(batch)

@@ -8,8 +8,9 @@ from collections.abc import Awaitable
 import pytest
 import torch
 
-from actors import supervise
-from actors.supervise import ReplicaLost, broken_connection, together
+from actors import together as module
+from actors.supervise import ReplicaLost
+from actors.together import broken_connection, together
 
 PEER = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed")
 DEATH = ReplicaLost("policy-1", "died during update")
@@ -61,7 +62,7 @@ def test_connections_that_break_without_a_death_are_a_lost_rank() -> None:
 def test_ranks_that_wait_for_a_failed_one_are_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(supervise, "PEER_SECONDS", 0.01)
+    monkeypatch.setattr(module, "PEER_SECONDS", 0.01)
     out_of_memory = RuntimeError("out of memory")
 
     async def stuck() -> None:

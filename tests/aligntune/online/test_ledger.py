@@ -1,6 +1,8 @@
 """The ledger: exactly once, and the log alone proves it."""
 
+import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,85 @@ def test_the_books_of_a_run_that_goes_on_from_another_s_checkpoint_balance(
         audit(elsewhere)
 
 
+class Ticks:
+    """An event loop's turns, made by hand."""
+
+    def __init__(self) -> None:
+        self._due: list[Callable[[], None]] = []
+
+    def __call__(self, flush: Callable[[], None]) -> None:
+        self._due.append(flush)
+
+    def turn(self) -> int:
+        due, self._due = self._due, []
+        for flush in due:
+            flush()
+        return len(due)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_moves_of_one_turn_are_written_together_and_in_order(path: Path) -> None:
+    ticks = Ticks()
+    ledger = Ledger(LedgerLog(path, ticks))
+    groups = [ledger.admit(0) for _ in range(50)]
+    for group in groups:
+        ledger.move([group], State.ROLLING)
+    assert lines(path) == []
+    assert ticks.turn() == 1
+    assert [record["seq"] for record in lines(path)] == list(range(100))
+    ledger.move([groups[0]], State.SCORING)
+    assert ticks.turn() == 1
+    assert audit(path) == ledger.books
+
+
+@pytest.mark.parametrize("what", ["trained", "checkpoint", "restore", "sync"])
+def test_what_others_build_on_is_written_before_the_call_returns(path: Path, what: str) -> None:
+    log = LedgerLog(path, Ticks())
+    ledger = Ledger(log)
+    first, second = ledger.admit(0), ledger.admit(0)
+    for state in (State.ROLLING, State.SCORING, State.READY, State.TRAINING):
+        ledger.move([first], state)
+    assert lines(path) == []
+    if what == "trained":
+        ledger.move([first], State.TRAINED, step=1)
+    elif what == "checkpoint":
+        ledger.snapshot(1)
+    elif what == "restore":
+        ledger.restore(Ledger.beginning(), step=0, version=0)
+    else:
+        log.sync()
+    assert [record["seq"] for record in lines(path)] == list(range(len(lines(path))))
+    assert audit(path) == ledger.books
+    ledger.move([second], State.ROLLING) if what != "restore" else ledger.admit(0)
+    log.close()
+    assert audit(path) == ledger.books
+
+
+def test_a_log_that_cannot_be_written_is_heard_of_at_the_next_move(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = Ticks()
+    log = LedgerLog(path, ticks)
+    ledger = Ledger(log)
+    ledger.admit(0)
+
+    class Full:
+        def write(self, data: bytes) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    whole = log._file
+    monkeypatch.setattr(log, "_file", Full())
+    ticks.turn()
+    monkeypatch.setattr(log, "_file", whole)
+    with pytest.raises(OSError, match="No space left"):
+        ledger.move([0], State.ROLLING)
+    with pytest.raises(OSError, match="No space left"):
+        log.sync()
+
+
 def test_audit_refuses_a_log_with_a_gap(path: Path) -> None:
     ledger = Ledger(LedgerLog(path))
     for _ in range(3):
@@ -130,6 +211,23 @@ def test_audit_refuses_a_group_that_ends_twice(path: Path) -> None:
         audit(path)
 
 
+def counted(ledger: Ledger) -> dict[int, tuple[int, set[int]]]:
+    """What the ledger's cohorts say, by version: how many groups, which of them are ready."""
+    return {each.version: (each.size, set(each.ready)) for each in ledger.cohorts() if each.size}
+
+
+def recounted(ledger: Ledger, version_of: dict[int, int]) -> dict[int, tuple[int, set[int]]]:
+    """The same, group by group."""
+    found: dict[int, tuple[int, set[int]]] = {}
+    for group, version in version_of.items():
+        state = ledger.state(group)
+        if state in (None, State.TRAINING):
+            continue
+        size, ready = found.get(version, (0, set()))
+        found[version] = (size + 1, ready | ({group} if state is State.READY else set()))
+    return found
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_the_log_agrees_with_the_ledger_under_any_history(
@@ -140,13 +238,12 @@ def test_the_log_agrees_with_the_ledger_under_any_history(
     ledger.restore(Ledger.beginning(), step=0, version=0)
     saved: list[tuple[int, dict[str, Any]]] = [(0, Ledger.beginning())]
     step = 0
+    version_of: dict[int, int] = {}  # of open groups
     for _ in range(data.draw(st.integers(1, 60))):
-        open_ids = [g.group_id for g in ledger.open_groups()] + [
-            g for g in range(ledger.next_group) if ledger.state(g) is State.TRAINING
-        ]
+        open_ids = [g for g in range(ledger.books.admitted) if ledger.state(g) is not None]
         action = data.draw(st.sampled_from(["admit", "move", "move", "move", "save", "restore"]))
         if action == "admit" or (action == "move" and not open_ids):
-            ledger.admit(step)
+            version_of[ledger.admit(step)] = step
         elif action == "move":
             group = data.draw(st.sampled_from(open_ids))
             current = ledger.state(group)
@@ -159,8 +256,9 @@ def test_the_log_agrees_with_the_ledger_under_any_history(
             index = data.draw(st.integers(0, len(saved) - 1))
             saved = saved[: index + 1]
             step, snapshot = saved[-1]
-            ledger.restore(snapshot, step=step, version=step)
+            version_of = dict.fromkeys(ledger.restore(snapshot, step=step, version=step), step)
         assert ledger.books.balanced
+        assert counted(ledger) == recounted(ledger, version_of)
     assert audit(path) == ledger.books
 
 

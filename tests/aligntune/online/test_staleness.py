@@ -1,11 +1,66 @@
 """The admission rule and the choice of a batch bound the age of what is trained on."""
 
 import random
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aligntune.online.staleness import OpenGroup, choose_batch, free_slots
+from aligntune.online import staleness
+from aligntune.online.staleness import Cohort, free_slots
+
+
+@dataclass(frozen=True)
+class OpenGroup:
+    group_id: int
+    version: int
+    ready: bool
+
+
+def choose_batch(
+    groups: Iterable[OpenGroup], version: int, max_staleness: int, groups_per_step: int
+) -> list[int] | None:
+    """The batch, from groups one by one."""
+    of_version: dict[int, list[OpenGroup]] = {}
+    for group in groups:
+        of_version.setdefault(group.version, []).append(group)
+    cohorts = [
+        Cohort(admitted, len(own), {group.group_id for group in own if group.ready})
+        for admitted, own in of_version.items()
+    ]
+    return staleness.choose_batch(cohorts, version, max_staleness, groups_per_step)
+
+
+def by_the_definition(
+    groups: Iterable[OpenGroup], version: int, max_staleness: int, groups_per_step: int
+) -> list[int] | None:
+    """The rule as it is said: group after group, oldest first."""
+    oldest_first = sorted(groups, key=lambda g: (g.version, g.group_id))
+    batch = [g for g in oldest_first if g.ready][:groups_per_step]
+    if len(batch) < groups_per_step:
+        return None
+    taken = {g.group_id for g in batch}
+    left_behind = 0
+    for group in oldest_first:
+        left_behind += group.group_id not in taken
+        if left_behind > (group.version + max_staleness - version) * groups_per_step:
+            return None
+    return sorted(taken)
+
+
+@given(
+    shape=st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=24),
+    version=st.integers(0, 5),
+    staleness=st.integers(0, 4),
+    per_step=st.integers(1, 6),
+)
+def test_counts_of_cohorts_choose_what_the_rule_chooses_group_by_group(
+    shape: list[tuple[int, bool]], version: int, staleness: int, per_step: int
+) -> None:
+    groups = [OpenGroup(i, admitted, ready) for i, (admitted, ready) in enumerate(shape)]
+    rule = (version, staleness, per_step)
+    assert choose_batch(groups, *rule) == by_the_definition(groups, *rule)
 
 
 def test_staleness_zero_admits_exactly_one_step() -> None:

@@ -1,0 +1,221 @@
+"""Which replica of a role serves which call: states, slots, waiters, replacements. Pure.
+
+Invariant: a slot is with one call or free, never lost and never given twice, whatever dies or is
+cancelled meanwhile. Callers that wait are served in the order in which they came, and a freed slot
+wakes exactly one of them. When no replica is left that could ever serve, all of them hear so.
+
+    STARTING --> STALE --> READY <--> SUSPECT     any of them --> DEAD
+                   ^         |            |       STALE runs, but has not got the current weights
+                   +---------+------------+       SUSPECT finishes its calls and gets no new one
+
+A DEAD replica never comes back: its replacement is another one, which is STARTING.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import count
+
+Offer = tuple[int, int, int, int, "Replica"]  # busy, calls, index, a number of its own, replica
+
+
+class State(StrEnum):
+    """Where a replica is. A slot is given out by a READY one only."""
+
+    STARTING = "STARTING"
+    STALE = "STALE"
+    READY = "READY"
+    SUSPECT = "SUSPECT"
+    DEAD = "DEAD"
+
+
+MOVES: dict[State, frozenset[State]] = {
+    State.STARTING: frozenset({State.STALE, State.READY, State.DEAD}),
+    State.STALE: frozenset({State.READY, State.DEAD}),
+    State.READY: frozenset({State.STALE, State.SUSPECT, State.DEAD}),
+    State.SUSPECT: frozenset({State.STALE, State.READY, State.DEAD}),
+    State.DEAD: frozenset(),
+}
+
+
+@dataclass(eq=False)
+class Replica:
+    """One replica: the `index` of its place, and a name that no other replica ever has."""
+
+    index: int
+    name: str
+    slots: int  # calls it takes at a time
+    state: State = State.STARTING
+    busy: int = 0  # calls it has now
+    calls: int = 0  # calls it ever had
+
+
+@dataclass(eq=False)
+class Waiter:
+    """A caller that asked for a slot. `settled` with a replica: it has one; without: never."""
+
+    wake: Callable[[], None] | None = None  # called once, where it is settled after `ask`
+    replica: Replica | None = None
+    settled: bool = False
+
+
+@dataclass
+class Replicas:
+    """The replicas of one role: `size` places that are filled again, and those grown beyond."""
+
+    role: str
+    size: int
+    slots: int
+    restarts_left: int
+    failure: str | None = None  # why the last replica was lost
+    closed: bool = False
+    woken: int = 0  # waiters that were settled after they had to wait
+    _live: dict[int, Replica] = field(default_factory=dict)
+    _free: list[Offer] = field(default_factory=list)  # a heap; see `_offer`
+    _waiters: OrderedDict[Waiter, None] = field(default_factory=OrderedDict)
+    _made: int = 0
+    _offers: count[int] = field(default_factory=count)
+
+    @property
+    def live(self) -> list[Replica]:
+        """Every replica that is not dead."""
+        return list(self._live.values())
+
+    @property
+    def serving(self) -> list[Replica]:
+        """The replicas that take calls now."""
+        return [replica for replica in self._live.values() if replica.state is State.READY]
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether nobody who waits will ever get a slot."""
+        return self.closed or not self._live
+
+    def begin(self, index: int) -> Replica:
+        """A new replica at a place without one, STARTING."""
+        if index in self._live:
+            raise ValueError(f"{self.role} {index} is {self._live[index].state} and not free")
+        replica = Replica(index, f"{self.role}-{index}.{self._made}", self.slots)
+        self._made += 1
+        self._live[index] = replica
+        return replica
+
+    def grow(self, limit: int, room: Callable[[int], bool]) -> list[Replica]:
+        """New replicas beyond the first `size`, `limit` in all, where `room(index)` has a place."""
+        if self.closed:
+            return []
+        places = [index for index in range(self.size, limit) if index not in self._live]
+        return [self.begin(index) for index in places if room(index)]
+
+    def move(self, replica: Replica, to: State, slots: int | None = None) -> None:
+        """A state that leaves it alive; `slots` lowers how many calls it takes.
+
+        Raises ValueError where it may not go there: a dead one never comes back.
+        """
+        if to is State.DEAD or to not in MOVES[replica.state]:
+            raise ValueError(f"{replica.name} is {replica.state} and cannot become {to}")
+        replica.state = to
+        if slots:
+            replica.slots = min(self.slots, slots)
+        self._offer(replica)
+        self._hand_over()
+
+    def lost(self, replica: Replica, reason: str) -> Replica | None:
+        """A replica is dead; returns its replacement, where there may be one, to be brought up.
+
+        One that is lost again and again uses up the restarts of the role. One that was grown is not
+        replaced, but `grow` may fill its place again.
+        """
+        if replica.state is State.DEAD:
+            return None
+        replica.state = State.DEAD
+        self.failure = reason
+        del self._live[replica.index]
+        new = None
+        if replica.index < self.size and self.restarts_left > 0:
+            self.restarts_left -= 1
+            new = self.begin(replica.index)
+        self._hand_over()
+        return new
+
+    def ask(self) -> Waiter:
+        """Ask for a slot of the least loaded replica; see whether it is settled at once."""
+        waiter = Waiter()
+        self._waiters[waiter] = None
+        self._hand_over()
+        return waiter
+
+    def give_up(self, waiter: Waiter) -> None:
+        """A caller goes away: out of the queue, and the slot that it may just have got is free."""
+        if waiter.replica is not None:
+            self.release(waiter.replica)
+        self._waiters.pop(waiter, None)
+
+    def release(self, replica: Replica) -> None:
+        """A call has ended, however it did; its slot goes to the first who waits."""
+        if replica.busy == 0:
+            raise ValueError(f"{replica.name} has no call that could end")
+        replica.busy -= 1
+        self._offer(replica)
+        self._hand_over()
+
+    def close(self) -> list[Replica]:
+        """The end of the role: nobody waits any more. Returns the replicas to stop."""
+        self.closed = True
+        stopped = self.live
+        for replica in stopped:
+            replica.state = State.DEAD
+        self._live.clear()
+        self._hand_over()
+        return stopped
+
+    def _offer(self, replica: Replica) -> None:
+        """Put a replica that can take a call on the heap, as loaded as it is now.
+
+        What the heap held of it before stays there and is passed over: its load is another. The
+        heap is made anew before such offers outnumber the replicas.
+        """
+        if replica.state is not State.READY or replica.busy >= replica.slots:
+            return
+        if len(self._free) > 2 * len(self._live) + 16:
+            self._free = [offer for offer in self._free if _holds(offer)]
+            heapq.heapify(self._free)
+        number = next(self._offers)
+        heapq.heappush(self._free, (replica.busy, replica.calls, replica.index, number, replica))
+
+    def _least_loaded(self) -> Replica | None:
+        while self._free:
+            offer = heapq.heappop(self._free)
+            if _holds(offer):
+                return offer[-1]
+        return None
+
+    def _hand_over(self) -> None:
+        """Give free slots to those who wait, first come first served; or tell them all."""
+        while self._waiters:
+            replica = self._least_loaded()
+            if replica is None and not self.hopeless:
+                return
+            waiter, _ = self._waiters.popitem(last=False)
+            waiter.settled, waiter.replica = True, replica
+            if replica is not None:
+                replica.busy += 1
+                replica.calls += 1
+                self._offer(replica)
+            if waiter.wake is not None:
+                self.woken += 1
+                waiter.wake()
+
+
+def _holds(offer: Offer) -> bool:
+    """Whether what the heap says of a replica is still so."""
+    busy, calls, *_, replica = offer
+    return (
+        replica.state is State.READY
+        and (replica.busy, replica.calls) == (busy, calls)
+        and busy < replica.slots
+    )

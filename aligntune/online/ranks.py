@@ -1,0 +1,84 @@
+"""The ranks of one trained model, called together and lost together.
+
+Invariant: where a rank dies or does not answer in time, or arrays are lost with a node, the call is
+`PolicyLost` for all of them; nothing is retried on ranks that may be half-way through an update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from actors.specs import RankSpec
+from actors.supervise import ObjectsLost, ReplicaLost, answer
+from actors.together import together
+
+
+class PolicyLost(RuntimeError):
+    """A rank died or missed a deadline; policy and critic must be rebuilt from a checkpoint."""
+
+
+class Ranks:
+    """The ranks that `spec` asks for; `make(rank)` creates one."""
+
+    def __init__(self, spec: RankSpec, make: Callable[[int], ActorHandle]) -> None:
+        self.spec = spec
+        self._make = make
+        self._handles: list[ActorHandle] = []
+
+    async def start(self) -> list[tuple[str, dict[str, Any]]]:
+        """Start the ranks and let them find each other; (name, what it says of itself) of each."""
+        role, size, deadline = self.spec.role, self.spec.ranks, self.spec.start_timeout_s
+        self._handles = [self._make(rank) for rank in range(size)]
+        addresses = await self._answers("address", self._call("address", [()] * size), deadline)
+        infos = await self._answers("start", self._call("start", [addresses[0]] * size), deadline)
+        return [(f"{role}-{rank}", info) for rank, info in enumerate(infos)]
+
+    async def all(self, method: str, *args: Any) -> list[Any]:
+        """Call `method` on every rank with the same arguments; see `each`."""
+        return await self.each(method, [args] * self.spec.ranks)
+
+    async def each(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call `method` on every rank with its own arguments. Raises PolicyLost, or what a rank's
+        own code raised."""
+        refs = self._call(method, args)
+        return await self._answers(method, refs, self.spec.update_timeout_s)
+
+    def begin(
+        self, method: str, args: Sequence[tuple[Any, ...]], objects: Sequence[int]
+    ) -> tuple[Awaitable[list[Any]], list[list[Any]]]:
+        """Start `method` on every rank; its answers, and references to each rank's `objects`."""
+        refs = self._call(method, args, [1 + further for further in objects])
+        split = [ref if further else [ref] for ref, further in zip(refs, objects, strict=True)]
+        answers = self._answers(method, [first for first, *_ in split], self.spec.update_timeout_s)
+        return answers, [rest for _, *rest in split]
+
+    def _call(
+        self, method: str, args: Sequence[tuple[Any, ...]], returns: Sequence[int] | None = None
+    ) -> list[Any]:
+        """The references of a call on every rank, a list of them where there are several."""
+        if not self._handles:
+            raise PolicyLost(f"the {self.spec.role} ranks are not running")
+        numbers = returns or [1] * len(self._handles)
+        return [
+            getattr(handle, method).options(num_returns=number).remote(*own)
+            for handle, own, number in zip(self._handles, args, numbers, strict=True)
+        ]
+
+    async def _answers(self, method: str, refs: Sequence[Any], deadline_s: float) -> list[Any]:
+        """What the ranks answer; one reference a rank."""
+        role = self.spec.role
+        waits = [answer(ref, f"{role}-{rank}", method, deadline_s) for rank, ref in enumerate(refs)]
+        try:
+            return await together(role, waits)
+        except (ReplicaLost, ObjectsLost) as lost:
+            raise PolicyLost(str(lost)) from lost
+
+    def kill(self) -> None:
+        """Stop every rank at once."""
+        for handle in self._handles:
+            ray.kill(handle)
+        self._handles = []
