@@ -99,4 +99,5 @@ class CriticActor(TrainedRank):
             mask=padding.mask(),
             counts=counts,
             budget=job.budget,
+            rollouts=padding.rollouts(),
         )

@@ -1,8 +1,11 @@
 """What crosses between roles: prompts, groups of completions, shares of an update. Data only.
 
-Token data is ragged and flat: one array over the completions of a group, cut by `lengths`. Nothing
-here is padded, so a group costs what its tokens cost. Shape legend: G completions of one group,
-N = sum of their lengths, P prompt tokens, B rows of a micro-batch, T its padded response width.
+A group is one prompt and its G rollouts. A rollout is one row of tokens after the prompt, or more
+where its history was rendered anew between turns; R rows in all, those of a rollout side by side.
+Token data is ragged and flat: one array over the rows of a group, cut by `lengths`. Nothing here is
+padded, so a group costs what its tokens cost. Shape legend: G rollouts and R rows of one group (one
+turn of text: R = G), N = sum of the rows' lengths, P prompt tokens, B rows of a micro-batch, T its
+padded response width.
 """
 
 from __future__ import annotations
@@ -19,10 +22,19 @@ Messages = list[dict[str, Any]]
 
 
 class FinishReason(StrEnum):
-    """Why a completion ended."""
+    """Why a rollout ended."""
 
-    STOP = "stop"  # the model produced an end-of-sequence token, which is the last of its tokens
+    STOP = "stop"  # the model ended its (last) turn, or the environment the episode
     LENGTH = "length"  # cut at the sampling budget
+    TURNS = "turns"  # cut at the limit of turns
+    CONTEXT = "context"  # the next turn had no room in the model's positions
+    TIME = "time"  # cut at the limit of time
+    ERROR = "error"  # the environment could not go on
+
+    @property
+    def truncated(self) -> bool:
+        """Whether a limit cut the rollout, which might have gone on."""
+        return self not in (FinishReason.STOP, FinishReason.ERROR)
 
 
 @dataclass(frozen=True)
@@ -38,39 +50,88 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. Temperature 0 is greedy."""
+    """How tokens are drawn. Temperature 0 is greedy."""
+
+    max_tokens: int  # the budget of what is sampled, end-of-sequence token included
+    temperature: float
+
+
+@dataclass(frozen=True)
+class GroupSampling(Sampling):
+    """How the rollouts of a group are drawn; `max_tokens` is the budget of each."""
 
     completions: int  # G
-    max_tokens: int  # the sampling budget per completion, end-of-sequence token included
-    temperature: float
     seed: int  # with `group_id` it fixes the draw in the transformers engine; vLLM has its own
     group_id: int
 
 
 @dataclass(frozen=True)
 class VersionSpan:
-    """`tokens` consecutive tokens of one completion, made by the weights of policy `version`."""
+    """`tokens` consecutive sampled tokens of one row, made by the weights of policy `version`."""
 
     version: int
     tokens: int
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of one row that one side wrote: the policy, or an environment.
+
+    What an environment wrote is never trained on; nor is what the policy wrote and an earlier row
+    of its rollout trains already, which is given as the environment's.
+    """
+
+    token_ids: Sequence[int] | np.ndarray  # [n]
+    logprobs: Sequence[float] | np.ndarray | None = None  # [n]; None: by an environment
+    spans: tuple[VersionSpan, ...] = ()  # of the policy's tokens
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One row of a rollout, after its prompt: segments in token order, one where it is one turn."""
+
+    segments: tuple[Segment, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class ReplicaLoad:
+    """What a rollout replica did while one group was in flight there, that group included."""
+
+    tokens_per_s: float  # sampled
+    running: float  # completions in the engine's batch, mean over its steps
+    queue: float  # completions that wait for a place in it, mean over its steps
+    kv_cache_used: float | None  # share, mean over its steps; None: the engine has no fixed cache
+
+
+@dataclass(frozen=True)
 class GroupRecord:
-    """What the controller knows of a rolled-out group: small, and no token arrays."""
+    """What the controller knows of a rolled-out group: small, and no token arrays.
+
+    The last three are those of one turn of text where they are left out.
+    """
 
     group_id: int
     prompt_tokens: int
-    lengths: tuple[int, ...]  # [G] response tokens, end-of-sequence token included
+    lengths: tuple[int, ...]  # [R] tokens after the prompt, sampled or not
     finish_reasons: tuple[FinishReason, ...]  # [G]
-    version_spans: tuple[tuple[VersionSpan, ...], ...]  # [G], spans in token order
-    seconds: float  # wall time of the generation
+    version_spans: tuple[tuple[VersionSpan, ...], ...]  # [R] of the sampled tokens, in their order
+    seconds: float  # wall time from the replica's being given the group to the end
     replica: str
+    load: ReplicaLoad | None = None  # None: it was not watched
+    sampled: tuple[int, ...] = ()  # [R] tokens the policy wrote
+    turns: tuple[int, ...] = ()  # [G] turns of the policy
+    rollouts: tuple[int, ...] = ()  # [R] the rollout that a row belongs to, ascending
+
+    def __post_init__(self) -> None:
+        _fill(self, "sampled", self.lengths)
+        _fill(self, "turns", (1,) * len(self.finish_reasons))
+        _fill(self, "rollouts", tuple(range(len(self.lengths))))
 
     @property
-    def tokens(self) -> int:
-        """Response tokens of the whole group."""
-        return sum(self.lengths)
+    def sampled_lengths(self) -> tuple[int, ...]:
+        """[G] tokens the policy wrote in each rollout: what budgets and lengths are about."""
+        return sum_rows(self.sampled, self.rollouts)
 
     @property
     def oldest_version(self) -> int:
@@ -84,20 +145,39 @@ class GroupTensors:
 
     group_id: int
     prompt_ids: np.ndarray  # [P] int32
-    lengths: tuple[int, ...]  # [G]
+    lengths: tuple[int, ...]  # [R]
     token_ids: np.ndarray  # [N] int32
-    logprobs: np.ndarray  # [N] float32, behaviour log-probs at the sampling temperature
-    mask: np.ndarray  # [N] bool; False is an interior token the policy did not write
+    logprobs: np.ndarray  # [N] float32, behaviour log-probs at the sampling temperature; else 0
+    mask: np.ndarray  # [N] bool; False is a token the policy did not write: never trained on
 
-    def completion(self, index: int) -> slice:
-        """Where completion `index` lies in the flat arrays."""
-        start = sum(self.lengths[:index])
-        return slice(start, start + self.lengths[index])
+    def completion(self, row: int) -> slice:
+        """Where row `row` lies in the flat arrays."""
+        start = sum(self.lengths[:row])
+        return slice(start, start + self.lengths[row])
+
+
+def sum_rows(numbers: Sequence[int], rollouts: Sequence[int]) -> tuple[int, ...]:
+    """Sums over the rows of each rollout: [R] numbers and the rollout of each row to [G]."""
+    sums = [0] * (max(rollouts, default=-1) + 1)
+    for number, rollout in zip(numbers, rollouts, strict=True):
+        sums[rollout] += number
+    return tuple(sums)
+
+
+def last_rows(rollouts: Sequence[int]) -> list[int]:
+    """The last row of each rollout, [G], from the rollout of each row [R], ascending."""
+    return [row for row, owner in enumerate(rollouts) if owner not in rollouts[row + 1 : row + 2]]
+
+
+def _fill(record: Any, field_name: str, value: tuple[Any, ...]) -> None:
+    """Set a field of a frozen record that was left out."""
+    if not getattr(record, field_name):
+        object.__setattr__(record, field_name, value)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the reward actors say of one group: one number per completion and criterion.
+    """What the reward actors say of one group: one number per rollout and criterion.
 
     The decoded texts are the call's second return, which stays in the object store.
     """
@@ -113,20 +193,25 @@ class GroupWork:
     """One group of an optimiser batch: references to its arrays and its sequence advantages.
 
     The fields typed `Any` are Ray object references when they cross an actor call; a policy rank
-    fetches only the groups that its rows come from.
+    fetches only the groups that its rows come from. `rollouts` is that of one turn where it is left
+    out: each row is a rollout.
     """
 
     group_id: int
     prompt_tokens: int
-    lengths: tuple[int, ...]  # [G]
-    trained: tuple[bool, ...]  # [G]; False leaves the completion out of the loss, whatever its mask
-    truncated: tuple[bool, ...]  # [G] cut by the length limit
+    lengths: tuple[int, ...]  # [R]
+    trained: tuple[bool, ...]  # [G]; False leaves the rollout out of the loss, whatever its mask
+    truncated: tuple[bool, ...]  # [G] cut by a limit
     advantages: tuple[float, ...]  # [G]
     scores: tuple[float, ...]  # [G] the reward after weighting and shaping
     tensors: Any  # GroupTensors
     reference: Any | None = None  # [N] float32 log-probs under the frozen model
     values: Any | None = None  # StateValues, with a critic
     targets: Any | None = None  # TokenTargets, where the algorithm prepared token-level ones
+    rollouts: tuple[int, ...] = ()  # [R] the rollout that a row belongs to, ascending
+
+    def __post_init__(self) -> None:
+        _fill(self, "rollouts", tuple(range(len(self.lengths))))
 
 
 @dataclass(frozen=True)
@@ -134,7 +219,7 @@ class StateValues:
     """What the critic says of one group at the start of the step's update."""
 
     values: np.ndarray  # [N] float32, of the state before each response token
-    final: np.ndarray  # [G] float32, of the state after the last one
+    final: np.ndarray  # [R] float32, of the state after the last one of a row
 
 
 @dataclass(frozen=True)
@@ -151,7 +236,7 @@ class TokenTargets:
 class TokenInputs:
     """What token-level targets of one group are made from, on the policy rank that holds it."""
 
-    lengths: tuple[int, ...]  # [G]
+    lengths: tuple[int, ...]  # [G] tokens of a rollout, in all its rows, which lie side by side
     trained: tuple[bool, ...]  # [G]
     truncated: tuple[bool, ...]  # [G]
     scores: tuple[float, ...]  # [G] after weighting and shaping
@@ -164,7 +249,7 @@ class TokenInputs:
 
 @dataclass(frozen=True)
 class Row:
-    """One completion of an optimiser batch: `work` indexes its groups, `completion` its group."""
+    """One row of an optimiser batch: `work` indexes its groups, `completion` its group's rows."""
 
     work: int
     completion: int
@@ -176,8 +261,8 @@ class Counts:
     """The denominators of one optimiser step, global over its micro-batches and ranks."""
 
     tokens: float  # sum of the mask
-    rows: float  # completions, those without a trained token included
-    nonempty_rows: float  # completions with at least one trained token
+    rows: float  # rollouts, whatever rows they have; those without a trained token included
+    nonempty_rows: float  # rollouts with at least one trained token
 
 
 @dataclass(frozen=True)
@@ -211,6 +296,7 @@ class UpdateJob:
     temperature: float
     budget: int  # max_completion_length, tokens
     early_stop: tuple[str, float] | None = None  # (metric, limit): above it no further steps
+    whole_rollouts: bool = False  # the loss wants all rows of a rollout in one micro-batch
 
 
 @dataclass(frozen=True)
@@ -223,6 +309,14 @@ class UpdateResult:
 
 
 @dataclass(frozen=True)
+class RolloutRows:
+    """Which rollout each row of a micro-batch belongs to, where rollouts have several rows."""
+
+    index: torch.Tensor  # [B] int64 below B; rows of one rollout share theirs
+    tokens: torch.Tensor  # [B] trained tokens of the whole rollout, also in other micro-batches
+
+
+@dataclass(frozen=True)
 class TokenBatch:
     """A micro-batch as a loss sees it, padded to [B, T]; padding has mask 0 and finite values."""
 
@@ -230,11 +324,12 @@ class TokenBatch:
     old: torch.Tensor  # [B, T] at the start of this step's update
     roll: torch.Tensor  # [B, T] what the rollout engine reported
     mask: torch.Tensor  # [B, T] bool
-    advantages: torch.Tensor  # [B, T] detached; per-completion advantages are broadcast along rows
+    advantages: torch.Tensor  # [B, T] detached; a rollout's one advantage is that of all its tokens
     counts: Counts
     budget: int  # max_completion_length, tokens
     ref: torch.Tensor | None = None  # [B, T] under the frozen reference
     entropy: torch.Tensor | None = None  # [B, T] of the full distribution, nats
+    rollouts: RolloutRows | None = None  # None: each row is a rollout
 
 
 @dataclass(frozen=True)
@@ -247,6 +342,7 @@ class ValueBatch:
     mask: torch.Tensor  # [B, T] bool
     counts: Counts
     budget: int  # max_completion_length, tokens
+    rollouts: RolloutRows | None = None  # None: each row is a rollout
 
 
 @dataclass(frozen=True)

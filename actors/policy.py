@@ -18,6 +18,8 @@ from actors.messages import (
     TokenBatch,
     TokenInputs,
     UpdateJob,
+    last_rows,
+    sum_rows,
 )
 from actors.models.loading import load_causal_lm
 from actors.models.logprobs import (
@@ -95,7 +97,7 @@ class PolicyActor(TrainedRank):
         values = objects([work.values for work in job.groups])
         inputs = [
             TokenInputs(
-                lengths=work.lengths,
+                lengths=sum_rows(work.lengths, work.rollouts),
                 trained=work.trained,
                 truncated=work.truncated,
                 scores=work.scores,
@@ -103,7 +105,9 @@ class PolicyActor(TrainedRank):
                 old=old[index],
                 reference=groups[index].reference,
                 values=None if values[index] is None else values[index].values,
-                final_values=None if values[index] is None else values[index].final,
+                final_values=None
+                if values[index] is None
+                else values[index].final[last_rows(work.rollouts)],
             )
             for index, work in enumerate(job.groups)
         ]
@@ -184,7 +188,11 @@ class PolicyActor(TrainedRank):
             advantages = padding.rows({i: t.advantages for i, t in targets.items()}, logp.dtype)
             old = {i: t.old for i, t in targets.items()}
         else:
-            numbers = [groups[row.work].work.advantages[row.completion] for row in rows]
+            works = [groups[row.work].work for row in rows]
+            numbers = [
+                work.advantages[work.rollouts[row.completion]]
+                for work, row in zip(works, rows, strict=True)
+            ]
             advantages = padding.per_row(numbers, logp.dtype)
             old = padding.of_each("old log-probs", lambda group: group.old)
         return TokenBatch(
@@ -197,4 +205,5 @@ class PolicyActor(TrainedRank):
             budget=job.budget,
             ref=padding.rows(references, logp.dtype) if references else None,
             entropy=None if entropy is None else padding.pad(entropy),
+            rollouts=padding.rollouts(),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -31,6 +32,7 @@ from actors.shares import (
     fetch,
     join,
     longest,
+    of_several_rows,
     over_steps,
     total,
 )
@@ -232,7 +234,12 @@ class TrainedRank:
         tensors = {index: group.tensors for index, group in groups.items()}
         own = []
         for rows in job.minibatches:
-            batches, chunks = self._cut(tensors, rows)
+            apart = of_several_rows(rows, groups) if job.whole_rollouts else {}
+            whole = {row for rollout in apart.values() for row in rollout}
+            batches, chunks = self._cut(tensors, [row for row in rows if row not in whole])
+            for rollout in apart.values():  # each a micro-batch of its own, whatever its size
+                batch, needed = self._cut(tensors, rollout, sys.maxsize)
+                batches, chunks = (*batches, *batch), [*chunks, *needed]
             tokens = sum(row.tokens for row in rows)
             own.append(Minibatch(batches, chunks, count(rows, groups), tokens))
         shared = self._strategy.gather([(m.chunks, m.counts, m.tokens) for m in own])
@@ -252,13 +259,14 @@ class TrainedRank:
         ]
 
     def _cut(
-        self, tensors: Mapping[int, GroupTensors], rows: Sequence[Row]
+        self, tensors: Mapping[int, GroupTensors], rows: Sequence[Row], tokens: int | None = None
     ) -> tuple[tuple[tuple[Row, ...], ...], list[int]]:
+        """Micro-batches of up to `tokens`, by default the settings', and the head calls of each."""
         return plan_passes(
             self._strategy.model,
             tensors,
             rows,
-            self._spec.tokens_per_microbatch,
+            tokens or self._spec.tokens_per_microbatch,
             self._spec.packing,
         )
 

@@ -1,8 +1,9 @@
-"""RolloutActor: one replica that generates groups, over the engine that its settings name.
+"""RolloutActor: one replica that makes groups of what its engine samples.
 
-The actor adds to its engine what a remote role needs: a call that is repeated while its first try
-still runs joins it, a call that nobody waits for any more ends its generation, and an engine that
-is dead takes the process with it, so that a live actor replaces it instead of a mute one staying.
+The actor adds to its engine what a remote role needs: completions become a group, a call that is
+repeated while its first try still runs joins it, a call that nobody waits for any more ends its
+generation, and an engine that is dead takes the process with it, so that a live actor replaces it
+instead of a mute one staying.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import time
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from actors.engines.base import EngineDead, Group, RolloutEngine, engine_seed, resolve_engine
-from actors.messages import Prompt, Sampling
+from actors.engines.base import EngineDead, RolloutEngine, engine_seed, resolve_engine
+from actors.groups import Group, pack_group
+from actors.messages import GroupSampling, Prompt
 from actors.specs import ModelSpec, RolloutSpec
 from actors.weights import WeightBundle
 from actors.whereabouts import whereabouts
 
 WATCH_SECONDS = 2.0
 
-_Key = tuple[int, bytes, Sampling]  # policy version, prompt, and what is drawn for which group
+_Key = tuple[int, bytes, GroupSampling]  # policy version, prompt, and what is drawn for which group
 
 
 @dataclass
@@ -36,7 +38,7 @@ class _Call:
 class RolloutActor:
     """One rollout replica; wrapped by `ray.remote` where it is placed.
 
-    It needs as many concurrent calls as groups in flight, and some more for pings and updates.
+    It needs as many concurrent calls as groups in flight, and some more for updates.
     """
 
     def __init__(
@@ -62,12 +64,13 @@ class RolloutActor:
             ValueError: an engine that is not installed, or options it does not take.
         """
         self._engine_name = resolve_engine(spec.engine)
-        self._engine = _engine(self._engine_name, model, spec, replica, version, completions, seed)
+        sequences = spec.max_concurrent_groups * completions
+        self._engine = _engine(
+            self._engine_name, model, spec, version, sequences, engine_seed(seed, replica)
+        )
         self._replica = replica
         self._calls: dict[_Key, _Call] = {}
         self._watching: asyncio.Task[None] | None = None
-        self._busy_seconds = 0.0
-        self._busy_since = 0.0
 
     async def start(self) -> dict[str, Any]:
         """Load the model; returns engine name and version, where it runs, policy version, and how
@@ -85,7 +88,7 @@ class RolloutActor:
             "seconds": time.monotonic() - started,
         }
 
-    async def generate(self, prompt: Prompt, sampling: Sampling) -> Group:
+    async def generate(self, prompt: Prompt, sampling: GroupSampling) -> Group:
         """One group: its record and its tensors (call with `num_returns=2`).
 
         Idempotent per group and policy version: a call repeated while the first one runs gets the
@@ -94,9 +97,7 @@ class RolloutActor:
         key = (self._engine.version, prompt.token_ids.tobytes(), sampling)
         call = self._calls.get(key)
         if call is None:
-            if not self._calls:
-                self._busy_since = time.monotonic()
-            call = _Call(asyncio.ensure_future(self._engine.generate(prompt, sampling)))
+            call = _Call(asyncio.ensure_future(self._group(prompt, sampling)))
             self._calls[key] = call
         call.waiters += 1
         try:
@@ -108,33 +109,33 @@ class RolloutActor:
             if call.waiters == 0:
                 self._end(key, call)
 
-    async def load_weights(self, bundle: WeightBundle) -> float:
-        """Serve under `bundle` from now on; returns the seconds that took. May be repeated."""
-        started = time.monotonic()
+    async def _group(self, prompt: Prompt, sampling: GroupSampling) -> Group:
+        """A group of one turn of text."""
+        started, before = time.monotonic(), self._engine.work
+        n = sampling.completions
+        key = f"{sampling.seed}/{sampling.group_id}"
+        completions = await self._engine.sample(prompt.token_ids, sampling, n, key)
+        if len(completions) != n:
+            raise RuntimeError(
+                f"group {sampling.group_id}: the engine returned {len(completions)} completions "
+                f"of {n}"
+            )
+        seconds = time.monotonic() - started
+        return pack_group(
+            sampling.group_id,
+            prompt.token_ids,
+            [[completion] for completion in completions],
+            seconds,
+            self._replica,
+            self._engine.work.since(before, seconds),
+        )
+
+    async def load_weights(self, bundle: WeightBundle) -> None:
+        """Serve under `bundle` from now on. May be repeated."""
         try:
             await self._engine.load_weights(bundle)
         except EngineDead as error:
             self._die(error)
-        return time.monotonic() - started
-
-    async def ping(self) -> int:
-        """The policy version served, from a replica that can serve."""
-        try:
-            await self._engine.check()
-        except EngineDead as error:
-            self._die(error)
-        return self._engine.version
-
-    async def stats(self) -> dict[str, float]:
-        """The engine's counters, groups in flight, and the seconds with at least one in flight."""
-        busy = self._busy_seconds
-        if self._calls:
-            busy += time.monotonic() - self._busy_since
-        return {
-            **self._engine.stats(),
-            "groups_in_flight": float(len(self._calls)),
-            "busy_seconds": busy,
-        }
 
     async def close(self) -> None:
         """Free what the engine holds; the actor serves no more."""
@@ -146,8 +147,6 @@ class RolloutActor:
         """Forget a call that nobody waits for; where it still runs, its waiters were cancelled."""
         call.task.cancel()
         del self._calls[key]
-        if not self._calls:
-            self._busy_seconds += time.monotonic() - self._busy_since
 
     async def _watch(self) -> None:
         """End with the engine, also where a call to it would wait for ever: vLLM does not answer
@@ -166,23 +165,16 @@ class RolloutActor:
 
 
 def _engine(
-    name: str,
-    model: ModelSpec,
-    spec: RolloutSpec,
-    replica: str,
-    version: int,
-    completions: int,
-    seed: int,
+    name: str, model: ModelSpec, spec: RolloutSpec, version: int, sequences: int, seed: int
 ) -> RolloutEngine:
-    """Engine `name`; only its own framework is imported."""
+    """Engine `name`, given up to `sequences` at a time; only its own framework is imported."""
     if name == "vllm":
         from actors.engines.vllm import VLLMEngine
 
-        sequences = spec.max_concurrent_groups * completions
-        return VLLMEngine(model, spec, replica, version, sequences, engine_seed(seed, replica))
+        return VLLMEngine(model, spec, version, sequences, seed)
     from actors.engines.transformers import TransformersEngine
 
-    return TransformersEngine(model, spec, replica, version)
+    return TransformersEngine(model, spec, version)
 
 
 def _installed_version(package: str) -> str:

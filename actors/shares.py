@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from actors.messages import Counts, GroupTensors, GroupWork, LossTerms, Row, TokenTargets
+from actors.messages import (
+    Counts,
+    GroupTensors,
+    GroupWork,
+    LossTerms,
+    RolloutRows,
+    Row,
+    TokenTargets,
+)
 
 V = TypeVar("V")
 
@@ -31,11 +40,14 @@ class Fetched:
     targets: TokenTargets | None
     old: np.ndarray | None = None  # [N], where they were computed for this update
 
-    def mask(self, completion: int) -> np.ndarray:
-        """Which response tokens of a completion are trained on, [n] bool."""
-        cut = self.tensors.completion(completion)
-        mask = np.asarray(self.tensors.mask[cut], dtype=bool)
-        return mask if self.work.trained[completion] else np.zeros_like(mask)
+    def mask(self, row: int) -> np.ndarray:
+        """Which response tokens of a row are trained on, [n] bool."""
+        mask = np.asarray(self.tensors.mask[self.tensors.completion(row)], dtype=bool)
+        return mask if self.work.trained[self.work.rollouts[row]] else np.zeros_like(mask)
+
+    def rollout_tokens(self, row: int) -> int:
+        """How many tokens of a row's whole rollout are trained on."""
+        return sum(int(self.mask(other).sum()) for other in rows_beside(row, self.work.rollouts))
 
 
 @dataclass(frozen=True)
@@ -89,14 +101,37 @@ def over_steps(steps: Sequence[Mapping[str, float]], peaks: Container[str]) -> d
     return joined
 
 
-def count(rows: Iterable[Row], groups: Mapping[int, Fetched]) -> Counts:
-    """The denominators of `rows` alone."""
-    masks = [groups[row.work].mask(row.completion) for row in rows]
+def count(rows: Sequence[Row], groups: Mapping[int, Fetched]) -> Counts:
+    """The denominators of `rows` alone. A rollout of several rows counts with its first one."""
+    tokens = [groups[row.work].mask(row.completion).sum() for row in rows]
+    first = [
+        groups[row.work].rollout_tokens(row.completion)
+        for row in rows
+        if rows_beside(row.completion, groups[row.work].work.rollouts)[0] == row.completion
+    ]
     return Counts(
-        tokens=float(sum(mask.sum() for mask in masks)),
-        rows=float(len(masks)),
-        nonempty_rows=float(sum(bool(mask.any()) for mask in masks)),
+        tokens=float(sum(tokens)),
+        rows=float(len(first)),
+        nonempty_rows=float(sum(n > 0 for n in first)),
     )
+
+
+def rows_beside(row: int, rollouts: Sequence[int]) -> range:
+    """The rows of the rollout that `row` belongs to; `rollouts` [R] of all rows ascend."""
+    owner = rollouts[row]
+    return range(bisect_left(rollouts, owner), bisect_right(rollouts, owner))
+
+
+def of_several_rows(
+    rows: Sequence[Row], groups: Mapping[int, Fetched]
+) -> dict[tuple[int, int], list[Row]]:
+    """Those of `rows` that are not their whole rollout, by (work, rollout)."""
+    found: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        rollouts = groups[row.work].work.rollouts
+        if len(rows_beside(row.completion, rollouts)) > 1:
+            found.setdefault((row.work, rollouts[row.completion]), []).append(row)
+    return found
 
 
 def total(parts: Sequence[Counts]) -> Counts:
@@ -148,6 +183,17 @@ class Padding:
             for row in self._rows
         ]
         return self.pad(torch.as_tensor(np.concatenate(parts), device=self._device).to(dtype))
+
+    def rollouts(self) -> RolloutRows | None:
+        """Which rollouts the rows belong to; None where each row is one of its own."""
+        if not of_several_rows(self._rows, self._groups):
+            return None
+        owners = [(r.work, self._groups[r.work].work.rollouts[r.completion]) for r in self._rows]
+        tokens = [self._groups[r.work].rollout_tokens(r.completion) for r in self._rows]
+        return RolloutRows(
+            index=torch.tensor([owners.index(owner) for owner in owners], device=self._device),
+            tokens=torch.tensor(tokens, device=self._device),
+        )
 
     def per_row(self, numbers: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
         """One number a row along its response, as [B, T] in `dtype`."""

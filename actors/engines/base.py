@@ -15,18 +15,9 @@ from typing import Protocol
 
 import numpy as np
 
-from actors.messages import (
-    FinishReason,
-    GroupRecord,
-    GroupTensors,
-    Prompt,
-    Sampling,
-    VersionSpan,
-)
+from actors.messages import Completion, FinishReason, ReplicaLoad, Sampling, Segment, VersionSpan
 from actors.specs import ModelSpec
 from actors.weights import WeightBundle
-
-Group = tuple[GroupRecord, GroupTensors]
 
 
 class EngineDead(RuntimeError):
@@ -37,23 +28,57 @@ class WeightMismatch(ValueError):
     """A weight bundle does not fit the engine's model; the message names the first parameter."""
 
 
-class RolloutEngine(Protocol):
-    """Generates groups under one model whose weights can be replaced.
+@dataclass(frozen=True)
+class Work:
+    """Sums over an engine's steps since its start; the difference of two is what lies between."""
 
-    Not its job: which group to generate when, retries, time limits, text.
+    steps: int = 0
+    tokens: int = 0  # sampled
+    running: int = 0  # completions in the batch, summed over steps
+    queue: int = 0  # completions that wait for a place in it, summed over steps
+    kv_cache_used: float | None = None  # share of it, summed over steps; None: no fixed cache
+
+    def after(
+        self, tokens: int, running: int, queue: int, kv_cache_used: float | None = None
+    ) -> Work:
+        """These sums and one step more."""
+        kv = None if kv_cache_used is None else (self.kv_cache_used or 0.0) + kv_cache_used
+        return Work(
+            self.steps + 1, self.tokens + tokens, self.running + running, self.queue + queue, kv
+        )
+
+    def since(self, start: Work, seconds: float) -> ReplicaLoad:
+        """The load of the `seconds` between `start` and now."""
+        steps = max(self.steps - start.steps, 1)
+        kv = self.kv_cache_used
+        return ReplicaLoad(
+            tokens_per_s=(self.tokens - start.tokens) / max(seconds, 1e-9),
+            running=(self.running - start.running) / steps,
+            queue=(self.queue - start.queue) / steps,
+            kv_cache_used=None if kv is None else (kv - (start.kv_cache_used or 0.0)) / steps,
+        )
+
+
+class RolloutEngine(Protocol):
+    """Samples completions under one model whose weights can be replaced.
+
+    Not its job: groups, which of them when, turns, retries, time limits, text.
     """
 
     groups_at_once: int
-    """How many groups it may be given at a time. A call's time limit begins when it is given, so an
+    """How many calls it may be given at a time. A call's time limit begins when it is given, so an
     engine that works on them one by one says few."""
 
     async def start(self) -> None:
         """Load the model; the engine serves afterwards."""
 
-    async def generate(
-        self, prompt: Prompt, sampling: Sampling
-    ) -> tuple[GroupRecord, GroupTensors]:
-        """One group. Cancelling the call ends its generation.
+    async def sample(
+        self, token_ids: np.ndarray, sampling: Sampling, n: int, key: str
+    ) -> list[Completion]:
+        """`n` completions of `token_ids` [P], each of one segment. Cancelling the call ends it.
+
+        `key` names the draws, such as run, group, rollout and turn: an engine that can be exact
+        gives completion `i` of a key the same tokens whatever else is in flight.
 
         Raises:
             EngineDead: the engine cannot serve any more.
@@ -74,35 +99,22 @@ class RolloutEngine(Protocol):
     def version(self) -> int:
         """The policy version that the next token will be made by."""
 
-    def stats(self) -> dict[str, float]:
-        """Counters since the start: groups, tokens, weight updates and their seconds."""
+    @property
+    def work(self) -> Work:
+        """What it has done since its start."""
 
     async def close(self) -> None:
         """Stop, and free what the engine holds."""
 
 
-@dataclass(frozen=True)
-class Completion:
-    """One finished completion, as an engine has it."""
-
-    token_ids: Sequence[int] | np.ndarray  # [T], the end-of-sequence token included
-    logprobs: Sequence[float] | np.ndarray  # [T]
-    finish_reason: FinishReason
-    spans: tuple[VersionSpan, ...]
-
-
-@dataclass
-class Counters:
-    """What an engine has done since its start."""
-
-    groups: int = 0
-    tokens: int = 0  # response tokens
-    weight_updates: int = 0
-    weight_update_seconds: float = 0.0
-
-    def as_dict(self) -> dict[str, float]:
-        """The counters by name."""
-        return {name: float(value) for name, value in vars(self).items()}
+def completion(
+    token_ids: Sequence[int] | np.ndarray,
+    logprobs: Sequence[float] | np.ndarray,
+    finish_reason: FinishReason,
+    spans: tuple[VersionSpan, ...],
+) -> Completion:
+    """What an engine answers: everything of it sampled."""
+    return Completion((Segment(token_ids, logprobs, spans),), finish_reason)
 
 
 def resolve_engine(name: str) -> str:
@@ -147,59 +159,13 @@ def stop_token_ids(model: ModelSpec) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def draw_seed(sampling: Sampling) -> int:
-    """The seed of a group's draws: a function of the run's seed and the group id alone. 62 bits."""
-    key = f"{sampling.seed}/{sampling.group_id}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 2
+def draw_seed(key: str, completion: int) -> int:
+    """The seed of one completion's draws: a function of the call's key and its place. 62 bits."""
+    name = f"{key}/{completion}".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 2
 
 
 def engine_seed(seed: int, replica: str) -> int:
     """The seed of a whole engine, another one for each replica of a run. 31 bits."""
     key = f"{seed}/{replica}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") >> 1
-
-
-def pack_group(
-    prompt: Prompt,
-    sampling: Sampling,
-    completions: Sequence[Completion],
-    seconds: float,
-    replica: str,
-) -> Group:
-    """The two halves of a group from its completions; every token is trained (mask True).
-
-    Raises:
-        RuntimeError: the engine returned another number of completions than were asked for, or
-            version spans that do not cover a completion.
-    """
-    if len(completions) != sampling.completions:
-        raise RuntimeError(
-            f"group {sampling.group_id}: the engine returned {len(completions)} completions of "
-            f"{sampling.completions}"
-        )
-    lengths = tuple(len(completion.token_ids) for completion in completions)
-    for length, completion in zip(lengths, completions, strict=True):
-        covered = sum(span.tokens for span in completion.spans)
-        if covered != length or len(completion.logprobs) != length:
-            raise RuntimeError(
-                f"group {sampling.group_id}: a completion of {length} tokens has version labels "
-                f"for {covered} and log-probs for {len(completion.logprobs)} of them"
-            )
-    record = GroupRecord(
-        group_id=sampling.group_id,
-        prompt_tokens=len(prompt.token_ids),
-        lengths=lengths,
-        finish_reasons=tuple(completion.finish_reason for completion in completions),
-        version_spans=tuple(completion.spans for completion in completions),
-        seconds=seconds,
-        replica=replica,
-    )
-    tensors = GroupTensors(
-        group_id=sampling.group_id,
-        prompt_ids=np.asarray(prompt.token_ids, dtype=np.int32),
-        lengths=lengths,
-        token_ids=np.concatenate([np.asarray(c.token_ids, dtype=np.int32) for c in completions]),
-        logprobs=np.concatenate([np.asarray(c.logprobs, dtype=np.float32) for c in completions]),
-        mask=np.ones(sum(lengths), dtype=bool),
-    )
-    return record, tensors

@@ -1,33 +1,25 @@
-"""The transformers rollout engine: one group at a time through the model's own forward pass.
+"""The transformers rollout engine: one call at a time through the model's own forward pass.
 
-A group's tokens depend on the weights, the prompt and (seed, group id) alone, never on what else is
-in flight: this is what makes runs bit-reproducible. A group is of one policy version, because
-weights change only between groups.
+What a call samples depends on the weights, the prompt, their number and the key alone, never on
+what else is in flight: this is what makes runs bit-reproducible. A call is of one policy version,
+because weights change only between calls.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import DynamicCache
 
-from actors.engines.base import (
-    Completion,
-    Counters,
-    Group,
-    WeightMismatch,
-    draw_seed,
-    pack_group,
-    stop_token_ids,
-)
-from actors.messages import FinishReason, Prompt, Sampling, VersionSpan
+from actors.engines.base import WeightMismatch, Work, completion, draw_seed, stop_token_ids
+from actors.messages import Completion, FinishReason, Sampling, VersionSpan
 from actors.models.loading import load_causal_lm
 from actors.specs import ModelSpec, RolloutSpec
 from actors.weights import WeightBundle
@@ -42,13 +34,13 @@ class _Cancelled(Exception):
 class TransformersEngine:
     """A `RolloutEngine` that needs nothing but transformers.
 
-    All work on the model is done by one thread; that thread is the lock. Groups wait their turn
-    outside of it, so an update of the weights comes right after the group that is running.
+    All work on the model is done by one thread; that thread is the lock. Calls wait their turn
+    outside of it, so an update of the weights comes right after the call that is running.
     """
 
     groups_at_once = 2  # one that runs and one that waits, so that it is never idle
 
-    def __init__(self, model: ModelSpec, spec: RolloutSpec, replica: str, version: int) -> None:
+    def __init__(self, model: ModelSpec, spec: RolloutSpec, version: int) -> None:
         """Nothing is loaded yet; `version` is the policy version of the weights in `model.name`.
 
         Raises:
@@ -60,9 +52,9 @@ class TransformersEngine:
                 f"{', '.join(sorted(spec.engine_options))}: remove them, or use engine: vllm"
             )
         self._spec = model.model_copy(update={"gradient_checkpointing": False})
-        self._replica = replica
         self._version = version
-        self._counters = Counters()
+        self._work = Work()
+        self._waiting = 0  # completions of calls whose turn has not come
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
         self._queue = asyncio.Lock()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,14 +70,26 @@ class TransformersEngine:
         """Load the model onto the GPU where there is one."""
         await self._run(self._load)
 
-    async def generate(self, prompt: Prompt, sampling: Sampling) -> Group:
-        """One group; other groups wait. `seconds` of the record leaves that wait out."""
+    @property
+    def work(self) -> Work:
+        """What it has done since its start; it has no cache of a fixed size."""
+        return self._work
+
+    async def sample(
+        self, token_ids: np.ndarray, sampling: Sampling, n: int, key: str
+    ) -> list[Completion]:
+        """`n` completions of `token_ids`, bit for bit those of the key; other calls wait."""
         stop = threading.Event()
-        async with self._queue:
-            try:
-                return await self._run(lambda: self._generate(prompt, sampling, stop))
-            finally:
-                stop.set()  # a cancelled call's thread ends at the next token
+        self._waiting += n
+        try:
+            await self._queue.acquire()
+        finally:
+            self._waiting -= n
+        try:
+            return await self._run(lambda: self._sample(token_ids, sampling, n, key, stop))
+        finally:
+            stop.set()  # a cancelled call's thread ends at the next token
+            self._queue.release()
 
     async def load_weights(self, bundle: WeightBundle) -> None:
         """Copy `bundle` into the model, all of it or nothing; there is no cache to reset.
@@ -98,12 +102,8 @@ class TransformersEngine:
     async def check(self) -> None:
         """This engine lives as long as its process."""
 
-    def stats(self) -> dict[str, float]:
-        """Counters since the start."""
-        return self._counters.as_dict()
-
     async def close(self) -> None:
-        """Wait for the running group and let the model go."""
+        """Wait for the running call and let the model go."""
         await asyncio.to_thread(self._thread.shutdown)
         self._model = None
 
@@ -116,40 +116,44 @@ class TransformersEngine:
 
     @torch.no_grad()
     def _load_weights(self, bundle: WeightBundle) -> None:
-        started = time.monotonic()
         for parameter, tensor in matched_parameters(self._model, bundle):
             parameter.copy_(tensor)
         self._version = bundle.version
-        self._counters.weight_updates += 1
-        self._counters.weight_update_seconds += time.monotonic() - started
 
-    def _generate(self, prompt: Prompt, sampling: Sampling, stop: threading.Event) -> Group:
-        started = time.monotonic()
-        tokens, logprobs, lengths, ended = self._decode(prompt, sampling, stop)
-        completions = [
-            Completion(
-                token_ids=tokens[row, :length],
-                logprobs=logprobs[row, :length],
-                finish_reason=FinishReason.STOP if ended[row] else FinishReason.LENGTH,
-                spans=(VersionSpan(self._version, length),),
+    def _sample(
+        self,
+        token_ids: np.ndarray,
+        sampling: Sampling,
+        n: int,
+        key: str,
+        stop: threading.Event,
+    ) -> list[Completion]:
+        tokens, logprobs, lengths, ended = self._decode(token_ids, sampling, n, key, stop)
+        return [
+            completion(
+                tokens[row, :length],
+                logprobs[row, :length],
+                FinishReason.STOP if ended[row] else FinishReason.LENGTH,
+                (VersionSpan(self._version, length),),
             )
             for row, length in enumerate(lengths)
         ]
-        self._counters.groups += 1
-        self._counters.tokens += sum(lengths)
-        return pack_group(prompt, sampling, completions, time.monotonic() - started, self._replica)
 
     @torch.inference_mode()
     def _decode(
-        self, prompt: Prompt, sampling: Sampling, stop: threading.Event
+        self,
+        token_ids: np.ndarray,
+        sampling: Sampling,
+        rows: int,
+        key: str,
+        stop: threading.Event,
     ) -> tuple[Any, Any, list[int], list[bool]]:
-        """Token ids [G, T], their log-probs [G, T], lengths [G], and which rows [G] ended by EOS.
+        """Token ids [n, T], their log-probs [n, T], lengths [n], and which rows [n] ended by EOS.
 
-        The prompt is run once, and its cache repeated for the G rows. Rows that have ended leave
-        the batch when they are half of it, so that a ragged group costs what its tokens cost.
+        The prompt is run once, and its cache repeated for the n rows. Rows that have ended leave
+        the batch when they are half of it, so that ragged lengths cost what their tokens cost.
         """
-        rows = sampling.completions
-        generator = torch.Generator(self._device).manual_seed(draw_seed(sampling))
+        uniform = uniforms(key, rows, sampling.max_tokens).to(self._device)
         tokens = torch.zeros(rows, sampling.max_tokens, dtype=torch.long, device=self._device)
         logprobs = torch.zeros(rows, sampling.max_tokens, device=self._device)
         lengths = torch.full((rows,), sampling.max_tokens, device=self._device)
@@ -157,13 +161,14 @@ class TransformersEngine:
         active = torch.arange(rows, device=self._device)
 
         cache = DynamicCache(config=self._model.config)
-        ids = torch.as_tensor(prompt.token_ids, dtype=torch.long, device=self._device)[None]
+        ids = torch.as_tensor(token_ids, dtype=torch.long, device=self._device)[None]
         logits = self._forward(ids, cache).expand(rows, -1)
         cache.batch_repeat_interleave(rows)
         for step in range(sampling.max_tokens):
             if stop.is_set():
                 raise _Cancelled
-            drawn, drawn_logprobs = draw(logits, sampling.temperature, generator)
+            drawn, drawn_logprobs = draw(logits, sampling.temperature, uniform[active, step])
+            self._work = self._work.after(len(active), len(active), self._waiting)
             # Rows that have ended are still computed until they leave; what they say is not kept.
             tokens[active, step] = drawn
             logprobs[active, step] = drawn_logprobs
@@ -187,22 +192,34 @@ class TransformersEngine:
         return output.logits[:, -1].float()
 
 
+def uniforms(key: str, rows: int, tokens: int) -> torch.Tensor:
+    """Uniform numbers [rows, tokens] float64, each row by a generator of its own, on any device."""
+    return torch.stack(
+        [
+            torch.rand(
+                tokens,
+                dtype=torch.float64,
+                generator=torch.Generator().manual_seed(draw_seed(key, row)),
+            )
+            for row in range(rows)
+        ]
+    )
+
+
 def draw(
-    logits: torch.Tensor, temperature: float, generator: torch.Generator
+    logits: torch.Tensor, temperature: float, uniform: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token per row of `logits` [rows, V] and its log-prob at `temperature`: [rows], [rows].
 
     Temperature 0 takes the likeliest token, with its log-prob at temperature 1. Otherwise the
-    cumulative distribution is inverted at one uniform number per row, in float64, so that no token
-    of probability zero can be drawn by rounding.
+    cumulative distribution is inverted at `uniform` [rows], in float64, so that no token of
+    probability zero can be drawn by rounding.
     """
     logprobs = torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
     if temperature > 0:
         cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
-        uniform = torch.rand(
-            len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator
-        )
-        tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        wanted = uniform[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, wanted, right=True)
         tokens = tokens.clamp_(max=logits.shape[-1] - 1)
     else:
         tokens = logprobs.argmax(dim=-1, keepdim=True)

@@ -15,23 +15,15 @@ import difflib
 import logging
 import os
 import shutil
-import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
-from actors.engines.base import (
-    Completion,
-    Counters,
-    EngineDead,
-    Group,
-    WeightMismatch,
-    pack_group,
-    stop_token_ids,
-)
-from actors.messages import FinishReason, Prompt, Sampling, VersionSpan
+from actors.engines.base import EngineDead, WeightMismatch, Work, completion, stop_token_ids
+from actors.messages import Completion, FinishReason, Sampling, VersionSpan
 from actors.specs import ModelSpec, RolloutSpec
 from actors.weights import WeightBundle
 
@@ -64,7 +56,6 @@ class VLLMEngine:
         self,
         model: ModelSpec,
         spec: RolloutSpec,
-        replica: str,
         version: int,
         sequences: int,
         seed: int,
@@ -77,12 +68,11 @@ class VLLMEngine:
         """
         self._model = model
         self._spec = spec
-        self._replica = replica
         self._sequences = sequences
         self._seed = seed
         self.groups_at_once = spec.max_concurrent_groups  # they are batched together
         self._version = version
-        self._counters = Counters()
+        self._work = Work()
         self._updating = asyncio.Lock()
         self._broken: str | None = None
         self._stops: tuple[int, ...] = ()
@@ -106,30 +96,36 @@ class VLLMEngine:
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest())
         await self._llm.update_weight_version(str(self._version))
 
-    async def generate(self, prompt: Prompt, sampling: Sampling) -> Group:
-        """One group, its completions batched with whatever else is in flight."""
+    @property
+    def work(self) -> Work:
+        """What it has done since its start."""
+        return self._work
+
+    async def sample(
+        self, token_ids: np.ndarray, sampling: Sampling, n: int, key: str
+    ) -> list[Completion]:
+        """`n` completions of `token_ids`, batched with whatever else is in flight.
+
+        What they are depends on that too: no `key` makes vLLM draw the same tokens again.
+        """
         await self.check()
-        started = time.monotonic()
+        prompt = token_ids.tolist()
         requests = [
-            asyncio.ensure_future(self._request(prompt, sampling, index))
-            for index in range(sampling.completions)
+            asyncio.ensure_future(self._request(prompt, sampling, f"{key}/{index}"))
+            for index in range(n)
         ]
         try:
             with _deaths_translated():
-                outputs = await asyncio.gather(*requests)
+                return await asyncio.gather(*requests)
         finally:
             for request in requests:
                 request.cancel()
-        completions = [_completion(sampling.group_id, output) for output in outputs]
-        self._counters.groups += 1
-        self._counters.tokens += sum(len(completion.token_ids) for completion in completions)
-        return pack_group(prompt, sampling, completions, time.monotonic() - started, self._replica)
 
     async def load_weights(self, bundle: WeightBundle) -> None:
         """Replace the weights under the requests in flight.
 
         An update that fails or is cancelled leaves a model in pieces: generation stays frozen, and
-        the next `check` or `generate` raises EngineDead.
+        the next `check` or `sample` raises EngineDead.
 
         Raises:
             WeightMismatch: vLLM could not load the bundle.
@@ -140,7 +136,6 @@ class VLLMEngine:
 
         async with self._updating:
             await self.check()
-            started = time.monotonic()
             try:
                 with _deaths_translated():
                     await self._llm.pause_generation(mode="keep", clear_cache=True)
@@ -156,8 +151,6 @@ class VLLMEngine:
                 if isinstance(error, Exception) and not isinstance(error, EngineDead):
                     raise WeightMismatch(self._broken) from error
                 raise
-            self._counters.weight_updates += 1
-            self._counters.weight_update_seconds += time.monotonic() - started
 
     async def check(self) -> None:
         """Raise EngineDead where the engine's processes are gone or its weights are in pieces."""
@@ -165,11 +158,6 @@ class VLLMEngine:
             raise EngineDead(self._broken)
         with _deaths_translated():
             await self._llm.check_health()
-
-    def stats(self) -> dict[str, float]:
-        """Counters since the start, and the requests that are not finished."""
-        unfinished = self._llm.get_num_unfinished_requests() if self._llm is not None else 0
-        return {**self._counters.as_dict(), "requests_in_flight": float(unfinished)}
 
     async def close(self) -> None:
         """End the engine's processes."""
@@ -217,28 +205,27 @@ class VLLMEngine:
             options.setdefault("distributed_executor_backend", "mp")
         self._stops = stop_token_ids(self._model)
         model = local(self._model)
-        return AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=model.name,
-                revision=model.revision,
-                dtype=model.dtype,
-                trust_remote_code=model.trust_remote_code,
-                max_model_len=self._spec.max_prompt_length + self._spec.max_completion_length,
-                tensor_parallel_size=self._spec.tensor_parallel_size,
-                gpu_memory_utilization=self._spec.gpu_memory_utilization,
-                seed=self._seed,
-                logprobs_mode="processed_logprobs",
-                generation_config="vllm",  # sampling is ours, not the model folder's
-                skip_tokenizer_init=True,
-                disable_log_stats=True,
-                weight_transfer_config={"backend": BACKEND},
-                worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
-                **options,
-            )
+        arguments = AsyncEngineArgs(
+            model=model.name,
+            revision=model.revision,
+            dtype=model.dtype,
+            trust_remote_code=model.trust_remote_code,
+            max_model_len=self._spec.max_prompt_length + self._spec.max_completion_length,
+            tensor_parallel_size=self._spec.tensor_parallel_size,
+            gpu_memory_utilization=self._spec.gpu_memory_utilization,
+            seed=self._seed,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",  # sampling is ours, not the model folder's
+            skip_tokenizer_init=True,
+            disable_log_stats=True,  # but for the logger below
+            weight_transfer_config={"backend": BACKEND},
+            worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
+            **options,
         )
+        return AsyncLLM.from_engine_args(arguments, stat_loggers=[_stat_logger(self._observe)])
 
-    async def _request(self, prompt: Prompt, sampling: Sampling, index: int) -> Any:
-        """vLLM's CompletionOutput of one completion of a group."""
+    async def _request(self, prompt: list[int], sampling: Sampling, name: str) -> Completion:
+        """One completion."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -251,29 +238,66 @@ class VLLMEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        # A retried group must not meet the requests of its first try.
-        request_id = f"{sampling.group_id}-{index}-{uuid.uuid4().hex}"
+        # A call that is made again must not meet the requests of its first try.
         stream = self._llm.generate(
-            {"prompt_token_ids": prompt.token_ids.tolist()}, params, request_id=request_id
+            {"prompt_token_ids": prompt}, params, request_id=f"{name}-{uuid.uuid4().hex}"
         )
         async for result in stream:
             if result.finished:
-                return result.outputs[0]
-        raise EngineDead(f"group {sampling.group_id}: vLLM ended a request without a result")
+                return _completion(name, result.outputs[0])
+        raise EngineDead(f"completion {name}: vLLM ended a request without a result")
+
+    def _observe(self, scheduler: Any, iteration: Any) -> None:
+        """Count one step of vLLM's; see `_stat_logger`."""
+        if scheduler is not None:
+            self._work = self._work.after(
+                0 if iteration is None else iteration.num_generation_tokens,
+                scheduler.num_running_reqs,
+                scheduler.num_waiting_reqs,
+                scheduler.kv_cache_usage,
+            )
 
 
-def _completion(group_id: int, output: Any) -> Completion:
+def _stat_logger(observe: Callable[[Any, Any], None]) -> Any:
+    """A factory of vLLM's that hands `observe` the statistics of every step, and does no more.
+
+    It is a Prometheus logger by name alone: without one vLLM makes its own, whose hundreds of
+    figures nobody reads here.
+    """
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    class StepLogger(PrometheusStatLogger):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            """Nothing of the base class's is made."""
+
+        def record(
+            self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any
+        ) -> None:
+            observe(scheduler_stats, iteration_stats)
+
+        def log_engine_initialized(self) -> None:
+            """Nothing to say."""
+
+        def record_sleep_state(self, *args: Any, **kwargs: Any) -> None:
+            """Nobody asks."""
+
+        def record_admission_rejection(self, reason: str) -> None:
+            """Nothing is rejected: there is no limit."""
+
+    return StepLogger
+
+
+def _completion(name: str, output: Any) -> Completion:
     reasons = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
     if output.finish_reason not in reasons:
         raise RuntimeError(
-            f"group {group_id}: vLLM ended a completion as {output.finish_reason!r} instead of "
-            "generating it"
+            f"completion {name}: vLLM ended it as {output.finish_reason!r} instead of generating it"
         )
-    return Completion(
-        token_ids=output.token_ids,
-        logprobs=output.logprobs.logprobs,
-        finish_reason=reasons[output.finish_reason],
-        spans=tuple(
+    return completion(
+        output.token_ids,
+        output.logprobs.logprobs,
+        reasons[output.finish_reason],
+        tuple(
             VersionSpan(int(span.version), span.end - span.start) for span in output.weight_versions
         ),
     )

@@ -1,12 +1,13 @@
 """From rewards to advantages: group-relative baselines, GAE, and whitening over the whole step.
 
 A group (or batch) without contrast gives exactly zero, never rounding noise over rounding noise.
-Shape legend: n groups of G completions, K criteria, B completions, T padded response width.
+Shape legend: a step's groups, each of G rollouts, which may differ from group to group; K criteria,
+B rows, T padded response width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,14 +47,14 @@ def standardise(x: torch.Tensor) -> torch.Tensor:
 
 
 def weighted_sum(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """R = sum_k w_k R_k in float64: [n, G, K] and [K] to [n, G].
+    """R = sum_k w_k R_k of a group in float64: [G, K] and [K] to [G].
 
     Raises ValueError on shapes that do not fit and on non-finite rewards: a reward that failed is
     a failed group, and must not come this far as a number.
     """
-    if rewards.ndim != 3 or weights.shape != rewards.shape[-1:]:
+    if rewards.ndim != 2 or weights.shape != rewards.shape[-1:]:
         raise ValueError(
-            f"rewards must be [groups, completions, criteria] and weights [criteria], "
+            f"rewards of a group must be [rollouts, criteria] and weights [criteria], "
             f"got {tuple(rewards.shape)} and {tuple(weights.shape)}"
         )
     rewards, weights = rewards.double(), weights.double()
@@ -62,15 +63,19 @@ def weighted_sum(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (rewards * weights).sum(-1)
 
 
-def decoupled(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """GDPO (2601.05242): [n, G, K] and [K] to advantages [n, G], float64.
+def decoupled(groups: Sequence[torch.Tensor], weights: torch.Tensor) -> list[torch.Tensor]:
+    """GDPO (2601.05242): rewards [G, K] of each group and [K] to advantages [G] of each, float64.
 
-    Each criterion is standardised within its group, the weighted sum over the batch of all groups.
+    Each criterion is standardised within its group, the weighted sum over the rollouts of all
+    groups.
     """
-    weighted_sum(rewards, weights)  # the same checks
-    per_criterion = standardise(rewards.double().movedim(-1, 0))  # [K, n, G]
-    combined = torch.einsum("k,kng->ng", weights.double(), per_criterion)
-    return standardise(combined.flatten()).view_as(combined)
+    combined = []
+    for rewards in groups:
+        weighted_sum(rewards, weights)  # the same checks
+        combined.append(standardise(rewards.double().T).T @ weights.double())
+    if not combined:
+        return []
+    return list(standardise(torch.cat(combined)).split([len(group) for group in combined]))
 
 
 def gae(

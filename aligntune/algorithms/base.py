@@ -123,6 +123,11 @@ class Algorithm(BaseModel):
         return self.kl_in == "reward" and self.beta > 0
 
     @property
+    def whole_rollouts(self) -> bool:
+        """Whether the loss looks at a whole rollout at once: its rows share a micro-batch then."""
+        return self.correction == "sequence"
+
+    @property
     def sampling_rounds(self) -> int | None:
         """Rounds of drawing groups until a step's are kept; None where `keep` keeps every group."""
         return None
@@ -160,34 +165,44 @@ class Algorithm(BaseModel):
         return True
 
     def shape(self, rewards: torch.Tensor, lengths: torch.Tensor, budget: int) -> torch.Tensor:
-        """Rewards [n, G] after length shaping; `lengths` [n, G] and `budget` in tokens."""
+        """Rewards [G] of a group after length shaping; sampled `lengths` [G] and `budget`."""
         return rewards
 
     def trains_on(self, truncated: bool) -> bool:
-        """Whether a completion enters the loss; DAPO's overlong filtering says no if truncated."""
+        """Whether a rollout enters the loss; DAPO's overlong filtering says no if truncated."""
         return True
 
-    def sequence_advantages(self, rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Advantages [n, G] of a step's groups from rewards [n, G, K] and weights [K], float64.
+    def sequence_advantages(
+        self, groups: Sequence[torch.Tensor], weights: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Advantages [G] of each of a step's groups, from its rewards [G, K] and weights [K].
 
-        Raises ValueError on a non-finite reward.
+        All float64. Groups may differ in G. Raises ValueError on a non-finite reward.
         """
         raise NotImplementedError
 
     def scores_and_advantages(
-        self, rewards: torch.Tensor, weights: torch.Tensor, lengths: torch.Tensor, budget: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The shaped scores and the advantages, both [n, G] float64, of all groups of a step.
+        self,
+        groups: Sequence[torch.Tensor],
+        weights: torch.Tensor,
+        lengths: Sequence[torch.Tensor],
+        budget: int,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The shaped scores and the advantages, both [G] float64, of each group of a step.
 
-        `rewards` [n, G, K] raw, `weights` [K], `lengths` [n, G] and `budget` in tokens. Where
-        criteria are normalised one by one, shaping is one more criterion of weight 1.
+        `groups` are raw rewards [G, K], `weights` [K], `lengths` [G] sampled tokens of each
+        rollout, `budget` in tokens. Where criteria are normalised one by one, shaping is one more
+        criterion of weight 1.
         """
-        raw = weighted_sum(rewards, weights)
-        scores = self.shape(raw, lengths, budget)
+        raw = [weighted_sum(rewards, weights) for rewards in groups]
+        scores = [self.shape(r, n, budget) for r, n in zip(raw, lengths, strict=True)]
         one = torch.ones(1, dtype=torch.float64)
         if self.combine == "sum":
-            return scores, self.sequence_advantages(scores[..., None], one)
-        criteria = torch.cat([rewards.double(), (scores - raw)[..., None]], dim=-1)
+            return scores, self.sequence_advantages([s[:, None] for s in scores], one)
+        criteria = [
+            torch.cat([rewards.double(), (s - r)[:, None]], dim=1)
+            for rewards, s, r in zip(groups, scores, raw, strict=True)
+        ]
         return scores, self.sequence_advantages(criteria, torch.cat([weights.double(), one]))
 
     def prepare(
@@ -195,17 +210,14 @@ class Algorithm(BaseModel):
     ) -> tuple[list[TokenTargets], dict[str, float]]:
         """Token-level targets of a rank's groups, and figures of the whole step. See `prepares`.
 
-        Here, the KL in the reward of a completion: R' = R - beta * sum_t k_t, then advantages.
+        Here, the KL in the reward of a rollout: R' = R - beta * sum_t k_t, then advantages.
         """
         rows = TokenRows.of(groups)
         kl = rows.kl(self.kl_estimator)
         penalised = rows.scores - self.beta * kl.sum(1)
+        groups_of = [group[:, None] for group in rows.split(penalised)]
         advantages = torch.cat(
-            [
-                self.sequence_advantages(group.view(1, -1, 1), torch.ones(1)).flatten()
-                for group in rows.split(penalised)
-            ]
-            or [penalised]
+            self.sequence_advantages(groups_of, torch.ones(1)) if groups_of else [penalised]
         )
         targets = rows.targets(advantages[:, None].expand_as(kl))
         return targets, {"kl/reference": rows.mean(kl, all_sum)}
@@ -233,11 +245,13 @@ class Algorithm(BaseModel):
         old is the rollout), `kl/update` (k3 of old against current policy), `policy/entropy`,
         `policy/clip_fraction`, `correction/weight_mean`. Raises ValueError on a missing input.
         """
-        mask, how, budget = batch.mask, self.aggregation, batch.budget
+        mask, how, budget, rollouts = batch.mask, self.aggregation, batch.budget, batch.rollouts
         old = losses.old_logp(batch, self.old)
-        w = losses.rollout_weights(old, batch.roll, mask, self.correction, self.correction_cap)
-        policy, field = losses.numerator(w * ell, mask, how, budget)
-        total = losses.aggregate(w * ell, mask, batch.counts, how, budget)
+        w = losses.rollout_weights(
+            old, batch.roll, mask, self.correction, self.correction_cap, rollouts
+        )
+        policy, field = losses.numerator(w * ell, mask, how, budget, rollouts)
+        total = losses.aggregate(w * ell, mask, batch.counts, how, budget, rollouts)
         drift = losses.log_ratio(batch, self.old).detach()
         newer = batch.logp.detach() if self.old == "rollout" else old
         mismatch = losses.masked_difference(batch.roll.detach(), newer, mask)
@@ -252,7 +266,8 @@ class Algorithm(BaseModel):
             d_ref = losses.masked_difference(batch.logp, batch.ref.detach(), mask)
             k = estimate(d_ref, self.kl_estimator)
             if charged:
-                total = total + self.beta * losses.aggregate(k, mask, batch.counts, how, budget)
+                share = losses.aggregate(k, mask, batch.counts, how, budget, rollouts)
+                total = total + self.beta * share
             if self.kl_in == "loss":
                 per_token["kl/reference"] = k.detach()
         elif charged:
@@ -260,7 +275,7 @@ class Algorithm(BaseModel):
         if batch.entropy is not None:
             entropy = losses.wide(batch.entropy)
             if self.entropy_coefficient != 0:
-                bonus = losses.aggregate(entropy, mask, batch.counts, how, budget)
+                bonus = losses.aggregate(entropy, mask, batch.counts, how, budget, rollouts)
                 total = total - self.entropy_coefficient * bonus
             per_token["policy/entropy"] = entropy.detach()
         elif self.entropy_coefficient != 0:

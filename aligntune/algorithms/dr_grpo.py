@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -37,6 +38,8 @@ class DrGRPO(GRPO):
             )
         return combine
 
-    def sequence_advantages(self, rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def sequence_advantages(
+        self, groups: Sequence[torch.Tensor], weights: torch.Tensor
+    ) -> list[torch.Tensor]:
         """Section 3.2: rewards centred in their group, no division."""
-        return centre(weighted_sum(rewards, weights))
+        return [centre(weighted_sum(rewards, weights)) for rewards in groups]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -22,11 +23,13 @@ class GRPO(Algorithm):
     aggregation: Aggregation = "sequence_mean"
     beta: float = Field(0.04, ge=0, description="weight of the KL to the reference model")
 
-    def sequence_advantages(self, rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def sequence_advantages(
+        self, groups: Sequence[torch.Tensor], weights: torch.Tensor
+    ) -> list[torch.Tensor]:
         """Section 4.1.2: rewards normalised within their group."""
         if self.combine == "decoupled":
-            return decoupled(rewards, weights)
-        return standardise(weighted_sum(rewards, weights))
+            return decoupled(groups, weights)
+        return [standardise(weighted_sum(rewards, weights)) for rewards in groups]
 
     def loss(self, batch: TokenBatch) -> LossTerms:
         """Eq. 3, negated: clipped ratio times advantage, minus beta times the KL."""

@@ -15,7 +15,7 @@ from aligntune.algorithms.losses import (
     clipped_surrogate,
     log_ratio,
     numerator,
-    row_mean,
+    rollout_mean,
 )
 
 
@@ -36,15 +36,21 @@ class GSPO(GRPO):
         "sequence", description="token: GSPO-token, the sequence ratio with per-token gradients"
     )
 
+    @property
+    def whole_rollouts(self) -> bool:
+        """The ratio is that of all of a rollout."""
+        return True
+
     def loss(self, batch: TokenBatch) -> LossTerms:
         """Eq. 5 with s = exp(mean_t d) of eq. 7; eq. 13 and 14 for GSPO-token. Negated."""
         d = log_ratio(batch, self.old)
-        log_s = row_mean(d, batch.mask)[:, None].expand_as(d)
+        log_s = rollout_mean(d, batch.mask, batch.rollouts)[:, None].expand_as(d)
         if self.importance == "token":
             log_s = log_s.detach() + (d - d.detach())  # sg[s] * exp(logp - sg[logp])
         ell, clipped = clipped_surrogate(
             log_s, batch.advantages, batch.mask, self.clip_low, self.clip_high, self.dual_clip
         )
         terms = self.terms(batch, log_s, ell, clipped)
-        share = numerator(clipped.to(ell.dtype), batch.mask, "sequence_mean", batch.budget)
+        held = clipped.to(ell.dtype)
+        share = numerator(held, batch.mask, "sequence_mean", batch.budget, batch.rollouts)
         return replace(terms, sums={**terms.sums, "gspo/sequence_clip_fraction": share})

@@ -2,7 +2,8 @@
 
 Invariant: a share of the loss depends on its own rows and on the global `Counts` only, so shares
 add up to the loss however rows are split. Masked positions are replaced before any exp or product,
-so whatever stands there reaches neither values nor gradients. Shapes: [B, T] unless said otherwise.
+so whatever stands there reaches neither values nor gradients. What is per sequence is per rollout,
+which is a row unless `rollouts` says otherwise. Shapes: [B, T] unless said otherwise.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Literal, assert_never
 
 import torch
 
-from actors.messages import Counts, LossTerms, TokenBatch, ValueBatch
+from actors.messages import Counts, LossTerms, RolloutRows, TokenBatch, ValueBatch
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 Correction = Literal["none", "token", "sequence", "icepop"]
@@ -38,9 +39,26 @@ def log_ratio(batch: TokenBatch, old: OldPolicy = "policy") -> torch.Tensor:
     return masked_difference(batch.logp, old_logp(batch, old), batch.mask)
 
 
-def row_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the valid tokens of each row, [B]; 0 for a row without one."""
-    return torch.where(mask, x, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+def rollout_tokens(mask: torch.Tensor, rollouts: RolloutRows | None = None) -> torch.Tensor:
+    """Valid tokens of each row's whole rollout, [B]."""
+    return mask.sum(1) if rollouts is None else rollouts.tokens
+
+
+def rollout_sum(
+    x: torch.Tensor, mask: torch.Tensor, rollouts: RolloutRows | None = None
+) -> torch.Tensor:
+    """Sum over the valid tokens of each row's rollout, [B]; all rows of a rollout must be here."""
+    of_rows = torch.where(mask, x, 0.0).sum(1)
+    if rollouts is None:
+        return of_rows
+    return torch.zeros_like(of_rows).index_add(0, rollouts.index, of_rows)[rollouts.index]
+
+
+def rollout_mean(
+    x: torch.Tensor, mask: torch.Tensor, rollouts: RolloutRows | None = None
+) -> torch.Tensor:
+    """Mean over the valid tokens of each row's rollout, [B]; 0 for one without a valid token."""
+    return rollout_sum(x, mask, rollouts) / rollout_tokens(mask, rollouts).clamp(min=1)
 
 
 def clipped_surrogate(
@@ -70,11 +88,16 @@ def clipped_surrogate(
 
 
 def rollout_weights(
-    old: torch.Tensor, roll: torch.Tensor, mask: torch.Tensor, correction: Correction, cap: float
+    old: torch.Tensor,
+    roll: torch.Tensor,
+    mask: torch.Tensor,
+    correction: Correction,
+    cap: float,
+    rollouts: RolloutRows | None = None,
 ) -> torch.Tensor:
     """w from q = exp(old - roll), detached: truncated importance weights of the rollout engine.
 
-    `token` min(q, cap); `sequence` min(prod q, cap) along the row; `icepop` q where
+    `token` min(q, cap); `sequence` min(prod q, cap) along the rollout; `icepop` q where
     1/cap <= q <= cap and 0 elsewhere; `none` 1.
     """
     log_q = masked_difference(old.detach(), roll.detach(), mask)
@@ -84,7 +107,8 @@ def rollout_weights(
         case "token":
             return log_q.exp().clamp(max=cap)
         case "sequence":
-            return log_q.sum(1, keepdim=True).exp().clamp(max=cap).expand_as(log_q)
+            product = rollout_sum(log_q, mask, rollouts).exp()
+            return product.clamp(max=cap)[:, None].expand_as(log_q)
         case "icepop":
             q = log_q.exp()
             return torch.where((q >= 1.0 / cap) & (q <= cap), q, 0.0)
@@ -92,7 +116,11 @@ def rollout_weights(
 
 
 def numerator(
-    x: torch.Tensor, mask: torch.Tensor, how: Aggregation, budget: int
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    how: Aggregation,
+    budget: int,
+    rollouts: RolloutRows | None = None,
 ) -> tuple[torch.Tensor, str]:
     """This share's part of agg(x) before the global division, and the `Counts` field it needs."""
     x = torch.where(mask, x, 0.0)
@@ -100,17 +128,22 @@ def numerator(
         case "token_mean":
             return x.sum(), "tokens"
         case "sequence_mean":
-            return row_mean(x, mask).sum(), "nonempty_rows"
+            return (x.sum(1) / rollout_tokens(mask, rollouts).clamp(min=1)).sum(), "nonempty_rows"
         case "constant":
             return x.sum() / budget, "rows"
     assert_never(how)
 
 
 def aggregate(
-    x: torch.Tensor, mask: torch.Tensor, counts: Counts, how: Aggregation, budget: int
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    counts: Counts,
+    how: Aggregation,
+    budget: int,
+    rollouts: RolloutRows | None = None,
 ) -> torch.Tensor:
     """This share of agg(x); shares add up to it. 0 where the whole step has no trained token."""
-    total, field = numerator(x, mask, how, budget)
+    total, field = numerator(x, mask, how, budget, rollouts)
     return total / max(getattr(counts, field), 1.0)
 
 
@@ -131,7 +164,7 @@ def value_loss(batch: ValueBatch, clip: float | None, how: Aggregation = "token_
         held = (old + (values - old).clamp(-clip, clip) - returns).square()
         clipped = held.detach() > squares.detach()
         squares = torch.maximum(squares, held)
-    loss, field = numerator(0.5 * squares, mask, how, batch.budget)
+    loss, field = numerator(0.5 * squares, mask, how, batch.budget, batch.rollouts)
     return LossTerms(
         loss=loss / max(getattr(batch.counts, field), 1.0),
         sums={

@@ -120,9 +120,11 @@ class PPO(Algorithm):
                 "some hundred steps' worth is usual"
             )
 
-    def sequence_advantages(self, rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def sequence_advantages(
+        self, groups: Sequence[torch.Tensor], weights: torch.Tensor
+    ) -> list[torch.Tensor]:
         """The scores themselves; `prepare` turns them into advantages per token."""
-        return weighted_sum(rewards, weights)
+        return [weighted_sum(rewards, weights) for rewards in groups]
 
     def token_rewards(
         self, scores: torch.Tensor, truncated: torch.Tensor, k: torch.Tensor, mask: torch.Tensor

@@ -1,7 +1,7 @@
 """The ragged groups of one rank as padded float64 rows, for targets that are made per token.
 
-Rows are the completions of all groups in order: R rows, T their longest; tokens of a completion
-that is not trained on are masked.
+Rows are the rollouts of all groups in order, those of several rows end to end: R rows, T their
+longest; tokens of a rollout that is not trained on are masked.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TokenRows:
         """A field [G] of every group as [R]; ValueError where a group has none."""
         arrays = self._arrays(field, needed_for)
         if [len(a) for a in arrays] != [len(g.lengths) for g in self.groups]:
-            raise ValueError(f"`{field}` must hold one number per completion of its group")
+            raise ValueError(f"`{field}` must hold one number per rollout of its group")
         return torch.from_numpy(np.concatenate(arrays)).double() if arrays else self.scores
 
     def _arrays(self, field: str, needed_for: str) -> list[np.ndarray]:

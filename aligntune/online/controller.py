@@ -28,6 +28,7 @@ from aligntune.online.evaluation import evaluate
 from aligntune.online.figures import (
     completion_metrics,
     group_metrics,
+    rollout_metrics,
     score_metrics,
     time_metrics,
 )
@@ -322,6 +323,7 @@ class Controller:
         metrics = {
             **score_metrics(self.config, groups),
             **completion_metrics(groups),
+            **rollout_metrics(groups),
             **group_metrics(self.config, groups, trained_from, ended),
             **prepared,
             **result.metrics,
@@ -329,7 +331,7 @@ class Controller:
         }
         if self.algorithm.sampling_rounds is not None:
             self._pipeline.filtered_scores.clear()
-        completions = sum(len(group.record.lengths) for group in groups)
+        completions = sum(len(group.record.finish_reasons) for group in groups)
         self.algorithm = self.algorithm.after_step(metrics, completions)
         await self._recorder.samples(step, batch, groups)
         metrics = await self._write(metrics)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from actors.messages import Prompt, Sampling
+from actors.messages import GroupSampling, Prompt
 from actors.reward import RewardFailed
 from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet
 from aligntune.config.online import RunConfig
@@ -49,7 +49,7 @@ async def _one(
     event: Callable[..., None],
 ) -> ReadyGroup | str:
     """One prompt's scored group, or why there is none."""
-    sampling = Sampling(
+    sampling = GroupSampling(
         completions=config.eval.completions,
         max_tokens=config.rollout.max_completion_length,
         temperature=config.eval.temperature,

@@ -27,8 +27,8 @@ def score_metrics(
 
 
 def completion_metrics(groups: Sequence[ReadyGroup], prefix: str = "") -> dict[str, float]:
-    """Lengths in tokens, and the fraction cut by the length limit."""
-    lengths = [length for group in groups for length in group.record.lengths]
+    """Lengths in sampled tokens, and the fraction cut by a limit."""
+    lengths = [length for group in groups for length in group.record.sampled_lengths]
     cut = [cut for group in groups for cut in truncated(group.record)]
     return {
         f"{prefix}completions/length_mean": statistics.fmean(lengths),
@@ -62,6 +62,40 @@ def group_metrics(
     }
 
 
+def rollout_metrics(groups: Sequence[ReadyGroup]) -> dict[str, float]:
+    """What the replicas did while the step's groups were in flight, and how long the groups took.
+
+    A replica's figures are means over its groups; `tokens_per_s` is their sum over replicas, the
+    others their mean. With several replicas each has its own too. A figure that an engine does not
+    have is left out.
+    """
+    by_replica: dict[str, dict[str, list[float]]] = {}
+    for group in groups:
+        if group.record.load is not None:
+            seen = by_replica.setdefault(group.record.replica, {})
+            for name, value in vars(group.record.load).items():
+                if value is not None:
+                    seen.setdefault(name, []).append(value)
+    means = {
+        replica: {name: statistics.fmean(values) for name, values in seen.items()}
+        for replica, seen in sorted(by_replica.items())
+    }
+    seconds = [group.record.seconds for group in groups]
+    figures = {
+        "rollout/group_s_mean": statistics.fmean(seconds),
+        "rollout/group_s_max": max(seconds),
+    }
+    for name in ("tokens_per_s", "running", "queue", "kv_cache_used"):
+        values = [of[name] for of in means.values() if name in of]
+        if values:
+            together = sum if name == "tokens_per_s" else statistics.fmean
+            figures[f"rollout/{name}"] = together(values)
+    if len(means) > 1:
+        for replica, of in means.items():
+            figures |= {f"rollout/{replica}/{name}": value for name, value in of.items()}
+    return figures
+
+
 def time_metrics(
     step_s: float, busy: Mapping[str, float], groups: Sequence[ReadyGroup]
 ) -> dict[str, float]:
@@ -70,8 +104,8 @@ def time_metrics(
     `busy` has wall seconds with at least one rollout, reward, reference, prepare, update or
     weight_sync running. A role is idle for the rest of the step.
     """
-    tokens = sum(group.record.tokens for group in groups)
-    samples = sum(len(group.record.lengths) for group in groups)
+    tokens = sum(sum(group.record.sampled) for group in groups)
+    samples = sum(len(group.record.finish_reasons) for group in groups)
     return {
         "time/step": step_s,
         **{f"time/{name}": seconds for name, seconds in busy.items()},

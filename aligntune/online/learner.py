@@ -70,17 +70,24 @@ def plan_updates(
     *,
     recompute_old: bool = False,
     early_stop: tuple[str, float] | None = None,
+    whole_rollouts: bool = False,
 ) -> list[UpdateJob]:
-    """One job a rank: mini-batches of whole groups, each split over the ranks by tokens. Pure."""
+    """One job a rank: mini-batches of whole groups, each split over the ranks by tokens. Pure.
+
+    The rows of a rollout stay together, on one rank.
+    """
     shares: list[list[tuple[Row, ...]]] = [[] for _ in range(ranks)]
     for indices in minibatches(config, step):
-        rows = [
-            Row(index, completion, groups[index].prompt_tokens + length)
+        rollouts = {
+            (index, owner): rows
             for index in indices
-            for completion, length in enumerate(groups[index].lengths)
-        ]
-        for share, part in zip(shares, split_rows(rows, ranks), strict=True):
-            share.append(tuple(part))
+            for owner, rows in _rows(index, groups[index]).items()
+        }
+        units = [Row(*name, sum(row.tokens for row in rows)) for name, rows in rollouts.items()]
+        for share, part in zip(shares, split_rows(units, ranks), strict=True):
+            share.append(
+                tuple(row for unit in part for row in rollouts[unit.work, unit.completion])
+            )
     return [
         UpdateJob(
             step=step,
@@ -91,9 +98,18 @@ def plan_updates(
             temperature=config.rollout.temperature,
             budget=config.rollout.max_completion_length,
             early_stop=early_stop,
+            whole_rollouts=whole_rollouts,
         )
         for share in shares
     ]
+
+
+def _rows(index: int, group: GroupWork) -> dict[int, list[Row]]:
+    """The rows of each rollout of group `index`."""
+    rows: dict[int, list[Row]] = {}
+    for place, (owner, length) in enumerate(zip(group.rollouts, group.lengths, strict=True)):
+        rows.setdefault(owner, []).append(Row(index, place, group.prompt_tokens + length))
+    return rows
 
 
 def plan_step(
@@ -114,6 +130,7 @@ def plan_step(
             algorithm.loss,
             recompute_old=algorithm.old == "policy" and several and not algorithm.prepares,
             early_stop=algorithm.early_stop,
+            whole_rollouts=algorithm.whole_rollouts,
         )
     }
     if algorithm.needs.critic:

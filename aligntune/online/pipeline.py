@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from actors.messages import FinishReason, GroupRecord, GroupWork, Prompt, Sampling, Scores
+from actors.messages import GroupRecord, GroupSampling, GroupWork, Prompt, Scores
 from actors.reward import RewardFailed
 from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet
 from aligntune.algorithms.base import Algorithm
@@ -160,7 +160,7 @@ class Pipeline:
 
     async def _roll_out(self, group_id: int, prompt: Prompt) -> tuple[GroupRecord, Any]:
         train, rollout = self._config.train, self._config.rollout
-        sampling = Sampling(
+        sampling = GroupSampling(
             completions=train.completions_per_group or 1,
             max_tokens=rollout.max_completion_length,
             temperature=rollout.temperature,
@@ -253,18 +253,25 @@ def raw_scores(config: RunConfig, scores: Scores) -> dict[str, list[float]]:
 
 
 def truncated(record: GroupRecord) -> tuple[bool, ...]:
-    """[G] which completions were cut by the length limit."""
-    return tuple(reason is FinishReason.LENGTH for reason in record.finish_reasons)
+    """[G] which rollouts were cut by a limit."""
+    return tuple(reason.truncated for reason in record.finish_reasons)
 
 
 def group_works(
     config: RunConfig, algorithm: Algorithm, groups: Sequence[ReadyGroup]
 ) -> list[GroupWork]:
-    """Sequence advantages of a step's groups, and what the policy ranks need with them."""
+    """Sequence advantages of a step's groups, and what the policy ranks need with them.
+
+    Raises ValueError where a group does not have one score per rollout.
+    """
+    for group in groups:
+        scored, made = len(group.scores.values), len(group.record.finish_reasons)
+        if scored != made:
+            raise ValueError(f"group {group.record.group_id}: {scored} scores for {made} rollouts")
     scores, advantages = algorithm.scores_and_advantages(
-        torch.tensor([group.scores.values for group in groups], dtype=torch.float64),
+        [torch.tensor(group.scores.values, dtype=torch.float64) for group in groups],
         torch.tensor([spec.weight for spec in config.rewards], dtype=torch.float64),
-        torch.tensor([group.record.lengths for group in groups]),
+        [torch.tensor(group.record.sampled_lengths) for group in groups],
         config.rollout.max_completion_length,
     )
     return [
@@ -278,6 +285,7 @@ def group_works(
             scores=tuple(scores[index].tolist()),
             tensors=group.tensors,
             reference=group.reference,
+            rollouts=group.record.rollouts,
         )
         for index, group in enumerate(groups)
     ]

@@ -126,7 +126,7 @@ class Recorder(AbstractContextManager["Recorder"]):
                     "reward": total_reward(self._config, group.scores.values[0]),
                     "scores": dict(zip(group.scores.criteria, group.scores.values[0], strict=True)),
                     "finish_reason": group.record.finish_reasons[0].value,
-                    "tokens": group.record.lengths[0],
+                    "tokens": group.record.sampled_lengths[0],
                 }
                 for (group_id, group), completions in zip(written, texts, strict=True)
             ],

@@ -93,12 +93,16 @@ def make_jobs(
     recompute_old: bool = True,
     trained: Callable[[int, int], bool] = lambda group, completion: True,
     with_reference: bool = False,
+    rollouts: Callable[[int, int], tuple[int, ...]] = lambda group, rows: tuple(range(rows)),
+    whole_rollouts: bool = False,
 ) -> list[UpdateJob]:
-    """One update as each of `world` ranks gets it."""
-    works, rows = [], []
+    """One update as each of `world` ranks gets it; `rollouts(group, rows)` owns a group's rows."""
+    works: list[GroupWork] = []
+    units: list[list[Row]] = []  # of a rollout each
     for index, group in enumerate(groups):
         draw = np.random.default_rng(group.group_id)
-        count = len(group.lengths)
+        owners = rollouts(index, len(group.lengths))
+        count = owners[-1] + 1
         reference = group.logprobs + draw.normal(0, 0.1, len(group.logprobs)).astype(np.float32)
         works.append(
             GroupWork(
@@ -111,10 +115,12 @@ def make_jobs(
                 scores=(0.0,) * count,
                 tensors=group,
                 reference=reference if with_reference else None,
+                rollouts=owners,
             )
         )
-        rows += [Row(index, c, len(group.prompt_ids) + group.lengths[c]) for c in range(count)]
-    shares = [split_rows(rows[part::minibatches], world) for part in range(minibatches)]
+        rows = [Row(index, c, len(group.prompt_ids) + n) for c, n in enumerate(group.lengths)]
+        units += [[row for row in rows if owners[row.completion] == c] for c in range(count)]
+    shares = [split_units(units[part::minibatches], world) for part in range(minibatches)]
     return [
         UpdateJob(
             step=step,
@@ -124,8 +130,18 @@ def make_jobs(
             recompute_old=recompute_old,
             temperature=0.9,
             budget=16,
+            whole_rollouts=whole_rollouts,
         )
         for rank in range(world)
+    ]
+
+
+def split_units(units: Sequence[list[Row]], world: int) -> list[tuple[Row, ...]]:
+    """The rows of rollouts for each rank, those of one rollout together."""
+    named = [Row(index, 0, sum(row.tokens for row in unit)) for index, unit in enumerate(units)]
+    return [
+        tuple(row for name in share for row in units[name.work])
+        for share in split_rows(named, world)
     ]
 
 

@@ -132,6 +132,32 @@ def test_targets_are_what_the_algorithm_says_of_the_policys_log_probs(
     assert any(target.advantages.any() for target in targets)
 
 
+def test_rollouts_of_several_rows_are_prepared_end_to_end(policy: PolicyActor) -> None:
+    """As groups whose rollouts were single rows of the same tokens, but for the state behind the
+    last token, which is that of the rollout's last row."""
+    owners = [(0, 0), (0, 1), (0, 1), (0, 0)]
+    works, joined = [], []
+    for work, own in zip(works_of(GROUPS, values=True), owners, strict=True):
+        count = own[-1] + 1
+        one_each = {
+            name: getattr(work, name)[:count] for name in ("trained", "truncated", "scores")
+        }
+        several = replace(work, **one_each, advantages=(0.0,) * count, rollouts=own)
+        works.append(several)
+        states = work.values
+        final = states.final if count == 2 else states.final[1:]
+        lengths = work.lengths if count == 2 else (sum(work.lengths),)
+        joined.append(
+            replace(several, lengths=lengths, rollouts=(), values=replace(states, final=final))
+        )
+    job = PrepareJob(1, tuple(works), PPO().prepare, False, temperature=0.9)
+    figures, *targets = policy.prepare(job)
+    wanted, wanted_figures = plainly(PPO(), joined, [g.logprobs for g in GROUPS])
+    assert figures == wanted_figures
+    for got, own_targets in zip(targets, wanted, strict=True):
+        assert_same_targets(got, own_targets, 0.0)
+
+
 def test_old_log_probs_of_the_rollout_cost_no_forward_pass(policy: PolicyActor) -> None:
     def forbidden(**inputs: Any) -> Any:
         raise AssertionError("a forward pass was made")

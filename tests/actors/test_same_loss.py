@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -26,6 +27,7 @@ from tests.actors.policy_cases import (
     one_rank,
     simple_loss,
 )
+from tests.aligntune.algorithms import slow
 
 TOLERANCE = 1e-6  # float32, relative to the norm of the gradient and the size of a figure
 
@@ -58,6 +60,14 @@ def groups_of(shapes: list[tuple[int, list[int]]]) -> list[GroupTensors]:
 
 def leave_some_out(group: int, completion: int) -> bool:
     return (group + completion) % 4 != 3
+
+
+def some_joined(group: int, rows: int) -> tuple[int, ...]:
+    """Groups of other sizes, some of whose rollouts have several rows."""
+    owners = [0]
+    for row in range(1, rows):
+        owners.append(owners[-1] + ((group + row) % 3 != 2))
+    return tuple(owners)
 
 
 def flat(gradient: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -123,6 +133,8 @@ def test_on_one_rank_whatever_the_microbatches(
         recompute_old=recompute_old,
         trained=leave_some_out,
         with_reference=True,
+        rollouts=some_joined,
+        whole_rollouts=loss == "gspo",
     )
     wanted, exact = (p.gradient(job, WHOLE, WHOLE, False) for p in (single, single_float64))
     assert_same(single.gradient(job, *cut), wanted, exact=exact)
@@ -155,9 +167,90 @@ def test_on_any_number_of_ranks(
     loss: str,
 ) -> None:
     world, processes = ranks
-    make: Any = {"loss": LOSSES[loss], "trained": leave_some_out, "with_reference": True}
+    make: Any = {
+        "loss": LOSSES[loss],
+        "trained": leave_some_out,
+        "with_reference": True,
+        "rollouts": some_joined,
+        "whole_rollouts": loss == "gspo",
+    }
     (whole,) = make_jobs(groups_of(shapes), **make)
     shares = make_jobs(groups_of(shapes), world=world, **make)
     wanted, exact = (p.gradient(whole, WHOLE, WHOLE, False) for p in (single, single_float64))
     for got in processes.call(Probe.gradient, [(job, *cut) for job in shares]):
         assert_same(got, wanted, exact=exact)
+
+
+INDEPENDENT = {
+    "grpo": (
+        GRPO(beta=0.04, entropy_coefficient=0),
+        slow.Options(how="sequence_mean", beta=0.04, correction="token"),
+    ),
+    "drgrpo": (DrGRPO(), slow.Options(how="constant", correction="token")),
+    "dapo": (DAPO(), slow.Options(high=0.28, correction="token")),
+    "gspo, sequence weights": (
+        GSPO(correction="sequence"),
+        slow.Options(
+            how="sequence_mean", low=3e-4, high=4e-4, level="sequence", correction="sequence"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INDEPENDENT)
+@pytest.mark.parametrize("cut", [(1, 3, False), (40, 7, True), (WHOLE, WHOLE, False)])
+def test_ragged_groups_have_the_loss_and_gradient_of_the_independent_implementation(
+    single_float64: Probe, name: str, cut: Any
+) -> None:
+    """Groups of 3, 2 and 1 rollouts, some of several rows, some tokens an environment's: by a plain
+    forward pass of each row, and loops over the tokens of each rollout."""
+    algorithm, options = INDEPENDENT[name]
+    groups = groups_of([(3, [5, 2, 7, 4]), (6, [3, 6, 1]), (2, [4, 9, 2])])
+    owners = [(0, 1, 1, 2), (0, 0, 1), (0, 0, 0)]
+    (job,) = make_jobs(
+        groups,
+        algorithm.loss,
+        recompute_old=False,
+        with_reference=True,
+        rollouts=lambda group, rows: owners[group],
+        whole_rollouts=algorithm.whole_rollouts,
+    )
+    got, metrics = single_float64.gradient(job, *cut)
+
+    model = single_float64.actor._strategy.model
+    logps: list[torch.Tensor] = []
+    inputs: dict[str, list[list[Any]]] = {
+        field: [] for field in ("logp", "old", "roll", "ref", "entropy", "advantages", "mask")
+    }
+    for group, work in zip(groups, job.groups, strict=True):
+        for row, owner in enumerate(work.rollouts):
+            where = group.completion(row)
+            tokens = np.concatenate([group.prompt_ids, group.token_ids[where]]).astype(np.int64)
+            logits = model.unwrapped(torch.from_numpy(tokens)[None]).logits[0] / job.temperature
+            start = len(group.prompt_ids)
+            chosen = torch.from_numpy(tokens[start:, None])
+            logp = logits[start - 1 : -1].log_softmax(-1).gather(-1, chosen)[:, 0]
+            if row == 0 or owner != work.rollouts[row - 1]:
+                for rows in inputs.values():
+                    rows.append([])
+            said = {
+                "logp": logp.tolist(),
+                "old": logp.tolist(),
+                "roll": group.logprobs[where].tolist(),
+                "ref": work.reference[where].tolist(),
+                "entropy": [0.0] * len(logp),
+                "advantages": [work.advantages[owner]] * len(logp),
+                "mask": group.mask[where].tolist(),
+            }
+            for field, values in said.items():
+                inputs[field][-1] += values
+            logps.append(logp)
+    answer = slow.policy_loss(slow.Tensors(**inputs, budget=job.budget), options)
+    flow = torch.tensor([x for row in answer.grad_logp for x in row], dtype=torch.float64)
+    model.zero_grad()
+    (torch.cat(logps) * flow).sum().backward()
+    wanted = dict(single_float64.actor._strategy.gradients())
+    model.zero_grad()
+    assert metrics["loss/total"] == pytest.approx(answer.loss, rel=1e-9, abs=1e-9)
+    torch.testing.assert_close(flat(got), flat(wanted), rtol=1e-9, atol=1e-9)
+    assert float(flat(wanted).norm()) > 1e-3

@@ -119,17 +119,16 @@ async def rollout(folder: str) -> int:
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
     from actors.engines.transformers import TransformersEngine
-    from actors.messages import Prompt, Sampling
+    from actors.messages import Sampling
     from actors.specs import ModelSpec, RolloutSpec
     from actors.weights import WeightBundle
 
     before = mark()
-    engine = TransformersEngine(ModelSpec(name=folder), RolloutSpec(), "rollout-0", 0)
+    engine = TransformersEngine(ModelSpec(name=folder), RolloutSpec(), 0)
     await engine.start()
-    prompt = Prompt(0, "", "", np.arange(3, 3 + PROMPT, dtype=np.int32))
+    prompt, sampling = np.arange(3, 3 + PROMPT, dtype=np.int32), Sampling(COMPLETION, 1.0)
     for version in (1, 2):
-        sampling = Sampling(GROUP, COMPLETION, 1.0, 0, version)
-        await engine.generate(prompt, sampling)
+        await engine.sample(prompt, sampling, GROUP, f"0/{version}")
         weights = WeightBundle.pack(version, engine._model.named_parameters())
         await engine.load_weights(weights)
         del weights
@@ -144,21 +143,21 @@ async def vllm(folder: str) -> int:
     from transformers import AutoModelForCausalLM
 
     from actors.engines.vllm import VLLMEngine
-    from actors.messages import Prompt, Sampling
+    from actors.messages import Sampling
     from actors.specs import ModelSpec, RolloutSpec
     from actors.weights import WeightBundle
 
     spec = RolloutSpec(
         engine="vllm", max_prompt_length=PROMPT, max_completion_length=COMPLETION, kv_cache_gib=1
     )
-    engine = VLLMEngine(ModelSpec(name=folder), spec, "rollout-0", 0, GROUP, 0)
+    engine = VLLMEngine(ModelSpec(name=folder), spec, 0, GROUP, 0)
     await engine.start()
-    prompt = Prompt(0, "", "", np.arange(3, 3 + PROMPT, dtype=np.int32))
-    await engine.generate(prompt, Sampling(GROUP, COMPLETION, 1.0, 0, 1))
+    prompt, sampling = np.arange(3, 3 + PROMPT, dtype=np.int32), Sampling(COMPLETION, 1.0)
+    await engine.sample(prompt, sampling, GROUP, "0/1")
     own = memory("VmHWM")
     model = AutoModelForCausalLM.from_pretrained(folder)
     await engine.load_weights(WeightBundle.pack(1, model.named_parameters()))
-    await engine.generate(prompt, Sampling(GROUP, COMPLETION, 1.0, 0, 2))
+    await engine.sample(prompt, sampling, GROUP, "0/2")
     children = psutil.Process().children(recursive=True)
     total = own + sum(memory("VmHWM", str(child.pid)) for child in children)
     await engine.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -23,6 +24,8 @@ class PPOOnFunctions(PPO):
 class FlippedGRPO(GRPO):
     """GRPO with the sign of its advantages flipped: what it learns is to be wrong."""
 
-    def sequence_advantages(self, rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def sequence_advantages(
+        self, groups: Sequence[torch.Tensor], weights: torch.Tensor
+    ) -> list[torch.Tensor]:
         """The opposite of what the rewards say."""
-        return -super().sequence_advantages(rewards, weights)
+        return [-advantages for advantages in super().sequence_advantages(groups, weights)]

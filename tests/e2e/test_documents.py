@@ -315,10 +315,10 @@ def test_the_example_of_an_own_algorithm_has_its_advantages_and_its_name(
     algorithm = registry.get(name)
     assert name in registry.names()
     assert algorithm is registry.get(load_tree_name(in_workplace / "rloo.yaml"))
-    rewards = torch.tensor([[[3.0], [1.0], [1.0], [0.0]]])
-    advantages = algorithm.model_validate({}).sequence_advantages(rewards, torch.ones(1))
+    rewards = [torch.tensor([[3.0], [1.0], [1.0], [0.0]])]
+    (advantages,) = algorithm.model_validate({}).sequence_advantages(rewards, torch.ones(1))
     expected = [3 - 2 / 3, 1 - 4 / 3, 1 - 4 / 3, 0 - 5 / 3]
-    assert advantages.flatten().tolist() == pytest.approx(expected)
+    assert advantages.tolist() == pytest.approx(expected)
 
 
 def load_tree_name(path: Path) -> str:

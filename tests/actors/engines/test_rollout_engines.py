@@ -37,8 +37,9 @@ from transformers import (
 
 from actors.engines import base
 from actors.engines.base import WeightMismatch, resolve_engine
-from actors.engines.transformers import draw
-from actors.messages import FinishReason, GroupRecord, GroupTensors, Prompt, Sampling
+from actors.engines.transformers import draw, uniforms
+from actors.groups import Group
+from actors.messages import FinishReason, GroupSampling, Prompt, Sampling
 from actors.rollout import RolloutActor
 from actors.specs import ModelSpec, RolloutSpec
 from actors.weights import WeightBundle
@@ -46,21 +47,28 @@ from actors.weights import WeightBundle
 EOS = 1
 TOLERANCE = 1e-4
 WAIT_S = 240.0  # for a shared machine; an idle one needs a fraction
-Group = tuple[GroupRecord, GroupTensors]
 
 
 class Replica:
     """A rollout replica whose methods return futures, in this process or in a Ray actor."""
 
-    def __init__(self, name: str, call: Callable[..., Future[Any]]) -> None:
+    def __init__(
+        self, name: str, call: Callable[..., Future[Any]], here: RolloutActor | None = None
+    ) -> None:
         self.name = name
+        self.here = here
         self.call = call
         self.pid: int = self.get("start")["pid"]
 
     def get(self, method: str, *args: Any) -> Any:
         return self.call(method, *args).result(WAIT_S)
 
-    def group(self, prompt: Prompt, sampling: Sampling) -> Group:
+    def in_flight(self) -> int:
+        """Groups in flight in a replica of this process."""
+        assert self.here is not None
+        return len(self.here._calls)
+
+    def group(self, prompt: Prompt, sampling: GroupSampling) -> Group:
         group: Group = self.get("generate", prompt, sampling)
         return group
 
@@ -116,7 +124,7 @@ def transformers_replica(folder: Path, loop: asyncio.AbstractEventLoop) -> Repli
     def call(method: str, *args: Any) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(getattr(actor, method)(*args), loop)
 
-    return Replica("transformers", call)
+    return Replica("transformers", call, actor)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +143,23 @@ def vllm_replica(folder: Path, ray_session: None) -> Iterator[Replica]:
 def replica(request: pytest.FixtureRequest) -> Replica:
     found: Replica = request.getfixturevalue(f"{request.param}_replica")
     return found
+
+
+@pytest.fixture
+def sampled(transformers_replica: Replica, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The keys of the calls that the transformers engine finishes in a test."""
+    assert transformers_replica.here is not None
+    engine = transformers_replica.here._engine
+    keys: list[str] = []
+    sample = engine.sample
+
+    async def noted(token_ids: np.ndarray, sampling: Sampling, n: int, key: str) -> Any:
+        completions = await sample(token_ids, sampling, n, key)
+        keys.append(key)
+        return completions
+
+    monkeypatch.setattr(engine, "sample", noted)
+    return keys
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -177,11 +202,17 @@ def test_lengths_finish_reasons_and_masks_agree_with_the_tokens(replica, bundles
     assert record.group_id == tensors.group_id == sampling.group_id
     assert record.lengths == tensors.lengths
     assert record.prompt_tokens == len(_prompt(2).token_ids)
-    assert len(tensors.token_ids) == len(tensors.logprobs) == len(tensors.mask) == record.tokens
+    assert (
+        len(tensors.token_ids) == len(tensors.logprobs) == len(tensors.mask) == sum(record.lengths)
+    )
     assert tensors.token_ids.dtype == tensors.prompt_ids.dtype == np.int32
     assert tensors.logprobs.dtype == np.float32
     assert tensors.mask.all()
-    assert set(record.finish_reasons) == set(FinishReason), "the seed should show both"
+    assert record.sampled == record.lengths
+    assert record.turns == (1,) * 32
+    assert record.rollouts == tuple(range(32))
+    both = {FinishReason.STOP, FinishReason.LENGTH}
+    assert set(record.finish_reasons) == both, "the seed should show both"
     for index, (length, reason) in enumerate(
         zip(record.lengths, record.finish_reasons, strict=True)
     ):
@@ -214,7 +245,7 @@ def test_tokens_made_while_an_update_arrives_carry_the_label_of_their_weights(
     if replica.name == "vllm":
         replica.group(_prompt(5), _sampling(max_tokens=16, temperature=0.0))
     else:
-        _until(lambda: replica.get("stats")["groups_in_flight"] == 3)
+        _until(lambda: replica.in_flight() == 3)
     for version in (1, 2):
         replica.get("load_weights", bundles[version])
     groups = [call.result(WAIT_S) for call in long]
@@ -228,7 +259,7 @@ def test_tokens_made_while_an_update_arrives_carry_the_label_of_their_weights(
     ]
     # vLLM updates under its running requests, the transformers engine between groups.
     assert (max(len(each) for each in spans) > 1) == (replica.name == "vllm")
-    assert replica.get("ping") == 2
+    assert _labels(replica.group(_prompt(0), _sampling())) == {2}
 
 
 @pytest.mark.slow
@@ -243,7 +274,7 @@ def test_vllm_survives_more_prompts_than_a_step_takes_and_an_update_with_all_in_
         )
         for row in range(16)
     ]
-    _until(lambda: vllm_replica.get("stats")["groups_in_flight"] == 16)
+    # Done only when the others, which came first, have been running for a while.
     vllm_replica.group(_prompt(20), _sampling(max_tokens=8, completions=1))
     vllm_replica.get("load_weights", bundles[1])
     groups = [call.result(WAIT_S) for call in calls]
@@ -266,8 +297,8 @@ def test_a_bundle_that_does_not_fit_is_refused_by_name_and_changes_nothing(
     ):
         with pytest.raises(WeightMismatch, match=message):
             transformers_replica.get("load_weights", WeightBundle.pack(9, tensors.items()))
-    assert transformers_replica.get("ping") == 0
     group = transformers_replica.group(_prompt(0), _sampling())
+    assert _labels(group) == {0}
     assert _worst_error(group, policies, 1.0) < TOLERANCE
 
 
@@ -294,15 +325,44 @@ def test_a_group_is_bit_identical_whatever_else_is_in_flight(transformers_replic
     assert alone[1].logprobs.tobytes() == again[1].logprobs.tobytes()
 
 
-def test_a_call_repeated_while_it_runs_joins_the_first(transformers_replica):
-    before = transformers_replica.get("stats")["groups"]
+def test_a_completions_draws_are_its_own(transformers_replica, bundles):
+    """Not its siblings', whose number they do not see: only rounding in a batch may differ."""
+    transformers_replica.get("load_weights", bundles[0])
+    groups = [
+        transformers_replica.group(_prompt(0), _sampling(completions=n, max_tokens=12))[1]
+        for n in (1, 2, 8)
+    ]
+    first = [group.token_ids[group.completion(0)].tolist() for group in groups]
+    assert first[0] == first[1] == first[2]
+
+
+def test_a_group_says_what_its_replica_did_meanwhile(replica, bundles):
+    replica.get("load_weights", bundles[0])
+    calls = [
+        replica.call("generate", _prompt(row), _sampling(max_tokens=60, group_id=row))
+        for row in range(3)
+    ]
+    records = [call.result(WAIT_S)[0] for call in calls]
+    for record in records:
+        assert record.seconds > 0
+        assert record.load.tokens_per_s > 0
+        assert 1 <= record.load.running <= 24
+    if replica.name == "vllm":
+        assert max(record.load.running for record in records) > 8, "they are batched"
+        assert all(0 < record.load.kv_cache_used < 1 for record in records)
+    else:
+        assert max(record.load.queue for record in records) >= 8, "they take turns"
+        assert {record.load.kv_cache_used for record in records} == {None}
+
+
+def test_a_call_repeated_while_it_runs_joins_the_first(transformers_replica, sampled):
     calls = [
         transformers_replica.call("generate", _prompt(0), _sampling(max_tokens=200))
         for _ in range(2)
     ]
     first, second = (call.result(WAIT_S) for call in calls)
     assert first[1] is second[1]
-    assert transformers_replica.get("stats")["groups"] == before + 1
+    assert sampled == ["11/0"]
 
 
 def test_prompts_of_two_data_sets_do_not_join_by_their_row_numbers(transformers_replica):
@@ -320,19 +380,18 @@ def test_prompts_of_two_data_sets_do_not_join_by_their_row_numbers(transformers_
 
 
 def test_a_replica_answers_while_it_generates_and_stops_what_nobody_waits_for(
-    transformers_replica,
+    transformers_replica, sampled
 ):
-    before = transformers_replica.get("stats")["groups"]
     endless = transformers_replica.call(
         "generate", _prompt(0), _sampling(completions=64, max_tokens=400)
     )
-    _until(lambda: transformers_replica.get("stats")["groups_in_flight"] == 1)
+    _until(lambda: transformers_replica.in_flight() == 1)
     endless.cancel()
     with contextlib.suppress(CancelledError):
         endless.result(WAIT_S)
-    _until(lambda: transformers_replica.get("stats")["groups_in_flight"] == 0)
+    _until(lambda: transformers_replica.in_flight() == 0)
     transformers_replica.group(_prompt(0), _sampling(max_tokens=4))
-    assert transformers_replica.get("stats")["groups"] == before + 1
+    assert sampled == ["11/0"], "the first was given up"
 
 
 def test_an_untied_head_is_loaded_too(tmp_path, loop):
@@ -352,7 +411,8 @@ def test_an_untied_head_is_loaded_too(tmp_path, loop):
 
 def test_draws_follow_the_softmax_at_the_temperature():
     logits = torch.tensor([0.0, 1.0, -float("inf"), 2.0]).repeat(40_000, 1)
-    tokens, logprobs = draw(logits, 0.5, torch.Generator().manual_seed(0))
+    uniform = uniforms("draws", 1, 40_000)[0]
+    tokens, logprobs = draw(logits, 0.5, uniform)
     expected = torch.softmax(logits[0] / 0.5, dim=-1)
     seen = torch.bincount(tokens, minlength=4) / len(tokens)
     assert torch.allclose(seen, expected, atol=0.01)
@@ -497,8 +557,8 @@ def _prompt(row: int, tokens: int = 20) -> Prompt:
     return Prompt(row=row, source="", text="", token_ids=ids)
 
 
-def _sampling(**changes: Any) -> Sampling:
-    plain = Sampling(completions=8, max_tokens=48, temperature=1.0, seed=11, group_id=0)
+def _sampling(**changes: Any) -> GroupSampling:
+    plain = GroupSampling(completions=8, max_tokens=48, temperature=1.0, seed=11, group_id=0)
     return replace(plain, **changes)
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligntune.algorithms import advantages
+from aligntune.algorithms.base import Algorithm
 from aligntune.algorithms.dapo import DAPO
 from aligntune.algorithms.dr_grpo import DrGRPO
 from aligntune.algorithms.grpo import GRPO
@@ -32,19 +33,24 @@ def single(groups: list[list[float]]) -> torch.Tensor:
     return torch.tensor(groups, dtype=torch.float64)[..., None]
 
 
+def sequence_advantages(algorithm: Algorithm, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Of groups of one size: [n, G, K] and [K] to [n, G]."""
+    return torch.stack(algorithm.sequence_advantages(list(x), w))
+
+
 @timeless
 @given(groups)
 def test_group_advantages_are_standardised_rewards(groups: list[list[float]]) -> None:
     expected = torch.tensor([slow.standardised(g) for g in groups], dtype=torch.float64)
     for algorithm in (GRPO(), DAPO(), GSPO()):
-        got = algorithm.sequence_advantages(single(groups), ONE)
+        got = sequence_advantages(algorithm, single(groups), ONE)
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 @timeless
 @given(groups)
 def test_dr_grpo_only_centres(groups: list[list[float]]) -> None:
-    got = DrGRPO().sequence_advantages(single(groups), ONE)
+    got = sequence_advantages(DrGRPO(), single(groups), ONE)
     expected = [[0.0 if slow.constant(g) else r - slow.mean(g) for r in g] for g in groups]
     torch.testing.assert_close(
         got, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9
@@ -67,7 +73,7 @@ def test_dr_grpo_only_centres(groups: list[list[float]]) -> None:
     ],
 )
 def test_a_group_without_contrast_gives_exactly_zero(algorithm: GRPO, group: list[float]) -> None:
-    assert algorithm.sequence_advantages(single([group]), ONE).tolist() == [[0.0] * len(group)]
+    assert sequence_advantages(algorithm, single([group]), ONE).tolist() == [[0.0] * len(group)]
 
 
 def test_rounding_alone_would_have_made_advantages_of_a_constant_group() -> None:
@@ -78,7 +84,7 @@ def test_rounding_alone_would_have_made_advantages_of_a_constant_group() -> None
 
 @pytest.mark.parametrize("group", [[0.0, 2e-12], [1e9, 1e9 + 1.0], [1.0, 1.0 + 1e-9]])
 def test_a_small_contrast_is_not_a_constant_group(group: list[float]) -> None:
-    assert (GRPO().sequence_advantages(single([group]), ONE) != 0).all()
+    assert (sequence_advantages(GRPO(), single([group]), ONE) != 0).all()
 
 
 @timeless
@@ -87,14 +93,16 @@ def test_group_advantages_do_not_see_an_offset(
     groups: list[list[float]], offset: float, spread: float
 ) -> None:
     x = (single(groups) * spread).round(decimals=3)
-    a = GRPO().sequence_advantages(x, ONE)
-    torch.testing.assert_close(GRPO().sequence_advantages(x + offset, ONE), a, rtol=1e-6, atol=1e-6)
+    a = sequence_advantages(GRPO(), x, ONE)
+    torch.testing.assert_close(
+        sequence_advantages(GRPO(), x + offset, ONE), a, rtol=1e-6, atol=1e-6
+    )
     assert a.sum(-1).abs().max() < 1e-9
 
 
 def test_combine_sum_weighs_the_criteria_first() -> None:
     x = torch.tensor([[[1.0, 0.0], [0.0, 3.0], [1.0, 1.0]]])
-    got = GRPO().sequence_advantages(x, torch.tensor([2.0, 0.5]))
+    got = sequence_advantages(GRPO(), x, torch.tensor([2.0, 0.5]))
     expected = slow.standardised([2.0, 1.5, 2.5])
     assert got[0].tolist() == pytest.approx(expected, abs=1e-12)
 
@@ -113,7 +121,7 @@ def test_combine_decoupled_normalises_each_criterion_then_the_batch(
             flat[i * size + j] += w[k].item() * a
     expected = torch.tensor(slow.standardised(flat), dtype=torch.float64).view(n, size)
     for algorithm in (GRPO(combine="decoupled"), DAPO(combine="decoupled")):
-        got = algorithm.sequence_advantages(x, w)
+        got = sequence_advantages(algorithm, x, w)
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -121,7 +129,7 @@ def test_decoupled_tells_apart_what_a_sum_cannot() -> None:
     """GDPO's example: with two criteria a sum maps (0, 1), (1, 0) to one value."""
     x = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]], [[1.0, 1.0]] * 4])
     w = torch.tensor([1.0, 0.25])
-    decoupled = GRPO(combine="decoupled").sequence_advantages(x, w)
+    decoupled = sequence_advantages(GRPO(combine="decoupled"), x, w)
     assert decoupled[1].tolist() == [0.0] * 4
     assert decoupled[0, 0] < decoupled[0, 1]
 
@@ -130,21 +138,21 @@ def test_decoupled_tells_apart_what_a_sum_cannot() -> None:
 @pytest.mark.parametrize("algorithm", [GRPO(), GRPO(combine="decoupled"), DrGRPO(), PPO()])
 def test_a_reward_that_is_no_number_is_refused(algorithm: GRPO, bad: float) -> None:
     with pytest.raises(ValueError, match="not finite"):
-        algorithm.sequence_advantages(single([[1.0, bad]]), ONE)
+        sequence_advantages(algorithm, single([[1.0, bad]]), ONE)
 
 
 def test_rewards_and_weights_must_fit() -> None:
     with pytest.raises(ValueError, match="criteria"):
-        GRPO().sequence_advantages(single([[1.0, 0.0]]), torch.ones(2))
+        sequence_advantages(GRPO(), single([[1.0, 0.0]]), torch.ones(2))
 
 
 def test_shaping_is_a_criterion_of_its_own_where_criteria_are_decoupled() -> None:
     x = torch.tensor([[[1.0], [0.0], [1.0], [0.0]]])
     lengths = torch.tensor([[10, 10, 9, 8]])
     algorithm = DAPO(overlong_cache=2, combine="decoupled")
-    scores, got = algorithm.scores_and_advantages(x, torch.tensor([2.0]), lengths, 10)
+    (scores,), got = algorithm.scores_and_advantages(x, torch.tensor([2.0]), lengths, 10)
     penalties = [-1.0, -1.0, -0.5, 0.0]
-    assert scores.tolist() == [[1.0, -1.0, 1.5, 0.0]]
+    assert scores.tolist() == [1.0, -1.0, 1.5, 0.0]
     summed = [
         2 * a + b
         for a, b in zip(
@@ -157,9 +165,47 @@ def test_shaping_is_a_criterion_of_its_own_where_criteria_are_decoupled() -> Non
 def test_shaping_is_added_to_the_sum_otherwise() -> None:
     x = torch.tensor([[[1.0], [0.0], [1.0], [0.0]]])
     lengths = torch.tensor([[10, 10, 9, 8]])
-    scores, got = DAPO(overlong_cache=2).scores_and_advantages(x, torch.ones(1), lengths, 10)
-    assert scores.tolist() == [[0.0, -1.0, 0.5, 0.0]]
-    assert got[0].tolist() == pytest.approx(slow.standardised(scores[0].tolist()), abs=1e-12)
+    (scores,), got = DAPO(overlong_cache=2).scores_and_advantages(x, torch.ones(1), lengths, 10)
+    assert scores.tolist() == [0.0, -1.0, 0.5, 0.0]
+    assert got[0].tolist() == pytest.approx(slow.standardised(scores.tolist()), abs=1e-12)
+
+
+@timeless
+@given(
+    st.integers(0, 10_000),
+    st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    st.integers(1, 3),
+)
+def test_groups_of_other_sizes_are_each_their_own_baseline(
+    seed: int, sizes: list[int], criteria: int
+) -> None:
+    """Of ragged groups, by either way of combining criteria."""
+    g = torch.Generator().manual_seed(seed)
+    groups = [torch.randint(0, 3, (n, criteria), generator=g).double() for n in sizes]
+    w = torch.rand(criteria, generator=g, dtype=torch.float64) + 0.1
+    weighted = [
+        [math.fsum(a * b for a, b in zip(row, w.tolist(), strict=True)) for row in x.tolist()]
+        for x in groups
+    ]
+    got = GRPO().sequence_advantages(groups, w)
+    for a, scores in zip(got, weighted, strict=True):
+        assert a.tolist() == pytest.approx(slow.standardised(scores), rel=1e-9, abs=1e-9)
+    for a, scores in zip(DrGRPO().sequence_advantages(groups, w), weighted, strict=True):
+        centred = [0.0 if slow.constant(scores) else r - slow.mean(scores) for r in scores]
+        assert a.tolist() == pytest.approx(centred, rel=1e-9, abs=1e-9)
+    normal = [
+        [slow.standardised(column) for column in zip(*x.tolist(), strict=True)] for x in groups
+    ]
+    flat = [
+        math.fsum(w[k].item() * columns[k][j] for k in range(criteria))
+        for columns in normal
+        for j in range(len(columns[0]))
+    ]
+    decoupled = GRPO(combine="decoupled").sequence_advantages(groups, w)
+    assert [len(a) for a in decoupled] == sizes
+    assert torch.cat(decoupled).tolist() == pytest.approx(
+        slow.standardised(flat), rel=1e-9, abs=1e-9
+    )
 
 
 @timeless

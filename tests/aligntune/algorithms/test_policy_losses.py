@@ -163,7 +163,9 @@ def test_gradients_pass_gradcheck(name: str, per_token: bool) -> None:
 def test_grpo_by_hand() -> None:
     """Two rewards 1 and 0; one token of ratio 3/2 clipped at 1.2, one of 1/2 clipped at 0.8."""
     a = 0.5 / (math.sqrt(0.5) + 1e-6)
-    advantages = GRPO().sequence_advantages(torch.tensor([[[1.0], [0.0]]]), torch.ones(1))
+    advantages = torch.stack(
+        GRPO().sequence_advantages([torch.tensor([[1.0], [0.0]])], torch.ones(1))
+    )
     assert advantages.tolist() == [[pytest.approx(a, abs=1e-15), pytest.approx(-a, abs=1e-15)]]
 
     old = torch.tensor([[-1.0, -2.0], [-1.0, -3.0]], dtype=torch.float64)

@@ -23,11 +23,13 @@ from aligntune.algorithms.ppo import PPO
 from . import slow
 
 
-def random_groups(seed: int, groups: int = 3, size: int = 2) -> list[TokenInputs]:
-    """Ragged groups: interior zeros, an empty completion, a truncated one, one not trained on."""
+def random_groups(seed: int, groups: int = 3, least: int = 2) -> list[TokenInputs]:
+    """Groups of `least` rollouts and more: interior zeros, an empty rollout, a truncated one, one
+    that is not trained on."""
     rng = np.random.default_rng(seed)
     made = []
     for g in range(groups):
+        size = least + g % 2
         lengths = tuple(int(n) for n in rng.integers(1, 7, size))
         if g == 1:
             lengths = (0, *lengths[1:])
@@ -196,7 +198,7 @@ def test_whitened_advantages_have_mean_zero_and_unit_spread() -> None:
 
 def test_the_kl_in_the_reward_of_a_group_algorithm_lowers_its_completions_scores() -> None:
     algorithm = GRPO(beta=0.5, kl_in="reward", kl_estimator="k1")
-    groups = random_groups(1, groups=3, size=4)
+    groups = random_groups(1, groups=3, least=4)
     targets, figures = algorithm.prepare(groups)
     ks = []
     for group, target in zip(groups, targets, strict=True):

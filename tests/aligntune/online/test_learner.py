@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -81,6 +82,37 @@ def test_every_row_is_trained_on_once_an_epoch_and_every_group_has_one_rank(
         assert sorted((row.work, row.completion) for row in seen) == rows
     assert {len(job.minibatches) for job in jobs} == {3 * passes}
     assert sorted(chain(*split_groups(groups, ranks))) == list(range(6))
+
+
+@given(
+    joined=st.lists(st.lists(st.booleans(), min_size=1, max_size=4), min_size=6, max_size=6),
+    ranks=st.integers(1, 4),
+)
+def test_the_rows_of_a_rollout_go_to_one_rank(joined: list[list[bool]], ranks: int) -> None:
+    groups = []
+    for index, more in enumerate(joined):
+        owners = [0]
+        for new in more:
+            owners.append(owners[-1] + new)
+        lengths = tuple(range(1, len(owners) + 1))
+        groups.append(replace(group(index, lengths), rollouts=tuple(owners)))
+    jobs = plan_updates(config(), 1, groups, ranks, loss=len)  # type: ignore[arg-type]
+    seen: dict[tuple[int, int], set[int]] = {}
+    rows = []
+    for rank, job in enumerate(jobs):
+        for row in chain(*job.minibatches):
+            owner = groups[row.work].rollouts[row.completion]
+            seen.setdefault((row.work, owner), set()).add(rank)
+            rows.append((row.work, row.completion))
+    assert all(len(places) == 1 for places in seen.values())
+    assert sorted(rows) == [
+        (g, r) for g, work in enumerate(groups) for r in range(len(work.lengths))
+    ]
+
+
+def test_losses_of_whole_rollouts_say_so_to_the_ranks() -> None:
+    assert jobs_of("gspo")["policy"][0].whole_rollouts
+    assert not jobs_of("dapo")["policy"][0].whole_rollouts
 
 
 def jobs_of(algorithm: str | dict[str, Any], **train: Any) -> dict[str, list[UpdateJob]]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from actors.messages import FinishReason, GroupRecord, Prompt, Scores, VersionSpan
+from actors.messages import FinishReason, GroupRecord, Prompt, ReplicaLoad, Scores, VersionSpan
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
-from aligntune.online.figures import completion_metrics, group_metrics, score_metrics, time_metrics
+from aligntune.online.figures import (
+    completion_metrics,
+    group_metrics,
+    rollout_metrics,
+    score_metrics,
+    time_metrics,
+)
 from aligntune.online.pipeline import ReadyGroup, group_works
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
@@ -60,6 +67,30 @@ def test_the_ranks_get_advantages_scores_and_which_completions_were_cut() -> Non
     assert first.trained == (True, True)
     assert (first.prompt_tokens, first.lengths) == (7, (3, 5))
     assert (first.tensors, first.reference) == ("tensors 0", "reference 0")
+
+
+def test_groups_of_other_sizes_and_rollouts_of_several_rows_make_a_step() -> None:
+    """The second group has one rollout less; its first has two rows of 4 + 2 sampled tokens, which
+    is what the punishment for length goes by."""
+    dapo = config({"name": "dapo", "overlong_cache": 4})
+    three = ready(0, [(1.0,), (0.0,), (1.0,)], (STOP,) * 3, lengths=(3, 5, 4), versions=(4, 4, 4))
+    two = ready(
+        1, [(1.0,), (1.0,)], (STOP, FinishReason.TURNS), lengths=(9, 12, 8), versions=(4, 4, 4)
+    )
+    record = replace(two.record, sampled=(4, 2, 8), turns=(3, 1), rollouts=(0, 0, 1))
+    first, second = group_works(dapo, dapo.algorithm, [three, replace(two, record=record)])
+    assert first.advantages == pytest.approx((0.5773, -1.1547, 0.5773), abs=1e-4)
+    assert first.rollouts == (0, 1, 2)
+    assert second.scores == (1.0, 0.5)
+    assert second.advantages == pytest.approx((0.7071, -0.7071), abs=1e-4)
+    assert second.truncated == (False, True)
+    assert (second.lengths, second.rollouts) == ((9, 12, 8), (0, 0, 1))
+
+
+def test_a_group_with_another_number_of_scores_than_rollouts_is_refused() -> None:
+    grpo = config("grpo")
+    with pytest.raises(ValueError, match="group 3: 3 scores for 2 rollouts"):
+        group_works(grpo, grpo.algorithm, [ready(3, [(1.0,), (0.0,), (1.0,)])])
 
 
 def test_overlong_filtering_and_shaping_reach_the_ranks() -> None:
@@ -133,6 +164,49 @@ def test_completion_and_time_figures_by_hand() -> None:
     assert figures["time/idle_policy"] == 2.0
     assert figures["throughput/tokens_per_s"] == 4.0
     assert figures["throughput/samples_per_s"] == 1.0
+
+
+def test_lengths_and_throughput_count_what_the_policy_wrote() -> None:
+    """Two rollouts; the second has two rows, whose second repeats 4 tokens of the first."""
+    (group,) = (ready(0, [(1.0,), (0.0,)], lengths=(9, 4, 8), versions=(4, 4, 4)),)
+    record = replace(group.record, sampled=(3, 4, 2), turns=(2, 2), rollouts=(0, 1, 1))
+    groups = [replace(group, record=record)]
+    assert completion_metrics(groups)["completions/length_max"] == 6.0
+    assert completion_metrics(groups)["completions/length_mean"] == 4.5
+    busy = {"rollout": 3.0, "prepare": 0.5, "update": 1.0, "weight_sync": 0.5}
+    figures = time_metrics(2.0, busy, groups)
+    assert figures["throughput/tokens_per_s"] == 4.5
+    assert figures["throughput/samples_per_s"] == 1.0
+
+
+def test_replicas_figures_by_hand() -> None:
+    def made(seconds: float, replica: str, *load: float | None) -> ReadyGroup:
+        group = ready(0, [(1.0,), (0.0,)])
+        said = ReplicaLoad(*load)  # type: ignore[arg-type]
+        record = replace(group.record, seconds=seconds, replica=replica, load=said)
+        return replace(group, record=record)
+
+    one = [
+        made(1.0, "rollout-0", 10.0, 4.0, 0.0, 0.25),
+        made(3.0, "rollout-0", 30.0, 6.0, 2.0, 0.75),
+    ]
+    alone = {
+        "rollout/group_s_mean": 2.0,
+        "rollout/group_s_max": 3.0,
+        "rollout/tokens_per_s": 20.0,
+        "rollout/running": 5.0,
+        "rollout/queue": 1.0,
+        "rollout/kv_cache_used": 0.5,
+    }
+    assert rollout_metrics(one) == alone
+    both = rollout_metrics([*one, made(2.0, "rollout-1", 5.0, 1.0, 3.0, None)])
+    assert both["rollout/tokens_per_s"] == 25.0
+    assert both["rollout/running"] == 3.0
+    assert both["rollout/queue"] == 2.0
+    assert both["rollout/kv_cache_used"] == 0.5
+    assert both["rollout/rollout-0/tokens_per_s"] == 20.0
+    assert both["rollout/rollout-1/queue"] == 3.0
+    assert "rollout/rollout-1/kv_cache_used" not in both
 
 
 def test_a_role_is_never_idle_for_less_than_no_time() -> None:
