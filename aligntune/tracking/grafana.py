@@ -41,7 +41,10 @@ ROWS: Mapping[str, Sequence[tuple[str, str, Sequence[str]]]] = {
             ),
         ),
         ("Idle", "s", ("time/idle_rollout", "time/idle_policy")),
-        ("Tokens per second", "none", ("throughput/tokens_per_s",)),
+        ("Tokens per second", "none", ("throughput/tokens_per_s", "rollout/tokens_per_s")),
+        ("Completions in the engines", "none", ("rollout/running", "rollout/queue")),
+        ("KV cache in use", "percentunit", ("rollout/kv_cache_used",)),
+        ("Seconds of a group", "s", ("rollout/group_s_mean", "rollout/group_s_max")),
     ),
 }
 # Of Ray itself: (title, unit, query, legend).
