@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from aligntune.algorithms.filters import varies
 from aligntune.config.online import RunConfig
 from aligntune.online.pipeline import ReadyGroup, raw_scores, truncated
+
+# A field of ReplicaLoad: its metric, and what the replicas' means become together.
+LOADS: Mapping[str, tuple[str, Callable[[list[float]], float]]] = {
+    "tokens_per_s": ("rollout/tokens_per_s", sum),
+    "running": ("rollout/running", statistics.fmean),
+    "queue": ("rollout/queue", statistics.fmean),
+    "kv_cache_used": ("rollout/kv_cache_used", statistics.fmean),
+}
 
 
 def score_metrics(
@@ -85,11 +93,10 @@ def rollout_metrics(groups: Sequence[ReadyGroup]) -> dict[str, float]:
         "rollout/group_s_mean": statistics.fmean(seconds),
         "rollout/group_s_max": max(seconds),
     }
-    for name in ("tokens_per_s", "running", "queue", "kv_cache_used"):
+    for name, (metric, together) in LOADS.items():
         values = [of[name] for of in means.values() if name in of]
         if values:
-            together = sum if name == "tokens_per_s" else statistics.fmean
-            figures[f"rollout/{name}"] = together(values)
+            figures[metric] = together(values)
     if len(means) > 1:
         for replica, of in means.items():
             figures |= {f"rollout/{replica}/{name}": value for name, value in of.items()}
