@@ -289,6 +289,11 @@ def adopt(path: Path, snapshot: dict[str, Any], step: int) -> None:
     log.close()
 
 
+def is_lost(path: Path) -> bool:
+    """Whether the log of a run that has a checkpoint is gone, or empty: its books cannot go on."""
+    return not path.exists() or path.stat().st_size == 0
+
+
 def audit(path: Path) -> Books:
     """Replay a ledger log and return its books, those of a run it goes on from among them.
 

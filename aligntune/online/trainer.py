@@ -34,7 +34,7 @@ from aligntune.errors import Interrupted, RunFailed, UserError
 from aligntune.online.controller import Controller
 from aligntune.online.evaluation import evaluate_model
 from aligntune.online.learner import PolicyLost
-from aligntune.online.ledger import Books, adopt
+from aligntune.online.ledger import Books, adopt, is_lost
 from aligntune.online.role_requests import role_requests
 from aligntune.online.roles import Roles
 from aligntune.paths import located_storage
@@ -245,10 +245,10 @@ class OnlineTrainer:
                     f"checkpoint of step {checkpoint.step}, so the run cannot go on where it was; "
                     "restore the data, or name another output_dir"
                 )
+            ledger = rundir.file("ledger.jsonl")
+            if checkpoint and (checkpoints.is_from_elsewhere(checkpoint) or is_lost(ledger)):
+                adopt(ledger, checkpoint.state["ledger"], checkpoint.step)
             if checkpoint and resume != "auto":
-                if checkpoint.path.resolve().parent != checkpoints.directory.resolve():
-                    snapshot = checkpoint.state["ledger"]
-                    adopt(rundir.file("ledger.jsonl"), snapshot, checkpoint.step)
                 checkpoint = checkpoints.adopt(checkpoint)
             rundir.describe(self.config)
             after = checkpoint.step if checkpoint else 0

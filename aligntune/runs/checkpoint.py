@@ -1,15 +1,17 @@
 """Checkpoints: complete or absent, whatever is killed while one is written.
 
 Invariant: a folder `step-NNNNNN` is whole. It is written under another name, forced to disk, and
-renamed last; its manifest lists every file with its size, and one that does not match is passed
-over.
+renamed last; its manifest lists every file with its size and checksum, and a folder that does not
+match is passed over. Folders with other names are somebody else's and are left alone.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +48,58 @@ def write_atomically(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
+NAME = re.compile(r"step-(\d{6,})", re.ASCII)
+CHUNK = 2**22  # bytes read at a time for a checksum
+
+
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
+
+
+def _ours(folder: Path) -> bool:
+    """Whether the name is one that `Checkpoints` gives; `step-000050.bak` is not."""
+    match = NAME.fullmatch(folder.name)
+    return match is not None and folder.name == f"step-{int(match[1]):06d}" and folder.is_dir()
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file, which finds every flipped bit; for damage, not for attackers."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(CHUNK):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def intact(folder: Path) -> bool:
+    """Whether every file of a checkpoint has the content that its manifest says; reads them all."""
+    manifest = _manifest(folder)
+    return manifest is not None and all(
+        checksum(folder / name) == entry["crc32"] for name, entry in manifest.items()
+    )
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, int]] | None:
+    """{file: {size, crc32}} where the manifest can be read and every file is there in its size."""
+    files = _json(folder / MANIFEST).get("files")
+    if not isinstance(files, dict) or STATE not in files:
+        return None
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or not {"size", "crc32"} <= entry.keys():
+            return None
+        part = folder / name
+        if not part.is_file() or part.stat().st_size != entry["size"]:
+            return None
+    return files
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is none, or none that can be read."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):  # ValueError: not JSON, or not UTF-8
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 class Checkpoints:
@@ -56,6 +108,7 @@ class Checkpoints:
     def __init__(self, directory: Path, keep_last: int) -> None:
         self.directory = directory
         self.keep_last = keep_last
+        self._checked: dict[tuple[tuple[str, int, int], ...], bool] = {}  # by files as they stand
         for leftover in directory.glob("*.partial"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
@@ -83,8 +136,11 @@ class Checkpoints:
         staging = final.with_suffix(".partial")
         (staging / STATE).write_text(json.dumps(state), encoding="utf-8")
         files = sorted(p for p in staging.rglob("*") if p.is_file())
-        sizes = {str(p.relative_to(staging)): p.stat().st_size for p in files}
-        (staging / MANIFEST).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+        listed = {
+            str(p.relative_to(staging)): {"size": p.stat().st_size, "crc32": checksum(p)}
+            for p in files
+        }
+        (staging / MANIFEST).write_text(json.dumps({"files": listed}, indent=1), encoding="utf-8")
         for path in [*files, staging / MANIFEST, *(p for p in staging.rglob("*") if p.is_dir())]:
             _sync(path)
         _sync(staging)
@@ -98,6 +154,10 @@ class Checkpoints:
         for other in (*folders[: max(0, own - self.keep_last)], *folders[own:]):
             shutil.rmtree(other)
         return Checkpoint(step, final, state)
+
+    def is_from_elsewhere(self, checkpoint: Checkpoint) -> bool:
+        """Whether it lies in another folder than this one's."""
+        return checkpoint.path.resolve().parent != self.directory.resolve()
 
     def adopt(self, checkpoint: Checkpoint) -> Checkpoint:
         """Make a checkpoint that the user chose the newest one: those of later steps go, for these
@@ -117,40 +177,49 @@ class Checkpoints:
         return Checkpoint(checkpoint.step, final, checkpoint.state)
 
     def _folders(self) -> list[Path]:
-        """By step, whole or not."""
-        found = (p for p in self.directory.glob("step-*") if p.suffix != ".partial")
-        return sorted(found, key=_step_of)
+        """By step, whole or not; what has another name is not ours."""
+        return sorted(filter(_ours, self.directory.glob("step-*")), key=_step_of)
 
     def damaged(self) -> list[str]:
         """The names of the folders that `latest` passes over, newest first."""
         names = []
         for folder in reversed(self._folders()):
-            if self._read(folder):
+            if self._read(folder) and self._intact(folder):
                 break
             names.append(folder.name)
         return names
 
-    def _read(self, folder: Path) -> Checkpoint | None:
-        manifest = folder / MANIFEST
-        if not manifest.is_file():
+    @staticmethod
+    def _read(folder: Path) -> Checkpoint | None:
+        """The checkpoint in a folder where all its files are there in their sizes."""
+        if _manifest(folder) is None:
             return None
-        for name, size in json.loads(manifest.read_text(encoding="utf-8")).items():
-            part = folder / name
-            if not part.is_file() or part.stat().st_size != size:
-                return None
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return Checkpoint(state["step"], folder, state)
+        state = _json(folder / STATE)
+        step = state.get("step")
+        return Checkpoint(step, folder, state) if isinstance(step, int) else None
 
     def latest(self) -> Checkpoint | None:
-        """The newest complete checkpoint, or None. Damaged ones are passed over."""
+        """The newest complete checkpoint, or None. Damaged ones, by checksum too, are passed over;
+        `damaged` names them."""
         for folder in reversed(self._folders()):
-            if checkpoint := self._read(folder):
+            checkpoint = self._read(folder)
+            if checkpoint and self._intact(folder):
                 return checkpoint
         return None
+
+    def _intact(self, folder: Path) -> bool:
+        """`intact`, read once as long as no file changes."""
+        files = [(str(p), p.stat()) for p in sorted(folder.rglob("*")) if p.is_file()]
+        key = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
+        if key not in self._checked:
+            self._checked[key] = intact(folder)
+        return self._checked[key]
 
     def at(self, path: Path) -> Checkpoint:
         """The checkpoint in a folder the user names. Raises ValueError if it is not whole."""
         checkpoint = self._read(path)
         if checkpoint is None:
             raise ValueError(f"{path} is not a complete checkpoint")
+        if not intact(path):
+            raise ValueError(f"{path} is damaged: a file has not the content it was written with")
         return checkpoint

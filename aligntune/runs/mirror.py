@@ -16,7 +16,7 @@ import yaml
 
 from actors.storage import Store
 from aligntune.errors import UserError
-from aligntune.runs.checkpoint import Checkpoints
+from aligntune.runs.checkpoint import NAME, Checkpoints, intact
 from aligntune.runs.deadline import answered
 
 CHECKPOINTS = "checkpoints"
@@ -42,7 +42,10 @@ class Mirror:
 
     def _latest(self) -> int | None:
         name = self._store.read(f"{CHECKPOINTS}/{LATEST}")
-        return int(name.decode().strip().removeprefix("step-")) if name else None
+        match = NAME.fullmatch(name.decode(errors="replace").strip()) if name else None
+        if name and not match:
+            raise OSError(f"{CHECKPOINTS}/{LATEST} names no checkpoint, but {name[:40]!r}")
+        return int(match[1]) if match else None
 
     def is_ahead_of(self, checkpoints: Checkpoints, resume: str) -> bool:
         """Whether the run there has gone further than the one here.
@@ -77,6 +80,13 @@ class Mirror:
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         self._store.get(f"{CHECKPOINTS}/{folder.name}", partial)
+        if not intact(partial):
+            shutil.rmtree(partial)
+            raise OSError(
+                f"{CHECKPOINTS}/{folder.name} there is damaged: a file is missing or has not the "
+                "content it was written with; restore it, or name an older one in "
+                f"{CHECKPOINTS}/{LATEST}"
+            )
         for name in FILES:
             content = self._store.read(name)
             if content is not None:

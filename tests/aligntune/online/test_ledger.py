@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aligntune.online.ledger import ENDS, MOVES, Ledger, LedgerError, LedgerLog, State, adopt, audit
+from aligntune.online.ledger import (
+    ENDS,
+    MOVES,
+    Ledger,
+    LedgerError,
+    LedgerLog,
+    State,
+    adopt,
+    audit,
+    is_lost,
+)
 
 
 def to_trained(ledger: Ledger, group: int, step: int = 1) -> None:
@@ -188,6 +198,27 @@ def test_a_log_that_cannot_be_written_is_heard_of_at_the_next_move(
         ledger.move([0], State.ROLLING)
     with pytest.raises(OSError, match="No space left"):
         log.sync()
+
+
+@pytest.mark.parametrize("left", [None, b""])
+def test_a_log_that_was_lost_begins_again_with_the_checkpoint(
+    path: Path, left: bytes | None
+) -> None:
+    first = Ledger(LedgerLog(path))
+    for _ in range(3):
+        first.admit(0)
+    to_trained(first, 0)
+    snapshot = first.snapshot(step=1)
+    assert not is_lost(path)
+    path.unlink()
+    if left is not None:
+        path.write_bytes(left)
+    assert is_lost(path)
+    adopt(path, snapshot, step=1)
+    second = Ledger(LedgerLog(path))
+    assert second.restore(snapshot, step=1, version=1) == [1, 2]
+    to_trained(second, 1, step=2)
+    assert audit(path) == second.books
 
 
 def test_audit_refuses_a_log_with_a_gap(path: Path) -> None:

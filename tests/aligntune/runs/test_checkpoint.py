@@ -1,17 +1,21 @@
 """Checkpoints are whole or absent."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aligntune.errors import UserError
 from aligntune.runs.checkpoint import Checkpoints
 from aligntune.runs.rundir import RunDir
 
 
-def save(checkpoints: Checkpoints, step: int) -> None:
+def save(checkpoints: Checkpoints, step: int, weights: bytes | None = None) -> None:
     staging = checkpoints.begin(step)
-    (staging / "policy" / "weights").write_bytes(bytes([step % 256]) * 100)
+    (staging / "policy" / "weights").write_bytes(weights or bytes([step % 256]) * 100)
     checkpoints.commit(step, {"step": step})
 
 
@@ -44,23 +48,80 @@ def test_one_that_was_being_written_does_not_count_and_is_cleared(tmp_path: Path
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("damage", ["truncate", "delete", "manifest"])
+WHOLE = json.dumps({"files": {"controller.json": {"size": 11, "crc32": 0}}})
+DAMAGE = {
+    "truncated": lambda folder: (folder / "policy" / "weights").write_bytes(b"short"),
+    "deleted": lambda folder: (folder / "policy" / "weights").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "empty manifest": lambda folder: (folder / "manifest.json").write_bytes(b""),
+    "manifest is a list": lambda folder: (folder / "manifest.json").write_text("[]"),
+    "manifest lists nothing": lambda folder: (folder / "manifest.json").write_text("{}"),
+    "manifest of another kind": lambda folder: (folder / "manifest.json").write_text('{"a": 1}'),
+    "manifest without the weights": lambda folder: (folder / "manifest.json").write_text(WHOLE),
+    "manifest not of text": lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe\x00"),
+    "state not of JSON": lambda folder: (folder / "controller.json").write_bytes(b'{"step": 2]'),
+    "state is a number": lambda folder: (folder / "controller.json").write_bytes(b"22222222222"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     save(checkpoints, 1)
     save(checkpoints, 2)
-    weights = tmp_path / "step-000002" / "policy" / "weights"
-    if damage == "truncate":
-        weights.write_bytes(b"short")
-    elif damage == "delete":
-        weights.unlink()
-    else:
-        (tmp_path / "step-000002" / "manifest.json").unlink()
+    DAMAGE[damage](tmp_path / "step-000002")
     latest = checkpoints.latest()
     assert latest is not None
     assert latest.step == 1
-    with pytest.raises(ValueError, match="not a complete checkpoint"):
+    assert checkpoints.damaged() == ["step-000002"]
+    with pytest.raises(ValueError, match=r"not a complete checkpoint|damaged"):
         checkpoints.at(tmp_path / "step-000002")
+
+
+@given(st.data())
+def test_one_flipped_bit_in_any_file_passes_it_over(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    checkpoints = Checkpoints(folder, keep_last=2)
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    name = data.draw(st.sampled_from(["policy/weights", "controller.json"]))
+    victim = folder / "step-000002" / name
+    content = bytearray(victim.read_bytes())
+    bit = data.draw(st.integers(0, 8 * len(content) - 1))
+    content[bit // 8] ^= 1 << bit % 8
+    victim.write_bytes(content)
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert latest.step == 1
+    with pytest.raises(ValueError, match=r"damaged|not a complete"):
+        checkpoints.at(folder / "step-000002")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "step-000001.bak",
+        "step-1",
+        "step-",
+        "step-000001 copy",
+        "step-x",
+        "step-\u0660\u0660\u0660\u0660\u0660\u0661",
+    ],
+)
+def test_what_is_not_ours_is_left_alone(tmp_path: Path, name: str) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    save(checkpoints, 1)
+    shutil.copytree(tmp_path / "step-000001", tmp_path / name)
+    (tmp_path / "step-000009").write_text("a file")
+    save(checkpoints, 2)
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert latest.step == 2
+    assert (tmp_path / name / "policy" / "weights").is_file()
+    assert (tmp_path / "step-000009").is_file()
+    assert not (tmp_path / "step-000001").exists(), "keep_last counts ours"
 
 
 @pytest.mark.parametrize("keep_last", [1, 2, 3])
@@ -126,8 +187,7 @@ def test_one_from_elsewhere_takes_the_place_of_all(tmp_path: Path) -> None:
     here, there = (Checkpoints(tmp_path / name, keep_last=5) for name in ("here", "there"))
     save(here, 2)
     save(here, 7)
-    save(there, 2)
-    (tmp_path / "there" / "step-000002" / "policy" / "weights").write_bytes(b"x" * 100)
+    save(there, 2, b"x" * 100)
     chosen = here.adopt(there.at(tmp_path / "there" / "step-000002"))
     assert chosen.path == tmp_path / "here" / "step-000002"
     assert (chosen.path / "policy" / "weights").read_bytes() == b"x" * 100

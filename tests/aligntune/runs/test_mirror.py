@@ -121,3 +121,31 @@ def test_a_fetch_that_does_not_end_is_given_up_and_the_next_start_fetches_again(
         done.set()
     assert checkpoints.latest() is None
     assert mirror.is_ahead_of(checkpoints, "auto")
+
+
+def test_a_copy_that_was_damaged_there_is_not_fetched(home: Path, tmp_path: Path) -> None:
+    storage = tmp_path / "bucket"
+    push(home, Mirror(str(storage), home, 2, 60), 1, 2)
+    weights = storage / "checkpoints" / "step-000002" / "policy" / "weights"
+    content = bytearray(weights.read_bytes())
+    content[50] ^= 4
+    weights.write_bytes(content)
+    new = tmp_path / "new"
+    with pytest.raises(UserError, match="step-000002 there is damaged"):
+        Mirror(str(storage), new, 2, 60).fetch()
+    assert not list(new.rglob("step-*"))
+
+
+@pytest.mark.parametrize("latest", [b"", b"step-x\n", b"\xff\xfe", b"../../etc\n"])
+def test_a_name_of_no_checkpoint_is_refused_in_one_line(
+    home: Path, tmp_path: Path, latest: bytes
+) -> None:
+    storage = tmp_path / "bucket"
+    checkpoints = push(home, Mirror(str(storage), home, 2, 60), 1)
+    (storage / "checkpoints" / "latest").write_bytes(latest)
+    mirror = Mirror(str(storage), home, 2, 60)
+    if latest:
+        with pytest.raises(UserError, match="names no checkpoint"):
+            mirror.is_ahead_of(checkpoints, "auto")
+    else:
+        assert not mirror.is_ahead_of(checkpoints, "auto")
