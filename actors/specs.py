@@ -80,9 +80,15 @@ class RolloutSpec(Spec):
     resources: RoleResources = RoleResources()
     temperature: float = Field(1.0, gt=0, description="of sampling; log-probs are taken at it too")
     max_completion_length: Positive = Field(
-        256, description="tokens, the end-of-sequence token included: the sampling budget"
+        256,
+        description="tokens, the end-of-sequence token included: the sampling budget; less by "
+        "default where the model has no positions for it",
     )
-    max_prompt_length: Positive = Field(512, description="tokens")
+    max_prompt_length: Positive | None = Field(
+        None,
+        description="tokens; default: the 95th percentile of the prompts, within the model's "
+        "positions",
+    )
     max_concurrent_groups: Positive = Field(32, description="in flight per replica")
     generation_timeout_s: Seconds = Field(600.0, description="longest wait for one group")
     start_timeout_s: Seconds = Field(600.0, description="longest wait for a replica to load")
@@ -98,6 +104,13 @@ class RolloutSpec(Spec):
         description="passed to the engine as is; vLLM's `max_num_seqs` and "
         "`max_num_batched_tokens` follow from the groups in flight unless they are set here",
     )
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and completion. Raises ValueError where max_prompt_length is open."""
+        if self.max_prompt_length is None:
+            raise ValueError("rollout.max_prompt_length is not settled yet; set it")
+        return self.max_prompt_length + self.max_completion_length
 
 
 class RewardFunctionSpec(Spec):

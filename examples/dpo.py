@@ -27,8 +27,6 @@ def main() -> None:
         overrides=[
             "data.eval_split=test",
             "data.eval_samples=200",
-            "data.bad_pairs=drop",
-            "data.long_pairs=drop",
             "model.dtype=bfloat16",
             "train.accumulation_steps=8",
             "train.resources.gpus=1",

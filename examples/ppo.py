@@ -35,7 +35,6 @@ def main() -> None:
         max_completion_length=512,
         output_dir="runs/ppo-ultrafeedback-python",
         overrides=[
-            "data.long_prompts=drop",
             "algorithm.missing_eos_penalty=1",
             "train.groups_per_minibatch=64",
             "model.dtype=bfloat16",

@@ -26,8 +26,6 @@ def main() -> None:
             "algorithm.center_coefficient=0.01",
             "data.eval_split=test",
             "data.eval_samples=200",
-            "data.bad_pairs=drop",
-            "data.long_pairs=drop",
             "model.dtype=bfloat16",
             "train.accumulation_steps=8",
             "train.resources.gpus=1",

@@ -18,6 +18,8 @@ REWARD_MODELS = ("Skywork/Skywork-Reward-V2-Qwen3-0.6B", "models/reward")
 QUESTIONS = ("openai/gsm8k", "data/gsm8k")
 CHATS = ("trl-lib/ultrafeedback-prompt", "data/chats")
 
+POSITIONS = 32768
+
 LOCAL = ("data.name=null",)
 """Overrides that a command for hub data needs where a folder stands in for the hub."""
 
@@ -58,8 +60,14 @@ def write_stand_ins(root: Path, tiny_model: Path) -> None:
 
 
 def _link(place: Path, target: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.symlink_to(target, target_is_directory=True)
+    """`target` at `place`, with as many positions as the models that it stands for."""
+    place.mkdir(parents=True)
+    for file in target.iterdir():
+        if file.name != "config.json":
+            (place / file.name).symlink_to(file)
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config["max_position_embeddings"] = POSITIONS
+    (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
@@ -71,7 +79,7 @@ def write_reward_model(folder: Path, tiny_model: Path) -> None:
     """Configuration and tokenizer of a one-label classifier; no weights, so it cannot be run."""
     from transformers import AutoConfig, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(tiny_model, num_labels=1)
+    config = AutoConfig.from_pretrained(tiny_model, num_labels=1, max_position_embeddings=POSITIONS)
     config.architectures = ["Qwen2ForSequenceClassification"]
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)

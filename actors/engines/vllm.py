@@ -210,7 +210,7 @@ class VLLMEngine:
             revision=model.revision,
             dtype=model.dtype,
             trust_remote_code=model.trust_remote_code,
-            max_model_len=self._spec.max_prompt_length + self._spec.max_completion_length,
+            max_model_len=self._spec.max_length,
             tensor_parallel_size=self._spec.tensor_parallel_size,
             gpu_memory_utilization=self._spec.gpu_memory_utilization,
             seed=self._seed,

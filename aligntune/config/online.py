@@ -249,11 +249,6 @@ def check(config: RunConfig) -> None:
             f"{name} needs a reward model and rewards names none; add {{model: FOLDER_OR_HUB_NAME}}"
             " to rewards, or give --reward-model (algorithm: reward_model trains one from pairs)"
         )
-    if not config.rewards:
-        raise UserError(
-            f"{name} has no reward; add one, such as rewards: [math] or --reward "
-            "my_package.my_module:my_function (`aligntune rewards` lists what is registered)"
-        )
     if config.backend not in config.algorithm.backends:
         raise UserError(
             f"{name} does not run with backend={config.backend}; "

@@ -23,6 +23,8 @@ from aligntune.algorithms.registry import canonical
 from aligntune.config.backends import check_backend
 from aligntune.config.online import CheckpointSpec, TrackingSpec
 from aligntune.config.tree import explain
+from aligntune.data.dropped import RowRules
+from aligntune.data.spec import BadRows, DroppedFraction
 from aligntune.errors import UserError, nearest
 from cluster.specs import ClusterSpec
 
@@ -199,15 +201,21 @@ class PreferenceDataSpec(Spec):
     )
     max_samples: Positive | None = Field(None, description="the first rows of the training data")
     eval_samples: Positive | None = Field(None, description="the first rows of the held-out data")
-    bad_pairs: Literal["error", "drop"] = Field(
-        "error",
-        description="what becomes of pairs that are equal, empty, share no prompt or that the chat "
-        "template refuses",
+    bad_rows: BadRows = "drop"
+    long_rows: Literal["drop", "error", "keep_start", "keep_end"] = Field(
+        "drop", description="what becomes of pairs over max_length; keep_* cuts them, dpo only"
     )
-    max_length: Positive = Field(1024, description="tokens of prompt and completion")
-    long_pairs: Literal["error", "drop", "keep_start", "keep_end"] = Field(
-        "error", description="what becomes of pairs over max_length; keep_* cuts them, dpo only"
+    max_dropped_fraction: DroppedFraction = 0.1
+    max_length: Positive | None = Field(
+        None,
+        description="tokens of prompt and completion; default: the 95th percentile of the pairs, "
+        "within the model's positions",
     )
+
+    @property
+    def rules(self) -> RowRules:
+        """What becomes of rows that cannot be used."""
+        return RowRules(self.bad_rows, self.long_rows, self.max_dropped_fraction, "data.max_length")
 
     @property
     def evaluates(self) -> bool:
@@ -334,10 +342,10 @@ def _check(config: PreferenceConfig) -> None:
                 "data.system_prompt: a reward model scores prompts as the data have them; write it "
                 "into the prompts, for training and for scoring"
             )
-        if data.long_pairs in ("keep_start", "keep_end"):
+        if data.long_rows in ("keep_start", "keep_end"):
             raise UserError(
-                f"data.long_pairs={data.long_pairs}: a reward model never reads a part of a text; "
-                "use error or drop, or raise data.max_length"
+                f"data.long_rows={data.long_rows}: a reward model never reads a part of a text; "
+                "use drop or error, or raise data.max_length"
             )
         if config.backend == "unsloth":
             raise UserError(

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from aligntune.errors import UserError
+
+
+class Reason(StrEnum):
+    """Why a row cannot be used."""
+
+    TOO_LONG = "too long"
+    EMPTY = "empty"
+    EQUAL = "equal"  # chosen and rejected, which then prefers neither
+    UNREADABLE = "unreadable"
 
 
 class DataError(UserError):
     """The user's data cannot be used; the message is one line and says what to change."""
+
+    def __init__(self, message: str, reason: Reason = Reason.UNREADABLE) -> None:
+        """`reason` is what a row is counted under where the error is about one row."""
+        super().__init__(message)
+        self.reason = reason

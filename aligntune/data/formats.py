@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from actors.messages import Messages
-from aligntune.data.errors import DataError
+from aligntune.data.errors import DataError, Reason
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -23,10 +23,10 @@ def check_prompt(value: Any) -> str | Messages:
     fields. Raises: DataError.
     """
     if value is None:
-        raise DataError("the prompt is missing or null; remove the row or fill it in")
+        raise DataError("the prompt is missing or null; remove the row or fill it in", Reason.EMPTY)
     if isinstance(value, str):
         if not value.strip():
-            raise DataError("the prompt is empty; remove the row or fill it in")
+            raise DataError("the prompt is empty; remove the row or fill it in", Reason.EMPTY)
         _check_unicode(value, "the prompt")
         return value
     if not isinstance(value, list):
@@ -35,7 +35,9 @@ def check_prompt(value: Any) -> str | Messages:
             "[{'role': 'user', 'content': '...'}]"
         )
     if not value:
-        raise DataError("the prompt is an empty list of messages; remove the row or fill it in")
+        raise DataError(
+            "the prompt is an empty list of messages; remove the row or fill it in", Reason.EMPTY
+        )
     messages = [_check_message(message, f"message {n}") for n, message in enumerate(value)]
     if messages[-1]["role"] == "assistant":
         raise DataError(

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from actors.messages import Messages
 from actors.scoring.model import rendered, scored_text, tokens_of
-from aligntune.data.errors import DataError
-from aligntune.data.pairs import Pair, Pairs, bad_rows_message, read_pairs
+from aligntune.data.dropped import Dropped, RowRules, settle_rows
+from aligntune.data.errors import DataError, Reason
+from aligntune.data.pairs import Pair, PairRows
 from aligntune.data.sources import Rows
 
 BATCH = 512  # pairs tokenised at once
@@ -25,16 +26,53 @@ class PairTokens:
     """The usable pairs of a data set, tokenised."""
 
     columns: dict[str, list[list[int]]]  # TRL's: chosen_ids, rejected_ids and, for DPO, prompt_ids
-    rows: int  # of the data set
-    bad: dict[int, str]  # rows that were left out, and why
-    long: int  # pairs over the limit, dropped or cut
-    longest: int  # tokens of the longest pair's longer side
+    dropped: Dropped  # what became of the rows that are not used as they are
+    longest: int  # tokens of the longest pair that was read
 
     def __len__(self) -> int:
         return len(self.columns["chosen_ids"])
 
 
-def pair_tokens(
+@dataclass(frozen=True)
+class TokenisedPairs:
+    """Every row of a data set as tokens, of whatever length, or with what is wrong with it."""
+
+    rows: Rows
+    sides: dict[int, dict[str, list[int]]]  # by row: what PairTokens.columns has of a pair
+    wrong: dict[int, DataError]
+
+    @property
+    def lengths(self) -> dict[int, int]:
+        """Tokens of the prompt and the longer of its answers, by row."""
+        return {row: _length(side) for row, side in self.sides.items()}
+
+    def within(self, max_length: int, rules: RowRules) -> PairTokens:
+        """The pairs of `max_length` tokens at most.
+
+        Raises:
+            DataError: rows that are wrong or longer, where the rules refuse them or they are more
+                than may be dropped.
+        """
+        wrong, kept, cut, lengths = dict(self.wrong), [], 0, self.lengths
+        for row, side in self.sides.items():
+            if lengths[row] <= max_length:
+                kept.append(side)
+            elif rules.long_rows in ("drop", "error"):
+                wrong[row] = DataError(
+                    f"the pair has {lengths[row]} tokens, and data.max_length is {max_length}",
+                    Reason.TOO_LONG,
+                )
+            elif spoiled := _spoiled_by_a_cut(side, max_length, rules.long_rows):
+                wrong[row] = spoiled
+            else:
+                kept.append(side)
+                cut += 1
+        dropped = settle_rows(self.rows, wrong, rules, cut=cut)
+        columns = {name: [side[name] for side in kept] for name in kept[0]}
+        return PairTokens(columns, dropped, max(lengths.values()))
+
+
+def tokenise_pairs(
     rows: Rows,
     tokenizer: Any,
     kind: Literal["dpo", "reward_model"],
@@ -42,101 +80,81 @@ def pair_tokens(
     prompt_column: str,
     chosen_column: str,
     rejected_column: str,
-    bad_pairs: Literal["error", "drop"],
-    max_length: int,
-    long_pairs: Literal["error", "drop", "keep_start", "keep_end"],
     apply_chat_template: bool,
     system_prompt: str | None = None,
-) -> PairTokens:
-    """Every usable pair of a data set, tokenised for a job of `kind`.
+) -> TokenisedPairs:
+    """Every pair of a data set, tokenised for a job of `kind`.
+
+    A row is wrong where `to_pair` says so, where it cannot be rendered, and where its sides are
+    the same tokens.
 
     Raises:
-        DataError: as `read_pairs`, and so for rows that cannot be rendered or are equal as tokens;
-            pairs over `max_length` under policy `error`; nothing left to train on.
+        DataError: no such columns, or a system prompt without a template.
     """
-    found = read_pairs(
-        rows,
-        prompt_column=prompt_column,
-        chosen_column=chosen_column,
-        rejected_column=rejected_column,
-        bad_pairs=bad_pairs,
-    )
     template = apply_chat_template and bool(tokenizer.chat_template)
     if system_prompt is not None and not template:
         raise DataError(
             "data.system_prompt: there is no chat template to say where it goes; write it into the "
             "prompts, or use a model with a template"
         )
+    pairs = PairRows(
+        rows,
+        prompt_column=prompt_column,
+        chosen_column=chosen_column,
+        rejected_column=rejected_column,
+    )
     render = _scored(tokenizer, template)
     if kind == "dpo":
         render = _by_template(tokenizer, system_prompt) if template else _as_text(tokenizer)
     sides: dict[int, dict[str, list[int]]] = {}
-    bad: dict[int, str] = {}
-    for first in range(0, len(found.pairs), BATCH):
+    wrong: dict[int, DataError] = {}
+    for first in range(0, len(pairs), BATCH):
         texts: dict[int, tuple[str, ...]] = {}
-        for position in range(first, min(first + BATCH, len(found.pairs))):
-            row = found.rows[position]
+        for row in range(first, min(first + BATCH, len(pairs))):
             try:
-                texts[row] = render(found.pairs[position])
+                texts[row] = render(pairs.pair(row))
+            except DataError as error:
+                wrong[row] = error
             except ValueError as error:
-                bad[row] = str(error)
+                wrong[row] = DataError(str(error))
         every = [text for parts in texts.values() for text in parts]
         ids = iter(tokens_of(tokenizer, every, special=not template))
         for row, parts in texts.items():
             own = [next(ids) for _ in parts]
-            sides[row] = _dpo_sides(*own) if kind == "dpo" else _reward_sides(*own)
-    return _within(rows, found, bad, sides, max_length, long_pairs, bad_pairs)
+            made = _dpo_sides(*own) if kind == "dpo" else _reward_sides(*own)
+            if made["chosen_ids"] == made["rejected_ids"]:
+                wrong[row] = DataError(
+                    "the tokenizer makes chosen and rejected the same tokens", Reason.EQUAL
+                )
+            else:
+                sides[row] = made
+    return TokenisedPairs(rows, sides, wrong)
 
 
-def _within(
-    rows: Rows,
-    found: Pairs,
-    bad: dict[int, str],
-    sides: dict[int, dict[str, list[int]]],
-    max_length: int,
-    long_pairs: str,
-    bad_pairs: str,
-) -> PairTokens:
-    """Apply the policies for length and for bad rows; `bad` has those that were not rendered."""
-    kept, long, longest = [], 0, 0
-    for row, side in sides.items():
-        asked = len(side.get("prompt_ids", ()))
-        tokens = asked + max(len(side["chosen_ids"]), len(side["rejected_ids"]))
-        longest = max(longest, tokens)
-        if side["chosen_ids"] == side["rejected_ids"]:
-            bad[row] = "the tokenizer makes chosen and rejected the same tokens"
-            continue
-        if tokens <= max_length:
-            kept.append(side)
-            continue
-        long += 1
-        if long_pairs == "error":
-            raise DataError(
-                f"{rows.where(row)}: the pair has {tokens} tokens and data.max_length is "
-                f"{max_length}: raise it, or set data.long_pairs to drop, keep_start or keep_end"
-            )
-        if long_pairs == "keep_start" and asked >= max_length:
-            bad[row] = f"the prompt alone fills data.max_length={max_length}"
-        elif long_pairs != "drop" and _equal_once_cut(side, asked, max_length, long_pairs):
-            bad[row] = f"cut to data.max_length={max_length}, chosen and rejected are the same"
-        elif long_pairs != "drop":
-            kept.append(side)
-    bad = dict(sorted(bad.items()))
-    if bad and bad_pairs == "error":
-        raise DataError(bad_rows_message(rows, bad, "set data.bad_pairs: drop to leave them out"))
-    if not kept and bad and not long:
-        raise DataError(bad_rows_message(rows, found.bad | bad, "none is left to train on"))
-    if not kept:
-        raise DataError(f"{rows.origin}: no pair is left to train on ({long} too long)")
-    columns = {name: [side[name] for side in kept] for name in kept[0]}
-    return PairTokens(columns, len(rows), dict(sorted((found.bad | bad).items())), long, longest)
+def _length(side: dict[str, list[int]]) -> int:
+    longer = max(len(side["chosen_ids"]), len(side["rejected_ids"]))
+    return len(side.get("prompt_ids", ())) + longer
+
+
+def _spoiled_by_a_cut(
+    side: dict[str, list[int]], max_length: int, long_rows: str
+) -> DataError | None:
+    """What is wrong with the pair once it is cut; None where it still says something."""
+    asked = len(side.get("prompt_ids", ()))
+    if long_rows == "keep_start" and asked >= max_length:
+        return DataError(f"the prompt alone fills data.max_length={max_length}", Reason.EMPTY)
+    if _equal_once_cut(side, asked, max_length, long_rows):
+        return DataError(
+            f"cut to data.max_length={max_length}, chosen and rejected are the same", Reason.EQUAL
+        )
+    return None
 
 
 def _equal_once_cut(
-    side: dict[str, list[int]], asked: int, max_length: int, long_pairs: str
+    side: dict[str, list[int]], asked: int, max_length: int, long_rows: str
 ) -> bool:
     """Whether what is left of the two completions is the same."""
-    cut = slice(max_length - asked) if long_pairs == "keep_start" else slice(-max_length, None)
+    cut = slice(max_length - asked) if long_rows == "keep_start" else slice(-max_length, None)
     return side["chosen_ids"][cut] == side["rejected_ids"][cut]
 
 

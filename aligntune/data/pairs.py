@@ -7,7 +7,7 @@ system text before them, whose prompt reaches up to and including the last Assis
 share.
 
 Invariant: nothing is lost. Prompt and completion, joined again, are what the row had on each side,
-a prompt that a side repeats counted once.
+a prompt that a side repeats counted once and the line ends of a transcript brought to one form.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from actors.messages import Messages
-from aligntune.data.errors import DataError
+from aligntune.data.errors import DataError, Reason
 from aligntune.data.formats import ROLES
 from aligntune.data.sources import Rows, require_column
 
+PROMPT, CHOSEN, REJECTED = "prompt", "chosen", "rejected"  # the columns' names by default
 MARKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+LINE_MARKER = re.compile(r"\n+(?=(?:Human|Assistant):)")
 SPEAKER = {"Human": "user", "Assistant": "assistant"}
 ASKING = ("system", "developer", "user")  # roles that ask, and do not answer
-SHOWN = 5  # bad rows that a message names
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,6 @@ class Pair:
         return Pair(chosen[:asked], chosen[asked:], rejected[asked:])
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """The usable pairs of a data set, and why the others are not."""
-
-    pairs: tuple[Pair, ...]
-    rows: tuple[int, ...]  # the row each pair comes from
-    bad: dict[int, str] = field(default_factory=dict)  # row: what is wrong with it
-
-
 def turns(transcript: str) -> Messages:
     """The turns of a transcript as messages, contents without the blanks around them. What stands
     before the first turn is the system's."""
@@ -75,84 +67,67 @@ def turns(transcript: str) -> Messages:
     ]
 
 
-def read_pairs(
-    rows: Rows,
-    *,
-    prompt_column: str,
-    chosen_column: str,
-    rejected_column: str,
-    bad_pairs: Literal["error", "drop"],
-) -> Pairs:
-    """Every usable pair of a data set.
+class PairRows:
+    """The pairs of a data set, one by one."""
 
-    Raises:
-        DataError: columns that are not there; under policy `error` the first bad row, and how many
-            there are; no usable pair at all.
-    """
-    if chosen_column not in rows.columns and rejected_column not in rows.columns:
-        raise DataError(
-            f"{rows.origin}: has no columns {chosen_column!r} and {rejected_column!r}, so it holds "
-            f"no preference pairs; its columns are {', '.join(rows.columns)}"
-        )
-    require_column(rows, chosen_column, "data.chosen_column")
-    require_column(rows, rejected_column, "data.rejected_column")
-    pairs: list[Pair] = []
-    used: list[int] = []
-    bad: dict[int, str] = {}
-    for index in range(len(rows)):
-        row = rows[index]
-        try:
-            pairs.append(to_pair(row.get(prompt_column), row[chosen_column], row[rejected_column]))
-            used.append(index)
-        except DataError as error:
-            bad[index] = str(error)
-    pairs, used = _without_repeated_prompts(pairs, used, bad)
-    bad = dict(sorted(bad.items()))
-    if bad and bad_pairs == "error":
-        raise DataError(bad_rows_message(rows, bad, "set data.bad_pairs: drop to leave them out"))
-    if not pairs:
-        raise DataError(bad_rows_message(rows, bad, "none is left to train on"))
-    return Pairs(tuple(pairs), tuple(used), bad)
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        prompt_column: str = PROMPT,
+        chosen_column: str = CHOSEN,
+        rejected_column: str = REJECTED,
+    ) -> None:
+        """Raises DataError for columns that are not there."""
+        if chosen_column not in rows.columns and rejected_column not in rows.columns:
+            raise DataError(
+                f"{rows.origin}: has no columns {chosen_column!r} and {rejected_column!r} "
+                "(data.chosen_column, data.rejected_column), so it holds no preference pairs; its "
+                f"columns are {', '.join(rows.columns)}"
+            )
+        require_column(rows, chosen_column, "data.chosen_column")
+        require_column(rows, rejected_column, "data.rejected_column")
+        if prompt_column != PROMPT:
+            require_column(rows, prompt_column, "data.prompt_column")
+        self.columns = (prompt_column, chosen_column, rejected_column)
+        self._rows = rows
+        self._repeat = prompt_column in rows.columns and self._most_repeat_the_prompt()
 
+    def __len__(self) -> int:
+        return len(self._rows)
 
-def _without_repeated_prompts(
-    pairs: list[Pair], used: list[int], bad: dict[int, str]
-) -> tuple[list[Pair], list[int]]:
-    """The pairs of strings without the prompt in front of their sides, where most rows have it.
+    def pair(self, row: int) -> Pair:
+        """The pair of a row. Raises DataError, with a reason, where it has none."""
+        pair = self._as_written(row)
+        if not self._repeat or not isinstance(pair.prompt, str) or pair.split:
+            return pair
+        if _repeats(pair.prompt, pair.chosen, pair.rejected) < 2:
+            raise DataError(
+                "most rows repeat the prompt in front of both sides, and this one does not"
+            )
+        cut = len(pair.prompt)
+        return _checked(replace(pair, chosen=pair.chosen[cut:], rejected=pair.rejected[cut:]))
 
-    Of one row it cannot be told, for an answer may begin with the words of the question, as a
-    greeting does; of a column it can. Rows that differ from most then go to `bad`.
-    """
-    plain = [pair for pair in pairs if isinstance(pair.prompt, str) and not pair.split]
-    repeating = sum(_repeats(pair.prompt, pair.chosen, pair.rejected) == 2 for pair in plain)
-    if 2 * repeating <= len(plain):
-        return pairs, used
-    kept, rows = [], []
-    for pair, row in zip(pairs, used, strict=True):
-        try:
+    def _as_written(self, row: int) -> Pair:
+        values = self._rows[row]
+        return to_pair(*(values.get(column) for column in self.columns))
+
+    def _most_repeat_the_prompt(self) -> bool:
+        """Whether most pairs of strings have the prompt in front of their sides.
+
+        Of one row it cannot be told, for an answer may begin with the words of the question, as a
+        greeting does; of a column it can.
+        """
+        plain = repeating = 0
+        for row in range(len(self._rows)):
+            try:
+                pair = self._as_written(row)
+            except DataError:
+                continue  # told where the row is used
             if isinstance(pair.prompt, str) and not pair.split:
-                if _repeats(pair.prompt, pair.chosen, pair.rejected) < 2:
-                    raise DataError(
-                        "most rows repeat the prompt in front of both sides, and this one does not"
-                    )
-                cut = len(pair.prompt)
-                pair = _checked(
-                    replace(pair, chosen=pair.chosen[cut:], rejected=pair.rejected[cut:])
-                )
-            kept.append(pair)
-            rows.append(row)
-        except DataError as error:
-            bad[row] = str(error)
-    return kept, rows
-
-
-def bad_rows_message(rows: Rows, bad: dict[int, str], cure: str) -> str:
-    """One line: the first of the bad rows in full, the numbers of some more, and the cure."""
-    first, *others = bad
-    more = ", ".join(str(index) for index in others[: SHOWN - 1])
-    dots = ", ..." if len(others) >= SHOWN else ""
-    also = f"; rows {more}{dots} too ({len(bad)} of {len(rows)})" if others else ""
-    return f"{rows.where(first)}: {bad[first]}{also}: repair the data or {cure}"
+                plain += 1
+                repeating += _repeats(pair.prompt, pair.chosen, pair.rejected) == 2
+        return 2 * repeating > plain
 
 
 def to_pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
@@ -164,31 +139,53 @@ def to_pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
     """
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if side is None:
-            raise DataError(f"{name} is missing or null")
+            raise DataError(f"{name} is missing or null", Reason.EMPTY)
         if not isinstance(side, str | list):
             raise DataError(f"{name} is a {type(side).__name__}; give a string or messages")
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise DataError("one side is a string and the other messages; give both in one form")
     if isinstance(chosen, list):
         pair = _of_messages(prompt, _messages("chosen", chosen), _messages("rejected", rejected))
-    elif prompt is not None:
-        pair = _of_strings(prompt, chosen, rejected)
-    elif _is_transcript(chosen) or _is_transcript(rejected):
-        pair = split_transcripts(chosen, rejected)
     else:
-        pair = _of_shared_text(chosen, rejected)
+        pair = _of_text(*_lines_alike(prompt, chosen, rejected))
+        if not pair.transcript:
+            pair = _of_text(prompt, chosen, rejected)
     return _checked(pair)
+
+
+def _lines_alike(prompt: Any, chosen: str, rejected: str) -> tuple[Any, str, str]:
+    """The texts with the line ends of a transcript: "\\n", and an empty line before each turn.
+
+    Single line ends part the turns only where no answer has an empty line before it: text that a
+    speaker wrote may hold lines that look like turns.
+    """
+    ends = [
+        re.sub(r"\r\n?", "\n", text) if isinstance(text, str) else text
+        for text in (prompt, chosen, rejected)
+    ]
+    texts = [text for text in ends if isinstance(text, str)]
+    if not any("\n\nAssistant:" in text.lstrip() for text in texts):
+        ends = [LINE_MARKER.sub("\n\n", t) if isinstance(t, str) else t for t in ends]
+    return ends[0], str(ends[1]), str(ends[2])
+
+
+def _of_text(prompt: Any, chosen: str, rejected: str) -> Pair:
+    if prompt is not None:
+        return _of_strings(prompt, chosen, rejected)
+    if _is_transcript(chosen) or _is_transcript(rejected):
+        return split_transcripts(chosen, rejected)
+    return _of_shared_text(chosen, rejected)
 
 
 def _checked(pair: Pair) -> Pair:
     """`pair`, where none of its parts is empty and the sides differ. Raises DataError."""
     if _empty(pair.prompt):
-        raise DataError("the prompt is empty")
+        raise DataError("the prompt is empty", Reason.EMPTY)
     for name, said in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if _empty(said):
-            raise DataError(f"{name} is empty: nothing follows the prompt")
+            raise DataError(f"{name} is empty: nothing follows the prompt", Reason.EMPTY)
     if pair.chosen == pair.rejected:
-        raise DataError("chosen and rejected are equal, which prefers neither")
+        raise DataError("chosen and rejected are equal, which prefers neither", Reason.EQUAL)
     return pair
 
 
@@ -207,7 +204,7 @@ def split_transcripts(chosen: str, rejected: str) -> Pair:
         )
     end = markers[-1].end()
     if len(turns(chosen[:end])) < 2:
-        raise DataError("the prompt is empty: no turn is before the Assistant's")
+        raise DataError("the prompt is empty: no turn is before the Assistant's", Reason.EMPTY)
     return Pair(chosen[:end], chosen[end:], rejected[end:], transcript=True, split=True)
 
 
@@ -327,7 +324,7 @@ def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
 def _messages(name: str, value: list[Any]) -> Messages:
     """Messages with role and text, null fields left out. Raises DataError."""
     if not value:
-        raise DataError(f"{name} is an empty list of messages")
+        raise DataError(f"{name} is an empty list of messages", Reason.EMPTY)
     checked: Messages = []
     for number, message in enumerate(value):
         if not isinstance(message, dict) or message.get("role") not in ROLES:

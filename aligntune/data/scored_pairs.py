@@ -12,12 +12,12 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from actors.reward import FunctionScorer
 from actors.scoring.process import RewardCriterion, RewardFailed
-from aligntune.data.errors import DataError
-from aligntune.data.pairs import bad_rows_message
+from aligntune.data.dropped import Dropped, RowRules, settle_rows
+from aligntune.data.errors import DataError, Reason
 from aligntune.data.sources import Rows, require_column
 
 
@@ -54,14 +54,14 @@ class ScoredPairs:
         texts: Rows,
         used: Sequence[int],
         ranked: Ranked,
-        bad: dict[int, str],
+        dropped: Dropped,
         prompt_column: str,
         completion_column: str,
     ) -> None:
         """`ranked` counts in positions of `used`, which are rows of `texts`."""
         self.origin = texts.origin
         self.ties = ranked.ties
-        self.bad = bad  # rows of the texts that were left out, and why
+        self.dropped = dropped  # of the texts
         self._texts = texts
         self._pairs = [(used[better], used[worse]) for better, worse in ranked.pairs]
         self._prompt, self._completion = prompt_column, completion_column
@@ -80,7 +80,7 @@ class ScoredPairs:
     def describe(self) -> str:
         """What became of the texts, in one line."""
         return (
-            f"scored texts: {len(self._texts)}, {len(self.bad)} bad and left out; they make "
+            f"scored texts: {len(self._texts)}, {self.dropped.count} of them dropped; they make "
             f"{len(self)} pairs; {self.ties} ties left out"
         )
 
@@ -94,34 +94,31 @@ def scored_pairs(
     texts: Rows,
     criteria: Sequence[RewardCriterion],
     weights: Sequence[float],
+    rules: RowRules,
     *,
     prompt_column: str,
     completion_column: str,
-    bad_pairs: Literal["error", "drop"],
 ) -> ScoredPairs:
     """Score every row of `texts` with the weighted sum of the criteria and form the pairs.
 
     The functions run in child processes of this one, as they do in a reward actor.
 
     Raises:
-        DataError: columns that are not there; under policy `error` the first row that has no text
-            or no score; no two completions of a prompt with different scores.
+        DataError: columns that are not there; rows without text or score that the rules refuse, or
+            more of them than may be dropped; no two completions of a prompt with different scores.
     """
     require_column(texts, prompt_column, "data.prompt_column")
     require_column(texts, completion_column, "data.completion_column")
-    bad = {
+    wrong = {
         row: why
         for row in range(len(texts))
         if (why := _wrong(texts[row], prompt_column, completion_column))
     }
-    rows = [row for row in range(len(texts)) if row not in bad]
+    rows = [row for row in range(len(texts)) if row not in wrong]
     sums = asyncio.run(_score(texts, rows, criteria, weights, prompt_column, completion_column))
-    bad |= {row: found for row, found in sums.items() if isinstance(found, str)}
-    if bad and bad_pairs == "error":
-        bad = dict(sorted(bad.items()))
-        cure = "set data.bad_pairs: drop to leave them out"
-        raise DataError(bad_rows_message(texts, bad, cure))
-    used = [row for row in rows if row not in bad]
+    wrong |= {row: DataError(found) for row, found in sums.items() if isinstance(found, str)}
+    dropped = settle_rows(texts, wrong, rules)
+    used = [row for row in rows if row not in wrong]
     ranked = rank(
         [json.dumps(texts[row][prompt_column], sort_keys=True) for row in used],
         [float(sums[row]) for row in used],
@@ -132,15 +129,15 @@ def scored_pairs(
             f"texts, {ranked.ties} ties), so nothing is preferred to anything; give several "
             "completions a prompt, one a row, and a reward that tells them apart"
         )
-    return ScoredPairs(texts, used, ranked, bad, prompt_column, completion_column)
+    return ScoredPairs(texts, used, ranked, dropped, prompt_column, completion_column)
 
 
-def _wrong(row: dict[str, Any], prompt_column: str, completion_column: str) -> str | None:
+def _wrong(row: dict[str, Any], prompt_column: str, completion_column: str) -> DataError | None:
     prompt, completion = row[prompt_column], row[completion_column]
     if not isinstance(prompt, str | list) or not prompt:
-        return f"{prompt_column} is empty or neither a string nor messages"
+        return DataError(f"{prompt_column} is empty or neither a string nor messages", Reason.EMPTY)
     if not isinstance(completion, str) or not completion.strip():
-        return f"{completion_column} is empty or not a string"
+        return DataError(f"{completion_column} is empty or not a string", Reason.EMPTY)
     return None
 
 

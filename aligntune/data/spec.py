@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from actors.specs import Positive, Spec
+from aligntune.data.dropped import RowRules
+
+BadRows = Annotated[
+    Literal["drop", "error"],
+    Field(
+        description="what becomes of rows that are empty, equal or unreadable; what is dropped is "
+        "counted and shown"
+    ),
+]
+DroppedFraction = Annotated[
+    float,
+    Field(ge=0, le=1, description="of the rows of a data set; more of them end the run"),
+]
 
 
 class DataSpec(Spec):
-    """Training prompts, and optionally held-out ones."""
+    """Training prompts or preference pairs, and optionally held-out ones."""
 
     path: str = Field(
         description="a JSONL, JSON, CSV or Parquet file, a folder of one kind, or a hub name"
@@ -24,19 +37,41 @@ class DataSpec(Spec):
     eval_split: str | None = Field(
         None, description="default: the only split there is, where eval_path is given"
     )
-    prompt_column: str = Field("prompt", description="a string or messages ([{role, content}])")
+    prompt_column: str = Field(
+        "prompt",
+        description="a string or messages ([{role, content}]); preference data may lack it",
+    )
+    chosen_column: str = Field(
+        "chosen",
+        description="of preference data, whose prompt is what both sides share: the better answer, "
+        "which rewards get as `chosen`",
+    )
+    rejected_column: str = Field("rejected", description="the worse one, likewise `rejected`")
     system_prompt: str | None = Field(None, description="first message of every prompt")
     apply_chat_template: bool = Field(
         True, description="false: prompts are strings that are already in the model's format"
     )
     max_samples: Positive | None = Field(None, description="the first rows of the training data")
     eval_samples: Positive | None = Field(None, description="the first rows of the held-out data")
-    long_prompts: Literal["error", "drop", "truncate"] = Field(
-        "error",
-        description="what becomes of prompts over rollout.max_prompt_length; truncate keeps the "
+    bad_rows: BadRows = "drop"
+    long_rows: Literal["drop", "error", "keep_end"] = Field(
+        "drop",
+        description="what becomes of prompts over rollout.max_prompt_length; keep_end keeps the "
         "last tokens (and a leading beginning-of-sequence token), for there the question ends",
     )
+    max_dropped_fraction: DroppedFraction = 0.1
+    fold_duplicates: bool = Field(
+        False,
+        description="rows of one prompt become one, with the columns of the first of them",
+    )
     shuffle: bool = Field(True, description="a new seeded order every epoch")
+
+    @property
+    def rules(self) -> RowRules:
+        """What becomes of rows that cannot be used."""
+        return RowRules(
+            self.bad_rows, self.long_rows, self.max_dropped_fraction, "rollout.max_prompt_length"
+        )
 
     @property
     def evaluates(self) -> bool:

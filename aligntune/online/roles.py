@@ -95,8 +95,7 @@ class Roles:
 
     def policy(self, rank: int) -> ActorHandle:
         """One policy rank."""
-        config, rollout = self._config, self._config.rollout
-        longest = rollout.max_prompt_length + rollout.max_completion_length
+        config = self._config
         return self._create(
             UnslothPolicyActor if config.backend == "unsloth" else PolicyActor,
             "policy",
@@ -108,7 +107,7 @@ class Roles:
             config.policy.ranks,
             self._total_steps,
             config.train.seed,
-            *([longest] if config.backend == "unsloth" else []),
+            *([config.rollout.max_length] if config.backend == "unsloth" else []),
         )
 
     def critic(self, rank: int) -> ActorHandle:

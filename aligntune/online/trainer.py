@@ -16,34 +16,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actors.messages import Prompt
-from actors.models.loading import ModelError, check_causal_lm, load_tokenizer
+from actors.models.loading import ModelError
 from actors.models.values import check_critic_model
 from actors.reward import Criterion, RewardFailed
-from actors.specs import RewardFunctionSpec
 from actors.supervise import ReplicaLost, RoleExhausted
 from aligntune.config.backends import check_installed
 from aligntune.config.online import RunConfig
-from aligntune.data.prompts import (
-    FOR_PAIRS,
-    PAIR,
-    PromptSource,
-    evaluation_prompts,
-    training_prompts,
-)
+from aligntune.data.prompts import PromptSource
 from aligntune.errors import Interrupted, RunFailed, UserError
 from aligntune.online.controller import Controller
 from aligntune.online.evaluation import evaluate_model
+from aligntune.online.inputs import RunInputs
 from aligntune.online.learner import PolicyLost
 from aligntune.online.ledger import Books, adopt, is_lost
 from aligntune.online.role_requests import role_requests
 from aligntune.online.roles import Roles
 from aligntune.paths import located_storage
-from aligntune.rewards.registry import (
-    check_columns,
-    columns_named,
-    from_callable,
-    resolve_all,
-)
 from aligntune.runs.checkpoint import Checkpoints
 from aligntune.runs.mirror import Mirror
 from aligntune.runs.recorder import Recorder
@@ -98,76 +86,28 @@ class OnlineTrainer:
         self, config: RunConfig, functions: Mapping[str, Callable[..., Any]] | None = None
     ) -> None:
         """`functions` are reward callables by criterion name, for those without an import path."""
-        self.config = config
-        self._functions = dict(functions or {})
+        self.inputs = RunInputs(config, functions or {})
 
-    @cached_property
+    @property
+    def config(self) -> RunConfig:
+        """The config, as it was given until something is read, and settled from then on."""
+        return self.inputs.config
+
+    @property
     def criteria(self) -> tuple[Criterion, ...]:
         """The rewards as the reward actors get them. Raises UserError."""
-        try:
-            specs, functions = self.config.rewards, self._functions
-            given = {
-                id(spec): from_callable(functions[spec.name], spec)
-                for spec in specs
-                if isinstance(spec, RewardFunctionSpec) and spec.name in functions
-            }
-            named = [spec for spec in specs if id(spec) not in given]
-            resolved = dict(zip(map(id, named), resolve_all(named), strict=True))
-            criteria = tuple((given | resolved)[id(spec)] for spec in specs)
-        except ValueError as error:
-            raise UserError(f"rewards: {error}") from error
-        train = self.config.train
-        try:
-            self.config.algorithm.check_run(
-                [criterion.name for criterion in criteria],
-                self.config.rollout.max_completion_length,
-                train.groups_per_step * (train.completions_per_group or 1),
-            )
-        except ValueError as error:
-            raise UserError(f"algorithm: {error}") from error
-        return criteria
+        return self.inputs.criteria
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer. Raises UserError."""
-        try:
-            check_causal_lm(self.config.model)
-            return load_tokenizer(self.config.model)
-        except ModelError as error:
-            raise UserError(f"model.name: {error}") from error
-
-    @cached_property
+    @property
     def prompts(self) -> PromptSource:
         """The training prompts, all checked. Raises DataError, a UserError."""
-        source = training_prompts(
-            self.config.data,
-            self.tokenizer,
-            max_prompt_length=self.config.rollout.max_prompt_length,
-            seed=self.config.train.seed,
-        )
-        columns = source.prompt_at(0).columns
-        try:
-            for criterion in self.criteria:
-                check_columns(criterion, columns)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        read = {name for criterion in self.criteria for name in columns_named(criterion)}
-        if {*PAIR} <= columns.keys() and not read & {*PAIR}:
-            raise UserError(
-                f"{self.config.data.path} holds pairs, and no reward reads their "
-                f"{' and '.join(PAIR)}; {FOR_PAIRS}: choose one of those, or drop these columns"
-            )
-        return source
+        return self.inputs.prompts
 
     @cached_property
     def eval_prompts(self) -> list[Prompt]:
         """The held-out prompts, in order. Raises DataError, a UserError."""
-        source = evaluation_prompts(
-            self.config.data,
-            self.tokenizer,
-            max_prompt_length=self.config.rollout.max_prompt_length,
-        )
-        return list(source.epoch()) if source else []
+        held_out = self.inputs.held_out
+        return list(held_out.epoch()) if held_out else []
 
     @property
     def total_steps(self) -> int:
@@ -180,6 +120,7 @@ class OnlineTrainer:
 
     def check(self, resume: str = "auto") -> RunDir:
         """Everything that can be checked without starting Ray. Raises UserError."""
+        self.inputs.settle(resume)
         rundir = RunDir(Path(self.config.output_dir).absolute())
         rundir.check(self.config, resume)
         try:
@@ -197,7 +138,7 @@ class OnlineTrainer:
                 check_critic_model(self.config.model, self.config.critic)
             except ModelError as error:
                 raise UserError(f"critic.model: {error}") from error
-        _ = self.criteria, self.tokenizer, self.prompts, self.eval_prompts
+        _ = self.criteria, self.prompts, self.eval_prompts
         return rundir
 
     def summary(self) -> str:
@@ -208,9 +149,8 @@ class OnlineTrainer:
         lines = [
             f"{self.config.algorithm_name}: {self.total_steps} steps of {train.groups_per_step} "
             f"groups x {train.completions_per_group} completions",
-            f"data: {len(source)} prompts, longest {source.longest} tokens"
-            + (f", {source.long} over the limit ({self.config.data.long_prompts})")
-            * bool(source.long),
+            f"data: {len(source)} prompts, longest {source.longest} tokens",
+            *self.inputs.told(),
             *(f"{r.role}: {r.replicas} x {r.cpus:g} CPU, {r.gpus:g} GPU" for r in requests),
             f"together: {asked['CPU']:g} CPU, {asked['GPU']:g} GPU",
         ]
@@ -254,6 +194,10 @@ class OnlineTrainer:
             after = checkpoint.step if checkpoint else 0
             with Recorder(self.config, rundir, self.total_steps, after) as recorder:
                 recorder.event(EventKind.RUN_STARTED, changed={k: v[1] for k, v in changed.items()})
+                for kind, fields in self.inputs.events():
+                    recorder.event(kind, **fields)
+                for line in self.inputs.told():
+                    recorder.note(line)
                 for name in damaged:
                     recorder.event(EventKind.CHECKPOINT_DAMAGED, path=name)
                 try:
@@ -338,7 +282,7 @@ class OnlineTrainer:
         name = str(trained) if trained.is_dir() else self.config.model.name
         model = self.config.model.model_copy(update={"name": name, "lora": None})
         config = self.config.model_copy(update={"model": model})
-        trainer = OnlineTrainer(config, self._functions)
+        trainer = OnlineTrainer(config, self.inputs.functions)
         with trainer._roles() as roles:
             return asyncio.run(evaluate_model(config, roles, self.eval_prompts))
 

@@ -14,6 +14,7 @@ from aligntune.paths import located
 from cluster.plan.shapes import ModelShape, from_folder, from_table
 from cluster.plan.work import Frozen, Rollout, Step, Trained, Work
 
+PROMPT_TOKENS = 512  # where rollout.max_prompt_length is open: a plan reads no data
 REWARD_TEXT_TOKENS = 512  # of a text, where neither its limit nor the rollouts' is longer
 
 
@@ -76,7 +77,7 @@ def _step(config: RunConfig) -> Step:
     return Step(
         groups=train.groups_per_step,
         completions=train.completions_per_group or 1,
-        prompt_tokens=rollout.max_prompt_length,
+        prompt_tokens=rollout.max_prompt_length or PROMPT_TOKENS,
         completion_tokens=rollout.max_completion_length,
         passes=train.epochs_per_batch or 1,
         updates=train.groups_per_step // minibatch,

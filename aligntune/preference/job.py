@@ -101,11 +101,6 @@ class PreferenceRecorder(Figures, AbstractContextManager["PreferenceRecorder"]):
         """Show a line."""
         self._progress.note(text)
 
-    def left_out(self, pairs: PairTokens) -> None:
-        """Show which rows are not trained on, and why."""
-        row, why = next(iter(pairs.bad.items()))
-        self._progress.note(f"{len(pairs.bad)} pairs left out, the first in row {row}: {why}")
-
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """The figures of a step. Raises NotFinite for a figure that is none."""
         if step <= self._step:

@@ -9,24 +9,19 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from actors.models.loading import ModelError, check_causal_lm, load_tokenizer
 from actors.preference.worker import PreferenceJob
-from actors.scoring.process import RewardCriterion
 from aligntune.config.backends import check_installed
 from aligntune.config.preference import DPOSpec, PreferenceConfig
-from aligntune.data.pair_tokens import PairTokens, pair_tokens
-from aligntune.data.scored_pairs import ScoredPairs, scored_pairs
-from aligntune.data.sources import Rows, load_rows
+from aligntune.data.pair_tokens import PairTokens
 from aligntune.errors import Interrupted, RunFailed, UserError
 from aligntune.online.role_requests import role_request
 from aligntune.paths import located_model
+from aligntune.preference.inputs import PairInputs
 from aligntune.preference.job import Figures, PreferenceRecorder, PreferenceRun
 from aligntune.preference.storage import JobStorage, step_of
-from aligntune.rewards.registry import check_columns, from_callable, resolve
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind, NotFinite
 from aligntune.tracking.trackers import TrackerMissing, check_trackers
@@ -66,100 +61,26 @@ class PreferenceTrainer:
         self, config: PreferenceConfig, functions: Mapping[str, Callable[..., Any]] | None = None
     ) -> None:
         """`functions` are reward callables by criterion name, for those without an import path."""
-        self.config = config
-        self._functions = dict(functions or {})
+        self.inputs = PairInputs(config, functions or {})
+
+    @property
+    def config(self) -> PreferenceConfig:
+        """The config, as it was given until something is read, and settled from then on."""
+        return self.inputs.config
 
     @property
     def _rundir(self) -> RunDir:
         return RunDir(Path(self.config.output_dir).absolute())
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer. Raises UserError."""
-        try:
-            if self.config.algorithm_name == "dpo":
-                check_causal_lm(self.config.model)
-            return load_tokenizer(self.config.model)
-        except ModelError as error:
-            raise UserError(f"model.name: {error}") from error
-
-    @cached_property
-    def criteria(self) -> tuple[RewardCriterion, ...]:
-        """The functions that score texts, where the data are texts. Raises UserError."""
-        try:
-            return tuple(
-                from_callable(self._functions[spec.name], spec)
-                if spec.name in self._functions
-                else resolve(spec)
-                for spec in self.config.rewards
-            )
-        except ValueError as error:
-            raise UserError(f"rewards: {error}") from error
-
-    @cached_property
-    def rows(self) -> Rows:
-        """The training pairs as rows; formed here where they are to be made of scored texts."""
-        data = self.config.data
-        return self._rows(data.path, data.split, data.max_samples, hub=True)
-
-    @cached_property
+    @property
     def pairs(self) -> PairTokens:
         """The training pairs, all checked. Raises DataError, a UserError."""
-        return self._tokens(self.rows)
+        return self.inputs.pairs
 
-    @cached_property
+    @property
     def eval_pairs(self) -> PairTokens | None:
         """The held-out pairs, if the config names any. Raises DataError, a UserError."""
-        data = self.config.data
-        if not data.evaluates:
-            return None
-        path = data.eval_path or data.path
-        return self._tokens(
-            self._rows(path, data.eval_split, data.eval_samples, hub=data.eval_path is None)
-        )
-
-    def _rows(self, path: str, split: str | None, rows: int | None, hub: bool) -> Rows:
-        data = self.config.data
-        read = load_rows(
-            path,
-            name=data.name if hub else None,
-            revision=data.revision if hub else None,
-            split=split,
-            max_rows=rows,
-        )
-        if not self.criteria:
-            return read
-        given = {*read.columns} - {data.prompt_column, data.completion_column}
-        try:
-            for criterion in self.criteria:
-                check_columns(criterion, given)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        return scored_pairs(
-            read,
-            self.criteria,
-            [spec.weight for spec in self.config.rewards],
-            prompt_column=data.prompt_column,
-            completion_column=data.completion_column,
-            bad_pairs=data.bad_pairs,
-        )
-
-    def _tokens(self, rows: Rows) -> PairTokens:
-        data = self.config.data
-        scored = isinstance(rows, ScoredPairs)
-        return pair_tokens(
-            rows,
-            self.tokenizer,
-            self.config.algorithm.name,
-            prompt_column="prompt" if scored else data.prompt_column,
-            chosen_column="chosen" if scored else data.chosen_column,
-            rejected_column="rejected" if scored else data.rejected_column,
-            bad_pairs=data.bad_pairs,
-            max_length=data.max_length,
-            long_pairs=data.long_pairs,
-            apply_chat_template=data.apply_chat_template,
-            system_prompt=data.system_prompt,
-        )
+        return self.inputs.eval_pairs
 
     @property
     def total_steps(self) -> int:
@@ -172,6 +93,7 @@ class PreferenceTrainer:
 
     def check(self, resume: str = "auto") -> RunDir:
         """Everything that can be checked without starting Ray. Raises UserError."""
+        self.inputs.settle()
         rundir = self._rundir
         rundir.check(self.config, resume)
         if resolve_address(self.config.cluster) == "local":
@@ -183,7 +105,7 @@ class PreferenceTrainer:
             check_trackers(self.config.tracking.trackers)
         except TrackerMissing as error:
             raise UserError(str(error)) from error
-        _ = self.tokenizer, self.pairs, self.eval_pairs
+        _ = self.pairs, self.eval_pairs
         reached = step_of(named) if named else storage.newest_step()
         if reached > self.total_steps:
             raise UserError(
@@ -195,15 +117,15 @@ class PreferenceTrainer:
 
     def summary(self) -> str:
         """What a job would do, for --dry-run."""
-        train, pairs = self.config.train, self.pairs
+        pairs, train = self.pairs, self.config.train
         held_out = len(self.eval_pairs) if self.eval_pairs else 0
         return "\n".join(
             (
                 f"{self.config.algorithm_name}: {self.total_steps} steps of "
                 f"{train.pairs_per_step} pairs with {self.config.backend}",
-                f"data: {len(pairs)} of {pairs.rows} pairs, {len(pairs.bad)} bad, {pairs.long} "
-                f"over data.max_length; longest {pairs.longest} tokens; {held_out} held out",
-                *([self.rows.describe()] if isinstance(self.rows, ScoredPairs) else []),
+                f"data: {len(pairs)} of {pairs.dropped.rows} pairs, longest {pairs.longest} "
+                f"tokens; {held_out} held out",
+                *self.inputs.told(),
                 f"trainer: {train.workers} x {train.resources.cpus:g} CPU, "
                 f"{train.resources.gpus:g} GPU",
             )
@@ -230,10 +152,10 @@ class PreferenceTrainer:
             storage.describe(self.config)
             with PreferenceRecorder(self.config, rundir, self.total_steps) as recorder:
                 recorder.event(EventKind.RUN_STARTED, changed={k: v[1] for k, v in changed.items()})
-                if isinstance(self.rows, ScoredPairs):
-                    recorder.note(self.rows.describe())
-                if self.pairs.bad:
-                    recorder.left_out(self.pairs)
+                for kind, fields in self.inputs.events():
+                    recorder.event(kind, **fields)
+                for line in self.inputs.told():
+                    recorder.note(line)
                 try:
                     job = self._job(self.total_steps, export=storage.export)
                     with self._session():
@@ -311,7 +233,7 @@ class PreferenceTrainer:
             arguments=_arguments(config),
             scratch=f"aligntune-{uuid.uuid4().hex}",
             export=export,
-            max_length=config.data.max_length,
+            max_length=self.inputs.max_length,
             reference_free=isinstance(config.algorithm, DPOSpec)
             and config.algorithm.reference_free,
             trained=trained,
@@ -343,7 +265,7 @@ def _arguments(config: PreferenceConfig) -> dict[str, Any]:
     }
     if not isinstance(algorithm, DPOSpec):
         return {**arguments, "center_rewards_coefficient": algorithm.center_coefficient}
-    cut = config.data.long_pairs in ("keep_start", "keep_end")
+    cut = config.data.long_rows in ("keep_start", "keep_end")
     return {
         **arguments,
         "beta": algorithm.beta,
@@ -354,7 +276,7 @@ def _arguments(config: PreferenceConfig) -> dict[str, Any]:
         "use_weighting": algorithm.weighting,
         "precompute_ref_log_probs": algorithm.precompute_reference or algorithm.reference_free,
         **({"max_length": config.data.max_length} if cut else {}),
-        **({"truncation_mode": config.data.long_pairs} if cut else {}),
+        **({"truncation_mode": config.data.long_rows} if cut else {}),
     }
 
 

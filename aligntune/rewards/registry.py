@@ -35,7 +35,12 @@ class Registered:
     target: str  # "module:function"
     description: str  # one line
     column: str | None  # the data column it reads unless its option `column` names another
+    reads: tuple[str, ...] = ()  # data columns that it reads under these names alone
 
+
+PAIR = ("chosen", "rejected")
+DEFAULT_FOR_PAIRS = "preference"
+"""What a group algorithm is rewarded by where the data are preferences and no reward is named."""
 
 REWARDS: dict[str, Registered] = {
     "math": Registered(
@@ -63,6 +68,24 @@ REWARDS: dict[str, Registered] = {
         "0 at option 'target' characters, falling to -1 with the distance from it",
         None,
     ),
+    DEFAULT_FOR_PAIRS: Registered(
+        "aligntune.rewards.preference:preference",
+        "how much nearer to column 'chosen' than to 'rejected', by characters (chrF), -1 to 1",
+        None,
+        PAIR,
+    ),
+    "preference_overlap": Registered(
+        "aligntune.rewards.preference:preference_overlap",
+        "the same by words (F1)",
+        None,
+        PAIR,
+    ),
+    "preference_embedding": Registered(
+        "aligntune.rewards.preference:preference_embedding",
+        "the same by embeddings of option 'model', an encoder (cosine)",
+        None,
+        PAIR,
+    ),
 }
 
 
@@ -83,6 +106,8 @@ def resolve(spec: RewardFunctionSpec) -> RewardCriterion:
             f"unknown reward {spec.function!r}: {hint}registered are {', '.join(REWARDS)}; "
             "your own is given as package.module:function"
         )
+    if registered and isinstance(model := spec.options.get("model"), str):
+        spec = spec.model_copy(update={"options": {**spec.options, "model": located(model)}})
     target = registered.target if registered else spec.function
     name = spec.name or (spec.function if registered else target.partition(":")[2])
     return _criterion(name, target, _import(target), spec, ignores_unknown=registered is not None)
@@ -158,7 +183,8 @@ def columns_named(criterion: RewardCriterion | RewardModelCriterion) -> dict[str
     registered = by_target.get(criterion.target) if isinstance(criterion.target, str) else None
     if registered is not None:
         column = registered.column
-        return {criterion.options.get("column", column): True} if column else {}
+        own = {criterion.options.get("column", column): True} if column else {}
+        return own | dict.fromkeys(registered.reads, True)
     named, _ = named_parameters(_function_of(criterion))
     given = {"prompts", "completions", *criterion.options}
     return {name: required for name, required in named.items() if name not in given}

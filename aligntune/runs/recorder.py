@@ -66,6 +66,10 @@ class Recorder(AbstractContextManager["Recorder"]):
         if kind in SHOWN:
             self._progress.note(f"{kind}: " + ", ".join(f"{k} {v}" for k, v in fields.items()))
 
+    def note(self, text: str) -> None:
+        """Show something to the person who watches."""
+        self._progress.note(text)
+
     def role(self, name: str, info: Mapping[str, Any]) -> None:
         """What an actor said of itself when it started."""
         self._events.append(EventKind.ROLE_STARTED, role=name, **info)

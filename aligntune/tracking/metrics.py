@@ -24,6 +24,8 @@ class EventKind(StrEnum):
     """What can happen to a run beside its steps."""
 
     RUN_STARTED = "run_started"
+    SETTLED = "settled"  # `path` was left open by the user and got `value`; `why`
+    ROWS_DROPPED = "rows_dropped"  # of `data`: counts by reason, and two examples of each
     ROLE_STARTED = "role_started"  # what the actor said of itself: engine, device, process, node
     RESUMED = "resumed"
     RUN_STOPPED = "run_stopped"  # before its last step; `reason` says why

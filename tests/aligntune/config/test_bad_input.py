@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from aligntune.cli import main
-from aligntune.trainers import create_rl_trainer
 
 Fail = Callable[..., str]
 
@@ -93,23 +92,6 @@ def test_no_prompt_column_lists_the_columns(fail: Fail, tmp_path: Path) -> None:
     assert "it has question, answer" in error
 
 
-def test_pairs_are_not_prompts(fail: Fail, tiny_model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "pairs.jsonl"
-    pair = {"chosen": "2", "rejected": "3", "answer": "2"}
-    path.write_text(json.dumps(pair) + "\n")
-    assert "algorithm: dpo and algorithm: reward_model train on pairs" in fail(dataset=str(path))
-    path.write_text(json.dumps({"prompt": "1+1", **pair}) + "\n")
-    error = fail(dataset=str(path))
-    assert "no reward reads their chosen and rejected; algorithm: dpo" in error
-    create_rl_trainer(
-        algorithm="grpo",
-        model_name=str(tiny_model),
-        dataset_name=str(path),
-        reward_functions="tests.e2e.rewards:like_the_chosen",  # which reads them
-        output_dir=str(tmp_path / "run"),
-    ).check()
-
-
 def test_no_reward(fail: Fail) -> None:
     assert "no reward" in fail(reward="")
 
@@ -165,8 +147,25 @@ def test_group_size_one(fail: Fail) -> None:
 
 def test_prompts_over_the_budget_are_counted(fail: Fail) -> None:
     error = fail("rollout.max_prompt_length=5")
-    assert "8 of 8 prompts" in error
-    assert "data.long_prompts" in error
+    assert "8 of 8 rows cannot be used (8 too long)" in error
+    assert "raise rollout.max_prompt_length" in error
+
+
+def test_budgets_beyond_the_models_positions(fail: Fail) -> None:
+    error = fail("rollout.max_prompt_length=40", "rollout.max_completion_length=30")
+    assert "are 70 tokens, and the model reads 64" in error
+    assert "lower rollout.max_prompt_length to 34 or less" in error
+    assert "rollout.max_completion_length to 24 or less" in error
+
+
+def test_more_rows_that_cannot_be_used_than_may_be_dropped(fail: Fail, data: Path) -> None:
+    data.write_text(data.read_text() + '{"prompt": " ", "answer": "1"}\n')
+    error = fail()
+    assert "1 of 9 rows cannot be used (1 empty)" in error
+    assert "raise data.max_dropped_fraction" in error
+    assert "data.jsonl, row 8 (line 9)" in error
+    error = fail("data.bad_rows=error", "data.max_dropped_fraction=0.5")
+    assert "data.jsonl, row 8 (line 9): the prompt is empty" in error
 
 
 def test_an_output_directory_with_something_else_in_it(fail: Fail, tmp_path: Path) -> None:

@@ -68,7 +68,6 @@ def test_a_resolved_tree_reads_back_as_itself(tree: dict[str, Any]) -> None:
         (["train.groups_per_minibatch=5"], "does not divide"),
         (["train.steps=0"], r"train.steps: .* got 0"),
         (["train.steps=3", "train.epochs=2"], "both say how long"),
-        (["rewards=[]"], "grpo has no reward"),
         (["policy.ranks=2"], "use policy.strategy=deepspeed"),
         (["algorithm=gspo", "backend=unsloth"], "gspo does not run with backend=unsloth"),
         (["backend=tlr"], "backend"),

@@ -110,7 +110,7 @@ def test_losses_that_use_label_smoothing_may_have_it() -> None:
     ("override", "reason"),
     [
         ("data.system_prompt=s", "scores prompts as the data have them"),
-        ("data.long_pairs=keep_end", "never reads a part of a text"),
+        ("data.long_rows=keep_end", "never reads a part of a text"),
         ("backend=unsloth", "does not run with backend=unsloth"),
         ("algorithm.beta=1", "unknown key 'algorithm.beta'"),
     ],

@@ -12,16 +12,10 @@ from hypothesis import strategies as st
 from actors.models.loading import load_tokenizer
 from actors.scoring.model import scored_ids
 from actors.specs import ModelSpec
+from aligntune.data.dropped import RowRules
 from aligntune.data.errors import DataError
-from aligntune.data.pair_tokens import PairTokens, pair_tokens
-from aligntune.data.pairs import (
-    Pair,
-    Pairs,
-    read_pairs,
-    split_transcripts,
-    to_pair,
-    turns,
-)
+from aligntune.data.pair_tokens import PairTokens, tokenise_pairs
+from aligntune.data.pairs import Pair, PairRows, split_transcripts, to_pair, turns
 
 COLUMNS = {"prompt_column": "prompt", "chosen_column": "chosen", "rejected_column": "rejected"}
 
@@ -90,18 +84,18 @@ class TestForms:
 
     def test_strings_that_repeat_the_prompt_have_it_once_where_most_rows_do(self) -> None:
         joined = [row(f"Q {i}:", f"Q {i}: a", f"Q {i}: b") for i in range(3)]
-        found = read_pairs(Table(*joined), **COLUMNS, bad_pairs="error")
-        assert found.pairs[2] == Pair("Q 2:", " a", " b")
-        with pytest.raises(DataError, match="row 3: most rows repeat the prompt"):
-            read_pairs(Table(*joined, row("p", "a", "b")), **COLUMNS, bad_pairs="error")
+        assert PairRows(Table(*joined)).pair(2) == Pair("Q 2:", " a", " b")
+        with pytest.raises(DataError, match="most rows repeat the prompt"):
+            PairRows(Table(*joined, row("p", "a", "b"))).pair(3)
         empty = row("Q 3:", "Q 3:", "Q 3: b")
-        found = read_pairs(Table(*joined, empty), **COLUMNS, bad_pairs="drop")
-        assert (found.rows, list(found.bad)) == ((0, 1, 2), [3])
+        found = PairRows(Table(*joined, empty))
+        assert [found.pair(index).prompt for index in range(3)] == ["Q 0:", "Q 1:", "Q 2:"]
+        with pytest.raises(DataError, match="chosen is empty"):
+            found.pair(3)
 
     def test_an_answer_may_begin_like_its_question(self) -> None:
         rows = row("Hello", "Hello! What is it?", "Hello."), row("p", "a", "b"), row("q", "a", "b")
-        found = read_pairs(Table(*rows), **COLUMNS, bad_pairs="error")
-        assert found.pairs[0] == Pair("Hello", "Hello! What is it?", "Hello.")
+        assert PairRows(Table(*rows)).pair(0) == Pair("Hello", "Hello! What is it?", "Hello.")
 
     def test_an_implicit_prompt_ends_where_the_messages_part_or_an_answer_begins(self) -> None:
         start = [user("p"), assistant("same")]
@@ -225,33 +219,37 @@ BAD = {
 
 class TestBadRows:
     @pytest.mark.parametrize("reason", BAD)
-    def test_each_is_named_by_its_row_or_dropped_and_counted(self, reason: str) -> None:
-        table = Table(row("p", "a", "b"), BAD[reason], row("q", "a", "b"))
+    def test_each_is_named_by_its_row_or_dropped_and_counted(
+        self, reason: str, tokenizer: Any
+    ) -> None:
+        rows = row("1", "2", "3"), BAD[reason], row("4", "5", "6")
         with pytest.raises(DataError, match=f"table, row 1: .*{reason}") as refused:
-            read_pairs(table, **COLUMNS, bad_pairs="error")
+            tokens(tokenizer, "dpo", *rows)
         assert "\n" not in str(refused.value)
-        found: Pairs = read_pairs(table, **COLUMNS, bad_pairs="drop")
-        assert found.rows == (0, 2)
-        assert list(found.bad) == [1]
-        assert reason in found.bad[1]
+        kept = tokens(tokenizer, "dpo", *rows, bad_rows="drop")
+        assert (len(kept), kept.dropped.count) == (2, 1)
+        ((shown,),) = kept.dropped.examples.values()
+        assert shown.startswith("table, row 1: ")
+        assert reason in shown
 
-    def test_several_are_counted_in_one_line(self) -> None:
-        table = Table(*(row("p", "a", "a") for _ in range(9)), row("p", "a", "b"))
+    def test_several_are_counted_in_one_line(self, tokenizer: Any) -> None:
+        rows = *(row("p", "a", "a") for _ in range(9)), row("p", "a", "b")
         with pytest.raises(DataError, match=r"row 0: .*rows 1, 2, 3, 4, \.\.\. too \(9 of 10\)"):
-            read_pairs(table, **COLUMNS, bad_pairs="error")
+            tokens(tokenizer, "dpo", *rows)
 
     def test_prompts_alone_are_no_pairs(self) -> None:
         with pytest.raises(DataError, match="holds no preference pairs; its columns are prompt"):
-            read_pairs(Table({"prompt": "p", "answer": "1"}), **COLUMNS, bad_pairs="error")
+            PairRows(Table({"prompt": "p", "answer": "1"}))
 
     def test_a_missing_column_is_met_with_the_nearest(self) -> None:
-        table = Table({"prompt": "p", "chosen": "a", "reject": "b"})
         with pytest.raises(DataError, match="did you mean 'reject'"):
-            read_pairs(table, **COLUMNS, bad_pairs="error")
+            PairRows(Table({"prompt": "p", "chosen": "a", "reject": "b"}))
+        with pytest.raises(DataError, match="did you mean 'question'"):
+            PairRows(Table({"question": "p", **row("", "a", "b")}), prompt_column="questoin")
 
-    def test_nothing_left_is_an_error(self) -> None:
-        with pytest.raises(DataError, match="none is left to train on"):
-            read_pairs(Table(row("p", "a", "a")), **COLUMNS, bad_pairs="drop")
+    def test_nothing_left_is_an_error(self, tokenizer: Any) -> None:
+        with pytest.raises(DataError, match=r"1 of 1 rows .* \(1 equal\), none is left"):
+            tokens(tokenizer, "dpo", row("p", "a", "a"), bad_rows="drop")
 
 
 @pytest.fixture(scope="module")
@@ -260,14 +258,14 @@ def tokenizer(tiny_model: Path) -> Any:
 
 
 def tokens(tokenizer: Any, kind: Any, *rows: dict[str, Any], **changes: Any) -> PairTokens:
-    options: dict[str, Any] = {
-        "bad_pairs": "error",
-        "max_length": 40,
-        "long_pairs": "error",
-        "apply_chat_template": True,
-        **changes,
-    }
-    return pair_tokens(Table(*rows), tokenizer, kind, **COLUMNS, **options)
+    rules = RowRules(
+        bad_rows=changes.pop("bad_rows", "error"),
+        long_rows=changes.pop("long_rows", "error"),
+        max_dropped_fraction=1.0,
+        length_key="data.max_length",
+    )
+    options: dict[str, Any] = {"apply_chat_template": True, **changes}
+    return tokenise_pairs(Table(*rows), tokenizer, kind, **COLUMNS, **options).within(40, rules)
 
 
 class TestTokens:
@@ -316,14 +314,15 @@ class TestTokens:
         rows = row("1", "2", "3"), row("1", "2", "3" * 50)
         with pytest.raises(DataError, match="table, row 1: the pair has 54 tokens"):
             tokens(tokenizer, "dpo", *rows)
-        dropped = tokens(tokenizer, "dpo", *rows, long_pairs="drop")
-        assert (len(dropped), dropped.long, dropped.longest) == (1, 1, 54)
-        assert len(tokens(tokenizer, "dpo", *rows, long_pairs="keep_end")) == 2
+        dropped = tokens(tokenizer, "dpo", *rows, long_rows="drop")
+        assert (len(dropped), dropped.longest) == (1, 54)
+        assert dropped.dropped.reasons == {"too long": 1}
+        assert len(tokens(tokenizer, "dpo", *rows, long_rows="keep_end")) == 2
 
     def test_a_prompt_that_leaves_no_room_is_a_bad_pair(self, tokenizer: Any) -> None:
         rows = row("1", "2", "3"), row("1" * 50, "2", "3")
         with pytest.raises(DataError, match="row 1: the prompt alone fills"):
-            tokens(tokenizer, "dpo", *rows, long_pairs="keep_start")
+            tokens(tokenizer, "dpo", *rows, long_rows="keep_start")
 
     def test_sides_that_are_the_same_tokens_are_a_bad_pair(self, tokenizer: Any) -> None:
         with pytest.raises(DataError, match="row 0: the tokenizer makes chosen and"):
@@ -337,9 +336,9 @@ class TestTokens:
         ends = (same + "4", same + "5") if policy == "keep_start" else ("4" + same, "5" + same)
         rows = row("1", "2", "3"), row("1", *ends), row("1", same, other)
         with pytest.raises(DataError, match=r"row 1: cut to data\.max_length=40"):
-            tokens(tokenizer, "dpo", *rows, long_pairs=policy)
-        kept = tokens(tokenizer, "dpo", *rows, long_pairs=policy, bad_pairs="drop")
-        assert (len(kept), list(kept.bad)) == (2, [1])
+            tokens(tokenizer, "dpo", *rows, long_rows=policy)
+        kept = tokens(tokenizer, "dpo", *rows, long_rows=policy, bad_rows="drop")
+        assert (len(kept), kept.dropped.reasons) == (2, {"equal": 1})
 
     @pytest.mark.parametrize("kind", ["dpo", "reward_model"])
     def test_a_row_that_the_chat_template_refuses_is_named_or_left_out(
@@ -350,14 +349,14 @@ class TestTokens:
         with pytest.raises(DataError, match=r"row 1: the chat template refuses .*no tools") as said:
             tokens(chat, kind, *rows)
         assert "\n" not in str(said.value)
-        kept = tokens(chat, kind, *rows, bad_pairs="drop")
-        assert (len(kept), list(kept.bad)) == (1, [1])
-        with pytest.raises(DataError, match="none is left to train on"):
-            tokens(chat, kind, rows[1], bad_pairs="drop")
+        kept = tokens(chat, kind, *rows, bad_rows="drop")
+        assert (len(kept), kept.dropped.reasons) == (1, {"unreadable": 1})
+        with pytest.raises(DataError, match="none is left"):
+            tokens(chat, kind, rows[1], bad_rows="drop")
 
     def test_a_row_with_a_system_message_of_its_own_is_named(self, tokenizer: Any) -> None:
         own = [{"role": "system", "content": "s"}, user("1")]
         rows = row("1", "2", "3"), {"prompt": own, "chosen": "2", "rejected": "3"}
         with pytest.raises(DataError, match="row 1: a prompt has a system message"):
             tokens(tokenizer, "dpo", *rows, system_prompt="s")
-        assert len(tokens(tokenizer, "dpo", *rows, system_prompt="s", bad_pairs="drop")) == 1
+        assert len(tokens(tokenizer, "dpo", *rows, system_prompt="s", bad_rows="drop")) == 1

@@ -12,14 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from aligntune.data import prompt_rows as prompt_rows_module
 from aligntune.data import prompts as prompts_module
+from aligntune.data.dropped import RowRules
 from aligntune.data.errors import DataError
-from aligntune.data.prompts import PromptSource, evaluation_prompts, training_prompts
+from aligntune.data.prompt_rows import PromptRows
+from aligntune.data.prompts import (
+    PromptSource,
+    evaluation_prompts,
+    evaluation_rows,
+    training_prompts,
+    training_rows,
+)
 from aligntune.data.sources import load_rows
 from aligntune.data.spec import DataSpec
 from tests.aligntune.data.conftest import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
+LIMIT = "rollout.max_prompt_length"
+RULES = ("bad_rows", "long_rows", "max_dropped_fraction")
+READING = ("system_prompt", "apply_chat_template", "fold_duplicates")
 
 
 class Table:
@@ -46,8 +58,16 @@ class Table:
 def source(values: list[Any] | int, tokenizer: Any = TOKENIZER, **options: Any) -> PromptSource:
     if isinstance(values, int):
         values = [f"p{n}" for n in range(values)]
-    options = {"max_prompt_length": 32, "seed": 0} | options
-    return PromptSource(Table(values), tokenizer, **options)
+    return made(Table(values), tokenizer, **options)
+
+
+def made(rows: Any, tokenizer: Any = TOKENIZER, **options: Any) -> PromptSource:
+    """The prompts of `rows`, where nothing may be dropped unless an option says so."""
+    given = {"bad_rows": "error", "long_rows": "error", "max_dropped_fraction": 1.0} | options
+    rules = RowRules(**{key: given.pop(key) for key in RULES}, length_key=LIMIT)
+    reading = {key: given.pop(key) for key in READING if key in given}
+    budget = {"max_prompt_length": 32, "seed": 0} | given
+    return PromptSource(PromptRows(rows, tokenizer, **reading), tokenizer, rules, **budget)
 
 
 def order(of: PromptSource, start: int, stop: int) -> list[int]:
@@ -127,47 +147,46 @@ def test_special_tokens_are_added_only_where_no_template_writes_them(plain_bos: 
 LONG = ["short", "x" * 33, "x" * 32, "y" * 40 + "é end"]
 
 
-def test_long_prompts_are_an_error_that_counts_them_and_names_the_longest() -> None:
+def test_long_prompts_are_an_error_that_counts_them_and_names_the_first() -> None:
     with pytest.raises(DataError) as caught:
         source(LONG)
     message = str(caught.value)
-    assert "2 of 4 prompts" in message
-    assert "(32 tokens)" in message
-    assert "table, row 3, has 46" in message
-    assert "data.long_prompts" in message
+    assert "table, row 1: the prompt has 33 tokens" in message
+    assert "rollout.max_prompt_length is 32" in message
+    assert "rows 3 too (2 of 4)" in message
+    assert "data.long_rows: drop" in message
 
 
 def test_long_prompts_are_dropped_and_counted() -> None:
-    prompts = source(LONG, long_prompts="drop")
+    prompts = source(LONG, long_rows="drop")
     assert sorted(order(prompts, 0, 2)) == [0, 2]
-    assert (len(prompts), prompts.rows, prompts.long, prompts.longest) == (2, 4, 2, 46)
+    assert (len(prompts), prompts.dropped.rows, prompts.longest) == (2, 4, 46)
+    assert prompts.dropped.reasons == {"too long": 2}
 
 
 def test_dropping_all_is_an_error() -> None:
     with pytest.raises(DataError, match="none is left"):
-        source(["x" * 33], long_prompts="drop")
+        source(["x" * 33], long_rows="drop")
 
 
 def test_truncation_keeps_the_end_of_the_source_as_it_was() -> None:
-    prompts = source(LONG, long_prompts="truncate", shuffle=False)
+    prompts = source(LONG, long_rows="keep_end", shuffle=False)
     cut = prompts.prompt_at(3)
     assert len(cut.token_ids) == 32
     assert cut.text == "y" * 26 + "é end"
     assert cut.source == LONG[3]
     assert prompts.prompt_at(2).text == LONG[2]
-    assert (len(prompts), prompts.long) == (4, 2)
+    assert (len(prompts), prompts.dropped.cut) == (4, 2)
 
 
 def test_truncation_keeps_a_leading_beginning_of_sequence_token(plain_bos: Any) -> None:
-    (prompt,) = source(
-        ["0123456789"], plain_bos, long_prompts="truncate", max_prompt_length=4
-    ).epoch()
+    (prompt,) = source(["0123456789"], plain_bos, long_rows="keep_end", max_prompt_length=4).epoch()
     assert prompt.text == "<bos>789"
     assert prompt.token_ids[0] == plain_bos.bos_token_id
 
 
 @pytest.mark.parametrize("bad", [None, "", 4, [{"role": "user"}], "\ud800"])
-@pytest.mark.parametrize("row", [0, prompts_module.BATCH + 3])
+@pytest.mark.parametrize("row", [0, prompt_rows_module.BATCH + 3])
 def test_the_row_without_a_usable_prompt_is_named(bad: Any, row: int) -> None:
     values: list[Any] = ["ok"] * (row + 2)
     values[row] = bad
@@ -189,7 +208,7 @@ def test_a_system_prompt_without_a_template_is_no_rows_fault(plain: Any) -> None
 def test_tokenised_prompts_are_kept_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts_module, "CACHED", 2)
     table = Table(["a", "b", "c"])
-    prompts = PromptSource(table, TOKENIZER, max_prompt_length=9, seed=0, shuffle=False)
+    prompts = made(table, max_prompt_length=9, shuffle=False)
     table.reads = 0
     for position in (0, 1, 0, 1):
         prompts.prompt_at(position)
@@ -215,7 +234,7 @@ def test_the_fingerprint_knows_the_columns_that_rewards_read(tmp_path: Path) -> 
         path = tmp_path / "rows.jsonl"
         path.write_text(json.dumps({"prompt": "a", "answer": answer}) + "\n")
         rows = load_rows(str(path))
-        return PromptSource(rows, TOKENIZER, max_prompt_length=9, seed=0).fingerprint
+        return made(rows, max_prompt_length=9).fingerprint
 
     assert mark("1") == mark("1")
     assert len({mark("1"), mark("2"), mark(1), mark(None)}) == 4
@@ -236,17 +255,22 @@ def test_training_and_evaluation_prompts_of_a_config(tmp_path: Path) -> None:
         max_samples=10,
         eval_samples=3,
     )
-    train = training_prompts(spec, TOKENIZER, max_prompt_length=4, seed=1)
-    held_out = evaluation_prompts(spec, TOKENIZER, max_prompt_length=4)
+    train = training_prompts(
+        spec, training_rows(spec, TOKENIZER), TOKENIZER, max_prompt_length=4, seed=1
+    )
     assert sorted(prompt.text for prompt in train.epoch()) == [str(n) for n in range(10)]
-    assert held_out is not None
-    assert [prompt.text for prompt in held_out.epoch()] == ["16", "17", "18"]
+
+    def held_out(spec: DataSpec) -> list[str] | None:
+        rows = evaluation_rows(spec, TOKENIZER)
+        if rows is None:
+            return None
+        prompts = evaluation_prompts(spec, rows, TOKENIZER, max_prompt_length=4)
+        return [prompt.text for prompt in prompts.epoch()]
+
+    assert held_out(spec) == ["16", "17", "18"]
     other = DataSpec(path=path, prompt_column="q", eval_path=write(tmp_path / "e.jsonl", ["x"]))
-    held_out = evaluation_prompts(other, TOKENIZER, max_prompt_length=4)
-    assert held_out is not None
-    assert [prompt.text for prompt in held_out.epoch()] == ["x"]
-    none = DataSpec(path=path, prompt_column="q")
-    assert evaluation_prompts(none, TOKENIZER, max_prompt_length=4) is None
+    assert held_out(other) == ["x"]
+    assert held_out(DataSpec(path=path, prompt_column="q")) is None
 
 
 @pytest.mark.parametrize(
@@ -256,7 +280,7 @@ def test_training_and_evaluation_prompts_of_a_config(tmp_path: Path) -> None:
         ({"system_prompt": "x", "apply_chat_template": False}, "apply_chat_template"),
         ({"promt_column": "x"}, "promt_column"),
         ({"max_samples": 0}, "max_samples"),
-        ({"long_prompts": "cut"}, "long_prompts"),
+        ({"long_rows": "cut"}, "long_rows"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], what: str) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from actors.specs import RewardFunctionSpec
 from aligntune.config.load import load_config
 from aligntune.config.preference import PreferenceConfig
+from aligntune.data.dropped import RowRules
 from aligntune.data.errors import DataError
 from aligntune.data.scored_pairs import ScoredPairs, rank, scored_pairs
 from aligntune.data.sources import load_rows
@@ -31,7 +32,7 @@ TEXTS = [
 ]
 
 
-def pairs_of(rows: list[dict[str, Any]], folder: Path, bad_pairs: Any = "error") -> ScoredPairs:
+def pairs_of(rows: list[dict[str, Any]], folder: Path, bad_rows: Any = "error") -> ScoredPairs:
     path = folder / "texts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     specs = [
@@ -42,9 +43,9 @@ def pairs_of(rows: list[dict[str, Any]], folder: Path, bad_pairs: Any = "error")
         load_rows(str(path)),
         resolve_all(specs),  # type: ignore[arg-type]  # functions alone
         [spec.weight for spec in specs],
+        RowRules(bad_rows, "error", max_dropped_fraction=1.0, length_key="data.max_length"),
         prompt_column="prompt",
         completion_column="completion",
-        bad_pairs=bad_pairs,
     )
 
 
@@ -74,7 +75,7 @@ def test_a_text_without_a_score_is_reported_with_its_row(tmp_path: Path) -> None
     broken = [*TEXTS, {"prompt": "1+1", "completion": " ", "answer": "2"}]
     with pytest.raises(DataError, match=r"row 6 \(line 7\): completion is empty"):
         pairs_of(broken, tmp_path)
-    assert pairs_of(broken, tmp_path, "drop").bad == {6: "completion is empty or not a string"}
+    assert pairs_of(broken, tmp_path, "drop").dropped.reasons == {"empty": 1}
     unscored = [*TEXTS, {"prompt": "1+1", "completion": "2", "answer": None}]
     with pytest.raises(DataError, match=r"row 6 \(line 7\): reward 'exact_match' failed"):
         pairs_of(unscored, tmp_path)

@@ -202,7 +202,8 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 class TestRegistry:
     @pytest.mark.parametrize("name", sorted(REWARDS))
     def test_every_registered_name_resolves_and_is_described_in_one_line(self, name: str) -> None:
-        options = {"format": {"pattern": "a"}, "length": {"target": 3}}.get(name, {})
+        needed = {"format": {"pattern": "a"}, "length": {"target": 3}}
+        options = {**needed, "preference_embedding": {"model": "a/b"}}.get(name, {})
         criterion = resolve(spec(name, options=options, timeout_s=7))
         assert (criterion.name, criterion.target) == (name, REWARDS[name].target)
         assert (criterion.options, criterion.timeout_s) == (options, 7)

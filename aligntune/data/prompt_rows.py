@@ -1,0 +1,140 @@
+"""The prompts of a data set, row by row: checked, rendered and measured once, before any budget.
+
+A row gives its prompt by a column of its own or, where the data are preference pairs, as what
+chosen and rejected share; the two answers then are columns for the rewards, `chosen` and
+`rejected`, in the form they have in the data (a transcript's as text, without the blanks around).
+
+Invariant: a row is usable or in `wrong` with the reason, and never both; `lengths` has the tokens
+of every usable one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from actors.messages import Messages
+from aligntune.data.errors import DataError, Reason
+from aligntune.data.formats import check_prompt, check_template, render, uses_template
+from aligntune.data.pairs import CHOSEN, PROMPT, REJECTED, PairRows
+from aligntune.data.sources import Rows, require_column
+
+BATCH = 1024  # prompts tokenised at once when the data is checked
+
+
+class PromptRows:
+    """Every row of a data set as a prompt. `pairs` says whether they are preference data."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        tokenizer: Any,
+        *,
+        prompt_column: str = PROMPT,
+        chosen_column: str = CHOSEN,
+        rejected_column: str = REJECTED,
+        system_prompt: str | None = None,
+        apply_chat_template: bool = True,
+        fold_duplicates: bool = False,
+    ) -> None:
+        """Raises DataError for what is no single row's fault: a column, or a template."""
+        check_template(tokenizer, system_prompt, apply_chat_template)
+        self.pairs = {chosen_column, rejected_column} <= {*rows.columns}
+        if not self.pairs:
+            require_column(rows, prompt_column, "data.prompt_column")
+        self.rows = rows
+        self._sides = (
+            PairRows(
+                rows,
+                prompt_column=prompt_column,
+                chosen_column=chosen_column,
+                rejected_column=rejected_column,
+            )
+            if self.pairs
+            else None
+        )
+        self._tokenizer = tokenizer
+        self._column = prompt_column
+        self._system = system_prompt
+        self._wants_template = apply_chat_template
+        self._template = uses_template(tokenizer, apply_chat_template)
+        self.lengths: dict[int, int] = {}  # tokens of each usable row, ascending by row
+        self.wrong: dict[int, DataError] = {}
+        self.folded = 0  # rows that repeat the prompt of an earlier one
+        self.fingerprint = self._check(fold_duplicates)
+
+    def _check(self, fold: bool) -> str:
+        """Check, render and tokenise every row once; what changes with any usable one."""
+        digest = hashlib.blake2b(digest_size=16)
+        seen: set[str] = set()
+        for first in range(0, len(self.rows), BATCH):
+            texts: dict[int, str] = {}
+            columns: dict[int, dict[str, Any]] = {}
+            for row in range(first, min(first + BATCH, len(self.rows))):
+                try:
+                    _, text, columns[row] = self.prompt(row)
+                except DataError as error:
+                    self.wrong[row] = error
+                    continue
+                if fold and text in seen:
+                    self.folded += 1
+                    continue
+                if fold:
+                    seen.add(text)
+                texts[row] = text
+            for (row, text), ids in zip(texts.items(), self.tokens([*texts.values()]), strict=True):
+                if not ids:
+                    self.wrong[row] = DataError(
+                        "the prompt has no tokens; the tokenizer knows none of its characters",
+                        Reason.EMPTY,
+                    )
+                    continue
+                digest.update(f"{text}\0{json.dumps(columns[row], default=_kind)}\0".encode())
+                self.lengths[row] = len(ids)
+        return digest.hexdigest()
+
+    def prompt(self, row: int) -> tuple[str | Messages, str, dict[str, Any]]:
+        """The prompt of a row as the data have it, its text, and the other columns.
+
+        Raises: DataError, with a reason, where the row has no usable prompt.
+        """
+        columns = self.rows[row]
+        pairs = self._sides
+        source = columns.pop(self._column) if pairs is None else self._take(pairs, row, columns)
+        text = render(
+            check_prompt(source),
+            self._tokenizer,
+            system_prompt=self._system,
+            apply_chat_template=self._wants_template,
+        )
+        return source, text, columns
+
+    def _take(self, pairs: PairRows, row: int, columns: dict[str, Any]) -> str | Messages:
+        """The prompt of a pair; its answers take the place of its sides in `columns`."""
+        pair = pairs.pair(row)
+        for column in pairs.columns:
+            columns.pop(column, None)
+        blanks = pair.transcript
+        for name, side in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected)):
+            columns[name] = side.strip() if blanks and isinstance(side, str) else side
+        return pair.as_messages().prompt if pair.transcript and self._template else pair.prompt
+
+    def tokens(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of rendered prompts. Special tokens are added where no template writes them."""
+        if not texts:
+            return []
+        ids: list[list[int]] = self._tokenizer(
+            texts,
+            add_special_tokens=not self._template,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            truncation=False,
+            verbose=False,
+        )["input_ids"]
+        return ids
+
+
+def _kind(value: object) -> str:
+    """What stands for a value that is not JSON's, such as an image, in a fingerprint."""
+    return type(value).__name__

@@ -1,0 +1,182 @@
+"""What an online run is made of before it starts: its settled config, rewards and prompts.
+
+Invariant: nothing reads a setting that the user left open before it is settled, and everything here
+is checked without starting Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from actors.models.loading import ModelError, check_causal_lm, load_tokenizer
+from actors.models.positions import model_positions
+from actors.reward import Criterion
+from actors.specs import RewardFunctionSpec
+from aligntune.config.online import RunConfig
+from aligntune.data.dropped import Dropped
+from aligntune.data.prompt_rows import PromptRows
+from aligntune.data.prompts import (
+    PromptSource,
+    evaluation_prompts,
+    evaluation_rows,
+    training_prompts,
+    training_rows,
+)
+from aligntune.errors import UserError
+from aligntune.online.settle import Decision, events, settle_data, told
+from aligntune.rewards.registry import check_columns, from_callable, resolve_all
+from aligntune.runs.rundir import RunDir
+from aligntune.tracking.metrics import EventKind
+
+
+class RunInputs:
+    """The inputs of one run, read when they are asked for, and once."""
+
+    def __init__(self, config: RunConfig, functions: Mapping[str, Callable[..., Any]]) -> None:
+        """`functions` are reward callables by criterion name, for those without an import path."""
+        self.config = config  # settled once `settle` was called
+        self.functions = dict(functions)
+        self._decisions: tuple[Decision, ...] | None = None
+
+    def settle(self, resume: str = "auto") -> tuple[Decision, ...]:
+        """Fill in what the config leaves open, the first time; returns what was decided.
+
+        A run that goes on keeps the values it has. Raises UserError.
+        """
+        if self._decisions is None:
+            if self.config.rewards:
+                _ = self._resolved  # wrong names are told before data are read
+            rows = self._rows
+            self.config, self._decisions = settle_data(
+                self.config,
+                rows.lengths.values(),
+                rows.pairs,
+                self._positions(),
+                _recorded(self.config, resume),
+            )
+        return self._decisions
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer. Raises UserError."""
+        try:
+            check_causal_lm(self.config.model)
+            return load_tokenizer(self.config.model)
+        except ModelError as error:
+            raise UserError(f"model.name: {error}") from error
+
+    @cached_property
+    def _resolved(self) -> tuple[Criterion, ...]:
+        try:
+            specs, functions = self.config.rewards, self.functions
+            given = {
+                id(spec): from_callable(functions[spec.name], spec)
+                for spec in specs
+                if isinstance(spec, RewardFunctionSpec) and spec.name in functions
+            }
+            named = [spec for spec in specs if id(spec) not in given]
+            resolved = dict(zip(map(id, named), resolve_all(named), strict=True))
+            return tuple((given | resolved)[id(spec)] for spec in specs)
+        except ValueError as error:
+            raise UserError(f"rewards: {error}") from error
+
+    @cached_property
+    def criteria(self) -> tuple[Criterion, ...]:
+        """The rewards as the reward actors get them. Raises UserError."""
+        self.settle()
+        criteria, train = self._resolved, self.config.train
+        try:
+            self.config.algorithm.check_run(
+                [criterion.name for criterion in criteria],
+                self.config.rollout.max_completion_length,
+                train.groups_per_step * (train.completions_per_group or 1),
+            )
+        except ValueError as error:
+            raise UserError(f"algorithm: {error}") from error
+        return criteria
+
+    @cached_property
+    def prompts(self) -> PromptSource:
+        """The training prompts, all checked. Raises DataError, a UserError."""
+        self.settle()
+        source = training_prompts(
+            self.config.data,
+            self._rows,
+            self.tokenizer,
+            max_prompt_length=self._longest,
+            seed=self.config.train.seed,
+        )
+        columns = source.prompt_at(0).columns
+        try:
+            for criterion in self.criteria:
+                check_columns(criterion, columns)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return source
+
+    @cached_property
+    def held_out(self) -> PromptSource | None:
+        """The held-out prompts, all checked; None where the config names none. Raises DataError."""
+        self.settle()
+        rows = evaluation_rows(self.config.data, self.tokenizer)
+        if rows is None:
+            return None
+        return evaluation_prompts(
+            self.config.data, rows, self.tokenizer, max_prompt_length=self._longest
+        )
+
+    @property
+    def dropped(self) -> dict[str, Dropped]:
+        """What became of the rows that are not used as they are, by what they are for."""
+        read = {"train": self.prompts, "eval": self.held_out}
+        return {name: source.dropped for name, source in read.items() if source is not None}
+
+    def told(self) -> list[str]:
+        """What was decided and what was dropped, for a person."""
+        return told(self.settle(), self.dropped)
+
+    def events(self) -> list[tuple[EventKind, dict[str, Any]]]:
+        """The same for events.jsonl."""
+        return events(self.settle(), self.dropped)
+
+    @cached_property
+    def _rows(self) -> PromptRows:
+        """The training data as prompts of whatever length."""
+        return training_rows(self.config.data, self.tokenizer)
+
+    @property
+    def _longest(self) -> int:
+        longest = self.config.rollout.max_prompt_length
+        assert longest is not None, "settled before"
+        return longest
+
+    def _positions(self) -> int | None:
+        """Tokens that every model which reads the policy's has positions for; None: no bound."""
+        config, needs = self.config, self.config.algorithm.needs
+        named = [config.model.name]
+        named += [config.reference.model] if needs.reference and config.reference.model else []
+        named += [config.critic.model] if needs.critic and config.critic.model else []
+        try:
+            found = [
+                model_positions(
+                    config.model
+                    if name == config.model.name
+                    else config.model.model_copy(update={"name": name, "revision": None})
+                )
+                for name in named
+            ]
+        except ModelError as error:
+            raise UserError(str(error)) from error
+        return min((positions for positions in found if positions is not None), default=None)
+
+
+def _recorded(config: RunConfig, resume: str) -> dict[str, Any] | None:
+    """The config tree of the run that is to go on, or None."""
+    here = RunDir(Path(config.output_dir)).previous()
+    if here is not None or resume in ("auto", "never"):
+        return here
+    checkpoint = Path(resume).resolve()  # RUN/checkpoints/step-N, of whatever run
+    return RunDir(checkpoint.parent.parent).previous()

@@ -1,0 +1,207 @@
+"""Settles what a config leaves open by what the data, the model and the machines are. Pure.
+
+Invariant: every value that is filled in here is a `Decision` with its reason. It is shown, and
+written into config.yaml as if the user had set it; what the user did set is never changed. A run
+that goes on keeps what it began with.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from actors.specs import RewardFunctionSpec
+from aligntune.config.online import RunConfig
+from aligntune.config.preference import PreferenceConfig
+from aligntune.data.dropped import Dropped
+from aligntune.data.lengths import PERCENTILE, percentile_length
+from aligntune.errors import UserError
+from aligntune.rewards.registry import DEFAULT_FOR_PAIRS
+from aligntune.tracking.metrics import EventKind
+
+PROMPT, COMPLETION = "rollout.max_prompt_length", "rollout.max_completion_length"
+MAX_LENGTH = "data.max_length"
+KEPT = "as the run in output_dir has it"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One setting that the user left open."""
+
+    path: str  # of the config tree
+    value: Any  # as config.yaml has it
+    why: str
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return f"{self.path}={self.value}: {self.why}"
+
+
+def told(decisions: Sequence[Decision], dropped: Mapping[str, Dropped]) -> list[str]:
+    """Lines for a person: what was settled, and what became of rows of each data set."""
+    lines = [f"settled: {decision.describe()}" for decision in decisions]
+    return lines + [f"{name}: {line}" for name, rows in dropped.items() for line in rows.lines()]
+
+
+def events(
+    decisions: Sequence[Decision], dropped: Mapping[str, Dropped]
+) -> list[tuple[EventKind, dict[str, Any]]]:
+    """The same for events.jsonl: kinds and fields."""
+    settled = [(EventKind.SETTLED, asdict(decision)) for decision in decisions]
+    return settled + [
+        (EventKind.ROWS_DROPPED, {"data": name, **rows.event()})
+        for name, rows in dropped.items()
+        if rows.lines()
+    ]
+
+
+def settle_data(
+    config: RunConfig,
+    lengths: Collection[int],
+    pairs: bool,
+    positions: int | None,
+    previous: Mapping[str, Any] | None = None,
+) -> tuple[RunConfig, tuple[Decision, ...]]:
+    """The config with its rewards and token budgets settled, and what was decided.
+
+    Args:
+        lengths: tokens of every usable training prompt.
+        pairs: the data are preference pairs.
+        positions: tokens that the model can read, None where nothing bounds it.
+        previous: the config tree of the run in `output_dir`, if there is one.
+
+    Raises:
+        UserError: no reward, and the data give none; budgets beyond the positions.
+    """
+    rewards, reward_decisions = _rewards(config, pairs)
+    before = (previous or {}).get("rollout") or {}
+    budgets = _budgets(config, lengths, positions, before)
+    rollout = config.rollout.model_copy(
+        update={decision.path.partition(".")[2]: decision.value for decision in budgets}
+    )
+    _check_positions(rollout.max_prompt_length or 0, rollout.max_completion_length, positions)
+    settled = config.model_copy(update={"rewards": rewards, "rollout": rollout})
+    return settled, (*reward_decisions, *budgets)
+
+
+def settle_max_length(
+    config: PreferenceConfig,
+    lengths: Collection[int],
+    positions: int | None,
+    previous: Mapping[str, Any] | None = None,
+) -> tuple[PreferenceConfig, tuple[Decision, ...]]:
+    """The same for `data.max_length` of a preference job; `lengths` are those of its pairs.
+
+    Raises:
+        UserError: more tokens than the model has positions for.
+    """
+    given = config.data.max_length
+    if given is not None:
+        if positions is not None and given > positions:
+            raise UserError(
+                f"data.max_length={given}, and the model reads {positions} tokens "
+                f"(max_position_embeddings): lower it to {positions} or less"
+            )
+        return config, ()
+    kept = ((previous or {}).get("data") or {}).get("max_length")
+    if isinstance(kept, int):
+        decision = Decision(MAX_LENGTH, kept, KEPT)
+    else:
+        value, asked = percentile_length(lengths, positions), percentile_length(lengths)
+        why = _percentile(lengths, "pairs")
+        if value < asked:
+            why = f"the positions that the model has; {why}, {asked}, is more"
+        decision = Decision(MAX_LENGTH, value, why)
+    data = config.data.model_copy(update={"max_length": decision.value})
+    return config.model_copy(update={"data": data}), (decision,)
+
+
+def _percentile(lengths: Collection[int], things: str) -> str:
+    return (
+        f"the {PERCENTILE}th percentile of {len(lengths)} {things}, the longest of which has "
+        f"{max(lengths, default=0)} tokens"
+    )
+
+
+def _rewards(config: RunConfig, pairs: bool) -> tuple[list[Any], list[Decision]]:
+    """The rewards of the config, or for a group algorithm those that preference data give."""
+    if config.rewards:
+        return config.rewards, []
+    name = config.algorithm_name
+    if not pairs or config.algorithm.needs.min_group < 2:
+        raise UserError(
+            f"{name} has no reward; add one, such as rewards: [math] or --reward "
+            "my_package.my_module:my_function (`aligntune rewards` lists what is registered; data "
+            "with chosen and rejected answers give one by themselves)"
+        )
+    command = (
+        "aligntune train --algorithm reward_model "
+        f"--model {shlex.quote(config.model.name)} --dataset {shlex.quote(config.data.path)}"
+    )
+    why = (
+        "no reward is named and the data are preferences: how much nearer the text of a completion "
+        "is to the chosen than to the rejected answer (chrF, -1 to 1); it compares wording and "
+        "knows nothing of truth, safety, style or length. A reward model learns these: "
+        f"`{command}`, then --reward-model runs/reward_model/model"
+    )
+    spec = RewardFunctionSpec(function=DEFAULT_FOR_PAIRS)
+    return [spec], [Decision("rewards", [DEFAULT_FOR_PAIRS], why)]
+
+
+def _budgets(
+    config: RunConfig,
+    lengths: Collection[int],
+    positions: int | None,
+    before: Mapping[str, Any],
+) -> list[Decision]:
+    """`max_completion_length` where its default does not fit, `max_prompt_length` where it is open.
+
+    The completion keeps its default as far as the prompts leave positions, and half of these at
+    least; the prompt has what the data ask for, as far as the completion leaves positions.
+    """
+    spec, made = config.rollout, []
+    completion, prompt = spec.max_completion_length, spec.max_prompt_length
+    asked = percentile_length(lengths)
+    if "max_completion_length" not in spec.model_fields_set:
+        if isinstance(kept := before.get("max_completion_length"), int):
+            if kept != completion:
+                made.append(Decision(COMPLETION, kept, KEPT))
+            completion = kept
+        elif positions is not None:
+            left = positions - prompt if prompt else max(positions - asked, positions // 2)
+            if 0 < left < completion:
+                why = f"the default of {completion} is more than the model's {positions} positions"
+                made.append(Decision(COMPLETION, left, f"{why} leave beside the prompt"))
+                completion = left
+    if prompt is None:
+        kept = before.get("max_prompt_length")
+        if isinstance(kept, int):
+            return [*made, Decision(PROMPT, kept, KEPT)]
+        room = None if positions is None else max(1, positions - completion)
+        value = percentile_length(lengths, room)
+        why = _percentile(lengths, "prompts")
+        if value < asked:
+            why = (
+                f"what {completion} tokens of completion leave of the model's {positions} "
+                f"positions; {why}, {asked}, does not fit"
+            )
+        made.append(Decision(PROMPT, value, why))
+    return made
+
+
+def _check_positions(prompt: int, completion: int, positions: int | None) -> None:
+    """Refuse budgets that the model has no positions for (UserError)."""
+    if positions is None or prompt + completion <= positions:
+        return
+    fits = [
+        f"{key} to {positions - other} or less"
+        for key, other in ((PROMPT, completion), (COMPLETION, prompt))
+        if positions > other
+    ]
+    cure = " or ".join(fits) or f"both, to {positions} together"
+    raise UserError(
+        f"{PROMPT}={prompt} and {COMPLETION}={completion} are {prompt + completion} tokens, and "
+        f"the model reads {positions} (max_position_embeddings): lower {cure}"
+    )

@@ -1,0 +1,173 @@
+"""What a preference job is made of before it starts: its settled config and its tokenised pairs.
+
+Invariant: nothing reads a setting that the user left open before it is settled, and everything here
+is checked without starting Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from actors.models.loading import ModelError, check_causal_lm, load_tokenizer
+from actors.models.positions import model_positions
+from actors.scoring.process import RewardCriterion
+from aligntune.config.preference import PreferenceConfig
+from aligntune.data.dropped import Dropped
+from aligntune.data.pair_tokens import PairTokens, TokenisedPairs, tokenise_pairs
+from aligntune.data.scored_pairs import ScoredPairs, scored_pairs
+from aligntune.data.sources import Rows, load_rows
+from aligntune.errors import UserError
+from aligntune.online.settle import Decision, events, settle_max_length, told
+from aligntune.rewards.registry import check_columns, from_callable, resolve
+from aligntune.runs.rundir import RunDir
+from aligntune.tracking.metrics import EventKind
+
+
+class PairInputs:
+    """The inputs of one job, read when they are asked for, and once."""
+
+    def __init__(
+        self, config: PreferenceConfig, functions: Mapping[str, Callable[..., Any]]
+    ) -> None:
+        """`functions` are reward callables by criterion name, for those without an import path."""
+        self.config = config  # settled once `settle` was called
+        self._functions = dict(functions)
+        self._decisions: tuple[Decision, ...] | None = None
+
+    def settle(self) -> tuple[Decision, ...]:
+        """Fill in `data.max_length` where it is open, the first time; returns what was decided.
+
+        A run that goes on keeps the value it has. Raises UserError.
+        """
+        if self._decisions is None:
+            self.config, self._decisions = settle_max_length(
+                self.config,
+                self._tokenised.lengths.values(),
+                self._positions(),
+                RunDir(Path(self.config.output_dir)).previous(),
+            )
+        return self._decisions
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer. Raises UserError."""
+        try:
+            if self.config.algorithm_name == "dpo":
+                check_causal_lm(self.config.model)
+            return load_tokenizer(self.config.model)
+        except ModelError as error:
+            raise UserError(f"model.name: {error}") from error
+
+    @cached_property
+    def criteria(self) -> tuple[RewardCriterion, ...]:
+        """The functions that score texts, where the data are texts. Raises UserError."""
+        try:
+            return tuple(
+                from_callable(self._functions[spec.name], spec)
+                if spec.name in self._functions
+                else resolve(spec)
+                for spec in self.config.rewards
+            )
+        except ValueError as error:
+            raise UserError(f"rewards: {error}") from error
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The training pairs as rows; formed here where they are to be made of scored texts."""
+        data = self.config.data
+        return self._rows(data.path, data.split, data.max_samples, hub=True)
+
+    @cached_property
+    def pairs(self) -> PairTokens:
+        """The training pairs, all checked. Raises DataError, a UserError."""
+        self.settle()
+        return self._tokenised.within(self.max_length, self.config.data.rules)
+
+    @cached_property
+    def eval_pairs(self) -> PairTokens | None:
+        """The held-out pairs, if the config names any. Raises DataError, a UserError."""
+        self.settle()
+        data = self.config.data
+        if not data.evaluates:
+            return None
+        path = data.eval_path or data.path
+        rows = self._rows(path, data.eval_split, data.eval_samples, hub=data.eval_path is None)
+        return self._tokens(rows).within(self.max_length, data.rules)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest pair that is trained on, once settled."""
+        length = self.config.data.max_length
+        assert length is not None, "settled before"
+        return length
+
+    @property
+    def dropped(self) -> dict[str, Dropped]:
+        """What became of the rows that are not used as they are, by what they are for."""
+        found = {"train": self.pairs.dropped}
+        if isinstance(self.rows, ScoredPairs):
+            found = {"texts": self.rows.dropped, **found}
+        return found if self.eval_pairs is None else {**found, "eval": self.eval_pairs.dropped}
+
+    def told(self) -> list[str]:
+        """What was decided and what was dropped, for a person."""
+        scored = [self.rows.describe()] if isinstance(self.rows, ScoredPairs) else []
+        return scored + told(self.settle(), self.dropped)
+
+    def events(self) -> list[tuple[EventKind, dict[str, Any]]]:
+        """The same for events.jsonl."""
+        return events(self.settle(), self.dropped)
+
+    @cached_property
+    def _tokenised(self) -> TokenisedPairs:
+        """The training pairs of whatever length."""
+        return self._tokens(self.rows)
+
+    def _positions(self) -> int | None:
+        try:
+            return model_positions(self.config.model)
+        except ModelError as error:
+            raise UserError(f"model.name: {error}") from error
+
+    def _rows(self, path: str, split: str | None, rows: int | None, hub: bool) -> Rows:
+        data = self.config.data
+        read = load_rows(
+            path,
+            name=data.name if hub else None,
+            revision=data.revision if hub else None,
+            split=split,
+            max_rows=rows,
+        )
+        if not self.criteria:
+            return read
+        given = {*read.columns} - {data.prompt_column, data.completion_column}
+        try:
+            for criterion in self.criteria:
+                check_columns(criterion, given)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return scored_pairs(
+            read,
+            self.criteria,
+            [spec.weight for spec in self.config.rewards],
+            data.rules,
+            prompt_column=data.prompt_column,
+            completion_column=data.completion_column,
+        )
+
+    def _tokens(self, rows: Rows) -> TokenisedPairs:
+        data = self.config.data
+        scored = isinstance(rows, ScoredPairs)
+        return tokenise_pairs(
+            rows,
+            self.tokenizer,
+            self.config.algorithm.name,
+            prompt_column="prompt" if scored else data.prompt_column,
+            chosen_column="chosen" if scored else data.chosen_column,
+            rejected_column="rejected" if scored else data.rejected_column,
+            apply_chat_template=data.apply_chat_template,
+            system_prompt=data.system_prompt,
+        )
