@@ -20,6 +20,7 @@ from typing import Any
 from aligntune.rewards.inputs import Completion, column_of, text_of
 
 WORD = re.compile(r"\w+|[^\w\s]")
+SPARE = 2  # positions that some encoders keep for padding
 CACHED = 64  # answers whose embedding is kept; those of one group come one after the other
 
 
@@ -111,18 +112,18 @@ def _embedder(name: str) -> Callable[[str], Any]:
             f"the embedding model {name!r} could not be loaded ({str(error).splitlines()[0]}); "
             "give option 'model' a local folder or the hub name of an encoder"
         ) from error
-    window = int(getattr(model.config, "max_position_embeddings", 512)) - 4  # special tokens too
+    window = int(getattr(model.config, "max_position_embeddings", 512)) - SPARE
 
     @lru_cache(maxsize=CACHED)
     def embed(text: str) -> Any:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        total, count = torch.zeros(model.config.hidden_size), 0
+        windows = tokenizer(
+            [text], truncation=True, max_length=window, return_overflowing_tokens=True
+        )["input_ids"]
+        states = [torch.zeros(1, model.config.hidden_size)]  # where the text has no tokens
         with torch.no_grad():
-            for first in range(0, max(1, len(ids)), window):
-                part = tokenizer.build_inputs_with_special_tokens(ids[first : first + window])
-                if part:
-                    states = model(input_ids=torch.tensor([part])).last_hidden_state[0]
-                    total, count = total + states.sum(0), count + len(part)
-        return total / max(1, count)
+            for ids in windows:
+                if ids:
+                    states.append(model(input_ids=torch.tensor([ids])).last_hidden_state[0])
+        return torch.cat(states[1:] or states).mean(0)
 
     return embed

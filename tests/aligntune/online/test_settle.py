@@ -1,0 +1,156 @@
+"""What a config leaves open, settled by data and model, and never what the user has set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from aligntune.config.load import load_config
+from aligntune.config.online import RunConfig
+from aligntune.config.preference import PreferenceConfig
+from aligntune.errors import UserError
+from aligntune.online.settle import Decision, settle_data, settle_max_length
+
+TREE: dict[str, Any] = {
+    "algorithm": "grpo",
+    "model": {"name": "owner/model"},
+    "data": {"path": "owner/data"},
+    "rewards": ["math"],
+    "output_dir": "runs/x",
+}
+
+
+def settled(
+    *overrides: str,
+    lengths: list[int] | None = None,
+    pairs: bool = False,
+    positions: int | None = None,
+    previous: Any = None,
+    **tree: Any,
+) -> tuple[RunConfig, dict[str, Decision]]:
+    config = load_config({**TREE, **tree}, overrides)
+    assert isinstance(config, RunConfig)
+    found, decisions = settle_data(config, lengths or [10], pairs, positions, previous)
+    return found, {decision.path: decision for decision in decisions}
+
+
+PROMPT, COMPLETION = "rollout.max_prompt_length", "rollout.max_completion_length"
+
+
+class TestBudgets:
+    def test_the_prompt_follows_the_data(self) -> None:
+        config, made = settled(lengths=[*range(1, 100), 3000])
+        assert config.rollout.max_prompt_length == made[PROMPT].value == 95
+        assert made[PROMPT].why == (
+            "the 95th percentile of 100 prompts, the longest of which has 3000 tokens"
+        )
+        assert (config.rollout.max_completion_length, COMPLETION in made) == (256, False)
+
+    def test_what_the_user_has_set_stays_and_is_no_decision(self) -> None:
+        config, made = settled(f"{PROMPT}=7", f"{COMPLETION}=9", lengths=[50], positions=16)
+        assert config.rollout.max_length == 16
+        assert not made
+
+    def test_within_the_positions_the_completion_has_half_of_them_at_least(self) -> None:
+        config, made = settled(lengths=[60], positions=64)
+        assert (config.rollout.max_prompt_length, config.rollout.max_completion_length) == (32, 32)
+        assert "what 32 tokens of completion leave of the model's 64 positions" in made[PROMPT].why
+        config, _ = settled(lengths=[10], positions=64)
+        assert (config.rollout.max_prompt_length, config.rollout.max_completion_length) == (10, 54)
+
+    @given(
+        st.lists(st.integers(1, 5000), min_size=1, max_size=30),
+        st.integers(2, 6000),
+        st.none() | st.integers(1, 6000),
+        st.none() | st.integers(1, 6000),
+    )
+    def test_what_is_settled_fits_the_positions(
+        self, lengths: list[int], positions: int, prompt: int | None, completion: int | None
+    ) -> None:
+        assume((prompt or 1) + (completion or 1) <= positions)
+        given = [
+            f"{key}={value}"
+            for key, value in ((PROMPT, prompt), (COMPLETION, completion))
+            if value is not None
+        ]
+        config, _ = settled(*given, lengths=lengths, positions=positions)
+        rollout = config.rollout
+        assert rollout.max_length <= positions
+        assert prompt in (None, rollout.max_prompt_length)
+        assert completion in (None, rollout.max_completion_length)
+
+    def test_beyond_the_positions_both_keys_and_what_fits_are_named(self) -> None:
+        with pytest.raises(UserError) as refused:
+            settled(f"{PROMPT}=60", f"{COMPLETION}=30", positions=64)
+        assert str(refused.value) == (
+            "rollout.max_prompt_length=60 and rollout.max_completion_length=30 are 90 tokens, and "
+            "the model reads 64 (max_position_embeddings): lower rollout.max_prompt_length to 34 "
+            "or less or rollout.max_completion_length to 4 or less"
+        )
+        with pytest.raises(UserError, match="lower both, to 64 together"):
+            settled(f"{PROMPT}=64", f"{COMPLETION}=64", positions=64)
+
+    def test_a_run_that_goes_on_keeps_what_it_has(self) -> None:
+        before = {"rollout": {"max_prompt_length": 33, "max_completion_length": 44}}
+        config, made = settled(lengths=[500], previous=before)
+        assert (config.rollout.max_prompt_length, config.rollout.max_completion_length) == (33, 44)
+        assert {decision.why for decision in made.values()} == {"as the run in output_dir has it"}
+        config, _ = settled(f"{PROMPT}=20", lengths=[500], previous=before)
+        assert config.rollout.max_prompt_length == 20
+
+
+class TestRewards:
+    @pytest.mark.parametrize("algorithm", ["grpo", "drgrpo", "dapo", "gspo"])
+    def test_preference_data_reward_a_group_algorithm(self, algorithm: str) -> None:
+        config, made = settled(pairs=True, rewards=[], algorithm=algorithm)
+        assert [spec.function for spec in config.rewards] == ["preference"]
+        line = made["rewards"].describe()
+        assert line.startswith("rewards=['preference']: no reward is named")
+        assert "knows nothing of truth, safety, style or length" in line
+        assert "--algorithm reward_model --model owner/model --dataset owner/data" in line
+        assert "\n" not in line
+
+    def test_a_named_reward_stays(self) -> None:
+        config, made = settled(pairs=True)
+        assert [spec.function for spec in config.rewards] == ["math"]
+        assert "rewards" not in made
+
+    def test_prompts_alone_give_none(self) -> None:
+        with pytest.raises(UserError, match="grpo has no reward; add one"):
+            settled(rewards=[])
+
+    def test_ppo_needs_a_reward_model_whatever_the_data(self) -> None:
+        with pytest.raises(UserError, match="ppo needs a reward model"):
+            settled(pairs=True, rewards=[], algorithm="ppo")
+
+
+class TestPairs:
+    @staticmethod
+    def length(
+        *overrides: str, lengths: list[int], positions: int | None = None, previous: Any = None
+    ) -> tuple[int | None, list[str]]:
+        tree = {**TREE, "algorithm": "dpo", "rewards": []}
+        config = load_config(tree, overrides)
+        assert isinstance(config, PreferenceConfig)
+        found, made = settle_max_length(config, lengths, positions, previous)
+        return found.data.max_length, [decision.why for decision in made]
+
+    def test_the_limit_follows_the_data_within_the_positions(self) -> None:
+        length, why = self.length(lengths=[*range(1, 20), 999])
+        assert length == 19
+        assert "95th percentile of 20 pairs, the longest of which has 999" in why[0]
+        length, why = self.length(lengths=[100] * 20, positions=64)
+        assert length == 64
+        assert why[0].startswith("the positions that the model has")
+
+    def test_what_is_set_stays_and_is_refused_beyond_the_positions(self) -> None:
+        assert self.length("data.max_length=50", lengths=[9], positions=64) == (50, [])
+        with pytest.raises(UserError, match=r"data.max_length=65, .* reads 64 .* lower it to 64"):
+            self.length("data.max_length=65", lengths=[9], positions=64)
+
+    def test_a_job_that_goes_on_keeps_what_it_has(self) -> None:
+        previous = {"data": {"max_length": 21}}
+        assert self.length(lengths=[500], previous=previous)[0] == 21
