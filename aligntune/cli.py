@@ -317,7 +317,7 @@ def rewards() -> None:
     from aligntune.rewards.registry import descriptions
 
     for name, description in descriptions().items():
-        typer.echo(f"{name:14} {description}")
+        typer.echo(f"{name:20} {description}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,6 +17,7 @@ MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "models/qwen")
 REWARD_MODELS = ("Skywork/Skywork-Reward-V2-Qwen3-0.6B", "models/reward")
 QUESTIONS = ("openai/gsm8k", "data/gsm8k")
 CHATS = ("trl-lib/ultrafeedback-prompt", "data/chats")
+PAIRS = ("trl-lib/ultrafeedback_binarized", "data/pairs")
 
 POSITIONS = 32768
 
@@ -57,6 +58,16 @@ def write_stand_ins(root: Path, tiny_model: Path) -> None:
     chats = [{"prompt": [{"role": "user", "content": f"{i}+1"}]} for i in range(128)]
     for name in CHATS:
         _write_rows(root / name / "train.jsonl", chats)
+    pairs = [
+        {
+            side: [{"role": "user", "content": f"{i}+1"}, {"role": "assistant", "content": answer}]
+            for side, answer in (("chosen", f"{i + 1}"), ("rejected", f"{i}"))
+        }
+        for i in range(16)
+    ]
+    for name in PAIRS:
+        for split in ("train", "test"):
+            _write_rows(root / name / f"{split}.jsonl", pairs)
 
 
 def _link(place: Path, target: Path) -> None:

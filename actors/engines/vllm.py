@@ -330,8 +330,9 @@ def batch_limits(
     """
     budget = options.get("max_num_batched_tokens", most_tokens)
     seqs = options.get("max_num_seqs", min(sequences, most_sequences, budget))
-    longest = spec.max_prompt_length + spec.max_completion_length
-    tokens = max(seqs, min(max(seqs * spec.max_prompt_length, longest), most_tokens))
+    longest = spec.max_length
+    prompts = seqs * (longest - spec.max_completion_length)
+    tokens = max(seqs, min(max(prompts, longest), most_tokens))
     return {"max_num_seqs": seqs, "max_num_batched_tokens": tokens} | options
 
 

@@ -175,8 +175,8 @@ class RunInputs:
 
 def _recorded(config: RunConfig, resume: str) -> dict[str, Any] | None:
     """The config tree of the run that is to go on, or None."""
-    here = RunDir(Path(config.output_dir)).previous()
-    if here is not None or resume in ("auto", "never"):
-        return here
+    here = RunDir(Path(config.output_dir))
+    if here.trained or resume in ("auto", "never"):
+        return here.previous() if here.trained else None
     checkpoint = Path(resume).resolve()  # RUN/checkpoints/step-N, of whatever run
     return RunDir(checkpoint.parent.parent).previous()

@@ -43,11 +43,12 @@ class PairInputs:
         A run that goes on keeps the value it has. Raises UserError.
         """
         if self._decisions is None:
+            rundir = RunDir(Path(self.config.output_dir))
             self.config, self._decisions = settle_max_length(
                 self.config,
                 self._tokenised.lengths.values(),
                 self._positions(),
-                RunDir(Path(self.config.output_dir)).previous(),
+                rundir.previous() if rundir.trained else None,
             )
         return self._decisions
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import runpy
 import shlex
 from pathlib import Path
@@ -29,18 +28,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
     """A folder with stand-ins for the models and data that the examples name."""
     root = tmp_path_factory.mktemp("workplace")
     write_stand_ins(root, tiny_model)
-    pairs = [
-        {
-            side: [{"role": "user", "content": f"{i}+1"}, {"role": "assistant", "content": answer}]
-            for side, answer in (("chosen", f"{i + 1}"), ("rejected", f"{i}"))
-        }
-        for i in range(16)
-    ]
-    for split in ("train", "test"):
-        file = root / "data" / "pairs" / f"{split}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-    (root / "trl-lib" / "ultrafeedback_binarized").symlink_to(file.parent)
     return root
 
 

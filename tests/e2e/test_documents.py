@@ -183,7 +183,7 @@ def test_every_command_is_right(
             code = call(["train", *arguments, *LOCAL, "--dry-run"])
             shown = capsys.readouterr()
             assert code == 0, shown.err
-            assert " prompts, longest " in shown.out
+            assert re.search(r" (prompts|pairs), longest ", shown.out)
         case ["aligntune", "plan", *arguments]:
             code = call(["plan", *arguments])
             shown = capsys.readouterr()
@@ -207,6 +207,10 @@ def test_every_command_is_right(
             assert call(["algorithms"]) == 0
             listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
             assert listed == [*registry.names(), *PREFERENCE]
+        case ["aligntune", "rewards"]:
+            assert call(["rewards"]) == 0
+            listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+            assert listed == list(REWARDS)
         case ["aligntune", "evaluate", config]:  # run by the slow tests below
             assert str(Path(config).parent) in written_by_train
             assert Path(config).name == "config.yaml"
