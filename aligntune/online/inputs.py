@@ -49,11 +49,11 @@ class RunInputs:
         if self._decisions is None:
             if self.config.rewards:
                 _ = self._resolved  # wrong names are told before data are read
-            rows = self._rows
+            asks_data = not self.config.rewards or self.config.rollout.max_prompt_length is None
             self.config, self._decisions = settle_data(
                 self.config,
-                rows.lengths.values(),
-                rows.pairs,
+                self._rows.lengths.values() if asks_data else (),
+                self._rows.pairs if asks_data else False,
                 self._positions(),
                 _recorded(self.config, resume),
             )
