@@ -1,0 +1,126 @@
+"""What a run is made of before it starts: preference data for every algorithm, open settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aligntune import create_rl_trainer
+from aligntune.config.load import load_config
+from aligntune.config.tree import dump
+from aligntune.errors import UserError
+from aligntune.online.trainer import OnlineTrainer
+from aligntune.preference.trainer import PreferenceTrainer
+from aligntune.tracking.metrics import EventKind
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Sums with a right and a wrong answer; in one both are equal, and one is long."""
+    rows = [{"prompt": f"{i}+1", "chosen": str(i + 1), "rejected": "7"} for i in range(10, 32)]
+    rows[4]["rejected"] = rows[4]["chosen"]
+    rows[9]["prompt"] = "+".join("1" * 30)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def make(tiny_model: Path, pairs: Path, tmp_path: Path) -> Any:
+    """A trainer on the pairs, with nothing set but what is given."""
+
+    def trainer(algorithm: str, **given: Any) -> OnlineTrainer | PreferenceTrainer:
+        return create_rl_trainer(
+            model_name=str(tiny_model),
+            dataset_name=str(pairs),
+            algorithm=algorithm,
+            output_dir=str(tmp_path / "run"),
+            **given,
+        )
+
+    return trainer
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "drgrpo", "dapo", "gspo"])
+def test_a_group_algorithm_runs_on_preferences_with_nothing_else_set(
+    make: Any, algorithm: str
+) -> None:
+    trainer = make(algorithm)
+    trainer.check()
+    assert [criterion.name for criterion in trainer.criteria] == ["preference"]
+    assert trainer.config.rollout.max_prompt_length == 6
+    assert len(trainer.prompts) == 20
+    assert trainer.prompts.prompt_at(0).columns.keys() == {"chosen", "rejected"}
+    summary = trainer.summary()
+    assert "settled: rewards=['preference']" in summary
+    assert "train: 2 of 22 rows dropped: 1 equal, 1 too long" in summary
+    *settled, dropped = trainer.inputs.events()
+    assert {fields["path"] for kind, fields in settled if kind is EventKind.SETTLED} == {
+        "rewards",
+        "rollout.max_prompt_length",
+        "rollout.max_completion_length",  # the default is more than the model reads
+    }
+    assert dropped[0] is EventKind.ROWS_DROPPED
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "reward_model"])
+def test_a_job_on_pairs_drops_the_same_rows(make: Any, algorithm: str) -> None:
+    trainer = make(algorithm)
+    trainer.check()
+    assert trainer.config.data.max_length == trainer.inputs.max_length < 12
+    assert len(trainer.pairs) == 20
+    assert "train: 2 of 22 rows dropped: 1 equal, 1 too long" in trainer.summary()
+
+
+def test_rewards_that_read_no_answer_take_preference_data_as_prompts(make: Any) -> None:
+    trainer = make("grpo", reward_functions="tests.e2e.rewards:digits")
+    trainer.check()
+    assert [criterion.name for criterion in trainer.criteria] == ["digits"]
+    assert len(trainer.prompts) == 20
+
+
+def test_held_out_rows_are_dropped_and_counted_too(make: Any, pairs: Path) -> None:
+    trainer = make("grpo", overrides=[f"data.eval_path={pairs}"])
+    trainer.check()
+    assert len(trainer.eval_prompts) == 20
+    assert "eval: 2 of 22 rows dropped" in trainer.summary()
+
+
+def test_ppo_on_preferences_needs_a_reward_model(make: Any) -> None:
+    with pytest.raises(UserError, match="ppo needs a reward model"):
+        make("ppo")
+
+
+def test_nothing_is_read_before_it_is_asked_for(make: Any, pairs: Path) -> None:
+    pairs.unlink()
+    trainer = make("grpo")
+    assert trainer.config.rollout.max_prompt_length is None
+    with pytest.raises(UserError, match="no such file"):
+        trainer.check()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "values"),
+    [
+        ("grpo", ["rollout.max_prompt_length=20", "rollout.max_completion_length=8"]),
+        ("dpo", ["data.max_length=30"]),
+    ],
+)
+def test_a_run_that_goes_on_is_the_same_run_with_the_values_it_had(
+    make: Any, tmp_path: Path, algorithm: str, values: list[str]
+) -> None:
+    first = make(algorithm)
+    first.check()
+    run = tmp_path / "run"
+    run.mkdir()
+    settled = load_config(json.loads(first.config.model_dump_json()), values)
+    (run / "config.yaml").write_text(dump(settled))
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    again = make(algorithm)
+    rundir = again.check()
+    assert again.config == settled
+    assert rundir.check(again.config, "auto") == {}
+    assert "as the run in output_dir has it" in again.summary()
