@@ -44,7 +44,9 @@ def _parse_algorithm(value: Any) -> Any:
     """'grpo', {'name': 'grpo', 'beta': 0.04} or an Algorithm become an Algorithm."""
     if isinstance(value, Algorithm):
         return value
-    options = {"name": value} if isinstance(value, str) else dict(value or {})
+    if not isinstance(value, str | Mapping):
+        raise ValueError(f"algorithm is a name, or a section with a name, not {value!r}")
+    options = {"name": value} if isinstance(value, str) else dict(value)
     if "name" not in options:
         raise ValueError(f"algorithm needs a name; {nearest('', registry.names())}")
     return registry.get(str(options.pop("name"))).model_validate(options)

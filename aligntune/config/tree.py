@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from actors.specs import RewardFunctionSpec, RewardModelSpec
+from aligntune.config.yaml_text import parse_yaml
 from aligntune.errors import UserError, nearest
 
 
@@ -23,10 +24,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     path, separator, value = text.partition("=")
     if not separator or not path:
         raise UserError(f"{text!r} is not an override; write key.path=value")
-    try:
-        return path.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"the value of {path} is not valid YAML: {value!r}") from error
+    return path.strip(), parse_yaml(value, f"the value of {path.strip()}")
 
 
 def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
@@ -65,7 +63,7 @@ def _long_form(section: str, value: Any) -> Any:
 
 
 def _index(items: list[Any], key: str, where: str) -> int:
-    if not key.isdigit() or int(key) >= len(items):
+    if not (key.isascii() and key.isdecimal()) or int(key) >= len(items):
         raise UserError(f"{where}: {key!r} is not an index of a list of {len(items)}")
     return int(key)
 
@@ -75,11 +73,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no config file at {path}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of sections, this is {type(tree).__name__}")
     return tree
