@@ -91,6 +91,7 @@ class RolloutSpec(Spec):
     )
     max_concurrent_groups: Positive = Field(32, description="in flight per replica")
     generation_timeout_s: Seconds = Field(600.0, description="longest wait for one group")
+    weight_timeout_s: Seconds = Field(600.0, description="longest wait for it to take new weights")
     start_timeout_s: Seconds = Field(600.0, description="longest wait for a replica to load")
     max_attempts: Positive = Field(3, description="tries per group before it is quarantined")
     max_restarts: int = Field(10, ge=0, description="replacements of dead replicas per run")

@@ -39,6 +39,11 @@ class Store:
         with filesystem.open_output_stream(path) as file:
             file.write(content)
 
+    def make_folder(self, name: str) -> None:
+        """Make a folder, and those above it, where there is none."""
+        filesystem, path = self._at(name)
+        filesystem.create_dir(path, recursive=True)
+
     def has_folder(self, name: str = "") -> bool:
         """Whether there is such a folder."""
         from pyarrow.fs import FileType
@@ -69,6 +74,11 @@ class Store:
         filesystem, path = self._at(name)
         target.mkdir(parents=True)
         copy_files(path, str(target), source_filesystem=filesystem)
+
+    def remove_file(self, name: str) -> None:
+        """Remove a file."""
+        filesystem, path = self._at(name)
+        filesystem.delete_file(path)
 
     def remove(self, name: str) -> None:
         """Remove a folder with all that is in it."""

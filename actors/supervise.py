@@ -23,6 +23,7 @@ from ray.exceptions import (
 )
 
 from actors.replicas import Replica, Replicas, State, Waiter
+from actors.timeline import spanned
 
 
 class ReplicaLost(RuntimeError):
@@ -49,7 +50,10 @@ async def answer(ref: Any, replica: str, what: str, deadline_s: float) -> Any:
     """The value of `ref`. A death, a lost object or a missed deadline is `ReplicaLost`; an
     exception raised by the actor's own code comes through as itself."""
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(ref.future()), deadline_s)
+        with spanned(replica, what) as heard:
+            value = await asyncio.wait_for(asyncio.wrap_future(ref.future()), deadline_s)
+            heard(value)
+            return value
     except (TimeoutError, GetTimeoutError) as error:
         raise ReplicaLost(replica, f"{what} had no answer within {deadline_s:g} s") from error
     except RayTaskError as error:

@@ -80,6 +80,9 @@ def train(
     backend: Annotated[str | None, typer.Option(help="trl or unsloth")] = None,
     out: Annotated[Path | None, typer.Option(help="default runs/ALGORITHM")] = None,
     resume: Annotated[str, typer.Option(help="auto, never or a checkpoint folder")] = "auto",
+    profile: Annotated[
+        bool, typer.Option("--profile", help="write trace.json, a timeline of every remote call")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check and print everything, start nothing")
     ] = False,
@@ -90,6 +93,8 @@ def train(
     config, as in train.steps=100, and wins over everything. An output folder that holds the same
     run is resumed from its newest checkpoint.
     """
+    if profile:
+        arguments = [*(arguments or []), "tracking.profile=true"]
     trainer = _trainer(
         arguments or [], algorithm, model, dataset, reward, reward_model, backend, out
     )
@@ -348,7 +353,7 @@ def _fail(code: int, message: str) -> None:
 
 
 def console() -> None:
-    """`main` as the process: it ends at once, also while a storage still has not answered."""
+    """`main` as the process: it ends at once, also while a storage or tracker has not answered."""
     try:
         main()
     finally:

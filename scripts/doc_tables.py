@@ -29,7 +29,7 @@ from actors.specs import (
 )
 from aligntune.algorithms import registry
 from aligntune.algorithms.base import Algorithm
-from aligntune.config.online import RunConfig, TrackingSpec
+from aligntune.config.online import RunConfig
 from aligntune.config.preference import ALGORITHMS, PreferenceConfig
 from cluster.specs import ClusterSpec
 
@@ -42,7 +42,6 @@ SHARED: dict[type[BaseModel], str] = {
     DeepSpeedSpec: "deepspeed",
     ModelSpec: "model",
     LoRASpec: "model.lora",
-    TrackingSpec: "tracking",
     ClusterSpec: "cluster",
 }
 

@@ -119,6 +119,14 @@ class CheckpointSpec(Spec):
     )
 
 
+class OnlineCheckpointSpec(CheckpointSpec):
+    """Those of an online run, which copies them itself."""
+
+    copy_timeout_s: float = Field(
+        1800.0, gt=0, description="longest wait for the storage to take, or give, a checkpoint"
+    )
+
+
 class EvalSpec(Spec):
     """Evaluation on the eval set, scored by the run's own rewards."""
 
@@ -138,7 +146,16 @@ class TrackingSpec(Spec):
         ["tensorboard"], description="where figures go too"
     )
     project: str = Field("aligntune", description="its name at W&B, MLflow and Trackio")
-    samples_per_step: int = Field(4, ge=0, description="completions written to samples.jsonl")
+
+
+class OnlineTrackingSpec(TrackingSpec):
+    """What an online run shows besides."""
+
+    profile: bool = Field(False, description="write trace.json, a timeline of every remote call")
+    samples_per_step: int = Field(4, ge=0, description="groups written to samples.jsonl")
+    samples_per_evaluation: int = Field(
+        16, ge=0, description="held-out prompts written to eval_samples.jsonl"
+    )
 
 
 class RunConfig(Spec):
@@ -159,8 +176,8 @@ class RunConfig(Spec):
     policy: PolicySpec = PolicySpec()
     critic: CriticSpec = CriticSpec()
     eval: EvalSpec = EvalSpec()
-    checkpoint: CheckpointSpec = CheckpointSpec()
-    tracking: TrackingSpec = TrackingSpec()
+    checkpoint: OnlineCheckpointSpec = OnlineCheckpointSpec()
+    tracking: OnlineTrackingSpec = OnlineTrackingSpec()
     cluster: ClusterSpec = ClusterSpec()
 
     @property

@@ -1,11 +1,22 @@
-"""THE loop: admit -> roll out -> reward -> filter -> reference -> update -> sync.
+"""THE loop: take a batch, train on it, serve the new weights.
 
-                 +--------------------- free slots ----------------------+
+                 +------------------- room for more ---------------------+
                  v                                                       |
-    prompts -> admit -> Pipeline (many groups at once) -> ready -> choose_batch -> update -> sync
-                 ^         roll out, score, filter,                      |            |
-                 |         reference log-probs                           v            v
-                 +------ undone groups <-- restore <-- policy lost   TRAINED     rollout actors
+    prompts -> Pipeline (many groups at once) -> ready -> a batch -> the ranks train -> serve
+                 ^   roll out, score, filter,                            |                |
+                 |   reference log-probs                                 v                v
+                 +------ undone groups <-- restore <-- policy lost   TRAINED       Evaluation
+
+    part            waits for                                      is woken by
+    Pipeline.fill   room: staleness, and steps still to come       a step that ends, a group that
+                                                                   ends untrained
+    a group's life  a free replica of each role in turn            the replica set
+    _next_batch     enough READY groups                            `changed`: a group's end, a stop,
+                                                                   weights lost with their node
+    _train          policy and critic ranks                        their answers, a deadline
+    _serve          the evaluation of the version before, then     its end, or a stop; the replicas'
+                    the rollout replicas                           answers, a deadline
+    Evaluation      free replicas, beside the next step            the replica set
 
 One loop for every staleness: with `max_staleness` 0 a step's groups are admitted when the step
 before has ended, with more they are rolled out while the policy trains. `version` is the number of
@@ -17,114 +28,235 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
-from actors.messages import Prompt
+from actors import timeline as timelines
+from actors.timeline import Timeline, spanned
 from aligntune.config.online import RunConfig
-from aligntune.data.prompts import PromptSource
-from aligntune.errors import Interrupted, RunFailed, UserError
-from aligntune.online.evaluation import evaluate
-from aligntune.online.figures import (
-    completion_metrics,
-    group_metrics,
-    rollout_metrics,
-    score_metrics,
-    time_metrics,
-)
-from aligntune.online.keeper import Keeper
+from aligntune.errors import Interrupted, RunFailed
+from aligntune.online.evaluation import Evaluation
+from aligntune.online.figures import ACTIVITIES, StepFigures
+from aligntune.online.groups import ReadyGroup, check_age, group_works
+from aligntune.online.keeper import Boundary, Keeper
 from aligntune.online.learner import Learner, PolicyLost
-from aligntune.online.ledger import Books, Ledger, LedgerLog, State, at_end_of_tick
-from aligntune.online.pipeline import BusyClock, Pipeline, ReadyGroup, group_works
-from aligntune.online.roles import Roles
+from aligntune.online.ledger import Books, Ledger, State
+from aligntune.online.pipeline import Pipeline
+from aligntune.online.samples import sample_rows
 from aligntune.online.serving import Serving
-from aligntune.online.staleness import choose_batch, free_slots
-from aligntune.runs.checkpoint import Checkpoint, Checkpoints
-from aligntune.runs.mirror import Mirror
+from aligntune.online.staleness import choose_batch
+from aligntune.online.state import RunState
+from aligntune.online.weights import WeightSync
+from aligntune.runs.checkpoint import Checkpoint
 from aligntune.runs.recorder import Recorder
-from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
 
 T = TypeVar("T")
 
 
 class Controller:
-    """Runs one job to its last step."""
+    """Runs one job to its last step. `assemble` makes one with all its parts."""
 
     def __init__(
         self,
         config: RunConfig,
-        roles: Roles,
+        state: RunState,
         total_steps: int,
-        prompts: PromptSource,
-        eval_prompts: list[Prompt],
-        rundir: RunDir,
-        checkpoints: Checkpoints,
+        *,
+        ledger: Ledger,
+        learner: Learner,
+        serving: Serving,
+        weights: WeightSync,
+        pipeline: Pipeline,
+        evaluation: Evaluation,
+        keeper: Keeper,
         recorder: Recorder,
-        mirror: Mirror | None = None,
+        timeline: Timeline,
+        changed: asyncio.Event,
     ) -> None:
         self.config = config
-        self.algorithm = config.algorithm
+        self.state = state
         self.total_steps = total_steps
-        self.version = 0
-        self._prompts = prompts
-        self._eval_prompts = eval_prompts
-        self._checkpoints = checkpoints
+        self.ledger = ledger
+        self._learner = learner
+        self._serving = serving
+        self._weights = weights
+        self._pipeline = pipeline
+        self._evaluation = evaluation
+        self._keeper = keeper
         self._recorder = recorder
-        self._rundir = rundir
-        self._log = LedgerLog(rundir.file("ledger.jsonl"), at_end_of_tick)
-        self.ledger = Ledger(self._log)
+        self._timeline = timeline
+        self._changed = changed
         self._stop = asyncio.Event()
-        self._signal = 0
         self._policy_restarts = 0
-        self._seen = self.ledger.books  # at the last figures
-        self._unwritten: dict[str, float] | None = None  # figures that wait for their evaluation
-        self._prepare_clock, self._update_clock = BusyClock(), BusyClock()
-        self._sync_clock = BusyClock()
-        self._learner = Learner(config, roles.policy, roles.critic)
-        self._keeper = Keeper(
-            config, self._learner, self._log, prompts.fingerprint, checkpoints, mirror, recorder
-        )
-        self._serving = Serving(
-            config, roles, recorder.event, recorder.role, wake=lambda: self._pipeline.changed.set()
-        )
-        self._pipeline = Pipeline(
-            config,
-            self.ledger,
-            prompts.prompt_at,
-            self._serving.rollouts,
-            self._serving.rewards,
-            self._serving.references,
-            recorder.event,
-            freed=self._admit,
-        )
+        self._seen = ledger.books  # at the last step's end
+        self._boundary = Boundary(0, Ledger.beginning(), config.algorithm)
 
     def stop(self, signal: int) -> None:
         """Ask the loop to checkpoint and end; safe from a signal handler of the event loop."""
-        self._signal = signal
+        self.state.signal = signal
         self._stop.set()
-        self._pipeline.changed.set()
+        self._changed.set()
 
-    # Starting and going back
+    @property
+    def books(self) -> Books:
+        """The ledger's balance."""
+        return self.ledger.books
 
-    async def _restore(self, checkpoint: Checkpoint | None) -> None:
-        """Make policy, rollout weights and ledger what they were at a checkpoint.
+    async def run(self, checkpoint: Checkpoint | None) -> dict[str, float]:
+        """Train to the last step; returns its figures, those of its evaluation included.
+
+        Raises Interrupted, RunFailed, ...
+        """
+        started = False
+        timelines.current.set(self._timeline)
+        try:
+            await self._unless_stopped(self._start_roles())
+            await self._restore(checkpoint, forget_after=checkpoint.step if checkpoint else -1)
+            started = True
+            if checkpoint:
+                self._recorder.event(EventKind.RESUMED, step=checkpoint.step)
+            while True:
+                try:
+                    while self.state.version < self.total_steps:
+                        await self._step()
+                    await self._finish()
+                    return self._recorder.last
+                except PolicyLost as lost:
+                    await self._rebuild_policy(str(lost))
+        except Interrupted:
+            await self._pipeline.cancel()
+            if started:
+                await self._keeper.checkpoint(self._boundary)
+                await self._evaluation.stop(self.state.version)
+                await self._keeper.settled()
+            raise
+        finally:
+            await self._close()
+
+    # A step
+
+    async def _step(self) -> None:
+        timelines.about.set(f"step {self.state.version + 1}")
+        figures = StepFigures(self.config, self.state.version)
+        with spanned("controller", "wait for a batch"):
+            groups = await self._next_batch()
+        with spanned("controller", "train"):
+            advantages = await self._train(groups, figures)
+        with spanned("controller", "serve"):
+            await self._serve()
+        self._mark(groups, figures)
+        shown = self.config.tracking.samples_per_step
+        rows = await sample_rows(self.config, groups[:shown], advantages)
+        self._recorder.samples(self.state.version, rows)
+        if self.state.version % self.config.checkpoint.every_steps == 0:
+            with spanned("controller", "checkpoint"):
+                await self._keeper.checkpoint(self._boundary)
+
+    async def _next_batch(self) -> list[ReadyGroup]:
+        """The next step's groups. Raises RunFailed when they do not come in time."""
+        train, version = self.config.train, self.state.version
+        deadline = time.monotonic() + train.step_timeout_s
+        while True:
+            self._changed.clear()
+            if self._stop.is_set():
+                raise Interrupted(self.state.signal)
+            self._pipeline.raise_failure()
+            if self._weights.lost is not None:
+                raise PolicyLost(self._weights.lost)
+            self._pipeline.fill()
+            batch = choose_batch(
+                self.ledger.cohorts(), version, train.max_staleness, train.groups_per_step
+            )
+            if batch is not None:
+                return [self._pipeline.ready[group_id] for group_id in batch]
+            self._pipeline.check_sampling(self._seen.filtered)
+            try:
+                await asyncio.wait_for(self._changed.wait(), deadline - time.monotonic())
+            except TimeoutError as error:
+                states = self.ledger.states().items()
+                waiting = ", ".join(f"{count} {state}" for state, count in states)
+                raise RunFailed(
+                    f"step {version + 1} had no batch within train.step_timeout_s="
+                    f"{train.step_timeout_s:g} s; open groups: {waiting}"
+                ) from error
+
+    async def _train(
+        self, groups: Sequence[ReadyGroup], figures: StepFigures
+    ) -> list[tuple[float, ...]]:
+        """One step of policy and critic; the advantages of each group's completions."""
+        step, algorithm = self.state.version + 1, self.state.algorithm
+        check_age(groups, self.state.version, self.config.train.max_staleness)
+        batch = [group.record.group_id for group in groups]
+        self.ledger.move(batch, State.TRAINING, step=step)
+        works = group_works(self.config, algorithm, groups)
+        advantages = [work.advantages for work in works]
+        if algorithm.prepares:
+            works, figures.prepared = await self._learner.prepare(step, algorithm, works)
+        result = await self._learner.update(step, algorithm, works)
+        figures.updated = result.metrics
+        self.state.version = step
+        self._pipeline.trained(batch, step)
+        return advantages
+
+    async def _serve(self) -> None:
+        """Have all rollout replicas serve the current version, once that before it is evaluated.
+
+        Where the run is stopped meanwhile, no replica needs new weights any more.
+        """
+        try:
+            await self._unless_stopped(self._evaluation.ended())
+        except Interrupted:
+            return
+        await self._weights.bring(self.state.version, self._serving.rollouts)
+        self.state.served = self.state.version
+        self._serving.grow()
+        self._pipeline.fill()
+        self._evaluation.begin(self.state.version)
+
+    def _mark(self, groups: Sequence[ReadyGroup], figures: StepFigures) -> None:
+        """The end of a step: its figures, the algorithm of the next one, and what a checkpoint of
+        it keeps. Nothing may happen in between, so nothing here waits."""
+        step, now, before = self.state.version, self.ledger.books, self._seen
+        figures.filtered = now.filtered - before.filtered
+        figures.quarantined = now.quarantined - before.quarantined
+        row = figures.row(groups, self._timeline.take(ACTIVITIES))
+        completions = sum(len(group.record.finish_reasons) for group in groups)
+        self.state.algorithm = self.state.algorithm.after_step(row, completions)
+        self._recorder.step(step, row)
+        self._seen = now
+        self._boundary = Boundary(step, self.ledger.snapshot(step), self.state.algorithm)
+
+    # Starting, going back and ending
+
+    async def _start_roles(self) -> None:
+        ranks, _ = await asyncio.gather(self._learner.start(), self._serving.start())
+        for name, info in ranks:
+            self._recorder.role(name, info)
+        await self._keeper.check_sight()
+
+    async def _restore(self, checkpoint: Checkpoint | None, forget_after: int) -> None:
+        """Make policy, rollout weights, ledger and files what they were at a checkpoint.
 
         None is the beginning. Open groups start last: nothing is rolled out under other weights.
         """
-        self.version = checkpoint.step if checkpoint else 0
-        self.algorithm, snapshot = self.config.algorithm, Ledger.beginning()
+        self.state.version = checkpoint.step if checkpoint else 0
+        self.state.algorithm, snapshot = self.config.algorithm, Ledger.beginning()
         if checkpoint:
             await self._learner.load(checkpoint.path)
-            self.algorithm = self.algorithm.carried_on(checkpoint.state["algorithm"])
+            self.state.algorithm = self.config.algorithm.carried_on(checkpoint.state["algorithm"])
             snapshot = checkpoint.state["ledger"]
-        if checkpoint or self._serving.synced:
-            await self._sync()
-        open_groups = self.ledger.restore(snapshot, step=self.version, version=self.version)
-        seen = checkpoint.state["seen"] if checkpoint else {"filtered": 0, "quarantined": 0}
-        self._seen = replace(self.ledger.books, **seen)
+        version = self.state.version
+        if checkpoint or self._weights.synced:
+            await self._weights.bring(version, self._serving.rollouts)
+        self.state.served = version
+        self._recorder.truncate_after(forget_after)
+        open_groups = self.ledger.restore(snapshot, step=version, version=version)
+        self._seen = self.ledger.books
+        self._boundary = Boundary(version, snapshot, self.state.algorithm)
         for group_id in open_groups:
             self._pipeline.start(group_id)
+        self._pipeline.fill()
+        self._evaluation.begin(version)
 
     async def _rebuild_policy(self, reason: str) -> None:
         """A policy rank is lost: new ranks from the last checkpoint, groups since then again."""
@@ -132,76 +264,29 @@ class Controller:
         while True:
             self._policy_restarts += 1
             self._learner.kill()
+            await self._evaluation.cancel()
             await self._pipeline.cancel()
             if self._policy_restarts > limit:
                 raise RunFailed(
                     f"the policy was lost {self._policy_restarts} times, more than "
                     f"policy.max_restarts={limit} allows; the last: {reason}"
                 )
-            checkpoint = self._checkpoints.latest()
+            checkpoint = await self._keeper.latest()
             step = checkpoint.step if checkpoint else 0
             self._recorder.event(
                 EventKind.POLICY_REBUILT,
                 reason=reason,
-                from_version=self.version,
+                from_version=self.state.version,
                 to_version=step,
             )
             try:
                 for name, info in await self._learner.start():
                     self._recorder.role(name, info)
-                await self._restore(checkpoint)
+                await self._restore(checkpoint, forget_after=step)
             except PolicyLost as again:
                 reason = str(again)
                 continue
-            self._recorder.truncate_after(step)
             return
-
-    # The loop
-
-    async def run(self, checkpoint: Checkpoint | None) -> dict[str, float]:
-        """Train to the last step; returns the last metrics. Raises Interrupted, RunFailed, ..."""
-        metrics: dict[str, float] = {}
-        started = False
-        try:
-            await self._unless_stopped(self._start_roles())
-            await self._restore(checkpoint)
-            self._recorder.truncate_after(checkpoint.step if checkpoint else -1)
-            started = True
-            if checkpoint:
-                self._recorder.event(EventKind.RESUMED, step=checkpoint.step)
-                metrics = self._recorder.last
-                if self._recorder.last_step < checkpoint.step:  # else they were written since
-                    self._unwritten = checkpoint.state["unwritten"]
-            elif self.config.eval.at_start:
-                self._unwritten = {}
-            while True:
-                try:
-                    if self._unwritten is not None:
-                        metrics = await self._write(self._unwritten)
-                    while self.version < self.total_steps:
-                        metrics = await self._step()
-                    await self._finish()
-                    return metrics
-                except PolicyLost as lost:
-                    await self._rebuild_policy(str(lost))
-        except Interrupted:
-            await self._pipeline.cancel()
-            if started:
-                await self._checkpoint()
-            raise
-        finally:
-            await self._close()
-
-    async def _start_roles(self) -> None:
-        ranks, _ = await asyncio.gather(self._learner.start(), self._serving.start())
-        for name, info in ranks:
-            self._recorder.role(name, info)
-        if blind := await self._learner.blind(self._rundir.path):
-            raise UserError(
-                f"output_dir {self._rundir.path} is not seen by {', '.join(blind)}, which could "
-                "write no checkpoint to it; put it on storage that every policy node shares, or "
-                "keep the policy on one node (policy.resources.strategy=STRICT_PACK)"
-            )
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`, or drop it and raise Interrupted as soon as the run is asked to stop."""
@@ -213,196 +298,20 @@ class Controller:
             return task.result()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        raise Interrupted(self._signal)
+        raise Interrupted(self.state.signal)
 
     async def _finish(self) -> None:
+        """Keep what was trained, while the last version is evaluated."""
         await self._pipeline.cancel()
         if self.config.checkpoint.at_end:
-            await self._checkpoint()
+            await self._keeper.checkpoint(self._boundary)
+        await self._keeper.export()
+        await self._unless_stopped(self._evaluation.ended())
         await self._keeper.finish()
 
     async def _close(self) -> None:
+        await self._evaluation.cancel()
         await self._pipeline.cancel()
         self._learner.kill()
         await self._serving.close()
-        self._log.close()
-
-    def _admit(self) -> None:
-        """Start as many groups as may be: before every batch, and where one ends untrained."""
-        if self._stop.is_set():
-            return
-        free = free_slots(
-            self.version,
-            self.config.train.max_staleness,
-            self.config.train.groups_per_step,
-            self.ledger.books.trained,
-            self.ledger.in_flight,
-        )
-        last = self.total_steps * self.config.train.groups_per_step
-        books = self.ledger.books
-        for _ in range(min(free, last - books.trained - books.open)):
-            self._pipeline.start(self.ledger.admit(self.version))
-
-    async def _next_batch(self) -> list[int]:
-        """Ids of the next step's groups. Raises RunFailed when they do not come in time."""
-        train = self.config.train
-        deadline = time.monotonic() + train.step_timeout_s
-        while True:
-            self._pipeline.changed.clear()
-            if self._stop.is_set():
-                raise Interrupted(self._signal)
-            self._pipeline.raise_failure()
-            if self._serving.lost is not None:
-                raise PolicyLost(self._serving.lost)
-            self._admit()
-            batch = choose_batch(
-                self.ledger.cohorts(), self.version, train.max_staleness, train.groups_per_step
-            )
-            if batch is not None:
-                return batch
-            self._check_sampling()
-            try:
-                await asyncio.wait_for(self._pipeline.changed.wait(), deadline - time.monotonic())
-            except TimeoutError as error:
-                states = self.ledger.states().items()
-                waiting = ", ".join(f"{count} {state}" for state, count in states)
-                raise RunFailed(
-                    f"step {self.version + 1} had no batch within train.step_timeout_s="
-                    f"{train.step_timeout_s:g} s; open groups: {waiting}"
-                ) from error
-
-    def _check_age(self, groups: Sequence[ReadyGroup]) -> None:
-        """The invariant itself, looked at before every update. RunFailed: aligntune is wrong."""
-        for group in groups:
-            age = self.version - group.record.oldest_version
-            if not 0 <= age <= self.config.train.max_staleness:
-                raise RunFailed(
-                    f"group {group.record.group_id} has tokens of policy version "
-                    f"{group.record.oldest_version}, {age} versions behind version {self.version}; "
-                    f"train.max_staleness={self.config.train.max_staleness} allows no training on "
-                    "it. This is a defect of aligntune: please report it with events.jsonl"
-                )
-
-    def _check_sampling(self) -> None:
-        """Dynamic sampling that keeps finding nothing to train on ends the run, with the scores."""
-        rounds, per_step = self.algorithm.sampling_rounds, self.config.train.groups_per_step
-        filtered = self.ledger.books.filtered - self._seen.filtered
-        if rounds is None or filtered < rounds * per_step:
-            return
-        scores = self._pipeline.filtered_scores
-        shown = ", ".join(f"{score:g} x {count}" for score, count in scores.most_common(8))
-        raise RunFailed(
-            f"step {self.version + 1}: {filtered} groups were drawn and filtered in {rounds} "
-            f"rounds and {len(self._pipeline.ready)} of {per_step} kept; "
-            f"{self.algorithm.sampling_metric} of those filtered: {shown}. The completions of a "
-            "group score the same: the task is too hard, too easy, or the reward does not tell "
-            "completions apart"
-        )
-
-    async def _step(self) -> dict[str, float]:
-        started = time.monotonic()
-        batch = await self._next_batch()
-        step, trained_from = self.version + 1, self.version
-        groups = [self._pipeline.ready[group_id] for group_id in batch]
-        self._check_age(groups)
-        self.ledger.move(batch, State.TRAINING, step=step)
-        works, prepared = group_works(self.config, self.algorithm, groups), dict[str, float]()
-        if self.algorithm.prepares:
-            with self._prepare_clock:
-                works, prepared = await self._learner.prepare(step, self.algorithm, works)
-        with self._update_clock:
-            result = await self._learner.update(step, self.algorithm, works)
-        self.version = step
-        await self._sync()
-        self.ledger.move(batch, State.TRAINED, step=step)
-        for group_id in batch:
-            del self._pipeline.ready[group_id]
-        self._admit()  # the next rollouts do not wait for what follows
-        seconds = time.monotonic() - started
-        ended = self._ended_since()
-        metrics = {
-            **score_metrics(self.config, groups),
-            **completion_metrics(groups),
-            **rollout_metrics(groups),
-            **group_metrics(self.config, groups, trained_from, ended),
-            **prepared,
-            **result.metrics,
-            **time_metrics(seconds, self._busy(), groups),
-        }
-        if self.algorithm.sampling_rounds is not None:
-            self._pipeline.filtered_scores.clear()
-        completions = sum(len(group.record.finish_reasons) for group in groups)
-        self.algorithm = self.algorithm.after_step(metrics, completions)
-        await self._recorder.samples(step, batch, groups)
-        metrics = await self._write(metrics)
-        if step % self.config.checkpoint.every_steps == 0:
-            await self._checkpoint()
-        return metrics
-
-    async def _write(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Write the figures of the current step, its evaluation among them where one is due.
-
-        Where the run is stopped meanwhile, a checkpoint keeps them, and the evaluation comes when
-        the run goes on. Step 0 has an evaluation alone.
-        """
-        self._unwritten = metrics
-        step, spec = self.version, self.config.eval
-        due = bool(spec.every_steps and step % spec.every_steps == 0)
-        if step == 0 or due or (step == self.total_steps and spec.at_end):
-            metrics = {**metrics, **await self._evaluate(step)}
-        if metrics:
-            self._recorder.step(step, metrics)
-        self._unwritten = None
-        return metrics
-
-    async def _sync(self) -> None:
-        """Bring the weights of the current version to every rollout replica."""
-        with self._sync_clock:
-            await self._serving.sync(await self._learner.export(self.version))
-
-    async def _evaluate(self, step: int) -> dict[str, float]:
-        if not self._eval_prompts:
-            return {}
-        metrics = await self._unless_stopped(
-            evaluate(
-                self.config,
-                self._eval_prompts,
-                self._serving.rollouts,
-                self._serving.rewards,
-                self._recorder.event,
-            )
-        )
-        self._recorder.evaluation(step, metrics)
-        return metrics
-
-    async def _checkpoint(self) -> None:
-        """Save the state after the last trained step, once per step."""
-        seen = {"filtered": self._seen.filtered, "quarantined": self._seen.quarantined}
-        state = {"seen": seen, "unwritten": self._unwritten}
-        await self._keeper.checkpoint(self.version, self.ledger, self.algorithm, state)
-
-    # Figures
-
-    def _busy(self) -> dict[str, float]:
-        clocks = {
-            "rollout": self._pipeline.rollout_clock,
-            "reward": self._pipeline.reward_clock,
-            "reference": self._pipeline.reference_clock,
-            "prepare": self._prepare_clock,
-            "update": self._update_clock,
-            "weight_sync": self._sync_clock,
-        }
-        return {name: clock.take() for name, clock in clocks.items()}
-
-    def _ended_since(self) -> dict[str, int]:
-        now, before = self.ledger.books, self._seen
-        self._seen = now
-        return {
-            "filtered": now.filtered - before.filtered,
-            "quarantined": now.quarantined - before.quarantined,
-        }
-
-    @property
-    def books(self) -> Books:
-        """The ledger's balance."""
-        return self.ledger.books
+        await self._keeper.close()

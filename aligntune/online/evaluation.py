@@ -1,85 +1,150 @@
-"""Scores the held-out prompts with the current policy, through the same actors as training."""
+"""Scores the held-out prompts beside training, through the same replicas.
+
+Invariant: every completion of an evaluation is by the weights of one version. The controller brings
+the next version's weights only when the evaluation of this one has ended; updates go on meanwhile.
+An evaluation has ids of its own, so that no held-out prompt shares a training group's draws.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from actors import timeline
 from actors.messages import GroupSampling, Prompt
-from actors.reward import RewardFailed
-from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet
 from aligntune.config.online import RunConfig
 from aligntune.errors import RunFailed
 from aligntune.online.figures import completion_metrics, score_metrics
-from aligntune.online.pipeline import QUEUE_SECONDS, ReadyGroup, scoring_deadline
+from aligntune.online.groups import ReadyGroup
 from aligntune.online.roles import Roles
+from aligntune.online.rolling import GroupFailed, Rolling
+from aligntune.online.samples import sample_rows
 from aligntune.online.serving import Serving
+from aligntune.runs.recorder import Recorder
 from aligntune.tracking.metrics import EventKind
+
+
+def evaluation_id(index: int) -> int:
+    """The group id of held-out prompt `index`: negative, where those of training are not."""
+    return -1 - index
 
 
 async def evaluate(
     config: RunConfig,
     prompts: Sequence[Prompt],
-    rollouts: ReplicaSet,
-    rewards: ReplicaSet,
+    version: int,
+    rolling: Rolling,
     event: Callable[..., None],
-) -> dict[str, float]:
-    """`eval/*` figures over `prompts`. A prompt that keeps failing is counted in `eval/failed` and
-    left out of the means. Raises RunFailed when none could be scored."""
-    results = await asyncio.gather(
-        *(_one(config, index, p, rollouts, rewards, event) for index, p in enumerate(prompts))
-    )
+) -> tuple[dict[str, float], list[ReadyGroup]]:
+    """`eval/*` figures over `prompts`, and the groups they are of, by the weights of `version`.
+
+    A prompt that keeps failing is counted in `eval/failed` and left out of the means. Raises
+    RunFailed when none could be scored.
+    """
+    rollout = config.rollout
+    at_once = asyncio.Semaphore(rollout.replicas * rollout.max_concurrent_groups)
+
+    async def one(index: int, prompt: Prompt) -> ReadyGroup | str:
+        def retried(reason: str) -> None:
+            event(EventKind.GROUP_RETRIED, evaluation=index, reason=reason)
+
+        sampling = GroupSampling(
+            completions=config.eval.completions,
+            max_tokens=rollout.max_completion_length,
+            temperature=config.eval.temperature,
+            seed=config.train.seed,
+            group_id=evaluation_id(index),
+        )
+        async with at_once:
+            try:
+                return await rolling.again(
+                    lambda: rolling.roll_and_score(prompt, sampling, retried), retried
+                )
+            except GroupFailed as failed:
+                return str(failed)
+
+    results = await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts)))
     groups = [result for result in results if isinstance(result, ReadyGroup)]
     if not groups:
         raise RunFailed(f"not one of {len(prompts)} evaluation prompts was scored: {results[0]}")
-    return {
+    made_by = {s.version for g in groups for spans in g.record.version_spans for s in spans}
+    if made_by - {version}:
+        raise RunFailed(
+            f"the evaluation of version {version} has tokens of the versions {sorted(made_by)}. "
+            "This is a defect of aligntune: please report it with events.jsonl"
+        )
+    figures = {
         **score_metrics(config, groups, prefix="eval/"),
         **completion_metrics(groups, prefix="eval/"),
         "eval/prompts": float(len(groups)),
         "eval/failed": float(len(results) - len(groups)),
     }
+    return figures, groups
 
 
-async def _one(
-    config: RunConfig,
-    index: int,
-    prompt: Prompt,
-    rollouts: ReplicaSet,
-    rewards: ReplicaSet,
-    event: Callable[..., None],
-) -> ReadyGroup | str:
-    """One prompt's scored group, or why there is none."""
-    sampling = GroupSampling(
-        completions=config.eval.completions,
-        max_tokens=config.rollout.max_completion_length,
-        temperature=config.eval.temperature,
-        seed=config.train.seed,
-        group_id=index,
-    )
-    reason = ""
-    for _ in range(config.rollout.max_attempts):
-        try:
-            record, tensors = await rollouts.call(
-                "generate",
-                prompt,
-                sampling,
-                deadline_s=config.rollout.generation_timeout_s,
-                queue_s=QUEUE_SECONDS,
-                returns=2,
-            )
-            scores, texts = await rewards.call(
-                "score",
-                prompt,
-                tensors,
-                deadline_s=scoring_deadline(config),
-                queue_s=QUEUE_SECONDS,
-                returns=2,
-            )
-            return ReadyGroup(prompt, record, scores, texts, tensors, None)
-        except (ReplicaLost, ObjectsLost, RewardFailed) as failure:
-            reason = str(failure)
-            event(EventKind.GROUP_RETRIED, evaluation=index, reason=reason)
-    return reason
+class Evaluation:
+    """The evaluations of one run, one at a time, each a task beside training."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        total_steps: int,
+        prompts: Sequence[Prompt],
+        rolling: Rolling,
+        recorder: Recorder,
+    ) -> None:
+        self._config = config
+        self._total_steps = total_steps
+        self._prompts = prompts
+        self._rolling = rolling
+        self._recorder = recorder
+        self._task: asyncio.Task[None] | None = None
+        self._version = 0
+
+    def begin(self, version: int) -> None:
+        """Evaluate `version`, which all replicas serve, where that is due and not written yet."""
+        spec = self._config.eval
+        due = (
+            spec.at_start
+            if version == 0
+            else (spec.every_steps is not None and version % spec.every_steps == 0)
+            or (version == self._total_steps and spec.at_end)
+        )
+        if due and self._prompts and self._recorder.last_evaluation < version:
+            self._version = version
+            self._task = asyncio.create_task(self._run(version), name=f"evaluation-{version}")
+
+    async def _run(self, version: int) -> None:
+        timeline.about.set(f"evaluation of version {version}")
+        figures, groups = await evaluate(
+            self._config, self._prompts, version, self._rolling, self._recorder.event
+        )
+        shown = groups[: self._config.tracking.samples_per_evaluation]
+        self._recorder.eval_samples(version, await sample_rows(self._config, shown))
+        self._recorder.evaluation(version, figures)
+
+    async def ended(self) -> None:
+        """Wait for the one that runs, if any; it goes on where the wait is cancelled. Raises what
+        it raised."""
+        if self._task is not None:
+            await asyncio.wait((self._task,))
+            self._task.result()
+            self._task = None
+
+    async def cancel(self) -> None:
+        """Drop the one that runs; whoever goes back to its version begins it again."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    async def stop(self, version: int) -> None:
+        """Before a run ends at `version`: an evaluation of it is made again when the run goes on,
+        and is dropped; one of an earlier version could never be, and is finished."""
+        if self._version < version:
+            await self.ended()
+        await self.cancel()
 
 
 async def evaluate_model(
@@ -87,12 +152,14 @@ async def evaluate_model(
 ) -> dict[str, float]:
     """`evaluate` on actors of its own, for a model that is not being trained."""
 
-    def ignore(*_: object, **__: object) -> None:
-        """There is no run whose events these could be, nor a policy to rebuild."""
+    def ignore(*_: Any, **__: Any) -> None:
+        """There is no run whose events these could be."""
 
-    serving = Serving(config, roles, ignore, ignore, ignore)
+    serving = Serving(config, roles, ignore, ignore)
     try:
         await asyncio.gather(serving.rollouts.start(), serving.rewards.start())
-        return await evaluate(config, prompts, serving.rollouts, serving.rewards, ignore)
+        rolling = Rolling(config, serving.rollouts, serving.rewards)
+        figures, _ = await evaluate(config, prompts, 0, rolling, ignore)
+        return figures
     finally:
         await serving.close()

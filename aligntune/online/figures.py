@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 from aligntune.algorithms.filters import varies
 from aligntune.config.online import RunConfig
-from aligntune.online.pipeline import ReadyGroup, raw_scores, truncated
+from aligntune.online.groups import ReadyGroup, raw_scores, truncated
+
+ACTIVITIES = {
+    "rollout": ("generate",),
+    "reward": ("score",),
+    "reference": ("logprobs",),
+    "prepare": ("values", "prepare"),
+    "update": ("update",),
+    "weight_sync": ("export_weights", "load_weights"),
+}
+"""The remote calls that each `time/<activity>` is the time of."""
 
 # A field of ReplicaLoad: its metric, and what the replicas' means become together.
 LOADS: Mapping[str, tuple[str, Callable[[list[float]], float]]] = {
@@ -123,3 +134,30 @@ def time_metrics(
         "throughput/tokens_per_s": tokens / step_s,
         "throughput/samples_per_s": samples / step_s,
     }
+
+
+class StepFigures:
+    """The figures of one step, gathered while it goes on."""
+
+    def __init__(self, config: RunConfig, version: int) -> None:
+        """The step starts now, from policy `version`."""
+        self._config = config
+        self._version = version
+        self._started = time.monotonic()
+        self.prepared: dict[str, float] = {}
+        self.updated: dict[str, float] = {}
+        self.filtered = 0  # groups, since the last step
+        self.quarantined = 0
+
+    def row(self, groups: Sequence[ReadyGroup], busy: Mapping[str, float]) -> dict[str, float]:
+        """All of them, now that the step has ended; `busy` is as in `time_metrics`."""
+        ended = {"filtered": self.filtered, "quarantined": self.quarantined}
+        return {
+            **score_metrics(self._config, groups),
+            **completion_metrics(groups),
+            **rollout_metrics(groups),
+            **group_metrics(self._config, groups, self._version, ended),
+            **self.prepared,
+            **self.updated,
+            **time_metrics(time.monotonic() - self._started, busy, groups),
+        }

@@ -1,23 +1,36 @@
-"""Keeps what a run has trained: checkpoints, their copies on storage, the final export."""
+"""Keeps what a run has trained: checkpoints, their copies on storage, the final export.
+
+Invariant: nothing here stops the loop. Ranks write their parts while the step waits; what makes a
+checkpoint of them (forcing files to disk, forgetting old ones) and copies run beside the next step.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from aligntune.algorithms.base import Algorithm
 from aligntune.config.online import RunConfig
-from aligntune.errors import RunFailed
+from aligntune.errors import RunFailed, UserError
 from aligntune.online.learner import Learner
-from aligntune.online.ledger import Ledger, LedgerLog
-from aligntune.runs.checkpoint import Checkpoints
+from aligntune.online.ledger import LedgerLog
+from aligntune.runs.checkpoint import Checkpoint, Checkpoints
+from aligntune.runs.copies import Copies
 from aligntune.runs.deadline import asked
 from aligntune.runs.mirror import Mirror
 from aligntune.runs.recorder import Recorder
 from aligntune.tracking.metrics import EventKind
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A run at the end of a step: what a checkpoint keeps, whenever it is written."""
+
+    step: int
+    ledger: dict[str, Any]  # its snapshot
+    algorithm: Algorithm
 
 
 class Keeper:
@@ -37,54 +50,96 @@ class Keeper:
         self._log = log
         self._fingerprint = fingerprint
         self._checkpoints = checkpoints
-        self._mirror = mirror
         self._recorder = recorder
         self._rundir = Path(config.output_dir).absolute()
-        self._copying: Future[None] | None = None
-        self._copy_seconds = config.policy.update_timeout_s
+        self._timeout_s = config.policy.update_timeout_s
+        self._committing: asyncio.Task[None] | None = None
+        self._copies: Copies | None = None
+        if mirror is not None:
+            self._copies = Copies(mirror, config.checkpoint.copy_timeout_s, self._not_copied)
 
-    async def checkpoint(
-        self, step: int, ledger: Ledger, algorithm: Algorithm, more: Mapping[str, Any]
-    ) -> None:
-        """Save the state after `step`, and `more` of the controller's, once per step."""
-        if self._checkpoints.exists(step):
-            return
-        staging = self._checkpoints.begin(step)
-        await self._learner.save(staging)
-        state = {
-            "step": step,
-            "ledger": ledger.snapshot(step),
-            "algorithm": algorithm.model_dump(mode="json"),
-            "prompts": self._fingerprint,
-            **more,
-        }
-        self._log.sync()
-        checkpoint = self._checkpoints.commit(step, state)
-        self._recorder.event(EventKind.CHECKPOINT_SAVED, step=step)
-        if self._mirror is not None:
-            await self._copied(self._mirror.push, checkpoint.path)
+    def _not_copied(self, **fields: str) -> None:
+        self._recorder.event(EventKind.NOT_COPIED, **fields)
 
-    async def finish(self) -> None:
-        """Write the final export. Raises RunFailed where the storage does not take it."""
-        model = self._rundir / "model"
-        await self._learner.save_model(model)
-        if self._mirror is not None and not await self._copied(self._mirror.push_model, model):
-            raise RunFailed(
-                f"the run is complete in {self._rundir}, but checkpoint.storage {self._mirror.uri} "
-                "did not take the model; the event not_copied in events.jsonl says why"
+    async def check_sight(self) -> None:
+        """Whether every rank sees the run directory, which it writes to. Raises UserError."""
+        if blind := await self._learner.blind(self._rundir):
+            raise UserError(
+                f"output_dir {self._rundir} is not seen by {', '.join(blind)}, which could "
+                "write no checkpoint to it; put it on storage that every policy node shares, or "
+                "keep the policy on one node (policy.resources.strategy=STRICT_PACK)"
             )
 
-    async def _copied(self, push: Callable[[Path], None], folder: Path) -> bool:
-        """Copy a folder to the storage, one at a time. Where it is not taken, that is told, and the
-        run goes on: the next checkpoint is copied again."""
-        if self._copying is not None and not self._copying.done():
-            reason = "an earlier copy has not ended yet"
-        else:
-            self._copying = asked(lambda: push(folder))
-            try:
-                await asyncio.wait_for(asyncio.wrap_future(self._copying), self._copy_seconds)
-                return True
-            except Exception as error:  # noqa: BLE001 - of whatever client the storage has
-                reason = str(error) or f"no end within {self._copy_seconds:g} s"
-        self._recorder.event(EventKind.NOT_COPIED, path=folder.name, reason=reason)
-        return False
+    async def latest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole, down to the last bit."""
+        await self._committed()
+        return await asyncio.wrap_future(asked(self._checkpoints.latest))
+
+    async def checkpoint(self, boundary: Boundary) -> None:
+        """Save the step that the ranks have just ended, once; returns when the ranks have written.
+
+        Raises RunFailed where the checkpoint before did not come to disk.
+        """
+        await self._committed()
+        if self._checkpoints.exists(boundary.step):
+            return
+        staging = self._checkpoints.begin(boundary.step)
+        await self._learner.save(staging)
+        self._log.flush()
+        state = {
+            "step": boundary.step,
+            "ledger": boundary.ledger,
+            "algorithm": boundary.algorithm.model_dump(mode="json"),
+            "prompts": self._fingerprint,
+        }
+        self._committing = asyncio.create_task(self._commit(state), name="commit")
+
+    async def _commit(self, state: dict[str, Any]) -> None:
+        """Figures and moves of the steps before are on disk when the checkpoint is."""
+        needed = set() if self._copies is None else self._copies.needed
+
+        def commit() -> Checkpoint:
+            self._recorder.wait()
+            self._log.to_disk()
+            return self._checkpoints.commit(state["step"], state, needed)
+
+        done = asyncio.wrap_future(asked(commit))
+        try:
+            checkpoint = await asyncio.wait_for(done, self._timeout_s)
+        except TimeoutError as error:
+            raise RunFailed(
+                f"the checkpoint of step {state['step']} was not on the disk of {self._rundir} "
+                f"within policy.update_timeout_s={self._timeout_s:g} s"
+            ) from error
+        self._recorder.event(EventKind.CHECKPOINT_SAVED, step=checkpoint.step)
+        if self._copies is not None:
+            self._copies.offer(checkpoint.path)
+
+    async def _committed(self) -> None:
+        """Wait until the last checkpoint is on disk. Raises what kept it from there."""
+        if self._committing is not None:
+            await asyncio.wait((self._committing,))
+            self._committing.result()
+
+    async def settled(self) -> None:
+        """Wait for all that runs beside the loop: the last checkpoint, and its copy."""
+        await self._committed()
+        if self._copies is not None:
+            await self._copies.settled()
+
+    async def export(self) -> None:
+        """Write the trained model."""
+        await self._learner.save_model(self._rundir / "model")
+
+    async def finish(self) -> None:
+        """See all of a finished run on disk, and copied, up to the deadline of copies."""
+        await self._committed()
+        if self._copies is not None:
+            await self._copies.model(self._rundir / "model")
+            self._checkpoints.forget_old()
+
+    async def close(self) -> None:
+        """End what runs beside the loop, whatever ended the run."""
+        if self._committing is not None:
+            await asyncio.wait((self._committing,))
+        self._log.close()

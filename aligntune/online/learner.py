@@ -11,7 +11,7 @@ import asyncio
 import random
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,6 @@ from aligntune.config.online import RunConfig
 from aligntune.online.ranks import PolicyLost as PolicyLost
 from aligntune.online.ranks import Ranks
 from aligntune.runs.checkpoint import CRITIC, POLICY
-
-
-@dataclass(frozen=True)
-class Weights:
-    """One policy version's weights: a reference to the only copy the driver owns."""
-
-    version: int
-    bundle: Any
-    nbytes: int
 
 
 def minibatches(config: RunConfig, step: int) -> list[list[int]]:
@@ -230,11 +221,12 @@ class Learner:
             tokens=sum(result.tokens for result in results),
         )
 
-    async def export(self, version: int) -> Weights:
-        """The weights of `version` in the object store; the driver owns the one object."""
+    async def export(self, version: int) -> Any:
+        """The reference to a `WeightBundle` of `version`; the driver owns the one object."""
         ranks = self._policy.spec.ranks
         sizes, objects = self._policy.begin("export_weights", [(version,)] * ranks, [1] * ranks)
-        return Weights(version, objects[0][0], (await sizes)[0])
+        await sizes
+        return objects[0][0]
 
     async def save(self, directory: Path) -> None:
         """Write every rank's part of a checkpoint."""

@@ -269,6 +269,10 @@ class LedgerLog:
             self._error = error
             raise
 
+    def to_disk(self) -> None:
+        """Force what was handed over to disk; a thread may do this while records are written."""
+        os.fsync(self._file.fileno())
+
     def sync(self) -> None:
         """Force everything recorded to disk."""
         self.flush()

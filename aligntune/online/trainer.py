@@ -24,6 +24,7 @@ from aligntune.config.backends import check_installed
 from aligntune.config.online import RunConfig
 from aligntune.data.prompts import PromptSource
 from aligntune.errors import Interrupted, RunFailed, UserError
+from aligntune.online.assemble import assemble
 from aligntune.online.controller import Controller
 from aligntune.online.evaluation import evaluate_model
 from aligntune.online.inputs import RunInputs
@@ -202,7 +203,7 @@ class OnlineTrainer:
                     recorder.event(EventKind.CHECKPOINT_DAMAGED, path=name)
                 try:
                     with self._roles() as roles:
-                        controller = Controller(
+                        controller = assemble(
                             self.config,
                             roles,
                             self.total_steps,
@@ -247,7 +248,7 @@ class OnlineTrainer:
         checkpoint = self.config.checkpoint
         if checkpoint.storage is None:
             return None
-        longest = self.config.policy.update_timeout_s
+        longest = checkpoint.copy_timeout_s
         storage = located_storage(checkpoint.storage)
         return Mirror(storage, rundir.path, checkpoint.keep_last, longest)
 

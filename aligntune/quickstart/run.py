@@ -58,8 +58,8 @@ def run_quickstart(
     config = load_config(tree, [*_overrides(settings), f"train.seed={seed}", *overrides])
     assert isinstance(config, RunConfig), "the quickstart's algorithms are online"
     trained = OnlineTrainer(config).train()
-    rows = read_lines(trained.output_dir / "metrics.jsonl")
-    accuracy = {row["step"]: row[ACCURACY] for row in rows if ACCURACY in row}
+    rows = read_lines(trained.output_dir / "evals.jsonl")
+    accuracy = {row["step"]: row[ACCURACY] for row in rows}
     result = {
         "accuracy_before": accuracy[0],
         "accuracy_after": accuracy[trained.steps],

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,9 @@ class Checkpoints:
         (staging / POLICY).mkdir(parents=True)
         return staging
 
-    def commit(self, step: int, state: dict[str, Any]) -> Checkpoint:
-        """Make what `begin` staged the checkpoint of `step`, and forget the oldest ones.
+    def commit(self, step: int, state: dict[str, Any], needed: Collection[str] = ()) -> Checkpoint:
+        """Make what `begin` staged the checkpoint of `step`, and forget the oldest ones, but for
+        those of the names `needed`.
 
         Later steps come again after this one, so whatever there is of them goes.
         """
@@ -149,15 +151,21 @@ class Checkpoints:
         os.rename(staging, final)
         _sync(self.directory)
         write_atomically(self.directory / "latest", final.name + "\n")
-        folders = self._folders()
-        own = folders.index(final) + 1
-        for other in (*folders[: max(0, own - self.keep_last)], *folders[own:]):
-            shutil.rmtree(other)
+        for later in self._folders():
+            if _step_of(later) > step:
+                shutil.rmtree(later)
+        self.forget_old(needed)
         return Checkpoint(step, final, state)
 
     def is_from_elsewhere(self, checkpoint: Checkpoint) -> bool:
         """Whether it lies in another folder than this one's."""
         return checkpoint.path.resolve().parent != self.directory.resolve()
+
+    def forget_old(self, needed: Collection[str] = ()) -> None:
+        """Remove all but the newest ones, and those of the names `needed`."""
+        for old in self._folders()[: -self.keep_last]:
+            if old.name not in needed:
+                shutil.rmtree(old)
 
     def adopt(self, checkpoint: Checkpoint) -> Checkpoint:
         """Make a checkpoint that the user chose the newest one: those of later steps go, for these

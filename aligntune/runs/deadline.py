@@ -1,5 +1,5 @@
-"""Storage of the user's that must answer in time: clients of object stores retry for minutes, and
-a file system of the network may hang for ever."""
+"""Storage and services of the user's that must answer in time: clients of object stores retry for
+minutes, and a file system of the network may hang for ever."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeVar
 from aligntune.errors import UserError
 
 ANSWER_SECONDS = 8.0
-THREAD = "aligntune-storage"
+THREAD = "aligntune-beside"  # the name of every thread that may be left behind at a process's end
 
 T = TypeVar("T")
 
@@ -53,5 +53,5 @@ def answered(uri: str, ask: Callable[[], T], seconds: float | None = None) -> T:
 
 
 def hangs() -> bool:
-    """Whether a storage still has not answered, though nobody waits any more."""
+    """Whether something still has not answered, though nobody waits any more."""
     return any(thread.name == THREAD for thread in threading.enumerate())

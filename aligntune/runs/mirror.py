@@ -18,11 +18,14 @@ from actors.storage import Store
 from aligntune.errors import UserError
 from aligntune.runs.checkpoint import NAME, Checkpoints, intact
 from aligntune.runs.deadline import answered
+from aligntune.runs.segments import LogCopy, read_log
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 CONFIG = "config.yaml"
-FILES = (CONFIG, "ledger.jsonl", "metrics.jsonl", "samples.jsonl", "events.jsonl")
+LOGS = tuple(
+    f"{name}.jsonl" for name in ("ledger", "metrics", "evals", "samples", "eval_samples", "events")
+)
 
 
 class Mirror:
@@ -34,6 +37,7 @@ class Mirror:
         self._rundir = rundir
         self._keep_last = keep_last
         self._copy_seconds = copy_seconds
+        self._logs = [LogCopy(self._store, rundir / name) for name in LOGS]
 
     @property
     def uri(self) -> str:
@@ -87,8 +91,8 @@ class Mirror:
                 "content it was written with; restore it, or name an older one in "
                 f"{CHECKPOINTS}/{LATEST}"
             )
-        for name in FILES:
-            content = self._store.read(name)
+        contents = {name: read_log(self._store, name) for name in LOGS}
+        for name, content in {CONFIG: self._store.read(CONFIG), **contents}.items():
             if content is not None:
                 (self._rundir / name).write_bytes(content)
         shutil.rmtree(folder, ignore_errors=True)
@@ -113,7 +117,7 @@ class Mirror:
         self._push_logs()
 
     def _push_logs(self) -> None:
-        for name in FILES:
-            path = self._rundir / name
-            if path.is_file():
-                self._store.write(name, path.read_bytes())
+        """What is new of the logs, and the config they belong to."""
+        for log in self._logs:
+            log.push()
+        self._store.write(CONFIG, (self._rundir / CONFIG).read_bytes())

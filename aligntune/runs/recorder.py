@@ -1,22 +1,33 @@
-"""Everything a run writes for people and programs: figures, samples, events, trackers, progress."""
+"""Everything a run writes for people and programs: figures, samples, events, trackers, progress.
+
+Invariant: nothing here waits for a disk or a service. Lines go to their files in a thread, in the
+order they were given; trackers have threads of their own and never end a run.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
-from actors.supervise import ObjectsLost, ReplicaLost, answer
+from actors.timeline import Span
 from aligntune.config.online import RunConfig
-from aligntune.online.pipeline import ReadyGroup, total_reward
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import RunDir
-from aligntune.tracking.metrics import EventKind, EventsFile, MetricsFile, SamplesFile
+from aligntune.runs.writer import Writer
+from aligntune.tracking.metrics import (
+    EventKind,
+    EventsFile,
+    MetricsFile,
+    SamplesFile,
+    check_finite,
+)
 from aligntune.tracking.progress import Progress
-from aligntune.tracking.trackers import open_trackers
-
-TEXTS_SECONDS = 60.0  # for the texts of a group that a reward actor's node still holds
+from aligntune.tracking.trace import Trace
+from aligntune.tracking.trackers import open_tracker
+from aligntune.tracking.views import View
 
 SHOWN = {
     EventKind.RESUMED,
@@ -26,6 +37,7 @@ SHOWN = {
     EventKind.POLICY_REBUILT,
     EventKind.CHECKPOINT_DAMAGED,
     EventKind.NOT_COPIED,
+    EventKind.TRACKER_FAILED,
 }
 
 
@@ -37,32 +49,57 @@ class Recorder(AbstractContextManager["Recorder"]):
     ) -> None:
         """`after_step` is the step of the checkpoint the run starts from, 0 at the beginning."""
         self._rundir = rundir
-        self._samples_per_step = config.tracking.samples_per_step
         self._config = config
         self._metrics = MetricsFile(rundir.file("metrics.jsonl"))
+        self._evals = MetricsFile(rundir.file("evals.jsonl"))
         self._samples = SamplesFile(rundir.file("samples.jsonl"))
+        self._eval_samples = SamplesFile(rundir.file("eval_samples.jsonl"))
         self._events = EventsFile(rundir.file("events.jsonl"))
-        self._trackers = open_trackers(
-            config.tracking.trackers,
-            rundir.path,
-            config.tracking.project,
-            config.model_dump(mode="json"),
-            after_step,
-        )
+        self._steps = (self._metrics, self._evals, self._samples, self._eval_samples)
+        self._evaluated = {row["step"] for row in read_lines(self._evals.path)}
+        self._writer = Writer(f"the files of {rundir.path}")
         self._progress = Progress(total_steps)
+        tracking, tree = config.tracking, config.model_dump(mode="json")
+        self._views = [
+            View(
+                name,
+                partial(open_tracker, name, rundir.path, tracking.project, tree, after_step),
+                partial(self.event, EventKind.TRACKER_FAILED),
+            )
+            for name in tracking.trackers
+        ]
+        self._trace = Trace(rundir.file("trace.json")) if tracking.profile else None
         self._logged = 0
         self.ran: dict[str, str] = {}  # the rollout `engine` and `backend` that really run
 
     def __exit__(self, *exc: object) -> None:
         self._progress.close()
-        for tracker in self._trackers:
-            tracker.close()
-        for file in (self._metrics, self._samples, self._events):
-            file.close()
+        for view in self._views:
+            view.close()
+        try:
+            self._writer.close()
+        finally:
+            for file in (*self._steps, self._events):
+                file.close()
+            if self._trace is not None:
+                self._trace.close()
+
+    def wait(self) -> None:
+        """Until all that was recorded is on disk; for a thread of its own, or the end of a run.
+
+        Raises RunFailed where the disk does not take it.
+        """
+        self._writer.wait()
+
+    def call(self, span: Span) -> None:
+        """A remote call that is over."""
+        if self._trace is not None:
+            self._writer.do(partial(self._trace.add, span))
 
     def event(self, kind: EventKind | str, **fields: Any) -> None:
         """Write an event; those a person should see at once are shown too."""
-        self._events.append(kind, **fields)
+        kind = EventKind(kind)
+        self._writer.do(partial(self._events.append, kind, time=time.time(), **fields))
         if kind in SHOWN:
             self._progress.note(f"{kind}: " + ", ".join(f"{k} {v}" for k, v in fields.items()))
 
@@ -72,11 +109,11 @@ class Recorder(AbstractContextManager["Recorder"]):
 
     def role(self, name: str, info: Mapping[str, Any]) -> None:
         """What an actor said of itself when it started."""
-        self._events.append(EventKind.ROLE_STARTED, role=name, **info)
+        self.event(EventKind.ROLE_STARTED, role=name, **info)
         said = {key: str(info[key]) for key in ("engine", "backend") if key in info}
         if not said.items() <= self.ran.items():
             self.ran |= said
-            self._rundir.describe(self._config, self.ran)
+            self._writer.do(partial(self._rundir.describe, self._config, dict(self.ran)))
             self._progress.note(f"{name}: " + ", ".join(f"{k} {v}" for k, v in said.items()))
 
     @property
@@ -90,65 +127,56 @@ class Recorder(AbstractContextManager["Recorder"]):
         return self.ran.get("backend", "")
 
     @property
-    def last_step(self) -> int:
-        """The last step whose figures are written; -1 where there is none."""
-        rows = read_lines(self._metrics.path)
-        return int(rows[-1]["step"]) if rows else -1
+    def last_evaluation(self) -> int:
+        """The step of the last evaluation written; -1 where there is none."""
+        return max(self._evaluated, default=-1)
 
     @property
     def last(self) -> dict[str, float]:
-        """The figures of the last step written."""
-        rows = read_lines(self._metrics.path)
-        return {k: v for k, v in rows[-1].items() if k != "step"} if rows else {}
+        """The figures of the last step, and those of its evaluation; for the end of a run."""
+        self.wait()
+        steps, evaluations = read_lines(self._metrics.path), read_lines(self._evals.path)
+        found = dict(steps[-1]) if steps else {"step": 0}
+        if evaluations and evaluations[-1]["step"] == found["step"]:
+            found |= evaluations[-1]
+        return {name: value for name, value in found.items() if "/" in name}
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """The figures of a step. Raises NotFinite for a figure that is none."""
-        self._metrics.append(step, metrics)
-        self._logged = step
-        for tracker in self._trackers:
-            tracker.log(step, metrics)
-        if step:
-            self._progress.step(step, metrics)
+        check_finite(step, metrics)
+        self._writer.do(partial(self._metrics.append, step, metrics))
+        self._log(step, metrics)
+        self._progress.step(step, metrics)
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show an evaluation at once; its figures are written with those of its step."""
-        self._progress.evaluation(metrics)
-        reward = metrics["eval/reward/mean"]
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """The figures of an evaluation of the weights of `step`. Raises NotFinite."""
+        check_finite(step, figures)
+        self._writer.do(partial(self._evals.append, step, figures, version=step))
+        self._evaluated.add(step)
+        self._log(step, figures)
+        self._progress.evaluation(figures)
+        reward = figures["eval/reward/mean"]
         self._progress.note(f"evaluation after step {step}: reward {reward:.3f}")
 
-    async def samples(self, step: int, batch: Sequence[int], groups: Sequence[ReadyGroup]) -> None:
-        """The first completion of the step's first groups, null where its text was lost."""
-        written = list(zip(batch, groups, strict=True))[: self._samples_per_step]
-        texts = await asyncio.gather(*(_texts(group) for _, group in written))
-        self._samples.append(
-            step,
-            [
-                {
-                    "group": group_id,
-                    "prompt": group.prompt.text,
-                    "completion": completions[0] if completions else None,
-                    "reward": total_reward(self._config, group.scores.values[0]),
-                    "scores": dict(zip(group.scores.criteria, group.scores.values[0], strict=True)),
-                    "finish_reason": group.record.finish_reasons[0].value,
-                    "tokens": group.record.sampled_lengths[0],
-                }
-                for (group_id, group), completions in zip(written, texts, strict=True)
-            ],
-        )
+    def _log(self, step: int, figures: Mapping[str, float]) -> None:
+        self._logged = max(self._logged, step)
+        for view in self._views:
+            view.log(step, figures)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Groups of a step."""
+        self._writer.do(partial(self._samples.append, step, rows))
+
+    def eval_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Groups of an evaluation."""
+        self._writer.do(partial(self._eval_samples.append, step, rows))
 
     def truncate_after(self, step: int) -> None:
         """Forget what was written of later steps, which will come again."""
-        self._metrics.truncate_after(step)
-        self._samples.truncate_after(step)
+        for file in self._steps:
+            self._writer.do(partial(file.truncate_after, step))
+        self._evaluated = {known for known in self._evaluated if known <= step}
         if self._logged > step:  # trackers were opened without what an earlier process logged
-            for tracker in self._trackers:
-                tracker.truncate_after(step)
-
-
-async def _texts(group: ReadyGroup) -> tuple[str, ...] | None:
-    """The group's decoded completions, or None where they are gone with their node."""
-    try:
-        texts: tuple[str, ...] = await answer(group.texts, "reward", "score", TEXTS_SECONDS)
-    except (ObjectsLost, ReplicaLost):
-        return None
-    return texts
+            self._logged = step
+            for view in self._views:
+                view.truncate_after(step)

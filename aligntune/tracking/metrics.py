@@ -1,4 +1,4 @@
-"""metrics.jsonl, samples.jsonl and events.jsonl: a run's figures, samples and events.
+"""metrics.jsonl, evals.jsonl, samples.jsonl and events.jsonl: figures, samples and events.
 
 Invariant: every complete line is one JSON object any parser reads, so NaN and infinities are
 refused; a line torn by a kill is cut off when the file is opened again; after
@@ -38,11 +38,23 @@ class EventKind(StrEnum):
     POLICY_REBUILT = "policy_rebuilt"
     CHECKPOINT_SAVED = "checkpoint_saved"
     CHECKPOINT_DAMAGED = "checkpoint_damaged"  # it was passed over for an older one
+    TRACKER_FAILED = "tracker_failed"  # it is tried again with the next figures
     NOT_COPIED = "not_copied"  # checkpoint.storage did not take something; `reason` says why
 
 
 class NotFinite(ValueError):
     """A figure is NaN or infinite; the message names it and its step."""
+
+
+def check_finite(step: int, metrics: Mapping[str, float]) -> None:
+    """Raises NotFinite, with the name, where a figure is NaN or infinite."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise NotFinite(
+                f"metric {name!r} of step {step} is {value}: the run has diverged, or the "
+                "figure is computed wrongly. Lower the learning rate or resume from an "
+                "earlier checkpoint"
+            )
 
 
 class _Lines:
@@ -95,26 +107,21 @@ class _Steps(_Lines):
 
 
 class MetricsFile(_Steps):
-    """`metrics.jsonl`: one object a step, its figures beside `step`."""
+    """`metrics.jsonl` and `evals.jsonl`: one object a step, its figures beside `step`."""
 
-    def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the figures of `step`.
+    def append(self, step: int, metrics: Mapping[str, float], **labels: int) -> None:
+        """Write the figures of `step`, and the `labels` before them.
 
         Raises:
             NotFinite: a figure is NaN or infinite; nothing is written.
         """
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise NotFinite(
-                    f"metric {name!r} of step {step} is {value}: the run has diverged, or the "
-                    "figure is computed wrongly. Lower the learning rate or resume from an "
-                    "earlier checkpoint"
-                )
-        self._write([{"step": step, **{name: float(value) for name, value in metrics.items()}}])
+        check_finite(step, metrics)
+        figures = {name: float(value) for name, value in metrics.items()}
+        self._write([{"step": step, **labels, **figures}])
 
 
 class SamplesFile(_Steps):
-    """`samples.jsonl`: some completions of each step."""
+    """`samples.jsonl` and `eval_samples.jsonl`: some groups of each step."""
 
     def append(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """Write samples of `step`, one object each. ValueError where a number is not finite."""

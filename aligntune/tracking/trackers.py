@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -61,15 +62,18 @@ def open_trackers(
         TrackerMissing: as `check_trackers`.
     """
     check_trackers(names)
-    trackers: list[Tracker] = []
-    for name in names:
-        if name == "tensorboard":
-            trackers.append(TensorBoard(folder / "tensorboard", after_step))
-        elif name == "prometheus":
-            trackers.append(Prometheus(folder.name))
-        else:
-            trackers.append(SERVICES[name](folder, project, config))
-    return trackers
+    return [open_tracker(name, folder, project, config, after_step) for name in names]
+
+
+def open_tracker(
+    name: str, folder: Path, project: str, config: Mapping[str, Any], after_step: int
+) -> Tracker:
+    """Tracker `name`, as `open_trackers`. Raises what its service raises."""
+    if name == "tensorboard":
+        return TensorBoard(folder / "tensorboard", after_step)
+    if name == "prometheus":
+        return Prometheus(folder.name)
+    return SERVICES[name](folder, project, config)
 
 
 def tracking_id(folder: Path) -> str:
@@ -193,9 +197,12 @@ class MLflow:
         self._client.log_dict(self._run_id, dict(config), "config.json")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One metric a figure."""
-        for name, value in metrics.items():
-            self._client.log_metric(self._run_id, name, value, step=step)
+        """All figures in one request."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        figures = [Metric(name, value, now, step) for name, value in metrics.items()]
+        self._client.log_batch(self._run_id, metrics=figures)
 
     def truncate_after(self, step: int) -> None:
         """Figures that were sent stay."""

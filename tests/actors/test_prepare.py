@@ -281,7 +281,7 @@ async def two_steps(
             assert all(isinstance(work.targets, ray.ObjectRef) for work in ready)
             figures.append(said)
             metrics.append((await learner.update(step, config.algorithm, ready)).metrics)
-        exported = ray.get((await learner.export(2)).bundle)
+        exported = ray.get(await learner.export(2))
         return figures, metrics, ray.get([w.targets for w in ready]), dict(exported.items())
     finally:
         learner.kill()

@@ -352,17 +352,24 @@ def test_the_readmes_commands_train_a_model_and_the_run_directory_is_as_describe
     described = {in_backticks(row[0])[0].rstrip("/"): row[1] for row in run_directory()}
     found = {path.name for path in folder.iterdir()}
     assert found <= set(described)
-    assert set(described) - found == {"tracking_id"}, "only with a tracker that is a service"
+    assert set(described) - found == {"tracking_id", "trace.json"}, (
+        "only with a service, or --profile"
+    )
     checkpoint = folder / "checkpoints" / "step-000002"
     for path in checkpoint.iterdir():
         assert path.name in described["checkpoints"], path
-    for sample in read_lines(folder / "samples.jsonl"):
-        assert set(sample) <= set(in_backticks(described["samples.jsonl"]))
+    for name in ("samples.jsonl", "eval_samples.jsonl"):
+        samples = read_lines(folder / name)
+        keys = {*samples[0], *(key for told in samples[0]["completions"] for key in told)}
+        assert keys <= set(in_backticks(described["samples.jsonl"]))
     for record in read_lines(folder / "ledger.jsonl"):
         assert set(record) <= set(in_backticks(described["ledger.jsonl"]))
         assert record["event"] in in_backticks(described["ledger.jsonl"])
-    for row in read_lines(folder / "metrics.jsonl"):
-        row.pop("step")
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        row = read_lines(folder / name)[-1]
+        for key in {"step", "version"} & set(row):
+            assert key in in_backticks(described[name])
+            row.pop(key)
         assert undocumented(row, {"math"}) == set()
 
 

@@ -42,6 +42,8 @@ def test_a_run_killed_at_random_and_resumed_is_bit_identical(
     tree: dict[str, Any], tmp_path: Path, launch: Callable[..., Run]
 ) -> None:
     tree["algorithm"]["beta"] = 0.04
+    tree["data"].update(eval_path=tree["data"]["path"], eval_samples=8)
+    tree["eval"] = {"every_steps": 1, "completions": 2, "temperature": 1.0}
     steps = tree["train"]["steps"]
     whole = launch()
     assert whole.finish() == 0, whole.output()
@@ -58,6 +60,9 @@ def test_a_run_killed_at_random_and_resumed_is_bit_identical(
 
     first, second = Path(whole.output_dir), Path(run.output_dir)
     assert figures(first) == figures(second), f"killed after step {killed_after}"
+    evaluated = read(first / "evals.jsonl")
+    assert [row["step"] for row in evaluated] == list(range(steps + 1))
+    assert evaluated == read(second / "evals.jsonl")
     assert trained_order(first) == trained_order(second)
     weights, resumed = (load_file(d / "model" / "model.safetensors") for d in (first, second))
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)

@@ -18,7 +18,7 @@ from aligntune.online.figures import (
     score_metrics,
     time_metrics,
 )
-from aligntune.online.pipeline import ReadyGroup, group_works
+from aligntune.online.groups import ReadyGroup, group_works
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 

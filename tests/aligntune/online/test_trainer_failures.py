@@ -43,7 +43,7 @@ def train(
 
             def stop(self, number: int) -> None: ...
 
-        monkeypatch.setattr(trainers, "Controller", Broken)
+        monkeypatch.setattr(trainers, "assemble", Broken)
         monkeypatch.setattr(trainers.OnlineTrainer, "_roles", roles)
         arguments = ["--algorithm", "grpo", "--model", str(tiny_model), "--dataset", str(data)]
         with pytest.raises(SystemExit) as stopped:

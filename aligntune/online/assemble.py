@@ -1,0 +1,90 @@
+"""Wires the parts of a run together; no part makes another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from actors.messages import Prompt
+from actors.supervise import ReplicaSet
+from actors.timeline import Timeline
+from actors.transfer.object_store import ObjectStore
+from aligntune.config.online import RunConfig
+from aligntune.data.prompts import PromptSource
+from aligntune.online.controller import Controller
+from aligntune.online.evaluation import Evaluation
+from aligntune.online.keeper import Keeper
+from aligntune.online.learner import Learner
+from aligntune.online.ledger import Ledger, LedgerLog, at_end_of_tick
+from aligntune.online.pipeline import Pipeline
+from aligntune.online.roles import Roles
+from aligntune.online.rolling import Rolling
+from aligntune.online.serving import Serving
+from aligntune.online.state import RunState
+from aligntune.online.weights import WeightSync
+from aligntune.runs.checkpoint import Checkpoints
+from aligntune.runs.mirror import Mirror
+from aligntune.runs.recorder import Recorder
+from aligntune.runs.rundir import RunDir
+
+
+def assemble(
+    config: RunConfig,
+    roles: Roles,
+    total_steps: int,
+    prompts: PromptSource,
+    eval_prompts: Sequence[Prompt],
+    rundir: RunDir,
+    checkpoints: Checkpoints,
+    recorder: Recorder,
+    mirror: Mirror | None = None,
+    *,
+    learner: Learner | None = None,
+    replica_set: Callable[..., ReplicaSet] = ReplicaSet,
+) -> Controller:
+    """The controller of a run with everything it drives.
+
+    `learner` and `replica_set` stand for processes: another one of each is a run without Ray.
+    """
+    state, changed = RunState(config.algorithm), asyncio.Event()
+    log = LedgerLog(rundir.file("ledger.jsonl"), at_end_of_tick)
+    ledger = Ledger(log)
+    learner = learner or Learner(config, roles.policy, roles.critic)
+    store = ObjectStore(learner.export)
+    weights = WeightSync(
+        store,
+        store,
+        changed,
+        timeout_s=config.rollout.weight_timeout_s,
+        rebuild_s=config.rollout.start_timeout_s,
+    )
+    serving = Serving(
+        config, roles, recorder.event, recorder.role, weights.catch_up, replica_set=replica_set
+    )
+    rolling = Rolling(config, serving.rollouts, serving.rewards)
+    pipeline = Pipeline(
+        config,
+        state,
+        total_steps,
+        ledger,
+        prompts.prompt_at,
+        rolling,
+        serving.references,
+        recorder.event,
+        changed,
+    )
+    return Controller(
+        config,
+        state,
+        total_steps,
+        ledger=ledger,
+        learner=learner,
+        serving=serving,
+        weights=weights,
+        pipeline=pipeline,
+        evaluation=Evaluation(config, total_steps, eval_prompts, rolling, recorder),
+        keeper=Keeper(config, learner, log, prompts.fingerprint, checkpoints, mirror, recorder),
+        recorder=recorder,
+        timeline=Timeline(recorder.call),
+        changed=changed,
+    )

@@ -1,0 +1,89 @@
+"""A scored group, and the arithmetic from its scores to what the ranks are sent. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from actors.messages import GroupRecord, GroupWork, Prompt, Scores
+from aligntune.algorithms.base import Algorithm
+from aligntune.config.online import RunConfig
+from aligntune.errors import RunFailed
+
+
+@dataclass(frozen=True)
+class ReadyGroup:
+    """A scored group: of a step to come, or of an evaluation."""
+
+    prompt: Prompt
+    record: GroupRecord
+    scores: Scores
+    texts: Any  # reference to the decoded completions, tuple[str, ...] [G]
+    tensors: Any  # reference to GroupTensors
+    reference: Any | None = None  # reference to the reference log-probs [N]
+
+
+def total_reward(config: RunConfig, values: tuple[float, ...]) -> float:
+    """The weighted sum of one completion's criteria."""
+    return sum(spec.weight * value for spec, value in zip(config.rewards, values, strict=True))
+
+
+def raw_scores(config: RunConfig, scores: Scores) -> dict[str, list[float]]:
+    """A group's scores per criterion and, as 'score', their weighted sum: [G] each."""
+    table = {name: [row[k] for row in scores.values] for k, name in enumerate(scores.criteria)}
+    return {**table, "score": [total_reward(config, row) for row in scores.values]}
+
+
+def truncated(record: GroupRecord) -> tuple[bool, ...]:
+    """[G] which rollouts were cut by a limit."""
+    return tuple(reason.truncated for reason in record.finish_reasons)
+
+
+def group_works(
+    config: RunConfig, algorithm: Algorithm, groups: Sequence[ReadyGroup]
+) -> list[GroupWork]:
+    """Sequence advantages of a step's groups, and what the policy ranks need with them.
+
+    Raises ValueError where a group does not have one score per rollout.
+    """
+    for group in groups:
+        scored, made = len(group.scores.values), len(group.record.finish_reasons)
+        if scored != made:
+            raise ValueError(f"group {group.record.group_id}: {scored} scores for {made} rollouts")
+    scores, advantages = algorithm.scores_and_advantages(
+        [torch.tensor(group.scores.values, dtype=torch.float64) for group in groups],
+        torch.tensor([spec.weight for spec in config.rewards], dtype=torch.float64),
+        [torch.tensor(group.record.sampled_lengths) for group in groups],
+        config.rollout.max_completion_length,
+    )
+    return [
+        GroupWork(
+            group_id=group.record.group_id,
+            prompt_tokens=group.record.prompt_tokens,
+            lengths=group.record.lengths,
+            trained=tuple(algorithm.trains_on(cut) for cut in truncated(group.record)),
+            truncated=truncated(group.record),
+            advantages=tuple(advantages[index].tolist()),
+            scores=tuple(scores[index].tolist()),
+            tensors=group.tensors,
+            reference=group.reference,
+            rollouts=group.record.rollouts,
+        )
+        for index, group in enumerate(groups)
+    ]
+
+
+def check_age(groups: Sequence[ReadyGroup], version: int, max_staleness: int) -> None:
+    """The bound itself, looked at before every update. Raises RunFailed: aligntune is wrong."""
+    for group in groups:
+        age = version - group.record.oldest_version
+        if not 0 <= age <= max_staleness:
+            raise RunFailed(
+                f"group {group.record.group_id} has tokens of policy version "
+                f"{group.record.oldest_version}, {age} versions behind version {version}; "
+                f"train.max_staleness={max_staleness} allows no training on it. This is a defect "
+                "of aligntune: please report it with events.jsonl"
+            )

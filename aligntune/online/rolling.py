@@ -1,0 +1,104 @@
+"""Rolls a group out and has it scored, the same way for training and for evaluation.
+
+Invariant: a failure is never a score. What was lost with a replica or a node is made again, up to
+`rollout.max_attempts` times; scores that are not there after `reward.max_attempts` are
+`GroupFailed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from actors.messages import GroupRecord, GroupSampling, Prompt, Scores
+from actors.reward import RewardFailed
+from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet
+from aligntune.config.online import RunConfig
+from aligntune.online.groups import ReadyGroup
+from aligntune.online.ledger import State
+
+QUEUE_SECONDS = 24 * 3600.0  # groups queue behind busy replicas, whose calls have deadlines
+
+T = TypeVar("T")
+Moved = Callable[..., None]  # (State, **why): where a group is now
+Retried = Callable[[str], None]  # (reason): it is tried again
+
+
+class GroupFailed(RuntimeError):
+    """A group failed as often as it may; the message is the last reason."""
+
+
+def unseen(state: State, **why: Any) -> None:
+    """`Moved` of a group that no ledger knows."""
+
+
+class Rolling:
+    """Calls the rollout and the reward replicas of one run."""
+
+    def __init__(self, config: RunConfig, rollouts: ReplicaSet, rewards: ReplicaSet) -> None:
+        self._config = config
+        self._rollouts = rollouts
+        self._rewards = rewards
+
+    async def roll_and_score(
+        self, prompt: Prompt, sampling: GroupSampling, retried: Retried, moved: Moved = unseen
+    ) -> ReadyGroup:
+        """One group, scored. Raises ReplicaLost or ObjectsLost where it has to be made again from
+        its start (see `again`), GroupFailed where it has no score."""
+        record, tensors = await self._roll_out(prompt, sampling, moved)
+        moved(State.SCORING)
+        scores, texts = await self._score(prompt, tensors, retried)
+        return ReadyGroup(prompt, record, scores, texts, tensors)
+
+    async def again(self, make: Callable[[], Awaitable[T]], lost: Retried) -> T:
+        """What `make()` gives, made again after each loss. Raises GroupFailed."""
+        for attempt in range(1, self._config.rollout.max_attempts + 1):
+            try:
+                return await make()
+            except (ReplicaLost, ObjectsLost) as loss:
+                if attempt == self._config.rollout.max_attempts:
+                    raise GroupFailed(f"lost {attempt} times, last: {loss}") from loss
+                lost(str(loss))
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def _roll_out(
+        self, prompt: Prompt, sampling: GroupSampling, moved: Moved
+    ) -> tuple[GroupRecord, Any]:
+        record, tensors = await self._rollouts.call(
+            "generate",
+            prompt,
+            sampling,
+            deadline_s=self._config.rollout.generation_timeout_s,
+            queue_s=QUEUE_SECONDS,
+            returns=2,
+            on_dispatch=lambda replica: moved(State.ROLLING, replica=replica),
+        )
+        return record, tensors
+
+    async def _score(self, prompt: Prompt, tensors: Any, retried: Retried) -> tuple[Scores, Any]:
+        """The group's scores and the reference to its texts."""
+        limit, deadline = self._config.reward.max_attempts, scoring_deadline(self._config)
+        for attempt in range(1, limit + 1):
+            try:
+                scores, texts = await self._rewards.call(
+                    "score",
+                    prompt,
+                    tensors,
+                    deadline_s=deadline,
+                    queue_s=QUEUE_SECONDS,
+                    returns=2,
+                )
+            except (RewardFailed, ReplicaLost) as failure:
+                if attempt == limit:
+                    raise GroupFailed(str(failure)) from failure
+                retried(str(failure))
+            else:
+                return scores, texts
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def scoring_deadline(config: RunConfig) -> float:
+    """Seconds a reward actor has for a group: calls of one criterion are served in turn, so the
+    last of a full actor may wait for all the others' limits; criteria run side by side."""
+    longest = max(reward.timeout_s for reward in config.rewards)
+    return 300.0 + longest * config.reward.max_concurrent_groups

@@ -1,0 +1,93 @@
+"""Whole groups as rows for people: what was asked, every completion, and what became of it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from actors.supervise import ObjectsLost, ReplicaLost, answer
+from aligntune.config.online import RunConfig
+from aligntune.online.groups import ReadyGroup, total_reward
+
+T = TypeVar("T")
+
+TEXTS_SECONDS = 60.0  # for the texts of a group that a reward actor's node still holds
+
+
+async def sample_rows(
+    config: RunConfig,
+    groups: Sequence[ReadyGroup],
+    advantages: Sequence[tuple[float, ...]] | None = None,
+) -> list[dict[str, Any]]:
+    """One object a group, whose texts are fetched here; see docs/architecture.md for its keys.
+
+    `advantages` are those of each group's completions, where it was trained on. A text that was
+    lost with its node is null.
+    """
+    texts = await asyncio.gather(*(_texts(group) for group in groups))
+    return [
+        _row(config, group, text, None if advantages is None else advantages[index])
+        for index, (group, text) in enumerate(zip(groups, texts, strict=True))
+    ]
+
+
+def _row(
+    config: RunConfig,
+    group: ReadyGroup,
+    texts: tuple[str, ...] | None,
+    advantages: tuple[float, ...] | None,
+) -> dict[str, Any]:
+    record, scores = group.record, group.scores
+    versions = rows_of(record.version_spans, record.rollouts)
+    completions = []
+    for index, values in enumerate(scores.values):
+        completions.append(
+            {
+                "text": None if texts is None else texts[index],
+                "tokens": record.sampled_lengths[index],
+                "finish_reason": record.finish_reasons[index].value,
+                "scores": dict(zip(scores.criteria, values, strict=True)),
+                "reward": total_reward(config, values),
+                **({} if advantages is None else {"advantage": advantages[index]}),
+                "versions": [
+                    [span.version, span.tokens] for spans in versions[index] for span in spans
+                ],
+            }
+        )
+    return {
+        "group": record.group_id,
+        "row": group.prompt.row,
+        "prompt": group.prompt.text,
+        "columns": _plain(group.prompt.columns),
+        "completions": completions,
+    }
+
+
+def rows_of(rows: Sequence[T], rollouts: Sequence[int]) -> list[list[T]]:
+    """The rows [R] of each rollout [G]."""
+    gathered: list[list[T]] = [[] for _ in range(max(rollouts, default=-1) + 1)]
+    for row, rollout in zip(rows, rollouts, strict=True):
+        gathered[rollout].append(row)
+    return gathered
+
+
+def _plain(value: Any) -> Any:
+    """A data column as JSON holds it: what JSON has no word for as text, NaN as null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+async def _texts(group: ReadyGroup) -> tuple[str, ...] | None:
+    """The group's decoded completions, or None where they are gone with their node."""
+    try:
+        texts: tuple[str, ...] = await answer(group.texts, "reward", "texts", TEXTS_SECONDS)
+    except (ObjectsLost, ReplicaLost):
+        return None
+    return texts

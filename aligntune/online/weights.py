@@ -1,0 +1,109 @@
+"""Brings the policy's weights to the rollout replicas, over a transport.
+
+Invariant: a rollout replica takes no group before it has the weights of the current version, and is
+never left with older ones than the last `bring` brought, whenever it started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ray.actor import ActorHandle
+
+from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet, answer
+from actors.transfer.base import Offer, Transport
+from aligntune.online.learner import PolicyLost
+
+Take = Callable[[Offer], Awaitable[Any]]
+
+
+class WeightSync:
+    """The weights of one run's rollouts.
+
+    `late` is a re-readable transport for replicas that join between two versions; it may be the
+    same one. `changed` is set when the policy has to be rebuilt: see `lost`.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        late: Transport,
+        changed: asyncio.Event,
+        *,
+        timeout_s: float,
+        rebuild_s: float,
+    ) -> None:
+        """`timeout_s`: for a replica to take weights; `rebuild_s`: for lost ones to come anew."""
+        if not late.rereadable:
+            raise ValueError("replicas that join late need a transport that can be read again")
+        self._transport = transport
+        self._late = late
+        self._timeout_s = timeout_s
+        self._rebuild_s = rebuild_s
+        self._changed = changed
+        self._offer: Offer | None = None  # the current one; None: the starting model, version 0
+        self._renewed = asyncio.Event()
+        self.lost: str | None = None  # why the current weights, and so the policy, are gone
+
+    @property
+    def synced(self) -> bool:
+        """Whether rollouts serve under weights of the policy's, not of the starting model."""
+        return self._offer is not None
+
+    async def bring(self, version: int, rollouts: ReplicaSet) -> None:
+        """Bring the policy's weights, which are of `version`, to every rollout replica that serves.
+
+        Raises PolicyLost where they are gone again, or a rank is.
+        """
+
+        async def receive(offer: Offer) -> None:
+            if self._late is self._transport:
+                self._renew(offer)
+            await rollouts.broadcast(offer.method, offer.payload, deadline_s=self._timeout_s)
+
+        async def keep(offer: Offer) -> None:
+            self._renew(offer)
+
+        try:
+            if self._late is not self._transport:
+                await self._late.publish(version, keep)  # first: who joins meanwhile takes these
+            await self._transport.publish(version, receive)
+        except ObjectsLost as lost:  # with the node of the rank that exported them
+            raise PolicyLost(f"the weights of version {version}: {lost}") from lost
+
+    def _renew(self, offer: Offer) -> None:
+        """From now on a replica that starts takes these."""
+        self._offer, self.lost = offer, None
+        self._renewed.set()
+        self._renewed = asyncio.Event()
+
+    async def catch_up(self, handle: ActorHandle, name: str) -> None:
+        """Give a replica that starts the current weights; it may serve when this returns."""
+        taken: Offer | None = None
+        while self._offer is not taken:  # newer ones may come while these are loaded
+            offer = self._offer
+            assert offer is not None, "weights were published once and are never unset"
+            take = getattr(handle, offer.method)
+            try:
+                await answer(take.remote(offer.payload), name, offer.method, self._timeout_s)
+            except ObjectsLost as lost:
+                if self._offer is offer:
+                    await self._after(offer, str(lost), name)
+                continue
+            taken = offer
+
+    async def _after(self, gone: Offer, reason: str, name: str) -> None:
+        """Weights are gone with the node they were exported on, and so is the policy: have it
+        rebuilt, and wait for what it exports then."""
+        self.lost = f"the weights of version {gone.version}: {reason}"
+        self._changed.set()
+        end = time.monotonic() + self._rebuild_s
+        while self._offer is gone:
+            try:
+                await asyncio.wait_for(self._renewed.wait(), end - time.monotonic())
+            except TimeoutError as error:
+                waited = f"no weights within {self._rebuild_s:g} s: {reason}"
+                raise ReplicaLost(name, waited) from error

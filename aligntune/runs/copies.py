@@ -1,0 +1,69 @@
+"""Copies of a run's checkpoints to `checkpoint.storage`, beside the run.
+
+Invariant: a storage that fails or hangs costs the run nothing but a copy, which is an event. There
+is one copy at a time; of the checkpoints that wait meanwhile the newest is copied next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+from aligntune.runs.deadline import asked
+from aligntune.runs.mirror import Mirror
+
+
+class Copies:
+    """The copies of one run. `not_copied(path=..., reason=...)` hears of what was not taken."""
+
+    def __init__(self, mirror: Mirror, timeout_s: float, not_copied: Callable[..., None]) -> None:
+        self._mirror = mirror
+        self._timeout_s = timeout_s
+        self._not_copied = not_copied
+        self._running: Path | None = None
+        self._waiting: Path | None = None
+        self._thread: Future[None] | None = None  # one that has missed its deadline stays here
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def needed(self) -> set[str]:
+        """The names of the checkpoints that are being copied, or are to be."""
+        return {path.name for path in (self._running, self._waiting) if path is not None}
+
+    def offer(self, checkpoint: Path) -> None:
+        """Copy a checkpoint when the one before is through."""
+        self._waiting = checkpoint
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run(), name="copies")
+
+    async def _run(self) -> None:
+        while self._waiting is not None:
+            self._running, self._waiting = self._waiting, None
+            await self._copied(self._mirror.push, self._running)
+            self._running = None
+
+    async def settled(self) -> None:
+        """Wait for the copies that run and wait, which have their deadlines."""
+        if self._task is not None:
+            await asyncio.wait((self._task,))
+
+    async def model(self, folder: Path) -> None:
+        """Copy the final export, as the last."""
+        await self.settled()
+        await self._copied(self._mirror.push_model, folder)
+
+    async def _copied(self, push: Callable[[Path], None], folder: Path) -> None:
+        if self._thread is not None and not self._thread.done():
+            reason = "an earlier copy has not ended yet"
+        else:
+            self._thread = asked(lambda: push(folder))
+            try:
+                await asyncio.wait_for(asyncio.wrap_future(self._thread), self._timeout_s)
+                return
+            except TimeoutError:
+                reason = f"no end within {self._timeout_s:g} s"
+            except Exception as error:  # noqa: BLE001 - of whatever client the storage has
+                reason = " ".join(str(error).split()) or type(error).__name__
+        self._not_copied(path=folder.name, reason=reason)

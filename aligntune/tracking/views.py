@@ -1,0 +1,98 @@
+"""Trackers beside the run, each in a thread of its own: they are views and never end it.
+
+What a tracker does not take is an event, is kept, and is tried again with the next figures. One
+that does not answer holds up nobody, and is left behind when the run ends.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from aligntune.runs.deadline import THREAD
+from aligntune.tracking.trackers import Tracker
+
+KEPT = 1000  # steps that a tracker may be behind; of more, the oldest are dropped
+CLOSE_SECONDS = 30.0  # for sending what is left at the end of a run
+
+
+@dataclass(frozen=True)
+class _Figures:
+    step: int
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Forget:
+    after: int
+
+
+class View:
+    """One tracker; `open()` makes it, in its thread. `failed(**fields)` hears of what it does not
+    take, once until it takes something again."""
+
+    def __init__(
+        self, name: str, open_tracker: Callable[[], Tracker], failed: Callable[..., None]
+    ) -> None:
+        self.name = name
+        self._open = open_tracker
+        self._failed = failed
+        self._tracker: Tracker | None = None
+        self._failing = False
+        self._given: queue.SimpleQueue[_Figures | _Forget | None] = queue.SimpleQueue()
+        self._pending: deque[_Figures | _Forget] = deque(maxlen=KEPT)
+        self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Show the figures of `step`, some time."""
+        self._given.put(_Figures(step, dict(figures)))
+
+    def truncate_after(self, step: int) -> None:
+        """Steps after `step` were rolled back and will come again."""
+        self._given.put(_Forget(step))
+
+    def close(self) -> None:
+        """Try what is left once more, and end; a view that does not is left behind."""
+        self._given.put(None)
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._failed(tracker=self.name, reason=f"no end within {CLOSE_SECONDS:g} s")
+        elif self._pending:
+            self._failed(tracker=self.name, reason=f"{len(self._pending)} steps were never taken")
+
+    def _run(self) -> None:
+        while (given := self._given.get()) is not None:
+            self._pending.append(given)
+            self._send()
+        self._send()
+        try:
+            if self._tracker is not None:
+                self._tracker.close()
+        except Exception as error:  # noqa: BLE001 - of whatever client the tracker has
+            self._fails(error)
+
+    def _send(self) -> None:
+        """What is pending, in order, as far as the tracker takes it."""
+        try:
+            if self._tracker is None:
+                self._tracker = self._open()
+            while self._pending:
+                match self._pending[0]:
+                    case _Figures(step, figures):
+                        self._tracker.log(step, figures)
+                    case _Forget(after):
+                        self._tracker.truncate_after(after)
+                self._pending.popleft()
+                self._failing = False
+        except Exception as error:  # noqa: BLE001 - of whatever client the tracker has
+            self._fails(error)
+
+    def _fails(self, error: Exception) -> None:
+        if not self._failing:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self._failed(tracker=self.name, reason=reason)
+        self._failing = True

@@ -1,0 +1,157 @@
+"""Evaluations beside training: of one version, written once, and lost by no stop."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from aligntune.errors import Interrupted
+from aligntune.online.evaluation import evaluation_id
+from aligntune.online.learner import PolicyLost
+from aligntune.online.ledger import audit
+from tests.aligntune.online.world import EVALUATED, STEPS, World, settle
+
+
+@pytest.mark.parametrize("stopped_at", range(STEPS + 1))
+def test_a_stop_amid_an_evaluation_loses_no_figure(
+    world: World, tmp_path: Path, stopped_at: int
+) -> None:
+    whole = world.run()
+    expected = world.rows()
+    assert [row["step"] for row in expected] == list(range(1, STEPS + 1))
+    assert world.evaluated() == EVALUATED
+    assert whole["eval/reward/mean"] == 0.5 + STEPS / 10
+
+    world.folder = tmp_path / "stopped"
+    world.folder.mkdir()
+    world.configure()
+
+    async def stop(version: int) -> None:
+        if version == stopped_at:
+            world.stop()
+            await asyncio.Event().wait()
+
+    world.during["evaluate"] = stop
+    with pytest.raises(Interrupted):
+        world.run()
+    assert len(world.rows()) == len(world.evaluated()) == stopped_at
+    del world.during["evaluate"]
+    last = world.run()
+    assert world.rows() == expected
+    assert world.evaluated() == EVALUATED
+    assert last.keys() == whole.keys()
+    assert audit(world.folder / "ledger.jsonl").balanced
+
+
+@pytest.mark.parametrize("stopped_at", [0, 2])
+def test_figures_are_written_once_however_often_a_checkpoint_is_gone_back_to(
+    world: World, stopped_at: int
+) -> None:
+    async def stop(version: int) -> None:
+        if version == stopped_at:
+            world.stop()
+            await asyncio.Event().wait()
+
+    def die(step: int) -> None:
+        raise MemoryError("killed")
+
+    world.during["evaluate"] = stop
+    with pytest.raises(Interrupted):
+        world.run()
+    world.during = {"update": die}
+    with pytest.raises(MemoryError):
+        world.run()
+    world.during = {}
+    world.run()
+    assert [row["step"] for row in world.rows()] == list(range(1, STEPS + 1))
+    assert world.evaluated() == EVALUATED
+
+
+def test_a_stop_while_an_update_runs_keeps_it_and_then_finishes_the_evaluation_before_it(
+    world: World,
+) -> None:
+    """The policy has gone on, so version 1 could never be evaluated again."""
+    saved = asyncio.Event()
+    order: list[str] = []
+
+    async def evaluate(version: int) -> None:
+        if version == 1:
+            await saved.wait()
+            order.append("evaluated")
+
+    def update(step: int) -> None:
+        if step == 2:
+            world.stop()
+
+    def save() -> None:
+        if world.controller and world.controller.state.version == 2:
+            order.append("saved")
+            saved.set()
+
+    world.during = {"evaluate": evaluate, "update": update, "save": save}
+    with pytest.raises(Interrupted):
+        world.run()
+    assert order == ["saved", "evaluated"]
+    assert [row["step"] for row in world.rows()] == [1, 2]
+    assert world.evaluated() == EVALUATED[:2]
+    world.during = {}
+    world.run()
+    assert world.evaluated() == EVALUATED
+    assert [step for step, _ in world.updates] == [1, 2, 3]
+
+
+def test_the_next_update_runs_beside_an_evaluation_and_its_weights_wait_for_its_end(
+    world: World,
+) -> None:
+    order: list[str] = []
+    updated = asyncio.Event()
+
+    async def evaluate(version: int) -> None:
+        order.append(f"evaluates {version}")
+        if version == 1:
+            await updated.wait()
+            await settle()
+        order.append(f"evaluated {version}")
+
+    def update(step: int) -> None:
+        order.append(f"update {step}")
+        if step == 2:
+            updated.set()
+
+    def load(bundle: str) -> None:
+        order.append(bundle)
+
+    world.during = {"evaluate": evaluate, "update": update, "load_weights": load}
+    world.run()
+    about = ["evaluates 1", "update 2", "evaluated 1", "weights 2"]
+    assert [what for what in order if what in about] == about
+    assert world.evaluated() == EVALUATED
+
+
+def test_an_evaluation_that_is_gone_back_behind_is_made_again_and_written_once(
+    world: World,
+) -> None:
+    """The checkpoint is of step 2; the evaluation of step 3 is never made before the ranks die."""
+    world.configure(checkpoint={"every_steps": 2}, eval={"every_steps": 1, "at_start": False})
+    dead: list[int] = []
+
+    def update(step: int) -> None:
+        if step == 3 and not dead:
+            dead.append(step)
+            raise PolicyLost("policy-0: died during update")
+
+    world.during = {"update": update}
+    world.run()
+    assert world.evaluated() == EVALUATED[1:]
+    assert [row["step"] for row in world.rows()] == [1, 2, 3]
+
+
+def test_held_out_prompts_draw_from_no_training_group(world: World) -> None:
+    seen: list[int] = []
+    world.during["generate"] = lambda prompt, sampling: seen.append(sampling.group_id)
+    world.run()
+    evaluated = [evaluation_id(index) for index in range(1000)]
+    assert not {*seen} & {*evaluated}
+    assert len({*evaluated}) == 1000

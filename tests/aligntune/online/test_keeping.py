@@ -1,0 +1,118 @@
+"""What a run keeps beside the loop: checkpoints, copies and views, and what their failures cost."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from aligntune.runs.checkpoint import Checkpoint, Checkpoints
+from aligntune.runs.jsonl import read_lines
+from aligntune.tracking.trackers import SERVICES
+from tests.aligntune.online.world import EVALUATED, World
+
+
+def test_a_checkpoint_comes_to_disk_beside_the_next_step_and_before_the_one_after(
+    world: World,
+) -> None:
+    """The loop goes on while the files of step 1 are forced to disk."""
+    order: list[str] = []
+    updated = threading.Event()
+
+    class Slow(Checkpoints):
+        def commit(self, step: int, *rest: Any) -> Checkpoint:
+            if step == 1:
+                assert updated.wait(30), "the loop stood while a checkpoint was written"
+            order.append(f"committed {step}")
+            return super().commit(step, *rest)
+
+    def update(step: int) -> None:
+        order.append(f"update {step}")
+        if step == 2:
+            updated.set()
+
+    world.checkpoints = Slow
+    world.during["update"] = update
+    world.run()
+    assert order.index("update 2") < order.index("committed 1") < order.index("committed 2")
+    kept = {path.name for path in (world.folder / "checkpoints").iterdir()}
+    assert kept == {"latest", "step-000002", "step-000003"}
+
+
+def test_a_checkpoint_that_does_not_come_to_disk_ends_the_run_with_the_reason(
+    world: World,
+) -> None:
+    class Full(Checkpoints):
+        def commit(self, *_: Any) -> Checkpoint:
+            raise OSError("No space left on device")
+
+    world.checkpoints = Full
+    with pytest.raises(OSError, match="No space left"):
+        world.run()
+
+
+def test_figures_and_moves_of_a_step_are_on_disk_before_its_checkpoint_is(world: World) -> None:
+    seen: list[tuple[int, list[int], list[int]]] = []
+
+    class Looking(Checkpoints):
+        def commit(self, step: int, *rest: Any) -> Checkpoint:
+            metrics = [row["step"] for row in read_lines(world.folder / "metrics.jsonl")]
+            ledger = read_lines(world.folder / "ledger.jsonl")
+            marks = [record["step"] for record in ledger if record["event"] == "checkpoint"]
+            seen.append((step, metrics, marks))
+            return super().commit(step, *rest)
+
+    world.checkpoints = Looking
+    world.run()
+    assert [step for step, _, _ in seen] == [1, 2, 3]
+    for step, metrics, marks in seen:
+        assert metrics[:step] == marks[:step] == list(range(1, step + 1))
+
+
+def test_a_storage_that_hangs_and_a_tracker_that_dies_are_events_and_the_run_is_as_without_them(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.run()
+    expected = world.rows()
+
+    hanging = threading.Event()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
+    monkeypatch.setitem(SERVICES, "wandb", lambda *_: DyingTracker())
+    world.folder = tmp_path / "alone"
+    world.folder.mkdir()
+    world.mirror = SimpleNamespace(
+        push=lambda _: hanging.wait(60), push_model=lambda _: None, uri="s3://bucket/run"
+    )
+    world.configure(
+        checkpoint={"every_steps": 1, "copy_timeout_s": 0.05}, tracking={"trackers": ["wandb"]}
+    )
+    world.run()
+    hanging.set()
+    assert world.rows() == expected
+    assert world.evaluated() == EVALUATED
+    assert "no end within" in world.events("not_copied")[0]["reason"]
+    assert {event["path"] for event in world.events("not_copied")} >= {"step-000001", "model"}
+    failed, left = world.events("tracker_failed")
+    assert (failed["tracker"], failed["reason"]) == ("wandb", "ConnectionError: gone")
+    assert "never taken" in left["reason"]
+
+
+class DyingTracker:
+    """A client whose service goes away after its first figures."""
+
+    def __init__(self) -> None:
+        self._taken = 0
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._taken += 1
+        if self._taken > 1:
+            raise ConnectionError("gone")
+
+    def truncate_after(self, step: int) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,188 @@
+"""Weights over any transport: all who serve get them, and whoever comes late the newest."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import ObjectLostError
+
+from actors.supervise import ObjectsLost, ReplicaLost
+from actors.transfer.base import Offer
+from actors.transfer.object_store import ObjectStore
+from aligntune.online.learner import PolicyLost
+from aligntune.online.weights import WeightSync
+
+Receive = Callable[[Offer], Awaitable[None]]
+
+
+class Broadcast:
+    """A transport whose two sides meet: neither ends without the other, and nobody reads later."""
+
+    rereadable = False
+
+    def __init__(self) -> None:
+        self.meeting: asyncio.Barrier | None = None
+
+    async def publish(self, version: int, receive: Receive) -> Offer:
+        self.meeting = asyncio.Barrier(2)
+        offer = Offer(version, f"rank 0 sends {version}", "join_broadcast")
+        await asyncio.gather(self.meeting.wait(), receive(offer))
+        return offer
+
+
+class Rollouts:
+    """The replicas that serve."""
+
+    def __init__(self, transport: Broadcast | None = None) -> None:
+        self.transport = transport
+        self.taken: list[tuple[str, Any]] = []
+
+    async def broadcast(self, method: str, payload: Any, *, deadline_s: float) -> None:
+        if self.transport is not None:
+            assert self.transport.meeting is not None
+            await asyncio.wait_for(self.transport.meeting.wait(), deadline_s)
+        self.taken.append((method, payload))
+
+
+class Joiner:
+    """A replica that starts; `loading(payload)` may do something while it takes weights."""
+
+    def __init__(self, loading: Callable[[Any], Any] = lambda payload: 0.1) -> None:
+        self.taken: list[Any] = []
+        self._loading = loading
+        self.load_weights = SimpleNamespace(remote=self._load)
+
+    def _load(self, payload: Any) -> Any:
+        self.taken.append(payload)
+        future: Future[Any] = Future()
+        said = self._loading(payload)
+        if isinstance(said, Exception):
+            future.set_exception(said)
+        else:
+            future.set_result(said)
+        return SimpleNamespace(future=lambda: future)
+
+
+async def export(version: int) -> str:
+    return f"bundle {version}"
+
+
+def sync(transport: Any = None, rebuild_s: float = 30) -> tuple[WeightSync, asyncio.Event]:
+    store, changed = ObjectStore(export), asyncio.Event()
+    made = WeightSync(transport or store, store, changed, timeout_s=30, rebuild_s=rebuild_s)
+    return made, changed
+
+
+def run(work: Awaitable[None]) -> None:
+    async def main() -> None:
+        await asyncio.wait_for(work, 60)
+
+    asyncio.run(main())
+
+
+def test_a_replica_that_starts_with_the_starting_model_takes_nothing() -> None:
+    async def main() -> None:
+        weights, _ = sync()
+        joiner: Any = Joiner()
+        await weights.catch_up(joiner, "rollout-0")
+        assert joiner.taken == []
+        assert not weights.synced
+
+    run(main())
+
+
+def test_those_who_serve_meet_the_ranks_and_those_who_come_late_read_for_themselves() -> None:
+    async def main() -> None:
+        transport = Broadcast()
+        weights, _ = sync(transport)
+        rollouts: Any = Rollouts(transport)
+        await weights.bring(1, rollouts)
+        await weights.bring(2, rollouts)
+        assert rollouts.taken == [
+            ("join_broadcast", "rank 0 sends 1"),
+            ("join_broadcast", "rank 0 sends 2"),
+        ]
+        joiner: Any = Joiner()
+        await weights.catch_up(joiner, "rollout-1")
+        assert joiner.taken == ["bundle 2"]
+
+    run(main())
+
+
+def test_a_replica_that_starts_while_newer_weights_come_takes_those_too() -> None:
+    async def main() -> None:
+        weights, _ = sync()
+        rollouts: Any = Rollouts()
+        await weights.bring(1, rollouts)
+        came: list[asyncio.Task[None]] = []
+
+        def loading(payload: str) -> float:
+            if payload == "bundle 1":
+                came.append(asyncio.create_task(weights.bring(2, rollouts)))
+            return 0.1
+
+        joiner: Any = Joiner(loading)
+        await weights.catch_up(joiner, "rollout-1")
+        await came[0]
+        assert joiner.taken == ["bundle 1", "bundle 2"]
+
+    run(main())
+
+
+def test_lost_weights_wake_the_loop_and_the_replica_waits_for_those_that_come_after() -> None:
+    async def main() -> None:
+        weights, changed = sync()
+        rollouts: Any = Rollouts()
+        await weights.bring(1, rollouts)
+        gone = ObjectLostError("0" * 56, None, "")
+        joiner: Any = Joiner(lambda payload: gone if payload == "bundle 1" else 0.1)
+        joining = asyncio.create_task(weights.catch_up(joiner, "rollout-1"))
+        await changed.wait()
+        assert "the weights of version 1" in (weights.lost or "")
+        await weights.bring(2, rollouts)
+        assert weights.lost is None
+        await joining
+        assert joiner.taken == ["bundle 1", "bundle 2"]
+
+    run(main())
+
+
+def test_weights_that_never_come_again_lose_the_replica_at_a_deadline() -> None:
+    async def main() -> None:
+        weights, _ = sync(rebuild_s=0.05)
+        rollouts: Any = Rollouts()
+        await weights.bring(1, rollouts)
+        joiner: Any = Joiner(lambda payload: ObjectLostError("0" * 56, None, ""))
+        with pytest.raises(ReplicaLost, match=r"no weights within 0\.05 s"):
+            await weights.catch_up(joiner, "rollout-1")
+
+    run(main())
+
+
+def test_weights_that_are_lost_on_their_way_lose_the_policy() -> None:
+    async def main() -> None:
+        weights, _ = sync()
+
+        class Far(Rollouts):
+            async def broadcast(self, *_: Any, **__: Any) -> None:
+                raise ObjectsLost("an argument of load_weights is lost")
+
+        rollouts: Any = Far()
+        with pytest.raises(PolicyLost, match="the weights of version 1"):
+            await weights.bring(1, rollouts)
+
+    run(main())
+
+
+def test_late_comers_need_a_transport_that_can_be_read_again() -> None:
+    async def main() -> None:
+        once: Any = Broadcast()
+        with pytest.raises(ValueError, match="read again"):
+            WeightSync(once, once, asyncio.Event(), timeout_s=1, rebuild_s=1)
+
+    run(main())

@@ -1,0 +1,98 @@
+"""Copies of logs on a storage that cannot append: only what is new is written, and all is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.storage import Store
+from aligntune.runs.segments import LogCopy, read_log
+
+NAME = "metrics.jsonl"
+
+
+class Flaky(Store):
+    """A storage that counts the bytes it is given, and sometimes takes none."""
+
+    broken = False
+    written = 0
+
+    def write(self, name: str, content: bytes) -> None:
+        if self.broken:
+            raise OSError("no connection")
+        self.written += len(content)
+        super().write(name, content)
+
+
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), st.integers(1, 5)),
+        st.tuples(st.just("tear"), st.just(0)),
+        st.tuples(st.just("forget"), st.integers(0, 10)),
+        st.tuples(st.just("push"), st.just(0)),
+        st.tuples(st.just("break"), st.just(0)),
+        st.tuples(st.just("restart"), st.just(0)),
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ACTIONS)
+def test_whatever_happens_to_a_log_its_copy_is_what_was_pushed_last(
+    tmp_path_factory: pytest.TempPathFactory, actions: list[tuple[str, int]]
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    log, store = folder / NAME, Flaky(str(folder / "bucket"))
+    log.write_bytes(b"")
+    copy, pushed, line = LogCopy(store, log), None, 0
+    for action, number in actions:
+        if action == "append":
+            complete = log.read_bytes()[: log.read_bytes().rfind(b"\n") + 1]
+            log_lines = [f'{{"line": {line + i}}}\n'.encode() for i in range(number)]
+            line += number
+            with log.open("r+b") as file:
+                file.truncate(len(complete))
+                file.seek(len(complete))
+                file.writelines(log_lines)
+        elif action == "tear":
+            with log.open("ab") as file:
+                file.write(b'{"li')
+        elif action == "forget":
+            kept = b"".join(log.read_bytes().splitlines(keepends=True)[:number])
+            staging = log.with_suffix(".partial")
+            staging.write_bytes(kept)
+            staging.rename(log)
+        elif action == "restart":
+            copy = LogCopy(store, log)
+        else:
+            store.broken = action == "break"
+            try:
+                copy.push()
+                content = log.read_bytes()
+                pushed = content[: content.rfind(b"\n") + 1]
+            except OSError:
+                pass
+            store.broken = False
+        assert read_log(store, NAME) == pushed
+
+
+def test_a_log_is_not_copied_anew_each_time(tmp_path: Path) -> None:
+    log, store = tmp_path / NAME, Flaky(str(tmp_path / "bucket"))
+    copy = LogCopy(store, log)
+    for _ in range(50):
+        with log.open("a") as file:
+            file.write("x" * 999 + "\n")
+        copy.push()
+    assert store.written == log.stat().st_size == 50_000
+    assert read_log(store, NAME) == log.read_bytes()
+
+
+def test_a_log_that_is_not_there_is_none(tmp_path: Path) -> None:
+    store: Any = Store(str(tmp_path / "bucket"))
+    LogCopy(store, tmp_path / NAME).push()
+    assert read_log(store, NAME) is None

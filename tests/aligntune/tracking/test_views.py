@@ -1,0 +1,134 @@
+"""Trackers are views of a run: what they do not take is told, tried again, and waits for nobody."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from aligntune.tracking import views
+from aligntune.tracking.views import View
+
+
+class Service:
+    """A tracking service over HTTP, which can be stopped and started on the same port."""
+
+    def __init__(self) -> None:
+        self.taken: list[dict[str, Any]] = []
+        self.port = 0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        taken = self.taken
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                taken.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None: ...
+
+        server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self.port = server.server_address[1]
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+
+class Client:
+    """The tracker of that service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def _post(self, **what: Any) -> None:
+        url = f"http://127.0.0.1:{self._service.port}/"
+        urllib.request.urlopen(url, json.dumps(what).encode(), timeout=10).close()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._post(step=step, **metrics)
+
+    def truncate_after(self, step: int) -> None:
+        self._post(forget=step)
+
+    def close(self) -> None: ...
+
+
+class Told:
+    """What a view says of its failures."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.first = threading.Event()
+
+    def __call__(self, **fields: Any) -> None:
+        self.events.append(fields)
+        self.first.set()
+
+
+def test_figures_of_an_outage_are_told_once_and_sent_when_it_is_over() -> None:
+    service, told = Service(), Told()
+    with service.running():
+        view = View("service", lambda: Client(service), told)
+        view.log(1, {"x": 1.0})
+        view.truncate_after(1)
+        while len(service.taken) < 2:
+            assert view._thread.is_alive()
+    view.log(2, {"x": 2.0})
+    assert told.first.wait(30)
+    view.log(3, {"x": 3.0})
+    with service.running():
+        view.log(4, {"x": 4.0})
+        view.close()
+    steps = [{"step": step, "x": float(step)} for step in (1, 2, 3, 4)]
+    assert service.taken == [steps[0], {"forget": 1}, *steps[1:]]
+    (event,) = told.events
+    assert event["tracker"] == "service"
+    assert "Connection refused" in event["reason"]
+
+
+def test_a_service_that_does_not_come_back_costs_the_end_nothing_but_an_event() -> None:
+    service, told = Service(), Told()
+    with service.running():
+        pass
+    view = View("service", lambda: Client(service), told)
+    view.log(1, {"x": 1.0})
+    view.close()
+    first, last = told.events
+    assert "Connection refused" in first["reason"]
+    assert last == {"tracker": "service", "reason": "1 steps were never taken"}
+
+
+@pytest.mark.parametrize("where", ["open", "log", "close"])
+def test_a_tracker_that_hangs_is_left_behind(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "CLOSE_SECONDS", 0.1)
+    free, told = threading.Event(), Told()
+
+    def hang(*_: Any) -> None:
+        assert free.wait(60)
+
+    class Hanging:
+        log: Callable[..., None] = hang if where == "log" else lambda *_: None
+        close: Callable[..., None] = hang if where == "close" else lambda *_: None
+
+        def __init__(self) -> None:
+            if where == "open":
+                hang()
+
+    view = View("service", Hanging, told)  # type: ignore[arg-type]
+    view.log(1, {"x": 1.0})
+    view.close()
+    free.set()
+    assert told.events == [{"tracker": "service", "reason": "no end within 0.1 s"}]
