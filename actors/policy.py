@@ -72,15 +72,6 @@ class PolicyActor(TrainedRank):
         """As every rank's, with the `backend` that really runs."""
         return {**super().start(master_address, master_port), "backend": self._backend()}
 
-    def logprobs(self, groups: Sequence[Any], temperature: float) -> list[np.ndarray]:
-        """Log-probs [N] float32 of each group (GroupTensors or references to them).
-
-        All ranks together, each with its own groups; a rank without any still takes part.
-        """
-        tensors: dict[int, GroupTensors] = dict(enumerate(objects(groups)))
-        found = self._passes(tensors, rows_of(tensors), temperature)
-        return [found[index] for index in sorted(found)]
-
     def prepare(self, job: PrepareJob) -> Any:
         """Token-level targets of this rank's groups; all ranks together, even without a group.
 

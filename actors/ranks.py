@@ -37,7 +37,9 @@ from actors.shares import (
     total,
 )
 from actors.specs import ModelSpec, RankSpec
-from actors.strategies.base import NonFiniteGradient, Strategy, flush, learning_rate
+from actors.strategies.base import NonFiniteGradient, Strategy, make_strategy
+from actors.strategies.optimizer import learning_rate
+from actors.strategies.state import flush
 from actors.whereabouts import node_address, whereabouts
 
 
@@ -304,19 +306,6 @@ class TrainedRank:
         figures = join(tallies, minibatch.counts)
         peaks = {name for rank in tallies for name in rank.maxima}
         return figures | {self.total_loss: sum(rank.loss for rank in tallies)}, peaks
-
-
-def make_strategy(
-    model: TrainedModel, spec: RankSpec, model_spec: ModelSpec, rank: int
-) -> Strategy:
-    """The strategy that `spec` names; imports DeepSpeed only where it is used."""
-    if spec.strategy == "deepspeed":
-        from actors.strategies.deepspeed import DeepSpeedStrategy
-
-        return DeepSpeedStrategy(model, spec, model_spec, rank)
-    from actors.strategies.torch import TorchStrategy
-
-    return TorchStrategy(model, spec, model_spec)
 
 
 def _copied(state: Any, keep: bool) -> dict[str, torch.Tensor]:

@@ -63,11 +63,11 @@ class RolloutActor:
         Raises:
             ValueError: an engine that is not installed, or options it does not take.
         """
-        self._engine_name = resolve_engine(spec.engine)
+        engine = resolve_engine(spec.engine)
+        self._engine_name = engine.name
+        spec = spec.model_copy(update={"engine": engine})
         sequences = spec.max_concurrent_groups * completions
-        self._engine = _engine(
-            self._engine_name, model, spec, version, sequences, engine_seed(seed, replica)
-        )
+        self._engine = _engine(model, spec, version, sequences, engine_seed(seed, replica))
         self._replica = replica
         self._calls: dict[_Key, _Call] = {}
         self._watching: asyncio.Task[None] | None = None
@@ -165,10 +165,11 @@ class RolloutActor:
 
 
 def _engine(
-    name: str, model: ModelSpec, spec: RolloutSpec, version: int, sequences: int, seed: int
+    model: ModelSpec, spec: RolloutSpec, version: int, sequences: int, seed: int
 ) -> RolloutEngine:
-    """Engine `name`, given up to `sequences` at a time; only its own framework is imported."""
-    if name == "vllm":
+    """The engine that `spec` names, given up to `sequences` at a time; only its own framework is
+    imported."""
+    if spec.engine.name == "vllm":
         from actors.engines.vllm import VLLMEngine
 
         return VLLMEngine(model, spec, version, sequences, seed)

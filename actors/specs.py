@@ -5,19 +5,16 @@ Light on purpose: importing this starts nothing and loads no framework.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-class Spec(BaseModel):
-    """A frozen settings object that knows its keys and refuses others."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-Positive = Annotated[int, Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0)]
+from actors.engines.specs import AutoEngineSpec, EngineField
+from actors.settings import Positive as Positive
+from actors.settings import Seconds as Seconds
+from actors.settings import Spec as Spec
+from actors.strategies.specs import StrategyField, TorchSpec
 
 
 class LoRASpec(Spec):
@@ -55,10 +52,12 @@ class ModelSpec(Spec):
 class RoleResources(Spec):
     """What one replica or rank of a role takes from the cluster."""
 
+    moved: ClassVar[Mapping[str, str]] = {"strategy": "placement"}
+
     cpus: float = Field(1.0, gt=0, description="logical CPUs")
     gpus: float = Field(0.0, ge=0, description="GPUs; a fraction shares one")
     memory_gib: float | None = Field(None, gt=0, description="host memory; default: not counted")
-    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
         "PACK",
         description="PACK: on few nodes, SPREAD: on many; STRICT_*: on exactly one, or on as many "
         "as there are replicas, else the run is refused",
@@ -68,8 +67,15 @@ class RoleResources(Spec):
 class RolloutSpec(Spec):
     """Generation."""
 
-    engine: Literal["auto", "vllm", "transformers"] = Field(
-        "auto", description="auto: vllm where it is installed, else transformers"
+    moved: ClassVar[Mapping[str, str]] = {
+        "tensor_parallel_size": "engine.tensor_parallel_size",
+        "gpu_memory_utilization": "engine.gpu_memory_utilization",
+        "kv_cache_gib": "engine.kv_cache_gib",
+        "engine_options": "engine.options",
+    }
+
+    engine: EngineField = Field(
+        AutoEngineSpec(), description="auto: vllm where it is installed, else transformers"
     )
     replicas: Positive = Field(1, description="actors, each with the whole model")
     max_replicas: Positive | None = Field(
@@ -95,16 +101,6 @@ class RolloutSpec(Spec):
     start_timeout_s: Seconds = Field(600.0, description="longest wait for a replica to load")
     max_attempts: Positive = Field(3, description="tries per group before it is quarantined")
     max_restarts: int = Field(10, ge=0, description="replacements of dead replicas per run")
-    tensor_parallel_size: Positive = Field(1, description="GPUs of one vLLM replica")
-    gpu_memory_utilization: float = Field(
-        0.85, gt=0, le=1, description="share of the GPU that vLLM takes"
-    )
-    kv_cache_gib: float | None = Field(None, gt=0, description="vLLM on CPU; default 1 GiB there")
-    engine_options: dict[str, Any] = Field(
-        default={},
-        description="passed to the engine as is; vLLM's `max_num_seqs` and "
-        "`max_num_batched_tokens` follow from the groups in flight unless they are set here",
-    )
 
     @property
     def max_length(self) -> int:
@@ -167,26 +163,17 @@ class ReferenceSpec(Spec):
     max_restarts: int = Field(10, ge=0, description="replacements of dead replicas per run")
 
 
-class DeepSpeedSpec(Spec):
-    """ZeRO."""
-
-    stage: Literal[1, 2, 3] = Field(
-        2, description="what is sharded: 1 optimiser state, 2 gradients too, 3 weights too"
-    )
-    offload: bool = Field(False, description="optimiser state and ZeRO-3 weights in CPU memory")
-
-
 class RankSpec(Spec):
     """Ranks that train one model together."""
 
     role: ClassVar[str]
+    moved: ClassVar[Mapping[str, str]] = {"deepspeed": "strategy={name: deepspeed, ...}"}
 
-    strategy: Literal["torch", "deepspeed"] = Field(
-        "torch", description="torch is one rank; deepspeed (ZeRO) is one or more"
+    strategy: StrategyField = Field(
+        TorchSpec(), description="torch is one rank; deepspeed (ZeRO) is one or more"
     )
     ranks: Positive = Field(1, description="processes that share the update")
     resources: RoleResources = RoleResources()
-    deepspeed: DeepSpeedSpec = DeepSpeedSpec()
     learning_rate: float | None = Field(None, gt=0, description="default: the algorithm's")
     scheduler: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="of the learning rate after the warm-up, over all steps of the run"

@@ -28,7 +28,7 @@ class RoleRequest:
     replicas: int
     cpus: float
     gpus: float = 0.0  # of one replica; a tensor-parallel one has a GPU for each of its shards
-    strategy: Strategy = "PACK"
+    placement: Strategy = "PACK"
     memory_bytes: int = 0  # of the host; 0 asks for none
 
     @property
@@ -60,9 +60,9 @@ class BundleSet:
         return self.members[0].replicas
 
     @property
-    def strategy(self) -> Strategy:
+    def placement(self) -> Strategy:
         """How the bundles go over nodes."""
-        return self.members[0].strategy
+        return self.members[0].placement
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -139,9 +139,9 @@ def _check_group(members: Sequence[RoleRequest]) -> None:
     if len({request.replicas for request in members}) > 1:
         counts = ", ".join(f"{request.role} has {request.replicas}" for request in members)
         raise BadRequest(f"cluster.colocate: {names} share places one by one, but {counts}")
-    if len({request.strategy for request in members}) > 1:
+    if len({request.placement for request in members}) > 1:
         raise BadRequest(
-            f"cluster.colocate: {names} share places but not resources.strategy; give them one"
+            f"cluster.colocate: {names} share places but not resources.placement; give them one"
         )
     for request in members:
         if len(members) > 1 and request.gpus > 1:

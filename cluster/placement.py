@@ -69,7 +69,7 @@ def placement_order(sets: Iterable[BundleSet]) -> list[BundleSet]:
 def _hardness(item: BundleSet) -> tuple[float, ...]:
     resources = item.bundle
     sizes = [-resources.get(name, 0.0) for name in ("GPU", "memory", "CPU")]
-    return (item.strategy != "STRICT_PACK", *sizes)
+    return (item.placement != "STRICT_PACK", *sizes)
 
 
 def _search(sets: Sequence[BundleSet], cluster: Cluster) -> Placement | Shortage:
@@ -119,7 +119,7 @@ def _certain(sets: Sequence[BundleSet], cluster: Cluster) -> Shortage | None:
                 f"{_roomiest(nodes)}",
                 certain=True,
             )
-        if item.strategy == "STRICT_PACK" and max(room) < item.replicas:
+        if item.placement == "STRICT_PACK" and max(room) < item.replicas:
             best = nodes[room.index(max(room))].name
             return Shortage(
                 item.name,
@@ -128,7 +128,7 @@ def _certain(sets: Sequence[BundleSet], cluster: Cluster) -> Shortage | None:
                 certain=True,
             )
         usable = sum(1 for count in room if count)
-        if item.strategy == "STRICT_SPREAD" and usable < item.replicas:
+        if item.placement == "STRICT_SPREAD" and usable < item.replicas:
             return Shortage(
                 item.name,
                 f"{item.describe()} is STRICT_SPREAD and needs as many nodes; {usable} of the "
@@ -153,7 +153,7 @@ def _greedy(sets: Sequence[BundleSet], cluster: Cluster) -> Placement | Shortage
     for item in sets:
         size = _Size.of(item)
         room = [node.capacity(size) for node in rooms]
-        counts = _SPREADS[item.strategy](room, item.replicas)
+        counts = _SPREADS[item.placement](room, item.replicas)
         if counts is None:
             return _none_left(item, room, rooms)
         taken = tuple(_take(rooms, counts, size))
@@ -168,7 +168,7 @@ def _none_left(item: BundleSet, room: Sequence[int], rooms: Sequence[_Room]) -> 
         "SPREAD": min(sum(room), item.replicas),
         "STRICT_PACK": max(room),
         "STRICT_SPREAD": sum(1 for count in room if count),
-    }[item.strategy]
+    }[item.placement]
     left = sorted(rooms, key=lambda node: (-node.gpus_left(), -node.cpus))[:3]
     where = "; ".join(
         f"{node.name} {amounts({'CPU': node.cpus / UNIT, 'GPU': node.gpus_left() / UNIT})}"
@@ -176,7 +176,7 @@ def _none_left(item: BundleSet, room: Sequence[int], rooms: Sequence[_Room]) -> 
     )
     return Shortage(
         item.name,
-        f"place for {placed} of {item.describe()} ({item.strategy}) beside the other roles; most "
+        f"place for {placed} of {item.describe()} ({item.placement}) beside the other roles; most "
         f"is left on {where}",
         certain=False,
     )
@@ -204,8 +204,8 @@ def _what_would_fit(sets: Sequence[BundleSet], cluster: Cluster, role: str) -> s
         answers.append(f"nodes with {amounts(item.bundle)} or more")
     elif more := _smallest(with_nodes):
         answers.append(f"{more} more node(s) like {model.name}")
-    elif item.strategy == "STRICT_PACK":
-        answers.append(f"resources.strategy=PACK for {item.name}")
+    elif item.placement == "STRICT_PACK":
+        answers.append(f"resources.placement=PACK for {item.name}")
     else:
         answers.append(f"more than {MOST_NODES_ADDED} more nodes like {model.name}")
     return f"what would fit: {', or '.join(answers)}"

@@ -101,7 +101,7 @@ def reserve(
     try:
         for item in placement_order(sets):
             groups[item] = placement_group(
-                [item.bundle] * item.replicas, strategy=item.strategy, name=f"{name}/{item.name}"
+                [item.bundle] * item.replicas, strategy=item.placement, name=f"{name}/{item.name}"
             )
         ready = {group.ready(): item for item, group in groups.items()}
         done, _ = ray.wait(list(ready), num_returns=len(ready), timeout=timeout_s)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class ClusterSpec(BaseModel):
     """Where the run's actors live."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     address: str = Field(
         "local",

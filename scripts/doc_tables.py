@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -19,8 +19,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from actors.settings import OneOf
 from actors.specs import (
-    DeepSpeedSpec,
     LoRASpec,
     ModelSpec,
     RewardFunctionSpec,
@@ -39,7 +39,6 @@ BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 OURS = ("ppo", "grpo", "dapo", "gspo", "drgrpo")
 SHARED: dict[type[BaseModel], str] = {
     RoleResources: "resources",
-    DeepSpeedSpec: "deepspeed",
     ModelSpec: "model",
     LoRASpec: "model.lora",
     ClusterSpec: "cluster",
@@ -62,7 +61,10 @@ def sections() -> dict[str, type[BaseModel]]:
     while waiting:
         prefix, model = waiting.pop(0)
         for name, field in model.model_fields.items():
-            section = _section(field.annotation)
+            for choice, spec in _choices(field).items():
+                if spec.model_fields.keys() - {"name"}:
+                    found[f"{name}.{choice}"] = spec
+            section = None if _choices(field) else _section(field.annotation)
             if section is None or name in ("algorithm", "rewards"):
                 continue
             path = SHARED.get(section, f"{prefix}{name}")
@@ -86,7 +88,10 @@ def section_table(path: str, model: type[BaseModel]) -> str:
         section = _section(field.annotation)
         if typing.get_args(field.annotation) == (field.default,):
             continue  # the one value it can have is the name of the section
-        if name in ("algorithm", "rewards"):
+        if choices := _choices(field):
+            kind = ", ".join(f"`{choice}`" for choice in choices)
+            default, text = field.default.name, field.description or ""
+        elif name in ("algorithm", "rewards"):
             kind, default, text = "section", "", f"see {name}"
         elif section is not None:
             kind, default = "section", _default(field)
@@ -96,6 +101,12 @@ def section_table(path: str, model: type[BaseModel]) -> str:
             text = field.description or ""
         rows.append((f"`{name}`", kind, default, text))
     return _markdown(("key", "type", "default", "what it is"), rows)
+
+
+def _choices(field: FieldInfo) -> Mapping[str, type[BaseModel]]:
+    """The settings that a field is one of, by name."""
+    marks = (mark.table for mark in field.metadata if isinstance(mark, OneOf))
+    return next(marks, {})
 
 
 def algorithm_table() -> str:

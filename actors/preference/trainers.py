@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -304,10 +303,10 @@ def _whole(model: Any, job: PreferenceJob) -> tuple[dict[str, Any], Any]:
 
     from actors.models.loading import whole_model
     from actors.models.wrapped import TrainedModel
-    from actors.strategies.base import merged_state
+    from actors.strategies.state import in_place, merged_state
 
     dtype: torch.dtype = getattr(torch, job.model.dtype)
-    weights = merged_state(TrainedModel(model), dtype, lambda _: nullcontext())
+    weights = merged_state(TrainedModel(model), dtype, in_place)
     state = {name: tensor.to("cpu", copy=True) for name, tensor in weights}
     return state, whole_model(model.get_base_model(), job.model)
 

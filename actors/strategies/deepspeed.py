@@ -7,16 +7,10 @@ and `backward` equally often, since ZeRO-3 gathers weights in each.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
-import socket
-import struct
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +19,15 @@ import torch.distributed as dist
 
 from actors.models.wrapped import TrainedModel
 from actors.specs import ModelSpec, RankSpec
-from actors.strategies.base import (
+from actors.strategies.base import NonFiniteGradient
+from actors.strategies.optimizer import make_optimizer
+from actors.strategies.process_group import join, leave, of_every_rank, own_device
+from actors.strategies.specs import DeepSpeedSpec
+from actors.strategies.state import (
     NamedTensors,
-    NonFiniteGradient,
     adapter_state,
     flush,
-    make_optimizer,
+    in_place,
     merged_state,
     rng_state,
     set_rng_state,
@@ -38,8 +35,6 @@ from actors.strategies.base import (
 
 # Weights with fewer elements are kept whole on every rank under ZeRO-3: gathering them costs more.
 WHOLE_BELOW = 100_000
-# Elements reduced at once. DeepSpeed makes a buffer of this size, however small the model is.
-LARGEST_BUCKET = 200_000_000
 TAG = "deepspeed"
 
 
@@ -51,44 +46,19 @@ class DeepSpeedStrategy:
     ) -> None:
         self.rank = rank
         self.world = spec.ranks
-        # Ray shows an actor its own GPU alone, as number 0.
-        self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        self.device = own_device()
         self.model = model
         self._spec = spec
+        self._zero = DeepSpeedSpec.model_validate(spec.strategy)
         self._dtype: torch.dtype = getattr(torch, model_spec.dtype)
         self._engine: Any = None
         self._api: Any = None
 
     def setup(self, master_address: str, master_port: int) -> None:
         """Meet the other ranks within `start_timeout_s`; later waits last `update_timeout_s`."""
-        cpu = self.device.type == "cpu"
-        os.environ.update(
-            RANK=str(self.rank),
-            WORLD_SIZE=str(self.world),
-            LOCAL_RANK="0",
-            MASTER_ADDR=master_address,
-            MASTER_PORT=str(master_port),
-        )
-        if cpu:
+        if self.device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
-        else:
-            torch.cuda.set_device(self.device)
-        _bind_to_route(master_address, master_port)
-        store = dist.TCPStore(
-            master_address,
-            master_port,
-            self.world,
-            is_master=self.rank == 0,
-            timeout=timedelta(seconds=self._spec.start_timeout_s),
-        )
-        backend = "gloo" if cpu else "nccl"
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=self.rank,
-            world_size=self.world,
-            timeout=timedelta(seconds=self._spec.update_timeout_s),
-        )
+        backend = join(self._spec, self.rank, self.device, master_address, master_port)
         import deepspeed
 
         self._api = deepspeed
@@ -106,17 +76,17 @@ class DeepSpeedStrategy:
 
     def _config(self) -> dict[str, Any]:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        bucket = min(LARGEST_BUCKET, trained)
+        bucket = min(self._zero.largest_bucket, trained)
         zero: dict[str, Any] = {
-            "stage": self._spec.deepspeed.stage,
+            "stage": self._zero.stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
         }
-        if self._spec.deepspeed.stage == 3:
+        if self._zero.stage == 3:
             zero["stage3_param_persistence_threshold"] = WHOLE_BELOW
-        if self._spec.deepspeed.offload:
+        if self._zero.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
-            if self._spec.deepspeed.stage == 3:
+            if self._zero.stage == 3:
                 zero["offload_param"] = {"device": "cpu"}
         return {
             "train_micro_batch_size_per_gpu": 1,
@@ -149,32 +119,23 @@ class DeepSpeedStrategy:
             raise NonFiniteGradient(f"gradient norm {norm}")
         return norm
 
-    def gradients(self) -> NamedTensors:
-        """Gradients after the last `backward`, gathered."""
-        from deepspeed.utils import safe_get_full_grad
-
-        for name, parameter in self.model.model.named_parameters():
-            if parameter.requires_grad:
-                yield name, safe_get_full_grad(parameter).detach().cpu().clone()
-
     def gather(self, value: Any) -> list[Any]:
         """The `value` of every rank, by rank."""
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
+        return of_every_rank(value)
 
     def full_state(self) -> NamedTensors:
         """Weights in the model's dtype, LoRA merged, gathered a layer at a time."""
-        return merged_state(self.model, self._dtype, self._gatherer())
+        return merged_state(self.model, self._dtype, self._whole)
 
     def adapter_state(self) -> NamedTensors:
         """LoRA weights, gathered."""
-        return adapter_state(self.model, self._gatherer())
+        return adapter_state(self.model, self._whole)
 
-    def _gatherer(self) -> Callable[[list[torch.Tensor]], AbstractContextManager[Any]]:
-        if self._spec.deepspeed.stage < 3:
-            return lambda _: nullcontext()
-        return self._api.zero.GatheredParameters
+    def _whole(self, parameter: torch.Tensor) -> torch.Tensor:
+        if self._zero.stage < 3:
+            return in_place(parameter)
+        with self._api.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
 
     def save(self, folder: Path) -> None:
         """Write DeepSpeed's own files, one set a rank, and the rank's RNG state."""
@@ -206,8 +167,8 @@ class DeepSpeedStrategy:
     def _layout(self) -> dict[str, Any]:
         return {
             "strategy": "deepspeed",
-            "stage": self._spec.deepspeed.stage,
-            "offload": self._spec.deepspeed.offload,
+            "stage": self._zero.stage,
+            "offload": self._zero.offload,
             "ranks": self.world,
         }
 
@@ -216,22 +177,4 @@ class DeepSpeedStrategy:
         if self._engine is not None:
             self._engine.destroy()
             self._engine = None
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _bind_to_route(master_address: str, master_port: int) -> None:
-    """Tell gloo and NCCL the interface that reaches rank 0; they guess by the host's name else."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((master_address, master_port))  # a datagram socket sends nothing here
-        own = probe.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR
-            except OSError:  # this interface has no IPv4 address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == own:
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
-                return
+        leave()

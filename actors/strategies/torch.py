@@ -7,7 +7,6 @@ learning rates of RL an update is far below bfloat16's last digit, and would be 
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ import torch
 
 from actors.models.wrapped import TrainedModel
 from actors.specs import ModelSpec, RankSpec
-from actors.strategies.base import (
+from actors.strategies.base import NonFiniteGradient
+from actors.strategies.optimizer import make_optimizer
+from actors.strategies.state import (
     NamedTensors,
-    NonFiniteGradient,
     adapter_state,
     flush,
-    make_optimizer,
+    in_place,
     merged_state,
     rng_state,
     set_rng_state,
@@ -33,7 +33,9 @@ class TorchStrategy:
     rank = 0
     world = 1
 
-    def __init__(self, model: TrainedModel, spec: RankSpec, model_spec: ModelSpec) -> None:
+    def __init__(
+        self, model: TrainedModel, spec: RankSpec, model_spec: ModelSpec, rank: int
+    ) -> None:
         if spec.ranks != 1:
             raise ValueError(
                 f"{spec.role}.strategy torch has one rank, not {spec.ranks}; use deepspeed for more"
@@ -76,23 +78,17 @@ class TorchStrategy:
         self._optimizer.zero_grad()
         return norm
 
-    def gradients(self) -> NamedTensors:
-        """Gradients as they are now."""
-        for name, parameter in self.model.model.named_parameters():
-            if parameter.requires_grad and parameter.grad is not None:
-                yield name, parameter.grad.detach().clone()
-
     def gather(self, value: Any) -> list[Any]:
         """Only this rank's."""
         return [value]
 
     def full_state(self) -> NamedTensors:
         """Weights in the model's dtype, LoRA merged."""
-        return merged_state(self.model, self._dtype, lambda _: nullcontext())
+        return merged_state(self.model, self._dtype, in_place)
 
     def adapter_state(self) -> NamedTensors:
         """LoRA weights."""
-        return adapter_state(self.model, lambda _: nullcontext())
+        return adapter_state(self.model, in_place)
 
     def save(self, folder: Path) -> None:
         """Write `rank-0.pt`."""

@@ -257,7 +257,7 @@ def _extra(config: RunConfig | PreferenceConfig) -> str:
     """Of aligntune on the nodes: with vLLM where rollouts use it on GPUs."""
     vllm = (
         isinstance(config, RunConfig)
-        and config.rollout.engine != "transformers"
+        and config.rollout.engine.name != "transformers"
         and config.rollout.resources.gpus > 0
     )
     return "vllm-cuda" if vllm else ""

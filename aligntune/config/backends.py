@@ -15,11 +15,12 @@ Backend = Literal["trl", "unsloth"]
 
 
 def check_backend(
-    backend: Backend, model: ModelSpec, resources: RoleResources, where: str, deepspeed: str | None
+    backend: Backend, model: ModelSpec, resources: RoleResources, where: str, sharded: str | None
 ) -> None:
     """Whether the backend can load and step `model` on `resources`. Raises UserError.
 
-    `where` is the section of `resources`, `deepspeed` the setting that asks for it, if any does.
+    `where` is the section of `resources`, `sharded` the setting that asks
+    for ranks that share one model, if any does.
     """
     if model.load_in_4bit:
         if backend != "unsloth":
@@ -33,8 +34,8 @@ def check_backend(
             )
     if backend != "unsloth":
         return
-    if deepspeed is not None:
-        raise UserError(f"{deepspeed} does not run with backend=unsloth; use backend=trl")
+    if sharded is not None:
+        raise UserError(f"{sharded} does not run with backend=unsloth; use backend=trl")
     if model.attention != "sdpa":
         raise UserError(
             f"model.attention={model.attention} has no effect with backend=unsloth, which chooses "

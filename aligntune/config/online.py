@@ -31,6 +31,7 @@ from actors.specs import (
     RolloutSpec,
     Spec,
 )
+from actors.strategies.specs import STRATEGIES
 from aligntune.algorithms import registry
 from aligntune.algorithms.base import Algorithm
 from aligntune.config.backends import check_backend
@@ -279,7 +280,7 @@ def check(config: RunConfig) -> None:
         config.model,
         policy.resources,
         "policy",
-        "policy.strategy=deepspeed" if policy.strategy == "deepspeed" else None,
+        f"policy.strategy={policy.strategy.name}" if policy.strategy.several else None,
     )
     rollout = config.rollout
     if rollout.max_replicas is not None:
@@ -293,6 +294,11 @@ def check(config: RunConfig) -> None:
                 "rollout.max_replicas adds replicas in places of their own, and cluster.colocate "
                 "gives rollout none; drop one of the two"
             )
+    if config.eval != EvalSpec() and not config.data.evaluates:
+        raise UserError(
+            "the eval section is set and there is no held-out data, so it would be ignored; set "
+            "data.eval_split (as in train[95%:]) or data.eval_path, or remove it"
+        )
     if needs.critic and config.critic.learning_rate is None:
         raise UserError(
             f"{name} has a critic and no default for its rate; set critic.learning_rate"
@@ -312,8 +318,9 @@ def check(config: RunConfig) -> None:
             "train.groups_per_minibatch, or remove the limit"
         )
     for spec in (config.policy, config.critic):
-        if spec.strategy == "torch" and spec.ranks > 1:
+        if spec.ranks > 1 and not spec.strategy.several:
+            several = " or ".join(name for name, kind in STRATEGIES.items() if kind.several)
             raise UserError(
-                f"{spec.role}.strategy=torch is one rank and {spec.role}.ranks={spec.ranks}; "
-                f"use {spec.role}.strategy=deepspeed for several"
+                f"{spec.role}.strategy={spec.strategy.name} is one rank and {spec.role}.ranks="
+                f"{spec.ranks}; use {spec.role}.strategy={several} for several"
             )

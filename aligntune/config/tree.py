@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from actors.settings import OneOf
 from actors.specs import RewardFunctionSpec, RewardModelSpec
 from aligntune.config.yaml_text import parse_yaml
 from aligntune.errors import UserError, nearest
@@ -35,7 +36,7 @@ def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
         where = ".".join(parents[: depth + 1])
         place: Any = _index(node, key, where) if isinstance(node, list) else key
         child = node[place] if isinstance(node, list) else node.get(key)
-        child = _long_form(key if depth == 0 else parents[0], child)
+        child = _long_form(where, child)
         if child is None:
             child = {}
         if not isinstance(child, dict | list):
@@ -44,22 +45,30 @@ def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
         node = child
     if isinstance(node, list):
         node[_index(node, last, path)] = value
-    elif last == "algorithm" and not parents and isinstance(value, str):
-        node[last] = {"name": value}
+    elif path in NAMED and isinstance(value, str):
+        node[last] = _chosen(node.get(last), value)
     else:
         node[last] = value
 
 
-def _long_form(section: str, value: Any) -> Any:
+# Sections that are one of several choices: the name alone is a short form of them.
+NAMED = ("algorithm", "policy.strategy", "critic.strategy", "rollout.engine")
+
+
+def _chosen(before: Any, name: str) -> dict[str, Any]:
+    """The choice `name`, with its options where it was chosen before; another's go with it."""
+    if isinstance(before, Mapping) and before.get("name", name) == name:
+        return {**before, "name": name}
+    return {"name": name}
+
+
+def _long_form(where: str, value: Any) -> Any:
     """The short forms `algorithm: grpo` and `rewards: [math]` as the mappings they stand for."""
     if not isinstance(value, str):
         return value
-    match section:
-        case "algorithm":
-            return {"name": value}
-        case "rewards":
-            return {"function": value}
-    return value
+    if where in NAMED:
+        return {"name": value}
+    return {"function": value} if where.startswith("rewards.") else value
 
 
 def _index(items: list[Any], key: str, where: str) -> int:
@@ -113,8 +122,7 @@ def explain(
     where = ".".join(str(part) for part in _shown(first["loc"]))
     match first["type"]:
         case "extra_forbidden":
-            fields = _fields_at(first["loc"][:-1], tree, root, algorithm_options)
-            text = f"unknown key {where!r}; {nearest(str(first['loc'][-1]), fields)}"
+            text = _unknown(first["loc"], where, tree, root, algorithm_options)
         case "missing":
             text = f"{where} is missing"
         case "value_error":
@@ -131,25 +139,40 @@ def _shown(path: tuple[int | str, ...]) -> tuple[int | str, ...]:
     return (*path[:2], *path[3:]) if path[:1] == ("rewards",) else path
 
 
-def _fields_at(
+def _unknown(
     path: tuple[int | str, ...],
+    where: str,
     tree: Mapping[str, Any],
     root: type[BaseModel],
     algorithm_options: Callable[[str], Iterable[str]],
-) -> Iterable[str]:
-    """Field names of the section at `path`."""
-    model: Any = root
-    if path[:1] == ("rewards",) and len(path) == 3:
-        return (RewardModelSpec if path[2] == "model" else RewardFunctionSpec).model_fields
-    for part in path:
-        if part == "algorithm":
-            chosen = tree["algorithm"]
-            name = chosen["name"] if isinstance(chosen, Mapping) else chosen
-            return algorithm_options(name)
+) -> str:
+    """What is wrong with a key that its section does not have."""
+    key = str(path[-1])
+    if path[0] == "algorithm":
+        chosen = tree["algorithm"]
+        name = chosen["name"] if isinstance(chosen, Mapping) else chosen
+        return f"unknown key {where!r}; {nearest(key, algorithm_options(name))}"
+    if path[0] == "rewards" and len(path) == 4:
+        model: Any = RewardModelSpec if path[2] == "model" else RewardFunctionSpec
+        return f"unknown key {where!r}; {nearest(key, model.model_fields)}"
+    model, section = root, ".".join(str(part) for part in path[:-1])
+    for depth, part in enumerate(path[:-1]):
         if isinstance(part, int):
             continue
-        model = _section(model.model_fields[part].annotation)
-    return model.model_fields
+        field = model.model_fields[part]
+        choices = next((mark for mark in field.metadata if isinstance(mark, OneOf)), None)
+        if choices is None:
+            model = _section(field.annotation)
+            continue
+        value: Any = tree
+        for step in path[: depth + 1]:
+            value = value[step]
+        model = choices.table[value["name"]]
+        if (owners := choices.owners(key)) != "none":
+            return f"{where} is an option of {owners}, and {section} is {value['name']}"
+    if (now := getattr(model, "moved", {}).get(key)) is not None:
+        return f"{where} is not a key any more; write {section}.{now}"
+    return f"unknown key {where!r}; {nearest(key, model.model_fields)}"
 
 
 def _section(annotation: Any) -> type[BaseModel]:

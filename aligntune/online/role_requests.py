@@ -33,19 +33,19 @@ def role_request(role: str, replicas: int, resources: RoleResources) -> RoleRequ
         replicas,
         resources.cpus,
         resources.gpus,
-        resources.strategy,
+        resources.placement,
         int((resources.memory_gib or 0) * 2**30),
     )
 
 
 def _of_all_shards(spec: RolloutSpec) -> RoleResources:
     """The resources of one rollout replica: on GPUs, one for each tensor-parallel shard."""
-    resources, shards = spec.resources, spec.tensor_parallel_size
+    resources, shards = spec.resources, spec.engine.shards
     if shards == 1 or resources.gpus == 0:
         return resources
     if resources.gpus not in (1, shards):
         raise UserError(
-            f"rollout.resources.gpus={resources.gpus:g} with rollout.tensor_parallel_size={shards}:"
-            f" each shard has one GPU, so write 1 (each) or {shards} (of the replica)"
+            f"rollout.resources.gpus={resources.gpus:g} with rollout.engine.tensor_parallel_size="
+            f"{shards}: each shard has one GPU, so write 1 (each) or {shards} (of the replica)"
         )
     return resources.model_copy(update={"gpus": float(shards)})

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 from pathlib import Path
 
+from actors.engines.specs import VLLMSpec
 from actors.specs import CriticSpec, PolicySpec, RewardModelSpec
+from actors.strategies.specs import StrategySpec
 from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
 from aligntune.online.role_requests import role_requests
 from aligntune.paths import located
 from cluster.plan.shapes import ModelShape, from_folder, from_table
-from cluster.plan.work import Frozen, Rollout, Step, Trained, Work
+from cluster.plan.work import Frozen, Other, Rollout, Sharding, Step, Trained, Work
 
 PROMPT_TOKENS = 512  # where rollout.max_prompt_length is open: a plan reads no data
 REWARD_TEXT_TOKENS = 512  # of a text, where neither its limit nor the rollouts' is longer
@@ -95,19 +98,41 @@ def _trained(
         role=spec.role,
         shape=shape,
         ranks=spec.ranks,
-        strategy=spec.strategy,
+        sharding=sharding_of(spec.strategy),
         dtype_bytes=_bytes(model.dtype),
         tokens=_microbatch(spec.tokens_per_microbatch, rows, step.longest),
         longest=step.longest,
-        zero_stage=spec.deepspeed.stage,
-        offload=spec.deepspeed.offload,
+        others=others_of(spec.strategy) if config.backend != "unsloth" or not policy else (),
+        several=spec.strategy.several,
         lora_rank=model.lora.r if model.lora and policy else None,
         checkpointing=model.gradient_checkpointing,
         head_rows=config.policy.tokens_per_chunk if policy else 0,
         four_bit=model.load_in_4bit and policy,
         scores=model.attention == "eager",
-        may_shard=config.backend != "unsloth" or not policy,
+        has_four_bit=config.backend == "unsloth" and policy,
     )
+
+
+def sharding_of(strategy: StrategySpec) -> Sharding:
+    """What ranks keep under `strategy`."""
+    return Sharding(**vars(strategy.sharding))
+
+
+def others_of(now: StrategySpec) -> tuple[Other, ...]:
+    """What could be set in place of `now`, as the keys below the role that would change."""
+    others = []
+    for other in now.alternatives():
+        changed = other.model_dump(mode="json")
+        if other.name == now.name:
+            changed = {k: v for k, v in changed.items() if v != getattr(now, k)}
+        else:
+            defaults = type(other)(name=other.name).model_dump(mode="json")
+            changed = {k: v for k, v in changed.items() if k != "name" and v != defaults[k]}
+        settings = {f"strategy.{key}": json.dumps(value) for key, value in changed.items()}
+        if other.name != now.name:
+            settings = {"strategy": other.name, **settings}
+        others.append(Other(settings, sharding_of(other)))
+    return tuple(others)
 
 
 def _microbatch(budget: int, rows: int, longest: int) -> int:
@@ -121,19 +146,22 @@ def _critic_shape(config: RunConfig) -> ModelShape:
 
 def _rollout(config: RunConfig, shape: ModelShape, dtype_bytes: int) -> Rollout:
     spec = config.rollout
-    vllm = spec.engine == "vllm" or (
-        spec.engine == "auto"
-        and (spec.resources.gpus > 0 or importlib.util.find_spec("vllm") is not None)
-    )
-    cache = None if spec.kv_cache_gib is None else int(spec.kv_cache_gib * 2**30)
+    engine = spec.engine
+    if engine.name == "auto" and (
+        spec.resources.gpus > 0 or importlib.util.find_spec("vllm") is not None
+    ):
+        engine = VLLMSpec()
+    vllm = engine if isinstance(engine, VLLMSpec) else None
+    cache = int(vllm.kv_cache_gib * 2**30) if vllm and vllm.kv_cache_gib else None
     return Rollout(
         shape=shape,
         replicas=spec.replicas,
         engine="vllm" if vllm else "transformers",
         dtype_bytes=dtype_bytes,
         groups_at_once=spec.max_concurrent_groups,
-        tensor_parallel=spec.tensor_parallel_size,
-        memory_share=spec.gpu_memory_utilization,
+        named=spec.engine.name != "auto",
+        tensor_parallel=engine.shards,
+        memory_share=(vllm or VLLMSpec()).gpu_memory_utilization,
         kv_cache_bytes=cache,
         gpus_as_set=spec.resources.gpus,
         most_replicas=spec.max_replicas,

@@ -207,7 +207,7 @@ class PreferenceRun:
                     num_workers=spec.workers,
                     use_gpu=spec.resources.gpus > 0,
                     resources_per_worker=resources,
-                    placement_strategy=spec.resources.strategy,
+                    placement_strategy=spec.resources.placement,
                 ),
                 run_config=RunConfig(
                     **self._storage,

@@ -179,12 +179,10 @@ def update_seconds(work: Trained, step: Step, rates: Rates, spans: int) -> float
     if n > 1:
         ring = (n - 1) / n * moved / (rates.link if spans == 1 else rates.network)
         micro = math.ceil(step.tokens / (n * work.tokens))
-        shards_weights = work.strategy == "fsdp" or (
-            work.strategy == "deepspeed" and work.zero_stage == 3
-        )
-        times_moved = 3 * max(micro, step.updates) if shards_weights else 2 * step.updates
+        sharded = work.sharding.weights
+        times_moved = 3 * max(micro, step.updates) if sharded else 2 * step.updates
         talk = step.passes * times_moved * ring
-    if work.offload and rates.is_gpu:
+    if work.sharding.offload and rates.is_gpu:
         # float32 gradients down and weights up once an optimiser step, AdamW in the host's memory.
         share = 4 * moved / work.dtype_bytes / n
         offloaded = step.passes * step.updates * (2 * share / HOST_LINK + 7 * share / CPU_BANDWIDTH)

@@ -27,8 +27,6 @@ KINDS = (
 GPU_FRAMEWORK = 1.25 * GIB  # CUDA context, NCCL buffers, what the allocator cannot use
 CPU_FRAMEWORK = 0.6 * GIB  # Python with torch and transformers
 VLLM_CPU_FRAMEWORK = 1.5 * GIB  # the same, and vLLM with its engine in a process of its own
-BUCKET = 200_000_000  # elements that DeepSpeed reduces at once, as the strategy sets it
-LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered (its stage3_max_live_parameters)
 VLLM_BATCH = 8192  # tokens that vLLM makes room for in one pass
 VLLM_ROWS = 1024  # and sequences it samples at once
 VLLM_CPU_CACHE = 1 * GIB
@@ -91,11 +89,7 @@ def trained_memory(work: Trained, on_gpu: bool) -> Memory:
     its optimiser holds a float32 copy of the weights it steps, also of a float32 model: 12T / N.
     """
     trained, frozen = trained_parameters(work)
-    device, host = {
-        "torch": _plain,
-        "deepspeed": _zero,
-        "fsdp": _sharded,
-    }[work.strategy](work, trained, frozen)
+    device, host = _kept(work, trained, frozen)
     device["activations"] = activations(work)
     device["logits"] = logits(work.shape, min(work.head_rows, work.tokens), _compute(work), 6)
     device["framework"] = int(GPU_FRAMEWORK if on_gpu else CPU_FRAMEWORK)
@@ -117,56 +111,59 @@ def _compute(work: Trained | Rollout | Frozen) -> int:
     return work.dtype_bytes
 
 
-def _plain(work: Trained, trained: int, frozen: int) -> tuple[dict[str, int], dict[str, int]]:
-    """One rank holds all of it; in bfloat16 autocast keeps a copy of each weight for backward."""
-    frozen_bytes = FOUR_BIT if work.four_bit else work.dtype_bytes
-    copies = work.dtype_bytes * trained if work.dtype_bytes < FLOAT else 0
-    return {
-        "weights": FLOAT * trained + int(frozen_bytes * frozen) + copies,
-        "gradients": FLOAT * trained,
-        "optimiser": 2 * FLOAT * trained,
-    }, {}
-
-
-def _zero(work: Trained, trained: int, frozen: int) -> tuple[dict[str, int], dict[str, int]]:
-    """DeepSpeed: gradients are reduced through a bucket, and ZeRO-3 keeps gathered weights."""
-    b, n, stage = work.dtype_bytes, work.ranks, work.zero_stage
-    bucket = b * min(BUCKET, trained)
-    share = FLOAT * trained // n
-    weights = b * (trained + frozen)
-    optimiser = 3 * share
-    if stage == 1:
-        gradients = FLOAT * trained + bucket + (b * trained if b < FLOAT else 0)
-    else:
-        gradients = share + bucket
+def _kept(work: Trained, trained: int, frozen: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Weights, gradients and optimiser state of a rank: on its device, and offloaded."""
+    b, n, sharding = work.dtype_bytes, work.ranks, work.sharding
+    low = b < FLOAT
+    weights = (b if sharding.master else FLOAT) * trained
+    weights += int((FOUR_BIT if work.four_bit else b) * frozen)
+    optimiser = (3 if sharding.master else 2) * FLOAT * trained
+    gradients = share = FLOAT * trained
+    if sharding.optimiser:
+        optimiser //= n
+    if sharding.gradients:
+        gradients = share = FLOAT * trained // n
+    elif sharding.master and low:
+        gradients += b * trained  # as they were computed
+    gradients += _reduced(work, trained, frozen)
     host: dict[str, int] = {}
-    if stage == 3:
-        gathered = b * min(LIVE, trained + frozen)
-        weights = weights // n
-        if work.offload:
+    if sharding.weights:
+        weights //= n
+        if sharding.offload:
             host["weights"] = weights
             weights = 0
-        weights += gathered if n > 1 or work.offload else 0
-    if work.offload:
+        if n > 1 or sharding.offload:
+            weights += _gathered(work, trained + frozen)
+    elif low and not sharding.master:
+        weights += b * trained  # autocast keeps a copy of each for backward
+    if sharding.offload:
         host["optimiser"] = optimiser
-        host["gradients"] = share
+        host["gradients"] = FLOAT * trained // n
         optimiser = 0
-        gradients -= share if stage > 1 else 0
+        gradients -= share if sharding.gradients else 0
     return {"weights": weights, "gradients": gradients, "optimiser": optimiser}, host
 
 
-def _sharded(work: Trained, trained: int, frozen: int) -> tuple[dict[str, int], dict[str, int]]:
-    """FSDP2: everything divided by N, two layers and the largest matrix gathered at a time."""
-    b, n, shape = work.dtype_bytes, work.ranks, work.shape
-    table = shape.vocabulary * shape.hidden
-    layer = max(0, shape.parameters - table * (1 if shape.tied else 2)) // shape.layers
-    gathered = (2 * layer + table) * b if n > 1 else 0
-    reduced = FLOAT * max(layer, table) if n > 1 and trained > frozen else 0
-    return {
-        "weights": (FLOAT * trained + b * frozen) // n + gathered,
-        "gradients": FLOAT * trained // n + reduced,
-        "optimiser": 2 * FLOAT * trained // n,
-    }, {}
+def _reduced(work: Trained, trained: int, frozen: int) -> int:
+    """What gradients are reduced in: a bucket, or those of one layer or of the largest matrix."""
+    if work.sharding.bucket:
+        return work.dtype_bytes * min(work.sharding.bucket, trained)
+    if not work.sharding.gradients or work.ranks == 1 or trained <= frozen:
+        return 0
+    return FLOAT * max(_layer(work.shape), work.shape.vocabulary * work.shape.hidden)
+
+
+def _gathered(work: Trained, parameters: int) -> int:
+    """Sharded weights that are whole at one time."""
+    if work.sharding.live:
+        return work.dtype_bytes * min(work.sharding.live, parameters)
+    table = work.shape.vocabulary * work.shape.hidden
+    return (2 * _layer(work.shape) + table) * work.dtype_bytes
+
+
+def _layer(shape: ModelShape) -> int:
+    tables = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+    return max(0, shape.parameters - tables) // shape.layers
 
 
 def layer_activations(shape: ModelShape, compute_bytes: int, longest: int, scores: bool) -> int:

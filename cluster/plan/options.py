@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.plan.work import Frozen, Rollout, Trained, Work
+from cluster.plan.work import Frozen, Other, Rollout, Trained, Work
 
 LORA_RANK = 16
 CHUNK = 256  # rows of the logits matrix at once
@@ -93,39 +93,51 @@ def _smaller_rank(work: Work, trained: Trained) -> Iterator[Option]:
         adapted = replace(trained, lora_rank=LORA_RANK)
         yield Option(settings, replace(work, policy=adapted))
     gpus = next(request.gpus for request in work.requests if request.role == role)
-    if gpus and not trained.may_shard and not trained.four_bit:  # Unsloth, which has 4 bits
+    if gpus and trained.has_four_bit and not trained.four_bit:
         adapted = replace(adapted, four_bit=True)
         yield Option({**settings, "model.load_in_4bit": "true"}, replace(work, policy=adapted))
 
 
 def _sharded(work: Work, trained: Trained) -> Iterator[Option]:
-    """More of ZeRO: a higher stage, offload, more ranks."""
-    if not trained.may_shard:
-        return
-    strategy, stage = f"{trained.role}.strategy", f"{trained.role}.deepspeed.stage"
-    offload, ranks = f"{trained.role}.deepspeed.offload", f"{trained.role}.ranks"
-    chosen = {} if trained.strategy == "deepspeed" else {strategy: "deepspeed"}
-    if trained.strategy == "deepspeed" and trained.ranks > 1:
-        for higher in range(trained.zero_stage + 1, 4):
-            yield Option({stage: str(higher)}, _one(work, trained, zero_stage=higher))
-    if trained.strategy == "deepspeed":
-        other = not trained.offload  # true spares the GPU, false the host
-        yield Option({offload: str(other).lower()}, _one(work, trained, offload=other))
-    if trained.strategy != "fsdp" and not (trained.offload and trained.zero_stage == 3):
-        changed = _one(work, trained, strategy="deepspeed", zero_stage=3, offload=True)
-        yield Option({**chosen, stage: "3", offload: "true"}, changed)
+    """Share out more, offload, more ranks."""
+    now = trained.sharding
+    kept = [(other, other.sharding) for other in trained.others]
+    if trained.ranks > 1 and now.level:
+        for other, then in kept:
+            if then.level > now.level and then.offload == now.offload:
+                yield _instead(work, trained, other)
+    for other, then in kept:
+        if then == replace(now, offload=not now.offload):  # true spares the GPU, false the host
+            yield _instead(work, trained, other)
+    for other, then in kept:
+        if then.weights and then.offload and not (now.weights and now.offload):
+            yield _instead(work, trained, other)
     if work.colocate:
         return  # replicas of roles that share places change together
+    wide = _sharing_weights(trained)
     more = 2 * trained.ranks
-    while more <= MOST_RANKS:
-        if trained.strategy == "fsdp":
-            changed, settings = _one(work, trained, ranks=more), {}
-        else:
-            changed = _one(work, trained, strategy="deepspeed", zero_stage=3, ranks=more)
-            settings = {**chosen, stage: "3"}
-        changed = _with_request(changed, trained.role, replicas=more)
-        yield Option({**settings, ranks: str(more)}, changed)
+    while wide is not None and more <= MOST_RANKS:
+        option = _instead(work, trained, wide, ranks=more)
+        changed = _with_request(option.work, trained.role, replicas=more)
+        yield Option({**option.settings, f"{trained.role}.ranks": str(more)}, changed)
         more *= 2
+
+
+def _sharing_weights(trained: Trained) -> Other | None:
+    """What the ranks have, where that shares out weights, else what they could have that does."""
+    now = trained.sharding
+    if now.weights:
+        return Other({}, now)
+    for other in trained.others:
+        if other.sharding.weights and other.sharding.offload == now.offload:
+            return other
+    return None
+
+
+def _instead(work: Work, trained: Trained, other: Other, **changes: Any) -> Option:
+    """`other` in place of what the ranks run with."""
+    settings = {f"{trained.role}.{key}": value for key, value in other.settings.items()}
+    return Option(settings, _one(work, trained, sharding=other.sharding, **changes))
 
 
 def _smaller_rollout(work: Work, rollout: Rollout) -> Iterator[Option]:
@@ -134,11 +146,12 @@ def _smaller_rollout(work: Work, rollout: Rollout) -> Iterator[Option]:
     if rollout.engine != "vllm":
         return
     gpus = next(request.gpus for request in work.requests if request.role == "rollout")
+    named = {} if rollout.named else {"rollout.engine": "vllm"}
     shards = 2 * rollout.tensor_parallel
     while (
         gpus and not work.colocate and shards <= MOST_SHARDS and rollout.shape.heads % shards == 0
     ):
-        settings = {"rollout.tensor_parallel_size": str(shards)}
+        settings = {**named, "rollout.engine.tensor_parallel_size": str(shards)}
         as_set = rollout.gpus_as_set
         if as_set != 1:  # the replica's, so it goes with the shards
             settings["rollout.resources.gpus"] = str(shards)
@@ -159,7 +172,7 @@ def _smaller_rollout(work: Work, rollout: Rollout) -> Iterator[Option]:
     for share in (0.92, 0.45, 0.3):  # more for the cache, or less for who is there too
         if share != rollout.memory_share:
             changed = replace(work, rollout=replace(rollout, memory_share=share))
-            yield Option({"rollout.gpu_memory_utilization": str(share)}, changed)
+            yield Option({**named, "rollout.engine.gpu_memory_utilization": str(share)}, changed)
 
 
 def to_be_faster(work: Work) -> Iterator[Option]:
@@ -175,10 +188,12 @@ def to_be_faster(work: Work) -> Iterator[Option]:
         yield Option(
             {"model.gradient_checkpointing": "false"}, _all_trained(work, checkpointing=False)
         )
-    if policy.offload:
-        yield Option({"policy.deepspeed.offload": "false"}, _one(work, policy, offload=False))
-    if policy.strategy == "deepspeed" and policy.zero_stage == 3:
-        yield Option({"policy.deepspeed.stage": "2"}, _one(work, policy, zero_stage=2))
+    now = policy.sharding
+    for other in policy.others:
+        on_device = now.offload and other.sharding == replace(now, offload=False)
+        whole = now.weights and other.sharding == replace(now, weights=False)
+        if on_device or whole:
+            yield _instead(work, policy, other)
     if rollout.engine == "vllm":
         changed = replace(work, rollout=replace(rollout, groups_at_once=2 * rollout.groups_at_once))
         yield Option({"rollout.max_concurrent_groups": str(2 * rollout.groups_at_once)}, changed)
@@ -199,7 +214,7 @@ def to_be_faster(work: Work) -> Iterator[Option]:
 
 
 def _ranks_are_fixed(work: Work, role: str) -> bool:
-    return any(one.role == role and one.strategy == "torch" for one in work.trained)
+    return any(one.role == role and not one.several for one in work.trained)
 
 
 def _grown(work: Work, role: str) -> Option:

@@ -38,24 +38,50 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Sharding:
+    """How ranks keep what they train. True: each rank has its share of it alone."""
+
+    optimiser: bool = False
+    gradients: bool = False
+    weights: bool = False
+    offload: bool = False  # optimiser state, and weights that are sharded, in the host's memory
+    master: bool = False  # the optimiser has a float32 copy of weights, which are in model.dtype
+    bucket: int = 0  # elements of gradients that are reduced at once; 0: those of a layer
+    live: int = 0  # elements of sharded weights that stay gathered; 0: those of two layers
+
+    @property
+    def level(self) -> int:
+        """How much of it is shared out, as ZeRO's stages count it."""
+        return self.optimiser + self.gradients + self.weights
+
+
+@dataclass(frozen=True)
+class Other:
+    """What ranks could run with instead: settings below the role's section, and what they keep."""
+
+    settings: Mapping[str, str]
+    sharding: Sharding
+
+
+@dataclass(frozen=True)
 class Trained:
     """The ranks of a policy or critic."""
 
     role: str
     shape: ModelShape
     ranks: int
-    strategy: str  # torch, deepspeed or fsdp
+    sharding: Sharding
     dtype_bytes: int  # of model.dtype
     tokens: int  # of one micro-batch of one rank
     longest: int  # tokens of its longest row
-    zero_stage: int = 2
-    offload: bool = False
+    others: tuple[Other, ...] = ()  # none where the backend runs no other
+    several: bool = True  # whether there may be more than one rank
     lora_rank: int | None = None
     checkpointing: bool = False
     head_rows: int = 0  # of the logits matrix at once; 0: there are no logits
     four_bit: bool = False  # frozen weights in 4 bits (model.load_in_4bit)
     scores: bool = False  # attention keeps its matrix of scores (model.attention: eager)
-    may_shard: bool = True  # the backend runs DeepSpeed; Unsloth is one rank
+    has_four_bit: bool = False  # the backend has 4 bits to offer: Unsloth
 
 
 @dataclass(frozen=True)
@@ -70,6 +96,7 @@ class Rollout:
     tensor_parallel: int = 1
     memory_share: float = 0.85  # of a GPU, for vLLM
     kv_cache_bytes: int | None = None  # None: what the share leaves
+    named: bool = True  # the config names the engine; its options need that
     gpus_as_set: float = 1.0  # rollout.resources.gpus: 1 is each shard's, else of all shards
     most_replicas: int | None = None  # rollout.max_replicas
     role: str = "rollout"

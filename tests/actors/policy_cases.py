@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,9 +19,13 @@ import numpy as np
 import torch
 
 from actors.messages import GroupTensors, GroupWork, LossTerms, Row, TokenBatch, UpdateJob
+from actors.models.logprobs import rows_of
 from actors.packing import split_rows
 from actors.policy import PolicyActor
-from actors.specs import DeepSpeedSpec, ModelSpec, PolicySpec
+from actors.specs import ModelSpec, PolicySpec
+from actors.strategies.base import Strategy
+from actors.strategies.deepspeed import DeepSpeedStrategy
+from actors.strategies.specs import StrategySpec
 
 VOCABULARY = 61
 WAIT_S = 240.0  # ranks import torch and DeepSpeed first, on a machine that may be busy
@@ -197,6 +201,29 @@ def weights(actor: PolicyActor) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in bundle.items()}
 
 
+def gradients(strategy: Strategy) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole gradients after the last `backward`, unclipped, wherever a strategy has them; all
+    ranks together."""
+    for name, parameter in strategy.model.model.named_parameters():
+        if isinstance(strategy, DeepSpeedStrategy):
+            from deepspeed.utils import safe_get_full_grad
+
+            if parameter.requires_grad:
+                yield name, safe_get_full_grad(parameter).detach().cpu().clone()
+        elif parameter.grad is not None:
+            whole = getattr(parameter.grad, "full_tensor", parameter.grad.detach)
+            yield name, whole().clone()
+
+
+def logprobs_of(
+    actor: PolicyActor, groups: Sequence[GroupTensors], temperature: float
+) -> list[np.ndarray]:
+    """Log-probs [N] float32 of each group, as an update recomputes them; all ranks together."""
+    tensors = dict(enumerate(groups))
+    found = actor._passes(tensors, rows_of(tensors), temperature)
+    return [found[index] for index in sorted(found)]
+
+
 class Probe:
     """A policy rank whose settings can change between updates, and whose gradients can be seen."""
 
@@ -216,7 +243,7 @@ class Probe:
         seen: dict[str, torch.Tensor] = {}
 
         def watched(learning_rate: float) -> float:
-            seen.update(actor._strategy.gradients())
+            seen.update(gradients(actor._strategy))
             return self._step(0.0)
 
         actor._strategy.step = watched  # type: ignore[method-assign]
@@ -228,10 +255,15 @@ class Probe:
 
 
 class Ranks:
-    """DeepSpeed ranks in processes of their own; `call` runs a function of `Probe` on all."""
+    """Ranks in processes of their own; `call` runs a function of `Probe` on all."""
 
     def __init__(
-        self, folder: Path, world: int, stage: int, model: dict | None = None, **settings: Any
+        self,
+        folder: Path,
+        world: int,
+        strategy: StrategySpec,
+        model: dict | None = None,
+        **settings: Any,
     ) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         context = multiprocessing.get_context("forkserver")
@@ -239,9 +271,7 @@ class Ranks:
         with closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        spec = policy_spec(
-            strategy="deepspeed", ranks=world, deepspeed=DeepSpeedSpec(stage=stage), **settings
-        )
+        spec = policy_spec(strategy=strategy, ranks=world, **settings)
         model_spec = ModelSpec(name=str(folder), **(model or {}))
         self._pipes: list[Connection] = []
         self._processes = []

@@ -29,6 +29,7 @@ from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.online.learner import Learner, PolicyLost
 from tests.actors.policy_cases import (
+    logprobs_of,
     make_group,
     make_jobs,
     make_model_folder,
@@ -121,7 +122,7 @@ def test_targets_are_what_the_algorithm_says_of_the_policys_log_probs(
 ) -> None:
     works = works_of(GROUPS, values=algorithm.needs.critic)
     recompute = algorithm.old == "policy"
-    old = policy.logprobs(GROUPS, 0.9) if recompute else [g.logprobs for g in GROUPS]
+    old = logprobs_of(policy, GROUPS, 0.9) if recompute else [g.logprobs for g in GROUPS]
     job = PrepareJob(1, tuple(works), algorithm.prepare, recompute, temperature=0.9)
     figures, *targets = policy.prepare(job)
     wanted, wanted_figures = plainly(algorithm, works, old)
@@ -180,7 +181,7 @@ def test_a_rank_without_groups_prepares_nothing_and_still_has_figures(policy: Po
 
 def test_the_update_takes_old_log_probs_and_advantages_from_the_targets(folder: Path) -> None:
     (job,) = make_jobs(GROUPS, simple_loss, minibatches=3)
-    old = one_rank(folder).logprobs(GROUPS, job.temperature)
+    old = logprobs_of(one_rank(folder), GROUPS, job.temperature)
 
     def with_targets(scale: float) -> Any:
         works = [

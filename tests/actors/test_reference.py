@@ -10,7 +10,7 @@ import pytest
 from actors.models.loading import ModelError
 from actors.reference import ReferenceActor
 from actors.specs import LoRASpec, ModelSpec
-from tests.actors.policy_cases import make_group, make_model_folder, one_rank
+from tests.actors.policy_cases import logprobs_of, make_group, make_model_folder, one_rank
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def reference(folder: Path, tokens_per_microbatch: int = 64, **model: object) ->
 def test_it_agrees_with_the_policy_it_started_as(folder: Path) -> None:
     group = make_group(0, 5, [3, 9, 1, 4], holes=True)
     count, logps = reference(folder).logprobs(group, 0.9)
-    (wanted,) = one_rank(folder).logprobs([group], 0.9)
+    (wanted,) = logprobs_of(one_rank(folder), [group], 0.9)
     assert count == len(group.token_ids) == len(logps)
     assert logps.dtype == np.float32
     np.testing.assert_allclose(logps, wanted, atol=1e-5)

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from actors.messages import GroupTensors
+from actors.strategies.specs import DeepSpeedSpec
 from aligntune.algorithms.dapo import DAPO
 from aligntune.algorithms.dr_grpo import DrGRPO
 from aligntune.algorithms.grpo import GRPO
@@ -41,7 +42,8 @@ LOSSES = {
     "gspo": GSPO(beta=0.04).loss,
     "ppo": PPO(kl_in="loss", kl_estimator="k3").loss,
 }
-RANKS = [(2, 1), (2, 2), (2, 3), (3, 1), (3, 2), (3, 3)]
+STRATEGIES = {f"zero{stage}": DeepSpeedSpec(stage=stage) for stage in (1, 2, 3)}  # type: ignore[arg-type]
+RANKS = [(world, name) for world in (2, 3) for name in STRATEGIES]
 
 batches = st.lists(
     st.tuples(st.integers(1, 6), st.lists(st.integers(1, 12), min_size=2, max_size=4)),
@@ -109,10 +111,10 @@ def single_float64(folder: Path) -> Probe:
     return Probe(actor)
 
 
-@pytest.fixture(scope="module", params=RANKS, ids=lambda ranks: "{}-ranks-zero{}".format(*ranks))
+@pytest.fixture(scope="module", params=RANKS, ids=lambda ranks: "{}-ranks-{}".format(*ranks))
 def ranks(folder: Path, request: Any) -> Iterator[tuple[int, Ranks]]:
-    world, stage = request.param
-    made = Ranks(folder, world, stage)
+    world, name = request.param
+    made = Ranks(folder, world, STRATEGIES[name])
     yield world, made
     made.close()
 

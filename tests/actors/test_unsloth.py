@@ -19,6 +19,7 @@ from actors.policy import PolicyActor
 from actors.specs import LoRASpec, ModelSpec
 from tests.actors.policy_cases import (
     causal_lm,
+    logprobs_of,
     make_group,
     make_jobs,
     make_model_folder,
@@ -86,11 +87,12 @@ def make_actor(backend: str, model: ModelSpec, settings: dict[str, Any]) -> Poli
 def life(backend: str, model: ModelSpec, settings: dict[str, Any], out: Path) -> dict[str, Any]:
     """Everything a policy rank says of a model in two updates."""
     actor = make_actor(backend, model, settings)
-    said: dict[str, Any] = {"info": actor.start("", 0), "logprobs": [actor.logprobs(GROUPS, 0.9)]}
+    said: dict[str, Any] = {"info": actor.start("", 0)}
+    said["logprobs"] = [logprobs_of(actor, GROUPS, 0.9)]
     for step in (1, 2):
         (job,) = make_jobs(GROUPS, simple_loss, minibatches=2, step=step)
         actor.update(job)
-        said["logprobs"].append(actor.logprobs(GROUPS, 0.9))
+        said["logprobs"].append(logprobs_of(actor, GROUPS, 0.9))
     said["weights"] = {name: array.numpy() for name, array in weights(actor).items()}
     actor.save_model(out)
     return said

@@ -82,19 +82,19 @@ def policy(
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
     from actors.policy import PolicyActor
-    from actors.specs import DeepSpeedSpec, ModelSpec
+    from actors.specs import ModelSpec
     from tests.actors.policy_cases import make_group, make_jobs, policy_spec, simple_loss
 
     if strategy == "deepspeed":
         import deepspeed  # noqa: F401
+    options = {"stage": int(stage)} if strategy == "deepspeed" else {}
     torch.set_num_threads(1)
     before = mark()
     actor = PolicyActor(
         ModelSpec(name=folder, gradient_checkpointing=checkpointing == "yes"),
         policy_spec(
-            strategy=strategy,
+            strategy={"name": strategy, **options},
             ranks=int(ranks),
-            deepspeed=DeepSpeedSpec(stage=int(stage)),
             tokens_per_microbatch=ROWS * (PROMPT + COMPLETION),
             tokens_per_chunk=CHUNK,
             learning_rate=1e-6,
@@ -142,13 +142,16 @@ async def vllm(folder: str) -> int:
     import psutil
     from transformers import AutoModelForCausalLM
 
+    from actors.engines.specs import VLLMSpec
     from actors.engines.vllm import VLLMEngine
     from actors.messages import Sampling
     from actors.specs import ModelSpec, RolloutSpec
     from actors.weights import WeightBundle
 
     spec = RolloutSpec(
-        engine="vllm", max_prompt_length=PROMPT, max_completion_length=COMPLETION, kv_cache_gib=1
+        engine=VLLMSpec(kv_cache_gib=1),
+        max_prompt_length=PROMPT,
+        max_completion_length=COMPLETION,
     )
     engine = VLLMEngine(ModelSpec(name=folder), spec, 0, GROUP, 0)
     await engine.start()

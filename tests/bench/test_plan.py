@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from actors.strategies.specs import STRATEGIES
+from aligntune.online.work import sharding_of
 from cluster.plan.memory import CPU_FRAMEWORK, Memory, rollout_memory, trained_memory
 from cluster.plan.shapes import from_folder
 from cluster.plan.work import Rollout, Step, Trained
@@ -91,15 +93,16 @@ def test_the_memory_of_a_policy_rank_is_as_predicted(
         start("policy", str(model), strategy, *numbers, str(rank), *last) for rank in range(ranks)
     ]
     measured = [json.loads(finish(one).splitlines()[-1])["bytes"] for one in running]
+    options = {"stage": stage} if strategy == "deepspeed" else {}
+    choice = STRATEGIES[strategy].model_validate(options)
     work = Trained(
         "policy",
         from_folder(model, "measured"),
         ranks,
-        strategy,
+        sharding=sharding_of(choice),
         dtype_bytes=4,
         tokens=ROWS * STEP.longest,
         longest=STEP.longest,
-        zero_stage=stage,
         checkpointing=checkpointing,
         head_rows=CHUNK,
     )

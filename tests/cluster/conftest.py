@@ -70,7 +70,7 @@ def project(tiny_model: Path, tmp_path: Path) -> Path:
     (folder / "rewards.py").write_text(REWARD)
     rows = [{"prompt": f"{10 + i}+{i % 10}", "answer": str(10 + i + i % 10)} for i in range(40)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    spread = {"cpus": 1, "strategy": "SPREAD"}
+    spread = {"cpus": 1, "placement": "SPREAD"}
     tree = {
         "algorithm": {"name": "grpo", "beta": 0.0},
         "model": {"name": str(tiny_model)},

@@ -119,9 +119,9 @@ def test_every_role_has_a_place_and_no_device_is_given_out_twice_or_there_is_a_r
         assert slots == tuple(sorted(slots)), "ranks go up with node and device"
         wanted = int(request.gpus) if request.gpus >= 1 else int(request.gpus > 0)
         assert all(len(set(slot.devices)) == wanted for slot in slots)
-        if request.strategy == "STRICT_PACK":
+        if request.placement == "STRICT_PACK":
             assert len(set(nodes_of(found, request.role))) == 1
-        if request.strategy == "STRICT_SPREAD":
+        if request.placement == "STRICT_SPREAD":
             assert len(set(nodes_of(found, request.role))) == request.replicas
 
 
@@ -147,7 +147,7 @@ def test_one_role_alone_is_refused_only_where_the_nodes_cannot_hold_it(
         "SPREAD": sum(room) >= request.replicas,
         "STRICT_PACK": max(room) >= request.replicas,
         "STRICT_SPREAD": sum(1 for count in room if count) >= request.replicas,
-    }[request.strategy]
+    }[request.placement]
     assert isinstance(found, Placement) == possible
 
 
@@ -206,7 +206,7 @@ def test_colocated_roles_share_places_one_by_one() -> None:
         ([["policy", "reward"]], "policy has 2, reward has 3"),
         ([["policy", "rollout"], ["rollout", "reference"]], "names rollout twice"),
         ([["policy", "critic"]], "give it one, or a place of its own"),
-        ([["policy", "reference"]], "not resources.strategy"),
+        ([["policy", "reference"]], "not resources.placement"),
     ],
 )
 def test_colocation_that_cannot_be_is_refused(colocate: list[list[str]], said: str) -> None:

@@ -26,7 +26,7 @@ def test_rollouts_and_policy_ranks_work_on_two_nodes_each(
         project,
         "policy.ranks=2",
         "policy.strategy=deepspeed",
-        "policy.resources.strategy=STRICT_SPREAD",
+        "policy.resources.placement=STRICT_SPREAD",
     )
     assert command.finish() == 0, command.text()
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from actors.strategies.specs import DeepSpeedSpec, TorchSpec
 from aligntune.config.load import load_config
 from aligntune.config.tree import dump, parse_override
 from aligntune.errors import UserError
@@ -51,9 +52,36 @@ def test_the_callers_mapping_is_left_as_it_was(tree: dict[str, Any]) -> None:
     assert "train" not in tree
 
 
-def test_a_resolved_tree_reads_back_as_itself(tree: dict[str, Any]) -> None:
-    config = load_config(tree, ["train.steps=3"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.steps=3"],
+        ["policy.strategy={name: deepspeed, stage: 3}", "policy.ranks=2"],
+        ["rollout.engine={name: vllm, options: {max_num_seqs: 4}}"],
+    ],
+)
+def test_a_resolved_tree_reads_back_as_itself(tree: dict[str, Any], overrides: list[str]) -> None:
+    config = load_config(tree, overrides)
     assert load_config(yaml.safe_load(dump(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("before", "overrides", "now"),
+    [
+        ("deepspeed", [], DeepSpeedSpec()),
+        ("deepspeed", ["policy.strategy.stage=3"], DeepSpeedSpec(stage=3)),
+        (None, ["policy.strategy.stage=3", "policy.strategy=deepspeed"], DeepSpeedSpec(stage=3)),
+        ({"name": "deepspeed", "stage": 1}, ["policy.strategy=deepspeed"], DeepSpeedSpec(stage=1)),
+        ({"name": "deepspeed", "stage": 1}, ["policy.strategy=torch"], TorchSpec()),
+        (DeepSpeedSpec(stage=3, offload=True), [], DeepSpeedSpec(stage=3, offload=True)),
+    ],
+)
+def test_a_choice_by_its_name_by_its_options_or_by_both(
+    tree: dict[str, Any], before: Any, overrides: list[str], now: Any
+) -> None:
+    if before is not None:
+        tree["policy"] = {"strategy": before}
+    assert load_config(tree, overrides).policy.strategy == now
 
 
 @pytest.mark.parametrize(
@@ -69,6 +97,30 @@ def test_a_resolved_tree_reads_back_as_itself(tree: dict[str, Any]) -> None:
         (["train.steps=0"], r"train.steps: .* got 0"),
         (["train.steps=3", "train.epochs=2"], "both say how long"),
         (["policy.ranks=2"], "use policy.strategy=deepspeed"),
+        (
+            ["policy.strategy=deepsped"],
+            "there is no 'deepsped'; give one of torch,",
+        ),
+        (["policy.strategy=3"], r"policy.strategy: give one of torch, deepspeed"),
+        (["policy.strategy=deepspeed", "policy.strategy.stag=3"], "did you mean 'stage'"),
+        (["policy.strategy=deepspeed", "policy.strategy.stage=4"], r"policy.strategy.stage: .* 4"),
+        (
+            ["policy.strategy={name: torch, stage: 3}"],
+            "policy.strategy.stage is an option of deepspeed, and policy.strategy is torch",
+        ),
+        (["critic.strategy.stage=3"], "name is missing; stage is an option of deepspeed; give one"),
+        (["policy.deepspeed.stage=3"], r"write policy.strategy=\{name: deepspeed, \.\.\.\}"),
+        (["policy.resources.strategy=SPREAD"], r"write policy.resources.placement"),
+        (
+            ["rollout.engine=transformers", "rollout.engine.tensor_parallel_size=2"],
+            "is an option of vllm, and rollout.engine is transformers",
+        ),
+        (["rollout.engine={name: auto, options: {}}"], "an option of vllm, and .* is auto"),
+        (["rollout.engine.kv_cache_gib=2"], "name is missing; kv_cache_gib is an option of vllm"),
+        (["rollout.tensor_parallel_size=2"], "write rollout.engine.tensor_parallel_size"),
+        (["rollout.engine_options={}"], "write rollout.engine.options"),
+        (["cluster.object_store_gib=.inf"], "cluster.object_store_gib: .* finite"),
+        (["eval.completions=4"], "no held-out data.*data.eval_split"),
         (["algorithm=gspo", "backend=unsloth"], "gspo does not run with backend=unsloth"),
         (["backend=tlr"], "backend"),
         (["train.seed"], "not an override; write key.path=value"),

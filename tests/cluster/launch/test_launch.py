@@ -49,7 +49,11 @@ def config(tmp_path: Path) -> Path:
         "rewards": ["math"],
         "output_dir": "runs/My_Run",
         "policy": {"strategy": "deepspeed", "ranks": 4, "resources": {"gpus": 1}},
-        "rollout": {"replicas": 2, "tensor_parallel_size": 2, "resources": {"gpus": 2}},
+        "rollout": {
+            "replicas": 2,
+            "engine": {"name": "vllm", "tensor_parallel_size": 2},
+            "resources": {"gpus": 2},
+        },
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree))

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,8 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from actors.strategies.specs import DeepSpeedSpec, StrategySpec, TorchSpec
 from aligntune.cli import main
 from aligntune.config.load import load_config
+from aligntune.online.work import others_of, sharding_of
 from aligntune.online.work import work_of as work_from
 from cluster.bundles import RoleRequest
 from cluster.placement import DoesNotFit
@@ -42,15 +45,37 @@ SMALL, LARGE = "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B"
 H100 = gpu_type("h100-80gb")
 
 
+def keeping(strategy: StrategySpec) -> dict[str, Any]:
+    """What `Trained` says of a strategy."""
+    return {
+        "sharding": sharding_of(strategy),
+        "others": others_of(strategy),
+        "several": strategy.several,
+    }
+
+
+def zero(stage: int, offload: bool = False) -> dict[str, Any]:
+    """Of ZeRO."""
+    return keeping(DeepSpeedSpec(stage=stage, offload=offload))  # type: ignore[arg-type]
+
+
 def work_of(model: str = SMALL, ranks: int = 1, replicas: int = 1, gpus: float = 1.0) -> Work:
     """A run of equal parts on GPUs (or without): policy, rollouts, a reference."""
     shape = from_table(model)
     step = Step(32, 8, 512, 1024, passes=1, updates=1, max_staleness=0)
-    strategy = "torch" if ranks == 1 else "deepspeed"
+    kept = keeping(TorchSpec() if ranks == 1 else DeepSpeedSpec())
     return Work(
         step,
         Trained(
-            "policy", shape, ranks, strategy, 2, 15360, 1536, checkpointing=True, head_rows=1024
+            "policy",
+            shape,
+            ranks,
+            dtype_bytes=2,
+            tokens=15360,
+            longest=1536,
+            checkpointing=True,
+            head_rows=1024,
+            **kept,
         ),
         Rollout(shape, replicas, "vllm", 2, 32),
         (
@@ -111,7 +136,7 @@ def test_full_training_in_float32_is_sixteen_bytes_a_parameter() -> None:
 def test_each_zero_stage_takes_less_and_more_ranks_take_less() -> None:
     def peak(stage: int, ranks: int) -> int:
         policy = work_of(LARGE, ranks=8).policy
-        return trained_memory(replace(policy, zero_stage=stage, ranks=ranks), True).peak
+        return trained_memory(replace(policy, **zero(stage), ranks=ranks), True).peak
 
     assert peak(1, 8) > peak(2, 8) > peak(3, 8)
     for stage in (1, 2, 3):
@@ -127,12 +152,12 @@ def test_what_saves_memory_does(change: dict[str, object]) -> None:
 
 
 def test_offload_moves_the_optimiser_to_the_host_and_stays_there_without_a_gpu() -> None:
-    work = replace(work_of(LARGE, ranks=4).policy, zero_stage=2)
-    away = trained_memory(replace(work, offload=True), on_gpu=True)
+    work = replace(work_of(LARGE, ranks=4).policy, **zero(2))
+    away = trained_memory(replace(work, **zero(2, offload=True)), on_gpu=True)
     assert away.peak < trained_memory(work, on_gpu=True).peak
     assert away.device["optimiser"] == 0
     assert away.host["optimiser"] == 12 * work.shape.parameters // 4
-    here = trained_memory(replace(work, offload=True), on_gpu=False)
+    here = trained_memory(replace(work, **zero(2, offload=True)), on_gpu=False)
     assert here.host == {}
     assert here.device["optimiser"] == away.host["optimiser"]
 
@@ -175,7 +200,7 @@ def test_a_plan_fills_no_device_beyond_its_memory_and_places_every_role_or_says_
     nodes: int, gpus: int, gpu: str, model: str, ranks: int, replicas: int, stage: int
 ) -> None:
     work = work_of(model, ranks, replicas)
-    work = replace(work, policy=replace(work.policy, zero_stage=stage))
+    work = replace(work, policy=replace(work.policy, **zero(stage)))
     cluster = described(nodes, gpus, gpu)
     try:
         plan = make_plan(work, cluster)
@@ -215,9 +240,9 @@ def test_a_device_that_is_short_is_named_with_what_would_fit() -> None:
 
 def test_a_rollout_whose_weights_leave_no_cache_is_told_to_shard() -> None:
     work = work_of("meta-llama/Llama-3.1-70B", ranks=16)
-    work = replace(work, policy=replace(work.policy, zero_stage=3))
+    work = replace(work, policy=replace(work.policy, **zero(3)))
     frozen = (replace(work.frozen[0], shape=from_table(SMALL)),)
-    with pytest.raises(DoesNotFit, match=r"rollout\.tensor_parallel_size=2"):
+    with pytest.raises(DoesNotFit, match=r"rollout\.engine\.tensor_parallel_size=2"):
         make_plan(replace(work, frozen=frozen), described(4, 8, "h200-141gb"))
 
 
@@ -314,9 +339,9 @@ def test_weights_cross_the_network_to_every_node_but_the_policys(
 
 def test_of_the_policys_nodes_only_that_of_rank_0_has_the_weights() -> None:
     work = work_of(ranks=2, replicas=2)
-    spread = tuple(replace(one, strategy="STRICT_SPREAD") for one in work.requests[:2])
+    spread = tuple(replace(one, placement="STRICT_SPREAD") for one in work.requests[:2])
     two = replace(work, requests=spread, frozen=())
-    one = replace(two, requests=(spread[0], replace(work.requests[1], strategy="PACK")))
+    one = replace(two, requests=(spread[0], replace(work.requests[1], placement="PACK")))
     on_both, on_one = (make_plan(run, described(2, 4, "h100-80gb")).times for run in (two, one))
     across = 2 * from_table(SMALL).parameters / (0.7 * H100.network_bandwidth)
     assert on_both.transfer - on_one.transfer == pytest.approx(across)
@@ -324,10 +349,10 @@ def test_of_the_policys_nodes_only_that_of_rank_0_has_the_weights() -> None:
 
 def test_what_does_not_fit_into_the_hosts_memory_may_stay_on_the_gpus() -> None:
     work = work_of(LARGE, ranks=8)
-    away = replace(work, policy=replace(work.policy, zero_stage=3, offload=True))
+    away = replace(work, policy=replace(work.policy, **zero(3, offload=True)))
     cluster = described(2, 8, "h200-141gb")
     small = tuple(node._replace(memory_bytes=64 * 2**30) for node in cluster.nodes)
-    with pytest.raises(DoesNotFit, match=r"host .*policy\.deepspeed\.offload=false"):
+    with pytest.raises(DoesNotFit, match=r"host .*policy\.strategy\.offload=false"):
         make_plan(away, replace(cluster, nodes=small))
 
 
@@ -353,9 +378,13 @@ def test_the_slower_part_bounds_the_step_and_staleness_hides_the_other() -> None
 SETTING = re.compile(r"([a-z_0-9]+(?:\.[a-z_0-9]+)+)=(\{.*?\}|[^\s,]+)")
 REWARD = "Skywork/Skywork-Reward-V2-Qwen3-8B"
 ON_GPUS = ["policy.resources.gpus=1", "rollout.resources.gpus=1", "model.dtype=bfloat16"]
-SHARDED = ["policy.strategy=deepspeed", "policy.deepspeed.stage=3", "policy.ranks=16"]
+SHARDED = ["policy.strategy=deepspeed", "policy.strategy.stage=3", "policy.ranks=16"]
 SCORED = [*ON_GPUS, "reward.resources.gpus=1", "policy.tokens_per_microbatch=4096"]
-TWO_SHARDS = ["rollout.tensor_parallel_size=2", "rollout.resources.gpus=2"]
+TWO_SHARDS = [
+    "rollout.engine=vllm",
+    "rollout.engine.tensor_parallel_size=2",
+    "rollout.resources.gpus=2",
+]
 LARGER = ["model.name=Qwen/Qwen2.5-32B", "model.gradient_checkpointing=true"]
 
 
@@ -376,10 +405,16 @@ def advice(plan: Callable[[], Plan]) -> list[tuple[list[str], float | None]]:
     ("tree", "overrides", "nodes", "gpu", "named"),
     [
         ({}, [f"model.name={LARGE}", *ON_GPUS[:2]], 2, "h100-80gb", "policy.strategy=deepspeed"),
-        ({}, [*LARGER, *ON_GPUS, *SHARDED], 6, "l40s-48gb", "rollout.tensor_parallel_size=2"),
         (
             {},
-            [*LARGER, *ON_GPUS, *SHARDED, *TWO_SHARDS, "policy.deepspeed.offload=true"],
+            [*LARGER, *ON_GPUS, *SHARDED],
+            6,
+            "l40s-48gb",
+            "rollout.engine.tensor_parallel_size=2",
+        ),
+        (
+            {},
+            [*LARGER, *ON_GPUS, *SHARDED, *TWO_SHARDS, "policy.strategy.offload=true"],
             6,
             "l4-24gb",
             "rollout.resources.gpus=4",
@@ -418,18 +453,19 @@ def advice(plan: Callable[[], Plan]) -> list[tuple[list[str], float | None]]:
             ON_GPUS,
             1,
             "h100-80gb",
-            "rollout.gpu_memory_utilization=0.45",
+            "rollout.engine.gpu_memory_utilization=0.45",
         ),
         (
             {},
             [
                 *("model.name=deepseek-ai/DeepSeek-V3", *ON_GPUS, *SHARDED),
                 *("policy.ranks=256", "policy.tokens_per_microbatch=768"),
-                *("model.gradient_checkpointing=true", "rollout.tensor_parallel_size=8"),
+                *("model.gradient_checkpointing=true", "rollout.engine=vllm"),
+                "rollout.engine.tensor_parallel_size=8",
             ],
             64,
             "b200-180gb",
-            "rollout.gpu_memory_utilization=0.92",
+            "rollout.engine.gpu_memory_utilization=0.92",
         ),
         (
             {"algorithm": {"name": "grpo", "beta": 0}},
@@ -454,10 +490,10 @@ def advice(plan: Callable[[], Plan]) -> list[tuple[list[str], float | None]]:
         ),
         (
             {"algorithm": {"name": "grpo", "beta": 0}},
-            [*ON_GPUS, *SHARDED, "policy.deepspeed.offload=true", "policy.ranks=2"],
+            [*ON_GPUS, *SHARDED, "policy.strategy.offload=true", "policy.ranks=2"],
             2,
             "h100-80gb",
-            "policy.deepspeed.offload=false",
+            "policy.strategy.offload=false",
         ),
     ],
 )
@@ -502,7 +538,7 @@ def test_more_ranks_have_fewer_rows_each() -> None:
 
 def test_planning_for_1024_nodes_takes_less_than_two_seconds() -> None:
     work = work_of(LARGE, ranks=1024, replicas=7000)
-    work = replace(work, policy=replace(work.policy, zero_stage=3))
+    work = replace(work, policy=replace(work.policy, **zero(3)))
     cluster = described(1024, 8, "h100-80gb")
 
     def seconds() -> float:
@@ -524,7 +560,7 @@ def test_nodes_of_one_kind_are_drawn_once_though_their_memory_differs_a_little(g
     )
     work = work_of(ranks=64, replicas=64, gpus=float(gpus > 0))
     rollout = replace(work.rollout, engine="vllm" if gpus else "transformers")
-    spread = tuple(replace(one, strategy="SPREAD") for one in work.requests)
+    spread = tuple(replace(one, placement="SPREAD") for one in work.requests)
     out = io.StringIO()
     draw(
         make_plan(replace(work, rollout=rollout, requests=spread), cluster),
@@ -544,7 +580,7 @@ def test_a_node_with_half_the_memory_is_drawn_apart() -> None:
         "Ray",
     )
     work = work_of(replicas=3, gpus=0.0)
-    spread = (replace(work.requests[1], strategy="STRICT_SPREAD"),)
+    spread = (replace(work.requests[1], placement="STRICT_SPREAD"),)
     out = io.StringIO()
     plan = make_plan(
         replace(work, frozen=(), requests=(*spread, work.requests[0])),
@@ -652,7 +688,7 @@ def test_a_setting_that_the_refusal_names_makes_it_fit(run: Run) -> None:
         (["rollout.replicas=100", "--nodes", "1"], "asks for "),
         (["cluster.colocate=[[policy, rolout]]"], "did you mean 'rollout'"),
         (
-            ["rollout.tensor_parallel_size=4", "rollout.resources.gpus=2"],
+            ["rollout.engine={name: vllm, tensor_parallel_size: 4}", "rollout.resources.gpus=2"],
             "each shard has one GPU",
         ),
         (["--gpu", "tpu"], "unknown GPU 'tpu'; known are a10-24gb"),

@@ -1,0 +1,61 @@
+"""The rollout engines that a config can name, and the options of each."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from actors.settings import Choice, OneOf, Positive
+
+
+class EngineSpec(Choice):
+    """What generates."""
+
+    @property
+    def shards(self) -> int:
+        """GPUs of one replica, where it has any."""
+        return 1
+
+
+class AutoEngineSpec(EngineSpec):
+    """vLLM where it is installed, else transformers, as they are without options."""
+
+    name: Literal["auto"] = "auto"
+
+
+class VLLMSpec(EngineSpec):
+    """vLLM."""
+
+    name: Literal["vllm"] = "vllm"
+    tensor_parallel_size: Positive = Field(1, description="GPUs of one replica")
+    gpu_memory_utilization: float = Field(
+        0.85, gt=0, le=1, description="share of the GPU that vLLM takes"
+    )
+    kv_cache_gib: float | None = Field(
+        None, gt=0, description="default: 1 on CPU, and on a GPU what its share leaves"
+    )
+    options: dict[str, Any] = Field(
+        default={},
+        description="fields of vLLM's AsyncEngineArgs, passed on as they are; `max_num_seqs` and "
+        "`max_num_batched_tokens` follow from the groups in flight unless they are set here",
+    )
+
+    @property
+    def shards(self) -> int:
+        """Tensor-parallel ones."""
+        return self.tensor_parallel_size
+
+
+class TransformersSpec(EngineSpec):
+    """transformers' own generation, one group at a time."""
+
+    name: Literal["transformers"] = "transformers"
+
+
+ENGINES: dict[str, type[EngineSpec]] = {
+    "auto": AutoEngineSpec,
+    "vllm": VLLMSpec,
+    "transformers": TransformersSpec,
+}
+EngineField = Annotated[EngineSpec, OneOf(ENGINES)]

@@ -1,0 +1,73 @@
+"""What settings are made of: a frozen class that knows its keys, and a choice between several.
+
+Light on purpose: importing this starts nothing and loads no framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+
+class Spec(BaseModel):
+    """A frozen settings object that knows its keys and refuses others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    moved: ClassVar[Mapping[str, str]] = {}
+    """Keys that were here once, and where in the same section what they said is said now."""
+
+
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Choice(Spec):
+    """One of several things of a kind: `name` says which one, the other fields are its options."""
+
+    name: str
+
+
+class OneOf:
+    """In a field's annotation: the value is one of the choices in `table`, by its `name`.
+
+    The name alone, as in `engine: vllm`, stands for `engine: {name: vllm}`.
+    """
+
+    def __init__(self, table: Mapping[str, type[Choice]]) -> None:
+        self.table = table
+
+    def parse(self, value: Any) -> Any:
+        """A name or a mapping as the choice it means. Raises ValueError."""
+        if isinstance(value, Choice):
+            return value
+        names = ", ".join(self.table)
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping):
+            raise ValueError(f"give one of {names}, or {{name: ...}} with its options")
+        if "name" not in value:
+            wanted = [f"{key} is an option of {self.owners(key)}" for key in value]
+            raise ValueError("; ".join(["name is missing", *wanted, f"give one of {names}"]))
+        chosen = self.table.get(value["name"]) if isinstance(value["name"], str) else None
+        if chosen is None:
+            raise ValueError(f"there is no {value['name']!r}; give one of {names}")
+        return chosen.model_validate(dict(value))
+
+    def owners(self, option: str) -> str:
+        """The names of the choices that have `option`, as text."""
+        return " and ".join(n for n, c in self.table.items() if option in c.model_fields) or "none"
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(
+            self.parse,
+            handler(source),
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda value: value.model_dump(mode="json")
+            ),
+        )

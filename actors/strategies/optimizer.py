@@ -1,0 +1,55 @@
+"""The optimiser of every strategy, and the learning rate of a step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from actors.specs import RankSpec
+
+
+def learning_rate(spec: RankSpec, step: int, total_steps: int) -> float:
+    """The learning rate of training step `step` (1-based), the same for all its optimiser steps.
+
+    A function of the step alone: there is no scheduler state to save, and a rolled-back run has
+    the rates it had. Warm-up rises linearly to the full rate at `warmup_steps`; what follows falls
+    from it towards 0, which is reached only after `total_steps`.
+    """
+    if spec.learning_rate is None:
+        raise ValueError(
+            f"{spec.role}.learning_rate is not set; the algorithm's default was not filled"
+        )
+    if step <= spec.warmup_steps:
+        return spec.learning_rate * step / spec.warmup_steps
+    done = (step - spec.warmup_steps - 1) / max(1, total_steps - spec.warmup_steps)
+    done = min(done, 1.0)
+    match spec.scheduler:
+        case "constant":
+            return spec.learning_rate
+        case "linear":
+            return spec.learning_rate * (1 - done)
+        case "cosine":
+            return spec.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_optimizer(model: nn.Module, spec: RankSpec) -> torch.optim.AdamW:
+    """AdamW over the trainable weights; biases and norms (one dimension) do not decay."""
+    if spec.adam_betas is None:
+        raise ValueError(
+            f"{spec.role}.adam_betas is not set; the algorithm's default was not filled"
+        )
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": spec.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    # The rate is set before every step; a zero here would show if it were not.
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=0.0,
+        betas=spec.adam_betas,
+        eps=spec.adam_epsilon,
+        fused=True,
+    )

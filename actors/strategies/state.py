@@ -1,0 +1,119 @@
+"""What a rank holds, as others want it: merged weights, adapters, generators, files on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from actors.models.wrapped import TrainedModel
+
+NamedTensors = Iterator[tuple[str, torch.Tensor]]
+Whole = Callable[[torch.Tensor], torch.Tensor]
+"""A parameter as all ranks together have it, without its gradient; all ranks ask together."""
+
+
+def in_place(parameter: torch.Tensor) -> torch.Tensor:
+    """`Whole` where every rank has all of it: the training weight's own memory."""
+    return parameter.detach()
+
+
+def merged_state(model: TrainedModel, dtype: torch.dtype, whole: Whole) -> NamedTensors:
+    """Weights [name, tensor] in `dtype` with LoRA added out of place: training weights stay as are.
+
+    A tensor may share the training weight's memory: copy what is kept.
+    """
+    inner = model.unwrapped
+    adapted = {
+        name: module
+        for name, module in inner.named_modules()
+        if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer")
+    }
+    for name, parameter in inner.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        layer = owner.removesuffix(".base_layer")
+        if layer in adapted and owner != layer:
+            clean = f"{layer}.{leaf}"
+            if leaf == "weight":
+                merged = _numbers(parameter, whole).float()
+                for delta in _deltas(adapted[layer], whole):
+                    merged = merged + delta.float()
+                yield clean, merged.to(dtype)
+                continue
+        elif any(owner.startswith(f"{prefix}.") for prefix in adapted):
+            continue  # the adapter's own weights
+        else:
+            clean = name
+        yield clean, _numbers(parameter, whole).to(dtype)
+
+
+class _Delta(nn.Module):
+    """What the active adapters of a layer add to its weight."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self) -> list[torch.Tensor]:
+        return [self.layer.get_delta_weight(adapter) for adapter in self.layer.active_adapters]
+
+
+@torch.no_grad()
+def _deltas(layer: Any, whole: Whole) -> list[torch.Tensor]:
+    """PEFT's own product of the adapters' weights, made of whole ones."""
+    weights = {
+        f"layer.{name}": whole(parameter)
+        for name, parameter in layer.named_parameters()
+        if not name.startswith("base_layer.")
+    }
+    deltas: list[torch.Tensor] = torch.func.functional_call(_Delta(layer), weights)
+    return deltas
+
+
+def _numbers(parameter: torch.Tensor, whole: Whole) -> torch.Tensor:
+    """A weight as numbers, also where bitsandbytes keeps it in 4 bits."""
+    packed = getattr(parameter, "quant_state", None)
+    if packed is None:
+        return whole(parameter)
+    from bitsandbytes.functional import dequantize_4bit
+
+    numbers: torch.Tensor = dequantize_4bit(parameter.data, packed)
+    return numbers
+
+
+def adapter_state(model: TrainedModel, whole: Whole) -> NamedTensors:
+    """The trainable LoRA weights under the names PEFT gives them."""
+    if not hasattr(model.model, "peft_config"):
+        return
+    for name, parameter in model.model.named_parameters():
+        if "lora_" in name:
+            yield name, whole(parameter)
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of every generator an update draws from (LoRA's dropout)."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Take back what `rng_state` gave."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def flush(folder: Path) -> None:
+    """Bring every file below `folder`, and the folders themselves, to the disk."""
+    for path in [folder, *folder.rglob("*")]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
