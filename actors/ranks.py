@@ -188,9 +188,9 @@ class TrainedRank:
     def save(self, folder: str | Path) -> None:
         """Write the complete training state, each rank its part; all ranks together.
 
-        `torch` writes rank-0.pt. `deepspeed` writes layout.json, rng-rank-*.pt and DeepSpeed's own
-        files. Everything is on disk when this returns; making `folder` appear at once is the
-        caller's.
+        `torch` writes rank-0.pt. `deepspeed` and `fsdp` write layout.json and rng-rank-*.pt, and
+        DeepSpeed's own files or a safetensors file a rank. Everything is on disk when this
+        returns; making `folder` appear at once is the caller's.
         """
         self._strategy.save(Path(folder))
 
@@ -198,7 +198,8 @@ class TrainedRank:
         """Take back what `save` wrote; all ranks together.
 
         Raises:
-            ValueError: it was written with another strategy, stage or number of ranks.
+            ValueError: it was written with another strategy or stage, or with a number of ranks
+                that this one cannot take it from.
         """
         self._strategy.load(Path(folder))
 

@@ -170,7 +170,7 @@ class RankSpec(Spec):
     moved: ClassVar[Mapping[str, str]] = {"deepspeed": "strategy={name: deepspeed, ...}"}
 
     strategy: StrategyField = Field(
-        TorchSpec(), description="torch is one rank; deepspeed (ZeRO) is one or more"
+        TorchSpec(), description="torch is one rank; deepspeed (ZeRO) and fsdp are one or more"
     )
     ranks: Positive = Field(1, description="processes that share the update")
     resources: RoleResources = RoleResources()

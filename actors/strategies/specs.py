@@ -110,5 +110,6 @@ class FSDPSpec(StrategySpec):
 STRATEGIES: dict[str, type[StrategySpec]] = {
     "torch": TorchSpec,
     "deepspeed": DeepSpeedSpec,
+    "fsdp": FSDPSpec,
 }
 StrategyField = Annotated[StrategySpec, OneOf(STRATEGIES)]

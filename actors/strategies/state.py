@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +34,37 @@ def merged_state(model: TrainedModel, dtype: torch.dtype, whole: Whole) -> Named
         if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer")
     }
     for name, parameter in inner.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        layer = owner.removesuffix(".base_layer")
-        if layer in adapted and owner != layer:
-            clean = f"{layer}.{leaf}"
-            if leaf == "weight":
-                merged = _numbers(parameter, whole).float()
-                for delta in _deltas(adapted[layer], whole):
-                    merged = merged + delta.float()
-                yield clean, merged.to(dtype)
-                continue
-        elif any(owner.startswith(f"{prefix}.") for prefix in adapted):
-            continue  # the adapter's own weights
+        plain = _plain(name, adapted)
+        if plain is None:
+            continue
+        clean, layers = plain
+        merged = _numbers(parameter, whole)
+        if layers:
+            merged = merged.float()
+            for delta in (d for layer in layers for d in _deltas(layer, whole)):
+                merged = merged + delta.float()
+        yield clean, merged.to(dtype)
+
+
+def _plain(name: str, adapted: Mapping[str, Any]) -> tuple[str, list[Any]] | None:
+    """A weight's name without PEFT's wrappers, and those that add to it; None: an adapter's own.
+
+    Adapters of several weights of one module, such as a mixture's experts, wrap one another.
+    """
+    parts = name.split(".")
+    clean: list[str] = []
+    around: list[Any] = []
+    for index, part in enumerate(parts):
+        wrapper = adapted.get(".".join(parts[:index]))
+        if wrapper is None:
+            around = around if index == len(parts) - 1 else []
+            clean.append(part)
+        elif part != "base_layer":
+            return None
         else:
-            clean = name
-        yield clean, _numbers(parameter, whole).to(dtype)
+            around.append(wrapper)
+    own = [layer for layer in around if getattr(layer, "parameter_name", "weight") == parts[-1]]
+    return ".".join(clean), own
 
 
 class _Delta(nn.Module):

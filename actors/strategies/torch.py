@@ -38,7 +38,8 @@ class TorchStrategy:
     ) -> None:
         if spec.ranks != 1:
             raise ValueError(
-                f"{spec.role}.strategy torch has one rank, not {spec.ranks}; use deepspeed for more"
+                f"{spec.role}.strategy torch has one rank, not {spec.ranks}; use deepspeed or "
+                "fsdp for more"
             )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from actors.strategies.specs import StrategySpec
 from aligntune.config.tree import dump
 from aligntune.errors import UserError
 from aligntune.runs.checkpoint import Checkpoint, Checkpoints, write_atomically
@@ -98,12 +99,20 @@ def changes(old: dict[str, Any], config: BaseModel, where: str) -> dict[str, tup
     other = [
         f"{path} was {was!r} there and is {now!r} here"
         for path, (was, now) in changed.items()
-        if any(path == own or path.startswith(f"{own}.") for own in IDENTITY)
-        and not _same_place(path, was, now)
+        if _identifies(path, config) and not _same_place(path, was, now)
     ]
     if other:
         raise UserError(f"{where} holds another run: {', '.join(other)}; name another")
     return changed
+
+
+def _identifies(path: str, config: BaseModel) -> bool:
+    """Whether a run in which the key at `path` is another is another run."""
+    role, _, key = path.partition(".")
+    strategy = getattr(getattr(config, role, None), "strategy", None)
+    if key == "ranks" and isinstance(strategy, StrategySpec) and strategy.reshards:
+        return False
+    return any(path == own or path.startswith(f"{own}.") for own in IDENTITY)
 
 
 def _same_place(path: str, was: Any, now: Any) -> bool:

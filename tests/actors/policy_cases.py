@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.critic import CriticActor
 from actors.messages import GroupTensors, GroupWork, LossTerms, Row, TokenBatch, UpdateJob
 from actors.models.logprobs import rows_of
 from actors.packing import split_rows
 from actors.policy import PolicyActor
-from actors.specs import ModelSpec, PolicySpec
+from actors.specs import CriticSpec, ModelSpec, PolicySpec
 from actors.strategies.base import Strategy
 from actors.strategies.deepspeed import DeepSpeedStrategy
 from actors.strategies.specs import StrategySpec
@@ -263,6 +264,7 @@ class Ranks:
         world: int,
         strategy: StrategySpec,
         model: dict | None = None,
+        critic: CriticSpec | None = None,
         **settings: Any,
     ) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -271,7 +273,12 @@ class Ranks:
         with closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        spec = policy_spec(strategy=strategy, ranks=world, **settings)
+        chosen = {"strategy": strategy, "ranks": world}
+        spec: PolicySpec | CriticSpec
+        if critic is None:
+            spec = policy_spec(**chosen, **settings)
+        else:
+            spec = critic.model_copy(update=chosen)
         model_spec = ModelSpec(name=str(folder), **(model or {}))
         self._pipes: list[Connection] = []
         self._processes = []
@@ -314,13 +321,16 @@ class Ranks:
             process.join(30)
 
 
-def _serve(pipe: Connection, model: ModelSpec, spec: PolicySpec, rank: int, port: int) -> None:
+def _serve(
+    pipe: Connection, model: ModelSpec, spec: PolicySpec | CriticSpec, rank: int, port: int
+) -> None:
     import actors.strategies.deepspeed as strategy
 
     strategy.WHOLE_BELOW = 0  # or ZeRO-3 would keep all of so small a model on every rank
     torch.set_num_threads(1)
     try:
-        actor = PolicyActor(model, spec, rank, spec.ranks, total_steps=100, seed=0)
+        made: Any = CriticActor if isinstance(spec, CriticSpec) else PolicyActor
+        actor = made(model, spec, rank, spec.ranks, total_steps=100, seed=0)
         actor.start("127.0.0.1", port)
         probe = Probe(actor)
         pipe.send((False, None))

@@ -17,10 +17,12 @@ from actors.messages import GroupTensors, StateValues, TokenTargets, UpdateJob
 from actors.models.loading import ModelError
 from actors.models.values import check_critic_model, critic_model, load_value_model
 from actors.specs import CriticSpec, LoRASpec, ModelSpec
+from actors.strategies.specs import DeepSpeedSpec, FSDPSpec, StrategySpec
 from aligntune.algorithms.ppo import PPO
 from tests.actors.policy_cases import (
     VOCABULARY,
     Probe,
+    Ranks,
     causal_lm,
     make_group,
     make_jobs,
@@ -55,19 +57,26 @@ def scorer(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def critic(folder: Path, model: Path | None = None, **options: Any) -> CriticActor:
     """A started critic of one torch rank for the policy in `folder`."""
-    spec = CriticSpec(
+    spec = critic_spec(model, **options)
+    actor = CriticActor(ModelSpec(name=str(folder)), spec, 0, 1, total_steps=100, seed=0)
+    actor.start("", 0)
+    return actor
+
+
+def critic_spec(model: Path | None = None, **options: Any) -> CriticSpec:
+    """Settings that the algorithm would have filled in."""
+    return CriticSpec(
         **{
             "model": None if model is None else str(model),
             "learning_rate": 1e-2,
             "adam_betas": (0.9, 0.999),
             "tokens_per_microbatch": 16,
             "max_grad_norm": 1e9,
+            "start_timeout_s": 120,
+            "update_timeout_s": 120,
         }
         | options
     )
-    actor = CriticActor(ModelSpec(name=str(folder)), spec, 0, 1, total_steps=100, seed=0)
-    actor.start("", 0)
-    return actor
 
 
 def values_of(actor: CriticActor, groups: list[GroupTensors]) -> list[StateValues]:
@@ -186,6 +195,63 @@ def test_the_gradient_does_not_depend_on_microbatches_or_packing(
     assert all(torch.allclose(got[n], wanted[n], rtol=1e-11, atol=1e-13) for n in wanted)
     assert metrics["loss/value"] == pytest.approx(figures["loss/value"], rel=1e-12)
     assert any(g.abs().max() > 1e-6 for g in wanted.values())
+
+
+def _update(probe: Probe, job: UpdateJob) -> dict[str, float]:
+    return probe.actor.update(job).metrics
+
+
+def _values(probe: Any, groups: list[GroupTensors]) -> list[StateValues]:
+    return values_of(probe.actor, groups) if groups else []
+
+
+def _keep(probe: Probe, what: str, folder: Path) -> None:
+    getattr(probe.actor, what)(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "strategy", [DeepSpeedSpec(stage=3), FSDPSpec()], ids=lambda strategy: strategy.name
+)
+def test_on_two_ranks_a_critic_learns_resumes_and_is_exported_as_on_one(
+    folder: Path, scorer: Path, tmp_path: Path, strategy: StrategySpec, dtype: str
+) -> None:
+    shares = [(GROUPS[:1],), (GROUPS[1:],)]
+    job = jobs_with_targets(GROUPS, minibatches=2)
+    halves = [tuple(part[rank::2] for part in job.minibatches) for rank in (0, 1)]
+
+    def jobs(step: int) -> list[tuple]:
+        return [(replace(job, minibatches=half, step=step),) for half in halves]
+
+    alone = critic(folder, scorer)
+    wanted = [alone.update(replace(job, step=step)).metrics for step in (1, 2)]
+    near = 1e-5 if dtype == "float32" else 0.05
+    spec = critic_spec(scorer)
+    straight = Ranks(folder, 2, strategy, {"dtype": dtype}, critic=spec)
+    try:
+        first = straight.call(_update, jobs(1))
+        straight.call(_keep, [("save", tmp_path / "state")] * 2)
+        second = straight.call(_update, jobs(2))
+        values = [v for found in straight.call(_values, shares) for v in found]
+        straight.call(_keep, [("save_model", tmp_path / "model")] * 2)
+    finally:
+        straight.close()
+    for got, single in zip((first, second), wanted, strict=True):
+        assert got[0] == pytest.approx(single, rel=near)
+        assert got[0] == got[1]
+    resumed = Ranks(folder, 2, strategy, {"dtype": dtype}, critic=spec)
+    try:
+        resumed.call(_keep, [("load", tmp_path / "state")] * 2)
+        assert resumed.call(_update, jobs(2)) == second
+        again = [v for found in resumed.call(_values, shares) for v in found]
+    finally:
+        resumed.close()
+    said = values_of(critic(folder, tmp_path / "model"), GROUPS)
+    for one, other, exported in zip(values, again, said, strict=True):
+        np.testing.assert_array_equal(one.values, other.values)
+        np.testing.assert_allclose(exported.values, one.values, atol=near, rtol=near)
 
 
 def test_a_saved_critic_goes_on_bit_for_bit(folder: Path, scorer: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from actors.policy import PolicyActor
 from actors.ranks import NonFiniteUpdate
 from actors.specs import LoRASpec, ModelSpec
 from actors.strategies.optimizer import learning_rate
-from actors.strategies.specs import DeepSpeedSpec
+from actors.strategies.specs import DeepSpeedSpec, FSDPSpec, StrategySpec
 from tests.actors.policy_cases import (
     Probe,
     Ranks,
@@ -247,20 +248,35 @@ def test_the_learning_rate_of_every_step(scheduler: str, warmup: int, rates: lis
 def test_lora_export_is_the_merged_model_and_leaves_training_weights_alone(
     folder: Path, tmp_path: Path
 ) -> None:
+    merges_and_stays(folder, tmp_path, LORA, causal_lm(seed=5))
+
+
+def test_lora_of_a_mixtures_experts_is_merged_under_the_plain_models_names(
+    folder: Path, tmp_path: Path
+) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    mixture = tmp_path / "mixture"
+    shutil.copytree(folder, mixture)
+    causal_lm("Qwen3Moe", **experts).save_pretrained(mixture)
+    other = causal_lm("Qwen3Moe", seed=5, **experts)
+    merges_and_stays(mixture, tmp_path, {"lora": LoRASpec(r=4, alpha=8.0)}, other)
+
+
+def merges_and_stays(folder: Path, tmp_path: Path, lora: dict, plain: Any) -> None:
+    """Trains adapters of the model in `folder`; `plain` is another model of its shape."""
     from peft import PeftModel
 
-    actor = one_rank(folder, LORA)
+    actor = one_rank(folder, lora)
     start = weights(actor)
     for step in (1, 2):
         actor.update(job_of_step(step))
     trained = {n: p.clone() for n, p in actor._strategy.model.named_parameters()}
     merged = weights(actor)
-    assert merged.keys() == {name for name, _ in causal_lm().named_parameters()}
+    assert merged.keys() == {name for name, _ in plain.named_parameters()}
     assert any(not torch.equal(merged[name], start[name]) for name in merged)
 
     live = actor._strategy.model.model
     wanted = logits_of(live)
-    plain = causal_lm(seed=5)
     plain.load_state_dict(merged, strict=False)
     torch.testing.assert_close(logits_of(plain), wanted, rtol=0, atol=1e-4)
 
@@ -373,17 +389,35 @@ def _save_model(probe: Probe, folder: Path) -> None:
     probe.actor.save_model(folder)
 
 
+FSDP, ZERO1, ZERO2, ZERO3 = (
+    FSDPSpec(),
+    *(DeepSpeedSpec.model_validate({"stage": stage}) for stage in (1, 2, 3)),
+)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("stage", "model"), [(1, {}), (2, LORA), (3, {}), (3, LORA)], ids=str)
-def test_deepspeed_resumes_exports_and_stops_like_one_rank(
-    folder: Path, tmp_path: Path, stage: int, model: dict
+@pytest.mark.parametrize(
+    ("strategy", "model"),
+    [
+        (ZERO1, {}),
+        (ZERO2, LORA),
+        (ZERO3, {}),
+        (ZERO3, LORA),
+        (FSDP, {}),
+        (FSDP, LORA),
+        (FSDP, {**LORA, "dtype": "bfloat16", "gradient_checkpointing": True}),
+    ],
+    ids=str,
+)
+def test_ranks_resume_export_and_stop_like_one_rank(
+    folder: Path, tmp_path: Path, strategy: StrategySpec, model: dict
 ) -> None:
     def jobs(step: int, loss: Any = simple_loss) -> list[tuple]:
         return [(j,) for j in make_jobs(GROUPS, loss, world=2, minibatches=2, step=step)]
 
     both = [(tmp_path / "state",)] * 2
-    straight = Ranks(folder, 2, DeepSpeedSpec(stage=stage), model)
+    straight = Ranks(folder, 2, strategy, model)
     try:
         straight.call(_update, jobs(1))
         straight.call(_save, both)
@@ -398,7 +432,7 @@ def test_deepspeed_resumes_exports_and_stops_like_one_rank(
     finally:
         straight.close()
 
-    resumed = Ranks(folder, 2, DeepSpeedSpec(stage=stage), model)
+    resumed = Ranks(folder, 2, strategy, model)
     try:
         resumed.call(_load, both)
         assert resumed.call(_update, jobs(2)) == wanted_metrics
@@ -407,7 +441,91 @@ def test_deepspeed_resumes_exports_and_stops_like_one_rank(
     finally:
         resumed.close()
 
-    exported = dict(load_causal_lm(ModelSpec(name=str(tmp_path / "model"))).named_parameters())
+    spec = ModelSpec(name=str(tmp_path / "model"), dtype=model.get("dtype", "float32"))
+    exported = dict(load_causal_lm(spec).named_parameters())
     assert_equal({n: p.detach() for n, p in exported.items()}, wanted)
+    adapter = tmp_path / "model" / "adapter" / "adapter_model.safetensors"
+    assert adapter.is_file() == ("lora" in model)
     with pytest.raises(ValueError, match=r"holds no state of policy.strategy torch"):
         one_rank(folder, model).load(tmp_path / "state")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("strategy", [ZERO3, FSDP], ids=lambda strategy: strategy.name)
+def test_adapters_of_ranks_start_and_move_as_those_of_one(
+    folder: Path, strategy: StrategySpec
+) -> None:
+    lora = {"lora": LoRASpec(r=4, alpha=8.0)}
+    one = one_rank(folder, lora)
+    ranks = Ranks(folder, 2, strategy, lora)
+    try:
+        for step in (1, 2):
+            wanted = one.update(*make_jobs(GROUPS, simple_loss, step=step)).metrics
+            jobs = [(job,) for job in make_jobs(GROUPS, simple_loss, world=2, step=step)]
+            for metrics in ranks.call(_update, jobs):
+                assert metrics == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+        got, _ = ranks.call(_weights, [()] * 2)
+    finally:
+        ranks.close()
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ranks_of_fsdp_go_on_as_another_number_of_them(folder: Path, tmp_path: Path) -> None:
+    def jobs(world: int, step: int) -> list[tuple]:
+        return [(j,) for j in make_jobs(GROUPS, simple_loss, world, minibatches=2, step=step)]
+
+    state = tmp_path / "state"
+    two = Ranks(folder, 2, FSDP, max_grad_norm=0.5)
+    try:
+        two.call(_update, jobs(2, 1))
+        two.call(_save, [(state,)] * 2)
+        saved, _ = two.call(_weights, [()] * 2)
+        wanted, _ = two.call(_update, jobs(2, 2))
+        after, _ = two.call(_weights, [()] * 2)
+    finally:
+        two.close()
+    files = {path.name: path.suffix for path in state.iterdir()}
+    assert sorted(files.values()) == [".json", ".pt", ".pt", ".safetensors", ".safetensors"], files
+    assert wanted["policy/grad_norm"] > 0.5, "clipping must show"
+
+    for world in (1, 3):
+        other = Ranks(folder, world, FSDP, max_grad_norm=0.5)
+        try:
+            other.call(_load, [(state,)] * world)
+            got = other.call(_weights, [()] * world)[0]
+            assert_equal(got, saved)
+            metrics = other.call(_update, jobs(world, 2))[0]
+            assert metrics == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+            moved = other.call(_weights, [()] * world)[0]
+            for name, tensor in after.items():
+                torch.testing.assert_close(moved[name], tensor, rtol=1e-4, atol=2e-5)
+        finally:
+            other.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_checkpoint_that_is_code_is_not_run(folder: Path, tmp_path: Path) -> None:
+    class Harmful:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "ran",)
+
+    state = tmp_path / "state"
+    ranks = Ranks(folder, 1, ZERO2)
+    try:
+        ranks.call(_update, [(j,) for j in make_jobs(GROUPS, simple_loss)])
+        ranks.call(_save, [(state,)])
+        for path in (state / "deepspeed").iterdir():
+            kept = path.read_bytes()
+            torch.save({"module": Harmful()}, path)
+            with pytest.raises(RuntimeError, match="holds more than tensors"):
+                ranks.call(_load, [(state,)])
+            path.write_bytes(kept)
+        ranks.call(_load, [(state,)])
+    finally:
+        ranks.close()
+    assert not (tmp_path / "ran").exists()

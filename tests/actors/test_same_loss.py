@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from actors.messages import GroupTensors
-from actors.strategies.specs import DeepSpeedSpec
+from actors.strategies.specs import DeepSpeedSpec, FSDPSpec, StrategySpec
 from aligntune.algorithms.dapo import DAPO
 from aligntune.algorithms.dr_grpo import DrGRPO
 from aligntune.algorithms.grpo import GRPO
@@ -42,8 +42,11 @@ LOSSES = {
     "gspo": GSPO(beta=0.04).loss,
     "ppo": PPO(kl_in="loss", kl_estimator="k3").loss,
 }
-STRATEGIES = {f"zero{stage}": DeepSpeedSpec(stage=stage) for stage in (1, 2, 3)}  # type: ignore[arg-type]
-RANKS = [(world, name) for world in (2, 3) for name in STRATEGIES]
+STRATEGIES: dict[str, StrategySpec] = {
+    **{f"zero{stage}": DeepSpeedSpec.model_validate({"stage": stage}) for stage in (1, 2, 3)},
+    "fsdp": FSDPSpec(),
+}
+RANKS = [(1, "fsdp"), *((world, name) for world in (2, 3) for name in STRATEGIES)]
 
 batches = st.lists(
     st.tuples(st.integers(1, 6), st.lists(st.integers(1, 12), min_size=2, max_size=4)),

@@ -146,6 +146,23 @@ def test_a_policy_rank_killed_rolls_back_to_the_checkpoint_and_the_run_finishes(
 
 
 @pytest.mark.long
+def test_a_run_of_fsdp_goes_on_with_fewer_ranks_and_says_so(
+    tree: dict[str, Any], launch: Callable[..., Run]
+) -> None:
+    tree["policy"].update(strategy="fsdp", ranks=2)
+    tree["train"]["steps"] = 2
+    assert launch().finish() == 0
+    tree["policy"]["ranks"] = 1
+    tree["train"]["steps"] = 4
+    run = launch()
+    assert run.finish() == 0, run.output()
+    assert [row["step"] for row in figures(run.output_dir)] == [1, 2, 3, 4]
+    assert run.events("run_started")[-1]["changed"]["policy.ranks"] == 1
+    books = audit(run.output_dir / "ledger.jsonl")
+    assert (books.trained, books.open, books.balanced) == (16, 0, True)
+
+
+@pytest.mark.long
 def test_a_stopped_rollout_replica_is_replaced_at_its_deadline(
     tree: dict[str, Any], launch: Callable[..., Run]
 ) -> None:

@@ -37,6 +37,7 @@ def tree(algorithm: str) -> dict[str, Any]:
         ("grpo", QLORA, r"policy\.resources\.gpus is 0"),
         ("dpo", QLORA, r"train\.resources\.gpus is 0"),
         ("grpo", ["backend=unsloth", "policy.strategy=deepspeed"], "use backend=trl"),
+        ("grpo", ["backend=unsloth", "policy.strategy=fsdp"], "policy.strategy=fsdp does not run"),
         ("dpo", ["backend=unsloth", "train.deepspeed={}"], "use backend=trl"),
         ("drgrpo", ["backend=unsloth", "model.attention=eager"], "chooses the attention kernel"),
         ("gspo", ["backend=unsloth"], "gspo does not run with backend=unsloth"),

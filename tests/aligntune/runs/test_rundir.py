@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from aligntune.config.online import RunConfig, load_online_config
 from aligntune.errors import UserError
-from aligntune.runs.rundir import RunDir
+from aligntune.runs.rundir import RunDir, changes
 from tests.aligntune.config.test_preference import config
 
 
@@ -75,3 +76,28 @@ def test_two_spellings_of_a_path_are_the_same_run(rundir: RunDir, tmp_path: Path
         rundir.check(config(model={"name": "elsewhere/m"}), "auto")
     tree = yaml.safe_load(rundir.config.read_text())
     assert tree["model"]["name"] == "./m", "as it was given"
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed", "fsdp"])
+def test_only_where_a_checkpoint_loads_on_them_ranks_may_be_more_or_fewer(
+    tmp_path: Path, strategy: str
+) -> None:
+    def ranks(policy: int, critic: int) -> RunConfig:
+        tree = {
+            "algorithm": "ppo",
+            "model": {"name": "m"},
+            "data": {"path": "x.jsonl"},
+            "output_dir": str(tmp_path),
+            "rewards": [{"model": "scorer"}],
+            "policy": {"strategy": strategy, "ranks": policy},
+            "critic": {"strategy": strategy, "ranks": critic},
+        }
+        return load_online_config(tree)
+
+    old = ranks(2, 2).model_dump(mode="json")
+    if strategy == "fsdp":
+        changed = changes(old, ranks(1, 3), "here")
+        assert changed == {"policy.ranks": (2, 1), "critic.ranks": (2, 3)}
+        return
+    with pytest.raises(UserError, match=r"critic.ranks was 2 there and is 3 here, policy.ranks"):
+        changes(old, ranks(1, 3), "here")

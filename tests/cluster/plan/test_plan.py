@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from actors.strategies.specs import DeepSpeedSpec, StrategySpec, TorchSpec
+from actors.strategies.specs import DeepSpeedSpec, FSDPSpec, StrategySpec, TorchSpec
 from aligntune.cli import main
 from aligntune.config.load import load_config
 from aligntune.online.work import others_of, sharding_of
@@ -149,6 +149,21 @@ def test_each_zero_stage_takes_less_and_more_ranks_take_less() -> None:
 def test_what_saves_memory_does(change: dict[str, object]) -> None:
     work = replace(work_of(LARGE).policy, checkpointing=False)
     assert trained_memory(replace(work, **change), True).peak < trained_memory(work, True).peak
+
+
+def test_ranks_of_fsdp_hold_their_share_and_could_be_more() -> None:
+    work = work_of(LARGE, ranks=2)
+    fsdp = keeping(FSDPSpec())
+    two, four, eight = (
+        trained_memory(replace(work.policy, ranks=ranks, **fsdp), True).device
+        for ranks in (2, 4, 8)
+    )
+    assert all(two[k] > four[k] > eight[k] for k in ("weights", "gradients", "optimiser"))
+    assert two["optimiser"] == 4 * eight["optimiser"]
+    sharded = replace(work, policy=replace(work.policy, **fsdp))
+    settings = [dict(option.settings) for option in to_fit(sharded, "policy")]
+    assert {"policy.ranks": "4"} in settings
+    assert not any("strategy" in key for changed in settings for key in changed)
 
 
 def test_offload_moves_the_optimiser_to_the_host_and_stays_there_without_a_gpu() -> None:
