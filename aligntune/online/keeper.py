@@ -67,7 +67,7 @@ class Keeper:
             raise UserError(
                 f"output_dir {self._rundir} is not seen by {', '.join(blind)}, which could "
                 "write no checkpoint to it; put it on storage that every policy node shares, or "
-                "keep the policy on one node (policy.resources.strategy=STRICT_PACK)"
+                "keep the policy on one node (policy.resources.placement=STRICT_PACK)"
             )
 
     async def latest(self) -> Checkpoint | None:

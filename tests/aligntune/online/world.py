@@ -101,7 +101,7 @@ class World:
             {
                 "algorithm": {"name": "grpo", "beta": 0.0},
                 "model": {"name": "m"},
-                "data": {"path": "d"},
+                "data": {"path": "d", "eval_path": "e"},
                 "rewards": ["length"],
                 "output_dir": str(self.folder),
                 "train": ahead(0),
