@@ -184,7 +184,7 @@ class Scores:
 
     group_id: int
     criteria: tuple[str, ...]  # [K]
-    values: tuple[tuple[float, ...], ...]  # [G][K], finite
+    values: tuple[tuple[float | None, ...], ...]  # [G][K], finite; None: the criterion abstains
     seconds: float
 
 

@@ -117,7 +117,12 @@ class RewardFunctionSpec(Spec):
     name: str | None = Field(None, description="in metrics; default: the function's own name")
     weight: float = Field(1.0, description="in the sum of criteria")
     options: dict[str, Any] = Field(default={}, description="keyword arguments of every call")
-    timeout_s: Seconds = Field(60.0, description="for one group")
+    timeout_s: Seconds = Field(60.0, description="for one group, from when its call begins")
+    workers: Positive | None = Field(
+        None,
+        description="processes at most, one group each, where the function is not async; default: "
+        "two a CPU of the node, 4 at least",
+    )
 
 
 class RewardModelSpec(Spec):

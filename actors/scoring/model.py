@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.messages import Messages, Prompt
-from actors.scoring.process import RewardFailed, RewardFailure
+from actors.scoring.criteria import RewardFailed, RewardFailure
 from actors.specs import ModelSpec
 
 

@@ -1,6 +1,8 @@
 """From rewards to advantages: group-relative baselines, GAE, and whitening over the whole step.
 
 A group (or batch) without contrast gives exactly zero, never rounding noise over rounding noise.
+NaN is a score that is not there: its criterion abstains (TRL's None), or the completion has none at
+all. It enters no mean, deviation or count, and its advantage is exactly zero.
 Shape legend: a step's groups, each of G rollouts, which may differ from group to group; K criteria,
 B rows, T padded response width.
 """
@@ -26,30 +28,36 @@ def on_one_rank(local: torch.Tensor) -> torch.Tensor:
 
 
 def is_constant(x: torch.Tensor) -> torch.Tensor:
-    """Whether the last axis of [..., G] holds one value, up to rounding; bool [...].
+    """Whether the last axis of [..., G] holds one value at most, up to rounding; bool [...].
 
     max - min <= 1e-12 relative to the largest magnitude, and at least 1e-12 absolute.
     """
-    spread = x.amax(-1) - x.amin(-1)
-    return spread <= CONSTANT_TOLERANCE * x.abs().amax(-1).clamp(min=1.0)
+    absent = x.isnan()
+    spread = x.masked_fill(absent, -torch.inf).amax(-1) - x.masked_fill(absent, torch.inf).amin(-1)
+    return spread <= CONSTANT_TOLERANCE * x.nan_to_num(0.0).abs().amax(-1).clamp(min=1.0)
 
 
 def centre(x: torch.Tensor) -> torch.Tensor:
     """x - mean over the last axis of [..., G]; exactly 0 where it is constant (Dr. GRPO)."""
-    return torch.where(is_constant(x)[..., None], 0.0, x - x.mean(-1, keepdim=True))
+    flat = is_constant(x)[..., None] | x.isnan()
+    return torch.where(flat, 0.0, x - x.nanmean(-1, keepdim=True))
 
 
 def standardise(x: torch.Tensor) -> torch.Tensor:
     """(x - mean) / (std_ddof1 + 1e-6) over the last axis of [..., G]; 0 where it is constant."""
     if x.shape[-1] < 2:
         return torch.zeros_like(x)
-    return centre(x) / (x.std(-1, correction=1, keepdim=True) + STD_EPSILON)
+    centred = centre(x)
+    count = (~x.isnan()).sum(-1, keepdim=True)
+    variance = centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+    return centred / (variance.sqrt() + STD_EPSILON)
 
 
 def weighted_sum(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """R = sum_k w_k R_k of a group in float64: [G, K] and [K] to [G].
+    """R = sum_k w_k R_k of a group in float64 over the criteria that do not abstain: [G, K] and
+    [K] to [G]; NaN where all of them do.
 
-    Raises ValueError on shapes that do not fit and on non-finite rewards: a reward that failed is
+    Raises ValueError on shapes that do not fit and on infinite rewards: a reward that failed is
     a failed group, and must not come this far as a number.
     """
     if rewards.ndim != 2 or weights.shape != rewards.shape[-1:]:
@@ -58,9 +66,11 @@ def weighted_sum(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             f"got {tuple(rewards.shape)} and {tuple(weights.shape)}"
         )
     rewards, weights = rewards.double(), weights.double()
-    if not (rewards.isfinite().all() and weights.isfinite().all()):
+    if rewards.isinf().any() or not weights.isfinite().all():
         raise ValueError("a reward or a weight is not finite; its group must be quarantined")
-    return (rewards * weights).sum(-1)
+    absent = rewards.isnan()
+    total = (rewards.masked_fill(absent, 0.0) * weights).sum(-1)
+    return total.masked_fill(absent.all(-1), torch.nan)
 
 
 def decoupled(groups: Sequence[torch.Tensor], weights: torch.Tensor) -> list[torch.Tensor]:
@@ -71,8 +81,9 @@ def decoupled(groups: Sequence[torch.Tensor], weights: torch.Tensor) -> list[tor
     """
     combined = []
     for rewards in groups:
-        weighted_sum(rewards, weights)  # the same checks
-        combined.append(standardise(rewards.double().T).T @ weights.double())
+        unscored = weighted_sum(rewards, weights).isnan()  # and the same checks
+        total = standardise(rewards.double().T).T @ weights.double()
+        combined.append(total.masked_fill(unscored, torch.nan))
     if not combined:
         return []
     return list(standardise(torch.cat(combined)).split([len(group) for group in combined]))

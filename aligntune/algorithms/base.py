@@ -161,7 +161,10 @@ class Algorithm(BaseModel):
         return self
 
     def keep(self, scores: dict[str, list[float]]) -> bool:
-        """Whether a group is trained on, from its raw scores per criterion and of `SCORE`."""
+        """Whether a group is trained on, from its raw scores per criterion and of `SCORE`.
+
+        A criterion's list has no entry for a completion that it abstains from.
+        """
         return True
 
     def shape(self, rewards: torch.Tensor, lengths: torch.Tensor, budget: int) -> torch.Tensor:
@@ -177,7 +180,8 @@ class Algorithm(BaseModel):
     ) -> list[torch.Tensor]:
         """Advantages [G] of each of a step's groups, from its rewards [G, K] and weights [K].
 
-        All float64. Groups may differ in G. Raises ValueError on a non-finite reward.
+        All float64. Groups may differ in G. A reward is NaN where its criterion abstains; where all
+        do, the advantage is 0. Raises ValueError on an infinite reward.
         """
         raise NotImplementedError
 
@@ -190,9 +194,10 @@ class Algorithm(BaseModel):
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The shaped scores and the advantages, both [G] float64, of each group of a step.
 
-        `groups` are raw rewards [G, K], `weights` [K], `lengths` [G] sampled tokens of each
-        rollout, `budget` in tokens. Where criteria are normalised one by one, shaping is one more
-        criterion of weight 1.
+        `groups` are raw rewards [G, K], NaN where a criterion abstains, `weights` [K], `lengths`
+        [G] sampled tokens of each rollout, `budget` in tokens. The score of a rollout that all
+        abstain from is NaN. Where criteria are normalised one by one, shaping is one more criterion
+        of weight 1.
         """
         raw = [weighted_sum(rewards, weights) for rewards in groups]
         scores = [self.shape(r, n, budget) for r, n in zip(raw, lengths, strict=True)]

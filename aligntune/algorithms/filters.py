@@ -11,7 +11,7 @@ from aligntune.algorithms.advantages import is_constant
 
 def varies(scores: Sequence[float]) -> bool:
     """Whether a group's scores are not constant, up to rounding: it has something to compare."""
-    return not bool(is_constant(torch.tensor(scores, dtype=torch.float64)))
+    return len(scores) > 0 and not bool(is_constant(torch.tensor(scores, dtype=torch.float64)))
 
 
 def named(scores: Mapping[str, list[float]], metric: str) -> list[float]:

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actors.reward import FunctionScorer
-from actors.scoring.process import RewardCriterion, RewardFailed
+from actors.scoring.children import FunctionScorer
+from actors.scoring.criteria import RewardCriterion, RewardFailed
 from aligntune.data.dropped import Dropped, RowRules, settle_rows
 from aligntune.data.errors import DataError, Reason
 from aligntune.data.sources import Rows, require_column
@@ -165,7 +165,8 @@ async def _score(
                 scores = [
                     (await scorer.call(source, [completion], values))[0] for scorer in scorers
                 ]
-                sums[row] = sum(w * score for w, score in zip(weights, scores, strict=True))
+                given = [w * s for w, s in zip(weights, scores, strict=True) if s is not None]
+                sums[row] = sum(given) if given else "every reward abstains from it"
             except RewardFailed as error:
                 sums[row] = str(error).splitlines()[0]
     finally:

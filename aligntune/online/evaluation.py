@@ -74,8 +74,11 @@ async def evaluate(
             f"the evaluation of version {version} has tokens of the versions {sorted(made_by)}. "
             "This is a defect of aligntune: please report it with events.jsonl"
         )
+    scores = score_metrics(config, groups, prefix="eval/")
+    if "eval/reward/mean" not in scores:
+        raise RunFailed(f"every reward abstained from all of {len(groups)} evaluation prompts")
     figures = {
-        **score_metrics(config, groups, prefix="eval/"),
+        **scores,
         **completion_metrics(groups, prefix="eval/"),
         "eval/prompts": float(len(groups)),
         "eval/failed": float(len(results) - len(groups)),

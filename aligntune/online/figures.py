@@ -32,16 +32,21 @@ LOADS: Mapping[str, tuple[str, Callable[[list[float]], float]]] = {
 def score_metrics(
     config: RunConfig, groups: Sequence[ReadyGroup], prefix: str = ""
 ) -> dict[str, float]:
-    """Mean of every criterion, and mean and population std of the weighted reward."""
+    """Mean of every criterion, and mean and population std of the weighted reward.
+
+    Of the completions that have one; a figure of a criterion that abstained from all is left out.
+    """
     pooled: dict[str, list[float]] = {}
     for group in groups:
         for name, values in raw_scores(config, group.scores).items():
             pooled.setdefault(name, []).extend(values)
     reward = pooled.pop("score")
-    return {
-        f"{prefix}reward/mean": statistics.fmean(reward),
-        f"{prefix}reward/std": statistics.pstdev(reward),
-        **{f"{prefix}reward/{name}/mean": statistics.fmean(v) for name, v in pooled.items()},
+    figures = {}
+    if reward:
+        figures[f"{prefix}reward/mean"] = statistics.fmean(reward)
+        figures[f"{prefix}reward/std"] = statistics.pstdev(reward)
+    return figures | {
+        f"{prefix}reward/{name}/mean": statistics.fmean(v) for name, v in pooled.items() if v
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,15 +27,21 @@ class ReadyGroup:
     reference: Any | None = None  # reference to the reference log-probs [N]
 
 
-def total_reward(config: RunConfig, values: tuple[float, ...]) -> float:
-    """The weighted sum of one completion's criteria."""
-    return sum(spec.weight * value for spec, value in zip(config.rewards, values, strict=True))
+def total_reward(config: RunConfig, values: tuple[float | None, ...]) -> float | None:
+    """The weighted sum of the criteria that score a completion; None where all abstain."""
+    pairs = zip(config.rewards, values, strict=True)
+    given = [spec.weight * value for spec, value in pairs if value is not None]
+    return sum(given) if given else None
 
 
 def raw_scores(config: RunConfig, scores: Scores) -> dict[str, list[float]]:
-    """A group's scores per criterion and, as 'score', their weighted sum: [G] each."""
-    table = {name: [row[k] for row in scores.values] for k, name in enumerate(scores.criteria)}
-    return {**table, "score": [total_reward(config, row) for row in scores.values]}
+    """A group's scores per criterion and, as 'score', their weighted sum: [G] each, fewer where a
+    criterion abstains."""
+    columns: dict[str, list[float | None]] = {
+        name: [row[k] for row in scores.values] for k, name in enumerate(scores.criteria)
+    }
+    columns["score"] = [total_reward(config, row) for row in scores.values]
+    return {name: [v for v in column if v is not None] for name, column in columns.items()}
 
 
 def truncated(record: GroupRecord) -> tuple[bool, ...]:
@@ -53,8 +60,15 @@ def group_works(
         scored, made = len(group.scores.values), len(group.record.finish_reasons)
         if scored != made:
             raise ValueError(f"group {group.record.group_id}: {scored} scores for {made} rollouts")
+    absent = math.nan  # a criterion that abstains, to the algorithm
     scores, advantages = algorithm.scores_and_advantages(
-        [torch.tensor(group.scores.values, dtype=torch.float64) for group in groups],
+        [
+            torch.tensor(
+                [[absent if value is None else value for value in row] for row in g.scores.values],
+                dtype=torch.float64,
+            )
+            for g in groups
+        ],
         torch.tensor([spec.weight for spec in config.rewards], dtype=torch.float64),
         [torch.tensor(group.record.sampled_lengths) for group in groups],
         config.rollout.max_completion_length,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,6 +75,7 @@ class Roles:
             self._config.reward.max_concurrent_groups + SPARE_CALLS,
             self._criteria,
             self._config.model,
+            os.path.join(os.path.abspath(self._config.output_dir), "logs", "reward.log"),
         )
 
     def reference(self, index: int, name: str) -> ActorHandle:

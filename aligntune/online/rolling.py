@@ -7,11 +7,14 @@ Invariant: a failure is never a score. What was lost with a replica or a node is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from actors.messages import GroupRecord, GroupSampling, Prompt, Scores
-from actors.reward import RewardFailed
+from actors.scoring.children import IMPORT_SECONDS, LEAST_WORKERS
+from actors.scoring.criteria import RewardFailed
+from actors.specs import RewardFunctionSpec, RewardModelSpec
 from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet
 from aligntune.config.online import RunConfig
 from aligntune.online.groups import ReadyGroup
@@ -98,7 +101,21 @@ class Rolling:
 
 
 def scoring_deadline(config: RunConfig) -> float:
-    """Seconds a reward actor has for a group: calls of one criterion are served in turn, so the
-    last of a full actor may wait for all the others' limits; criteria run side by side."""
-    longest = max(reward.timeout_s for reward in config.rewards)
-    return 300.0 + longest * config.reward.max_concurrent_groups
+    """Seconds after which a reward actor that has said nothing of a group is lost.
+
+    The actor has limits of its own, a call of a criterion each. This is what they come to where the
+    actor is full and each call takes all its time: the start of a child process, and as many calls
+    one after the other as the criterion does not serve at once. Criteria run side by side.
+    """
+    return IMPORT_SECONDS + max(
+        reward.timeout_s * calls_in_turn(reward, config.reward.max_concurrent_groups)
+        for reward in config.rewards
+    )
+
+
+def calls_in_turn(reward: RewardFunctionSpec | RewardModelSpec, groups: int) -> int:
+    """How many calls of a criterion may follow on each other before `groups` groups are scored."""
+    if isinstance(reward, RewardModelSpec):
+        return groups
+    # One more: calls of an async function that were in one process when it ended are made again.
+    return math.ceil(groups / (reward.workers or LEAST_WORKERS)) + 1

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 from actors.messages import Prompt
 from actors.models.loading import ModelError
 from actors.models.values import check_critic_model
-from actors.reward import Criterion, RewardFailed
+from actors.reward import Criterion
+from actors.scoring.criteria import RewardFailed
 from actors.supervise import ReplicaLost, RoleExhausted
 from aligntune.config.backends import check_installed
 from aligntune.config.online import RunConfig

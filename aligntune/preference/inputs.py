@@ -13,7 +13,7 @@ from typing import Any
 
 from actors.models.loading import ModelError, check_causal_lm, load_tokenizer
 from actors.models.positions import model_positions
-from actors.scoring.process import RewardCriterion
+from actors.scoring.criteria import RewardCriterion
 from aligntune.config.preference import PreferenceConfig
 from aligntune.data.dropped import Dropped
 from aligntune.data.pair_tokens import PairTokens, TokenisedPairs, tokenise_pairs

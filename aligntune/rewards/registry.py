@@ -15,12 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from actors.scoring.process import (
-    FunctionNotFound,
-    RewardCriterion,
-    import_function,
-    named_parameters,
-)
+from actors.scoring.calling import GIVEN, FunctionNotFound, import_function, named_parameters
+from actors.scoring.criteria import RewardCriterion
 from actors.specs import ModelSpec, RewardFunctionSpec, RewardModelSpec
 from aligntune.paths import located
 
@@ -186,16 +182,15 @@ def columns_named(criterion: RewardCriterion | RewardModelCriterion) -> dict[str
         own = {criterion.options.get("column", column): True} if column else {}
         return own | dict.fromkeys(registered.reads, True)
     named, _ = named_parameters(_function_of(criterion))
-    given = {"prompts", "completions", *criterion.options}
+    given = {*GIVEN, *criterion.options}
     return {name: required for name, required in named.items() if name not in given}
 
 
 def check_columns(
     criterion: RewardCriterion | RewardModelCriterion, columns: Collection[str]
 ) -> None:
-    """Refuse, before anything starts, a criterion that needs a column the data do not have.
-
-    A reward model needs none.
+    """Refuse, before anything starts, a criterion that needs a column the data do not have, or
+    data with a column that is named as an argument every reward gets. A reward model needs none.
 
     Args:
         columns: every data column but the prompt's.
@@ -203,11 +198,24 @@ def check_columns(
     Raises:
         ValueError: naming the column and those that exist.
     """
+    if not isinstance(criterion, RewardCriterion):
+        return
+    for name in GIVEN:
+        if name in columns:
+            raise ValueError(
+                f"the data have a column {name!r}, and reward {criterion.name!r} gets an argument "
+                "of that name as every reward does; rename the column"
+            )
     for name, required in columns_named(criterion).items():
         if required and name not in columns:
             raise ValueError(
                 f"reward {criterion.name!r} needs column {name!r}, which the data lack; their "
                 f"columns are {', '.join(map(repr, sorted(columns))) or 'none'}"
+            )
+        if name in criterion.hidden:
+            raise ValueError(
+                f"reward {criterion.name!r} cannot read column {name!r}, which is the name of one "
+                "of its options; rename the column"
             )
 
 
@@ -221,7 +229,7 @@ def _criterion(
 ) -> RewardCriterion:
     """`ignores_unknown`: its `**kwargs` are for data columns, so an option there is a slip."""
     named, takes_all = named_parameters(function)
-    options = [option for option in named if option not in ("prompts", "completions")]
+    options = [option for option in named if option not in GIVEN]
     for option in spec.options:
         if option not in options and (ignores_unknown or not takes_all):
             near = difflib.get_close_matches(option, options, n=1)
@@ -237,6 +245,9 @@ def _criterion(
         timeout_s=spec.timeout_s,
         options=dict(spec.options),
         search_path=_search_path(),
+        workers=spec.workers,
+        # What is no option of ours is a column. A column of an option's name is not that option.
+        hidden=tuple(options) if ignores_unknown else (),
     )
 
 

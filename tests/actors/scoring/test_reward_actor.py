@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from transformers import (
 
 from actors.messages import GroupTensors, Messages, Prompt, Scores
 from actors.reward import Criterion, RewardActor
+from actors.scoring.criteria import RewardCriterion, RewardFailed, RewardFailure
 from actors.scoring.model import RewardModelCriterion
-from actors.scoring.process import RewardCriterion, RewardFailed, RewardFailure
 from actors.specs import ModelSpec, RewardFunctionSpec
 from aligntune.rewards.registry import from_callable, resolve
 
@@ -78,7 +79,7 @@ def misbehaving(prompts, completions):
         signal.pause()
     if what == "close every file":
         os.closerange(3, 1000)
-    values = {"nan": float("nan"), "inf": float("inf"), "none": None}
+    values = {"nan": float("nan"), "inf": float("inf"), "text": "1"}
     if what in values:
         return [values[what]] * len(completions)
     if what == "few":
@@ -312,6 +313,43 @@ class TestScoring:
 
         run(body)
 
+    def test_tags_that_are_special_tokens_are_part_of_what_the_model_wrote(
+        self, tokenizer_spec: ModelSpec, tmp_path: Path
+    ) -> None:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_spec.name)
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": ["<think>", "</think>"], "pad_token": "<pad>"}
+        )
+        tokenizer.save_pretrained(tmp_path)
+        Qwen2Config(eos_token_id=0).save_pretrained(tmp_path)
+        ids = tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<pad>"])
+        opened, closed, pad = map(int, ids)
+        tokens = np.array([opened, 3, closed, 5, 0, pad], np.int32)
+        written = replace(group("abcde"), token_ids=tokens, lengths=(6,))
+        pattern = {"pattern": "<think>c</think>e"}
+        criterion = resolve(RewardFunctionSpec(function="format", options=pattern))
+
+        async def body() -> None:
+            async with running(ModelSpec(name=str(tmp_path)), criterion) as actor:
+                scores, texts = await actor.score(prompt(), written)
+            assert texts == ("<think>c</think>e",)
+            assert scores.values == ((1.0,),)
+
+        run(body)
+
+    def test_a_data_column_of_an_option_s_name_is_not_that_option(
+        self, tokenizer_spec: ModelSpec
+    ) -> None:
+        """Countdown's data have `target`; `side` is an option of `length` that is not given."""
+        criterion = resolve(RewardFunctionSpec(function="length", options={"target": 4}))
+
+        async def body() -> None:
+            async with running(tokenizer_spec, criterion) as actor:
+                scores = await scores_of(actor, prompt(target=98, side="left"), group("ab"))
+            assert scores.values == ((-0.5,),)
+
+        run(body)
+
 
 class TestFailures:
     @pytest.mark.parametrize(
@@ -325,7 +363,7 @@ class TestFailures:
             ("close every file", RewardFailure.DIED, "while scoring a group"),
             ("nan", RewardFailure.NOT_FINITE, "completion 0 is nan"),
             ("inf", RewardFailure.NOT_FINITE, "completion 0 is inf"),
-            ("none", RewardFailure.NOT_A_NUMBER, "completion 0 is None"),
+            ("text", RewardFailure.NOT_A_NUMBER, "completion 0 is '1'"),
             ("few", RewardFailure.WRONG_COUNT, "1 values for 2 completions"),
         ],
     )
@@ -357,7 +395,7 @@ class TestFailures:
                 with pytest.raises(RewardFailed) as failure:
                     await scores_of(actor, prompt("raise"), group("a"))
                 assert 'raise KeyError("user mistake")' in failure.value.detail
-                assert "reward_process.py" not in failure.value.detail
+                assert "scoring/child.py" not in failure.value.detail
 
         run(body)
 

@@ -13,6 +13,7 @@ import torch
 
 from actors.messages import Prompt
 from actors.models.loading import ModelError, load_tokenizer
+from actors.scoring.criteria import RewardFailed, RewardFailure
 from actors.scoring.model import (
     ModelScorer,
     RewardModelCriterion,
@@ -22,7 +23,6 @@ from actors.scoring.model import (
     scored_ids,
     scored_text,
 )
-from actors.scoring.process import RewardFailed, RewardFailure
 from actors.specs import ModelSpec, RewardFunctionSpec, RewardModelSpec
 from aligntune.config.keywords import build_tree
 from aligntune.config.load import load_config

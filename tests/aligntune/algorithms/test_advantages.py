@@ -134,11 +134,58 @@ def test_decoupled_tells_apart_what_a_sum_cannot() -> None:
     assert decoupled[0, 0] < decoupled[0, 1]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf])
 @pytest.mark.parametrize("algorithm", [GRPO(), GRPO(combine="decoupled"), DrGRPO(), PPO()])
 def test_a_reward_that_is_no_number_is_refused(algorithm: GRPO, bad: float) -> None:
     with pytest.raises(ValueError, match="not finite"):
         sequence_advantages(algorithm, single([[1.0, bad]]), ONE)
+
+
+ABSTAINS = math.nan
+SOME_ABSTAIN = [[1.0, ABSTAINS], [ABSTAINS, 3.0], [ABSTAINS, ABSTAINS], [0.0, 1.0]]
+
+
+def test_criteria_that_abstain_leave_the_sum_the_mean_and_the_deviation() -> None:
+    """TRL's None. With weights 2 and 1 the sums are 2, 3, none and 1: mean 2, deviation 1."""
+    x, w = torch.tensor([SOME_ABSTAIN], dtype=torch.float64), torch.tensor([2.0, 1.0])
+    assert sequence_advantages(DrGRPO(), x, w).tolist() == [[0.0, 1.0, 0.0, -1.0]]
+    torch.testing.assert_close(
+        sequence_advantages(GRPO(), x, w),
+        torch.tensor([[0.0, 1.0, 0.0, -1.0]], dtype=torch.float64) / (1 + 1e-6),
+        rtol=1e-12,
+        atol=0,
+    )
+
+
+def test_decoupled_criteria_are_normalised_over_what_they_score() -> None:
+    """Both criteria give +-1/sqrt(2); summed 2, 1, none, -3 of it, whose deviation is sqrt(3.5)."""
+    x, w = torch.tensor([SOME_ABSTAIN], dtype=torch.float64), torch.tensor([2.0, 1.0])
+    got = sequence_advantages(GRPO(combine="decoupled"), x, w)
+    scale = math.sqrt(0.5) / math.sqrt(3.5)
+    expected = torch.tensor([[2 * scale, scale, 0.0, -3 * scale]], dtype=torch.float64)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+    assert got[0, 2] == 0.0
+
+
+@pytest.mark.parametrize("algorithm", [GRPO(), GRPO(combine="decoupled"), DrGRPO(), DAPO()])
+def test_a_completion_without_any_score_is_as_if_it_were_not_in_its_group(algorithm: GRPO) -> None:
+    w = torch.tensor([1.0, 0.5])
+    there = [[1.0, 0.0], [0.0, 0.25], [0.5, 0.5]]
+    without = sequence_advantages(algorithm, torch.tensor([there], dtype=torch.float64), w)
+    beside = [there[0], [ABSTAINS] * 2, *there[1:]]
+    got = sequence_advantages(algorithm, torch.tensor([beside], dtype=torch.float64), w)
+    assert got[0, 1] == 0.0
+    torch.testing.assert_close(got[0, [0, 2, 3]], without[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "algorithm", [GRPO(), GRPO(combine="decoupled"), DAPO(combine="decoupled"), DrGRPO(), DAPO()]
+)
+def test_a_group_that_nothing_scores_has_no_advantages(algorithm: GRPO) -> None:
+    x = torch.full((1, 3, 1), ABSTAINS, dtype=torch.float64)
+    (scores,), (got,) = algorithm.scores_and_advantages(x, ONE, torch.tensor([[9, 10, 1]]), 10)
+    assert got.tolist() == [0.0] * 3
+    assert scores.isnan().all()
 
 
 def test_rewards_and_weights_must_fit() -> None:

@@ -119,6 +119,27 @@ def test_several_criteria_count_by_their_weights() -> None:
     }
 
 
+def test_criteria_that_abstain_count_neither_in_figures_nor_in_advantages() -> None:
+    rewards = [{"function": "length", "weight": 2.0}, {"function": "exact_match", "weight": 0.5}]
+    both = config("drgrpo", rewards)
+    first = ready(0, [(1.0, None), (None, 2.0)], criteria=("length", "exact_match"))
+    second = ready(1, [(None, None), (None, 4.0)], criteria=("length", "exact_match"))
+    works = group_works(both, both.algorithm, [first, second])
+    assert works[0].scores == (2.0, 1.0)
+    assert works[0].advantages == (0.5, -0.5)
+    assert works[1].advantages == (0.0, 0.0)
+    assert score_metrics(both, [first, second]) == {
+        "reward/mean": pytest.approx(5 / 3),
+        "reward/std": pytest.approx((2 / 9) ** 0.5),
+        "reward/length/mean": 1.0,
+        "reward/exact_match/mean": 3.0,
+    }
+    assert (
+        score_metrics(both, [ready(2, [(None, None)] * 2, criteria=("length", "exact_match"))])
+        == {}
+    )
+
+
 def test_group_figures_by_hand() -> None:
     groups = [
         ready(0, [(1.0,), (0.0,)], versions=(4, 2)),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from actors.reward import RewardFailed, RewardFailure
+from actors.scoring.criteria import RewardFailed, RewardFailure
 from aligntune.cli import main
 from aligntune.errors import UserError
 from aligntune.online import trainer as trainers

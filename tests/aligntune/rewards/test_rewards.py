@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.scoring.process import RewardFailed, RewardFailure, arguments, checked
+from actors.scoring.calling import arguments, checked
+from actors.scoring.criteria import RewardFailed, RewardFailure
 from actors.specs import RewardFunctionSpec
 from aligntune.rewards.format import format_match
 from aligntune.rewards.inputs import text_of
 from aligntune.rewards.length import length_penalty
+from aligntune.rewards.limited import judged
 from aligntune.rewards.math import math_equal
 from aligntune.rewards.registry import (
     REWARDS,
@@ -52,6 +56,31 @@ class TestMath:
             ("$x = 2x+1$, so \\boxed{1+2x}", "2x+1"),
             ("-3", "-3"),
             ("first 1, then 2, at last 3", "3"),
+            (r"\boxed{3,5,7}", "3,5,7"),
+            (r"\boxed{7, 3, 5}", "3,5,7"),
+            (r"\boxed{\{3,5,7\}}", "3,5,7"),
+            ("we get 3,5,7", "3,5,7"),
+            ("The answer is 3, 5, and 7.", "3,5,7"),
+            (r"\boxed{-2,1}", "-2,1"),
+            (r"\boxed{1,2}", "1,2"),
+            (r"\boxed{0,1}", "0,1"),
+            (r"$x = \boxed{1}$ or $\boxed{2}$", "1,2"),
+            (r"\boxed{1,234}", "1234"),
+            (r"\boxed{12\,345}", "12345"),
+            ("1,234,567", "1234567"),
+            ("In 2023, 5 of them", "5"),
+            ("<think>first I had 5, so one more</think>\n<answer>6</answer>", "6"),
+            ("I had 5, so one more</think>6", "6"),
+            ("<answer>3, 5</answer>", "5,3"),
+            (r"<answer>\boxed{6}</answer> (not 5)", "6"),
+            ("<answer>5</answer> no: <answer>6</answer>", "6"),
+            ("<answer>6", "6"),
+            ("Answer:12", "12"),
+            ("**Answer:**12", "12"),
+            ("*12*", "12"),
+            ("it is **12**", "12"),
+            ("0.333333", "1/3"),
+            ("50%", "50%"),
         ],
     )
     def test_an_equal_answer_scores_one(self, completion: str, answer: Any) -> None:
@@ -71,6 +100,18 @@ class TestMath:
             ("-3", "3"),
             ("1", "2x+1"),
             ("first 3, then 2, at last 1", "3"),
+            (r"\boxed{3.5}", "3,5,7"),
+            (r"\boxed{3,5}", "3,5,7"),
+            (r"\boxed{3,5,7,7}", "3,5,7"),
+            ("3,5,7", "3.5"),
+            ("Answer: 3,5,7", "3.5"),
+            ("7", "3,5,7"),
+            (r"\boxed{1,2}", "12"),
+            ("<think>first I had 5, so one more</think>\n<answer>6</answer>", "5"),
+            (r"<think>perhaps \boxed{5}</think> 6", "5"),
+            ("<think>it is 5", "5"),
+            (r"<answer>6</answer> or \boxed{5}", "5"),
+            ("Answer:12", "1"),
         ],
     )
     def test_another_answer_scores_zero(self, completion: str, answer: Any) -> None:
@@ -83,6 +124,45 @@ class TestMath:
     def test_an_expected_answer_that_cannot_be_read_is_an_error_not_a_zero(self) -> None:
         with pytest.raises(ValueError, match="'answer' holds ''"):
             score_math("42", "")
+
+    def test_what_takes_too_long_scores_zero_and_costs_the_others_nothing(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("aligntune.rewards.math.ANSWER_SECONDS", 0.5)
+        slow, right = r"\boxed{9^{9^{9^{9}}}}", r"\boxed{2x}"
+        completions = [slow, right, slow, r"\boxed{(x+1)^{5000}}", right]
+        assert math_equal(completions, answer=["x+x"] * 5) == [0.0, 1.0, 0.0, 0.0, 1.0]
+
+    def test_an_expected_answer_that_takes_too_long_is_an_error(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("aligntune.rewards.math.EXPECTED_SECONDS", 0.5)
+        with pytest.raises(ValueError, match=r"9\^.*processor time"):
+            score_math("x+1", "9^{9^{9^{9}}}")
+
+    def test_time_that_is_not_spent_computing_does_not_count(self) -> None:
+        def judge(made: int, item: float) -> bool:
+            time.sleep(item)
+            return True
+
+        assert judged(lambda: 1, judge, [0.3, 0.0], 0.1, 0.1) == [True, True]
+
+    def test_what_ends_the_process_that_judges_it_is_false_and_what_fails_there_is_an_error(
+        self,
+    ) -> None:
+        def judge(made: int, item: str) -> bool:
+            if item == "killed":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return {"yes": True, "no": False}[item]
+
+        assert judged(lambda: 1, judge, ["yes", "killed", "no", "yes"], 1, 1) == [
+            True,
+            False,
+            False,
+            True,
+        ]
+        with pytest.raises(RuntimeError, match="ended"):
+            judged(lambda: 1, judge, ["what"], 1, 1)
 
     def test_rows_are_scored_against_their_own_answers(self) -> None:
         assert math_equal(["1", "2", "3"], answer=["1", "3", "3"]) == [1.0, 0.0, 1.0]
@@ -293,6 +373,15 @@ class TestRegistry:
         with pytest.raises(ValueError, match="'f' needs column 'gold'"):
             check_columns(criterion, [])
 
+    def test_a_column_that_clashes_with_every_reward_is_found_before_the_run(self) -> None:
+        with pytest.raises(ValueError, match=r"column 'completions'.*rename the column"):
+            check_columns(resolve(spec("math")), ["answer", "completions"])
+
+    def test_a_registered_reward_cannot_be_told_to_read_its_own_option(self) -> None:
+        criterion = resolve(spec("contains", options={"column": "ignore_case"}))
+        with pytest.raises(ValueError, match="'ignore_case', which is the name of one of its"):
+            check_columns(criterion, ["ignore_case"])
+
     def test_a_closure_travels_by_value(self) -> None:
         offset = 3.0
         criterion = from_callable(
@@ -334,11 +423,15 @@ class TestArguments:
 
     @pytest.mark.parametrize(
         ("columns", "options"),
-        [({"completions": 1}, {}), ({}, {"prompts": 1}), ({"scale": 1}, {"scale": 2})],
+        [({"completions": 1}, {}), ({}, {"prompts": 1})],
     )
     def test_a_name_with_two_meanings_is_refused(self, columns: Any, options: Any) -> None:
-        with pytest.raises(ValueError, match="rename one"):
+        with pytest.raises(ValueError, match="rename it"):
             arguments(lambda **kw: None, "p", ["a"], columns, options)
+
+    def test_an_option_stands_before_a_data_column_of_its_name(self) -> None:
+        got = arguments(lambda completions, scale: None, "p", ["a"], {"scale": 1}, {"scale": 2})
+        assert got["scale"] == 2
 
 
 class TestChecked:
@@ -355,6 +448,9 @@ class TestChecked:
     def test_numbers_of_any_kind_become_floats(self, values: Any) -> None:
         assert checked("c", values, 2) == [1.0, 0.5]
 
+    def test_none_abstains(self) -> None:
+        assert checked("c", [None, 0.5], 2) == [None, 0.5]
+
     @pytest.mark.parametrize(
         ("values", "reason"),
         [
@@ -366,7 +462,6 @@ class TestChecked:
             ({1: 1, 2: 2}, RewardFailure.WRONG_COUNT),
             ({1.0, 2.0}, RewardFailure.WRONG_COUNT),
             (np.array(1.0), RewardFailure.WRONG_COUNT),
-            ([1.0, None], RewardFailure.NOT_A_NUMBER),
             ([1.0, "2"], RewardFailure.NOT_A_NUMBER),
             ([1.0, 2j], RewardFailure.NOT_A_NUMBER),
             (torch.zeros(2, 2), RewardFailure.NOT_A_NUMBER),
