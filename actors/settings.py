@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, JsonValue
 from pydantic_core import CoreSchema, core_schema
 
 
@@ -20,6 +20,10 @@ class Spec(BaseModel):
     moved: ClassVar[Mapping[str, str]] = {}
     """Keys that were here once, and where in the same section what they said is said now."""
 
+
+AUTO: dict[str, JsonValue] = {"auto": True}
+"""Marks a field (`json_schema_extra`) that the machines decide unless somebody has set it; until
+then it holds the value of a run without a GPU."""
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]

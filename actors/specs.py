@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from actors.engines.specs import AutoEngineSpec, EngineField
+from actors.settings import AUTO
 from actors.settings import Positive as Positive
 from actors.settings import Seconds as Seconds
 from actors.settings import Spec as Spec
@@ -36,13 +37,17 @@ class ModelSpec(Spec):
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="bfloat16 computes in it; what is trained is kept in float32"
+        "float32",
+        description="bfloat16 computes in it; what is trained is kept in float32",
+        json_schema_extra=AUTO,
     )
     lora: LoRASpec | None = Field(None, description="adapters instead of full fine-tuning")
     load_in_4bit: bool = Field(
         False, description="frozen weights of the trained model in 4 bits; unsloth, lora and a GPU"
     )
-    gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
+    gradient_checkpointing: bool = Field(
+        False, description="less memory, about a third more time", json_schema_extra=AUTO
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="attention kernel of transformers"
@@ -54,8 +59,16 @@ class RoleResources(Spec):
 
     moved: ClassVar[Mapping[str, str]] = {"strategy": "placement"}
 
-    cpus: float = Field(1.0, gt=0, description="logical CPUs")
-    gpus: float = Field(0.0, ge=0, description="GPUs; a fraction shares one")
+    cpus: float = Field(1.0, gt=0, description="logical CPUs", json_schema_extra=AUTO)
+    threads: Positive | None = Field(
+        None,
+        description="of its arithmetic; none: as many as CPUs, so that roles that take turns may "
+        "each have all processors, and no node is overbooked",
+        json_schema_extra=AUTO,
+    )
+    gpus: float = Field(
+        0.0, ge=0, description="GPUs; a fraction shares one", json_schema_extra=AUTO
+    )
     memory_gib: float | None = Field(None, gt=0, description="host memory; default: not counted")
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
         "PACK",
@@ -75,9 +88,13 @@ class RolloutSpec(Spec):
     }
 
     engine: EngineField = Field(
-        AutoEngineSpec(), description="auto: vllm where it is installed, else transformers"
+        AutoEngineSpec(),
+        description="auto: vllm where it is installed, else transformers",
+        json_schema_extra=AUTO,
     )
-    replicas: Positive = Field(1, description="actors, each with the whole model")
+    replicas: Positive = Field(
+        1, description="actors, each with the whole model", json_schema_extra=AUTO
+    )
     max_replicas: Positive | None = Field(
         None,
         description="more of them, up to this, while the cluster has room: on nodes that join, for "
@@ -133,7 +150,7 @@ class RewardModelSpec(Spec):
     weight: float = Field(1.0, description="in the sum of criteria")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of weights and arithmetic"
+        "float32", description="of weights and arithmetic", json_schema_extra=AUTO
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     apply_chat_template: bool = Field(
@@ -149,7 +166,9 @@ class RewardModelSpec(Spec):
 class RewardActorSpec(Spec):
     """How rewards are run."""
 
-    replicas: Positive = Field(1, description="actors, each with all criteria")
+    replicas: Positive = Field(
+        1, description="actors, each with all criteria", json_schema_extra=AUTO
+    )
     resources: RoleResources = RoleResources(cpus=0.5)
     max_attempts: Positive = Field(3, description="tries per group before it is quarantined")
     max_concurrent_groups: Positive = Field(16, description="in flight per replica")
@@ -161,7 +180,9 @@ class ReferenceSpec(Spec):
     """Log-probs under the frozen model; used only where the algorithm has a KL term."""
 
     model: str | None = Field(None, description="default: the policy's starting model")
-    replicas: Positive = Field(1, description="actors, each with the whole model")
+    replicas: Positive = Field(
+        1, description="actors, each with the whole model", json_schema_extra=AUTO
+    )
     resources: RoleResources = RoleResources()
     timeout_s: Seconds = Field(600.0, description="longest wait for one group")
     start_timeout_s: Seconds = Field(600.0, description="longest wait for a replica to load")
@@ -175,9 +196,13 @@ class RankSpec(Spec):
     moved: ClassVar[Mapping[str, str]] = {"deepspeed": "strategy={name: deepspeed, ...}"}
 
     strategy: StrategyField = Field(
-        TorchSpec(), description="torch is one rank; deepspeed (ZeRO) and fsdp are one or more"
+        TorchSpec(),
+        description="torch is one rank; deepspeed (ZeRO) and fsdp are one or more",
+        json_schema_extra=AUTO,
     )
-    ranks: Positive = Field(1, description="processes that share the update")
+    ranks: Positive = Field(
+        1, description="processes that share the update", json_schema_extra=AUTO
+    )
     resources: RoleResources = RoleResources()
     learning_rate: float | None = Field(None, gt=0, description="default: the algorithm's")
     scheduler: Literal["constant", "linear", "cosine"] = Field(
@@ -188,7 +213,9 @@ class RankSpec(Spec):
     adam_epsilon: float = Field(1e-8, gt=0, description="of AdamW")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW; biases and norms have none")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to it")
-    tokens_per_microbatch: Positive = Field(16384, description="prompt and response, padding too")
+    tokens_per_microbatch: Positive = Field(
+        16384, description="prompt and response, padding too", json_schema_extra=AUTO
+    )
     packing: bool = Field(False, description="rows of a micro-batch in one sequence, no padding")
     update_timeout_s: Seconds = Field(
         3600.0, description="longest wait for an update, an export or a checkpoint"

@@ -102,6 +102,7 @@ def train(
         from aligntune.config.tree import dump
 
         trainer.check(resume)
+        trainer.settle(resume)
         typer.echo(dump(trainer.config))
         typer.echo(trainer.summary())
         return

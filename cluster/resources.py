@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -48,10 +49,11 @@ class GpuType:
 
     name: str
     memory_bytes: int
-    flops: float  # dense bfloat16 FLOP/s
+    flops: float  # dense bfloat16 FLOP/s; of float32 where it has no bfloat16
     memory_bandwidth: float  # bytes/s
     link_bandwidth: float  # bytes/s to another GPU of the node, one direction
     network_bandwidth: float  # bytes/s to another node, one direction
+    bfloat16: bool = True
 
 
 class Node(NamedTuple):
@@ -100,10 +102,11 @@ def gpu_type(name: str) -> GpuType:
     return GpuType(
         name=name.lower(),
         memory_bytes=row["memory_mib"] * 2**20,
-        flops=row["bf16_tflops"] * 1e12,
+        flops=row.get("bf16_tflops", row.get("fp32_tflops")) * 1e12,
         memory_bandwidth=row["memory_gb_s"] * 1e9,
         link_bandwidth=row["link_gb_s"] * 1e9,
         network_bandwidth=row["network_gb_s"] * 1e9,
+        bfloat16="bf16_tflops" in row,
     )
 
 
@@ -212,26 +215,91 @@ def _cached(group: Path, version: _ControlGroups) -> int:
     return sum(int(amount) for name, amount in rows if name in version.cached)
 
 
-def _local_gpus() -> list[tuple[str, int]]:
-    """(product name, MiB) of every GPU that nvidia-smi lists; none where there is no nvidia-smi."""
+def host_cpus() -> int:
+    """Processors that this process may use: of its affinity, within the quota of its container."""
+    count = len(os.sched_getaffinity(0))
+    for quota in _cpu_quotas():
+        count = min(count, max(1, math.ceil(quota)))
+    return count
+
+
+def _cpu_quotas() -> Iterator[float]:
+    """Processors that the control groups around this process grant, where they bound them."""
+    own = ROOT / "proc/self/cgroup"
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = ROOT / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        inner = mount / path.lstrip("/")
+        for group in (inner, *inner.parents):
+            if not group.is_relative_to(mount):
+                continue
+            limit, quota, period = group / "cpu.max", "", ""
+            if limit.is_file():
+                quota, period = limit.read_text().split()
+            elif (group / "cpu.cfs_quota_us").is_file():
+                quota = (group / "cpu.cfs_quota_us").read_text().strip()
+                period = (group / "cpu.cfs_period_us").read_text().strip()
+            if quota.isdigit() and int(quota):
+                yield int(quota) / int(period)
+
+
+class LocalGpu(NamedTuple):
+    """A GPU that nvidia-smi lists."""
+
+    product: str
+    mib: int
+    bfloat16: bool
+
+
+def _local_gpus() -> list[LocalGpu]:
+    """The GPUs that CUDA would show a process here; none where there is no nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return []
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    query = [
+        "nvidia-smi",
+        "--query-gpu=index,uuid,name,memory.total,compute_cap",
+        "--format=csv,noheader,nounits",
+    ]
     done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
     if done.returncode:
         return []  # the tool is there and the driver is not
-    rows = [line.rpartition(",") for line in done.stdout.splitlines() if line.strip()]
-    return [(name.strip(), int(mib)) for name, _, mib in rows if mib.strip().isdigit()]
+    found: dict[str, LocalGpu] = {}
+    names: dict[str, str] = {}
+    for line in done.stdout.splitlines():
+        fields = [field.strip() for field in line.split(",")]
+        if len(fields) == 5 and fields[3].isdigit():
+            index, uuid, product, mib, capability = fields
+            found[index] = LocalGpu(product, int(mib), float(capability) >= 8.0)
+            names |= {index: index, uuid: index}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return list(found.values())
+    shown = []
+    for name in visible.split(","):  # CUDA stops at the first that it does not know
+        alike = (uuid for uuid in names if uuid.startswith(name))  # a part of it will do
+        known = name if name.isdigit() else next(alike, "")
+        if not name or known not in names:
+            break
+        shown.append(found[names[known]])
+    return shown
 
 
-def _by_memory(found: tuple[str, int]) -> str | None:
-    """The known GPU whose name is in the product name and whose memory is within 3 %."""
-    product = found[0].lower().replace(" ", "-")
+def _by_memory(gpu: LocalGpu) -> str | None:
+    """The known GPU whose name is in the product name and whose memory is within 3 %; else the
+    largest known one that it has the memory and the arithmetic of."""
+    product = gpu.product.lower().replace(" ", "-")
     for name, row in _gpu_table().items():
-        close = abs(row["memory_mib"] - found[1]) <= 0.03 * row["memory_mib"]
+        close = abs(row["memory_mib"] - gpu.mib) <= 0.03 * row["memory_mib"]
         if close and name.rpartition("-")[0] in product:
             return name
-    return None
+    smaller = [
+        name
+        for name, row in _gpu_table().items()
+        if row["memory_mib"] <= gpu.mib and ("bf16_tflops" in row) == gpu.bfloat16
+    ]
+    return max(smaller, key=lambda name: (_gpu_table()[name]["memory_mib"], name), default=None)
 
 
 def living_nodes() -> list[Mapping[str, Any]]:

@@ -24,6 +24,7 @@ class ClusterSpec(BaseModel):
         default=[],
         description="roles that share places: replica i of each has one bundle and one GPU, as in "
         "[[policy, rollout]]",
+        json_schema_extra={"auto": True},  # decided by the machines unless somebody has set it
     )
     object_store_gib: float | None = Field(None, gt=0, description="for a Ray started here")
     worker_logs: bool = Field(False, description="print the actors' output in this terminal")

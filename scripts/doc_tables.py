@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from actors.engines.specs import VLLMSpec
 from actors.settings import OneOf
 from actors.specs import (
     LoRASpec,
@@ -29,10 +30,25 @@ from actors.specs import (
 )
 from aligntune.algorithms import registry
 from aligntune.algorithms.base import Algorithm
+from aligntune.config.auto import is_auto
+from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.config.preference import ALGORITHMS, PreferenceConfig
+from aligntune.errors import UserError
+from aligntune.online.settle_resources import settle_resources
+from aligntune.online.work import known_shape, work_of
+from cluster.machines import Machines
+from cluster.plan.plan import make_plan
+from cluster.resources import described
 from cluster.specs import ClusterSpec
 
+AUTO_MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen2.5-7B", "meta-llama/Llama-3.1-70B")
+AUTO_CLUSTERS = (
+    (1, 1, "l4-24gb"),
+    (1, 1, "h100-80gb"),
+    (1, 8, "h100-80gb"),
+    (16, 8, "h100-80gb"),
+)
 DOCS = Path(__file__).parents[1] / "docs"
 TABLE = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
@@ -77,7 +93,12 @@ def sections() -> dict[str, type[BaseModel]]:
 def tables() -> dict[str, str]:
     """Every table by the name that its marker gives it."""
     made = {path: section_table(path, model) for path, model in sections().items()}
-    return {**made, "algorithms": algorithm_table(), "defaults": defaults_table()}
+    return {
+        **made,
+        "algorithms": algorithm_table(),
+        "defaults": defaults_table(),
+        "auto": auto_table(),
+    }
 
 
 def section_table(path: str, model: type[BaseModel]) -> str:
@@ -97,7 +118,8 @@ def section_table(path: str, model: type[BaseModel]) -> str:
             kind, default = "section", _default(field)
             text = f"see {SHARED.get(section, f'{prefix}{name}')}"
         else:
-            kind, default = _type(field.annotation, field.metadata), _default(field)
+            kind = _type(field.annotation, field.metadata)
+            default = "auto" if is_auto(field) else _default(field)
             text = field.description or ""
         rows.append((f"`{name}`", kind, default, text))
     return _markdown(("key", "type", "default", "what it is"), rows)
@@ -163,6 +185,54 @@ def defaults_table() -> str:
         "critic's learning rate",
     )
     return _markdown(head, rows)
+
+
+def auto_table() -> str:
+    """What is decided for models and clusters of several sizes, by the function that decides it."""
+    rows = []
+    for model in AUTO_MODELS:
+        config = load_config(
+            {
+                "algorithm": {"name": "grpo", "beta": 0},
+                "model": {"name": model},
+                "data": {"path": "data"},
+                "rewards": ["math"],
+                "rollout": {"max_prompt_length": 512, "max_completion_length": 1024},
+                "output_dir": "run",
+            }
+        )
+        assert isinstance(config, RunConfig)
+        rows.append((model, *(_decided(config, *cluster) for cluster in AUTO_CLUSTERS)))
+    heads = (f"{nodes} x {gpus} {gpu}" for nodes, gpus, gpu in AUTO_CLUSTERS)
+    return _markdown(("model", *heads), rows)
+
+
+def _decided(config: RunConfig, nodes: int, gpus: int, gpu: str) -> str:
+    """One cell: who is where, how the model is held, and the step by the plan."""
+    cluster = described(nodes, gpus, gpu)
+    there = Machines(cluster, 16, here=False)
+    try:
+        now, _ = settle_resources(config, there=there, shape_of=known_shape)
+    except UserError as error:
+        short = re.search(r"needs ([\d.]+ GiB) and has ([\d.]+ GiB)", str(error))
+        return f"refused: a GPU needs {short[1]}" if short else f"refused: {error}"
+    plan = make_plan(work_of(now), cluster)
+    options = now.policy.strategy.model_dump()
+    held = options.pop("name")
+    if held == "deepspeed":
+        held = f"ZeRO-{options['stage']}{', offloaded' if options['offload'] else ''}"
+    assert isinstance(now.rollout.engine, VLLMSpec)
+    shared = any("rollout" in group for group in now.cluster.colocate)
+    parts = [
+        f"policy {now.policy.ranks} ({held})",
+        f"rollouts {now.rollout.replicas} x {now.rollout.engine.shards} on "
+        f"{'the same' if shared else 'GPUs of their own'}, "
+        f"{now.rollout.engine.gpu_memory_utilization:.0%} of each",
+        f"micro-batches of {now.policy.tokens_per_microbatch} tokens",
+        *(["checkpointing"] if now.model.gradient_checkpointing else []),
+        f"{plan.times.step(0):.3g} s a step",
+    ]
+    return "; ".join(parts)
 
 
 def rendered(text: str) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from actors.settings import Choice, OneOf, Positive
+from actors.settings import AUTO, Choice, OneOf, Positive
 
 
 class EngineSpec(Choice):
@@ -28,9 +28,11 @@ class VLLMSpec(EngineSpec):
     """vLLM."""
 
     name: Literal["vllm"] = "vllm"
-    tensor_parallel_size: Positive = Field(1, description="GPUs of one replica")
+    tensor_parallel_size: Positive = Field(
+        1, description="GPUs of one replica", json_schema_extra=AUTO
+    )
     gpu_memory_utilization: float = Field(
-        0.85, gt=0, le=1, description="share of the GPU that vLLM takes"
+        0.85, gt=0, le=1, description="share of the GPU that vLLM takes", json_schema_extra=AUTO
     )
     kv_cache_gib: float | None = Field(
         None, gt=0, description="default: 1 on CPU, and on a GPU what its share leaves"

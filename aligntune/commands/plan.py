@@ -11,8 +11,10 @@ from aligntune.config.preference import is_preference
 from aligntune.config.tree import load_tree
 from aligntune.errors import UserError
 from aligntune.online.role_requests import role_requests
-from aligntune.online.work import work_of
+from aligntune.online.settle_resources import settle_resources
+from aligntune.online.work import known_shape, work_of
 from cluster.bundles import BadRequest, totals
+from cluster.machines import Machines, machines
 from cluster.placement import DoesNotFit
 from cluster.plan.plan import Plan, make_plan
 from cluster.plan.shapes import BadModelConfig
@@ -20,12 +22,11 @@ from cluster.resources import (
     BadDescription,
     Cluster,
     UnknownName,
-    connected,
     described,
     gpu_type,
     this_machine,
 )
-from cluster.session import ClusterUnreachable, resolve_address, session
+from cluster.session import ClusterUnreachable
 
 
 def plan_run(
@@ -49,16 +50,13 @@ def plan_run(
     config = load_config(source, overrides)
     assert isinstance(config, RunConfig)
     try:
-        work = work_of(config)
-        if nodes is None:
-            if gpus_per_node or cpus_per_node is not None:
-                raise BadDescription(
-                    "--gpus-per-node and --cpus-per-node describe nodes; say how many with --nodes"
-                )
-            cluster = _typed(_existing(config), gpu)
-        else:
-            cluster = described(nodes, gpus_per_node, gpu, cpus_per_node)
-        return make_plan(work, cluster)
+        there = _machines(config, nodes, gpus_per_node, gpu, cpus_per_node)
+        settled, decisions = settle_resources(config, there=there, shape_of=known_shape)
+        cluster = there.cluster
+        if there.here:  # a Ray started for the run has as many CPUs as it asks for
+            cluster = _typed(this_machine(totals(role_requests(settled))["CPU"]), gpu)
+        plan = make_plan(work_of(settled), cluster)
+        return replace(plan, decided=tuple(one.describe() for one in decisions))
     except (
         BadDescription,
         BadModelConfig,
@@ -70,12 +68,24 @@ def plan_run(
         raise UserError(str(error)) from error
 
 
-def _existing(config: RunConfig) -> Cluster:
-    """The cluster that the config or RAY_ADDRESS names, else this machine."""
-    if resolve_address(config.cluster) == "local":
-        return this_machine(totals(role_requests(config))["CPU"])
-    with session(config.cluster, cpus=0, gpus=0):
-        return connected()
+def _machines(
+    config: RunConfig,
+    nodes: int | None,
+    gpus_per_node: int,
+    gpu: str | None,
+    cpus_per_node: float | None,
+) -> Machines:
+    """Those that are described, else of the cluster that the config or RAY_ADDRESS names, else
+    this one."""
+    if nodes is not None:
+        cluster = described(nodes, gpus_per_node, gpu, cpus_per_node)
+        return Machines(cluster, int(cluster.nodes[0].cpus), here=False)
+    if gpus_per_node or cpus_per_node is not None:
+        raise BadDescription(
+            "--gpus-per-node and --cpus-per-node describe nodes; say how many with --nodes"
+        )
+    there = machines(config.cluster)
+    return replace(there, cluster=_typed(there.cluster, gpu))
 
 
 def _typed(cluster: Cluster, gpu: str | None) -> Cluster:

@@ -27,7 +27,7 @@ def check_backend(
             raise UserError("model.load_in_4bit needs backend=unsloth")
         if model.lora is None:
             raise UserError("model.load_in_4bit freezes the model, so it needs model.lora")
-        if not resources.gpus:
+        if not resources.gpus and "gpus" in resources.model_fields_set:
             raise UserError(
                 f"model.load_in_4bit needs a GPU and {where}.resources.gpus is 0; set it, or "
                 "remove model.load_in_4bit"

@@ -34,6 +34,7 @@ from actors.specs import (
 from actors.strategies.specs import STRATEGIES
 from aligntune.algorithms import registry
 from aligntune.algorithms.base import Algorithm
+from aligntune.config.auto import without_auto
 from aligntune.config.backends import check_backend
 from aligntune.config.tree import explain
 from aligntune.data.spec import DataSpec
@@ -195,7 +196,7 @@ def load_online_config(tree: Mapping[str, Any]) -> RunConfig:
 def validate(tree: Mapping[str, Any]) -> RunConfig:
     """A RunConfig from a mapping; UserError names the first wrong key and its cure."""
     try:
-        return RunConfig.model_validate(tree)
+        return RunConfig.model_validate(without_auto(tree))
     except ValidationError as error:
         raise UserError(explain(error, tree, RunConfig, _algorithm_options)) from error
 
@@ -318,7 +319,7 @@ def check(config: RunConfig) -> None:
             "train.groups_per_minibatch, or remove the limit"
         )
     for spec in (config.policy, config.critic):
-        if spec.ranks > 1 and not spec.strategy.several:
+        if spec.ranks > 1 and not spec.strategy.several and "strategy" in spec.model_fields_set:
             several = " or ".join(name for name, kind in STRATEGIES.items() if kind.several)
             raise UserError(
                 f"{spec.role}.strategy={spec.strategy.name} is one rank and {spec.role}.ranks="

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from actors.settings import AUTO
 from actors.specs import (
     ModelSpec,
     Positive,
@@ -20,6 +21,7 @@ from actors.specs import (
     Spec,
 )
 from aligntune.algorithms.registry import canonical
+from aligntune.config.auto import without_auto
 from aligntune.config.backends import check_backend
 from aligntune.config.online import CheckpointSpec, TrackingSpec
 from aligntune.config.tree import explain
@@ -228,10 +230,14 @@ class PreferenceTrainSpec(Spec):
 
     steps: Positive | None = Field(None, description="optimiser steps; or give epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the pairs; default 1")
-    workers: Positive = Field(1, description="of the Ray Train job")
+    workers: Positive = Field(1, description="of the Ray Train job", json_schema_extra=AUTO)
     resources: RoleResources = Field(RoleResources(), description="of each worker")
-    pairs_per_worker: Positive = Field(8, description="in one forward pass of one worker")
-    accumulation_steps: Positive = Field(1, description="forward passes of an optimiser step")
+    pairs_per_worker: Positive = Field(
+        8, description="in one forward pass of one worker", json_schema_extra=AUTO
+    )
+    accumulation_steps: Positive = Field(
+        1, description="forward passes of an optimiser step", json_schema_extra=AUTO
+    )
     learning_rate: float | None = Field(None, gt=0, description="default: the algorithm's")
     scheduler: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="of the learning rate after the warm-up"
@@ -300,7 +306,7 @@ class PreferenceConfig(Spec):
 def load_preference_config(tree: Mapping[str, Any]) -> PreferenceConfig:
     """The resolved config of a preference job. Raises UserError."""
     try:
-        config = PreferenceConfig.model_validate(tree)
+        config = PreferenceConfig.model_validate(without_auto(tree))
     except ValidationError as error:
         raise UserError(explain(error, tree, PreferenceConfig, _algorithm_options)) from error
     train = config.train

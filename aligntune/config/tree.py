@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from actors.settings import OneOf
 from actors.specs import RewardFunctionSpec, RewardModelSpec
+from aligntune.config.auto import tree_of
 from aligntune.config.yaml_text import parse_yaml
 from aligntune.errors import UserError, nearest
 
@@ -189,4 +190,4 @@ def _section(annotation: Any) -> type[BaseModel]:
 
 def dump(config: BaseModel) -> str:
     """The tree as YAML that `load_config` reads back to an equal tree."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(tree_of(config), sort_keys=False, allow_unicode=True)

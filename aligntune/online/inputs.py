@@ -27,6 +27,7 @@ from aligntune.data.prompts import (
 )
 from aligntune.errors import UserError
 from aligntune.online.settle import Decision, events, settle_data, told
+from aligntune.online.settle_resources import settle_resources
 from aligntune.rewards.registry import check_columns, from_callable, resolve_all
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
@@ -58,6 +59,17 @@ class RunInputs:
                 _recorded(self.config, resume),
             )
         return self._decisions
+
+    def settle_resources(self, resume: str, elsewhere: Mapping[str, Any] | None = None) -> None:
+        """Fill in what the roles take of the machines, where that is open.
+
+        `elsewhere` is the config tree of the run in `checkpoint.storage`, where none is here. This
+        connects to the cluster that the config names, if it names one. Raises UserError.
+        """
+        before = self.settle(resume)
+        previous = _recorded(self.config, resume) or elsewhere
+        self.config, decided = settle_resources(self.config, previous)
+        self._decisions = (*before, *decided)
 
     @cached_property
     def tokenizer(self) -> Any:

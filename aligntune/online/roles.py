@@ -42,6 +42,9 @@ class Roles:
         self, cls: type, role: str, index: int, concurrency: int | None, *args: Any
     ) -> ActorHandle:
         options = self._reservation.options(role, index)
+        threads = getattr(self._config, role).resources.threads
+        if threads is not None:  # else Ray sets it to the CPUs that are reserved
+            options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
         if concurrency is not None:
             options["max_concurrency"] = concurrency
         return ray.remote(cls).options(max_restarts=0, **options).remote(*args)

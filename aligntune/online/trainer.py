@@ -143,6 +143,12 @@ class OnlineTrainer:
         _ = self.criteria, self.prompts, self.eval_prompts
         return rundir
 
+    def settle(self, resume: str = "auto") -> None:
+        """Decide what the config leaves open of what the roles take, by the machines that there
+        are; connects to the cluster that the config names, if it names one. Raises UserError."""
+        mirror = self._mirror(RunDir(Path(self.config.output_dir).absolute()))
+        self.inputs.settle_resources(resume, mirror.config() if mirror else None)
+
     def summary(self) -> str:
         """What a run would do, for --dry-run: data, steps and what the roles ask for."""
         source, train = self.prompts, self.config.train
@@ -171,6 +177,7 @@ class OnlineTrainer:
         """
         started = time.monotonic()
         rundir = self.check(resume)
+        self.settle(resume)
         changed = rundir.check(self.config, resume)
         rundir.claim()
         try:
@@ -280,6 +287,7 @@ class OnlineTrainer:
         """
         if not self.eval_prompts:
             raise UserError("nothing to evaluate on; set data.eval_path or data.eval_split")
+        self.settle()
         trained = RunDir(Path(self.config.output_dir)).model
         name = str(trained) if trained.is_dir() else self.config.model.name
         model = self.config.model.model_copy(update={"name": name, "lora": None})

@@ -5,24 +5,28 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from actors.engines.specs import VLLMSpec
-from actors.specs import CriticSpec, PolicySpec, RewardModelSpec
+from actors.specs import CriticSpec, ModelSpec, PolicySpec, RewardModelSpec
 from actors.strategies.specs import StrategySpec
 from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
 from aligntune.online.role_requests import role_requests
 from aligntune.paths import located
-from cluster.plan.shapes import ModelShape, from_folder, from_table
+from cluster.plan.shapes import ModelShape, from_config, from_folder, from_table
 from cluster.plan.work import Frozen, Other, Rollout, Sharding, Step, Trained, Work
+from cluster.resources import UnknownName
 
 PROMPT_TOKENS = 512  # where rollout.max_prompt_length is open: a plan reads no data
 REWARD_TEXT_TOKENS = 512  # of a text, where neither its limit nor the rollouts' is longer
 
 
-def work_of(config: RunConfig) -> Work:
+def work_of(config: RunConfig, shape_of: Callable[[str], ModelShape] | None = None) -> Work:
     """What the plan has to know of a resolved config.
+
+    `shape_of` gives the sizes of a model by its name; `known_shape` unless said.
 
     Raises:
         UnknownName: a model that is no local folder and not in the table.
@@ -30,7 +34,8 @@ def work_of(config: RunConfig) -> Work:
         UserError: see `role_requests`.
     """
     step = _step(config)
-    shape = _shape(config.model.name)
+    of = shape_of or known_shape
+    shape = of(config.model.name)
     dtype_bytes = _bytes(config.model.dtype)
     needs = config.algorithm.needs
     frozen = []
@@ -38,7 +43,7 @@ def work_of(config: RunConfig) -> Work:
         frozen.append(
             Frozen(
                 "reference",
-                _shape(config.reference.model or config.model.name),
+                of(config.reference.model or config.model.name),
                 config.reference.replicas,
                 dtype_bytes,
                 _microbatch(config.policy.tokens_per_microbatch, step.completions, step.longest),
@@ -49,7 +54,7 @@ def work_of(config: RunConfig) -> Work:
         if isinstance(reward, RewardModelSpec):
             text = reward.max_tokens or max(step.longest, REWARD_TEXT_TOKENS)
             tokens = min(reward.batch_size, step.completions) * text
-            of_reward = _shape(reward.model)
+            of_reward = of(reward.model)
             frozen.append(
                 Frozen(
                     "reward",
@@ -64,14 +69,21 @@ def work_of(config: RunConfig) -> Work:
     return Work(
         step=step,
         policy=_trained(config, config.policy, shape, step),
-        critic=_trained(config, config.critic, _critic_shape(config), step)
+        critic=_trained(config, config.critic, of(config.critic.model or config.model.name), step)
         if needs.critic
         else None,
         rollout=_rollout(config, shape, dtype_bytes),
         requests=tuple(role_requests(config)),
         frozen=tuple(frozen),
         colocate=config.cluster.colocate,
+        threads=_threads(config),
     )
+
+
+def _threads(config: RunConfig) -> dict[str, int]:
+    roles = ("policy", "rollout", "reward", "reference", "critic")
+    threads = {role: getattr(config, role).resources.threads for role in roles}
+    return {role: count for role, count in threads.items() if count is not None}
 
 
 def _step(config: RunConfig) -> Step:
@@ -140,10 +152,6 @@ def _microbatch(budget: int, rows: int, longest: int) -> int:
     return longest * max(1, min(rows, budget // longest))
 
 
-def _critic_shape(config: RunConfig) -> ModelShape:
-    return _shape(config.critic.model or config.model.name)
-
-
 def _rollout(config: RunConfig, shape: ModelShape, dtype_bytes: int) -> Rollout:
     spec = config.rollout
     engine = spec.engine
@@ -168,7 +176,7 @@ def _rollout(config: RunConfig, shape: ModelShape, dtype_bytes: int) -> Rollout:
     )
 
 
-def _shape(name: str) -> ModelShape:
+def known_shape(name: str) -> ModelShape:
     """From the model's folder where there is one, else from the table; nothing is downloaded."""
     folder = Path(located(name))
     if folder.is_dir():
@@ -176,6 +184,31 @@ def _shape(name: str) -> ModelShape:
     if name.startswith(("/", "./", "../", "~")):
         raise UserError(f"model folder {name!r} does not exist")
     return from_table(name)
+
+
+def loaded_shape(model: ModelSpec, name: str) -> ModelShape:
+    """As `known_shape`, else from the configuration that a run loads; `model` says how.
+
+    Raises UserError where there is none.
+    """
+    from transformers import AutoConfig
+
+    from actors.models.loading import ModelError, local
+
+    try:
+        return known_shape(name)
+    except UnknownName:
+        own = name == model.name
+        try:
+            spec = local(model.model_copy(update={"name": name}))
+            found = AutoConfig.from_pretrained(
+                spec.name,
+                revision=spec.revision if own else None,
+                trust_remote_code=spec.trust_remote_code,
+            )
+        except (ModelError, OSError, ValueError, KeyError) as error:
+            raise UserError(f"model {name!r} has no usable configuration: {error}") from error
+        return from_config(found.to_dict(), name, "from its own configuration")
 
 
 def _bytes(dtype: str) -> int:

@@ -21,6 +21,7 @@ from aligntune.data.scored_pairs import ScoredPairs, scored_pairs
 from aligntune.data.sources import Rows, load_rows
 from aligntune.errors import UserError
 from aligntune.online.settle import Decision, events, settle_max_length, told
+from aligntune.preference.settle_workers import settle_workers
 from aligntune.rewards.registry import check_columns, from_callable, resolve
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
@@ -51,6 +52,17 @@ class PairInputs:
                 rundir.previous() if rundir.trained else None,
             )
         return self._decisions
+
+    def settle_workers(self, elsewhere: Mapping[str, Any] | None = None) -> None:
+        """Fill in what the workers take of the machines, where that is open.
+
+        `elsewhere` is the config tree of the run in `checkpoint.storage`, where none is here. This
+        connects to the cluster that the config names, if it names one. Raises UserError.
+        """
+        before, rundir = self.settle(), RunDir(Path(self.config.output_dir))
+        previous = rundir.previous() if rundir.trained else elsewhere
+        self.config, decided = settle_workers(self.config, self.max_length, previous)
+        self._decisions = (*before, *decided)
 
     @cached_property
     def tokenizer(self) -> Any:

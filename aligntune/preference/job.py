@@ -211,6 +211,7 @@ class PreferenceRun:
                 ),
                 run_config=RunConfig(
                     **self._storage,
+                    worker_runtime_env=_environment(spec.resources.threads),
                     callbacks=[announcer(relay)],
                     failure_config=FailureConfig(max_failures=spec.max_failures),
                     checkpoint_config=CheckpointConfig(
@@ -282,6 +283,11 @@ class PreferenceRun:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _environment(threads: int | None) -> dict[str, Any]:
+    """The workers' environment; without `threads` Ray sets them to the CPUs of a worker."""
+    return {} if threads is None else {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
 
 
 def _answer(call: Any) -> Any:

@@ -84,6 +84,17 @@ class JobStorage:
             )
         changes(yaml.safe_load(known), config, f"checkpoint.storage {self._uri}")
 
+    def config(self) -> dict[str, Any] | None:
+        """The config tree of the run whose checkpoints are in the storage; None without one.
+
+        Raises UserError where nothing answers.
+        """
+        if self._uri is None:
+            return None
+        known = answered(self._uri, lambda: Store(self._root).read(CONFIG))
+        tree: dict[str, Any] | None = None if known is None else yaml.safe_load(known)
+        return tree
+
     def describe(self, config: BaseModel) -> None:
         """Leave the config beside the checkpoints, for a run that has lost its run directory.
 

@@ -115,6 +115,11 @@ class PreferenceTrainer:
             )
         return rundir
 
+    def settle(self, resume: str = "auto") -> None:
+        """Decide what the config leaves open of what the workers take, by the machines that there
+        are; connects to the cluster that the config names, if it names one. Raises UserError."""
+        self.inputs.settle_workers(self._storage(self._rundir).config())
+
     def summary(self) -> str:
         """What a job would do, for --dry-run."""
         pairs, train = self.pairs, self.config.train
@@ -144,6 +149,7 @@ class PreferenceTrainer:
         """
         started = time.monotonic()
         rundir = self.check(resume)
+        self.settle(resume)
         changed = rundir.check(self.config, resume)
         storage = self._storage(rundir)
         rundir.claim()
@@ -190,6 +196,7 @@ class PreferenceTrainer:
         """
         if self.eval_pairs is None:
             raise UserError("nothing to evaluate on; set data.eval_path or data.eval_split")
+        self.settle()
         trained = self._rundir.model
         job = self._job(0, export="", trained=str(trained.absolute()) if trained.is_dir() else None)
         figures = Figures()

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel
 
 from actors.strategies.specs import StrategySpec
+from aligntune.config.auto import AUTO, tree_of
 from aligntune.config.tree import dump
 from aligntune.errors import UserError
 from aligntune.runs.checkpoint import Checkpoint, Checkpoints, write_atomically
@@ -81,12 +82,18 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Paths whose values differ between two trees: {path: (old, new)}. Pure."""
+    """Paths whose values differ between two trees: {path: (old, new)}. Pure.
+
+    What one of them leaves to be decided (`auto`) differs from nothing.
+    """
     before, after = flatten(old), flatten(new)
+    both = (*before.items(), *after.items())
+    undecided = {path for path, value in both if value == AUTO and path != "cluster.address"}
     return {
         path: (before.get(path), after.get(path))
         for path in sorted({*before, *after})
         if before.get(path) != after.get(path)
+        and not any(path == one or path.startswith(f"{one}.") for one in undecided)
     }
 
 
@@ -95,7 +102,7 @@ def changes(old: dict[str, Any], config: BaseModel, where: str) -> dict[str, tup
 
     Raises UserError where the two are not the same run.
     """
-    changed = differences(old, config.model_dump(mode="json"))
+    changed = differences(old, tree_of(config))
     other = [
         f"{path} was {was!r} there and is {now!r} here"
         for path, (was, now) in changed.items()
@@ -193,7 +200,7 @@ class RunDir:
                 )
             return {}
         if not self.trained:
-            return differences(old, config.model_dump(mode="json"))
+            return differences(old, tree_of(config))
         if resume == "never":
             raise UserError(
                 f"output_dir {self.path} holds a run and resume=never; "

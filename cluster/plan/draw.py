@@ -24,6 +24,10 @@ def draw(plan: Plan, console: Console | None = None) -> None:
         console = Console(file=console.file, width=PLAIN_WIDTH, no_color=True, highlight=False)
     style = box.SIMPLE_HEAD if console.is_terminal else box.ASCII
     console.print(plan.cluster.describe())
+    if plan.decided:
+        console.print("decided where the config leaves it open:")
+    for line in plan.decided:
+        console.print(f"  {line}", soft_wrap=True, markup=False)
     for table in (_places(plan), _memory(plan), _seconds(plan)):
         table.box = style
         console.print(table)

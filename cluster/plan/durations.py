@@ -44,7 +44,7 @@ class Rates:
     @classmethod
     def of_gpu(cls, gpu: GpuType, dtype_bytes: int) -> Rates:
         """Peaks of a GPU in the dtype."""
-        flops = gpu.flops / (1 if dtype_bytes == 2 else FLOAT32_SLOWER)
+        flops = gpu.flops / (1 if dtype_bytes == 2 or not gpu.bfloat16 else FLOAT32_SLOWER)
         return cls(
             flops, gpu.memory_bandwidth, gpu.link_bandwidth, NETWORK_USE * gpu.network_bandwidth,
             True,

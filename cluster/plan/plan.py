@@ -57,6 +57,7 @@ class Plan:
     times: Times
     changes: tuple[Change, ...]
     notes: tuple[str, ...]
+    decided: tuple[str, ...] = ()  # what the config left open, in lines
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -68,6 +69,7 @@ class Plan:
         nodes = self.cluster.nodes
         stalenesses = sorted({0, 1, self.work.step.max_staleness})
         return {
+            "decided": list(self.decided),
             "cluster": {
                 "source": self.cluster.source,
                 "nodes": [node._asdict() for node in nodes],

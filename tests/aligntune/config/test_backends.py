@@ -34,8 +34,8 @@ def tree(algorithm: str) -> dict[str, Any]:
     [
         ("grpo", ["model.load_in_4bit=true"], "needs backend=unsloth"),
         ("grpo", ["backend=unsloth", "model.load_in_4bit=true"], "needs model.lora"),
-        ("grpo", QLORA, r"policy\.resources\.gpus is 0"),
-        ("dpo", QLORA, r"train\.resources\.gpus is 0"),
+        ("grpo", [*QLORA, "policy.resources.gpus=0"], r"policy\.resources\.gpus is 0"),
+        ("dpo", [*QLORA, "train.resources.gpus=0"], r"train\.resources\.gpus is 0"),
         ("grpo", ["backend=unsloth", "policy.strategy=deepspeed"], "use backend=trl"),
         ("grpo", ["backend=unsloth", "policy.strategy=fsdp"], "policy.strategy=fsdp does not run"),
         ("dpo", ["backend=unsloth", "train.deepspeed={}"], "use backend=trl"),

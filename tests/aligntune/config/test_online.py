@@ -96,7 +96,10 @@ def test_a_choice_by_its_name_by_its_options_or_by_both(
         (["train.groups_per_minibatch=5"], "does not divide"),
         (["train.steps=0"], r"train.steps: .* got 0"),
         (["train.steps=3", "train.epochs=2"], "both say how long"),
-        (["policy.ranks=2"], "use policy.strategy=deepspeed or fsdp"),
+        (
+            ["policy.ranks=2", "policy.strategy=torch"],
+            "use policy.strategy=deepspeed or fsdp",
+        ),
         (
             ["policy.strategy=deepsped"],
             "there is no 'deepsped'; give one of torch,",

@@ -192,6 +192,6 @@ def test_a_critic_has_the_algorithms_rate_and_its_own_limits() -> None:
     assert resolved.critic.learning_rate == 1e-5
     assert resolved.critic.adam_betas == (0.9, 0.999)
     assert load_config(resolved.model_dump(mode="json")) == resolved
-    tree["critic"] = {"ranks": 2}
+    tree["critic"] = {"ranks": 2, "strategy": "torch"}
     with pytest.raises(UserError, match=r"critic\.strategy=torch is one rank"):
         load_config(tree)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from aligntune.config.auto import tree_of
 from aligntune.config.online import RunConfig, load_online_config
 from aligntune.errors import UserError
 from aligntune.runs.rundir import RunDir, changes
@@ -21,7 +22,7 @@ def rundir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     (tmp_path / "m").mkdir()
     made = RunDir(tmp_path / "o")
     made.claim()
-    made.describe(config(model={"name": "./m"}))
+    made.describe(config("train.pairs_per_worker=8", model={"name": "./m"}))
     made.release()
     return made
 
@@ -94,7 +95,7 @@ def test_only_where_a_checkpoint_loads_on_them_ranks_may_be_more_or_fewer(
         }
         return load_online_config(tree)
 
-    old = ranks(2, 2).model_dump(mode="json")
+    old = tree_of(ranks(2, 2))
     if strategy == "fsdp":
         changed = changes(old, ranks(1, 3), "here")
         assert changed == {"policy.ranks": (2, 1), "critic.ranks": (2, 3)}

@@ -674,19 +674,32 @@ def test_the_command_tells_everything_as_json(run: Run) -> None:
 
 
 def test_nodes_that_look_alike_are_drawn_once(run: Run) -> None:
-    code, out, error = run(*ON_H100, f"model.name={SMALL}", "rollout.replicas=502")
+    code, out, error = run(
+        *ON_H100, f"model.name={SMALL}", "rollout.replicas=502", "policy.ranks=1"
+    )
     assert code == 0, error
     assert "node-01 .. node-62 (62 nodes)" in out
     assert "rollout 6 .. 494" in out
     assert len(out.splitlines()) < 80
 
 
+AS_SET = [
+    f"model.name={LARGE}",
+    "model.dtype=bfloat16",
+    "model.gradient_checkpointing=false",
+    "policy.ranks=1",
+    "policy.strategy=torch",
+    "policy.tokens_per_microbatch=16384",
+    "cluster.colocate=[]",
+]
+
+
 def test_a_setting_that_the_refusal_names_makes_it_fit(run: Run) -> None:
-    code, _, error = run(*ON_H100, f"model.name={LARGE}", "model.dtype=bfloat16")
+    code, _, error = run(*ON_H100, *AS_SET)
     assert code == 2
     first = error.partition("what would fit: ")[2].partition(", or ")[0]
     settings_ = [part for text in first.split(" and ") for part in text.split(", ")]
-    code, _, error = run(*ON_H100, f"model.name={LARGE}", "model.dtype=bfloat16", *settings_)
+    code, _, error = run(*ON_H100, *AS_SET, *settings_)
     assert code == 0, error
 
 

@@ -1,0 +1,106 @@
+"""Settles what each role takes where the config leaves it open, by the machines that there are.
+
+The decision itself is `cluster.plan.auto`'s, a pure function. What ranks hold in a checkpoint is
+taken from the run that is to go on: another machine never makes it another run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from aligntune.config.auto import AUTO, open_settings, settled_tree
+from aligntune.config.online import RunConfig, resolve, validate
+from aligntune.errors import UserError
+from aligntune.online.settle import KEPT, Decision
+from aligntune.online.work import loaded_shape, work_of
+from cluster.bundles import BadRequest
+from cluster.machines import Machines, machines
+from cluster.placement import DoesNotFit
+from cluster.plan.auto import choose
+from cluster.plan.shapes import BadModelConfig, ModelShape
+from cluster.plan.work import Work
+from cluster.resources import UnknownName
+from cluster.session import ClusterUnreachable
+
+OF_THE_RUN = (
+    "model.dtype",
+    "policy.strategy",
+    "policy.ranks",
+    "critic.strategy",
+    "critic.ranks",
+)
+"""Open settings that a run keeps when it goes on, whatever machine it goes on with."""
+
+
+def settle_resources(
+    config: RunConfig,
+    previous: Mapping[str, Any] | None = None,
+    there: Machines | None = None,
+    shape_of: Callable[[str], ModelShape] | None = None,
+) -> tuple[RunConfig, tuple[Decision, ...]]:
+    """The config with nothing left open that a role of it takes, and what was decided.
+
+    Args:
+        previous: the config tree of the run that goes on, if one does.
+        there: the machines; those of `config.cluster` unless said.
+        shape_of: gives the sizes of a model by its name; its own configuration unless said.
+
+    Raises:
+        UserError: one line: no machine, or none on which it fits, with what would fit.
+    """
+    kept = _kept(config, previous or {})
+    config = settled(config, {one.path: one.value for one in kept})
+    open_ = open_settings(config)
+    try:
+        there = there or machines(config.cluster)
+        choice = choose(_prepared(config, there, shape_of), open_, there.cluster, there.cores)
+    except (
+        BadModelConfig,
+        BadRequest,
+        ClusterUnreachable,
+        DoesNotFit,
+        UnknownName,
+    ) as error:
+        raise UserError(str(error)) from error
+    decided = [Decision(one.path, one.value, one.why) for one in choice.decided]
+    return settled(config, {one.path: one.value for one in decided}), (*kept, *decided)
+
+
+def settled(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The config with these open settings as if they had been set. Raises UserError."""
+    if not values:
+        return config
+    tree = settled_tree(config, values)
+    return resolve(validate({**tree, "algorithm": config.algorithm}))
+
+
+def _kept(config: RunConfig, previous: Mapping[str, Any]) -> list[Decision]:
+    """What the run that goes on has for settings that belong to it."""
+    made = []
+    for path in OF_THE_RUN:
+        value: Any = previous
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value not in (None, AUTO) and path in open_settings(config):
+            made.append(Decision(path, value, KEPT))
+    if not config.algorithm.needs.critic:
+        made = [one for one in made if not one.path.startswith("critic.")]
+    free = {f"{one.role}.ranks" for one in (config.policy, config.critic) if one.strategy.reshards}
+    return [one for one in made if one.path not in free]
+
+
+def _prepared(
+    config: RunConfig, there: Machines, shape_of: Callable[[str], ModelShape] | None
+) -> Work:
+    """The work as far as programs go: what is not installed here is not chosen for here."""
+    work = work_of(config, shape_of or (lambda name: loaded_shape(config.model, name)))
+    if there.here and importlib.util.find_spec("deepspeed") is None:
+        critic = work.critic and replace(work.critic, others=())
+        work = replace(work, policy=replace(work.policy, others=()), critic=critic)
+    elsewhere = not there.here and any(node.gpus for node in there.cluster.nodes)
+    if elsewhere and config.rollout.engine.name == "auto":  # vLLM comes with GPUs
+        work = replace(work, rollout=replace(work.rollout, engine="vllm"))
+    return work

@@ -1,0 +1,280 @@
+"""What roles take of a cluster where a config leaves it open, by the plan's numbers. Pure.
+
+Invariant: what is not open is never changed; what is chosen has a place and fits the memory as a
+plan counts it, or DoesNotFit says what is short. The same question has the same answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cluster.bundles import BadRequest
+from cluster.placement import DoesNotFit
+from cluster.plan.candidates import ANY_ROOM, BUDGETS, Search
+from cluster.plan.fit import memory_of, shortest, times_of, try_draft
+from cluster.plan.plan import make_plan
+from cluster.plan.variants import Candidate, count_path, variants, with_dtype, with_request
+from cluster.plan.work import Trained, Work
+from cluster.resources import Cluster, UnknownName
+
+HEADROOM = 0.95  # of a GPU's memory is planned with; all of it where nothing fits otherwise
+ENOUGH = 1.05  # a step that takes at most this of the best one's time
+FEWER = 0.75  # is taken where it needs at most this of the best one's GPUs
+CPU_BUDGET = 4096  # tokens of a micro-batch: the caches of a CPU hold no more
+TRIES = 50
+FEW_CPUS = 0.25  # of a replica, where a cluster has too few for one each
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A setting by its key, and why it is what it is."""
+
+    path: str
+    value: Any
+    why: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The work with nothing left open, and what was decided, in the order of the config."""
+
+    work: Work
+    decided: tuple[Decided, ...]
+
+
+def choose(work: Work, open_: frozenset[str], cluster: Cluster, cores: int) -> Choice:
+    """The fastest step that fits by the plan, on the fewest GPUs that give it.
+
+    Args:
+        open_: keys of the config that nobody has set.
+        cores: processors of the node with the fewest, for threads where there is no GPU.
+
+    Raises:
+        DoesNotFit: one line: what is short, by how much, and what would fit.
+        BadRequest: see `bundle_sets`.
+        UnknownName: GPUs whose type is not known.
+    """
+    wanted = any(
+        f"{one.role}.resources.gpus" in open_
+        or any(r.gpus > 0 for r in work.requests if r.role == one.role)
+        for one in work.models
+    )
+    if not wanted or not any(node.gpus >= 1 for node in cluster.nodes):
+        return _on_cpus(work, open_, cluster, cores)
+    for node in cluster.nodes:
+        if node.gpus >= 1 and node.gpu is None:
+            raise UnknownName(
+                f"the GPUs of {node.name} are of no type that the table has, so what the config "
+                "leaves open cannot be decided by their memory; set the resources of every role, "
+                "or policy.resources.gpus=0 and the others' to train without a GPU"
+            )
+    for room, offload in ((HEADROOM, False), (HEADROOM, True), (1.0, False), (1.0, True)):
+        search = Search(work, open_, cluster, room, offload)
+        found = sorted(search.candidates(), key=lambda one: (one.seconds, one.gpus, -one.budget))
+        for cpus in (None, FEW_CPUS):
+            if best := _first(_with_cpus(found, open_, cpus), cluster):
+                within = [
+                    one
+                    for one in found
+                    if one.seconds <= ENOUGH * best.seconds and one.gpus <= FEWER * best.gpus
+                ]
+                within.sort(key=lambda one: (one.gpus, one.seconds, -one.budget))
+                chosen = _first(_with_cpus(within, open_, cpus), cluster) or best
+                return Choice(chosen.work, tuple(_decided(chosen, open_, search)))
+    return _refused(work, open_, cluster)
+
+
+def _with_cpus(
+    found: Iterable[Candidate], open_: frozenset[str], cpus: float | None
+) -> Iterator[Candidate]:
+    """The candidates with that many CPUs a replica, where they are open."""
+    for one in found:
+        changed = one.work
+        for request in one.work.requests if cpus is not None else ():
+            if f"{request.role}.resources.cpus" in open_:
+                changed = with_request(changed, request.role, cpus=min(request.cpus, cpus or 1.0))
+        yield one._replace(work=changed)
+
+
+def _first(found: Iterable[Candidate], cluster: Cluster) -> Candidate | None:
+    """The first that has a place and fits, with the seconds of that place."""
+    for one in found:
+        try:
+            draft = try_draft(one.work, cluster)
+        except BadRequest:
+            continue  # settings that are fixed do not go together in this layout
+        if draft is not None and shortest(draft, one.work) is None:
+            seconds = times_of(draft, one.work, cluster).step(one.work.step.max_staleness)
+            return one._replace(seconds=seconds)
+    return None
+
+
+def _refused(work: Work, open_: frozenset[str], cluster: Cluster) -> Choice:
+    """Raise what the plan says of the candidate that asks the least of a GPU."""
+    search = Search(work, open_, cluster, ANY_ROOM, offload=True)
+    sparing = sorted(search.candidates(), key=lambda one: _need(one, search))
+    placed = (one.work for one in sparing[:TRIES] if _has_place(one.work, cluster))
+    closest = next(placed, sparing[0].work if sparing else search.base)
+    make_plan(closest, cluster)
+    raise DoesNotFit(
+        "what is set of the roles' resources leaves no arrangement that fits; set less of it"
+    )
+
+
+def _has_place(work: Work, cluster: Cluster) -> bool:
+    try:
+        return try_draft(work, cluster) is not None
+    except BadRequest:
+        return False
+
+
+def _need(one: Candidate, search: Search) -> int:
+    """Bytes on the fullest device."""
+    memory = memory_of(one.work, search.gpus)
+    inside = {role for group in one.work.colocate for role in group}
+    alone = [(role,) for role in search.on_gpu if role not in inside]
+    return max(
+        sum(memory[role].peak for role in group if role in memory)
+        for group in (*one.work.colocate, *alone)
+    )
+
+
+def _on_cpus(work: Work, open_: frozenset[str], cluster: Cluster, cores: int) -> Choice:
+    """One rank and one replica unless set; roles that take turns may each have all processors."""
+    roles = [one.role for one in work.models]
+    changed = with_dtype(work, 4, open_)
+    for role in roles:
+        if f"{role}.resources.gpus" in open_:
+            changed = with_request(changed, role, gpus=0.0)
+    threads = dict(work.threads)
+    for role, count in _threads(work, cores).items():
+        if f"{role}.resources.threads" in open_:
+            threads[role] = count
+    changed = replace(changed, threads=threads)
+    budgets = [budget for budget in BUDGETS if budget <= CPU_BUDGET]
+    opened = open_ - {f"{role}.strategy" for role in roles}
+    found = list(variants(changed, opened, budgets, offload=False))
+    chosen = _first(found, cluster)
+    if chosen is None and any(request.gpus for request in changed.requests):
+        chosen = found[0]  # as it is set: GPUs that are not there are asked for in vain later
+    if chosen is None:
+        make_plan(found[-1].work, cluster)
+        raise DoesNotFit("no arrangement of the roles was found on this cluster")
+    return Choice(chosen.work, tuple(_decided(chosen, open_, None)))
+
+
+def _threads(work: Work, cores: int) -> dict[str, int]:
+    """Processors of one replica by role: at staleness 0 rollouts and update take turns."""
+    counts = {r.role: r.replicas for r in work.requests}
+    update = [one.role for one in work.trained]
+    rolling = list(dict.fromkeys(["rollout", *(one.role for one in work.frozen)]))
+    phases = [update, rolling] if work.step.max_staleness == 0 else [[*update, *rolling]]
+    return {
+        role: max(1, cores // sum(counts[one] for one in phase))
+        for phase in phases
+        for role in phase
+    }
+
+
+def _decided(chosen: Candidate, open_: frozenset[str], search: Search | None) -> Iterator[Decided]:
+    """Every open setting as `chosen` has it."""
+    for one in _all(chosen, open_, search):
+        if one.path in open_:
+            yield one
+
+
+def _all(chosen: Candidate, open_: frozenset[str], search: Search | None) -> Iterator[Decided]:
+    work = chosen.work
+    requests = {request.role: request for request in work.requests}
+    where = "no GPU"
+    if search is not None:
+        where = f"{chosen.gpus} of {search.total} GPU ({search.gpu.name})"
+        where += f", a step of {chosen.seconds:.3g} s by the plan"
+    yield from _of_model(work, search)
+    if search is not None:
+        yield Decided("cluster.colocate", [list(g) for g in work.colocate], _why_shared(work))
+    for role in dict.fromkeys(one.role for one in work.models):
+        request = requests[role]
+        shards = work.rollout.tensor_parallel if role == "rollout" else 1
+        gpus = request.gpus / shards
+        yield Decided(f"{role}.resources.gpus", gpus, where)
+        yield Decided(count_path(role), request.replicas, where)
+        if search is not None and request.cpus != 1.0:
+            yield Decided(f"{role}.resources.cpus", request.cpus, "the cluster has few CPUs")
+        if role in work.threads:
+            turns = "roles take turns" if work.step.max_staleness == 0 else "all work at once"
+            yield Decided(
+                f"{role}.resources.threads", work.threads[role], f"processors here; {turns}"
+            )
+        if trained := next((one for one in work.trained if one.role == role), None):
+            if f"{role}.strategy" in open_:
+                yield Decided(f"{role}.strategy", _strategy(trained), _why_sharded(trained))
+            if chosen.budget:
+                yield Decided(
+                    f"{role}.tokens_per_microbatch", chosen.budget, "memory of a micro-batch"
+                )
+    if search is not None and work.rollout.engine == "vllm" and "rollout" in search.on_gpu:
+        yield from _of_engine(work)
+
+
+def _of_engine(work: Work) -> Iterator[Decided]:
+    shared = any("rollout" in group for group in work.colocate)
+    why = "what the other roles leave of a GPU" if shared else "GPUs of its own"
+    options = {
+        "tensor_parallel_size": work.rollout.tensor_parallel,
+        "gpu_memory_utilization": work.rollout.memory_share,
+    }
+    yield Decided("rollout.engine", {"name": "vllm", **options}, why)
+    for name, value in options.items():
+        yield Decided(f"rollout.engine.{name}", value, why)
+
+
+def _of_model(work: Work, search: Search | None) -> Iterator[Decided]:
+    def dtype(size: int) -> str:
+        return "bfloat16" if size == 2 else "float32"
+
+    if search is None:
+        why = "no GPU computes here"
+    elif search.gpu.bfloat16:
+        why = f"{search.gpu.name} has it"
+    else:
+        why = f"{search.gpu.name} has no bfloat16"
+    yield Decided("model.dtype", dtype(work.policy.dtype_bytes), why)
+    for frozen in work.frozen:
+        if frozen.section != "reference":
+            yield Decided(f"{frozen.section}.dtype", dtype(frozen.dtype_bytes), why)
+    checkpointing = work.policy.checkpointing
+    why = "activations do not fit otherwise" if checkpointing else "activations fit without"
+    yield Decided("model.gradient_checkpointing", checkpointing, why)
+
+
+def _strategy(trained: Trained) -> Any:
+    """What the config says of an open strategy: another with its options, or torch."""
+    other = next((one for one in trained.others if one.sharding == trained.sharding), None)
+    if other is None:
+        return "torch"
+    options = {
+        key.removeprefix("strategy."): json.loads(value)
+        for key, value in other.settings.items()
+        if key != "strategy"
+    }
+    return {"name": other.settings["strategy"], **options}
+
+
+def _why_sharded(trained: Trained) -> str:
+    if not trained.sharding.level:
+        return "one rank holds the model"
+    if trained.sharding.offload:
+        return "the GPUs hold the model with its optimiser in the hosts' memory"
+    return f"{trained.ranks} ranks share the model"
+
+
+def _why_shared(work: Work) -> str:
+    if not work.colocate:
+        return "each role has GPUs of its own"
+    if any("rollout" in group for group in work.colocate):
+        return "rollouts and update take turns on the same GPUs"
+    return "rollouts have GPUs of their own, so neither side waits for the other's memory"

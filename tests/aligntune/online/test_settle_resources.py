@@ -1,0 +1,150 @@
+"""What is open in a config is decided by the machines, written as if set, and kept by a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from aligntune.config.auto import open_settings
+from aligntune.config.load import load_config
+from aligntune.config.online import RunConfig
+from aligntune.config.tree import dump
+from aligntune.errors import UserError
+from aligntune.online import settle_resources as module
+from aligntune.online.settle_resources import settle_resources
+from aligntune.online.work import known_shape
+from aligntune.runs.rundir import changes
+from cluster.machines import Machines
+from cluster.resources import described
+
+LAPTOP = Machines(described(1, 0, None, 8), 8, here=True)
+ONE_H100 = Machines(described(1, 1, "h100-80gb"), 16, here=True)
+EIGHT_H100 = Machines(described(1, 8, "h100-80gb"), 16, here=True)
+
+
+def config(*overrides: str, **sections: Any) -> RunConfig:
+    tree = {
+        "algorithm": {"name": "grpo", "beta": 0},
+        "model": {"name": "Qwen/Qwen3-0.6B"},
+        "data": {"path": "d.jsonl"},
+        "rewards": ["math"],
+        "rollout": {"max_prompt_length": 256},
+        "output_dir": "o",
+        **sections,
+    }
+    made = load_config(tree, overrides)
+    assert isinstance(made, RunConfig)
+    return made
+
+
+def settle(
+    given: RunConfig, there: Machines, previous: dict[str, Any] | None = None
+) -> tuple[RunConfig, dict[str, Any]]:
+    now, decisions = settle_resources(given, previous, there, known_shape)
+    return now, {one.path: one.value for one in decisions}
+
+
+def test_what_is_decided_is_written_as_if_it_had_been_set() -> None:
+    now, decided = settle(config(), EIGHT_H100)
+    assert decided["policy.ranks"] == 8
+    written = yaml.safe_load(dump(now))
+    assert written["policy"]["ranks"] == 8
+    assert written["policy"]["strategy"]["name"] == "deepspeed"
+    assert written["model"]["dtype"] == "bfloat16"
+    again = load_config(written)
+    assert again == now
+    left = {path.partition(".")[0] for path in open_settings(again)}
+    assert left <= {"policy", "rollout", "reward", "reference", "critic"}  # CPUs and threads alone
+    assert settle(again, EIGHT_H100)[1] == {}
+
+
+def test_what_is_set_is_never_changed() -> None:
+    given = config(
+        "model.dtype=float32",
+        "policy.resources.gpus=1",
+        "policy.ranks=2",
+        "rollout.replicas=3",
+        "rollout.engine={name: vllm, gpu_memory_utilization: 0.5}",
+    )
+    now, decided = settle(given, EIGHT_H100)
+    assert (now.model.dtype, now.policy.ranks, now.rollout.replicas) == ("float32", 2, 3)
+    assert now.rollout.engine.model_dump()["gpu_memory_utilization"] == 0.5
+    assert not {"model.dtype", "policy.ranks", "rollout.replicas"} & decided.keys()
+    assert "rollout.engine.gpu_memory_utilization" not in decided
+    assert now.policy.strategy.name == "deepspeed"
+
+
+def test_auto_may_be_written_and_is_as_if_nothing_were() -> None:
+    written = config(
+        "model.dtype=auto", "policy.resources.gpus=auto", "rollout.engine=auto", "policy.ranks=auto"
+    )
+    assert open_settings(written) == open_settings(config())
+    assert load_config(yaml.safe_load(dump(written))) == written
+    assert open_settings(load_config(yaml.safe_load(dump(written)))) == open_settings(written)
+
+
+def test_without_a_gpu_a_run_is_as_it_was_but_for_its_threads() -> None:
+    now, decided = settle(config("rollout.engine=transformers"), LAPTOP)
+    assert now.policy.resources.gpus == now.rollout.resources.gpus == 0
+    assert now.policy.resources.threads == now.rollout.resources.threads == 8
+    assert now.policy.resources.cpus == 1.0
+    assert (now.model.dtype, now.policy.strategy.name) == ("float32", "torch")
+    assert "rollout.engine" not in decided
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_what_its_checkpoint_holds() -> None:
+    began, _ = settle(config(), EIGHT_H100)
+    previous = yaml.safe_load(dump(began))
+    now, decided = settle(
+        config(), Machines(described(2, 8, "h100-80gb"), 16, here=False), previous
+    )
+    assert decided["policy.ranks"] == began.policy.ranks
+    assert now.policy.strategy == began.policy.strategy
+    assert now.model.dtype == began.model.dtype
+    changes(previous, now, "there")  # it is the same run
+
+
+def test_a_run_is_not_another_before_it_is_decided_what_it_takes() -> None:
+    began, _ = settle(config(), EIGHT_H100)
+    changes(yaml.safe_load(dump(began)), config(), "there")
+    with pytest.raises(UserError, match=r"policy\.ranks was 8 there and is 4 here"):
+        changes(yaml.safe_load(dump(began)), config("policy.ranks=4"), "there")
+
+
+def test_a_run_whose_ranks_find_no_place_elsewhere_is_refused_with_the_reason() -> None:
+    began, _ = settle(config(), EIGHT_H100)
+    with pytest.raises(UserError, match="8"):
+        settle(config(), ONE_H100, yaml.safe_load(dump(began)))
+
+
+def test_what_is_not_installed_here_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    now, _ = settle(config(), EIGHT_H100)
+    assert (now.policy.strategy.name, now.policy.ranks) == ("torch", 1)
+
+
+def test_four_bits_without_a_gpu_are_refused_once_the_machine_is_known() -> None:
+    given = config("model.load_in_4bit=true", "model.lora={}", "backend=unsloth")
+    with pytest.raises(UserError, match=r"policy\.resources\.gpus is 0"):
+        settle(given, LAPTOP)
+
+
+def test_a_run_that_fits_nowhere_is_refused_in_one_line() -> None:
+    given = config(model={"name": "meta-llama/Llama-3.1-70B"})
+    with pytest.raises(UserError, match=r"GiB short") as refused:
+        settle(given, ONE_H100)
+    assert "\n" not in str(refused.value)
+
+
+def test_ppo_has_a_place_for_its_critic_and_its_reward_model() -> None:
+    given = config(
+        algorithm={"name": "ppo"},
+        rewards=[{"model": "Skywork/Skywork-Reward-V2-Qwen3-0.6B"}],
+    )
+    now, decided = settle(given, EIGHT_H100)
+    assert decided["critic.ranks"] == now.critic.ranks
+    assert decided["rewards.0.dtype"] == "bfloat16"
+    assert now.reward.resources.gpus == 1
+    assert now.reference.resources.gpus == 1
