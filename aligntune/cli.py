@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aligntune.commands import launch_cli
+from aligntune.commands import jobs_cli, launch_cli
+from aligntune.commands.arguments import ConfigFile, Overrides
 
 if TYPE_CHECKING:
     from aligntune.online.trainer import OnlineTrainer
@@ -25,22 +26,32 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Reinforcement learning for language models on Ray.",
 )
 app.add_typer(launch_cli.app, name="launch")
 
-jobs_app = typer.Typer(no_args_is_help=True, help="The Ray jobs of a cluster.")
-app.add_typer(jobs_app, name="jobs")
+app.add_typer(jobs_cli.app, name="jobs")
+app.command("submit")(jobs_cli.submit_run)
 
-JobsAddress = Annotated[
-    str,
-    typer.Option(
-        "--address", envvar="RAY_API_SERVER_ADDRESS", help="the Jobs server's, as in HEAD:8265"
-    ),
-]
-JobId = Annotated[str, typer.Argument(metavar="ID")]
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from aligntune import __version__
+
+        typer.echo(f"aligntune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="show it and exit"),
+    ] = False,
+) -> None:
+    """Reinforcement learning for language models on Ray."""
 
 
 @app.command()
@@ -50,7 +61,7 @@ def quickstart(
         "runs/quickstart"
     ),
     seed: Annotated[int, typer.Option(help="of the task, the model and the run")] = 0,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Make a tiny model and task here, train it, and show accuracy before and after."""
     from aligntune.quickstart.run import run_quickstart
@@ -66,7 +77,11 @@ def quickstart(
 @app.command()
 def train(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [KEY.PATH=VALUE]...")
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG.yaml] [KEY.PATH=VALUE]...",
+            help="a config file, and keys of it to set, as in train.steps=100",
+        ),
     ] = None,
     algorithm: Annotated[str | None, typer.Option(help="`aligntune algorithms` lists them")] = None,
     model: Annotated[str | None, typer.Option(help="a local folder or a hub name")] = None,
@@ -142,20 +157,26 @@ def _trainer(
 
 @app.command()
 def evaluate(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...")] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
 ) -> None:
-    """Score the held-out prompts with the trained model of a run (before training: its start)."""
+    """Score the held-out data with the model that a run exported, or before training its start.
+
+    Says first which model that is. A run that stands between the two is refused.
+    """
     from aligntune.trainers import create_rl_trainer
 
     trainer = create_rl_trainer(config=config, overrides=overrides or [])
-    typer.echo(json.dumps(trainer.evaluate(), indent=1))
+    scored = trainer.scored()
+    jobs_cli.note(f"scoring {scored.model} ({scored.origin}, step {scored.step})")
+    said = {"model": scored.model, "step": scored.step, "from": scored.origin}
+    typer.echo(json.dumps({**said, **trainer.evaluate()}, indent=1))
 
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...")] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     nodes: Annotated[int | None, typer.Option(help="of a cluster that need not exist")] = None,
     gpus_per_node: Annotated[int, typer.Option(help="of the described cluster")] = 0,
     gpu: Annotated[str | None, typer.Option(help="their type, such as h100-80gb")] = None,
@@ -185,85 +206,6 @@ def plan(
     from cluster.plan.draw import draw
 
     draw(made)
-
-
-@app.command("submit")
-def submit_run(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml")],
-    address: JobsAddress,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...")] = None,
-    working_dir: Annotated[
-        Path, typer.Option(help="goes with the job, but for what .gitignore names")
-    ] = Path("."),
-    env: Annotated[
-        list[str] | None, typer.Option(help="a variable to pass on, by its name; may repeat")
-    ] = None,
-    detach: Annotated[bool, typer.Option("--detach", help="do not follow the job")] = False,
-) -> int:
-    """Train on a cluster as a Ray job, and follow it; its exit code is this one.
-
-    Everything is checked here first. Submitting the same output_dir again resumes the run.
-    """
-    from aligntune.commands.submit import submit
-
-    return submit(
-        config, overrides or [], address, working_dir, env or [], detach, _note, _passed_on
-    )
-
-
-@jobs_app.command("list")
-def jobs_list(address: JobsAddress) -> None:
-    """List the submitted jobs, oldest first."""
-    from aligntune.commands.submit import connected, table
-
-    with connected(address) as jobs:
-        for line in table(jobs.all()):
-            typer.echo(line)
-
-
-@jobs_app.command("status")
-def jobs_status(job_id: JobId, address: JobsAddress) -> None:
-    """Show what is known of a job."""
-    from aligntune.commands.submit import connected, describe
-
-    with connected(address) as jobs:
-        for line in describe(jobs.get(job_id)):
-            typer.echo(line)
-
-
-@jobs_app.command("logs")
-def jobs_logs(
-    job_id: JobId,
-    address: JobsAddress,
-    follow: Annotated[bool, typer.Option("--follow", help="until it ends")] = False,
-) -> int:
-    """Print what a job has printed; with --follow until it ends, with its exit code."""
-    from aligntune.commands.submit import connected
-    from aligntune.commands.submit import follow as follow_job
-
-    with connected(address) as jobs:
-        if follow:
-            jobs.get(job_id)
-            return follow_job(jobs, job_id, _note, _passed_on)
-        _passed_on(jobs.logs(job_id))
-        return 0
-
-
-@jobs_app.command("stop")
-def jobs_stop(job_id: JobId, address: JobsAddress) -> int:
-    """Stop a job after it has written its checkpoint, and say where that is."""
-    from aligntune.commands.submit import connected, stop
-
-    with connected(address) as jobs:
-        return stop(jobs, job_id, _note)
-
-
-def _note(text: str) -> None:
-    typer.echo(text, err=True)
-
-
-def _passed_on(text: str) -> None:
-    typer.echo(text, nl=False)
 
 
 @app.command()
@@ -339,11 +281,13 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         _fail(2, str(error))
     except UsageError as error:
-        _fail(2, f"{error}; see `aligntune --help`")
+        if not str(error):  # no command was named, and the help has been shown
+            sys.exit(2)
+        _fail(2, f"{str(error).rstrip('.')}; see `aligntune --help`")
     except RunFailed as error:
         _fail(1, f"{error}\nresume with: {shlex.join(['aligntune', *arguments])}")
     except (typer.Abort, KeyboardInterrupt):
-        _fail(130, "stopped before the run began")
+        _fail(130, "stopped; no run had begun")
     except Interrupted as error:
         _fail(128 + error.signal, f"{error}\nresume with: {shlex.join(['aligntune', *arguments])}")
 

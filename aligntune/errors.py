@@ -22,10 +22,21 @@ class Interrupted(RuntimeError):
         self.signal = signal
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """' Did you mean X?' for a name close to a valid one, else the valid names."""
+def closest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that is meant most likely; None where none is near. Swapped letters are the
+    slip of the fingers, so the same letters in another order come first."""
+    by_key = {known.lower(): known for known in sorted(valid)}
+    key = name.lower()
+    close = difflib.get_close_matches(key, by_key, n=len(by_key) or 1, cutoff=0.6)
+    close.sort(key=lambda known: sorted(known) != sorted(key))
+    return by_key[close[0]] if close else None
+
+
+def nearest(name: str, valid: Iterable[str], where: str = "") -> str:
+    """'did you mean 'X'?' for a name close to a valid one, else the valid names; each with `where`
+    before it, as in 'train.'."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {next(n for n in names if n.lower() == close[0])!r}?"
-    return f"valid are: {', '.join(names)}"
+    meant = closest(name, names)
+    if meant is not None:
+        return f"did you mean {where + meant!r}?"
+    return f"valid are: {', '.join(where + known for known in names)}"

@@ -30,7 +30,10 @@ for noisy in ("torchao", "torch.utils._pytree"):
 
 
 class ModelError(ValueError):
-    """A model or tokenizer that cannot be used as asked; the message says why and what to do."""
+    """A model or tokenizer that cannot be used as asked; one line says why and what to do."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(" ".join(reason.split()))  # the hub's own reasons have several lines
 
 
 def local(spec: ModelSpec) -> ModelSpec:

@@ -14,13 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actors.preference.relay import PreferenceJob
 from actors.specs import ModelSpec
 from actors.storage import Store
 
 if TYPE_CHECKING:
     import torch
-
-    from actors.preference.worker import PreferenceJob
 
 
 def build_trainer(

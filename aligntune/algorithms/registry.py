@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from importlib.metadata import EntryPoint, entry_points
 
@@ -12,6 +11,8 @@ from aligntune.algorithms.dr_grpo import DrGRPO
 from aligntune.algorithms.grpo import GRPO
 from aligntune.algorithms.gspo import GSPO
 from aligntune.algorithms.ppo import PPO
+from aligntune.errors import closest
+from aligntune.names import PREFERENCE, canonical
 
 ENTRY_POINTS = "aligntune.algorithms"
 
@@ -27,11 +28,6 @@ _OURS: dict[str, type[Algorithm]] = {
 def names() -> list[str]:
     """Every online algorithm that can be named: ours first, then those of installed packages."""
     return [*_OURS, *sorted(_installed())]
-
-
-def canonical(name: str) -> str:
-    """Case, blanks and punctuation do not tell names apart: `Dr. GRPO` is `drgrpo`."""
-    return "".join(c for c in name.lower() if c.isalnum())
 
 
 def get(name: str) -> type[Algorithm]:
@@ -51,9 +47,10 @@ def get(name: str) -> type[Algorithm]:
     if known in installed:
         point = installed[known]
         return _load(point.value, f"algorithm {name!r} of entry point group {ENTRY_POINTS!r}")
-    near = difflib.get_close_matches(known, [*by_name, *installed], n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"unknown algorithm {name!r}: {hint}known are {', '.join(names())}")
+    near = closest(known, [*by_name, *installed, *map(canonical, PREFERENCE)])
+    hint = f"did you mean {near!r}? " if near else ""
+    every = ", ".join([*names(), *PREFERENCE])
+    raise ValueError(f"unknown algorithm {name!r}: {hint}known are {every}")
 
 
 def _installed() -> dict[str, EntryPoint]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from aligntune.config.preference import preference_name
-from aligntune.config.tree import read_yaml, set_path
+from aligntune.config.tree import load_tree, set_path
 from aligntune.errors import UserError, nearest
+from aligntune.names import algorithm_of, preference_name
 
 PATHS = {
     "model_name": "model.name",
@@ -83,9 +83,13 @@ def build_tree(
             raise UserError(
                 f"create_rl_trainer has no argument {name!r}; {nearest(name, [*PATHS, *SPECIAL])}"
             )
-    given = {name: value for name, value in arguments.items() if value is not None}
+    given = {
+        name: os.fspath(value) if isinstance(value, os.PathLike) else value
+        for name, value in arguments.items()
+        if value is not None
+    }
     tree = _base(given.get("config"))
-    kind = preference_name(given.get("algorithm", _algorithm_of(tree)))
+    kind = preference_name(given.get("algorithm", algorithm_of(tree)))
     paths = PATHS if kind is None else PREFERENCE_PATHS
     if kind is not None:
         valid = [*PREFERENCE_PATHS, "config", "overrides", "use_peft"]
@@ -98,7 +102,7 @@ def build_tree(
         if "lora_r" in given or "lora_alpha" in given:
             raise UserError("use_peft=False and lora_r or lora_alpha contradict each other")
         set_path(tree, "model.lora", None)
-    elif given.get("use_peft") and not (tree.get("model") or {}).get("lora"):
+    elif given.get("use_peft") and not _has_lora(tree.get("model")):
         set_path(tree, "model.lora", {})
     for name, path in paths.items():
         if name in given:
@@ -111,37 +115,43 @@ def build_tree(
         _split_length(tree, given)
     functions = _rewards(tree, given)
     if "output_dir" not in tree:
-        tree["output_dir"] = os.path.join("runs", str(_algorithm_of(tree) or "run"))
-    return tree, list(given.get("overrides", ())), functions
+        tree["output_dir"] = os.path.join("runs", str(algorithm_of(tree) or "run"))
+    return tree, _overrides(given.get("overrides", ())), functions
 
 
-def _algorithm_of(tree: Mapping[str, Any]) -> Any:
-    algorithm = tree.get("algorithm")
-    return algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm
+def _overrides(given: Any) -> list[str]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise UserError(f"overrides is a list of 'key.path=value', not {given!r}")
+    items = list(given)
+    for item in items:
+        if not isinstance(item, str):
+            raise UserError(f"overrides: {item!r} is not a text of the form 'key.path=value'")
+    return items
+
+
+def _has_lora(model: Any) -> bool:
+    return isinstance(model, Mapping) and bool(model.get("lora"))
 
 
 def _base(config: Any) -> dict[str, Any]:
     if config is None:
         return {}
-    if isinstance(config, str | os.PathLike):
-        from pathlib import Path
-
-        return read_yaml(Path(config))
-    if isinstance(config, Mapping):
-        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in config.items()}
+    if isinstance(config, str | Mapping):
+        return load_tree(config)
     raise UserError(f"config is a YAML file or a mapping, not {type(config).__name__}")
 
 
 def _split_length(tree: dict[str, Any], given: Mapping[str, Any]) -> None:
     """max_seq_length is prompt and completion together: what one leaves is the other's."""
-    total = int(given["max_seq_length"])
-    rollout = dict(tree.get("rollout") or {})
-    completion = rollout.get("max_completion_length")
-    if completion is None:
+    total = _count("max_seq_length", given["max_seq_length"])
+    rollout = tree.get("rollout")
+    length = rollout.get("max_completion_length") if isinstance(rollout, Mapping) else None
+    if length is None:
         raise UserError(
             "max_seq_length is prompt and completion together; give max_completion_length too"
         )
-    prompt = total - int(completion)
+    completion = _count("max_completion_length", length)
+    prompt = total - completion
     if prompt <= 0:
         raise UserError(
             f"max_seq_length={total} leaves no token for the prompt beside "
@@ -155,25 +165,31 @@ def _split_length(tree: dict[str, Any], given: Mapping[str, Any]) -> None:
     set_path(tree, "rollout.max_prompt_length", prompt)
 
 
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"{name} is a number of tokens, not {value!r}")
+    return value
+
+
 def _rewards(tree: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
     """Put the rewards and their weights into the tree; returns those given as callables.
 
     `reward_functions` takes the place of every reward of the config; `reward_model_name` alone
     takes that of its reward models.
     """
-    weights: Sequence[float] | None = given.get("reward_function_weights")
+    weights = _list("reward_function_weights", given.get("reward_function_weights"))
     model = given.get("reward_model_name")
     if "reward_functions" not in given:
         if weights is not None:
             raise UserError("reward_function_weights needs reward_functions, in the same order")
         if model is not None:
-            functions_of_file = [r for r in tree.get("rewards") or [] if not _is_model(r)]
+            there = _list("rewards", tree.get("rewards")) or []
+            functions_of_file = [r for r in there if not _is_model(r)]
             tree["rewards"] = [{"model": str(model)}, *functions_of_file]
         return {}
     rewards = given["reward_functions"]
-    items: list[RewardFunction] = (
-        [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
-    )
+    one = isinstance(rewards, str) or callable(rewards)
+    items: list[RewardFunction] = [rewards] if one else _list("reward_functions", rewards) or []
     if weights is not None and len(weights) != len(items):
         raise UserError(f"{len(weights)} reward_function_weights for {len(items)} reward_functions")
     functions: dict[str, Callable[..., Any]] = {}
@@ -192,12 +208,20 @@ def _rewards(tree: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Callab
         else:
             raise UserError(f"reward_functions[{index}] is neither a name nor a callable")
         if weights is not None:
-            entry["weight"] = float(weights[index])
+            entry["weight"] = weights[index]
         entries.append(entry)
     if model is not None:
         entries.insert(0, {"model": str(model)})
     tree["rewards"] = entries
     return functions
+
+
+def _list(name: str, value: Any) -> list[Any] | None:
+    if value is None:
+        return None
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+        raise UserError(f"{name} is a list, not {value!r}")
+    return list(value)
 
 
 def _is_model(entry: Any) -> bool:

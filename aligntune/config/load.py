@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from aligntune.config.online import RunConfig, load_online_config
-from aligntune.config.preference import PreferenceConfig, is_preference, load_preference_config
+from aligntune.config.preference import PreferenceConfig, load_preference_config
 from aligntune.config.tree import load_tree
+from aligntune.names import is_preference
 
 
 def load_config(
@@ -16,7 +17,8 @@ def load_config(
 ) -> RunConfig | PreferenceConfig:
     """A resolved config of either kind, by the name of its algorithm.
 
+    A section that is null is as if it were not there, so that an override can take one out.
     Raises UserError, one line, for anything that is wrong.
     """
-    tree = load_tree(source, overrides)
+    tree = {key: value for key, value in load_tree(source, overrides).items() if value is not None}
     return load_preference_config(tree) if is_preference(tree) else load_online_config(tree)

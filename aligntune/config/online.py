@@ -99,6 +99,7 @@ class TrainSpec(Spec):
     max_staleness: int = Field(0, ge=0, description="policy versions; 0 is on-policy")
     seed: int = Field(
         0,
+        ge=0,
         description="of data order, sampling and LoRA; completions repeat bit for bit with the "
         "transformers engine alone",
     )
@@ -305,11 +306,14 @@ def check(config: RunConfig) -> None:
             f"{name} has a critic and no default for its rate; set critic.learning_rate"
         )
     if not needs.critic and config.critic != CriticSpec():
-        raise UserError(f"{name} has no critic, so the critic section would be ignored; remove it")
+        raise UserError(
+            f"{name} has no critic, so the critic section would be ignored; remove it "
+            "(critic=null takes it out)"
+        )
     if not needs.reference and config.reference != ReferenceSpec():
         raise UserError(
             f"{name} has no reference model while algorithm.beta is 0, so the reference section "
-            "would be ignored; remove it, or set algorithm.beta above 0"
+            "would be ignored; remove it (reference=null takes it out) or raise algorithm.beta"
         )
     stop = config.algorithm.early_stop
     if stop and train.epochs_per_batch == 1 and train.groups_per_minibatch == train.groups_per_step:

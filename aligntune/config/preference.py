@@ -20,7 +20,6 @@ from actors.specs import (
     Seconds,
     Spec,
 )
-from aligntune.algorithms.registry import canonical
 from aligntune.config.auto import without_auto
 from aligntune.config.backends import check_backend
 from aligntune.config.online import CheckpointSpec, TrackingSpec
@@ -28,6 +27,7 @@ from aligntune.config.tree import explain
 from aligntune.data.dropped import RowRules
 from aligntune.data.spec import BadRows, DroppedFraction
 from aligntune.errors import UserError, nearest
+from aligntune.names import preference_name
 from cluster.specs import ClusterSpec
 
 Loss = Literal[
@@ -151,19 +151,6 @@ ALGORITHMS: dict[str, type[DPOSpec] | type[RewardModelTrainingSpec]] = {
 }
 
 
-def preference_name(name: Any) -> str | None:
-    """'dpo' or 'reward_model' for a name of one of the two in any spelling, else None."""
-    spelled = canonical(name) if isinstance(name, str) else ""
-    return next((known for known in ALGORITHMS if canonical(known) == spelled), None)
-
-
-def is_preference(tree: Mapping[str, Any]) -> bool:
-    """Whether a config tree is that of a preference job."""
-    algorithm = tree.get("algorithm")
-    name = algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm
-    return preference_name(name) is not None
-
-
 def _parse_algorithm(value: Any) -> Any:
     options = {"name": value} if isinstance(value, str) else value
     if not isinstance(options, Mapping):
@@ -247,7 +234,7 @@ class PreferenceTrainSpec(Spec):
     adam_epsilon: float = Field(1e-8, gt=0, description="of AdamW")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to it")
-    seed: int = Field(0, description="of data order and new weights")
+    seed: int = Field(0, ge=0, description="of data order and new weights")
     deepspeed: dict[str, Any] | None = Field(None, description="a DeepSpeed config, passed on")
     max_failures: int = Field(3, ge=0, description="restarts from the last checkpoint per run")
     start_timeout_s: Seconds = Field(600.0, description="longest wait for the workers to start")

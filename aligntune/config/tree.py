@@ -1,7 +1,7 @@
 """Settings as a tree: read from YAML, changed by `key.path=value`, explained where wrong.
 
-Any settings class can be made from such a tree; `aligntune.config` and
-`aligntune.preference_config` hold the two that there are.
+Any settings class can be made from such a tree; `config/online.py` and `config/preference.py` hold
+the two that there are.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ def _index(items: list[Any], key: str, where: str) -> int:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A mapping from a YAML file. Raises UserError with file and line."""
-    if not path.is_file():
-        raise UserError(f"no config file at {path}")
     try:
+        if not path.is_file():
+            raise UserError(f"no config file at {path}")
         text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
@@ -148,14 +148,14 @@ def _unknown(
     algorithm_options: Callable[[str], Iterable[str]],
 ) -> str:
     """What is wrong with a key that its section does not have."""
-    key = str(path[-1])
+    key, inside = str(path[-1]), where[: where.rfind(".") + 1]
     if path[0] == "algorithm":
         chosen = tree["algorithm"]
         name = chosen["name"] if isinstance(chosen, Mapping) else chosen
-        return f"unknown key {where!r}; {nearest(key, algorithm_options(name))}"
+        return f"unknown key {where!r}; {nearest(key, algorithm_options(name), inside)}"
     if path[0] == "rewards" and len(path) == 4:
         model: Any = RewardModelSpec if path[2] == "model" else RewardFunctionSpec
-        return f"unknown key {where!r}; {nearest(key, model.model_fields)}"
+        return f"unknown key {where!r}; {nearest(key, model.model_fields, inside)}"
     model, section = root, ".".join(str(part) for part in path[:-1])
     for depth, part in enumerate(path[:-1]):
         if isinstance(part, int):
@@ -173,7 +173,7 @@ def _unknown(
             return f"{where} is an option of {owners}, and {section} is {value['name']}"
     if (now := getattr(model, "moved", {}).get(key)) is not None:
         return f"{where} is not a key any more; write {section}.{now}"
-    return f"unknown key {where!r}; {nearest(key, model.model_fields)}"
+    return f"unknown key {where!r}; {nearest(key, model.model_fields, inside)}"
 
 
 def _section(annotation: Any) -> type[BaseModel]:

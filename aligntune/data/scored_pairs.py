@@ -7,7 +7,6 @@ completion of its prompt whose score differs; ties are no pairs, and are counted
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from actors.scoring.children import FunctionScorer
 from actors.scoring.criteria import RewardCriterion, RewardFailed
+from aligntune import loops
 from aligntune.data.dropped import Dropped, RowRules, settle_rows
 from aligntune.data.errors import DataError, Reason
 from aligntune.data.sources import Rows, require_column
@@ -115,7 +115,7 @@ def scored_pairs(
         if (why := _wrong(texts[row], prompt_column, completion_column))
     }
     rows = [row for row in range(len(texts)) if row not in wrong]
-    sums = asyncio.run(_score(texts, rows, criteria, weights, prompt_column, completion_column))
+    sums = loops.run(_score(texts, rows, criteria, weights, prompt_column, completion_column))
     wrong |= {row: DataError(found) for row, found in sums.items() if isinstance(found, str)}
     dropped = settle_rows(texts, wrong, rules)
     used = [row for row in rows if row not in wrong]

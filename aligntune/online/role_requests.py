@@ -5,6 +5,7 @@ from __future__ import annotations
 from actors.specs import RoleResources, RolloutSpec
 from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
+from aligntune.resources import role_request
 from cluster.bundles import RoleRequest
 
 
@@ -24,18 +25,6 @@ def role_requests(config: RunConfig) -> list[RoleRequest]:
     if config.algorithm.needs.critic:
         requests.append(role_request("critic", config.critic.ranks, config.critic.resources))
     return requests
-
-
-def role_request(role: str, replicas: int, resources: RoleResources) -> RoleRequest:
-    """What `replicas` of a role ask for."""
-    return RoleRequest(
-        role,
-        replicas,
-        resources.cpus,
-        resources.gpus,
-        resources.placement,
-        int((resources.memory_gib or 0) * 2**30),
-    )
 
 
 def _of_all_shards(spec: RolloutSpec) -> RoleResources:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-import signal
-import threading
 import time
-import traceback
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from actors.messages import Prompt
 from actors.models.loading import ModelError
@@ -21,34 +17,39 @@ from actors.models.values import check_critic_model
 from actors.reward import Criterion
 from actors.scoring.criteria import RewardFailed
 from actors.supervise import ReplicaLost, RoleExhausted
-from aligntune.config.backends import check_installed
+from aligntune import loops
 from aligntune.config.online import RunConfig
 from aligntune.data.prompts import PromptSource
-from aligntune.errors import Interrupted, RunFailed, UserError
+from aligntune.errors import UserError
 from aligntune.online.assemble import assemble
-from aligntune.online.controller import Controller
 from aligntune.online.evaluation import evaluate_model
 from aligntune.online.inputs import RunInputs
 from aligntune.online.learner import PolicyLost
-from aligntune.online.ledger import Books, adopt, is_lost
+from aligntune.online.ledger import Books, adopt, audit, is_lost
 from aligntune.online.role_requests import role_requests
 from aligntune.online.roles import Roles
 from aligntune.paths import located_storage
-from aligntune.runs.checkpoint import Checkpoints
+from aligntune.runs.checkpoint import Checkpoint, Checkpoints
+from aligntune.runs.ended import (
+    Scored,
+    how_it_ended,
+    is_over,
+    last_figures,
+    model_to_score,
+    said_by_roles,
+    too_few_steps,
+)
+from aligntune.runs.lifecycle import check_programs, claimed, recorded
 from aligntune.runs.mirror import Mirror
 from aligntune.runs.recorder import Recorder
 from aligntune.runs.rundir import RunDir, changes
 from aligntune.tracking.metrics import EventKind, NotFinite
-from aligntune.tracking.trackers import TrackerMissing, check_trackers
 from cluster.bundles import BadRequest, bundle_sets, totals
 from cluster.placement import DoesNotFit
 from cluster.reservation import reserve
-from cluster.session import ClusterUnreachable, resolve_address, session
-
-T = TypeVar("T")
+from cluster.session import ClusterUnreachable, session
 
 FAILURES = (
-    RunFailed,
     RoleExhausted,
     ReplicaLost,
     PolicyLost,
@@ -71,13 +72,15 @@ class TrainResult:
     model: Path  # save_pretrained folder
     engine: str  # the rollout engine that really ran
     backend: str  # what really loaded and stepped the policy, with versions
+    already: bool = False  # it had ended before, and nothing was started
 
     def describe(self) -> str:
         """One line for a person."""
         books = self.books
         return (
-            f"done: {self.steps} steps, {books.trained} groups trained, {books.filtered} filtered, "
-            f"{books.quarantined} quarantined; the model is in {self.model}"
+            f"{how_it_ended(self.already)}: {self.steps} steps, {books.trained} groups trained, "
+            f"{books.filtered} filtered, {books.quarantined} quarantined; the model is in "
+            f"{self.model}"
         )
 
 
@@ -122,19 +125,16 @@ class OnlineTrainer:
 
     def check(self, resume: str = "auto") -> RunDir:
         """Everything that can be checked without starting Ray. Raises UserError."""
-        self.inputs.settle(resume)
         rundir = RunDir(Path(self.config.output_dir).absolute())
+        rundir.check_place()
+        self.inputs.settle(resume)
         rundir.check(self.config, resume)
         try:
             bundle_sets(role_requests(self.config), self.config.cluster.colocate)
         except BadRequest as error:
             raise UserError(str(error)) from error
-        if resolve_address(self.config.cluster) == "local":
-            check_installed(self.config.backend)
-        try:
-            check_trackers(self.config.tracking.trackers)
-        except TrackerMissing as error:
-            raise UserError(str(error)) from error
+        config = self.config
+        check_programs(config.backend, config.tracking, config.cluster)
         if self.config.algorithm.needs.critic:
             try:
                 check_critic_model(self.config.model, self.config.critic)
@@ -178,67 +178,41 @@ class OnlineTrainer:
         started = time.monotonic()
         rundir = self.check(resume)
         self.settle(resume)
-        changed = rundir.check(self.config, resume)
-        rundir.claim()
-        try:
+        rundir.check(self.config, resume)
+        with claimed(rundir):
             checkpoints = Checkpoints(rundir.file("checkpoints"), self.config.checkpoint.keep_last)
             mirror = self._mirror(rundir)
-            if mirror is not None and mirror.is_ahead_of(checkpoints, resume):
-                changed = changes(mirror.config(), self.config, f"checkpoint.storage {mirror.uri}")
-                mirror.fetch()
-            damaged = checkpoints.damaged()
-            checkpoint = rundir.start_from(checkpoints, resume)
-            if checkpoint and checkpoint.state["prompts"] != self.prompts.fingerprint:
-                raise UserError(
-                    f"the prompts, their columns, order or rendering have changed since the "
-                    f"checkpoint of step {checkpoint.step}, so the run cannot go on where it was; "
-                    "restore the data, or name another output_dir"
-                )
-            ledger = rundir.file("ledger.jsonl")
-            if checkpoint and (checkpoints.is_from_elsewhere(checkpoint) or is_lost(ledger)):
-                adopt(ledger, checkpoint.state["ledger"], checkpoint.step)
-            if checkpoint and resume != "auto":
-                checkpoint = checkpoints.adopt(checkpoint)
+            checkpoint, damaged = self._start_from(rundir, checkpoints, mirror, resume)
+            at_end = checkpoint is not None and checkpoint.step == self.total_steps
+            if at_end and resume == "auto" and is_over(rundir, self.total_steps):
+                return self._result_of_before(rundir)
             rundir.describe(self.config)
             after = checkpoint.step if checkpoint else 0
-            with Recorder(self.config, rundir, self.total_steps, after) as recorder:
-                recorder.event(EventKind.RUN_STARTED, changed={k: v[1] for k, v in changed.items()})
+            with recorded(
+                Recorder(self.config, rundir, self.total_steps, after),
+                rundir,
+                self.total_steps,
+                FAILURES,
+            ) as recorder:
                 for kind, fields in self.inputs.events():
                     recorder.event(kind, **fields)
                 for line in self.inputs.told():
                     recorder.note(line)
                 for name in damaged:
                     recorder.event(EventKind.CHECKPOINT_DAMAGED, path=name)
-                try:
-                    with self._roles() as roles:
-                        controller = assemble(
-                            self.config,
-                            roles,
-                            self.total_steps,
-                            self.prompts,
-                            self.eval_prompts,
-                            rundir,
-                            checkpoints,
-                            recorder,
-                            mirror,
-                        )
-                        metrics = asyncio.run(_with_signals(controller, controller.run(checkpoint)))
-                except Interrupted as stopped:
-                    recorder.event(EventKind.RUN_STOPPED, reason=str(stopped))
-                    raise
-                except FAILURES as failed:
-                    recorder.event(EventKind.RUN_STOPPED, reason=str(failed))
-                    raise RunFailed(str(failed)) from failed
-                except Exception as unforeseen:
-                    reason = " ".join(f"{type(unforeseen).__name__}: {unforeseen}".split())
-                    trace = "".join(traceback.format_exception(unforeseen))
-                    recorder.event(EventKind.RUN_STOPPED, reason=reason, traceback=trace)
-                    if isinstance(unforeseen, UserError):
-                        raise
-                    raise RunFailed(
-                        f"{reason} (the traceback is in {rundir.file('events.jsonl')})"
-                    ) from unforeseen
-                recorder.event(EventKind.RUN_FINISHED, step=self.total_steps)
+                with self._roles() as roles:
+                    controller = assemble(
+                        self.config,
+                        roles,
+                        self.total_steps,
+                        self.prompts,
+                        self.eval_prompts,
+                        rundir,
+                        checkpoints,
+                        recorder,
+                        mirror,
+                    )
+                    metrics = loops.run(controller.run(checkpoint), controller.stop)
                 return TrainResult(
                     steps=self.total_steps,
                     metrics=metrics,
@@ -249,8 +223,48 @@ class OnlineTrainer:
                     engine=recorder.engine,
                     backend=recorder.backend,
                 )
-        finally:
-            rundir.release()
+
+    def _result_of_before(self, rundir: RunDir) -> TrainResult:
+        return TrainResult(
+            steps=self.total_steps,
+            metrics=last_figures(rundir),
+            books=audit(rundir.file("ledger.jsonl")),
+            seconds=0.0,
+            output_dir=rundir.path,
+            model=rundir.model,
+            engine=said_by_roles(rundir, "engine"),
+            backend=said_by_roles(rundir, "backend"),
+            already=True,
+        )
+
+    def _start_from(
+        self, rundir: RunDir, checkpoints: Checkpoints, mirror: Mirror | None, resume: str
+    ) -> tuple[Checkpoint | None, list[str]]:
+        """The checkpoint to start from, if any, and the names of those that are damaged.
+
+        Raises UserError where the run cannot go on from there.
+        """
+        if mirror is not None and mirror.is_ahead_of(checkpoints, resume):
+            rundir.changed = changes(
+                mirror.config(), self.config, f"checkpoint.storage {mirror.uri}"
+            )
+            mirror.fetch()
+        damaged = checkpoints.damaged()
+        checkpoint = rundir.start_from(checkpoints, resume)
+        if checkpoint and checkpoint.step > self.total_steps:
+            raise too_few_steps(self.config.train.steps, self.total_steps, checkpoint.step)
+        if checkpoint and checkpoint.state["prompts"] != self.prompts.fingerprint:
+            raise UserError(
+                f"the prompts, their columns, order or rendering have changed since the "
+                f"checkpoint of step {checkpoint.step}, so the run cannot go on where it was; "
+                "restore the data, or name another output_dir"
+            )
+        ledger = rundir.file("ledger.jsonl")
+        if checkpoint and (checkpoints.is_from_elsewhere(checkpoint) or is_lost(ledger)):
+            adopt(ledger, checkpoint.state["ledger"], checkpoint.step)
+        if checkpoint and resume != "auto":
+            checkpoint = checkpoints.adopt(checkpoint)
+        return checkpoint, damaged
 
     def _mirror(self, rundir: RunDir) -> Mirror | None:
         checkpoint = self.config.checkpoint
@@ -280,36 +294,26 @@ class OnlineTrainer:
         except (DoesNotFit, ClusterUnreachable) as error:
             raise UserError(str(error)) from error
 
+    def scored(self) -> Scored:
+        """The model that `evaluate` scores. Raises UserError where the run has none of its own."""
+        rundir = RunDir(Path(self.config.output_dir).absolute())
+        return model_to_score(rundir, self.config.model.name)
+
     def evaluate(self) -> dict[str, float]:
         """`eval/*` figures of the trained model in `output_dir`, or of the starting model before.
 
-        Raises UserError where the config names no held-out prompts.
+        Raises UserError where the config names no held-out prompts, or the run is not at its end.
         """
+        scored = self.scored()
         if not self.eval_prompts:
             raise UserError("nothing to evaluate on; set data.eval_path or data.eval_split")
         self.settle()
-        trained = RunDir(Path(self.config.output_dir)).model
-        name = str(trained) if trained.is_dir() else self.config.model.name
-        model = self.config.model.model_copy(update={"name": name, "lora": None})
+        model = self.config.model.model_copy(update={"name": scored.model, "lora": None})
         config = self.config.model_copy(update={"model": model})
         trainer = OnlineTrainer(config, self.inputs.functions)
         with trainer._roles() as roles:
-            return asyncio.run(evaluate_model(config, roles, self.eval_prompts))
+            return loops.run(evaluate_model(config, roles, self.eval_prompts))
 
     def save_model(self, path: str | Path) -> Path:
         """Copy the trained model (safetensors, tokenizer, generation config) to a new folder."""
         return RunDir(Path(self.config.output_dir)).copy_model(Path(path))
-
-
-async def _with_signals(controller: Controller, run: Coroutine[Any, Any, T]) -> T:
-    """Await the run with SIGINT and SIGTERM asking it to stop."""
-    loop = asyncio.get_running_loop()
-    if threading.current_thread() is not threading.main_thread():
-        return await run  # only the main thread gets signals
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, controller.stop, int(number))
-    try:
-        return await run
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)

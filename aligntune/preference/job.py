@@ -6,24 +6,18 @@ the checkpoint are forgotten, and those before it that were not written come fro
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
-from actors.preference.worker import (
-    PreferenceJob,
-    Relay,
-    RelaySilent,
-    announcer,
-    answer_of,
-    train_worker,
-)
+from actors.preference.relay import PreferenceJob, Relay, RelaySilent, announcer, answer_of
+from actors.preference.worker import train_worker
 from aligntune.config.preference import PreferenceConfig
 from aligntune.data.pair_tokens import PairTokens
 from aligntune.errors import Interrupted, RunFailed
+from aligntune.loops import stop_signals
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind, EventsFile, MetricsFile, NotFinite
@@ -168,7 +162,7 @@ class PreferenceRun:
                 target=self._fit, args=(relay, train, evaluation), name="ray-train", daemon=True
             )
             thread.start()
-            with self._signals():
+            with stop_signals(self._stop):
                 self._listen(relay, thread)
             self._write(_answer(relay.take.remote()))
             if fatal := _answer(relay.fatal.remote()):
@@ -267,22 +261,8 @@ class PreferenceRun:
                 case "alive":
                     pass
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask the job to save and end; only the main thread gets them."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, frame: object) -> None:
-            self._signal = number
-
-        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _stop(self, number: int) -> None:
+        self._signal = number
 
 
 def _environment(threads: int | None) -> dict[str, Any]:

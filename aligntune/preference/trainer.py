@@ -12,23 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.preference.worker import PreferenceJob
-from aligntune.config.backends import check_installed
+from actors.preference.relay import PreferenceJob
 from aligntune.config.preference import DPOSpec, PreferenceConfig
 from aligntune.data.pair_tokens import PairTokens
-from aligntune.errors import Interrupted, RunFailed, UserError
-from aligntune.online.role_requests import role_request
+from aligntune.errors import UserError
 from aligntune.paths import located_model
 from aligntune.preference.inputs import PairInputs
 from aligntune.preference.job import Figures, PreferenceRecorder, PreferenceRun
 from aligntune.preference.storage import JobStorage, step_of
+from aligntune.resources import role_request
+from aligntune.runs.ended import (
+    Scored,
+    how_it_ended,
+    is_over,
+    last_figures,
+    model_to_score,
+    said_by_roles,
+    too_few_steps,
+)
+from aligntune.runs.lifecycle import check_programs, claimed, recorded
 from aligntune.runs.rundir import RunDir
-from aligntune.tracking.metrics import EventKind, NotFinite
-from aligntune.tracking.trackers import TrackerMissing, check_trackers
+from aligntune.tracking.metrics import NotFinite
 from cluster.bundles import BadRequest, bundle_sets, totals
 from cluster.placement import DoesNotFit
 from cluster.reservation import ensure_possible
-from cluster.session import ClusterUnreachable, resolve_address, session
+from cluster.session import ClusterUnreachable, session
 
 FILLED_IN = dict.fromkeys(
     ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
@@ -46,12 +54,14 @@ class PreferenceResult:
     output_dir: Path
     model: Path  # save_pretrained folder
     backend: str  # what really ran, with versions
+    already: bool = False  # it had ended before, and nothing was started
 
     def describe(self) -> str:
         """One line for a person."""
         accuracy = self.metrics.get("eval/reward/accuracy")
         held_out = "" if accuracy is None else f", held-out accuracy {accuracy:.3f}"
-        return f"done: {self.steps} steps{held_out}; the model is in {self.model}"
+        ended = how_it_ended(self.already)
+        return f"{ended}: {self.steps} steps{held_out}; the model is in {self.model}"
 
 
 class PreferenceTrainer:
@@ -93,26 +103,19 @@ class PreferenceTrainer:
 
     def check(self, resume: str = "auto") -> RunDir:
         """Everything that can be checked without starting Ray. Raises UserError."""
-        self.inputs.settle()
         rundir = self._rundir
+        rundir.check_place()
+        self.inputs.settle()
         rundir.check(self.config, resume)
-        if resolve_address(self.config.cluster) == "local":
-            check_installed(self.config.backend)
+        config = self.config
+        check_programs(config.backend, config.tracking, config.cluster)
         storage = self._storage(rundir)
         storage.check(self.config, resume, fresh=not rundir.trained)
         named = None if resume in ("auto", "never") else storage.named(resume)
-        try:
-            check_trackers(self.config.tracking.trackers)
-        except TrackerMissing as error:
-            raise UserError(str(error)) from error
         _ = self.pairs, self.eval_pairs
         reached = step_of(named) if named else storage.newest_step()
         if reached > self.total_steps:
-            raise UserError(
-                f"train.{'steps' if self.config.train.steps else 'epochs'} makes "
-                f"{self.total_steps} steps and the run's checkpoint is of step {reached}; raise "
-                "it, or go back with --resume and an earlier checkpoint folder"
-            )
+            raise too_few_steps(self.config.train.steps, self.total_steps, reached)
         return rundir
 
     def settle(self, resume: str = "auto") -> None:
@@ -150,34 +153,39 @@ class PreferenceTrainer:
         started = time.monotonic()
         rundir = self.check(resume)
         self.settle(resume)
-        changed = rundir.check(self.config, resume)
+        rundir.check(self.config, resume)
         storage = self._storage(rundir)
-        rundir.claim()
-        rundir.describe(self.config)
-        try:
+        if resume == "auto" and is_over(rundir, self.total_steps):
+            return PreferenceResult(
+                steps=self.total_steps,
+                metrics=last_figures(rundir),
+                seconds=0.0,
+                output_dir=rundir.path,
+                model=rundir.model,
+                backend=said_by_roles(rundir, "backend"),
+                already=True,
+            )
+        with claimed(rundir):
+            rundir.describe(self.config)
             storage.describe(self.config)
-            with PreferenceRecorder(self.config, rundir, self.total_steps) as recorder:
-                recorder.event(EventKind.RUN_STARTED, changed={k: v[1] for k, v in changed.items()})
+            with recorded(
+                PreferenceRecorder(self.config, rundir, self.total_steps),
+                rundir,
+                self.total_steps,
+                (NotFinite,),
+            ) as recorder:
                 for kind, fields in self.inputs.events():
                     recorder.event(kind, **fields)
                 for line in self.inputs.told():
                     recorder.note(line)
-                try:
-                    job = self._job(self.total_steps, export=storage.export)
-                    with self._session():
-                        if resume not in ("auto", "never"):
-                            storage.rewind(storage.named(resume))
-                        PreferenceRun(self.config, job, storage.ray_arguments(), recorder).follow(
-                            self.pairs, self.eval_pairs
-                        )
-                    storage.fetch(rundir.model)
-                except Interrupted as stopped:
-                    recorder.event(EventKind.RUN_STOPPED, reason=str(stopped))
-                    raise
-                except (RunFailed, NotFinite) as failed:
-                    recorder.event(EventKind.RUN_STOPPED, reason=str(failed))
-                    raise RunFailed(str(failed)) from failed
-                recorder.event(EventKind.RUN_FINISHED, step=self.total_steps)
+                job = self._job(self.total_steps, export=storage.export)
+                with self._session():
+                    if resume not in ("auto", "never"):
+                        storage.rewind(storage.named(resume))
+                    PreferenceRun(self.config, job, storage.ray_arguments(), recorder).follow(
+                        self.pairs, self.eval_pairs
+                    )
+                storage.fetch(rundir.model)
                 return PreferenceResult(
                     steps=self.total_steps,
                     metrics=recorder.last,
@@ -186,19 +194,22 @@ class PreferenceTrainer:
                     model=rundir.model,
                     backend=recorder.backend,
                 )
-        finally:
-            rundir.release()
+
+    def scored(self) -> Scored:
+        """The model that `evaluate` scores. Raises UserError where the run has none of its own."""
+        return model_to_score(self._rundir, self.config.model.name)
 
     def evaluate(self) -> dict[str, float]:
         """`eval/*` figures of the trained model in `output_dir`, or of the starting model before.
 
-        Raises UserError where the config names no held-out pairs.
+        Raises UserError where the config names no held-out pairs, or the run is not at its end.
         """
+        scored = self.scored()
         if self.eval_pairs is None:
             raise UserError("nothing to evaluate on; set data.eval_path or data.eval_split")
         self.settle()
-        trained = self._rundir.model
-        job = self._job(0, export="", trained=str(trained.absolute()) if trained.is_dir() else None)
+        trained = scored.model if scored.origin == "export" else None
+        job = self._job(0, export="", trained=trained)
         figures = Figures()
         name = f"aligntune-evaluation-{uuid.uuid4().hex}"
         with self._session(), tempfile.TemporaryDirectory(prefix=f"{name}-") as folder:

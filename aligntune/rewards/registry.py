@@ -6,7 +6,6 @@ Importing this loads neither torch nor any reward.
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from actors.scoring.calling import GIVEN, FunctionNotFound, import_function, named_parameters
 from actors.scoring.criteria import RewardCriterion
 from actors.specs import ModelSpec, RewardFunctionSpec, RewardModelSpec
+from aligntune.errors import closest
 from aligntune.paths import located
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ def resolve(spec: RewardFunctionSpec) -> RewardCriterion:
     """
     registered = REWARDS.get(spec.function)
     if registered is None and ":" not in spec.function:
-        near = difflib.get_close_matches(spec.function, REWARDS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = closest(spec.function, REWARDS)
+        hint = f"did you mean {near!r}? " if near else ""
         raise ValueError(
             f"unknown reward {spec.function!r}: {hint}registered are {', '.join(REWARDS)}; "
             "your own is given as package.module:function"
@@ -232,8 +232,8 @@ def _criterion(
     options = [option for option in named if option not in GIVEN]
     for option in spec.options:
         if option not in options and (ignores_unknown or not takes_all):
-            near = difflib.get_close_matches(option, options, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            near = closest(option, options)
+            hint = f"; did you mean {near!r}?" if near else ""
             raise ValueError(f"reward {name!r} takes no option {option!r}{hint}")
     if ignores_unknown:
         for option, required in named.items():

@@ -11,6 +11,7 @@ import fcntl
 import importlib.metadata
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,7 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.changed: dict[str, tuple[Any, Any]] = {}  # since the run that is here; see `check`
         self._lock: int | None = None
 
     @property
@@ -175,22 +177,38 @@ class RunDir:
     @property
     def trained(self) -> bool:
         """Whether a step was ever trained here: it has figures, a checkpoint, or a model."""
-        metrics = self.file("metrics.jsonl")
+        checkpoints = self.file("checkpoints").glob("step-*")
         return (
             self.model.is_dir()
-            or any(p.suffix != ".partial" for p in self.file("checkpoints").glob("step-*"))
-            or (metrics.is_file() and any(row["step"] > 0 for row in read_lines(metrics)))
+            or any(folder.suffix != ".partial" for folder in checkpoints)
+            or self.last_step() > 0
         )
 
-    def check(self, config: BaseModel, resume: str) -> dict[str, tuple[Any, Any]]:
-        """Whether this config may run here; returns what changed since. Starts and writes nothing.
+    def last_step(self) -> int:
+        """The last step whose figures are written; 0 where there is none."""
+        metrics = self.file("metrics.jsonl")
+        rows = read_lines(metrics) if metrics.is_file() else []
+        return max((int(row["step"]) for row in rows), default=0)
+
+    def check_place(self) -> None:
+        """Whether there can be a folder of this name. Raises UserError."""
+        try:
+            if not stat.S_ISDIR(os.stat(self.path).st_mode):
+                raise UserError(f"output_dir {self.path} is a file; name a folder")
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"output_dir {str(self.path)!r} cannot be used: {reason}") from error
+
+    def check(self, config: BaseModel, resume: str) -> None:
+        """Whether this config may run here; notes what `changed` since. Starts and writes nothing.
 
         A run that ended before its first step has no claim: its folder is any run's.
 
         Raises UserError where the directory holds another run, or any run under resume=never.
         """
-        if self.path.is_file():
-            raise UserError(f"output_dir {self.path} is a file; name a folder")
+        self.check_place()
         old = self.previous()
         if old is None:
             if self.path.is_dir() and not all(map(_of_a_start, self.path.iterdir())):
@@ -198,15 +216,15 @@ class RunDir:
                     f"output_dir {self.path} is not empty and holds no aligntune run; "
                     "name an empty or new folder"
                 )
-            return {}
-        if not self.trained:
-            return differences(old, tree_of(config))
-        if resume == "never":
+        elif not self.trained:
+            self.changed = differences(old, tree_of(config))
+        elif resume == "never":
             raise UserError(
                 f"output_dir {self.path} holds a run and resume=never; "
                 "name another folder, or use --resume auto to go on with it"
             )
-        return changes(old, config, f"output_dir {self.path}")
+        else:
+            self.changed = changes(old, config, f"output_dir {self.path}")
 
     def claim(self) -> None:
         """Create and lock the directory. UserError if a running process holds it."""

@@ -95,6 +95,18 @@ def test_a_signal_ends_in_a_checkpoint_and_the_run_resumes(
     assert [row["step"] for row in figures(run.output_dir)] == list(range(1, done + 2))
     assert audit(run.output_dir / "ledger.jsonl").open == 0
 
+    began = len(run.events("run_started"))
+    again = launch()
+    assert again.finish() == 0, again.output()
+    assert f"done before (a higher train.steps or train.epochs goes on): {done + 1} steps" in (
+        again.output()
+    )
+    tree["train"]["steps"] = done
+    fewer = launch()
+    assert fewer.finish() == 2, fewer.output()
+    assert f"makes {done} steps and the run's checkpoint is of step {done + 1}" in fewer.output()
+    assert len(run.events("run_started")) == began, "nothing was started"
+
     newest = next((run.output_dir / "checkpoints").glob("step-*"))
     tree["output_dir"] = str(run.output_dir.parent / "elsewhere")
     tree["train"]["steps"] = done + 3

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid, relu
 
+from actors.preference.relay import PreferenceJob
 from actors.preference.trainers import build_trainer, export_model
-from actors.preference.worker import PreferenceJob
 from aligntune.config.load import load_config
 from aligntune.config.preference import SMOOTHED, Loss, PreferenceConfig
 from aligntune.preference.trainer import _arguments

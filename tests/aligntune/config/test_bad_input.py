@@ -59,11 +59,35 @@ def fail(
 
 
 def test_unknown_config_key(fail: Fail) -> None:
-    assert "did you mean 'temperature'" in fail("rollout.temprature=1")
+    assert "did you mean 'rollout.temperature'" in fail("rollout.temprature=1")
 
 
 def test_unknown_algorithm(fail: Fail) -> None:
     assert "did you mean 'grpo'" in fail(algorithm="grpoo")
+    error = fail(algorithm="gpro")
+    assert (
+        "did you mean 'grpo'? known are ppo, grpo, dapo, gspo, drgrpo, dpo, reward_model" in error
+    )
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "file/below"])
+def test_a_run_directory_that_cannot_be(fail: Fail, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    assert "output_dir" in fail(out=str(tmp_path / name))
+    assert "cannot be used" in fail(out=str(tmp_path / name))
+
+
+def test_values_that_no_run_can_have(fail: Fail) -> None:
+    assert "train.seed" in fail("train.seed=-5")
+    assert "a name, or a section with a name, not 5" in fail("algorithm=5")
+    assert "train.steps" in fail("train.steps=2024-13-45")
+    assert "train.steps" in fail("train.steps=yes")
+
+
+def test_a_section_that_would_be_ignored_is_taken_out_from_the_command_line(fail: Fail) -> None:
+    without = ("algorithm.beta=0", "reference.replicas=2")
+    assert "reference=null takes it out" in fail(*without)
+    assert "no-such" in fail(*without, "reference=null", model="no-such/model")
 
 
 def test_missing_model_folder(fail: Fail, tmp_path: Path) -> None:

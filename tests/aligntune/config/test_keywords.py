@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from aligntune.config.keywords import build_tree
+from aligntune.config.keywords import PATHS, SPECIAL, build_tree
+from aligntune.config.load import load_config
 from aligntune.errors import UserError
+from aligntune.trainers import create_rl_trainer
 
 
 def test_keywords_map_onto_the_tree() -> None:
@@ -74,8 +80,73 @@ def test_callables_are_carried_by_name() -> None:
         ),
         ({"config": 3}, "YAML file or a mapping"),
         ({"reward_functions": [3]}, "neither a name nor a callable"),
+        ({"reward_functions": 3}, "reward_functions is a list, not 3"),
+        ({"reward_functions": "math", "reward_function_weights": 3}, "weights is a list, not 3"),
+        ({"overrides": "train.steps=3"}, r"overrides is a list of 'key\.path=value'"),
+        ({"overrides": [3]}, "overrides: 3 is not a text"),
+        ({"max_seq_length": "long", "max_completion_length": 3}, "a number of tokens, not 'long'"),
+        ({"config": "nowhere.yaml"}, "no config file at nowhere.yaml"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_tree(arguments)
+
+
+def test_the_signature_has_every_argument_with_a_type_and_a_word_on_it() -> None:
+    parameters = dict(inspect.signature(create_rl_trainer).parameters)
+    assert parameters.pop("unknown").annotation == "Never", "a type checker refuses other names"
+    assert set(parameters) == {*PATHS, *SPECIAL}
+    described = inspect.getdoc(create_rl_trainer) or ""
+    for name, parameter in parameters.items():
+        assert parameter.kind is parameter.KEYWORD_ONLY
+        assert parameter.default is None
+        assert parameter.annotation.endswith(" | None")
+        assert f"    {name}: " in described, name
+
+
+def test_a_name_that_is_not_known_gets_the_nearest() -> None:
+    with pytest.raises(UserError, match="no argument 'modl_name'; did you mean 'model_name'"):
+        create_rl_trainer(modl_name="x")  # type: ignore[arg-type]
+
+
+def test_paths_may_be_path_objects() -> None:
+    tree, _, _ = build_tree({"model_name": Path("models/qwen"), "output_dir": Path("runs/a")})
+    assert tree["model"] == {"name": "models/qwen"}
+    assert tree["output_dir"] == "runs/a"
+
+
+def test_a_mapping_is_left_as_it_was_however_deep_a_keyword_goes() -> None:
+    config = {"algorithm": "grpo", "model": {"name": "m", "lora": {"r": 2}}}
+    tree, _, _ = build_tree({"config": config, "lora_r": 8})
+    assert tree["model"]["lora"]["r"] == 8
+    assert config["model"] == {"name": "m", "lora": {"r": 2}}
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats()
+    | st.text(max_size=3)
+    | st.just("grpo"),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@given(
+    arguments=st.dictionaries(st.sampled_from([*PATHS, *SPECIAL]), VALUES, max_size=3),
+    algorithm=st.sampled_from(["grpo", "dpo", "reward_model"]) | VALUES,
+)
+def test_whatever_an_argument_is_it_makes_a_config_or_one_line(
+    arguments: dict[str, Any], algorithm: Any
+) -> None:
+    given_all = {"model_name": "m", "dataset_name": "d", "algorithm": algorithm, **arguments}
+    try:
+        tree, overrides, _ = build_tree(given_all)
+        load_config(tree, overrides)
+    except UserError:
+        pass

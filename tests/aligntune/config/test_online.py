@@ -87,8 +87,8 @@ def test_a_choice_by_its_name_by_its_options_or_by_both(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rollout.max_completion_lenght=5"], "did you mean 'max_completion_length'"),
-        (["algorithm.betta=1"], r"unknown key 'algorithm.betta'; did you mean 'beta'"),
+        (["rollout.max_completion_lenght=5"], "did you mean 'rollout.max_completion_length'"),
+        (["algorithm.betta=1"], r"unknown key 'algorithm.betta'; did you mean 'algorithm.beta'"),
         (["rolout.engine=vllm"], "unknown key 'rolout'; did you mean 'rollout'"),
         (["algorithm=grop"], "did you mean 'grpo'"),
         (["algorithm.name=nonsense-entirely"], "unknown algorithm"),
@@ -105,7 +105,10 @@ def test_a_choice_by_its_name_by_its_options_or_by_both(
             "there is no 'deepsped'; give one of torch,",
         ),
         (["policy.strategy=3"], r"policy.strategy: give one of torch, deepspeed, fsdp"),
-        (["policy.strategy=deepspeed", "policy.strategy.stag=3"], "did you mean 'stage'"),
+        (
+            ["policy.strategy=deepspeed", "policy.strategy.stag=3"],
+            "did you mean 'policy.strategy.stage'",
+        ),
         (["policy.strategy=deepspeed", "policy.strategy.stage=4"], r"policy.strategy.stage: .* 4"),
         (
             ["policy.strategy={name: torch, stage: 3}"],

@@ -82,8 +82,8 @@ REFUSED = {
         "algorithm.precompute_reference=true",
     ],
     "both say how long": ["train.steps=1", "train.epochs=1"],
-    "'algorithm.betta'; did you mean 'beta'": ["algorithm.betta=1"],
-    "'train.worker'; did you mean 'workers'": ["train.worker=1"],
+    "'algorithm.betta'; did you mean 'algorithm.beta'": ["algorithm.betta=1"],
+    "'train.worker'; did you mean 'train.workers'": ["train.worker=1"],
     "'rollout'": ["rollout.temperature=1"],
     "needs the chat template": ["data.system_prompt=s", "data.apply_chat_template=false"],
     "stage 3 and model.lora": [

@@ -10,8 +10,8 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError
 
-from actors.preference import worker
-from actors.preference.worker import ALIVE_SECONDS, RelaySilent, SignOfLife, answer_of
+from actors.preference import relay
+from actors.preference.relay import ALIVE_SECONDS, RelaySilent, SignOfLife, answer_of
 from aligntune.errors import Interrupted, RunFailed
 from aligntune.preference import job as preference_job
 from aligntune.preference.job import STOP_SECONDS, Figures, PreferenceRun
@@ -108,7 +108,7 @@ def test_a_relay_that_does_not_answer_is_one_clear_line(
 def test_signs_of_life_are_given_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=5.0)
     told: list[str] = []
-    monkeypatch.setattr(worker.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(relay.time, "monotonic", lambda: clock.now)
     alive = SignOfLife(SimpleNamespace(tell=SimpleNamespace(remote=told.append)))
     for _ in range(5):
         alive()

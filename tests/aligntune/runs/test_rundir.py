@@ -44,10 +44,10 @@ def test_a_run_that_failed_at_its_start_keeps_no_folder(rundir: RunDir) -> None:
     rundir.file("metrics.jsonl").write_text('{"step": 0, "eval/loss": 1.0}\n')
     rundir.file("checkpoints/step-000002.partial").mkdir(parents=True)
     other = config("train.seed=5", model={"name": "other"})
-    changed = rundir.check(other, "auto")
-    assert changed["train.seed"] == (0, 5)
-    assert changed["model.name"] == ("./m", "other")
-    assert rundir.check(other, "never") == changed
+    for resume in ("auto", "never"):
+        rundir.check(other, resume)
+        assert rundir.changed["train.seed"] == (0, 5)
+        assert rundir.changed["model.name"] == ("./m", "other")
 
 
 @pytest.mark.parametrize("how", ["figures", "checkpoint", "model"])
@@ -102,3 +102,11 @@ def test_only_where_a_checkpoint_loads_on_them_ranks_may_be_more_or_fewer(
         return
     with pytest.raises(UserError, match=r"critic.ranks was 2 there and is 3 here, policy.ranks"):
         changes(old, ranks(1, 3), "here")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "file/below"])
+def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"output_dir .* cannot be used: ") as said:
+        RunDir(tmp_path / name).check(config(), "auto")
+    assert "\n" not in str(said.value)

@@ -462,7 +462,7 @@ def test_a_working_directory_over_the_limit(fail: Fail, project: Path) -> None:
         (("output_dir=s3://bucket/a",), "give the URI as checkpoint.storage"),
         (("checkpoint.storage=backup",), "checkpoint.storage backup is relative"),
         (("checkpoint.storage=nosuch://bucket/a",), "checkpoint.storage nosuch://bucket/a cannot"),
-        (("train.stepz=3",), "did you mean 'steps'?"),
+        (("train.stepz=3",), "did you mean 'train.steps'?"),
         (("data.path=../elsewhere.jsonl",), "is outside of the working directory"),
         (("data.path=hidden.jsonl",), "not packed, for .gitignore names it"),
         (("--env", "NOT_SET_ANYWHERE"), "the variable is not set here"),

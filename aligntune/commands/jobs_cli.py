@@ -1,0 +1,98 @@
+"""`aligntune submit` and `aligntune jobs`, as typer commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aligntune.commands.arguments import ConfigFile, Overrides
+
+app = typer.Typer(no_args_is_help=True, help="The Ray jobs of a cluster.")
+
+JobsAddress = Annotated[
+    str,
+    typer.Option(
+        "--address", envvar="RAY_API_SERVER_ADDRESS", help="the Jobs server's, as in HEAD:8265"
+    ),
+]
+JobId = Annotated[str, typer.Argument(metavar="ID")]
+
+
+def submit_run(
+    config: ConfigFile,
+    address: JobsAddress,
+    overrides: Overrides = None,
+    working_dir: Annotated[
+        Path, typer.Option(help="goes with the job, but for what .gitignore names")
+    ] = Path("."),
+    env: Annotated[
+        list[str] | None, typer.Option(help="a variable to pass on, by its name; may repeat")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="do not follow the job")] = False,
+) -> int:
+    """Train on a cluster as a Ray job, and follow it; its exit code is this one.
+
+    Everything is checked here first. Submitting the same output_dir again resumes the run.
+    """
+    from aligntune.commands.submit import submit
+
+    return submit(config, overrides or [], address, working_dir, env or [], detach, note, passed_on)
+
+
+@app.command("list")
+def jobs_list(address: JobsAddress) -> None:
+    """List the submitted jobs, oldest first."""
+    from aligntune.commands.submit import connected, table
+
+    with connected(address) as jobs:
+        for line in table(jobs.all()):
+            typer.echo(line)
+
+
+@app.command("status")
+def jobs_status(job_id: JobId, address: JobsAddress) -> None:
+    """Show what is known of a job."""
+    from aligntune.commands.submit import connected, describe
+
+    with connected(address) as jobs:
+        for line in describe(jobs.get(job_id)):
+            typer.echo(line)
+
+
+@app.command("logs")
+def jobs_logs(
+    job_id: JobId,
+    address: JobsAddress,
+    follow: Annotated[bool, typer.Option("--follow", help="until it ends")] = False,
+) -> int:
+    """Print what a job has printed; with --follow until it ends, with its exit code."""
+    from aligntune.commands.submit import connected
+    from aligntune.commands.submit import follow as follow_job
+
+    with connected(address) as jobs:
+        if follow:
+            jobs.get(job_id)
+            return follow_job(jobs, job_id, note, passed_on)
+        passed_on(jobs.logs(job_id))
+        return 0
+
+
+@app.command("stop")
+def jobs_stop(job_id: JobId, address: JobsAddress) -> int:
+    """Stop a job after it has written its checkpoint, and say where that is."""
+    from aligntune.commands.submit import connected, stop
+
+    with connected(address) as jobs:
+        return stop(jobs, job_id, note)
+
+
+def note(text: str) -> None:
+    """Say something beside the output."""
+    typer.echo(text, err=True)
+
+
+def passed_on(text: str) -> None:
+    """Print what a job printed, as it is."""
+    typer.echo(text, nl=False)

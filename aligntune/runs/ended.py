@@ -1,0 +1,89 @@
+"""What a run directory says of a run that ended: whether anything is left to do, and which model
+of it an evaluation scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from aligntune.errors import UserError
+from aligntune.runs.jsonl import read_lines
+from aligntune.runs.rundir import RunDir
+from aligntune.tracking.metrics import EventKind
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is scored, said before its figures."""
+
+    model: str  # folder, hub name or URI
+    step: int  # steps that trained it in this run
+    origin: Literal["export", "start"]
+
+
+def finished_at(rundir: RunDir) -> int | None:
+    """The last step of the run that ended here well, or None where none did."""
+    events = rundir.file("events.jsonl")
+    steps = [
+        int(event["step"])
+        for event in (read_lines(events) if events.is_file() else [])
+        if event["kind"] == EventKind.RUN_FINISHED
+    ]
+    return steps[-1] if steps else None
+
+
+def is_over(rundir: RunDir, total_steps: int) -> bool:
+    """Whether the run here has ended at `total_steps` and nothing of its config has changed since:
+    there is nothing left to do."""
+    ended = rundir.model.is_dir() and finished_at(rundir) == total_steps
+    return ended and not rundir.changed and rundir.last_step() == total_steps
+
+
+def how_it_ended(already: bool) -> str:
+    """The first words of a result."""
+    return "done before (a higher train.steps or train.epochs goes on)" if already else "done"
+
+
+def too_few_steps(steps: int | None, total: int, reached: int) -> UserError:
+    """The refusal of a config that ends before what was trained."""
+    key = "steps" if steps else "epochs"
+    return UserError(
+        f"train.{key} makes {total} steps and the run's checkpoint is of step {reached}; raise "
+        "it, or go back with --resume and an earlier checkpoint folder"
+    )
+
+
+def last_figures(rundir: RunDir) -> dict[str, float]:
+    """The figures of the last step, and those of its evaluation."""
+    files = [rundir.file("metrics.jsonl"), rundir.file("evals.jsonl")]
+    steps, evaluations = [read_lines(file) if file.is_file() else [] for file in files]
+    found = dict(steps[-1]) if steps else {"step": 0}
+    if evaluations and evaluations[-1]["step"] == found["step"]:
+        found |= evaluations[-1]
+    return {name: value for name, value in found.items() if name not in ("step", "version")}
+
+
+def said_by_roles(rundir: RunDir, key: str) -> str:
+    """What the actors said last of themselves under `key`, such as `engine`."""
+    rows = read_lines(rundir.file("events.jsonl"))
+    said = [row[key] for row in rows if row["kind"] == EventKind.ROLE_STARTED and key in row]
+    return str(said[-1]) if said else ""
+
+
+def model_to_score(rundir: RunDir, start: str) -> Scored:
+    """The export of the run, or `start`, the model it begins with, where no step was trained.
+
+    Raises UserError where the run has gone further than what it exported: neither would be its
+    model.
+    """
+    trained, exported = rundir.last_step(), finished_at(rundir)
+    if rundir.model.is_dir() and exported is not None and exported >= trained:
+        return Scored(str(rundir.model), exported, "export")
+    if not rundir.trained:
+        return Scored(start, 0, "start")
+    there = f"its model/ is of step {exported}" if rundir.model.is_dir() else "it has no model/ yet"
+    raise UserError(
+        f"the run in {rundir.path} stands at step {trained} and {there}; call `aligntune train` "
+        "with its config again to end it, which writes the model, or score another model by "
+        "model.name=FOLDER and an output_dir of its own"
+    )

@@ -1,0 +1,88 @@
+"""A run of any kind from its claim to its release, and what its events say however it ends.
+
+Invariant: a folder that was claimed is let go of; a run that was begun in `events.jsonl` has ended
+there, as finished or as stopped with the reason, unless its process was killed.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, Self, TypeVar
+
+from aligntune.config.backends import Backend, check_installed
+from aligntune.config.online import TrackingSpec
+from aligntune.errors import Interrupted, RunFailed, UserError
+from aligntune.runs.rundir import RunDir
+from aligntune.tracking.metrics import EventKind
+from aligntune.tracking.trackers import TrackerMissing, check_trackers
+from cluster.session import resolve_address
+from cluster.specs import ClusterSpec
+
+
+class Records(Protocol):
+    """What a run writes into while it is entered."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc: object) -> object: ...
+
+    def event(self, kind: EventKind, **fields: Any) -> None:
+        """Write an event."""
+
+
+R = TypeVar("R", bound=Records)
+
+
+def check_programs(backend: Backend, tracking: TrackingSpec, cluster: ClusterSpec) -> None:
+    """Whether what a run needs beside its model and data is installed. Raises UserError."""
+    if resolve_address(cluster) == "local":
+        check_installed(backend)
+    try:
+        check_trackers(tracking.trackers)
+    except TrackerMissing as error:
+        raise UserError(str(error)) from error
+
+
+@contextmanager
+def claimed(rundir: RunDir) -> Iterator[None]:
+    """The run directory is this process's. Raises UserError where another holds it."""
+    rundir.claim()
+    try:
+        yield
+    finally:
+        rundir.release()
+
+
+@contextmanager
+def recorded(
+    records: R, rundir: RunDir, last_step: int, failures: tuple[type[Exception], ...] = ()
+) -> Iterator[R]:
+    """A run whose start and end are events; `records` are open while it lasts.
+
+    `failures` are errors whose message is written for people: their own line ends the run.
+
+    Raises:
+        Interrupted, UserError: as they came.
+        RunFailed: for anything else.
+    """
+    with records:
+        changed = {path: now for path, (_, now) in rundir.changed.items()}
+        records.event(EventKind.RUN_STARTED, changed=changed)
+        try:
+            yield records
+        except (Interrupted, UserError, RunFailed) as told:
+            records.event(EventKind.RUN_STOPPED, reason=str(told))
+            raise
+        except failures as told:
+            records.event(EventKind.RUN_STOPPED, reason=str(told))
+            raise RunFailed(str(told)) from None
+        except Exception as unforeseen:
+            reason = " ".join(f"{type(unforeseen).__name__}: {unforeseen}".split())
+            trace = "".join(traceback.format_exception(unforeseen))
+            records.event(EventKind.RUN_STOPPED, reason=reason, traceback=trace)
+            raise RunFailed(
+                f"{reason} (the traceback is in {rundir.file('events.jsonl')})"
+            ) from unforeseen
+        records.event(EventKind.RUN_FINISHED, step=last_step)

@@ -1,0 +1,72 @@
+"""An evaluation says which model it scores, and takes no other for the run's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aligntune.errors import UserError
+from aligntune.runs.ended import Scored, finished_at, is_over, model_to_score
+from aligntune.runs.rundir import RunDir
+
+
+@pytest.fixture
+def rundir(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def stand(rundir: RunDir, trained: int, finished: int | None, exported: bool) -> None:
+    write(rundir.file("metrics.jsonl"), [{"step": step} for step in range(trained + 1)])
+    ended = [] if finished is None else [{"kind": "run_finished", "step": finished}]
+    write(rundir.file("events.jsonl"), [{"kind": "run_started"}, *ended, {"kind": "run_stopped"}])
+    if exported:
+        rundir.model.mkdir()
+
+
+def test_before_training_it_is_the_start(rundir: RunDir) -> None:
+    assert model_to_score(rundir, "hub/name") == Scored("hub/name", 0, "start")
+    stand(rundir, trained=0, finished=None, exported=False)
+    assert model_to_score(rundir, "hub/name") == Scored("hub/name", 0, "start")
+
+
+def test_after_training_it_is_the_export_with_its_step(rundir: RunDir) -> None:
+    stand(rundir, trained=7, finished=7, exported=True)
+    assert finished_at(rundir) == 7
+    assert model_to_score(rundir, "hub/name") == Scored(str(rundir.model), 7, "export")
+
+
+@pytest.mark.parametrize(
+    ("finished", "exported", "said"),
+    [(None, False, "it has no model/ yet"), (5, True, "its model/ is of step 5")],
+)
+def test_a_run_between_the_two_is_refused(
+    rundir: RunDir, finished: int | None, exported: bool, said: str
+) -> None:
+    stand(rundir, trained=9, finished=finished, exported=exported)
+    with pytest.raises(UserError, match=f"stands at step 9 and {said}; call `aligntune train`"):
+        model_to_score(rundir, "hub/name")
+
+
+def test_a_run_is_over_at_its_last_step_with_its_model_and_nothing_changed(
+    rundir: RunDir,
+) -> None:
+    stand(rundir, trained=7, finished=7, exported=True)
+    assert is_over(rundir, 7)
+    assert not is_over(rundir, 8), "it is to go on"
+    rundir.changed = {"model.dtype": ("float32", "bfloat16")}
+    assert not is_over(rundir, 7), "the model is to be written anew"
+
+
+@pytest.mark.parametrize(("finished", "exported"), [(None, True), (7, False), (6, True)])
+def test_a_run_that_was_stopped_is_not_over(
+    rundir: RunDir, finished: int | None, exported: bool
+) -> None:
+    stand(rundir, trained=7, finished=finished, exported=exported)
+    assert not is_over(rundir, 7)
