@@ -9,11 +9,12 @@ instead of a mute one staying.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from actors.engines.base import EngineDead, RolloutEngine, engine_seed, resolve_engine
 from actors.groups import Group, pack_group
@@ -64,7 +65,7 @@ class RolloutActor:
             ValueError: an engine that is not installed, or options it does not take.
         """
         engine = resolve_engine(spec.engine)
-        self._engine_name = engine.name
+        self._engine_name, self._package = engine.name, engine.package
         spec = spec.model_copy(update={"engine": engine})
         sequences = spec.max_concurrent_groups * completions
         self._engine = _engine(model, spec, version, sequences, engine_seed(seed, replica))
@@ -81,7 +82,7 @@ class RolloutActor:
         return {
             "replica": self._replica,
             "engine": self._engine_name,
-            "engine_version": _installed_version(self._engine_name),
+            "engine_version": _installed_version(self._package),
             **whereabouts(),
             "version": self._engine.version,
             "groups_at_once": self._engine.groups_at_once,
@@ -169,16 +170,10 @@ def _engine(
 ) -> RolloutEngine:
     """The engine that `spec` names, given up to `sequences` at a time; only its own framework is
     imported."""
-    if spec.engine.name == "vllm":
-        from actors.engines.vllm import VLLMEngine
-
-        return VLLMEngine(model, spec, version, sequences, seed)
-    from actors.engines.transformers import TransformersEngine
-
-    return TransformersEngine(model, spec, version)
+    module, _, name = spec.engine.implementation.partition(":")
+    made = getattr(importlib.import_module(module), name)
+    return cast(RolloutEngine, made(model, spec, version, sequences, seed))
 
 
 def _installed_version(package: str) -> str:
-    import importlib
-
     return str(importlib.import_module(package).__version__)

@@ -17,7 +17,7 @@ import numpy as np
 
 from actors.engines.specs import EngineSpec, TransformersSpec, VLLMSpec
 from actors.messages import Completion, FinishReason, ReplicaLoad, Sampling, Segment, VersionSpan
-from actors.specs import ModelSpec
+from actors.specs import ModelSpec, RolloutSpec
 from actors.weights import WeightBundle
 
 
@@ -65,6 +65,14 @@ class RolloutEngine(Protocol):
 
     Not its job: groups, which of them when, turns, retries, time limits, text.
     """
+
+    def __init__(
+        self, model: ModelSpec, spec: RolloutSpec, version: int, sequences: int, seed: int
+    ) -> None:
+        """Keep the settings; `version` is the policy version of the weights in `model.name`.
+
+        `sequences` completions may be in flight at a time; `seed` is this replica's.
+        """
 
     groups_at_once: int
     """How many calls it may be given at a time. A call's time limit begins when it is given, so an

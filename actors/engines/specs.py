@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,11 @@ from actors.settings import AUTO, Choice, OneOf, Positive
 
 class EngineSpec(Choice):
     """What generates."""
+
+    implementation: ClassVar[str]
+    """The `RolloutEngine`, as module:Class; imported by the rollout replicas alone."""
+    package: ClassVar[str]
+    """What it runs on, whose version is in the records."""
 
     @property
     def shards(self) -> int:
@@ -26,6 +31,9 @@ class AutoEngineSpec(EngineSpec):
 
 class VLLMSpec(EngineSpec):
     """vLLM."""
+
+    implementation: ClassVar[str] = "actors.engines.vllm:VLLMEngine"
+    package: ClassVar[str] = "vllm"
 
     name: Literal["vllm"] = "vllm"
     tensor_parallel_size: Positive = Field(
@@ -51,6 +59,9 @@ class VLLMSpec(EngineSpec):
 
 class TransformersSpec(EngineSpec):
     """transformers' own generation, one group at a time."""
+
+    implementation: ClassVar[str] = "actors.engines.transformers:TransformersEngine"
+    package: ClassVar[str] = "transformers"
 
     name: Literal["transformers"] = "transformers"
 

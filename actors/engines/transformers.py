@@ -40,8 +40,13 @@ class TransformersEngine:
 
     groups_at_once = 2  # one that runs and one that waits, so that it is never idle
 
-    def __init__(self, model: ModelSpec, spec: RolloutSpec, version: int) -> None:
-        """Nothing is loaded yet; `version` is the policy version of the weights in `model.name`."""
+    def __init__(
+        self, model: ModelSpec, spec: RolloutSpec, version: int, sequences: int, seed: int
+    ) -> None:
+        """Nothing is loaded yet; `version` is the policy version of the weights in `model.name`.
+
+        Its batch is a call's, and each call's draws have a key, so neither of the last two counts.
+        """
         self._spec = model.model_copy(update={"gradient_checkpointing": False})
         self._version = version
         self._work = Work()
