@@ -3,11 +3,12 @@
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install quickstart test test-fast test-all check format clean
+.PHONY: help install quickstart test test-fast test-all bench check format clean
 
 help:
 	@echo "make quickstart   install, then train a tiny model by reinforcement learning"
 	@echo "make test         install, then run the tests (test-fast: fewer; test-all: the long ones too)"
+	@echo "make bench        what can be measured; make bench NAME=control measures it"
 	@echo "make check        lint, format, types, import contracts"
 	@echo "make format       let ruff put the code in order"
 	@echo "make install      only install, into .venv"
@@ -27,6 +28,9 @@ test-fast: install
 
 test-all: install
 	.venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
+
+bench: install
+	.venv/bin/python -m tests.bench $(NAME)
 
 check: install
 	.venv/bin/ruff check .

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from actors.fetching import Fetched, objects
 from actors.messages import Counts, GroupTensors, Row, UpdateJob, ValueBatch
 from actors.models.logprobs import collate_rows, idle_inputs, rows_of
 from actors.models.values import (
@@ -17,8 +18,8 @@ from actors.models.values import (
     group_values,
     load_value_model,
 )
+from actors.padding import Padding
 from actors.ranks import TrainedRank
-from actors.shares import Fetched, Padding, objects
 from actors.specs import CriticSpec, ModelSpec
 
 

@@ -192,9 +192,9 @@ class Scores:
 class GroupWork:
     """One group of an optimiser batch: references to its arrays and its sequence advantages.
 
-    The fields typed `Any` are Ray object references when they cross an actor call; a policy rank
-    fetches only the groups that its rows come from. `rollouts` is that of one turn where it is left
-    out: each row is a rollout.
+    The fields typed `Any` are Ray object references when they cross an actor call. A rank is sent
+    the groups that its rows come from and no others. `rollouts` is that of one turn where it is
+    left out: each row is a rollout.
     """
 
     group_id: int
@@ -249,7 +249,8 @@ class TokenInputs:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of an optimiser batch: `work` indexes its groups, `completion` its group's rows."""
+    """One row of an optimiser batch: `work` indexes its job's groups, `completion` that group's
+    rows."""
 
     work: int
     completion: int
@@ -289,7 +290,7 @@ class UpdateJob:
     loss, of a `TokenBatch` for the policy and of a `ValueBatch` for the critic."""
 
     step: int  # 1-based
-    groups: tuple[GroupWork, ...]  # of the whole batch; a rank fetches what its rows need
+    groups: tuple[GroupWork, ...]  # those that this rank's rows come from and no others
     minibatches: tuple[tuple[Row, ...], ...]  # this rank's rows, one tuple per optimiser step
     loss: Callable[[Any], LossTerms]
     recompute_old: bool  # old log-probs by a pass of their own; else of the targets or the loss
@@ -304,8 +305,7 @@ class UpdateResult:
     """What an update reports: figures already reduced over micro-batches and ranks."""
 
     metrics: dict[str, float]
-    seconds: float
-    tokens: int  # prompt and response tokens processed by all ranks, each epoch counted
+    seconds: float  # inside the rank
 
 
 @dataclass(frozen=True)

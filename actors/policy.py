@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from actors.fetching import Fetched, fetch, objects
 from actors.messages import (
     Counts,
     GroupTensors,
@@ -30,8 +31,9 @@ from actors.models.logprobs import (
     idle_inputs,
     rows_of,
 )
+from actors.packing import longest
+from actors.padding import Padding
 from actors.ranks import TrainedRank
-from actors.shares import Fetched, Padding, fetch, longest, objects
 from actors.specs import ModelSpec, PolicySpec
 from actors.weights import WeightBundle
 
@@ -79,7 +81,7 @@ class PolicyActor(TrainedRank):
         waits for, and one TokenTargets a group, which it never fetches. Critic values are fetched
         last, so they may still be in the making at the call.
         """
-        groups = fetch(dict(enumerate(job.groups)))
+        groups = fetch(job.groups)
         tensors = {index: group.tensors for index, group in groups.items()}
         if job.recompute_old:
             old = self._passes(tensors, rows_of(tensors), job.temperature)

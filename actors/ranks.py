@@ -13,34 +13,33 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from actors.fetching import Fetched, fetch, of_several_rows
+from actors.figures import Tally, count, describe, join, over_steps, total
 from actors.messages import Counts, GroupTensors, Row, UpdateJob, UpdateResult
 from actors.models.loading import load_tokenizer, whole_model
 from actors.models.logprobs import plan_passes
 from actors.models.wrapped import TrainedModel
-from actors.shares import (
-    Fetched,
-    Minibatch,
-    Tally,
-    count,
-    describe,
-    fetch,
-    join,
-    longest,
-    of_several_rows,
-    over_steps,
-    total,
-)
+from actors.packing import longest
 from actors.specs import ModelSpec, RankSpec
 from actors.strategies.base import NonFiniteGradient, Strategy, make_strategy
 from actors.strategies.optimizer import learning_rate
 from actors.strategies.state import flush
 from actors.whereabouts import node_address, whereabouts
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """One optimiser step as this rank runs it."""
+
+    batches: tuple[tuple[Row, ...], ...]  # this rank's micro-batches
+    chunks: list[int]  # head calls of each micro-batch of the longest-running rank
+    counts: Counts  # global
 
 
 class NonFiniteUpdate(ArithmeticError):
@@ -144,8 +143,7 @@ class TrainedRank:
         """
         began = time.perf_counter()
         role = self._spec.role
-        needed = sorted({row.work for rows in job.minibatches for row in rows})
-        groups = fetch({index: job.groups[index] for index in needed})
+        groups = fetch(job.groups)
         plan = self._plan(job, groups)
         rate = learning_rate(self._spec, job.step, self._total_steps)
         groups = self._complete(job, groups)
@@ -153,10 +151,9 @@ class TrainedRank:
         steps: list[dict[str, float]] = []
         norms: list[float] = []
         peaks: set[str] = set()
-        empty = tokens = 0
+        empty = 0
         stopped = False
         for index, minibatch in enumerate(plan):
-            tokens += minibatch.tokens
             if minibatch.counts.tokens == 0:  # nothing to learn from; Adam would still move
                 empty += 1
                 continue
@@ -183,7 +180,7 @@ class TrainedRank:
             metrics[f"{role}/empty_minibatches"] = float(empty)
         if job.early_stop is not None:
             metrics[f"{role}/early_stopped"] = float(stopped)
-        return UpdateResult(metrics=metrics, seconds=time.perf_counter() - began, tokens=tokens)
+        return UpdateResult(metrics=metrics, seconds=time.perf_counter() - began)
 
     def save(self, folder: str | Path) -> None:
         """Write the complete training state, each rank its part; all ranks together.
@@ -243,9 +240,8 @@ class TrainedRank:
             for rollout in apart.values():  # each a micro-batch of its own, whatever its size
                 batch, needed = self._cut(tensors, rollout, sys.maxsize)
                 batches, chunks = (*batches, *batch), [*chunks, *needed]
-            tokens = sum(row.tokens for row in rows)
-            own.append(Minibatch(batches, chunks, count(rows, groups), tokens))
-        shared = self._strategy.gather([(m.chunks, m.counts, m.tokens) for m in own])
+            own.append(Minibatch(batches, chunks, count(rows, groups)))
+        shared = self._strategy.gather([(m.chunks, m.counts) for m in own])
         if len({len(plan) for plan in shared}) != 1:
             raise ValueError(
                 f"training step {job.step}: the ranks were given different numbers of optimiser "
@@ -254,9 +250,8 @@ class TrainedRank:
         return [
             replace(
                 minibatch,
-                chunks=longest([chunks for chunks, _, _ in parts]),
-                counts=total([counts for _, counts, _ in parts]),
-                tokens=sum(tokens for _, _, tokens in parts),
+                chunks=longest([chunks for chunks, _ in parts]),
+                counts=total([counts for _, counts in parts]),
             )
             for minibatch, parts in zip(own, zip(*shared, strict=True), strict=True)
         ]

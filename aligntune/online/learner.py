@@ -8,7 +8,6 @@ controller decides what to go back to.
 from __future__ import annotations
 
 import asyncio
-import random
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -17,117 +16,13 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
-from actors.messages import GroupWork, LossTerms, PrepareJob, Row, UpdateJob, UpdateResult
-from actors.packing import split_rows
+from actors.messages import GroupWork, PrepareJob, UpdateResult
 from aligntune.algorithms.base import Algorithm
 from aligntune.config.online import RunConfig
 from aligntune.online.ranks import PolicyLost as PolicyLost
 from aligntune.online.ranks import Ranks
+from aligntune.online.sharing import plan_step, whole_groups
 from aligntune.runs.checkpoint import CRITIC, POLICY
-
-
-def minibatches(config: RunConfig, step: int) -> list[list[int]]:
-    """Indices of the groups of every optimiser step of training step `step`, over all epochs. Pure.
-
-    The first epoch takes the groups as they come, each later one in an order drawn from the seed,
-    the step and the epoch.
-    """
-    train = config.train
-    size = train.groups_per_minibatch or train.groups_per_step
-    plan = []
-    for epoch in range(train.epochs_per_batch or 1):
-        order = list(range(train.groups_per_step))
-        if epoch > 0:
-            random.Random(f"{train.seed} {step} {epoch}").shuffle(order)
-        plan += [order[start : start + size] for start in range(0, len(order), size)]
-    return plan
-
-
-def split_groups(groups: Sequence[GroupWork], ranks: int) -> list[list[int]]:
-    """Indices of the whole groups that each rank gets, balanced by tokens. Pure."""
-    rows = [
-        Row(index, 0, len(group.lengths) * group.prompt_tokens + sum(group.lengths))
-        for index, group in enumerate(groups)
-    ]
-    return [[row.work for row in share] for share in split_rows(rows, ranks)]
-
-
-def plan_updates(
-    config: RunConfig,
-    step: int,
-    groups: Sequence[GroupWork],
-    ranks: int,
-    loss: Callable[[Any], LossTerms],
-    *,
-    recompute_old: bool = False,
-    early_stop: tuple[str, float] | None = None,
-    whole_rollouts: bool = False,
-) -> list[UpdateJob]:
-    """One job a rank: mini-batches of whole groups, each split over the ranks by tokens. Pure.
-
-    The rows of a rollout stay together, on one rank.
-    """
-    shares: list[list[tuple[Row, ...]]] = [[] for _ in range(ranks)]
-    for indices in minibatches(config, step):
-        rollouts = {
-            (index, owner): rows
-            for index in indices
-            for owner, rows in _rows(index, groups[index]).items()
-        }
-        units = [Row(*name, sum(row.tokens for row in rows)) for name, rows in rollouts.items()]
-        for share, part in zip(shares, split_rows(units, ranks), strict=True):
-            share.append(
-                tuple(row for unit in part for row in rollouts[unit.work, unit.completion])
-            )
-    return [
-        UpdateJob(
-            step=step,
-            groups=tuple(groups),
-            minibatches=tuple(share),
-            loss=loss,
-            recompute_old=recompute_old,
-            temperature=config.rollout.temperature,
-            budget=config.rollout.max_completion_length,
-            early_stop=early_stop,
-            whole_rollouts=whole_rollouts,
-        )
-        for share in shares
-    ]
-
-
-def _rows(index: int, group: GroupWork) -> dict[int, list[Row]]:
-    """The rows of each rollout of group `index`."""
-    rows: dict[int, list[Row]] = {}
-    for place, (owner, length) in enumerate(zip(group.rollouts, group.lengths, strict=True)):
-        rows.setdefault(owner, []).append(Row(index, place, group.prompt_tokens + length))
-    return rows
-
-
-def plan_step(
-    config: RunConfig, step: int, algorithm: Algorithm, groups: Sequence[GroupWork]
-) -> dict[str, list[UpdateJob]]:
-    """The jobs of policy and, where there is one, critic, one a rank. Pure.
-
-    Old log-probs are those of the policy at the start of the step: they are computed before the
-    first of several updates, unless `prepare` has brought them. With one update they are its own.
-    """
-    several = len(minibatches(config, step)) > 1
-    plans = {
-        POLICY: plan_updates(
-            config,
-            step,
-            groups,
-            config.policy.ranks,
-            algorithm.loss,
-            recompute_old=algorithm.old == "policy" and several and not algorithm.prepares,
-            early_stop=algorithm.early_stop,
-            whole_rollouts=algorithm.whole_rollouts,
-        )
-    }
-    if algorithm.needs.critic:
-        loss = algorithm.value_loss
-        plans[CRITIC] = plan_updates(config, step, groups, config.critic.ranks, loss)
-    return plans
 
 
 class Learner:
@@ -178,13 +73,13 @@ class Learner:
         works = list(groups)
         valued: list[Awaitable[list[Any]]] = []
         if self._critic is not None:
-            shares = split_groups(works, self._critic.spec.ranks)
+            shares = whole_groups(self._config, step, works, self._critic.spec.ranks)
             tensors = [([works[index].tensors for index in share],) for share in shares]
             wait, values = self._critic.begin("values", tensors, [len(s) for s in shares])
             valued.append(wait)
             for index, ref in _by_group(shares, values).items():
                 works[index] = replace(works[index], values=ref)
-        shares = split_groups(works, self._policy.spec.ranks)
+        shares = whole_groups(self._config, step, works, self._policy.spec.ranks)
         jobs = [
             PrepareJob(
                 step=step,
@@ -218,7 +113,6 @@ class Learner:
         return UpdateResult(
             metrics={name: x for result in results for name, x in result.metrics.items()},
             seconds=max(result.seconds for result in results),
-            tokens=sum(result.tokens for result in results),
         )
 
     async def export(self, version: int) -> Any:

@@ -21,7 +21,7 @@ import torch
 from actors.critic import CriticActor
 from actors.messages import GroupTensors, GroupWork, LossTerms, Row, TokenBatch, UpdateJob
 from actors.models.logprobs import rows_of
-from actors.packing import split_rows
+from actors.packing import only_its_own, share_out
 from actors.policy import PolicyActor
 from actors.specs import CriticSpec, ModelSpec, PolicySpec
 from actors.strategies.base import Strategy
@@ -125,28 +125,20 @@ def make_jobs(
         )
         rows = [Row(index, c, len(group.prompt_ids) + n) for c, n in enumerate(group.lengths)]
         units += [[row for row in rows if owners[row.completion] == c] for c in range(count)]
-    shares = [split_units(units[part::minibatches], world) for part in range(minibatches)]
+    shares = [share_out(units[part::minibatches], world) for part in range(minibatches)]
+    own = [only_its_own(works, [share[rank] for share in shares]) for rank in range(world)]
     return [
         UpdateJob(
             step=step,
-            groups=tuple(works),
-            minibatches=tuple(share[rank] for share in shares),
+            groups=needed,
+            minibatches=its_rows,
             loss=loss,
             recompute_old=recompute_old,
             temperature=0.9,
             budget=16,
             whole_rollouts=whole_rollouts,
         )
-        for rank in range(world)
-    ]
-
-
-def split_units(units: Sequence[list[Row]], world: int) -> list[tuple[Row, ...]]:
-    """The rows of rollouts for each rank, those of one rollout together."""
-    named = [Row(index, 0, sum(row.tokens for row in unit)) for index, unit in enumerate(units)]
-    return [
-        tuple(row for name in share for row in units[name.work])
-        for share in split_rows(named, world)
+        for needed, its_rows in own
     ]
 
 

@@ -9,11 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.messages import Row
-from actors.packing import microbatches, split_rows
+from actors.packing import GROUPS_A_RANK, cost, microbatches, share_out, split
 
-rows_of_any_length = st.lists(st.integers(1, 60), max_size=30).map(
-    lambda lengths: [Row(i // 4, i % 4, tokens) for i, tokens in enumerate(lengths)]
+rows_of_any_length = st.builds(
+    lambda lengths, size: [Row(i // size, i % size, tokens) for i, tokens in enumerate(lengths)],
+    st.lists(st.integers(1, 60), max_size=30),
+    st.integers(1, 4),
 )
+
+
+def alone(rows: list[Row]) -> list[list[Row]]:
+    """Rollouts of one row each."""
+    return [[row] for row in rows]
 
 
 def keys(parts: object) -> list[tuple[int, int]]:
@@ -21,14 +28,22 @@ def keys(parts: object) -> list[tuple[int, int]]:
 
 
 @given(rows=rows_of_any_length, ranks=st.integers(1, 5))
-def test_every_row_goes_to_one_rank_and_loads_differ_by_at_most_the_longest_row(
+def test_every_row_goes_to_one_rank_and_loads_differ_by_at_most_the_costliest_part(
     rows: list[Row], ranks: int
 ) -> None:
-    shares = split_rows(rows, ranks)
+    shares = share_out(alone(rows), ranks)
     assert len(shares) == ranks
     assert keys(shares) == keys([rows])
-    loads = [sum(row.tokens for row in share) for share in shares]
-    assert max(loads) - min(loads) <= max((row.tokens for row in rows), default=0)
+    groups = {row.work for row in rows}
+    whole = len(groups) >= GROUPS_A_RANK * ranks
+    parts: dict[object, int] = {}
+    for row in rows:
+        key = row.work if whole else row
+        parts[key] = parts.get(key, 0) + cost(row.tokens)
+    loads = [sum(cost(row.tokens) for row in share) for share in shares]
+    assert max(loads) - min(loads) <= max(parts.values(), default=0)
+    if whole:
+        assert sum(len({row.work for row in share}) for share in shares) == len(groups)
 
 
 @given(rows=rows_of_any_length, ranks=st.integers(1, 5), data=st.data())
@@ -36,7 +51,37 @@ def test_a_share_does_not_depend_on_the_order_the_rows_come_in(
     rows: list[Row], ranks: int, data: st.DataObject
 ) -> None:
     shuffled = data.draw(st.permutations(rows))
-    assert split_rows(shuffled, ranks) == split_rows(rows, ranks)
+    assert share_out(alone(shuffled), ranks) == share_out(alone(rows), ranks)
+
+
+@given(costs=st.lists(st.integers(0, 60), max_size=30), ranks=st.integers(1, 5))
+def test_a_split_has_every_item_once(costs: list[int], ranks: int) -> None:
+    shares = split(costs, ranks)
+    assert sorted(index for share in shares for index in share) == list(range(len(costs)))
+    loads = [sum(costs[index] for index in share) for share in shares]
+    assert max(loads) - min(loads) <= max(costs, default=0)
+
+
+def test_groups_stay_whole_where_there_are_enough_of_them_for_every_rank() -> None:
+    rows = [Row(work, completion, 5) for work in range(8) for completion in range(2)]
+    for share in share_out(alone(rows), 2):
+        assert [row.completion for row in share] == [0, 1] * 4
+    two, other = share_out(alone([Row(0, 0, 9), Row(0, 1, 9)]), 2)
+    assert (len(two), len(other)) == (1, 1), "one group alone would leave a rank without work"
+
+
+def test_the_rows_of_a_rollout_stay_together() -> None:
+    rollouts = [[Row(0, 0, 9), Row(0, 1, 9)], [Row(0, 2, 1)], [Row(0, 3, 1), Row(0, 4, 1)]]
+    first, second = share_out(rollouts, 2)
+    assert first == (Row(0, 0, 9), Row(0, 1, 9))
+    assert second == (Row(0, 2, 1), Row(0, 3, 1), Row(0, 4, 1))
+
+
+def test_a_long_sequence_costs_more_than_as_many_tokens_of_short_ones() -> None:
+    assert cost(100) == 100
+    assert cost(32_768) > 2 * cost(16_384)
+    long, short = share_out(alone([Row(0, 0, 30_000), *(Row(1, i, 300) for i in range(150))]), 2)
+    assert sum(row.tokens for row in long) < sum(row.tokens for row in short)
 
 
 @given(rows=rows_of_any_length, budget=st.integers(1, 200), packed=st.booleans())
@@ -70,11 +115,11 @@ def test_a_row_longer_than_the_budget_is_alone() -> None:
 
 
 def test_a_rank_may_get_nothing() -> None:
-    assert split_rows([Row(0, 0, 7)], 3) == ((Row(0, 0, 7),), (), ())
+    assert share_out([[Row(0, 0, 7)]], 3) == ((Row(0, 0, 7),), (), ())
 
 
 def test_sizes_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="1 rank or more"):
-        split_rows([], 0)
+        share_out([], 0)
     with pytest.raises(ValueError, match="must be positive"):
         microbatches([], 0, packed=False)

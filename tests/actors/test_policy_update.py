@@ -90,8 +90,6 @@ def test_an_update_learns_and_reports(folder: Path) -> None:
     result = actor.update(job_of_step(1))
     after = weights(actor)
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    rows = [len(g.prompt_ids) + n for g in GROUPS for n in g.lengths]
-    assert result.tokens == sum(rows)
     assert result.seconds > 0
     assert result.metrics["policy/learning_rate"] == 1e-2
     assert result.metrics["policy/grad_norm"] > 0

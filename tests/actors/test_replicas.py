@@ -7,7 +7,14 @@ from collections import deque
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from actors.replicas import MOVES, Replica, Replicas, State, Waiter
 
@@ -268,5 +275,7 @@ class Histories(RuleBasedStateMachine):
             assert all(replica.busy >= replica.slots for replica in self.replicas.serving)
 
 
-TestHistories = Histories.TestCase
-TestHistories.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+def test_no_slot_is_lost_or_given_twice_and_all_are_served_in_order_whatever_happens() -> None:
+    run_state_machine_as_test(
+        Histories, settings=settings(max_examples=150, stateful_step_count=40)
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,11 @@ batches = st.lists(
     st.tuples(st.integers(1, 6), st.lists(st.integers(1, 12), min_size=2, max_size=4)),
     min_size=1,
     max_size=4,
+)
+many = st.lists(  # enough for whole groups on each of three ranks
+    st.tuples(st.integers(1, 3), st.lists(st.integers(1, 5), min_size=2, max_size=2)),
+    min_size=12,
+    max_size=13,
 )
 cuts = st.tuples(st.sampled_from([1, 13, 24, 40, WHOLE]), st.integers(1, 30), st.booleans())
 
@@ -114,6 +121,15 @@ def single_float64(folder: Path) -> Probe:
     return Probe(actor)
 
 
+@pytest.fixture(scope="module")
+def three(folder: Path) -> list[Probe]:
+    """Three actors in float64, to be ranks of one policy."""
+    actors = [one_rank(folder) for _ in range(3)]
+    for actor in actors:
+        actor._strategy.model.double()
+    return [Probe(actor) for actor in actors]
+
+
 @pytest.fixture(scope="module", params=RANKS, ids=lambda ranks: "{}-ranks-{}".format(*ranks))
 def ranks(folder: Path, request: Any) -> Iterator[tuple[int, Ranks]]:
     world, name = request.param
@@ -154,6 +170,50 @@ def test_the_law_is_exact_beyond_rounding(single_float64: Probe, shapes: Any, cu
     assert_same(probe.gradient(job, *cut), probe.gradient(job, WHOLE, WHOLE, False), 1e-13)
 
 
+class Gather:
+    """What ranks in threads of one process exchange, in rank order."""
+
+    def __init__(self, world: int) -> None:
+        self._barrier = threading.Barrier(world)
+        self._given: list[Any] = [None] * world
+
+    def of(self, rank: int) -> Callable[[Any], list[Any]]:
+        """The `gather` of one rank's strategy."""
+
+        def gather(value: Any) -> list[Any]:
+            self._given[rank] = value
+            self._barrier.wait(60)
+            everything = list(self._given)
+            self._barrier.wait(60)
+            return everything
+
+        return gather
+
+
+@settings(deadline=None, max_examples=6)
+@given(shapes=many, cut=cuts)
+def test_whole_groups_on_each_rank_add_up_to_the_gradient_of_the_step(
+    single_float64: Probe, three: list[Probe], shapes: Any, cut: Any
+) -> None:
+    """Ranks in threads: what each is sent is all that it needs, and nothing counts twice."""
+    make: Any = {"loss": simple_loss, "trained": leave_some_out, "rollouts": some_joined}
+    (whole,) = make_jobs(groups_of(shapes), **make)
+    jobs = make_jobs(groups_of(shapes), world=3, **make)
+    assert sum(len(job.groups) for job in jobs) == len(shapes)
+    exchange = Gather(3)
+    for rank, probe in enumerate(three):
+        probe.actor._strategy.gather = exchange.of(rank)  # type: ignore[method-assign]
+    with ThreadPoolExecutor(3) as threads:
+        parts = list(
+            threads.map(lambda probe, job: probe.gradient(job, *cut), three, jobs, timeout=120)
+        )
+    gradient = {name: sum(own[name] for own, _ in parts) for name in parts[0][0]}
+    wanted = single_float64.gradient(whole, WHOLE, WHOLE, False)
+    figures = {k: v for k, v in parts[0][1].items() if k != "policy/grad_norm"}  # of a part
+    rest = {k: v for k, v in wanted[1].items() if k != "policy/grad_norm"}
+    assert_same((gradient, figures), (wanted[0], rest), 1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @settings(
@@ -162,7 +222,7 @@ def test_the_law_is_exact_beyond_rounding(single_float64: Probe, shapes: Any, cu
     phases=[Phase.generate],  # ranks that failed once are not fit for shrinking
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(shapes=batches, cut=cuts, loss=st.sampled_from(sorted(LOSSES)))
+@given(shapes=batches | many, cut=cuts, loss=st.sampled_from(sorted(LOSSES)))
 def test_on_any_number_of_ranks(
     single: Probe,
     single_float64: Probe,

@@ -70,7 +70,7 @@ def test_a_call_knows_what_it_is_for_however_many_run_beside_it() -> None:
         await asyncio.sleep(0)
         with spanned(f"rollout-{group % 2}", "generate") as heard:
             await asyncio.sleep(0)
-            heard(UpdateResult(metrics={}, seconds=0.5, tokens=1))
+            heard(UpdateResult(metrics={}, seconds=0.5))
 
     async def main() -> None:
         timelines.current.set(Timeline(ended.append))

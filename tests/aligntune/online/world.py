@@ -194,7 +194,7 @@ class FakeLearner:
     ) -> UpdateResult:
         self._world.updates.append((step, algorithm))
         await self._world.happens("update", step)
-        return UpdateResult(metrics={"loss/policy": float(step)}, seconds=0.1, tokens=4)
+        return UpdateResult(metrics={"loss/policy": float(step)}, seconds=0.1)
 
     async def export(self, version: int) -> str:
         self._world.version = version

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+import random
 from dataclasses import replace
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -11,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.messages import GroupWork, UpdateJob
+from actors.packing import cost
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
-from aligntune.online.learner import minibatches, plan_step, plan_updates, split_groups
+from aligntune.online.sharing import minibatches, plan_step, plan_updates, whole_groups
 
 
+@cache
 def config(**train: Any) -> RunConfig:
     return load_config(
         {
@@ -78,10 +83,72 @@ def test_every_row_is_trained_on_once_an_epoch_and_every_group_has_one_rank(
     rows = sorted((index, c) for index, g in enumerate(groups) for c in range(len(g.lengths)))
     for epoch in range(passes):
         steps = slice(3 * epoch, 3 * epoch + 3)
-        seen = [r for job in jobs for part in job.minibatches[steps] for r in part]
-        assert sorted((row.work, row.completion) for row in seen) == rows
+        seen = [
+            (job.groups[row.work].group_id, row)
+            for job in jobs
+            for part in job.minibatches[steps]
+            for row in part
+        ]
+        assert sorted((index, row.completion) for index, row in seen) == rows
+        assert all(row.tokens == 3 + lengths[index][row.completion] for index, row in seen)
     assert {len(job.minibatches) for job in jobs} == {3 * passes}
-    assert sorted(chain(*split_groups(groups, ranks))) == list(range(6))
+    shares = whole_groups(config(epochs_per_batch=passes), 1, groups, ranks)
+    assert sorted(chain(*shares)) == list(range(6))
+
+
+def sampled(number: int, completions: int) -> list[GroupWork]:
+    """Groups of a run: lengths of a long tail, and references as large as Ray's."""
+    draw = random.Random(0)
+    groups = []
+    for index in range(number):
+        lengths = tuple(int(draw.lognormvariate(6.2, 1.0)) for _ in range(completions))
+        advantages = tuple(draw.gauss(0, 1) for _ in lengths)
+        tensors, reference = draw.randbytes(120), draw.randbytes(120)
+        groups.append(
+            replace(
+                group(index, lengths),
+                advantages=advantages,
+                scores=advantages,
+                tensors=tensors,
+                reference=reference,
+            )
+        )
+    return groups
+
+
+def test_a_rank_is_sent_the_groups_that_its_rows_come_from_and_no_others() -> None:
+    settings = config(groups_per_step=64, groups_per_minibatch=64, epochs_per_batch=2)
+    jobs = plan_updates(settings, 1, sampled(64, 4), ranks=8, loss=len)  # type: ignore[arg-type]
+    for job in jobs:
+        used = {row.work for part in job.minibatches for row in part}
+        assert used == set(range(len(job.groups)))
+        assert len({work.group_id for work in job.groups}) == len(job.groups)
+
+
+@pytest.mark.parametrize(("number", "ranks"), [(512, 1), (512, 8), (4096, 64)])
+def test_the_bytes_of_an_updates_jobs_grow_with_the_groups_and_not_with_the_ranks(
+    number: int, ranks: int
+) -> None:
+    """Groups of 8 completions take 800 bytes each, two references of 120 among them."""
+    settings = config(groups_per_step=number, groups_per_minibatch=number)
+    jobs = plan_updates(settings, 1, sampled(number, 8), ranks, loss=len)  # type: ignore[arg-type]
+    assert sum(len(job.groups) for job in jobs) == number, "each has one rank"
+    assert sum(len(pickle.dumps(job)) for job in jobs) <= 800 * number
+    loads = [sum(cost(row.tokens) for part in job.minibatches for row in part) for job in jobs]
+    assert max(loads) <= 1.02 * sum(loads) / ranks
+
+
+@pytest.mark.parametrize("per_minibatch", [8, 32])
+def test_values_and_targets_are_made_where_the_group_is_trained_on(per_minibatch: int) -> None:
+    """Where mini-batches are shared out by whole groups; else groups are balanced over the step."""
+    settings = config(groups_per_step=32, groups_per_minibatch=per_minibatch, epochs_per_batch=1)
+    groups = sampled(32, 4)
+    jobs = plan_updates(settings, 1, groups, ranks=4, loss=len)  # type: ignore[arg-type]
+    shares = whole_groups(settings, 1, groups, ranks=4)
+    trained = [sorted(work.group_id for work in job.groups) for job in jobs]
+    assert ([sorted(share) for share in shares] == trained) is (per_minibatch == 32)
+    loads = [sum(cost(3 + n) for index in share for n in groups[index].lengths) for share in shares]
+    assert max(loads) <= 1.05 * sum(loads) / 4
 
 
 @given(
@@ -101,9 +168,10 @@ def test_the_rows_of_a_rollout_go_to_one_rank(joined: list[list[bool]], ranks: i
     rows = []
     for rank, job in enumerate(jobs):
         for row in chain(*job.minibatches):
-            owner = groups[row.work].rollouts[row.completion]
-            seen.setdefault((row.work, owner), set()).add(rank)
-            rows.append((row.work, row.completion))
+            index = job.groups[row.work].group_id
+            owner = groups[index].rollouts[row.completion]
+            seen.setdefault((index, owner), set()).add(rank)
+            rows.append((index, row.completion))
     assert all(len(places) == 1 for places in seen.values())
     assert sorted(rows) == [
         (g, r) for g, work in enumerate(groups) for r in range(len(work.lengths))

@@ -1,0 +1,41 @@
+"""`make bench NAME=...`: measure, write runs/bench/NAME.json, say whether the targets are met.
+
+python -m tests.bench          the names
+python -m tests.bench NAME     exit code 1 where a target is missed
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from tests.bench import report
+
+BENCHES = {
+    "control": "driver CPU time a group, over roles that answer at once",
+}
+
+
+def main(names: list[str]) -> int:
+    """Run the benches of these names; without one, list them."""
+    if not names or not set(names) <= set(BENCHES):
+        for name, what in BENCHES.items():
+            print(f"make bench NAME={name:<12} {what}")
+        return 2 if names else 0
+    missed = 0
+    for name in names:
+        measured = importlib.import_module(f"tests.bench.{name}").measure()
+        path = report.write(name, measured)
+        for figure, value in measured.figures.items():
+            print(f"{figure:<40} {value:.4g}")
+        met = measured.met()
+        for target in measured.targets:
+            word = "met" if met[target.figure] else "MISSED"
+            print(f"target {target.figure} <= {target.limit:g}: {word}")
+        missed += sum(not reached for reached in met.values())
+        print(path)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
