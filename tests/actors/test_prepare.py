@@ -319,7 +319,7 @@ def test_a_lost_critic_is_a_lost_policy(folder: Path, tmp_path: Path, ray_sessio
         try:
             await learner.start()
             assert learner._critic is not None
-            ray.kill(learner._critic.set._handles[0])
+            ray.kill(learner._critic._handles[0])
             await learner.prepare(1, config.algorithm, works)
         finally:
             learner.kill()
