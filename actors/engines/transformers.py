@@ -154,7 +154,7 @@ class TransformersEngine:
         logprobs = torch.zeros(rows, sampling.max_tokens, device=self._device)
         lengths = torch.full((rows,), sampling.max_tokens, device=self._device)
         ended = torch.zeros(rows, dtype=torch.bool, device=self._device)
-        active = torch.arange(rows, device=self._device)
+        active, alive = torch.arange(rows, device=self._device), rows
 
         cache = DynamicCache(config=self._model.config)
         ids = torch.as_tensor(token_ids, dtype=torch.long, device=self._device)[None]
@@ -164,7 +164,7 @@ class TransformersEngine:
             if stop.is_set():
                 raise _Cancelled
             drawn, drawn_logprobs = draw(logits, sampling.temperature, uniform[active, step])
-            self._work = self._work.after(len(active), len(active), self._waiting)
+            self._work = self._work.after(alive, alive, self._waiting)
             # Rows that have ended are still computed until they leave; what they say is not kept.
             tokens[active, step] = drawn
             logprobs[active, step] = drawn_logprobs
@@ -173,9 +173,10 @@ class TransformersEngine:
                 lengths[active[ends]] = step + 1
                 ended[active[ends]] = True
                 kept = (~ended[active]).nonzero()[:, 0]
-                if len(kept) == 0:
+                alive = len(kept)
+                if alive == 0:
                     break
-                if 2 * len(kept) <= len(active):
+                if 2 * alive <= len(active):
                     active, drawn = active[kept], drawn[kept]
                     cache.batch_select_indices(kept)
             if step + 1 < sampling.max_tokens:

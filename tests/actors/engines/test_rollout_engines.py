@@ -338,6 +338,14 @@ def test_a_completions_draws_are_its_own(transformers_replica, bundles):
     assert first[0] == first[1] == first[2]
 
 
+def test_a_replica_counts_the_tokens_that_are_kept(transformers_replica, bundles):
+    """Rows that have ended and are still computed count for nothing."""
+    transformers_replica.get("load_weights", bundles[0])
+    record, _ = transformers_replica.group(_prompt(0), _sampling(max_tokens=200))
+    assert len(set(record.lengths)) > 1
+    assert round(record.load.tokens_per_s * record.seconds) == sum(record.sampled)
+
+
 def test_a_group_says_what_its_replica_did_meanwhile(replica, bundles):
     replica.get("load_weights", bundles[0])
     calls = [
