@@ -119,14 +119,15 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 @pytest.fixture(scope="module")
-def transformers_replica(folder: Path, loop: asyncio.AbstractEventLoop) -> Replica:
+def transformers_replica(folder: Path, loop: asyncio.AbstractEventLoop) -> Iterator[Replica]:
     spec = _rollout_spec(TransformersSpec())
     actor = RolloutActor(_model_spec(folder), spec, "t0", 0, 8, 11)
 
     def call(method: str, *args: Any) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(getattr(actor, method)(*args), loop)
 
-    return Replica("transformers", call, actor)
+    yield Replica("transformers", call, actor)
+    call("close").result(WAIT_S)
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +342,7 @@ def test_a_completions_draws_are_its_own(transformers_replica, bundles):
 def test_a_replica_counts_the_tokens_that_are_kept(transformers_replica, bundles):
     """Rows that have ended and are still computed count for nothing."""
     transformers_replica.get("load_weights", bundles[0])
-    record, _ = transformers_replica.group(_prompt(0), _sampling(max_tokens=200))
+    record, _ = transformers_replica.group(_prompt(0), _sampling(max_tokens=80))
     assert len(set(record.lengths)) > 1
     assert round(record.load.tokens_per_s * record.seconds) == sum(record.sampled)
 
@@ -414,7 +415,9 @@ def test_an_untied_head_is_loaded_too(tmp_path, loop):
     async def update_and_generate() -> Group:
         await actor.start()
         await actor.load_weights(WeightBundle.pack(1, new.named_parameters()))
-        return await actor.generate(_prompt(0), _sampling())
+        group = await actor.generate(_prompt(0), _sampling())
+        await actor.close()
+        return group
 
     group = asyncio.run_coroutine_threadsafe(update_and_generate(), loop).result(WAIT_S)
     assert _worst_error(group, {1: new}, 1.0) < TOLERANCE
