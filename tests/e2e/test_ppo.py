@@ -55,7 +55,7 @@ def ppo(tree: dict[str, Any]) -> dict[str, Any]:
 def figures(run_dir: Path) -> list[dict[str, Any]]:
     """Metrics without those that measure time."""
     return [
-        {k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))}
+        {k: v for k, v in row.items() if not k.startswith(("time/", "throughput/", "rollout/"))}
         for row in read(run_dir / "metrics.jsonl")
     ]
 

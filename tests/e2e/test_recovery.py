@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 def figures(run_dir: Path) -> list[dict[str, Any]]:
     """Metrics without those that measure time."""
     return [
-        {k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))}
+        {k: v for k, v in row.items() if not k.startswith(("time/", "throughput/", "rollout/"))}
         for row in read(run_dir / "metrics.jsonl")
     ]
 

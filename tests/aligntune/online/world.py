@@ -161,7 +161,7 @@ class World:
     def rows(self) -> list[dict[str, Any]]:
         """metrics.jsonl without times."""
         return [
-            {k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))}
+            {k: v for k, v in row.items() if not k.startswith(("time/", "throughput/", "rollout/"))}
             for row in read_lines(self.folder / "metrics.jsonl")
         ]
 
