@@ -35,7 +35,7 @@ from actors.packing import longest
 from actors.padding import Padding
 from actors.ranks import TrainedRank
 from actors.specs import ModelSpec, PolicySpec
-from actors.weights import WeightBundle
+from actors.transfer.bundle import WeightBundle
 
 
 class PolicyActor(TrainedRank):

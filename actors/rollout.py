@@ -20,7 +20,7 @@ from actors.engines.base import EngineDead, RolloutEngine, engine_seed, resolve_
 from actors.groups import Group, pack_group
 from actors.messages import GroupSampling, Prompt
 from actors.specs import ModelSpec, RolloutSpec
-from actors.weights import WeightBundle
+from actors.transfer.bundle import WeightBundle
 from actors.whereabouts import whereabouts
 
 WATCH_SECONDS = 2.0

@@ -18,7 +18,7 @@ import numpy as np
 from actors.engines.specs import EngineSpec, TransformersSpec, VLLMSpec
 from actors.messages import Completion, FinishReason, ReplicaLoad, Sampling, Segment, VersionSpan
 from actors.specs import ModelSpec, RolloutSpec
-from actors.weights import WeightBundle
+from actors.transfer.bundle import WeightBundle
 
 
 class EngineDead(RuntimeError):

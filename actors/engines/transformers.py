@@ -22,7 +22,7 @@ from actors.engines.base import WeightMismatch, Work, completion, draw_seed, sto
 from actors.messages import Completion, FinishReason, Sampling, VersionSpan
 from actors.models.loading import load_causal_lm
 from actors.specs import ModelSpec, RolloutSpec
-from actors.weights import WeightBundle
+from actors.transfer.bundle import WeightBundle
 
 T = TypeVar("T")
 

@@ -26,7 +26,7 @@ from actors.engines.base import EngineDead, WeightMismatch, Work, completion, st
 from actors.engines.specs import VLLMSpec
 from actors.messages import Completion, FinishReason, Sampling, VersionSpan
 from actors.specs import ModelSpec, RolloutSpec
-from actors.weights import WeightBundle
+from actors.transfer.bundle import WeightBundle
 
 log = logging.getLogger(__name__)
 

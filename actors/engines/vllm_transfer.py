@@ -28,7 +28,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from actors.engines.lifeline import end_with
-from actors.weights import WeightBundle, as_tensor
+from actors.transfer.bundle import WeightBundle, as_tensor
 
 BACKEND = "object_store"
 # Where a worker finds the process id of the rollout actor that it serves.

@@ -41,7 +41,7 @@ from aligntune.online.keeper import Boundary, Keeper
 from aligntune.online.learner import Learner, PolicyLost
 from aligntune.online.ledger import Books, Ledger, State
 from aligntune.online.pipeline import Pipeline
-from aligntune.online.samples import sample_rows
+from aligntune.online.samples import sample_rows, texts_of
 from aligntune.online.serving import Serving
 from aligntune.online.staleness import choose_batch
 from aligntune.online.state import RunState
@@ -140,13 +140,14 @@ class Controller:
         figures = StepFigures(self.config, self.state.version)
         with spanned("controller", "wait for a batch"):
             groups = await self._next_batch()
+        shown = groups[: self.config.tracking.samples_per_step]
+        texts = asyncio.create_task(texts_of(shown))  # beside the update
         with spanned("controller", "train"):
             advantages = await self._train(groups, figures)
         with spanned("controller", "serve"):
             await self._serve()
         self._mark(groups, figures)
-        shown = self.config.tracking.samples_per_step
-        rows = await sample_rows(self.config, groups[:shown], advantages)
+        rows = sample_rows(self.config, shown, await texts, advantages)
         self._recorder.samples(self.state.version, rows)
         if self.state.version % self.config.checkpoint.every_steps == 0:
             with spanned("controller", "checkpoint"):

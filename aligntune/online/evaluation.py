@@ -19,7 +19,7 @@ from aligntune.online.figures import completion_metrics, score_metrics
 from aligntune.online.groups import ReadyGroup
 from aligntune.online.roles import Roles
 from aligntune.online.rolling import GroupFailed, Rolling
-from aligntune.online.samples import sample_rows
+from aligntune.online.samples import sample_rows, texts_of
 from aligntune.online.serving import Serving
 from aligntune.runs.recorder import Recorder
 from aligntune.tracking.metrics import EventKind
@@ -123,8 +123,8 @@ class Evaluation:
         figures, groups = await evaluate(
             self._config, self._prompts, version, self._rolling, self._recorder.event
         )
-        shown = groups[: self._config.tracking.samples_per_evaluation]
-        self._recorder.eval_samples(version, await sample_rows(self._config, shown))
+        texts = await texts_of(groups[: self._config.tracking.samples_per_evaluation])
+        self._recorder.eval_samples(version, sample_rows(self._config, groups, texts))
         self._recorder.evaluation(version, figures)
 
     async def ended(self) -> None:

@@ -81,9 +81,9 @@ class Keeper:
         Raises RunFailed where the checkpoint before did not come to disk.
         """
         await self._committed()
-        if self._checkpoints.exists(boundary.step):
+        staging = await asyncio.wrap_future(asked(lambda: self._begun(boundary.step)))
+        if staging is None:
             return
-        staging = self._checkpoints.begin(boundary.step)
         await self._learner.save(staging)
         self._log.flush()
         state = {
@@ -93,6 +93,10 @@ class Keeper:
             "prompts": self._fingerprint,
         }
         self._committing = asyncio.create_task(self._commit(state), name="commit")
+
+    def _begun(self, step: int) -> Path | None:
+        """A folder for the ranks to write into, or None where the checkpoint is there already."""
+        return None if self._checkpoints.exists(step) else self._checkpoints.begin(step)
 
     async def _commit(self, state: dict[str, Any]) -> None:
         """Figures and moves of the steps before are on disk when the checkpoint is."""

@@ -12,31 +12,36 @@ from aligntune.config.online import RunConfig
 from aligntune.online.groups import ReadyGroup, total_reward
 
 T = TypeVar("T")
+Texts = tuple[str, ...] | None  # [G] decoded completions; None: lost
 
 TEXTS_SECONDS = 60.0  # for the texts of a group that a reward actor's node still holds
 
 
-async def sample_rows(
+async def texts_of(groups: Sequence[ReadyGroup]) -> list[Texts]:
+    """The texts of the groups that are shown, fetched; None where they were lost with a node."""
+    return await asyncio.gather(*(_texts(group) for group in groups))
+
+
+def sample_rows(
     config: RunConfig,
     groups: Sequence[ReadyGroup],
+    texts: Sequence[Texts],
     advantages: Sequence[tuple[float, ...]] | None = None,
 ) -> list[dict[str, Any]]:
-    """One object a group, whose texts are fetched here; see docs/architecture.md for its keys.
+    """One object for each group that has its texts here; docs/architecture.md has its keys.
 
-    `advantages` are those of each group's completions, where it was trained on. A text that was
-    lost with its node is null.
+    `advantages` are those of each group's completions, where it was trained on.
     """
-    texts = await asyncio.gather(*(_texts(group) for group in groups))
     return [
         _row(config, group, text, None if advantages is None else advantages[index])
-        for index, (group, text) in enumerate(zip(groups, texts, strict=True))
+        for index, (group, text) in enumerate(zip(groups, texts, strict=False))
     ]
 
 
 def _row(
     config: RunConfig,
     group: ReadyGroup,
-    texts: tuple[str, ...] | None,
+    texts: Texts,
     advantages: tuple[float, ...] | None,
 ) -> dict[str, Any]:
     record, scores = group.record, group.scores
@@ -84,8 +89,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int) else str(value)
 
 
-async def _texts(group: ReadyGroup) -> tuple[str, ...] | None:
-    """The group's decoded completions, or None where they are gone with their node."""
+async def _texts(group: ReadyGroup) -> Texts:
     try:
         texts: tuple[str, ...] = await answer(group.texts, "reward", "texts", TEXTS_SECONDS)
     except (ObjectsLost, ReplicaLost):

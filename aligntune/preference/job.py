@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from actors.preference.relay import PreferenceJob, Relay, RelaySilent, announcer, answer_of
@@ -20,9 +21,10 @@ from aligntune.errors import Interrupted, RunFailed
 from aligntune.loops import stop_signals
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import RunDir
+from aligntune.runs.writer import Writer
 from aligntune.tracking.metrics import EventKind, EventsFile, MetricsFile, NotFinite
 from aligntune.tracking.progress import Progress
-from aligntune.tracking.trackers import open_trackers
+from aligntune.tracking.views import open_views
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 120.0  # for the workers to save and end after a signal
@@ -61,26 +63,33 @@ class PreferenceRecorder(Figures, AbstractContextManager["PreferenceRecorder"]):
         self._metrics = MetricsFile(rundir.file("metrics.jsonl"))
         self._events = EventsFile(rundir.file("events.jsonl"))
         self._step = max((line["step"] for line in read_lines(self._metrics.path)), default=-1)
-        self._trackers = open_trackers(
+        self._progress = Progress(total_steps)
+        self._writer = Writer(f"the files of {rundir.path}")
+        self._views = open_views(
             config.tracking.trackers,
             rundir.path,
             config.tracking.project,
             config.model_dump(mode="json"),
             max(self._step, 0),
+            partial(self.event, EventKind.TRACKER_FAILED),
         )
-        self._progress = Progress(total_steps)
         self._starts = 0
 
     def __exit__(self, *exc: object) -> None:
         self._progress.close()
-        for tracker in self._trackers:
-            tracker.close()
-        self._metrics.close()
-        self._events.close()
+        for view in self._views:
+            view.close()
+        try:
+            self._writer.close()
+        finally:
+            self._metrics.close()
+            self._events.close()
 
     def event(self, kind: EventKind, **fields: Any) -> None:
-        """Write an event."""
-        self._events.append(kind, **fields)
+        """Write an event; views may do so from their threads."""
+        self._writer.do(partial(self._events.append, kind, time=time.time(), **fields))
+        if kind is EventKind.TRACKER_FAILED:
+            self._progress.note(f"{kind}: " + ", ".join(f"{k} {v}" for k, v in fields.items()))
 
     def role(self, info: Mapping[str, Any]) -> None:
         """What a worker said of itself when it started; config.yaml says what really runs."""
@@ -104,8 +113,8 @@ class PreferenceRecorder(Figures, AbstractContextManager["PreferenceRecorder"]):
         figures = {**metrics, **speed}
         self._metrics.append(step, figures)
         self._step = step
-        for tracker in self._trackers:
-            tracker.log(step, figures)
+        for view in self._views:
+            view.log(step, figures)
         super().step(step, figures)
         self._progress.evaluation(figures)
         if step:
@@ -121,8 +130,8 @@ class PreferenceRecorder(Figures, AbstractContextManager["PreferenceRecorder"]):
             self.event(EventKind.REPLICA_RESTARTED, role="trainer", step=0)
         first = step if step else -1
         self._metrics.truncate_after(first)
-        for tracker in self._trackers:
-            tracker.truncate_after(first)
+        for view in self._views:
+            view.truncate_after(first)
         self._step = min(self._step, first)
         for known in sorted(history):
             if known <= step:

@@ -26,8 +26,7 @@ from aligntune.tracking.metrics import (
 )
 from aligntune.tracking.progress import Progress
 from aligntune.tracking.trace import Trace
-from aligntune.tracking.trackers import open_tracker
-from aligntune.tracking.views import View
+from aligntune.tracking.views import open_views
 
 SHOWN = {
     EventKind.RESUMED,
@@ -59,15 +58,15 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._evaluated = {row["step"] for row in read_lines(self._evals.path)}
         self._writer = Writer(f"the files of {rundir.path}")
         self._progress = Progress(total_steps)
-        tracking, tree = config.tracking, config.model_dump(mode="json")
-        self._views = [
-            View(
-                name,
-                partial(open_tracker, name, rundir.path, tracking.project, tree, after_step),
-                partial(self.event, EventKind.TRACKER_FAILED),
-            )
-            for name in tracking.trackers
-        ]
+        tracking = config.tracking
+        self._views = open_views(
+            tracking.trackers,
+            rundir.path,
+            tracking.project,
+            config.model_dump(mode="json"),
+            after_step,
+            partial(self.event, EventKind.TRACKER_FAILED),
+        )
         self._trace = Trace(rundir.file("trace.json")) if tracking.profile else None
         self._logged = 0
         self.ran: dict[str, str] = {}  # the rollout `engine` and `backend` that really run

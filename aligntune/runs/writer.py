@@ -48,6 +48,7 @@ class Writer:
             self.wait()
         finally:
             self._jobs.put(None)
+            self._thread.join(1.0)
 
     def _raise(self) -> None:
         if self._failure is not None:

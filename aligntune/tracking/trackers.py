@@ -53,22 +53,14 @@ def check_trackers(names: Sequence[str]) -> None:
             ) from error
 
 
-def open_trackers(
-    names: Sequence[str], folder: Path, project: str, config: Mapping[str, Any], after_step: int
-) -> list[Tracker]:
-    """The trackers `names`, for the run in `folder`, whose next step is `after_step` + 1.
-
-    Raises:
-        TrackerMissing: as `check_trackers`.
-    """
-    check_trackers(names)
-    return [open_tracker(name, folder, project, config, after_step) for name in names]
-
-
 def open_tracker(
     name: str, folder: Path, project: str, config: Mapping[str, Any], after_step: int
 ) -> Tracker:
-    """Tracker `name`, as `open_trackers`. Raises what its service raises."""
+    """Tracker `name`, for the run in `folder`, whose next step is `after_step` + 1.
+
+    Raises TrackerMissing, or what its service raises.
+    """
+    check_trackers([name])
     if name == "tensorboard":
         return TensorBoard(folder / "tensorboard", after_step)
     if name == "prometheus":

@@ -9,11 +9,14 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from aligntune.runs.deadline import THREAD
-from aligntune.tracking.trackers import Tracker
+from aligntune.tracking.trackers import Tracker, open_tracker
 
 KEPT = 1000  # steps that a tracker may be behind; of more, the oldest are dropped
 CLOSE_SECONDS = 30.0  # for sending what is left at the end of a run
@@ -96,3 +99,18 @@ class View:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             self._failed(tracker=self.name, reason=reason)
         self._failing = True
+
+
+def open_views(
+    names: Sequence[str],
+    folder: Path,
+    project: str,
+    config: Mapping[str, Any],
+    after_step: int,
+    failed: Callable[..., None],
+) -> list[View]:
+    """Views of the run in `folder` by the trackers `names`; its next step is `after_step` + 1."""
+    return [
+        View(name, partial(open_tracker, name, folder, project, config, after_step), failed)
+        for name in names
+    ]

@@ -9,7 +9,7 @@ import pytest
 import ray
 import torch
 
-from actors.weights import WeightBundle
+from actors.transfer.bundle import WeightBundle
 
 
 @ray.remote(num_cpus=0)

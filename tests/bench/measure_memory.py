@@ -121,7 +121,7 @@ async def rollout(folder: str) -> int:
     from actors.engines.transformers import TransformersEngine
     from actors.messages import Sampling
     from actors.specs import ModelSpec, RolloutSpec
-    from actors.weights import WeightBundle
+    from actors.transfer.bundle import WeightBundle
 
     before = mark()
     engine = TransformersEngine(ModelSpec(name=folder), RolloutSpec(), 0)
@@ -146,7 +146,7 @@ async def vllm(folder: str) -> int:
     from actors.engines.vllm import VLLMEngine
     from actors.messages import Sampling
     from actors.specs import ModelSpec, RolloutSpec
-    from actors.weights import WeightBundle
+    from actors.transfer.bundle import WeightBundle
 
     spec = RolloutSpec(
         engine=VLLMSpec(kv_cache_gib=1),

@@ -21,7 +21,7 @@ from actors.messages import (
 )
 from actors.rollout import RolloutActor
 from actors.specs import ModelSpec, RolloutSpec
-from actors.weights import WeightBundle
+from actors.transfer.bundle import WeightBundle
 
 
 class EchoSpec(EngineSpec):

@@ -43,7 +43,7 @@ from actors.groups import Group
 from actors.messages import FinishReason, GroupSampling, Prompt, Sampling
 from actors.rollout import RolloutActor
 from actors.specs import ModelSpec, RolloutSpec
-from actors.weights import WeightBundle
+from actors.transfer.bundle import WeightBundle
 
 EOS = 1
 TOLERANCE = 1e-4

@@ -73,12 +73,14 @@ def test_a_stop_while_an_update_runs_keeps_it_and_then_finishes_the_evaluation_b
     world: World,
 ) -> None:
     """The policy has gone on, so version 1 could never be evaluated again."""
+    world.configure(checkpoint={"every_steps": 1000})
     saved = asyncio.Event()
     order: list[str] = []
 
     async def evaluate(version: int) -> None:
         if version == 1:
             await saved.wait()
+            await settle()
             order.append("evaluated")
 
     def update(step: int) -> None:

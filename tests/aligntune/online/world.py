@@ -82,6 +82,7 @@ class World:
         self.scores: Callable[[int], tuple[float, float]] = lambda group: (1.0, 0.0)
         self.texts: Callable[[int], Any] = lambda group: (f"{group}a", f"{group}b")
         self.during: dict[str, Hook] = {}  # role's method: called first, with what it was given
+        self.evaluation_turns = 0  # of the event loop that an evaluation takes
         self.updates: list[tuple[int, Algorithm]] = []
         self.version = 0
         self.prepare: Hook | None = None
@@ -234,6 +235,8 @@ class FakeReplicas:
         if method == "generate":
             group, version = args[1].group_id, world.version
             if group < 0:
+                for _ in range(world.evaluation_turns):
+                    await asyncio.sleep(0)
                 await world.happens("evaluate", version)
             else:
                 await world.happens("generate", *args)

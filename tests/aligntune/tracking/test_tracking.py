@@ -26,7 +26,7 @@ from aligntune.tracking.trackers import (
     TensorBoard,
     TrackerMissing,
     check_trackers,
-    open_trackers,
+    open_tracker,
     tracking_id,
 )
 
@@ -224,7 +224,7 @@ class TestTrackers:
         with pytest.raises(TrackerMissing, match=f"asks for '{name}'.*pip install {name}"):
             check_trackers([name])
         with pytest.raises(TrackerMissing):
-            open_trackers([name], tmp_path, "project", {}, 0)
+            open_tracker(name, tmp_path, "project", {}, 0)
         assert list(tmp_path.iterdir()) == []
 
     def test_the_identity_of_a_run_stays_and_differs_between_runs(self, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ class TestTrackers:
         folder.mkdir()
         identities = []
         for after_step in (0, 2):
-            (tracker,) = open_trackers([name], folder, "project", {"seed": 1}, after_step)
+            tracker = open_tracker(name, folder, "project", {"seed": 1}, after_step)
             for step in (after_step + 1, after_step + 2):
                 tracker.log(step, {"reward/mean": step / 10})
             tracker.truncate_after(after_step + 1)

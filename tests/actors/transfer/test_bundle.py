@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.weights import WeightBundle
+from actors.transfer.bundle import WeightBundle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
 

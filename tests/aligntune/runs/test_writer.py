@@ -1,0 +1,52 @@
+"""Work on files beside the loop: in order, and no failure lost."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from aligntune.errors import RunFailed
+from aligntune.runs import writer as module
+from aligntune.runs.writer import Writer
+
+
+def test_jobs_are_done_in_order_beside_whoever_gives_them() -> None:
+    done: list[int] = []
+    go = threading.Event()
+    writer = Writer("the files of a run")
+    writer.do(lambda: go.wait(30))
+    for number in range(100):
+        writer.do(lambda number=number: done.append(number))  # type: ignore[misc]
+    assert done == []
+    go.set()
+    writer.wait()
+    assert done == list(range(100))
+    writer.close()
+    assert not writer._thread.is_alive()
+
+
+def test_a_job_that_fails_is_heard_of_by_the_next_one_and_at_the_end() -> None:
+    writer = Writer("the files of run x")
+
+    def full() -> None:
+        raise OSError("No space left on device")
+
+    writer.do(full)
+    reason = "the files of run x: OSError: No space left on device"
+    with pytest.raises(RunFailed, match=reason):
+        writer.wait()
+    with pytest.raises(RunFailed, match=reason):
+        writer.do(lambda: None)
+    with pytest.raises(RunFailed, match=reason):
+        writer.close()
+
+
+def test_a_disk_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SECONDS", 0.05)
+    go = threading.Event()
+    writer = Writer("the files of run x")
+    writer.do(lambda: go.wait(30))
+    with pytest.raises(RunFailed, match=r"no write has ended within 0\.05 s"):
+        writer.close()
+    go.set()
