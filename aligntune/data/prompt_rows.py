@@ -4,14 +4,15 @@ A row gives its prompt by a column of its own or, where the data are preference 
 chosen and rejected share; the two answers then are columns for the rewards, `chosen` and
 `rejected`, in the form they have in the data (a transcript's as text, without the blanks around).
 
-Invariant: a row is usable or in `wrong` with the reason, and never both; `lengths` has the tokens
-of every usable one.
+Invariant: a row is in `usable`, with its tokens at the same place of `lengths`, or in `wrong` with
+the reason, or repeats the prompt of an earlier one and is counted in `folded`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from typing import Any
 
 from actors.messages import Messages
@@ -59,7 +60,8 @@ class PromptRows:
         self._system = system_prompt
         self._wants_template = apply_chat_template
         self._template = uses_template(tokenizer, apply_chat_template)
-        self.lengths: dict[int, int] = {}  # tokens of each usable row, ascending by row
+        self.usable = array("q")  # rows, ascending
+        self.lengths = array("q")  # tokens of each of them
         self.wrong: dict[int, DataError] = {}
         self.folded = 0  # rows that repeat the prompt of an earlier one
         self.fingerprint = self._check(fold_duplicates)
@@ -91,7 +93,8 @@ class PromptRows:
                     )
                     continue
                 digest.update(f"{text}\0{json.dumps(columns[row], default=_kind)}\0".encode())
-                self.lengths[row] = len(ids)
+                self.usable.append(row)
+                self.lengths.append(len(ids))
         return digest.hexdigest()
 
     def prompt(self, row: int) -> tuple[str | Messages, str, dict[str, Any]]:

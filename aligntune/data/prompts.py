@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from array import array
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -49,9 +50,9 @@ class PromptSource:
         self._limit = max_prompt_length
         self._seed = seed
         self._shuffle = shuffle
-        self.longest = max(prompts.lengths.values(), default=0)
-        wrong, kept, cut = dict(prompts.wrong), [], 0
-        for row, length in prompts.lengths.items():
+        self.longest = max(prompts.lengths, default=0)
+        wrong, kept, cut = dict(prompts.wrong), array("q"), 0
+        for row, length in zip(prompts.usable, prompts.lengths, strict=True):
             if length <= max_prompt_length:
                 kept.append(row)
             elif rules.long_rows == "keep_end":

@@ -53,7 +53,7 @@ class RunInputs:
             asks_data = not self.config.rewards or self.config.rollout.max_prompt_length is None
             self.config, self._decisions = settle_data(
                 self.config,
-                self._rows.lengths.values() if asks_data else (),
+                self._rows.lengths if asks_data else (),
                 self._rows.pairs if asks_data else False,
                 self._positions(),
                 _recorded(self.config, resume),

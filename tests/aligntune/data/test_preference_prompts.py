@@ -110,7 +110,7 @@ class TestRows:
             transcript(" yes", " "),
             {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
         )
-        assert read.lengths == {0: len(START)}
+        assert (list(read.usable), list(read.lengths)) == ([0], [len(START)])
         assert {row: why.reason.value for row, why in read.wrong.items()} == {
             1: "equal",
             2: "empty",
@@ -120,9 +120,9 @@ class TestRows:
     def test_rows_of_one_prompt_fold_into_the_first_where_asked(self) -> None:
         other = "\n\nHuman: else\n\nAssistant:"
         rows = transcript(" a", " b"), transcript(" c", " d"), transcript(" e", " f", other)
-        assert len(prompts(*rows).lengths) == 3
+        assert len(prompts(*rows).usable) == 3
         folded = prompts(*rows, fold_duplicates=True)
-        assert list(folded.lengths) == [0, 2]
+        assert list(folded.usable) == [0, 2]
         assert folded.folded == 1
         assert folded.prompt(0)[2] == {"chosen": "a", "rejected": "b"}
 
