@@ -109,19 +109,23 @@ def settle_max_length(
     if isinstance(kept, int):
         decision = Decision(MAX_LENGTH, kept, KEPT)
     else:
-        value, asked = percentile_length(lengths, positions), percentile_length(lengths)
-        why = _percentile(lengths, "pairs")
+        asked, why = _asked(lengths, "pairs", config.data.long_rows)
+        value = asked if positions is None else min(asked, positions)
         if value < asked:
-            why = f"the positions that the model has; {why}, {asked}, is more"
+            why = f"the positions that the model has; {asked}, {why}, is more"
         decision = Decision(MAX_LENGTH, value, why)
     data = config.data.model_copy(update={"max_length": decision.value})
     return config.model_copy(update={"data": data}), (decision,)
 
 
-def _percentile(lengths: Collection[int], things: str) -> str:
-    return (
+def _asked(lengths: Collection[int], things: str, long_rows: str) -> tuple[int, str]:
+    """The tokens that the data ask for, and what that is: no row is longer where none may be."""
+    longest = max(lengths, default=1)
+    if long_rows == "error":
+        return longest, f"the longest of {len(lengths)} {things}, for data.long_rows is error"
+    return percentile_length(lengths), (
         f"the {PERCENTILE}th percentile of {len(lengths)} {things}, the longest of which has "
-        f"{max(lengths, default=0)} tokens"
+        f"{longest} tokens"
     )
 
 
@@ -163,7 +167,7 @@ def _budgets(
     """
     spec, made = config.rollout, []
     completion, prompt = spec.max_completion_length, spec.max_prompt_length
-    asked = percentile_length(lengths)
+    asked, why = _asked(lengths, "prompts", config.data.long_rows)
     if "max_completion_length" not in spec.model_fields_set:
         if isinstance(kept := before.get("max_completion_length"), int):
             if kept != completion:
@@ -172,20 +176,18 @@ def _budgets(
         elif positions is not None:
             left = positions - prompt if prompt else max(positions - asked, positions // 2)
             if 0 < left < completion:
-                why = f"the default of {completion} is more than the model's {positions} positions"
-                made.append(Decision(COMPLETION, left, f"{why} leave beside the prompt"))
+                less = f"the default of {completion} is more than the model's {positions} positions"
+                made.append(Decision(COMPLETION, left, f"{less} leave beside the prompt"))
                 completion = left
     if prompt is None:
         kept = before.get("max_prompt_length")
         if isinstance(kept, int):
             return [*made, Decision(PROMPT, kept, KEPT)]
-        room = None if positions is None else max(1, positions - completion)
-        value = percentile_length(lengths, room)
-        why = _percentile(lengths, "prompts")
+        value = asked if positions is None else min(asked, max(1, positions - completion))
         if value < asked:
             why = (
                 f"what {completion} tokens of completion leave of the model's {positions} "
-                f"positions; {why}, {asked}, does not fit"
+                f"positions; {asked}, {why}, does not fit"
             )
         made.append(Decision(PROMPT, value, why))
     return made

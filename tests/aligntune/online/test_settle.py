@@ -49,6 +49,11 @@ class TestBudgets:
         )
         assert (config.rollout.max_completion_length, COMPLETION in made) == (256, False)
 
+    def test_where_no_prompt_may_be_too_long_the_budget_is_the_longest(self) -> None:
+        config, made = settled("data.long_rows=error", lengths=[*range(1, 100), 3000])
+        assert config.rollout.max_prompt_length == 3000
+        assert made[PROMPT].why == "the longest of 100 prompts, for data.long_rows is error"
+
     def test_what_the_user_has_set_stays_and_is_no_decision(self) -> None:
         config, made = settled(f"{PROMPT}=7", f"{COMPLETION}=9", lengths=[50], positions=16)
         assert config.rollout.max_length == 16
@@ -144,7 +149,8 @@ class TestPairs:
         assert "95th percentile of 20 pairs, the longest of which has 999" in why[0]
         length, why = self.length(lengths=[100] * 20, positions=64)
         assert length == 64
-        assert why[0].startswith("the positions that the model has")
+        assert why[0].startswith("the positions that the model has; 100, the 95th percentile")
+        assert self.length("data.long_rows=error", lengths=[*range(1, 20), 999])[0] == 999
 
     def test_what_is_set_stays_and_is_refused_beyond_the_positions(self) -> None:
         assert self.length("data.max_length=50", lengths=[9], positions=64) == (50, [])
