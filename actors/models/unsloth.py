@@ -69,9 +69,11 @@ def load_unsloth(spec: ModelSpec, max_length: int, seed: int) -> Any:
         )
     spec = local(spec)
     check_complete(spec)
+    # Unsloth takes "-bnb-4bit" off the end of a name, of a folder's too, which is then not found.
+    name = os.path.join(spec.name, "") if os.path.isdir(spec.name) else spec.name
     try:
         model, _ = unsloth.FastLanguageModel.from_pretrained(
-            spec.name,
+            name,
             revision=spec.revision,
             max_seq_length=max_length,
             dtype=getattr(torch, spec.dtype),
