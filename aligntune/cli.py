@@ -70,7 +70,7 @@ def quickstart(
     typer.echo(
         f"held-out accuracy {result['accuracy_before']:.3f} -> {result['accuracy_after']:.3f} "
         f"after {result['steps']} steps with {result['engine']}, {result['seconds']:.0f} s in all; "
-        f"see {out / 'result.json'}"
+        f"the run is in {out / 'run'}, its model in {out / 'run' / 'model'}"
     )
 
 

@@ -8,6 +8,7 @@ trainings with `SHORT` as well (tests/stand_ins.py).
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -35,6 +36,7 @@ from aligntune.rewards.registry import REWARDS
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import IDENTITY
 from aligntune.tracking.metrics import EventKind
+from tests.e2e.test_page_examples import PAGE
 from tests.stand_ins import LOCAL, ON_CPU, REPOSITORY, SHORT, write_stand_ins
 
 DOCUMENTS = sorted(
@@ -150,7 +152,7 @@ def test_every_block_is_of_a_kind_that_is_checked(block: Block) -> None:
         case "bash":
             assert commands(block)
         case "python":
-            assert block.info == "run" or block.file
+            assert block.info in ("run", "page") or block.file
         case "yaml" | "toml":
             assert block.file
         case language:
@@ -184,6 +186,16 @@ def test_every_command_is_right(
             shown = capsys.readouterr()
             assert code == 0, shown.err
             assert re.search(r" (prompts|pairs), longest ", shown.out)
+        case ["source", path]:
+            assert path == ".venv/bin/activate"
+            assert "\nvenv=.venv\n" in text_of("scripts/install.sh")
+        case ["pip", "install", what]:
+            extras = re.fullmatch(r"(?:\.|aligntune)\[([\w,-]+)\]( @ git\+https://\.\.\.)?", what)
+            assert extras, "by its name alone it would be another project"
+            project = tomllib.loads(text_of("pyproject.toml"))["project"]
+            assert set(extras[1].split(",")) <= set(project["optional-dependencies"])
+        case ["aligntune", "--version"]:
+            assert call(["--version"]) == 0
         case ["aligntune", "plan", *arguments]:
             code = call(["plan", *arguments])
             shown = capsys.readouterr()
@@ -218,6 +230,26 @@ def test_every_command_is_right(
             assert folder in written_by_train
         case _:
             pytest.fail(f"{block.document.name} shows {shlex.join(command)}, which nothing checks")
+
+
+def test_the_readme_activates_the_environment_before_its_first_command() -> None:
+    shown = [c for block, c in COMMANDS if block.document.name == "README.md"]
+    first = next(i for i, command in enumerate(shown) if command[0] == "aligntune")
+    assert ["source", ".venv/bin/activate"] in shown[:first]
+
+
+def test_the_readmes_six_calls_are_those_that_are_run() -> None:
+    shown = {}
+    for block in BLOCKS:
+        if block.info == "page":
+            (statement,) = ast.parse(block.body).body
+            assert isinstance(statement, ast.Assign)
+            made = statement.value
+            assert isinstance(made, ast.Call)
+            assert ast.unparse(made.func) == "create_rl_trainer"
+            call = {k.arg: ast.literal_eval(k.value) for k in made.keywords}
+            shown[call["algorithm"]] = call
+    assert shown == PAGE
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
@@ -345,7 +377,10 @@ def test_the_readmes_commands_train_a_model_and_the_run_directory_is_as_describe
     assert "done: 2 steps" in run([*train[1:], *LOCAL, *ON_CPU, *SHORT], workplace)
     for command in shown:
         if command[1] == "evaluate":
-            assert "eval/reward/mean" in json.loads(run(command[1:], workplace))
+            scored = json.loads(run(command[1:], workplace))
+            assert "eval/reward/mean" in scored
+            assert (scored["from"], scored["step"]) == ("export", 2)
+            assert Path(scored["model"]) == folder / "model"
         elif command[1] == "audit":
             assert run(command[1:], workplace).startswith("8 admitted = 8 trained + 0 filtered")
 
