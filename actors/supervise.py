@@ -24,6 +24,7 @@ from ray.exceptions import (
 
 from actors.replicas import Replica, Replicas, State, Waiter
 from actors.timeline import spanned
+from actors.waiting import all_of
 
 
 class ReplicaLost(RuntimeError):
@@ -46,16 +47,19 @@ class RoleExhausted(RuntimeError):
     """No replica of a role is left and none may be started any more; the run cannot go on."""
 
 
-async def answer(ref: Any, replica: str, what: str, deadline_s: float) -> Any:
+async def answer(ref: Any, replica: str, what: str, deadline_s: float, limit: str = "") -> Any:
     """The value of `ref`. A death, a lost object or a missed deadline is `ReplicaLost`; an
-    exception raised by the actor's own code comes through as itself."""
+    exception raised by the actor's own code comes through as itself. `limit` is the setting that
+    the deadline comes from, for the message."""
     try:
         with spanned(replica, what) as heard:
             value = await asyncio.wait_for(asyncio.wrap_future(ref.future()), deadline_s)
             heard(value)
             return value
     except (TimeoutError, GetTimeoutError) as error:
-        raise ReplicaLost(replica, f"{what} had no answer within {deadline_s:g} s") from error
+        raise ReplicaLost(
+            replica, f"{what} had no answer within {deadline_s:g} s{f' ({limit})' * bool(limit)}"
+        ) from error
     except RayTaskError as error:
         # An actor's death comes to those who wait for what it was making as a failed fetch.
         if isinstance(error.cause, ObjectLostError | RayActorError | WorkerCrashedError):
@@ -113,7 +117,7 @@ class ReplicaSet:
     async def start(self) -> None:
         """Start every replica; returns when all serve. Raises what kept one from starting."""
         first = [self.replicas.begin(index) for index in range(self.replicas.size)]
-        await asyncio.gather(*(self._bring_up(replica) for replica in first))
+        await all_of(*(self._bring_up(replica) for replica in first))
 
     async def _bring_up(self, replica: Replica) -> None:
         handle = self._handles[replica] = self._make(replica.index, replica.name)

@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 
 from actors import timeline as timelines
 from actors.timeline import Timeline, spanned
+from actors.waiting import all_of
 from aligntune.config.online import RunConfig
 from aligntune.errors import Interrupted, RunFailed
 from aligntune.online.evaluation import Evaluation
@@ -230,7 +231,7 @@ class Controller:
     # Starting, going back and ending
 
     async def _start_roles(self) -> None:
-        ranks, _ = await asyncio.gather(self._learner.start(), self._serving.start())
+        ranks, _ = await all_of(self._learner.start(), self._serving.start())
         for name, info in ranks:
             self._recorder.role(name, info)
         await self._keeper.check_sight()

@@ -17,6 +17,7 @@ from typing import Any
 from ray.actor import ActorHandle
 
 from actors.messages import GroupWork, PrepareJob, UpdateResult
+from actors.waiting import all_of
 from aligntune.algorithms.base import Algorithm
 from aligntune.config.online import RunConfig
 from aligntune.online.ranks import PolicyLost as PolicyLost
@@ -46,7 +47,7 @@ class Learner:
 
     async def start(self) -> list[tuple[str, dict[str, Any]]]:
         """Start all ranks; (name, what it says of itself) of each."""
-        parts = await asyncio.gather(*(ranks.start() for ranks in self._parts.values()))
+        parts = await all_of(*(ranks.start() for ranks in self._parts.values()))
         return [info for part in parts for info in part]
 
     async def blind(self, directory: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from ray.actor import ActorHandle
 
 from actors.specs import ReferenceSpec, RewardActorSpec, RolloutSpec
 from actors.supervise import ReplicaSet, answer
+from actors.waiting import all_of
 from aligntune.config.online import RunConfig
 from aligntune.online.roles import Roles
 
@@ -56,7 +56,8 @@ class Serving:
     ) -> ReplicaSet:
         async def start(handle: ActorHandle, name: str) -> int | None:
             """Start a replica; how many groups it takes at a time, where it says so."""
-            info = await answer(handle.start.remote(), name, "start", spec.start_timeout_s)
+            limit = f"{role}.start_timeout_s"
+            info = await answer(handle.start.remote(), name, "start", spec.start_timeout_s, limit)
             self._said(name, info)
             if catch_up is not None:
                 await catch_up(handle, name)
@@ -75,7 +76,7 @@ class Serving:
     async def start(self) -> None:
         """Start every replica. Raises what kept one from starting."""
         sets = (self.rollouts, self.rewards, self.references)
-        await asyncio.gather(*(replicas.start() for replicas in sets if replicas is not None))
+        await all_of(*(replicas.start() for replicas in sets if replicas is not None))
 
     def grow(self) -> None:
         """Bring more rollout replicas up where the cluster has room and the run may have them."""

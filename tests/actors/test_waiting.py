@@ -1,0 +1,64 @@
+"""What is waited for together ends together."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from actors import supervise
+from actors.supervise import ReplicaLost, answer
+from actors.waiting import all_of
+
+
+def test_all_answers_come_in_order() -> None:
+    async def one(number: int) -> int:
+        await asyncio.sleep(0)
+        return number
+
+    async def main() -> list[int]:
+        return await all_of(*(one(number) for number in (3, 1, 2)))
+
+    assert asyncio.run(main()) == [3, 1, 2]
+
+
+def test_where_one_fails_the_others_are_ended_first_and_nothing_is_left_unheard() -> None:
+    ended: list[str] = []
+    unheard: list[Any] = []
+
+    async def fails() -> None:
+        raise ReplicaLost("reward-0.0", "start had no answer within 300 s")
+
+    async def starts_slowly() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("ended")
+            raise ReplicaLost("rollout-0.0", "it was let go")  # as a cancelled start may say
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, said: unheard.append(said))
+        with pytest.raises(ReplicaLost, match=r"reward-0\.0: start had no answer"):
+            await all_of(starts_slowly(), fails(), starts_slowly())
+        assert ended == ["ended", "ended"]
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(main())
+    assert unheard == []
+
+
+def test_a_start_that_is_too_slow_names_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ref:
+        def future(self) -> Any:
+            return supervise.asyncio.Future()  # never answered
+
+    monkeypatch.setattr(asyncio, "wrap_future", lambda future: future)
+
+    async def main() -> None:
+        await answer(Ref(), "reward-0.0", "start", 0.01, "reward.start_timeout_s")
+
+    with pytest.raises(ReplicaLost) as lost:
+        asyncio.run(main())
+    said = "reward-0.0: start had no answer within 0.01 s (reward.start_timeout_s)"
+    assert str(lost.value) == said
