@@ -16,6 +16,8 @@ from aligntune.errors import Interrupted
 T = TypeVar("T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOPPING = "stopping: what was trained goes into a checkpoint; a second signal ends the run at once"
+"""What a person should read as soon as the first signal is heard."""
 
 
 @contextmanager

@@ -212,7 +212,12 @@ class OnlineTrainer:
                         recorder,
                         mirror,
                     )
-                    metrics = loops.run(controller.run(checkpoint), controller.stop)
+
+                    def stop(number: int) -> None:
+                        recorder.note(loops.STOPPING)
+                        controller.stop(number)
+
+                    metrics = loops.run(controller.run(checkpoint), stop)
                 return TrainResult(
                     steps=self.total_steps,
                     metrics=metrics,

@@ -18,7 +18,7 @@ from actors.preference.worker import train_worker
 from aligntune.config.preference import PreferenceConfig
 from aligntune.data.pair_tokens import PairTokens
 from aligntune.errors import Interrupted, RunFailed
-from aligntune.loops import stop_signals
+from aligntune.loops import STOPPING, stop_signals
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import RunDir
 from aligntune.runs.writer import Writer
@@ -39,6 +39,9 @@ class Figures:
 
     def event(self, kind: EventKind, **fields: Any) -> None:
         """Nothing is written."""
+
+    def note(self, text: str) -> None:
+        """Nothing is shown."""
 
     def role(self, info: Mapping[str, Any]) -> None:
         """What a worker said of itself."""
@@ -246,6 +249,7 @@ class PreferenceRun:
             if self._signal and not stopping:
                 stopping, heard, limit = True, now, STOP_SECONDS
                 waiting_for = "the time a stopped job has"
+                self._recorder.note(STOPPING)
                 relay.stop.remote("save")
             if now - heard > limit:
                 relay.stop.remote("drop")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aligntune.loops import STOPPING
 from aligntune.online.ledger import audit
 from tests.e2e.conftest import Run, read
 
@@ -88,6 +89,7 @@ def test_a_signal_ends_in_a_checkpoint_and_the_run_resumes(
     done = len(read(run.output_dir / "metrics.jsonl"))
     assert run.events("checkpoint_saved")[-1]["step"] == done
     assert "resume with: aligntune train" in run.output()
+    assert run.output().count(STOPPING) == 1
 
     tree["train"]["steps"] = done + 1
     run = launch()

@@ -13,6 +13,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError
 from actors.preference import relay
 from actors.preference.relay import ALIVE_SECONDS, RelaySilent, SignOfLife, answer_of
 from aligntune.errors import Interrupted, RunFailed
+from aligntune.loops import STOPPING
 from aligntune.preference import job as preference_job
 from aligntune.preference.job import STOP_SECONDS, Figures, PreferenceRun
 from tests.aligntune.config.test_preference import config
@@ -85,6 +86,15 @@ def test_a_stopped_job_is_not_kept_by_signs_of_life(follow: Follow) -> None:
         follow([ROLE], *[[ALIVE]] * 9, seconds=STOP_SECONDS / 2, signal=15)
     step = ("step", {"step": 1, "metrics": {}})
     follow([ROLE], [step], [step], [step], seconds=STOP_SECONDS / 2 + 1, signal=15)
+
+
+def test_that_a_job_stops_is_said_at_once_and_once(
+    follow: Follow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Figures, "note", lambda _, text: said.append(text))
+    follow([ROLE], [ALIVE], [ALIVE], seconds=1, signal=15)
+    assert said == [STOPPING]
 
 
 @pytest.mark.parametrize(
