@@ -189,7 +189,21 @@ class ReferenceSpec(Spec):
     max_restarts: int = Field(10, ge=0, description="replacements of dead replicas per run")
 
 
-class RankSpec(Spec):
+class OptimizerSpec(Spec):
+    """AdamW and its learning rate."""
+
+    learning_rate: float | None = Field(None, gt=0, description="default: the algorithm's")
+    scheduler: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of the learning rate after the warm-up, over all steps of the run"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises")
+    adam_betas: tuple[float, float] | None = Field(None, description="default: the algorithm's")
+    adam_epsilon: float = Field(1e-8, gt=0, description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW; biases and norms have none")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to it")
+
+
+class RankSpec(OptimizerSpec):
     """Ranks that train one model together."""
 
     role: ClassVar[str]
@@ -204,15 +218,6 @@ class RankSpec(Spec):
         1, description="processes that share the update", json_schema_extra=AUTO
     )
     resources: RoleResources = RoleResources()
-    learning_rate: float | None = Field(None, gt=0, description="default: the algorithm's")
-    scheduler: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="of the learning rate after the warm-up, over all steps of the run"
-    )
-    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises")
-    adam_betas: tuple[float, float] | None = Field(None, description="default: the algorithm's")
-    adam_epsilon: float = Field(1e-8, gt=0, description="of AdamW")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW; biases and norms have none")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to it")
     tokens_per_microbatch: Positive = Field(
         16384, description="prompt and response, padding too", json_schema_extra=AUTO
     )

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from actors.settings import AUTO
 from actors.specs import (
     ModelSpec,
+    OptimizerSpec,
     Positive,
     RewardFunctionSpec,
     RoleResources,
@@ -25,7 +26,7 @@ from aligntune.config.backends import check_backend
 from aligntune.config.online import CheckpointSpec, TrackingSpec
 from aligntune.config.tree import explain
 from aligntune.data.dropped import RowRules
-from aligntune.data.spec import BadRows, DroppedFraction
+from aligntune.data.spec import DatasetSpec
 from aligntune.errors import UserError, nearest
 from aligntune.names import preference_name
 from cluster.specs import ClusterSpec
@@ -163,24 +164,13 @@ def _parse_reward(value: Any) -> Any:
     return {"function": value} if isinstance(value, str) else value
 
 
-class PreferenceDataSpec(Spec):
+class PreferenceDataSpec(DatasetSpec):
     """Preference pairs to train on, and optionally held-out ones."""
 
-    path: str = Field(
-        description="a JSONL, JSON, CSV or Parquet file, a folder of one kind, or a hub name"
-    )
-    name: str | None = Field(None, description="configuration of a hub data set")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
-    split: str = Field("train", description="a split or a slice of one, as in train[:95%]")
-    eval_path: str | None = Field(None, description="default: path, where eval_split is given")
-    eval_split: str | None = Field(
-        None, description="default: the only split there is, where eval_path is given"
-    )
     prompt_column: str = Field("prompt", description="may be absent: what the two sides share")
     chosen_column: str = Field(
         "chosen", description="the better completion, with or without its prompt"
     )
-    rejected_column: str = Field("rejected", description="the worse one")
     completion_column: str = Field(
         "completion", description="the text that `rewards` score, one a row, where these are given"
     )
@@ -188,13 +178,9 @@ class PreferenceDataSpec(Spec):
     apply_chat_template: bool = Field(
         True, description="false: prompt and completion are text already in the model's format"
     )
-    max_samples: Positive | None = Field(None, description="the first rows of the training data")
-    eval_samples: Positive | None = Field(None, description="the first rows of the held-out data")
-    bad_rows: BadRows = "drop"
     long_rows: Literal["drop", "error", "keep_start", "keep_end"] = Field(
         "drop", description="what becomes of pairs over max_length; keep_* cuts them, dpo only"
     )
-    max_dropped_fraction: DroppedFraction = 0.1
     max_length: Positive | None = Field(
         None,
         description="tokens of prompt and completion; default: the 95th percentile of the pairs, "
@@ -206,15 +192,14 @@ class PreferenceDataSpec(Spec):
         """What becomes of rows that cannot be used."""
         return RowRules(self.bad_rows, self.long_rows, self.max_dropped_fraction, "data.max_length")
 
-    @property
-    def evaluates(self) -> bool:
-        """Whether held-out pairs are given."""
-        return self.eval_path is not None or self.eval_split is not None
 
+class PreferenceTrainSpec(OptimizerSpec):
+    """How much is trained, in which units, where, and with which steps."""
 
-class PreferenceTrainSpec(Spec):
-    """How much is trained, in which units, and where."""
-
+    scheduler: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="of the learning rate after the warm-up"
+    )
+    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
     steps: Positive | None = Field(None, description="optimiser steps; or give epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the pairs; default 1")
     workers: Positive = Field(1, description="of the Ray Train job", json_schema_extra=AUTO)
@@ -225,15 +210,6 @@ class PreferenceTrainSpec(Spec):
     accumulation_steps: Positive = Field(
         1, description="forward passes of an optimiser step", json_schema_extra=AUTO
     )
-    learning_rate: float | None = Field(None, gt=0, description="default: the algorithm's")
-    scheduler: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="of the learning rate after the warm-up"
-    )
-    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises")
-    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
-    adam_epsilon: float = Field(1e-8, gt=0, description="of AdamW")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to it")
     seed: int = Field(0, ge=0, description="of data order and new weights")
     deepspeed: dict[str, Any] | None = Field(None, description="a DeepSpeed config, passed on")
     max_failures: int = Field(3, ge=0, description="restarts from the last checkpoint per run")
@@ -317,10 +293,6 @@ def _check(config: PreferenceConfig) -> None:
     name, data, train = config.algorithm_name, config.data, config.train
     if train.steps is not None and train.epochs is not None:
         raise UserError("train.steps and train.epochs both say how long; give one of them")
-    if data.system_prompt is not None and not data.apply_chat_template:
-        raise UserError("data.system_prompt needs the chat template; write it into the prompts")
-    if data.eval_samples is not None and not data.evaluates:
-        raise UserError("data.eval_samples needs data.eval_path or data.eval_split")
     if config.rewards and name != "reward_model":
         raise UserError(
             f"{name} is trained on pairs and takes no rewards; remove them, or train a reward_model"

@@ -22,8 +22,8 @@ DroppedFraction = Annotated[
 ]
 
 
-class DataSpec(Spec):
-    """Training prompts or preference pairs, and optionally held-out ones."""
+class DatasetSpec(Spec):
+    """Where rows come from, for training and held out, and which of them are used."""
 
     path: str = Field(
         description="a JSONL, JSON, CSV or Parquet file, a folder of one kind, or a hub name"
@@ -37,16 +37,9 @@ class DataSpec(Spec):
     eval_split: str | None = Field(
         None, description="default: the only split there is, where eval_path is given"
     )
-    prompt_column: str = Field(
-        "prompt",
-        description="a string or messages ([{role, content}]); preference data may lack it",
-    )
-    chosen_column: str = Field(
-        "chosen",
-        description="of preference data, whose prompt is what both sides share: the better answer, "
-        "which rewards get as `chosen`",
-    )
-    rejected_column: str = Field("rejected", description="the worse one, likewise `rejected`")
+    prompt_column: str = Field("prompt", description="a string or messages")
+    chosen_column: str = Field("chosen", description="the better answer")
+    rejected_column: str = Field("rejected", description="the worse one")
     system_prompt: str | None = Field(None, description="first message of every prompt")
     apply_chat_template: bool = Field(
         True, description="false: prompts are strings that are already in the model's format"
@@ -54,24 +47,7 @@ class DataSpec(Spec):
     max_samples: Positive | None = Field(None, description="the first rows of the training data")
     eval_samples: Positive | None = Field(None, description="the first rows of the held-out data")
     bad_rows: BadRows = "drop"
-    long_rows: Literal["drop", "error", "keep_end"] = Field(
-        "drop",
-        description="what becomes of prompts over rollout.max_prompt_length; keep_end keeps the "
-        "last tokens (and a leading beginning-of-sequence token), for there the question ends",
-    )
     max_dropped_fraction: DroppedFraction = 0.1
-    fold_duplicates: bool = Field(
-        False,
-        description="rows of one prompt become one, with the columns of the first of them",
-    )
-    shuffle: bool = Field(True, description="a new seeded order every epoch")
-
-    @property
-    def rules(self) -> RowRules:
-        """What becomes of rows that cannot be used."""
-        return RowRules(
-            self.bad_rows, self.long_rows, self.max_dropped_fraction, "rollout.max_prompt_length"
-        )
 
     @property
     def evaluates(self) -> bool:
@@ -91,3 +67,35 @@ class DataSpec(Spec):
                 "set apply_chat_template: true, or write it into the prompts"
             )
         return self
+
+
+class DataSpec(DatasetSpec):
+    """Training prompts or preference pairs, and optionally held-out ones."""
+
+    prompt_column: str = Field(
+        "prompt",
+        description="a string or messages ([{role, content}]); preference data may lack it",
+    )
+    chosen_column: str = Field(
+        "chosen",
+        description="of preference data, whose prompt is what both sides share: the better answer, "
+        "which rewards get as `chosen`",
+    )
+    rejected_column: str = Field("rejected", description="the worse one, likewise `rejected`")
+    long_rows: Literal["drop", "error", "keep_end"] = Field(
+        "drop",
+        description="what becomes of prompts over rollout.max_prompt_length; keep_end keeps the "
+        "last tokens (and a leading beginning-of-sequence token), for there the question ends",
+    )
+    fold_duplicates: bool = Field(
+        False,
+        description="rows of one prompt become one, with the columns of the first of them",
+    )
+    shuffle: bool = Field(True, description="a new seeded order every epoch")
+
+    @property
+    def rules(self) -> RowRules:
+        """What becomes of rows that cannot be used."""
+        return RowRules(
+            self.bad_rows, self.long_rows, self.max_dropped_fraction, "rollout.max_prompt_length"
+        )
