@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aligntune import create_rl_trainer
+from aligntune.errors import UserError
 from aligntune.loops import STOPPING
 from aligntune.online.ledger import audit
 from tests.e2e.conftest import Run, read
@@ -98,15 +100,12 @@ def test_a_signal_ends_in_a_checkpoint_and_the_run_resumes(
     assert audit(run.output_dir / "ledger.jsonl").open == 0
 
     began = len(run.events("run_started"))
-    again = launch()
-    assert again.finish() == 0, again.output()
-    assert f"done before (a higher train.steps or train.epochs goes on): {done + 1} steps" in (
-        again.output()
-    )
+    again = create_rl_trainer(config=tree).train()
+    assert again.describe().startswith("done before (a higher train.steps or train.epochs goes on)")
+    assert (again.steps, again.already) == (done + 1, True)
     tree["train"]["steps"] = done
-    fewer = launch()
-    assert fewer.finish() == 2, fewer.output()
-    assert f"makes {done} steps and the run's checkpoint is of step {done + 1}" in fewer.output()
+    with pytest.raises(UserError, match=f"makes {done} steps .* is of step {done + 1}; raise it"):
+        create_rl_trainer(config=tree).train()
     assert len(run.events("run_started")) == began, "nothing was started"
 
     newest = next((run.output_dir / "checkpoints").glob("step-*"))
