@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -63,6 +64,8 @@ class FSDPStrategy:
         A layer is moved to the device whole and alone.
         """
         join(self._spec, self.rank, self.device, master_address, master_port)
+        # What a forward pass returns is changed in place nowhere.
+        warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
         for _, parameter in self._trained():
             # New adapters are drawn, and every rank draws its own: rank 0's it is.
             drawn = parameter.data.to(self.device, torch.float32)

@@ -239,8 +239,11 @@ def test_on_two_ranks_a_critic_learns_resumes_and_is_exported_as_on_one(
     finally:
         straight.close()
     for got, single in zip((first, second), wanted, strict=True):
-        assert got[0] == pytest.approx(single, rel=near)
         assert got[0] == got[1]
+        assert got[0].keys() == single.keys()
+        for name, value in single.items():
+            if dtype == "float32" or name != "ppo/value_clip_fraction":  # it counts tokens
+                assert got[0][name] == pytest.approx(value, rel=near), name
     resumed = Ranks(folder, 2, strategy, {"dtype": dtype}, critic=spec)
     try:
         resumed.call(_keep, [("load", tmp_path / "state")] * 2)
