@@ -35,6 +35,42 @@ class Choice(Spec):
     name: str
 
 
+class OneKind:
+    """In a field's annotation: the value is of the kind in `table` whose own key it has.
+
+    So {function: ...} is a function and {model: ...} a model. A text alone is of the first kind:
+    `math` stands for {function: math}.
+    """
+
+    def __init__(self, table: Mapping[str, type[Spec]]) -> None:
+        self.table = table
+        self.short = next(iter(table))  # the key that a text alone is the value of
+
+    def parse(self, value: Any) -> Any:
+        """A text or a mapping as the kind it means. Raises ValueError."""
+        if isinstance(value, str):
+            value = {self.short: value}
+        if isinstance(value, Mapping):
+            return self.table[self.chosen(value)].model_validate(dict(value))
+        return value
+
+    def chosen(self, value: Mapping[str, Any]) -> str:
+        """Which kind `value` is; the first where it has none of their keys. Raises ValueError."""
+        given = [kind for kind in self.table if kind in value]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are two kinds; give one of them")
+        return given[0] if given else self.short
+
+    def owners(self, option: str) -> str:
+        """The kinds that have `option`, as text."""
+        return " and ".join(k for k, s in self.table.items() if option in s.model_fields) or "none"
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.parse, handler(source))
+
+
 class OneOf:
     """In a field's annotation: the value is one of the choices in `table`, by its `name`.
 
@@ -43,6 +79,10 @@ class OneOf:
 
     def __init__(self, table: Mapping[str, type[Choice]]) -> None:
         self.table = table
+
+    def chosen(self, value: Mapping[str, Any]) -> str:
+        """Which choice `value` is."""
+        return str(value["name"])
 
     def parse(self, value: Any) -> Any:
         """A name or a mapping as the choice it means. Raises ValueError."""

@@ -130,7 +130,9 @@ class RolloutSpec(Spec):
 class RewardFunctionSpec(Spec):
     """One criterion."""
 
-    function: str = Field(description="a registered name or package.module:function")
+    function: str = Field(
+        description="a registered name, package.module:function or path/to/file.py:function"
+    )
     name: str | None = Field(None, description="in metrics; default: the function's own name")
     weight: float = Field(1.0, description="in the sum of criteria")
     options: dict[str, Any] = Field(default={}, description="keyword arguments of every call")
@@ -161,6 +163,10 @@ class RewardModelSpec(Spec):
     )
     batch_size: Positive = Field(16, description="texts in one forward pass")
     timeout_s: Seconds = Field(120.0, description="for one group")
+
+
+REWARD_KINDS: dict[str, type[Spec]] = {"function": RewardFunctionSpec, "model": RewardModelSpec}
+"""What an entry of `rewards` may be, each by the key that says so."""
 
 
 class RewardActorSpec(Spec):

@@ -22,10 +22,9 @@ from pydantic_core import PydanticUndefined
 from actors.engines.specs import VLLMSpec
 from actors.settings import OneOf
 from actors.specs import (
+    REWARD_KINDS,
     LoRASpec,
     ModelSpec,
-    RewardFunctionSpec,
-    RewardModelSpec,
     RoleResources,
 )
 from aligntune.algorithms import registry
@@ -65,8 +64,7 @@ def sections() -> dict[str, type[BaseModel]]:
     """Every section of both trees by its path; those that several places share have one name."""
     found: dict[str, type[BaseModel]] = {
         "run": RunConfig,
-        "rewards.function": RewardFunctionSpec,
-        "rewards.model": RewardModelSpec,
+        **{f"rewards.{kind}": spec for kind, spec in REWARD_KINDS.items()},
         "preference": PreferenceConfig,
         **{f"preference.{name}": spec for name, spec in ALGORITHMS.items()},
     }

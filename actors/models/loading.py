@@ -90,7 +90,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     spec = local(spec)
-    _require_source(spec.name)
+    require_source(spec.name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
@@ -163,7 +163,7 @@ def _config(spec: ModelSpec) -> Any:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     spec = local(spec)
-    _require_source(spec.name)
+    require_source(spec.name)
     try:
         config = AutoConfig.from_pretrained(
             spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
@@ -197,7 +197,7 @@ def _architecture(config: Any) -> str:
     return architectures[0] if architectures else type(config).__name__
 
 
-def _require_source(name: str) -> None:
+def require_source(name: str) -> None:
     """Tell a folder that is not there from a hub name, before the hub is asked about a path."""
     folder = Path(name)
     if folder.is_dir():

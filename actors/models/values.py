@@ -18,8 +18,8 @@ from torch import nn
 from actors.messages import GroupTensors, Row, StateValues
 from actors.models.loading import ModelError, load_tokenizer
 from actors.models.logprobs import ModelInputs, collate, collate_rows, idle_inputs
+from actors.models.reward import new_reward_model
 from actors.models.wrapped import TrainedModel
-from actors.scoring.model import new_reward_model
 from actors.specs import CriticSpec, ModelSpec
 
 

@@ -214,7 +214,7 @@ def _reward_model(
 ) -> Any:
     from trl import RewardConfig, RewardTrainer
 
-    from actors.scoring.model import new_reward_model
+    from actors.models.reward import new_reward_model
 
     class Trainer(RewardTrainer):
         """RewardTrainer that does not go on from its last step."""

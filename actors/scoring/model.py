@@ -1,4 +1,4 @@
-"""Reward models: what text they score, how one is loaded, and the criterion that serves it.
+"""Reward models: what text they score, and the criterion that serves one.
 
 Invariant: a reward model is trained on and asked about the same text. `scored_text` alone makes
 that text, for the reward-model job and for reward actors; nothing is ever cut off it.
@@ -102,131 +102,6 @@ def tokens_of(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]
     return ids
 
 
-def check_reward_model(spec: ModelSpec) -> None:
-    """Look at the configuration alone: is this a reward model that can be loaded?
-
-    Raises:
-        ModelError: no such model, a causal LM, or another number of labels than one.
-    """
-    _reward_config(spec)
-
-
-def load_reward_model(spec: ModelSpec) -> Any:
-    """The complete sequence classifier that `spec` names, in evaluation mode, on CPU.
-
-    Raises:
-        ModelError: as `check_reward_model`, or a model without the weights of its scoring head.
-    """
-    from actors.models.loading import ModelError
-
-    model, missing = _load(spec, _reward_config(spec))
-    if missing:
-        raise ModelError(
-            f"reward model {spec.name!r} lacks {len(missing)} weights, {missing[0]!r} the first: "
-            "its scores would be random. Give a trained one (algorithm: reward_model trains one)"
-        )
-    return model.eval()
-
-
-def new_reward_model(spec: ModelSpec, seed: int) -> Any:
-    """A sequence classifier with one label to be trained: a causal LM or another model with a fresh
-    head drawn by `seed`, or a reward model as it is. Dropout is off.
-
-    Raises:
-        ModelError: no such model, or more than the head is missing.
-    """
-    import torch
-
-    from actors.models.loading import ModelError, switch_off_dropout
-
-    config = _any_config(spec)
-    if not _is_classifier(config):
-        config.num_labels = 1
-    elif config.num_labels != 1:
-        raise ModelError(_labels_message(spec, config))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model, missing = _load(spec, config)
-    body = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
-    if body:
-        raise ModelError(
-            f"model {spec.name!r} lacks {len(body)} weights beside the scoring head, {body[0]!r} "
-            "the first; give a complete model"
-        )
-    if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    switch_off_dropout(model)
-    return model
-
-
-def _load(spec: ModelSpec, config: Any) -> tuple[Any, list[str]]:
-    """The classifier and the names of the weights its folder does not have."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    from actors.models.loading import ModelError, local
-
-    spec = local(spec)
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            spec.name,
-            config=config,
-            revision=spec.revision,
-            dtype=getattr(torch, spec.dtype),
-            attn_implementation=spec.attention,
-            trust_remote_code=spec.trust_remote_code,
-            output_loading_info=True,
-        )
-    except (OSError, ImportError, ValueError) as error:
-        raise ModelError(f"reward model {spec.name!r} could not be loaded: {error}") from error
-    return model, sorted(info["missing_keys"])
-
-
-def _any_config(spec: ModelSpec) -> Any:
-    from transformers import AutoConfig
-
-    from actors.models.loading import ModelError, _require_source, local
-
-    spec = local(spec)
-    _require_source(spec.name)
-    try:
-        return AutoConfig.from_pretrained(
-            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {spec.name!r} has no usable configuration: {error}") from error
-
-
-def _is_classifier(config: Any) -> bool:
-    return any(
-        name.endswith(("ForSequenceClassification", "RewardModel"))
-        for name in config.architectures or ()
-    )
-
-
-def _reward_config(spec: ModelSpec) -> Any:
-    from actors.models.loading import ModelError
-
-    config = _any_config(spec)
-    saved_as = (config.architectures or [type(config).__name__])[0]
-    if saved_as.endswith(("ForCausalLM", "LMHeadModel")):
-        raise ModelError(
-            f"reward model {spec.name!r} is a causal language model ({saved_as}), which has no "
-            "scoring head; train a reward model from it with algorithm: reward_model, or give a "
-            "sequence classification model with one label"
-        )
-    if config.num_labels != 1:
-        raise ModelError(_labels_message(spec, config))
-    return config
-
-
-def _labels_message(spec: ModelSpec, config: Any) -> str:
-    return (
-        f"reward model {spec.name!r} has {config.num_labels} labels; a reward model gives one "
-        "number, so give a sequence classification model with num_labels 1"
-    )
-
-
 class ModelScorer:
     """A reward model in this process. Calls are served one after the other, a group a call, so that
     a score does not depend on what else is being scored."""
@@ -279,6 +154,7 @@ class ModelScorer:
         import torch
 
         from actors.models.loading import load_tokenizer
+        from actors.models.reward import load_reward_model
 
         self._tokenizer = load_tokenizer(self._criterion.model)
         model = load_reward_model(self._criterion.model)

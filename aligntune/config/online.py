@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
-    Discriminator,
     Field,
     PlainSerializer,
-    Tag,
     ValidationError,
 )
 
+from actors.settings import OneKind
 from actors.specs import (
+    REWARD_KINDS,
     CriticSpec,
     ModelSpec,
     PolicySpec,
@@ -66,25 +66,10 @@ def _dump_algorithm(value: Algorithm) -> dict[str, Any]:
     return {"name": name_of(type(value)), **value.model_dump(mode="json")}
 
 
-def _parse_reward(value: Any) -> Any:
-    return {"function": value} if isinstance(value, str) else value
-
-
-def _reward_kind(value: Any) -> str:
-    """Whether an entry of `rewards` is of the form {function: ...} or {model: ...}."""
-    if isinstance(value, Mapping):
-        return "model" if "model" in value and "function" not in value else "function"
-    return "model" if isinstance(value, RewardModelSpec) else "function"
-
-
 AlgorithmField = Annotated[
     Algorithm, BeforeValidator(_parse_algorithm), PlainSerializer(_dump_algorithm)
 ]
-RewardField = Annotated[
-    Annotated[RewardFunctionSpec, Tag("function")] | Annotated[RewardModelSpec, Tag("model")],
-    Discriminator(_reward_kind),
-    BeforeValidator(_parse_reward),
-]
+RewardField = Annotated[RewardFunctionSpec | RewardModelSpec, OneKind(REWARD_KINDS)]
 
 
 class TrainSpec(Spec):

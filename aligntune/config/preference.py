@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from actors.settings import AUTO
+from actors.settings import AUTO, OneKind
 from actors.specs import (
     ModelSpec,
     OptimizerSpec,
@@ -160,10 +160,6 @@ def _parse_algorithm(value: Any) -> Any:
     return ALGORITHMS[name].model_validate({**options, "name": name}) if name else options
 
 
-def _parse_reward(value: Any) -> Any:
-    return {"function": value} if isinstance(value, str) else value
-
-
 class PreferenceDataSpec(DatasetSpec):
     """Preference pairs to train on, and optionally held-out ones."""
 
@@ -251,7 +247,7 @@ class PreferenceConfig(Spec):
     backend: Literal["trl", "unsloth"] = Field(
         "trl", description="unsloth loads the model through Unsloth; dpo only"
     )
-    rewards: list[Annotated[RewardFunctionSpec, BeforeValidator(_parse_reward)]] = Field(
+    rewards: list[Annotated[RewardFunctionSpec, OneKind({"function": RewardFunctionSpec})]] = Field(
         [], description="functions that score texts, which makes the pairs; reward_model only"
     )
     train: PreferenceTrainSpec = PreferenceTrainSpec()

@@ -7,6 +7,7 @@ the two that there are.
 from __future__ import annotations
 
 import os
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from actors.settings import OneOf
-from actors.specs import RewardFunctionSpec, RewardModelSpec
+from actors.settings import OneKind, OneOf
 from aligntune.config.auto import tree_of
 from aligntune.config.yaml_text import parse_yaml
 from aligntune.errors import UserError, nearest
@@ -46,14 +46,22 @@ def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
         node = child
     if isinstance(node, list):
         node[_index(node, last, path)] = value
-    elif path in NAMED and isinstance(value, str):
+    elif SHORT_FORMS.get(path) == "name" and isinstance(value, str):
         node[last] = _chosen(node.get(last), value)
     else:
         node[last] = value
 
 
-# Sections that are one of several choices: the name alone is a short form of them.
-NAMED = ("algorithm", "policy.strategy", "critic.strategy", "rollout.engine")
+# What a text alone is the value of, where a mapping is meant; `*` is any index of a list. The
+# sections say it themselves, which a test holds this table to: it is here as no section is known
+# yet when overrides are put on top of a file.
+SHORT_FORMS = {
+    "algorithm": "name",
+    "policy.strategy": "name",
+    "critic.strategy": "name",
+    "rollout.engine": "name",
+    "rewards.*": "function",
+}
 
 
 def _chosen(before: Any, name: str) -> dict[str, Any]:
@@ -65,11 +73,10 @@ def _chosen(before: Any, name: str) -> dict[str, Any]:
 
 def _long_form(where: str, value: Any) -> Any:
     """The short forms `algorithm: grpo` and `rewards: [math]` as the mappings they stand for."""
-    if not isinstance(value, str):
-        return value
-    if where in NAMED:
-        return {"name": value}
-    return {"function": value} if where.startswith("rewards.") else value
+    place = ".".join("*" if part.isdecimal() else part for part in where.split("."))
+    if isinstance(value, str) and place in SHORT_FORMS:
+        return {SHORT_FORMS[place]: value}
+    return value
 
 
 def _index(items: list[Any], key: str, where: str) -> int:
@@ -120,7 +127,7 @@ def explain(
     """
     problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
     first = problems[0]
-    where = ".".join(str(part) for part in _shown(first["loc"]))
+    where = ".".join(str(part) for part in first["loc"])
     match first["type"]:
         case "extra_forbidden":
             text = _unknown(first["loc"], where, tree, root, algorithm_options)
@@ -133,11 +140,6 @@ def explain(
             text = f"{where}: {first['msg']}, got {first['input']!r}"
     more = len(problems) - 1
     return text + (f" (and {more} more)" if more else "")
-
-
-def _shown(path: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """A path as the user wrote it: pydantic puts the kind of a reward behind its index."""
-    return (*path[:2], *path[3:]) if path[:1] == ("rewards",) else path
 
 
 def _unknown(
@@ -153,24 +155,26 @@ def _unknown(
         chosen = tree["algorithm"]
         name = chosen["name"] if isinstance(chosen, Mapping) else chosen
         return f"unknown key {where!r}; {nearest(key, algorithm_options(name), inside)}"
-    if path[0] == "rewards" and len(path) == 4:
-        model: Any = RewardModelSpec if path[2] == "model" else RewardFunctionSpec
-        return f"unknown key {where!r}; {nearest(key, model.model_fields, inside)}"
-    model, section = root, ".".join(str(part) for part in path[:-1])
-    for depth, part in enumerate(path[:-1]):
+    model: Any = root
+    value: Any = tree
+    annotation: Any = None
+    section = ".".join(str(part) for part in path[:-1])
+    for part in path[:-1]:
+        value = value[part]
         if isinstance(part, int):
-            continue
-        field = model.model_fields[part]
-        choices = next((mark for mark in field.metadata if isinstance(mark, OneOf)), None)
+            annotation = typing.get_args(annotation)[0]
+            marks: Iterable[Any] = getattr(annotation, "__metadata__", ())
+        else:
+            field = model.model_fields[part]
+            annotation, marks = field.annotation, field.metadata
+        choices = next((mark for mark in marks if isinstance(mark, OneOf | OneKind)), None)
         if choices is None:
-            model = _section(field.annotation)
+            model = _section(annotation)
             continue
-        value: Any = tree
-        for step in path[: depth + 1]:
-            value = value[step]
-        model = choices.table[value["name"]]
+        chosen = choices.chosen(value)
+        model = choices.table[chosen]
         if (owners := choices.owners(key)) != "none":
-            return f"{where} is an option of {owners}, and {section} is {value['name']}"
+            return f"{where} is an option of {owners}, and {section} is {chosen}"
     if (now := getattr(model, "moved", {}).get(key)) is not None:
         return f"{where} is not a key any more; write {section}.{now}"
     return f"unknown key {where!r}; {nearest(key, model.model_fields, inside)}"

@@ -6,12 +6,14 @@ Importing this loads neither torch nor any reward.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.scoring.calling import GIVEN, FunctionNotFound, import_function, named_parameters
@@ -86,7 +88,8 @@ REWARDS: dict[str, Registered] = {
 
 
 def resolve(spec: RewardFunctionSpec) -> RewardCriterion:
-    """What reward actors run for a registered name or a `package.module:function`.
+    """What reward actors run for a registered name, a `package.module:function` or a
+    `path/to/file.py:function`.
 
     The function is imported here once, from `sys.path` and the current folder, to find out.
 
@@ -100,13 +103,23 @@ def resolve(spec: RewardFunctionSpec) -> RewardCriterion:
         hint = f"did you mean {near!r}? " if near else ""
         raise ValueError(
             f"unknown reward {spec.function!r}: {hint}registered are {', '.join(REWARDS)}; "
-            "your own is given as package.module:function"
+            "your own is given as package.module:function or path/to/file.py:function"
         )
     if registered and isinstance(model := spec.options.get("model"), str):
         spec = spec.model_copy(update={"options": {**spec.options, "model": located(model)}})
-    target = registered.target if registered else spec.function
-    name = spec.name or (spec.function if registered else target.partition(":")[2])
-    return _criterion(name, target, _import(target), spec, ignores_unknown=registered is not None)
+    target, search_path = registered.target if registered else spec.function, _search_path()
+    file, _, function = target.rpartition(":")
+    if file.endswith(".py"):
+        target, search_path = _in_file(file, function, search_path)
+    name = spec.name or (spec.function if registered else function)
+    return _criterion(
+        name,
+        target,
+        _import(target, search_path),
+        spec,
+        ignores_unknown=registered is not None,
+        search_path=search_path,
+    )
 
 
 def resolve_model(spec: RewardModelSpec) -> RewardModelCriterion:
@@ -115,7 +128,8 @@ def resolve_model(spec: RewardModelSpec) -> RewardModelCriterion:
     Raises:
         ValueError: no such model, or one that is no reward model.
     """
-    from actors.scoring.model import RewardModelCriterion, check_reward_model  # torch: seconds
+    from actors.models.reward import check_reward_model  # torch: seconds
+    from actors.scoring.model import RewardModelCriterion
 
     model = ModelSpec(
         name=located(spec.model),
@@ -168,7 +182,9 @@ def from_callable(function: Callable[..., Any], spec: RewardFunctionSpec) -> Rew
         pickled: bytes = cloudpickle.dumps(function)
     except Exception as error:
         raise ValueError(f"reward {name!r} cannot be sent to its process: {error}") from error
-    return _criterion(name, pickled, function, spec, ignores_unknown=False)
+    return _criterion(
+        name, pickled, function, spec, ignores_unknown=False, search_path=_search_path()
+    )
 
 
 def columns_named(criterion: RewardCriterion | RewardModelCriterion) -> dict[str, bool]:
@@ -226,6 +242,7 @@ def _criterion(
     spec: RewardFunctionSpec,
     *,
     ignores_unknown: bool,
+    search_path: tuple[str, ...],
 ) -> RewardCriterion:
     """`ignores_unknown`: its `**kwargs` are for data columns, so an option there is a slip."""
     named, takes_all = named_parameters(function)
@@ -244,7 +261,7 @@ def _criterion(
         target=target,
         timeout_s=spec.timeout_s,
         options=dict(spec.options),
-        search_path=_search_path(),
+        search_path=search_path,
         workers=spec.workers,
         # What is no option of ours is a column. A column of an option's name is not that option.
         hidden=tuple(options) if ignores_unknown else (),
@@ -263,18 +280,38 @@ def _search_path() -> tuple[str, ...]:
     return tuple(dict.fromkeys((*paths, os.getcwd())))
 
 
+def _in_file(file: str, function: str, search_path: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """The target and search path of a function in a Python file. Raises ValueError."""
+    path = Path(file).absolute()
+    if not path.is_file():
+        raise ValueError(f"reward '{file}:{function}': there is no file {path}")
+    if not path.stem.isidentifier():
+        raise ValueError(
+            f"reward '{file}:{function}': {path.stem!r} is no name of a module; rename the file"
+        )
+    search_path = tuple(dict.fromkeys((str(path.parent), *search_path)))
+    with _searching(search_path):
+        found = importlib.util.find_spec(path.stem)
+    if found is None or found.origin is None or not path.samefile(found.origin):
+        raise ValueError(
+            f"reward '{file}:{function}': {path.stem!r} is already the name of another module "
+            f"({found.origin if found else 'none'}); rename the file"
+        )
+    return f"{path.stem}:{function}", search_path
+
+
 @contextmanager
-def _searching() -> Iterator[None]:
+def _searching(search_path: tuple[str, ...]) -> Iterator[None]:
     before = sys.path[:]
-    sys.path[:] = _search_path()
+    sys.path[:] = search_path
     try:
         yield
     finally:
         sys.path[:] = before
 
 
-def _import(target: str) -> Callable[..., Any]:
-    with _searching():
+def _import(target: str, search_path: tuple[str, ...]) -> Callable[..., Any]:
+    with _searching(search_path):
         try:
             return import_function(target)
         except FunctionNotFound as error:
@@ -283,7 +320,7 @@ def _import(target: str) -> Callable[..., Any]:
 
 def _function_of(criterion: RewardCriterion) -> Callable[..., Any]:
     if isinstance(criterion.target, str):
-        return _import(criterion.target)
+        return _import(criterion.target, criterion.search_path)
     from ray import cloudpickle
 
     function: Callable[..., Any] = cloudpickle.loads(criterion.target)

@@ -13,13 +13,11 @@ import torch
 
 from actors.messages import Prompt
 from actors.models.loading import ModelError, load_tokenizer
+from actors.models.reward import check_reward_model, load_reward_model, new_reward_model
 from actors.scoring.criteria import RewardFailed, RewardFailure
 from actors.scoring.model import (
     ModelScorer,
     RewardModelCriterion,
-    check_reward_model,
-    load_reward_model,
-    new_reward_model,
     scored_ids,
     scored_text,
 )
@@ -218,9 +216,9 @@ class TestConfig:
         assert load_config(yaml.safe_load(dump(config))) == config
 
     def test_a_wrong_key_of_either_kind_is_met_with_the_nearest(self) -> None:
-        with pytest.raises(UserError, match=r"'rewards\.0\.batch_sise'; did you mean 'batch_size'"):
+        with pytest.raises(UserError, match=r"batch_sise'; did you mean 'rewards\.0\.batch_size'"):
             self.config([{"model": "m", "batch_sise": 2}])
-        with pytest.raises(UserError, match=r"'rewards\.0\.wieght'; did you mean 'weight'"):
+        with pytest.raises(UserError, match=r"did you mean 'rewards\.0\.weight'"):
             self.config([{"function": "math", "wieght": 2}])
         with pytest.raises(UserError, match=r"rewards\.0\.batch_size: .* got 0"):
             self.config([{"model": "m", "batch_size": 0}])

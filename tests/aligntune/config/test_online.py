@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
+from actors.settings import OneKind, OneOf
 from actors.strategies.specs import DeepSpeedSpec, TorchSpec
 from aligntune.config.load import load_config
-from aligntune.config.tree import dump, parse_override
+from aligntune.config.online import RunConfig
+from aligntune.config.preference import PreferenceConfig
+from aligntune.config.tree import SHORT_FORMS, dump, parse_override
 from aligntune.errors import UserError
 
 
@@ -161,3 +165,54 @@ def test_override_values_are_yaml() -> None:
     assert parse_override("a.b=[1, 2]") == ("a.b", [1, 2])
     assert parse_override("a=null") == ("a", None)
     assert parse_override("a=x=y") == ("a", "x=y")
+
+
+@pytest.mark.parametrize(
+    ("reward", "override", "message"),
+    [
+        ("math", "rewards.0.wieght=1", r"rewards\.0\.wieght'; did you mean 'rewards\.0\.weight'"),
+        (
+            {"model": "m"},
+            "rewards.0.batchsize=1",
+            r"did you mean 'rewards\.0\.batch_size'",
+        ),
+        ("math", "rewards.0.batch_size=1", r"rewards\.0\.batch_size is an option of model, and "),
+        (
+            {"model": "m"},
+            "rewards.0.workers=2",
+            r"workers is an option of function, and",
+        ),
+        ("math", "rewards.0.model=m", r"rewards\.0: function and model are two kinds; give one"),
+        ({"functoin": "math"}, "train.steps=1", r"functoin'; did you mean 'rewards\.0\.function'"),
+        ({"model": "m"}, "rewards.0.batch_size=x", r"rewards\.0\.batch_size: .*got 'x'"),
+    ],
+)
+def test_a_wrong_key_of_a_reward_is_told_by_the_kind_of_the_reward(
+    tree: dict[str, Any], reward: Any, override: str, message: str
+) -> None:
+    tree["rewards"] = [reward]
+    with pytest.raises(UserError, match=message):
+        load_config(tree, [override])
+
+
+def test_short_forms_are_those_that_the_sections_have() -> None:
+    """Sections that are one of several choices or kinds say what a text alone stands for."""
+    found = {"algorithm": "name"}  # whose choices are registered, and no table
+
+    def walk(model: type[BaseModel], path: str) -> None:
+        for name, field in model.model_fields.items():
+            where, marks = f"{path}{name}", list(field.metadata)
+            for item in get_args(field.annotation):
+                if get_origin(field.annotation) is list and hasattr(item, "__metadata__"):
+                    where, marks = f"{where}.*", [*item.__metadata__]
+            for mark in marks:
+                if isinstance(mark, OneKind):
+                    found[where] = mark.short
+                elif isinstance(mark, OneOf):
+                    found[where] = "name"
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                walk(field.annotation, f"{where}.")
+
+    walk(RunConfig, "")
+    walk(PreferenceConfig, "")
+    assert found == SHORT_FORMS

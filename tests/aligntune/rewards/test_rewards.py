@@ -310,6 +310,29 @@ class TestRegistry:
         assert criterion.search_path[-1] == os.getcwd()
         assert os.getcwd() not in sys.path
 
+    def test_a_function_is_named_by_its_file_too(self, module: Any, tmp_path: Path) -> None:
+        (tmp_path / "mine").mkdir()
+        module("mine/filed_rewards", "def ones(completions, gold): return [1.0] * len(completions)")
+        for file in ("mine/filed_rewards.py", str(tmp_path / "mine" / "filed_rewards.py")):
+            criterion = resolve(spec(f"{file}:ones"))
+            assert (criterion.name, criterion.target) == ("ones", "filed_rewards:ones")
+            assert criterion.search_path[0] == str(tmp_path / "mine")
+            with pytest.raises(ValueError, match="needs column 'gold'"):
+                check_columns(criterion, [])
+        with pytest.raises(ValueError, match=r"has no 'one' \(did you mean 'ones'"):
+            resolve(spec("mine/filed_rewards.py:one"))
+        sys.modules.pop("filed_rewards")
+
+    def test_a_file_that_cannot_be_imported_by_its_name_is_refused(
+        self, module: Any, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ValueError, match=r"there is no file .*absent\.py"):
+            resolve(spec("absent.py:f"))
+        for name, reason in (("a-b", "no name of a module"), ("math", "another module")):
+            (tmp_path / f"{name}.py").write_text("def f(completions): ...")
+            with pytest.raises(ValueError, match=reason):
+                resolve(spec(f"{name}.py:f"))
+
     def test_a_missing_module_says_where_it_looked(self, module: Any) -> None:
         module("my_rewards", "")
         with pytest.raises(

@@ -1,0 +1,125 @@
+"""Sequence classifiers with one label: looked at, loaded, and made of a causal LM to be trained.
+
+transformers is imported when one is, as in `loading`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from actors.models.loading import ModelError, local, require_source, switch_off_dropout
+from actors.specs import ModelSpec
+
+
+def check_reward_model(spec: ModelSpec) -> None:
+    """Look at the configuration alone: is this a reward model that can be loaded?
+
+    Raises:
+        ModelError: no such model, a causal LM, or another number of labels than one.
+    """
+    _reward_config(spec)
+
+
+def load_reward_model(spec: ModelSpec) -> Any:
+    """The complete sequence classifier that `spec` names, in evaluation mode, on CPU.
+
+    Raises:
+        ModelError: as `check_reward_model`, or a model without the weights of its scoring head.
+    """
+    model, missing = _load(spec, _reward_config(spec))
+    if missing:
+        raise ModelError(
+            f"reward model {spec.name!r} lacks {len(missing)} weights, {missing[0]!r} the first: "
+            "its scores would be random. Give a trained one (algorithm: reward_model trains one)"
+        )
+    return model.eval()
+
+
+def new_reward_model(spec: ModelSpec, seed: int) -> Any:
+    """A sequence classifier with one label to be trained: a causal LM or another model with a fresh
+    head drawn by `seed`, or a reward model as it is. Dropout is off.
+
+    Raises:
+        ModelError: no such model, or more than the head is missing.
+    """
+    config = _any_config(spec)
+    if not _is_classifier(config):
+        config.num_labels = 1
+    elif config.num_labels != 1:
+        raise ModelError(_labels_message(spec, config))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, missing = _load(spec, config)
+    body = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
+    if body:
+        raise ModelError(
+            f"model {spec.name!r} lacks {len(body)} weights beside the scoring head, {body[0]!r} "
+            "the first; give a complete model"
+        )
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    switch_off_dropout(model)
+    return model
+
+
+def _load(spec: ModelSpec, config: Any) -> tuple[Any, list[str]]:
+    """The classifier and the names of the weights its folder does not have."""
+    from transformers import AutoModelForSequenceClassification
+
+    spec = local(spec)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            spec.name,
+            config=config,
+            revision=spec.revision,
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation=spec.attention,
+            trust_remote_code=spec.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ImportError, ValueError) as error:
+        raise ModelError(f"reward model {spec.name!r} could not be loaded: {error}") from error
+    return model, sorted(info["missing_keys"])
+
+
+def _any_config(spec: ModelSpec) -> Any:
+    from transformers import AutoConfig
+
+    spec = local(spec)
+    require_source(spec.name)
+    try:
+        return AutoConfig.from_pretrained(
+            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {spec.name!r} has no usable configuration: {error}") from error
+
+
+def _is_classifier(config: Any) -> bool:
+    return any(
+        name.endswith(("ForSequenceClassification", "RewardModel"))
+        for name in config.architectures or ()
+    )
+
+
+def _reward_config(spec: ModelSpec) -> Any:
+    config = _any_config(spec)
+    saved_as = (config.architectures or [type(config).__name__])[0]
+    if saved_as.endswith(("ForCausalLM", "LMHeadModel")):
+        raise ModelError(
+            f"reward model {spec.name!r} is a causal language model ({saved_as}), which has no "
+            "scoring head; train a reward model from it with algorithm: reward_model, or give a "
+            "sequence classification model with one label"
+        )
+    if config.num_labels != 1:
+        raise ModelError(_labels_message(spec, config))
+    return config
+
+
+def _labels_message(spec: ModelSpec, config: Any) -> str:
+    return (
+        f"reward model {spec.name!r} has {config.num_labels} labels; a reward model gives one "
+        "number, so give a sequence classification model with num_labels 1"
+    )
