@@ -26,13 +26,12 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
-# Models and data by their place in a config tree; each a folder or file, or a name on the hub.
+# Models and data by their place in a config tree, but for those of roles; each a folder or file,
+# or a name on the hub.
 PLACES = (
     "model.name",
     "data.path",
     "data.eval_path",
-    "reference.model",
-    "critic.model",
 )
 
 
@@ -265,7 +264,10 @@ def _check_storage(storage: str) -> None:
 
 def _named(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(place in the tree, name) of every model and data set that the run reads."""
-    for place in PLACES:
+    from aligntune.online.role_table import ROLES  # heavy: it knows the algorithms
+
+    of_roles = (f"{role.name}.{key}" for role in ROLES.values() for key in role.models)
+    for place in (*PLACES, *of_roles):
         section, key = place.split(".")
         if name := (tree.get(section) or {}).get(key):
             yield place, name

@@ -17,6 +17,7 @@ from aligntune.online.keeper import Keeper
 from aligntune.online.learner import Learner
 from aligntune.online.ledger import Ledger, LedgerLog, at_end_of_tick
 from aligntune.online.pipeline import Pipeline
+from aligntune.online.role_table import ROLES
 from aligntune.online.roles import Roles
 from aligntune.online.rolling import Rolling
 from aligntune.online.serving import Serving
@@ -49,7 +50,7 @@ def assemble(
     state, changed = RunState(config.algorithm), asyncio.Event()
     log = LedgerLog(rundir.file("ledger.jsonl"), at_end_of_tick)
     ledger = Ledger(log)
-    learner = learner or Learner(config, roles.policy, roles.critic)
+    learner = learner or Learner(config, roles.maker(ROLES["policy"]), roles.maker(ROLES["critic"]))
     store = ObjectStore(learner.export)
     weights = WeightSync(
         store,

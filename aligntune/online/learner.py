@@ -32,8 +32,8 @@ class Learner:
     def __init__(
         self,
         config: RunConfig,
-        make_policy: Callable[[int], ActorHandle],
-        make_critic: Callable[[int], ActorHandle],
+        make_policy: Callable[[int, str], ActorHandle],
+        make_critic: Callable[[int, str], ActorHandle],
     ) -> None:
         self._config = config
         self._policy = Ranks(config.policy, make_policy)

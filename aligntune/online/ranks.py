@@ -22,9 +22,9 @@ class PolicyLost(RuntimeError):
 
 
 class Ranks:
-    """The ranks that `spec` asks for; `make(rank)` creates one."""
+    """The ranks that `spec` asks for; `make(rank, name)` creates one."""
 
-    def __init__(self, spec: RankSpec, make: Callable[[int], ActorHandle]) -> None:
+    def __init__(self, spec: RankSpec, make: Callable[[int, str], ActorHandle]) -> None:
         self.spec = spec
         self._make = make
         self._handles: list[ActorHandle] = []
@@ -32,7 +32,7 @@ class Ranks:
     async def start(self) -> list[tuple[str, dict[str, Any]]]:
         """Start the ranks and let them find each other; (name, what it says of itself) of each."""
         role, size, deadline = self.spec.role, self.spec.ranks, self.spec.start_timeout_s
-        self._handles = [self._make(rank) for rank in range(size)]
+        self._handles = [self._make(rank, f"{role}-{rank}") for rank in range(size)]
         addresses = await self._answers("address", self._call("address", [()] * size), deadline)
         infos = await self._answers("start", self._call("start", [addresses[0]] * size), deadline)
         return [(f"{role}-{rank}", info) for rank, info in enumerate(infos)]

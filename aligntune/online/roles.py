@@ -1,21 +1,16 @@
-"""The actors of a run: how one of each role is made in its reserved place."""
+"""The actors of a run: how one of any role is made in its reserved place."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from typing import Any
+import importlib
+from collections.abc import Callable, Sequence
 
 import ray
 from ray.actor import ActorHandle
 
-from actors.critic import CriticActor
-from actors.policy import PolicyActor
-from actors.reference import ReferenceActor
-from actors.reward import Criterion, RewardActor
-from actors.rollout import RolloutActor
-from actors.unsloth_policy import UnslothPolicyActor
+from actors.reward import Criterion
 from aligntune.config.online import RunConfig
+from aligntune.online.role_table import ROLES, Role, Start
 from aligntune.paths import located, located_model
 from cluster.reservation import Reservation
 
@@ -38,105 +33,36 @@ class Roles:
         self._criteria = tuple(criteria)
         self._total_steps = total_steps
 
-    def _create(
-        self, cls: type, role: str, index: int, concurrency: int | None, *args: Any
-    ) -> ActorHandle:
-        options = self._reservation.options(role, index)
-        threads = getattr(self._config, role).resources.threads
-        if threads is not None:  # else Ray sets it to the CPUs that are reserved
-            options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
-        if concurrency is not None:
-            options["max_concurrency"] = concurrency
-        return ray.remote(cls).options(max_restarts=0, **options).remote(*args)
+    def maker(self, role: Role) -> Callable[[int, str], ActorHandle]:
+        """What makes replica or rank `index` of a role, called `name`."""
 
-    def rollout(self, index: int, name: str) -> ActorHandle:
-        """A rollout replica; its model is the run's starting model, version 0."""
-        spec, train = self._config.rollout, self._config.train
-        return self._create(
-            RolloutActor,
-            "rollout",
-            index,
-            spec.max_concurrent_groups + SPARE_CALLS,
-            self._config.model,
-            spec,
-            name,
-            0,
-            max(train.completions_per_group or 1, self._config.eval.completions),
-            train.seed,
-        )
+        def make(index: int, name: str) -> ActorHandle:
+            config = self._config
+            start = Start(config, index, name, self._total_steps, self._criteria)
+            module, _, cls = role.actor(config).partition(":")
+            options = self._reservation.options(role.name, index)
+            threads = role.section(config).resources.threads
+            if threads is not None:  # else Ray sets it to the CPUs that are reserved
+                options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
+            if role.concurrent:
+                options["max_concurrency"] = role.slots(config) + SPARE_CALLS
+            made = ray.remote(getattr(importlib.import_module(module), cls))
+            return made.options(max_restarts=0, **options).remote(*role.arguments(start))
 
-    def room_for_rollout(self, index: int) -> bool:
-        """Whether the cluster has a place for rollout replica `index`, beyond those reserved."""
-        return self._reservation.room("rollout", index)
+        return make
 
-    def reward(self, index: int, name: str) -> ActorHandle:
-        """A reward replica."""
-        return self._create(
-            RewardActor,
-            "reward",
-            index,
-            self._config.reward.max_concurrent_groups + SPARE_CALLS,
-            self._criteria,
-            self._config.model,
-            os.path.join(os.path.abspath(self._config.output_dir), "logs", "reward.log"),
-        )
-
-    def reference(self, index: int, name: str) -> ActorHandle:
-        """A reference replica; the policy's starting model unless the config names another."""
-        config = self._config
-        model = config.model.model_copy(
-            update={"lora": None, "name": config.reference.model or config.model.name}
-        )
-        policy = config.policy
-        return self._create(
-            ReferenceActor,
-            "reference",
-            index,
-            None,
-            model,
-            policy.tokens_per_microbatch,
-            policy.tokens_per_chunk,
-        )
-
-    def policy(self, rank: int) -> ActorHandle:
-        """One policy rank."""
-        config = self._config
-        return self._create(
-            UnslothPolicyActor if config.backend == "unsloth" else PolicyActor,
-            "policy",
-            rank,
-            None,
-            config.model,
-            config.policy,
-            rank,
-            config.policy.ranks,
-            self._total_steps,
-            config.train.seed,
-            *([config.rollout.max_length] if config.backend == "unsloth" else []),
-        )
-
-    def critic(self, rank: int) -> ActorHandle:
-        """One critic rank."""
-        config = self._config
-        return self._create(
-            CriticActor,
-            "critic",
-            rank,
-            None,
-            config.model,
-            config.critic,
-            rank,
-            config.critic.ranks,
-            self._total_steps,
-            config.train.seed,
-        )
+    def room(self, role: Role) -> Callable[[int], bool]:
+        """Whether the cluster has a place for replica `index` of a role, beyond those reserved."""
+        return lambda index: self._reservation.room(role.name, index)
 
 
 def _located(config: RunConfig) -> RunConfig:
     """The config with every model that is a local folder named by its absolute path."""
-    changed: dict[str, Any] = {"model": located_model(config.model)}
-    for role in ("reference", "critic"):
-        spec = getattr(config, role)
-        if spec.model is not None:
-            changed[role] = spec.model_copy(update={"model": located(spec.model)})
+    changed = {"model": located_model(config.model)}
+    for role in ROLES.values():
+        section = role.section(config)
+        named = {key: getattr(section, key) for key in role.models}
+        moved = {key: located(name) for key, name in named.items() if name is not None}
+        if moved:
+            changed[role.name] = section.model_copy(update=moved)
     return config.model_copy(update=changed)

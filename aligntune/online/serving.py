@@ -1,4 +1,4 @@
-"""The replicas that serve a run: rollouts, rewards, reference log-probs."""
+"""The replicas that serve a run: a set for each role of the table that has replicas."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
-from actors.specs import ReferenceSpec, RewardActorSpec, RolloutSpec
 from actors.supervise import ReplicaSet, answer
 from actors.waiting import all_of
 from aligntune.config.online import RunConfig
+from aligntune.online.role_table import ROLES, Role, roles_of
 from aligntune.online.roles import Roles
 
 CatchUp = Callable[[ActorHandle, str], Awaitable[None]]
@@ -33,58 +33,66 @@ class Serving:
         catch_up: CatchUp | None = None,
         replica_set: Callable[..., ReplicaSet] = ReplicaSet,
     ) -> None:
+        self._config = config
         self._event = event
         self._said = said
         self._replica_set = replica_set
-        self._most_rollouts = config.rollout.max_replicas
-        self._room_for_rollout = roles.room_for_rollout
-        rollout, reward, reference = config.rollout, config.reward, config.reference
-        slots = rollout.max_concurrent_groups
-        self.rollouts = self._set("rollout", rollout, roles.rollout, slots, catch_up)
-        self.rewards = self._set("reward", reward, roles.reward, reward.max_concurrent_groups)
-        self.references: ReplicaSet | None = None
-        if config.algorithm.needs.reference:
-            self.references = self._set("reference", reference, roles.reference, slots=2)
+        self._room_for_rollout = roles.room(ROLES["rollout"])
+        self.sets: dict[str, ReplicaSet] = {}  # by role
+        for role in roles_of(config):
+            if not role.ranks:
+                own = catch_up if role.name == "rollout" else None
+                self.sets[role.name] = self._set(role, roles.maker(role), own)
 
     def _set(
-        self,
-        role: str,
-        spec: RolloutSpec | RewardActorSpec | ReferenceSpec,
-        make: Callable[[int, str], ActorHandle],
-        slots: int,
-        catch_up: CatchUp | None = None,
+        self, role: Role, make: Callable[[int, str], ActorHandle], catch_up: CatchUp | None
     ) -> ReplicaSet:
+        section = role.section(self._config)
+
         async def start(handle: ActorHandle, name: str) -> int | None:
-            """Start a replica; how many groups it takes at a time, where it says so."""
-            limit = f"{role}.start_timeout_s"
-            info = await answer(handle.start.remote(), name, "start", spec.start_timeout_s, limit)
+            """Start a replica; how many calls it takes at a time, where it says so."""
+            limit, seconds = f"{role.name}.start_timeout_s", section.start_timeout_s
+            info = await answer(handle.start.remote(), name, "start", seconds, limit)
             self._said(name, info)
             if catch_up is not None:
                 await catch_up(handle, name)
             return info.get("groups_at_once")
 
         return self._replica_set(
-            role,
-            spec.replicas,
+            role.name,
+            role.size(self._config),
             make,
             start,
-            slots=slots,
-            max_restarts=spec.max_restarts,
+            slots=role.slots(self._config),
+            max_restarts=section.max_restarts,
             event=self._event,
         )
 
+    @property
+    def rollouts(self) -> ReplicaSet:
+        """What generates."""
+        return self.sets["rollout"]
+
+    @property
+    def rewards(self) -> ReplicaSet:
+        """What scores."""
+        return self.sets["reward"]
+
+    @property
+    def references(self) -> ReplicaSet | None:
+        """What gives reference log-probs, where the algorithm wants them."""
+        return self.sets.get("reference")
+
     async def start(self) -> None:
         """Start every replica. Raises what kept one from starting."""
-        sets = (self.rollouts, self.rewards, self.references)
-        await all_of(*(replicas.start() for replicas in sets if replicas is not None))
+        await all_of(*(replicas.start() for replicas in self.sets.values()))
 
     def grow(self) -> None:
         """Bring more rollout replicas up where the cluster has room and the run may have them."""
-        if self._most_rollouts:
-            self.rollouts.grow(self._most_rollouts, self._room_for_rollout)
+        if most := self._config.rollout.max_replicas:
+            self.rollouts.grow(most, self._room_for_rollout)
 
     async def close(self) -> None:
         """Stop every replica."""
-        for replicas in (self.rollouts, self.rewards, self.references):
-            if replicas is not None:
-                await replicas.close()
+        for replicas in self.sets.values():
+            await replicas.close()

@@ -257,7 +257,7 @@ def learner_for(config: RunConfig) -> Learner:
     import ray
 
     def make(cls: type, spec: Any) -> Any:
-        return lambda rank: (
+        return lambda rank, name: (
             ray.remote(cls)
             .options(num_cpus=0.5)
             .remote(config.model, spec, rank, spec.ranks, total_steps=10, seed=0)

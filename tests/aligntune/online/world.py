@@ -119,14 +119,7 @@ class World:
         rundir, prompt = RunDir(self.folder), Prompt(0, "a", "a", np.array([1]))
         checkpoints = self.checkpoints(self.folder / "checkpoints", 2)
         checkpoint = checkpoints.latest()
-        roles = SimpleNamespace(
-            policy=None,
-            critic=None,
-            rollout=None,
-            reward=None,
-            reference=None,
-            room_for_rollout=None,
-        )
+        roles = SimpleNamespace(maker=lambda role: None, room=lambda role: None)
         prompts = SimpleNamespace(prompt_at=lambda position: prompt, fingerprint="f")
         after = checkpoint.step if checkpoint else 0
         with Recorder(self.config, rundir, STEPS, after) as recorder:
