@@ -79,24 +79,35 @@ class Run:
         return (self.output_dir.parent / "output.txt").read_text(encoding="utf-8", errors="replace")
 
     def kill_group(self, number: int = signal.SIGKILL) -> None:
-        """Signal the driver alone; Ray's processes follow it by themselves."""
+        """Signal the driver alone; its actors, or its own Ray, follow it by themselves."""
         os.kill(self.process.pid, number)
 
 
 @pytest.fixture
-def launch(tree: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    """Starts `aligntune train` on `tree` as it is at the call."""
-    running: list[subprocess.Popen[bytes]] = []
+def launch(
+    tree: dict[str, Any], tmp_path: Path, ray_session: None
+) -> Iterator[Callable[..., Run]]:
+    """Starts `aligntune train` on `tree` as it is at the call, on the Ray that tests share.
 
-    def start(*overrides: str) -> Run:
+    With `alone` it starts a Ray of its own: where what the driver's environment says has to reach
+    the actors, or where a node or its Ray dies.
+    """
+    import ray
+
+    running: list[subprocess.Popen[bytes]] = []
+    shared = ray.get_runtime_context().gcs_address
+
+    def start(*overrides: str, alone: bool = False) -> Run:
         config = tmp_path / "config.yaml"
         config.write_text(yaml.safe_dump(tree), encoding="utf-8")
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         with (tmp_path / "output.txt").open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "aligntune.cli", "train", str(config), *overrides],
                 stdout=output,
                 stderr=output,
                 cwd=Path(__file__).parents[2],
+                env=environment | ({} if alone else {"RAY_ADDRESS": shared}),
             )
         running.append(process)
         return Run(process, Path(tree["output_dir"]))

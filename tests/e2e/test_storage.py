@@ -27,7 +27,7 @@ def test_a_run_goes_on_from_its_storage_where_the_run_directory_is_gone(
     tree["model"]["name"] = Path(tree["model"]["name"]).as_uri()
     tree["checkpoint"]["storage"] = storage.as_uri()
     tree["train"]["steps"] = 3
-    run = launch()
+    run = launch(alone=True)
     assert run.finish() == 0, run.output()
     assert len(list((tmp_path / "cache" / "models").glob("*.lock"))) == 1
     kept = {"step-000002", "step-000003", "latest"}
@@ -36,7 +36,7 @@ def test_a_run_goes_on_from_its_storage_where_the_run_directory_is_gone(
 
     shutil.rmtree(run.output_dir)
     tree["train"]["steps"] = 5
-    run = launch()
+    run = launch(alone=True)
     assert run.finish() == 0, run.output()
     assert [event["step"] for event in run.events("resumed")] == [3]
     assert [row["step"] for row in read(run.output_dir / "metrics.jsonl")] == [1, 2, 3, 4, 5]
