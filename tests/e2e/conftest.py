@@ -84,9 +84,7 @@ class Run:
 
 
 @pytest.fixture
-def launch(
-    tree: dict[str, Any], tmp_path: Path, ray_session: None
-) -> Iterator[Callable[..., Run]]:
+def launch(tree: dict[str, Any], tmp_path: Path, ray_session: None) -> Iterator[Callable[..., Run]]:
     """Starts `aligntune train` on `tree` as it is at the call, on the Ray that tests share.
 
     With `alone` it starts a Ray of its own: where what the driver's environment says has to reach

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 
 def figures(run_dir: Path) -> list[dict[str, Any]]:
-    """Metrics without those that measure time."""
+    """Metrics without those that measure time and the load of replicas."""
     return [
         {k: v for k, v in row.items() if not k.startswith(("time/", "throughput/", "rollout/"))}
         for row in read(run_dir / "metrics.jsonl")
