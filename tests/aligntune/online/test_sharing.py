@@ -1,4 +1,4 @@
-"""How a training step is cut: optimiser steps over epochs, rows over ranks, groups over ranks."""
+"""How a training step is cut: optimiser steps over epochs, whole groups over ranks."""
 
 from __future__ import annotations
 
