@@ -7,7 +7,9 @@ from dataclasses import replace
 
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
+from aligntune.config.tree import load_tree
 from aligntune.errors import UserError
+from aligntune.names import is_preference
 from aligntune.online.role_requests import role_requests
 from aligntune.online.settle_resources import settle_resources
 from aligntune.online.work import known_shape, work_of
@@ -40,12 +42,13 @@ def plan_run(
 
     Raises UserError, one line, for wrong input and for a run that does not fit.
     """
-    config = load_config(source, overrides)
-    if not isinstance(config, RunConfig):
+    if is_preference(load_tree(source, overrides)):
         raise UserError(
             "a plan is made for online training; a preference job has one role, whose workers "
             "`aligntune train --dry-run` lists"
         )
+    config = load_config(source, overrides)
+    assert isinstance(config, RunConfig), "the other kind was refused"
     try:
         there = _machines(config, nodes, gpus_per_node, gpu, cpus_per_node)
         settled, decisions = settle_resources(config, there=there, shape_of=known_shape)

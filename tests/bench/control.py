@@ -158,12 +158,7 @@ class Run:
         )
         prompt = Prompt(0, "a", "a", np.array([1]))
         roles: Any = SimpleNamespace(
-            policy=lambda rank: Actor(),
-            critic=None,
-            rollout=lambda index, name: Actor(),
-            reward=lambda index, name: Actor(),
-            reference=None,
-            room_for_rollout=None,
+            maker=lambda role: lambda index, name: Actor(), room=lambda role: None
         )
         prompts: Any = SimpleNamespace(prompt_at=lambda position: prompt, fingerprint="f")
         rundir = RunDir(folder)

@@ -747,7 +747,7 @@ def test_the_slurm_script_names_a_port_that_is_in_use(script: Any, tmp_path: Pat
         (["slurm", "--time", "0"], "is too short"),
         (["slurm", "--gpus-per-node", "1"], "one rollout (1 CPU, 2 GPU)"),
         (["slurm", "--nodes", "0"], "--nodes is 0"),
-        (["slurm", "train.stepz=3"], "did you mean 'steps'?"),
+        (["slurm", "train.stepz=3"], "did you mean 'train.steps'?"),
         (["slurm", "--out", "/no/such/folder/x"], "no folder /no/such/folder"),
         (["slrm"], "Did you mean 'slurm'?"),
     ],
