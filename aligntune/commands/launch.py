@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from actors.specs import RewardFunctionSpec, RewardModelSpec
+from aligntune.config.auto import open_settings
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.config.preference import PreferenceConfig
@@ -87,7 +88,7 @@ def ray_up(
         return ray_up_files.render(
             launch,
             hosts,
-            ray_up_files.choose_software(venv, install, _extra(config)),
+            ray_up_files.choose_software(venv, install, _extra(config, launch.size.gpus)),
             token_file=token_file,
             config_file=str(path.absolute()),
             nfs=nfs,
@@ -253,11 +254,12 @@ def _own_code(config: RunConfig | PreferenceConfig, storage: str) -> Iterator[st
             )
 
 
-def _extra(config: RunConfig | PreferenceConfig) -> str:
-    """Of aligntune on the nodes: with vLLM where rollouts use it on GPUs."""
+def _extra(config: RunConfig | PreferenceConfig, gpus: float) -> str:
+    """Of aligntune on nodes with `gpus`: with vLLM where rollouts use it on them, or may."""
+    may = gpus > 0 and "rollout.resources.gpus" in open_settings(config)
     vllm = (
         isinstance(config, RunConfig)
         and config.rollout.engine.name != "transformers"
-        and config.rollout.resources.gpus > 0
+        and (config.rollout.resources.gpus > 0 or may)
     )
     return "vllm-cuda" if vllm else ""
