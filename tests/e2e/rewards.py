@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-
 SPECIAL = re.compile(r"<\|[^|]*\|>")  # an untrained model writes many, as <|reserved_12|>
 
 
