@@ -17,6 +17,7 @@ from aligntune.online.keeper import Keeper
 from aligntune.online.learner import Learner
 from aligntune.online.ledger import Ledger, LedgerLog, at_end_of_tick
 from aligntune.online.pipeline import Pipeline
+from aligntune.online.recorder import OnlineRecorder
 from aligntune.online.role_table import ROLES
 from aligntune.online.roles import Roles
 from aligntune.online.rolling import Rolling
@@ -25,7 +26,6 @@ from aligntune.online.state import RunState
 from aligntune.online.weights import WeightSync
 from aligntune.runs.checkpoint import Checkpoints
 from aligntune.runs.mirror import Mirror
-from aligntune.runs.recorder import Recorder
 from aligntune.runs.rundir import RunDir
 
 
@@ -37,7 +37,7 @@ def assemble(
     eval_prompts: Sequence[Prompt],
     rundir: RunDir,
     checkpoints: Checkpoints,
-    recorder: Recorder,
+    recorder: OnlineRecorder,
     mirror: Mirror | None = None,
     *,
     learner: Learner | None = None,

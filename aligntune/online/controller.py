@@ -42,13 +42,13 @@ from aligntune.online.keeper import Boundary, Keeper
 from aligntune.online.learner import Learner, PolicyLost
 from aligntune.online.ledger import Books, Ledger, State
 from aligntune.online.pipeline import Pipeline
+from aligntune.online.recorder import OnlineRecorder
 from aligntune.online.samples import sample_rows, texts_of
 from aligntune.online.serving import Serving
 from aligntune.online.staleness import choose_batch
 from aligntune.online.state import RunState
 from aligntune.online.weights import WeightSync
 from aligntune.runs.checkpoint import Checkpoint
-from aligntune.runs.recorder import Recorder
 from aligntune.tracking.metrics import EventKind
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ class Controller:
         pipeline: Pipeline,
         evaluation: Evaluation,
         keeper: Keeper,
-        recorder: Recorder,
+        recorder: OnlineRecorder,
         timeline: Timeline,
         changed: asyncio.Event,
     ) -> None:

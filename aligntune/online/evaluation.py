@@ -17,11 +17,11 @@ from aligntune.config.online import RunConfig
 from aligntune.errors import RunFailed
 from aligntune.online.figures import completion_metrics, score_metrics
 from aligntune.online.groups import ReadyGroup
+from aligntune.online.recorder import OnlineRecorder
 from aligntune.online.roles import Roles
 from aligntune.online.rolling import GroupFailed, Rolling
 from aligntune.online.samples import sample_rows, texts_of
 from aligntune.online.serving import Serving
-from aligntune.runs.recorder import Recorder
 from aligntune.tracking.metrics import EventKind
 
 
@@ -95,7 +95,7 @@ class Evaluation:
         total_steps: int,
         prompts: Sequence[Prompt],
         rolling: Rolling,
-        recorder: Recorder,
+        recorder: OnlineRecorder,
     ) -> None:
         self._config = config
         self._total_steps = total_steps

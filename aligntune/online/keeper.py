@@ -16,11 +16,11 @@ from aligntune.config.online import RunConfig
 from aligntune.errors import RunFailed, UserError
 from aligntune.online.learner import Learner
 from aligntune.online.ledger import LedgerLog
+from aligntune.online.recorder import OnlineRecorder
 from aligntune.runs.checkpoint import Checkpoint, Checkpoints
 from aligntune.runs.copies import Copies
 from aligntune.runs.deadline import asked
 from aligntune.runs.mirror import Mirror
-from aligntune.runs.recorder import Recorder
 from aligntune.tracking.metrics import EventKind
 
 
@@ -44,7 +44,7 @@ class Keeper:
         fingerprint: str,
         checkpoints: Checkpoints,
         mirror: Mirror | None,
-        recorder: Recorder,
+        recorder: OnlineRecorder,
     ) -> None:
         self._learner = learner
         self._log = log

@@ -26,6 +26,7 @@ from aligntune.online.evaluation import evaluate_model
 from aligntune.online.inputs import RunInputs
 from aligntune.online.learner import PolicyLost
 from aligntune.online.ledger import Books, adopt, audit, is_lost
+from aligntune.online.recorder import OnlineRecorder
 from aligntune.online.role_requests import role_requests
 from aligntune.online.roles import Roles
 from aligntune.paths import located_storage
@@ -41,7 +42,6 @@ from aligntune.runs.ended import (
 )
 from aligntune.runs.lifecycle import check_programs, claimed, recorded
 from aligntune.runs.mirror import Mirror
-from aligntune.runs.recorder import Recorder
 from aligntune.runs.rundir import RunDir, changes
 from aligntune.tracking.metrics import EventKind, NotFinite
 from cluster.bundles import BadRequest, bundle_sets, totals
@@ -189,7 +189,7 @@ class OnlineTrainer:
             rundir.describe(self.config)
             after = checkpoint.step if checkpoint else 0
             with recorded(
-                Recorder(self.config, rundir, self.total_steps, after),
+                OnlineRecorder(self.config, rundir, self.total_steps, after),
                 rundir,
                 self.total_steps,
                 FAILURES,

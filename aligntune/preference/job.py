@@ -9,8 +9,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 from actors.preference.relay import PreferenceJob, Relay, RelaySilent, announcer, answer_of
@@ -19,12 +17,8 @@ from aligntune.config.preference import PreferenceConfig
 from aligntune.data.pair_tokens import PairTokens
 from aligntune.errors import Interrupted, RunFailed
 from aligntune.loops import STOPPING, stop_signals
-from aligntune.runs.jsonl import read_lines
-from aligntune.runs.rundir import RunDir
-from aligntune.runs.writer import Writer
-from aligntune.tracking.metrics import EventKind, EventsFile, MetricsFile, NotFinite
-from aligntune.tracking.progress import Progress
-from aligntune.tracking.views import open_views
+from aligntune.runs.recorder import Recorder
+from aligntune.tracking.metrics import EventKind, NotFinite
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 120.0  # for the workers to save and end after a signal
@@ -55,57 +49,29 @@ class Figures:
         """Steps after `step` come again."""
 
 
-class PreferenceRecorder(Figures, AbstractContextManager["PreferenceRecorder"]):
-    """The run's files are open while this is entered."""
+class Recorded(Figures):
+    """What workers tell, in a run's files: every step once, whatever they tell again."""
 
-    def __init__(self, config: PreferenceConfig, rundir: RunDir, total_steps: int) -> None:
+    def __init__(self, recorder: Recorder, pairs_per_step: int, known: int) -> None:
+        """`known` is the last step in metrics.jsonl, -1 where there is none."""
         super().__init__()
-        self._config = config
-        self._rundir = rundir
-        self._pairs_per_step = config.train.pairs_per_step
-        self._metrics = MetricsFile(rundir.file("metrics.jsonl"))
-        self._events = EventsFile(rundir.file("events.jsonl"))
-        self._step = max((line["step"] for line in read_lines(self._metrics.path)), default=-1)
-        self._progress = Progress(total_steps)
-        self._writer = Writer(f"the files of {rundir.path}")
-        self._views = open_views(
-            config.tracking.trackers,
-            rundir.path,
-            config.tracking.project,
-            config.model_dump(mode="json"),
-            max(self._step, 0),
-            partial(self.event, EventKind.TRACKER_FAILED),
-        )
+        self._recorder = recorder
+        self._pairs_per_step = pairs_per_step
+        self._step = known
         self._starts = 0
 
-    def __exit__(self, *exc: object) -> None:
-        self._progress.close()
-        for view in self._views:
-            view.close()
-        try:
-            self._writer.close()
-        finally:
-            self._metrics.close()
-            self._events.close()
-
     def event(self, kind: EventKind, **fields: Any) -> None:
-        """Write an event; views may do so from their threads."""
-        self._writer.do(partial(self._events.append, kind, time=time.time(), **fields))
-        if kind is EventKind.TRACKER_FAILED:
-            self._progress.note(f"{kind}: " + ", ".join(f"{k} {v}" for k, v in fields.items()))
-
-    def role(self, info: Mapping[str, Any]) -> None:
-        """What a worker said of itself when it started; config.yaml says what really runs."""
-        before = self.backend
-        super().role(info)
-        self.event(EventKind.ROLE_STARTED, **info)
-        if self.backend != before:
-            self._rundir.describe(self._config, {"backend": self.backend})
-            self.note(f"trainer: backend {self.backend} on {info['device']}")
+        """Write an event."""
+        self._recorder.event(kind, **fields)
 
     def note(self, text: str) -> None:
         """Show a line."""
-        self._progress.note(text)
+        self._recorder.note(text)
+
+    def role(self, info: Mapping[str, Any]) -> None:
+        """What a worker said of itself when it started; config.yaml says what really runs."""
+        super().role(info)
+        self._recorder.role("trainer", {k: v for k, v in info.items() if k != "role"})
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """The figures of a step. Raises NotFinite for a figure that is none."""
@@ -114,33 +80,25 @@ class PreferenceRecorder(Figures, AbstractContextManager["PreferenceRecorder"]):
         seconds = metrics.get("time/step")
         speed = {"throughput/samples_per_s": self._pairs_per_step / seconds} if seconds else {}
         figures = {**metrics, **speed}
-        self._metrics.append(step, figures)
+        self._recorder.step(step, figures)
         self._step = step
-        for view in self._views:
-            view.log(step, figures)
         super().step(step, figures)
-        self._progress.evaluation(figures)
-        if step:
-            self._progress.step(step, figures)
 
     def restart(self, step: int, history: Mapping[int, Mapping[str, float]]) -> None:
         """The workers start at `step`: later figures are forgotten, missing ones written."""
         self._starts += 1
         if step:
             self.event(EventKind.RESUMED, step=step)
-            self._progress.note(f"resumed: step {step}")
         elif self._starts > 1:
             self.event(EventKind.REPLICA_RESTARTED, role="trainer", step=0)
         first = step if step else -1
-        self._metrics.truncate_after(first)
-        for view in self._views:
-            view.truncate_after(first)
+        self._recorder.truncate_after(first)
         self._step = min(self._step, first)
         for known in sorted(history):
             if known <= step:
                 self.step(known, history[known])
-        written = {line.pop("step"): line for line in read_lines(self._metrics.path)}
-        self.last = written.get(step, self.last)  # with the times, which no checkpoint holds
+        # With the times, which no checkpoint holds.
+        self.last = self._recorder.written(step) or self.last
 
 
 class PreferenceRun:

@@ -18,7 +18,7 @@ from aligntune.data.pair_tokens import PairTokens
 from aligntune.errors import UserError
 from aligntune.paths import located_model
 from aligntune.preference.inputs import PairInputs
-from aligntune.preference.job import Figures, PreferenceRecorder, PreferenceRun
+from aligntune.preference.job import Figures, PreferenceRun, Recorded
 from aligntune.preference.storage import JobStorage, step_of
 from aligntune.resources import role_request
 from aligntune.runs.ended import (
@@ -31,6 +31,7 @@ from aligntune.runs.ended import (
     too_few_steps,
 )
 from aligntune.runs.lifecycle import check_programs, claimed, recorded
+from aligntune.runs.recorder import Recorder, last_step
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import NotFinite
 from cluster.bundles import BadRequest, bundle_sets, totals
@@ -168,12 +169,12 @@ class PreferenceTrainer:
         with claimed(rundir):
             rundir.describe(self.config)
             storage.describe(self.config)
-            with recorded(
-                PreferenceRecorder(self.config, rundir, self.total_steps),
-                rundir,
-                self.total_steps,
-                (NotFinite,),
-            ) as recorder:
+            known = last_step(rundir.file("metrics.jsonl"))
+            files = Recorder(
+                self.config, self.config.tracking, rundir, self.total_steps, max(known, 0)
+            )
+            with recorded(files, rundir, self.total_steps, (NotFinite,)) as recorder:
+                told = Recorded(recorder, self.config.train.pairs_per_step, known)
                 for kind, fields in self.inputs.events():
                     recorder.event(kind, **fields)
                 for line in self.inputs.told():
@@ -182,17 +183,17 @@ class PreferenceTrainer:
                 with self._session():
                     if resume not in ("auto", "never"):
                         storage.rewind(storage.named(resume))
-                    PreferenceRun(self.config, job, storage.ray_arguments(), recorder).follow(
+                    PreferenceRun(self.config, job, storage.ray_arguments(), told).follow(
                         self.pairs, self.eval_pairs
                     )
                 storage.fetch(rundir.model)
                 return PreferenceResult(
                     steps=self.total_steps,
-                    metrics=recorder.last,
+                    metrics=told.last,
                     seconds=time.monotonic() - started,
                     output_dir=rundir.path,
                     model=rundir.model,
-                    backend=recorder.backend,
+                    backend=told.backend,
                 )
 
     def scored(self) -> Scored:

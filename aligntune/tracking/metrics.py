@@ -76,7 +76,7 @@ class _Lines:
         self._file.close()
 
 
-class _Steps(_Lines):
+class StepsFile(_Lines):
     """A JSONL file whose objects have a `step`, ascending."""
 
     def truncate_after(self, step: int) -> None:
@@ -106,7 +106,7 @@ class _Steps(_Lines):
         self._file = self.path.open("a", encoding="utf-8")
 
 
-class MetricsFile(_Steps):
+class MetricsFile(StepsFile):
     """`metrics.jsonl` and `evals.jsonl`: one object a step, its figures beside `step`."""
 
     def append(self, step: int, metrics: Mapping[str, float], **labels: int) -> None:
@@ -120,7 +120,7 @@ class MetricsFile(_Steps):
         self._write([{"step": step, **labels, **figures}])
 
 
-class SamplesFile(_Steps):
+class SamplesFile(StepsFile):
     """`samples.jsonl` and `eval_samples.jsonl`: some groups of each step."""
 
     def append(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:

@@ -40,8 +40,8 @@ from actors.messages import (
 from actors.supervise import ReplicaSet
 from aligntune.config.load import load_config
 from aligntune.online.assemble import assemble
+from aligntune.online.recorder import OnlineRecorder
 from aligntune.runs.checkpoint import Checkpoints
-from aligntune.runs.recorder import Recorder
 from aligntune.runs.rundir import RunDir
 from tests.bench.report import Measured, Target
 
@@ -162,7 +162,7 @@ class Run:
         )
         prompts: Any = SimpleNamespace(prompt_at=lambda position: prompt, fingerprint="f")
         rundir = RunDir(folder)
-        self._recorder = self._stack.enter_context(Recorder(config, rundir, steps, 0))
+        self._recorder = self._stack.enter_context(OnlineRecorder(config, rundir, steps, 0))
         self._stack.enter_context(mock.patch("ray.kill"))
         checkpoints = mock.create_autospec(Checkpoints, instance=True)
         checkpoints.exists.return_value = True  # none is written

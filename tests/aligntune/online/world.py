@@ -27,9 +27,9 @@ from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.online.assemble import assemble
 from aligntune.online.controller import Controller
+from aligntune.online.recorder import OnlineRecorder
 from aligntune.runs.checkpoint import Checkpoints
 from aligntune.runs.jsonl import read_lines
-from aligntune.runs.recorder import Recorder
 from aligntune.runs.rundir import RunDir
 
 STEPS = 3
@@ -122,7 +122,7 @@ class World:
         roles = SimpleNamespace(maker=lambda role: None, room=lambda role: None)
         prompts = SimpleNamespace(prompt_at=lambda position: prompt, fingerprint="f")
         after = checkpoint.step if checkpoint else 0
-        with Recorder(self.config, rundir, STEPS, after) as recorder:
+        with OnlineRecorder(self.config, rundir, STEPS, after) as recorder:
             self.controller = assemble(
                 self.config,
                 roles,  # type: ignore[arg-type]

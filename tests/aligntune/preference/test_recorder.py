@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from aligntune.preference.job import PreferenceRecorder
+from aligntune.preference.job import Recorded
 from aligntune.runs.jsonl import read_lines
+from aligntune.runs.recorder import Recorder, last_step
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.trackers import SERVICES
 from tests.aligntune.config.test_preference import config
@@ -32,10 +33,31 @@ def test_a_tracker_that_fails_is_an_event_and_every_figure_is_written(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
     monkeypatch.setitem(SERVICES, "wandb", lambda *_: Dead())
-    with PreferenceRecorder(config("tracking.trackers=[wandb]"), RunDir(tmp_path), 3) as recorder:
-        for step in (1, 2, 3):
-            recorder.step(step, {"loss": 0.5})
+    settings = config("tracking.trackers=[wandb]")
+    with Recorder(settings, settings.tracking, RunDir(tmp_path), 3, 0) as recorder:
+        told = Recorded(recorder, 8, known=-1)
+        for step in (1, 2, 2, 3, 1):
+            told.step(step, {"loss": 0.5, "time/step": 2.0})
+        assert told.last["throughput/samples_per_s"] == 4.0
     assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     first, last = read_lines(tmp_path / "events.jsonl")
     assert (first["kind"], first["reason"]) == ("tracker_failed", "ConnectionError: gone")
     assert last["reason"] == "3 steps were never taken"
+
+
+def test_on_a_restart_later_figures_are_forgotten_and_missing_ones_come_from_the_checkpoint(
+    tmp_path: Path,
+) -> None:
+    settings = config("tracking.trackers=[]")
+    with Recorder(settings, settings.tracking, RunDir(tmp_path), 5, 0) as recorder:
+        told = Recorded(recorder, 8, known=last_step(tmp_path / "metrics.jsonl"))
+        for step in (0, 1, 3, 4):
+            told.step(step, {"loss": float(step), "time/step": 1.0})
+        told.restart(3, {1: {"loss": 1.0}, 2: {"loss": 2.0}, 3: {"loss": 3.0}, 4: {"loss": 9.0}})
+        assert told.last["time/step"] == 1.0, "as it was written, with its times"
+        told.step(4, {"loss": 4.5})
+    rows = read_lines(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in rows] == [(0, 0), (1, 1), (3, 3), (4, 4.5)]
+    (resumed,) = [e for e in read_lines(tmp_path / "events.jsonl") if e["kind"] == "resumed"]
+    assert resumed["step"] == 3
+    assert last_step(tmp_path / "metrics.jsonl") == 4
