@@ -35,7 +35,8 @@ from aligntune.config.online import RunConfig
 from aligntune.config.preference import ALGORITHMS, PreferenceConfig
 from aligntune.errors import UserError
 from aligntune.online.settle_resources import settle_resources
-from aligntune.online.work import known_shape, work_of
+from aligntune.online.work import work_of
+from aligntune.shapes import known_shape
 from cluster.machines import Machines
 from cluster.plan.plan import make_plan
 from cluster.resources import described

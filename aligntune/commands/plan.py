@@ -12,7 +12,8 @@ from aligntune.errors import UserError
 from aligntune.names import is_preference
 from aligntune.online.role_requests import role_requests
 from aligntune.online.settle_resources import settle_resources
-from aligntune.online.work import known_shape, work_of
+from aligntune.online.work import work_of
+from aligntune.shapes import known_shape
 from cluster.bundles import BadRequest, totals
 from cluster.machines import Machines, machines
 from cluster.placement import DoesNotFit

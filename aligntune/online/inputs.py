@@ -25,8 +25,9 @@ from aligntune.data.prompts import (
     training_prompts,
     training_rows,
 )
+from aligntune.decisions import Decision, events, told
 from aligntune.errors import UserError
-from aligntune.online.settle import Decision, events, settle_data, told
+from aligntune.online.settle import settle_data
 from aligntune.online.settle_resources import settle_resources
 from aligntune.rewards.registry import check_columns, from_callable, resolve_all
 from aligntune.runs.rundir import RunDir

@@ -8,53 +8,16 @@ that goes on keeps what it began with.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from actors.specs import RewardFunctionSpec
 from aligntune.config.online import RunConfig
-from aligntune.config.preference import PreferenceConfig
-from aligntune.data.dropped import Dropped
-from aligntune.data.lengths import PERCENTILE, percentile_length
+from aligntune.decisions import KEPT, Decision, asked_length
 from aligntune.errors import UserError
 from aligntune.rewards.registry import DEFAULT_FOR_PAIRS
-from aligntune.tracking.metrics import EventKind
 
 PROMPT, COMPLETION = "rollout.max_prompt_length", "rollout.max_completion_length"
-MAX_LENGTH = "data.max_length"
-KEPT = "as the run in output_dir has it"
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One setting that the user left open."""
-
-    path: str  # of the config tree
-    value: Any  # as config.yaml has it
-    why: str
-
-    def describe(self) -> str:
-        """One line for a person."""
-        return f"{self.path}={self.value}: {self.why}"
-
-
-def told(decisions: Sequence[Decision], dropped: Mapping[str, Dropped]) -> list[str]:
-    """Lines for a person: what was settled, and what became of rows of each data set."""
-    lines = [f"settled: {decision.describe()}" for decision in decisions]
-    return lines + [f"{name}: {line}" for name, rows in dropped.items() for line in rows.lines()]
-
-
-def events(
-    decisions: Sequence[Decision], dropped: Mapping[str, Dropped]
-) -> list[tuple[EventKind, dict[str, Any]]]:
-    """The same for events.jsonl: kinds and fields."""
-    settled = [(EventKind.SETTLED, asdict(decision)) for decision in decisions]
-    return settled + [
-        (EventKind.ROWS_DROPPED, {"data": name, **rows.event()})
-        for name, rows in dropped.items()
-        if rows.lines()
-    ]
 
 
 def settle_data(
@@ -84,49 +47,6 @@ def settle_data(
     _check_positions(rollout.max_prompt_length or 0, rollout.max_completion_length, positions)
     settled = config.model_copy(update={"rewards": rewards, "rollout": rollout})
     return settled, (*reward_decisions, *budgets)
-
-
-def settle_max_length(
-    config: PreferenceConfig,
-    lengths: Collection[int],
-    positions: int | None,
-    previous: Mapping[str, Any] | None = None,
-) -> tuple[PreferenceConfig, tuple[Decision, ...]]:
-    """The same for `data.max_length` of a preference job; `lengths` are those of its pairs.
-
-    Raises:
-        UserError: more tokens than the model has positions for.
-    """
-    given = config.data.max_length
-    if given is not None:
-        if positions is not None and given > positions:
-            raise UserError(
-                f"data.max_length={given}, and the model reads {positions} tokens "
-                f"(max_position_embeddings): lower it to {positions} or less"
-            )
-        return config, ()
-    kept = ((previous or {}).get("data") or {}).get("max_length")
-    if isinstance(kept, int):
-        decision = Decision(MAX_LENGTH, kept, KEPT)
-    else:
-        asked, why = _asked(lengths, "pairs", config.data.long_rows)
-        value = asked if positions is None else min(asked, positions)
-        if value < asked:
-            why = f"the positions that the model has; {asked}, {why}, is more"
-        decision = Decision(MAX_LENGTH, value, why)
-    data = config.data.model_copy(update={"max_length": decision.value})
-    return config.model_copy(update={"data": data}), (decision,)
-
-
-def _asked(lengths: Collection[int], things: str, long_rows: str) -> tuple[int, str]:
-    """The tokens that the data ask for, and what that is: no row is longer where none may be."""
-    longest = max(lengths, default=1)
-    if long_rows == "error":
-        return longest, f"the longest of {len(lengths)} {things}, for data.long_rows is error"
-    return percentile_length(lengths), (
-        f"the {PERCENTILE}th percentile of {len(lengths)} {things}, the longest of which has "
-        f"{longest} tokens"
-    )
 
 
 def _rewards(config: RunConfig, pairs: bool) -> tuple[list[Any], list[Decision]]:
@@ -167,7 +87,7 @@ def _budgets(
     """
     spec, made = config.rollout, []
     completion, prompt = spec.max_completion_length, spec.max_prompt_length
-    asked, why = _asked(lengths, "prompts", config.data.long_rows)
+    asked, why = asked_length(lengths, "prompts", config.data.long_rows)
     if "max_completion_length" not in spec.model_fields_set:
         if isinstance(kept := before.get("max_completion_length"), int):
             if kept != completion:

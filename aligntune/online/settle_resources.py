@@ -13,9 +13,10 @@ from typing import Any
 
 from aligntune.config.auto import AUTO, open_settings, settled_tree
 from aligntune.config.online import RunConfig, resolve, validate
+from aligntune.decisions import KEPT, Decision
 from aligntune.errors import UserError
-from aligntune.online.settle import KEPT, Decision
-from aligntune.online.work import loaded_shape, work_of
+from aligntune.online.work import work_of
+from aligntune.shapes import loaded_shape
 from cluster.bundles import BadRequest
 from cluster.machines import Machines, machines
 from cluster.placement import DoesNotFit

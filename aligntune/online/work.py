@@ -6,18 +6,15 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 from actors.engines.specs import VLLMSpec
-from actors.specs import CriticSpec, ModelSpec, PolicySpec, RewardModelSpec
+from actors.specs import CriticSpec, PolicySpec, RewardModelSpec
 from actors.strategies.specs import StrategySpec
 from aligntune.config.online import RunConfig
-from aligntune.errors import UserError
 from aligntune.online.role_requests import role_requests
-from aligntune.paths import located
-from cluster.plan.shapes import ModelShape, from_config, from_folder, from_table
+from aligntune.shapes import known_shape
+from cluster.plan.shapes import ModelShape
 from cluster.plan.work import Frozen, Other, Rollout, Sharding, Step, Trained, Work
-from cluster.resources import UnknownName
 
 PROMPT_TOKENS = 512  # where rollout.max_prompt_length is open: a plan reads no data
 REWARD_TEXT_TOKENS = 512  # of a text, where neither its limit nor the rollouts' is longer
@@ -174,41 +171,6 @@ def _rollout(config: RunConfig, shape: ModelShape, dtype_bytes: int) -> Rollout:
         gpus_as_set=spec.resources.gpus,
         most_replicas=spec.max_replicas,
     )
-
-
-def known_shape(name: str) -> ModelShape:
-    """From the model's folder where there is one, else from the table; nothing is downloaded."""
-    folder = Path(located(name))
-    if folder.is_dir():
-        return from_folder(folder, name)
-    if name.startswith(("/", "./", "../", "~")):
-        raise UserError(f"model folder {name!r} does not exist")
-    return from_table(name)
-
-
-def loaded_shape(model: ModelSpec, name: str) -> ModelShape:
-    """As `known_shape`, else from the configuration that a run loads; `model` says how.
-
-    Raises UserError where there is none.
-    """
-    from transformers import AutoConfig
-
-    from actors.models.loading import ModelError, local
-
-    try:
-        return known_shape(name)
-    except UnknownName:
-        own = name == model.name
-        try:
-            spec = local(model.model_copy(update={"name": name}))
-            found = AutoConfig.from_pretrained(
-                spec.name,
-                revision=spec.revision if own else None,
-                trust_remote_code=spec.trust_remote_code,
-            )
-        except (ModelError, OSError, ValueError, KeyError) as error:
-            raise UserError(f"model {name!r} has no usable configuration: {error}") from error
-        return from_config(found.to_dict(), name, "from its own configuration")
 
 
 def _bytes(dtype: str) -> int:

@@ -19,8 +19,9 @@ from aligntune.data.dropped import Dropped
 from aligntune.data.pair_tokens import PairTokens, TokenisedPairs, tokenise_pairs
 from aligntune.data.scored_pairs import ScoredPairs, scored_pairs
 from aligntune.data.sources import Rows, load_rows
+from aligntune.decisions import Decision, events, told
 from aligntune.errors import UserError
-from aligntune.online.settle import Decision, events, settle_max_length, told
+from aligntune.preference.settle import settle_max_length
 from aligntune.preference.settle_workers import settle_workers
 from aligntune.rewards.registry import check_columns, from_callable, resolve
 from aligntune.runs.rundir import RunDir

@@ -7,9 +7,9 @@ from typing import Any
 
 from aligntune.config.auto import AUTO, open_settings, settled_tree
 from aligntune.config.preference import DPOSpec, PreferenceConfig, load_preference_config
+from aligntune.decisions import KEPT, Decision
 from aligntune.errors import UserError
-from aligntune.online.settle import KEPT, Decision
-from aligntune.online.work import loaded_shape
+from aligntune.shapes import loaded_shape
 from cluster.machines import Machines, machines
 from cluster.placement import DoesNotFit
 from cluster.plan.pairs import SHARED_OUT, PairWork, choose_workers

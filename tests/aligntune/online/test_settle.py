@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.config.preference import PreferenceConfig
+from aligntune.decisions import Decision
 from aligntune.errors import UserError
-from aligntune.online.settle import Decision, settle_data, settle_max_length
+from aligntune.online.settle import settle_data
+from aligntune.preference.settle import settle_max_length
 
 TREE: dict[str, Any] = {
     "algorithm": "grpo",

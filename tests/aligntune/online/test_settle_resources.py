@@ -14,8 +14,8 @@ from aligntune.config.tree import dump
 from aligntune.errors import UserError
 from aligntune.online import settle_resources as module
 from aligntune.online.settle_resources import settle_resources
-from aligntune.online.work import known_shape
 from aligntune.runs.rundir import changes
+from aligntune.shapes import known_shape
 from cluster.machines import Machines
 from cluster.resources import described
 

@@ -1,0 +1,81 @@
+"""What an online run writes besides: evaluations, groups of samples, and a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from actors.timeline import Span
+from aligntune.config.online import RunConfig
+from aligntune.runs.jsonl import read_lines
+from aligntune.runs.recorder import Recorder
+from aligntune.runs.rundir import RunDir
+from aligntune.tracking.metrics import MetricsFile, SamplesFile, check_finite
+from aligntune.tracking.trace import Trace
+
+
+class OnlineRecorder(Recorder):
+    """The run's files are open while this is entered."""
+
+    def __init__(
+        self, config: RunConfig, rundir: RunDir, total_steps: int, after_step: int
+    ) -> None:
+        """`after_step` is the step of the checkpoint the run starts from, 0 at the beginning."""
+        super().__init__(config, config.tracking, rundir, total_steps, after_step)
+        self._evals = MetricsFile(rundir.file("evals.jsonl"))
+        self._samples = SamplesFile(rundir.file("samples.jsonl"))
+        self._eval_samples = SamplesFile(rundir.file("eval_samples.jsonl"))
+        self._steps += (self._evals, self._samples, self._eval_samples)
+        self._evaluated = {row["step"] for row in read_lines(self._evals.path)}
+        self._trace = Trace(rundir.file("trace.json")) if config.tracking.profile else None
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            super().__exit__(*exc)
+        finally:
+            if self._trace is not None:
+                self._trace.close()
+
+    def call(self, span: Span) -> None:
+        """A remote call that is over."""
+        if self._trace is not None:
+            self._writer.do(partial(self._trace.add, span))
+
+    @property
+    def last_evaluation(self) -> int:
+        """The step of the last evaluation written; -1 where there is none."""
+        return max(self._evaluated, default=-1)
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The figures of the last step, and those of its evaluation; for the end of a run."""
+        self.wait()
+        steps, evaluations = read_lines(self._metrics.path), read_lines(self._evals.path)
+        found = dict(steps[-1]) if steps else {"step": 0}
+        if evaluations and evaluations[-1]["step"] == found["step"]:
+            found |= evaluations[-1]
+        return {name: value for name, value in found.items() if "/" in name}
+
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """The figures of an evaluation of the weights of `step`. Raises NotFinite."""
+        check_finite(step, figures)
+        self._writer.do(partial(self._evals.append, step, figures, version=step))
+        self._evaluated.add(step)
+        self._log(step, figures)
+        self._progress.evaluation(figures)
+        reward = figures["eval/reward/mean"]
+        self._progress.note(f"evaluation after step {step}: reward {reward:.3f}")
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Groups of a step."""
+        self._writer.do(partial(self._samples.append, step, rows))
+
+    def eval_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Groups of an evaluation."""
+        self._writer.do(partial(self._eval_samples.append, step, rows))
+
+    def truncate_after(self, step: int) -> None:
+        """Forget what was written of later steps, which will come again."""
+        super().truncate_after(step)
+        self._evaluated = {known for known in self._evaluated if known <= step}

@@ -1,0 +1,44 @@
+"""Settles what a preference job's config leaves open by what its pairs and its model are. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from aligntune.config.preference import PreferenceConfig
+from aligntune.decisions import KEPT, Decision, asked_length
+from aligntune.errors import UserError
+
+MAX_LENGTH = "data.max_length"
+
+
+def settle_max_length(
+    config: PreferenceConfig,
+    lengths: Collection[int],
+    positions: int | None,
+    previous: Mapping[str, Any] | None = None,
+) -> tuple[PreferenceConfig, tuple[Decision, ...]]:
+    """The config with `data.max_length` settled; `lengths` are those of its pairs.
+
+    Raises:
+        UserError: more tokens than the model has positions for.
+    """
+    given = config.data.max_length
+    if given is not None:
+        if positions is not None and given > positions:
+            raise UserError(
+                f"data.max_length={given}, and the model reads {positions} tokens "
+                f"(max_position_embeddings): lower it to {positions} or less"
+            )
+        return config, ()
+    kept = ((previous or {}).get("data") or {}).get("max_length")
+    if isinstance(kept, int):
+        decision = Decision(MAX_LENGTH, kept, KEPT)
+    else:
+        asked, why = asked_length(lengths, "pairs", config.data.long_rows)
+        value = asked if positions is None else min(asked, positions)
+        if value < asked:
+            why = f"the positions that the model has; {asked}, {why}, is more"
+        decision = Decision(MAX_LENGTH, value, why)
+    data = config.data.model_copy(update={"max_length": decision.value})
+    return config.model_copy(update={"data": data}), (decision,)

@@ -1,0 +1,46 @@
+"""How large the model of a config is: from its folder, the table, or what a run would load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from actors.specs import ModelSpec
+from aligntune.errors import UserError
+from aligntune.paths import located
+from cluster.plan.shapes import ModelShape, from_config, from_folder, from_table
+from cluster.resources import UnknownName
+
+
+def known_shape(name: str) -> ModelShape:
+    """From the model's folder where there is one, else from the table; nothing is downloaded."""
+    folder = Path(located(name))
+    if folder.is_dir():
+        return from_folder(folder, name)
+    if name.startswith(("/", "./", "../", "~")):
+        raise UserError(f"model folder {name!r} does not exist")
+    return from_table(name)
+
+
+def loaded_shape(model: ModelSpec, name: str) -> ModelShape:
+    """As `known_shape`, else from the configuration that a run loads; `model` says how.
+
+    Raises UserError where there is none.
+    """
+    from transformers import AutoConfig
+
+    from actors.models.loading import ModelError, local
+
+    try:
+        return known_shape(name)
+    except UnknownName:
+        own = name == model.name
+        try:
+            spec = local(model.model_copy(update={"name": name}))
+            found = AutoConfig.from_pretrained(
+                spec.name,
+                revision=spec.revision if own else None,
+                trust_remote_code=spec.trust_remote_code,
+            )
+        except (ModelError, OSError, ValueError, KeyError) as error:
+            raise UserError(f"model {name!r} has no usable configuration: {error}") from error
+        return from_config(found.to_dict(), name, "from its own configuration")
