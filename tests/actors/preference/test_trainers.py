@@ -277,7 +277,7 @@ def test_the_centre_coefficient_weighs_the_square_of_the_sum_of_scores(build: Bu
 
 @pytest.mark.parametrize("side", ["keep_start", "keep_end"])
 def test_a_long_pair_is_cut_on_the_side_that_is_named(build: Build, side: str) -> None:
-    trainer = build(f"data.long_pairs={side}", "data.max_length=7")
+    trainer = build(f"data.long_rows={side}", "data.max_length=7")
     row = trainer.train_dataset[0]
     whole = row["prompt_ids"] + row["chosen_ids"]
     assert len(whole) == 9
