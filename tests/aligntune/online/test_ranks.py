@@ -39,7 +39,7 @@ class Rank:
         return (self.rank, *range(count)) if count else self.rank
 
 
-def make(rank: int) -> ActorHandle:
+def make(rank: int, name: str) -> ActorHandle:
     return ray.remote(Rank).options(num_cpus=0.1, max_restarts=0, max_concurrency=4).remote(rank)
 
 
