@@ -29,7 +29,7 @@ def machines(spec: ClusterSpec) -> Machines:
 
     if not ray.is_initialized() and resolve_address(spec) == "local":
         return Machines(this_machine(PLENTY), host_cpus(), here=True)
-    with session(spec, cpus=0, gpus=0):
+    with session(spec, cpus=0, gpus=0, last=False):
         cluster = connected()
     return Machines(cluster, _cores(cluster), here=False)
 

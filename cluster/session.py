@@ -113,11 +113,12 @@ def check_head(address: str) -> None:
 
 
 @contextmanager
-def session(spec: ClusterSpec, *, cpus: float, gpus: float) -> Iterator[str]:
+def session(spec: ClusterSpec, *, cpus: float, gpus: float, last: bool = True) -> Iterator[str]:
     """A Ray session; yields the address. What it starts it stops.
 
     A Ray started here offers at least `cpus` logical processors, so that a laptop's roles can take
-    turns on two cores; on a cluster that others share the reservation decides.
+    turns on two cores; on a cluster that others share the reservation decides. The secrets of a job
+    are forgotten with its `last` session.
 
     Raises ClusterUnreachable where nothing answers at the address.
     """
@@ -155,5 +156,6 @@ def session(spec: ClusterSpec, *, cpus: float, gpus: float) -> Iterator[str]:
     try:
         yield address
     finally:
-        secrets.forget()
+        if last:
+            secrets.forget()
         ray.shutdown()

@@ -86,7 +86,8 @@ def _work(
 ) -> NoReturn:
     try:
         _limit_memory()
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process
+        for number in (signal.SIGPROF, signal.SIGTERM):  # each ends the process, not what it
+            signal.signal(number, signal.SIG_DFL)  # was forked from had set for it
         signal.setitimer(signal.ITIMER_PROF, make_seconds)
         made = make()
         os.write(saying, _NOTHING if made is None else _READY)

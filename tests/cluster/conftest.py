@@ -177,7 +177,7 @@ def runs(nodes: Nodes, tmp_path: Path) -> Iterator[Runs]:
 def stop_all(nodes: Nodes) -> None:
     """Stop every job that still runs, and wait until it has ended."""
     script = (
-        "import sys; from cluster.jobs import Jobs; jobs = Jobs(sys.argv[1]); "
+        "import sys; from cluster.jobs.client import Jobs; jobs = Jobs(sys.argv[1]); "
         "[jobs.stop(job.submission_id, 60) for job in jobs.all() if not job.status.is_terminal()]"
     )
     done = subprocess.run(
