@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -96,7 +96,7 @@ class EpisodeLimits:
 
 
 class Episodes(Protocol):
-    """What runs episodes: tools and environments in processes of ours, or an agent that calls us."""
+    """What runs episodes: tools and environments in our processes, or an agent that calls us."""
 
     async def start(self) -> None:
         """Get ready: import, check and serve. Raises `EpisodeFailed` where that cannot be."""
