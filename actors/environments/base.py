@@ -48,6 +48,7 @@ class Episode:
     calls: tuple[ModelCall, ...]  # in their order; at least one
     finish_reason: FinishReason
     messages: Messages  # the whole conversation as data: for rewards and samples
+    prompt_messages: int = 0  # the first so many of them stood before the policy's first turn
     rewards: Mapping[str, float | None] = field(default_factory=dict)  # by criterion; None abstains
     turn_rewards: tuple[float, ...] | None = None  # one per call, of a step environment
     figures: EpisodeFigures = EpisodeFigures()
@@ -93,6 +94,7 @@ class EpisodeLimits:
     call_timeout_s: float  # of one tool call or step
     episode_timeout_s: float  # of the whole, without the time spent on sampling
     max_output_characters: int  # of one tool's answer; longer ones are cut, and say so
+    memory_gib: float | None = None  # of a process of the user's, above what its imports take
 
 
 class Episodes(Protocol):

@@ -61,7 +61,10 @@ class EpisodeCode:
     agent."""
 
     tools: tuple[Code, ...] = ()
-    environments: Mapping[str, Code] = field(default_factory=dict)  # by the row's `environment`
+    environments: Mapping[str, Code] = field(default_factory=dict)
+    """By the row's `environment`; one that is named "" is every row's."""
+
     agent: Code | AgentCommand | None = None
     rewards: Mapping[str, Code] = field(default_factory=dict)  # functions that want `environments`
     search_path: tuple[str | Path, ...] = ()  # the driver's sys.path
+    system_prompt: str | None = None  # data.system_prompt: the first message, before the row's own
