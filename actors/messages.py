@@ -10,7 +10,7 @@ padded response width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -105,6 +105,16 @@ class ReplicaLoad:
 
 
 @dataclass(frozen=True)
+class EpisodesRecord:
+    """What environments, tools and agents say of a group's episodes."""
+
+    rewards: Mapping[str, tuple[float | None, ...]]  # [G] by criterion; None: it abstains
+    figures: Mapping[str, float]  # sums over the rollouts: fields of `EpisodeFigures`
+    final: tuple[float | None, ...] | None = None
+    """[G] `environment` without the rewards of single turns; None: no turn has one of its own."""
+
+
+@dataclass(frozen=True)
 class GroupRecord:
     """What the controller knows of a rolled-out group: small, and no token arrays.
 
@@ -119,6 +129,7 @@ class GroupRecord:
     seconds: float  # wall time from the replica's being given the group to the end
     replica: str
     load: ReplicaLoad | None = None  # None: it was not watched
+    episodes: EpisodesRecord | None = None  # None: one turn of text, without an environment
     sampled: tuple[int, ...] = ()  # [R] tokens the policy wrote
     turns: tuple[int, ...] = ()  # [G] turns of the policy
     rollouts: tuple[int, ...] = ()  # [R] the rollout that a row belongs to, ascending
@@ -149,6 +160,7 @@ class GroupTensors:
     token_ids: np.ndarray  # [N] int32
     logprobs: np.ndarray  # [N] float32, behaviour log-probs at the sampling temperature; else 0
     mask: np.ndarray  # [N] bool; False is a token the policy did not write: never trained on
+    rewards: np.ndarray | None = None  # [N] float32, of a turn at its last token; None: no turn has
 
     def completion(self, row: int) -> slice:
         """Where row `row` lies in the flat arrays."""
@@ -173,6 +185,15 @@ def _fill(record: Any, field_name: str, value: tuple[Any, ...]) -> None:
     """Set a field of a frozen record that was left out."""
     if not getattr(record, field_name):
         object.__setattr__(record, field_name, value)
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """The episodes of a group as messages; lives in the object store and is passed by reference."""
+
+    messages: tuple[Messages, ...]  # [G] all of them, prompt included
+    asked: tuple[int, ...]  # [G] messages before the policy's first one
+    last_rows: tuple[int, ...]  # [G] the row of `GroupTensors` that is the end of each
 
 
 @dataclass(frozen=True)
@@ -209,6 +230,7 @@ class GroupWork:
     values: Any | None = None  # StateValues, with a critic
     targets: Any | None = None  # TokenTargets, where the algorithm prepared token-level ones
     rollouts: tuple[int, ...] = ()  # [R] the rollout that a row belongs to, ascending
+    turn_weight: float = 0.0  # of the rewards of single turns, where they are no part of `scores`
 
     def __post_init__(self) -> None:
         _fill(self, "rollouts", tuple(range(len(self.lengths))))
@@ -245,6 +267,7 @@ class TokenInputs:
     reference: np.ndarray | None = None  # [N] float32
     values: np.ndarray | None = None  # [N] float32, of the state before each token
     final_values: np.ndarray | None = None  # [G] float32, of the state after the last token
+    rewards: np.ndarray | None = None  # [N] float32, of single turns, weighted; beside `scores`
 
 
 @dataclass(frozen=True)

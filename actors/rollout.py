@@ -13,12 +13,20 @@ import importlib
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
-from actors.engines.base import EngineDead, RolloutEngine, engine_seed, resolve_engine
+from actors.engines.base import (
+    EngineDead,
+    RolloutEngine,
+    Turn,
+    Work,
+    engine_seed,
+    resolve_engine,
+)
 from actors.groups import Group, pack_group
-from actors.messages import GroupSampling, Prompt
+from actors.messages import Completion, GroupSampling, Prompt
 from actors.specs import ModelSpec, RolloutSpec
 from actors.transfer.bundle import WeightBundle
 from actors.whereabouts import whereabouts
@@ -130,6 +138,20 @@ class RolloutActor:
             self._replica,
             self._engine.work.since(before, seconds),
         )
+
+    async def sample(self, turns: Sequence[Turn]) -> list[Completion]:
+        """An answer of the model for each of `turns`, which are sampled together.
+
+        Not remembered: whoever asks again has it sampled again.
+        """
+        try:
+            return await self._engine.sample_turns(turns)
+        except EngineDead as error:
+            self._die(error)
+
+    async def work(self) -> Work:
+        """What the engine has done since its start."""
+        return self._engine.work
 
     async def load_weights(self, bundle: WeightBundle) -> None:
         """Serve under `bundle` from now on. May be repeated."""

@@ -9,7 +9,8 @@ Which replica gets which call is decided in `replicas`, without Ray.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import ray
@@ -74,6 +75,27 @@ async def answer(ref: Any, replica: str, what: str, deadline_s: float, limit: st
         raise ReplicaLost(replica, f"died during {what}: {reason[0] if reason else error!r}") from (
             error
         )
+
+
+class Lent:
+    """A replica that somebody has a slot of."""
+
+    def __init__(self, name: str, handle: ActorHandle) -> None:
+        self.name = name
+        self.handle = handle
+
+    async def call(
+        self, method: str, *args: Any, deadline_s: float, returns: int = 1
+    ) -> tuple[Any, ...]:
+        """(first value, further references...) of a call. Raises ReplicaLost, ObjectsLost, or what
+        the actor's method raised."""
+        refs = getattr(self.handle, method).options(num_returns=returns).remote(*args)
+        first, *rest = refs if returns > 1 else [refs]
+        return await answer(first, self.name, method, deadline_s), *rest
+
+    def tell(self, method: str, *args: Any) -> None:
+        """A call whose end nobody waits for."""
+        getattr(self.handle, method).remote(*args)
 
 
 Event = Callable[..., None]
@@ -215,15 +237,24 @@ class ReplicaSet:
         `on_dispatch(replica)` runs when a replica is chosen. Raises ReplicaLost, RoleExhausted, or
         what the actor's method raised.
         """
+        async with self.lend(queue_s) as lent:
+            if on_dispatch is not None:
+                on_dispatch(lent.name)
+            return await lent.call(method, *args, deadline_s=deadline_s, returns=returns)
+
+    @asynccontextmanager
+    async def lend(self, queue_s: float) -> AsyncIterator[Lent]:
+        """A slot of the least loaded replica, for several calls or for those of another actor.
+
+        `ReplicaLost` of this replica, raised while it is lent, takes it out of service. Raises
+        RoleExhausted.
+        """
         replica, handle = await self._acquire(queue_s)
         try:
-            if on_dispatch is not None:
-                on_dispatch(replica.name)
-            refs = getattr(handle, method).options(num_returns=returns).remote(*args)
-            first, *rest = refs if returns > 1 else [refs]
-            return await answer(first, replica.name, method, deadline_s), *rest
+            yield Lent(replica.name, handle)
         except ReplicaLost as lost:
-            self._lost(replica, lost.reason)
+            if lost.replica == replica.name:
+                self._lost(replica, lost.reason)
             raise
         finally:
             self.replicas.release(replica)

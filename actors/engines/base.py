@@ -60,6 +60,15 @@ class Work:
         )
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One answer that is wanted of the model."""
+
+    token_ids: np.ndarray  # [P] what it sees
+    sampling: Sampling
+    key: str  # names the draws, see `RolloutEngine.sample`
+
+
 class RolloutEngine(Protocol):
     """Samples completions under one model whose weights can be replaced.
 
@@ -88,6 +97,15 @@ class RolloutEngine(Protocol):
 
         `key` names the draws, such as run, group, rollout and turn: an engine that can be exact
         gives completion `i` of a key the same tokens whatever else is in flight.
+
+        Raises:
+            EngineDead: the engine cannot serve any more.
+        """
+
+    async def sample_turns(self, turns: Sequence[Turn]) -> list[Completion]:
+        """A completion of each of `turns`, of one temperature. Cancelling the call ends it.
+
+        An engine that can be exact answers with the same tokens whatever else is in flight.
 
         Raises:
             EngineDead: the engine cannot serve any more.

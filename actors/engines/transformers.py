@@ -1,15 +1,15 @@
 """The transformers rollout engine: one call at a time through the model's own forward pass.
 
-What a call samples depends on the weights, the prompt, their number and the key alone, never on
-what else is in flight: this is what makes runs bit-reproducible. A call is of one policy version,
-because weights change only between calls.
+What a call samples depends on the weights, its prompts and its keys alone, never on what else is in
+flight: this is what makes runs bit-reproducible. A call is of one policy version, because weights
+change only between calls.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -18,7 +18,14 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from actors.engines.base import WeightMismatch, Work, completion, draw_seed, stop_token_ids
+from actors.engines.base import (
+    Turn,
+    WeightMismatch,
+    Work,
+    completion,
+    draw_seed,
+    stop_token_ids,
+)
 from actors.messages import Completion, FinishReason, Sampling, VersionSpan
 from actors.models.loading import load_causal_lm
 from actors.specs import ModelSpec, RolloutSpec
@@ -75,14 +82,37 @@ class TransformersEngine:
         self, token_ids: np.ndarray, sampling: Sampling, n: int, key: str
     ) -> list[Completion]:
         """`n` completions of `token_ids`, bit for bit those of the key; other calls wait."""
+        draws = uniforms([draw_seed(key, row) for row in range(n)], sampling.max_tokens)
+        limits = [sampling.max_tokens] * n
+        return await self._in_turn([token_ids], limits, sampling.temperature, draws)
+
+    async def sample_turns(self, turns: Sequence[Turn]) -> list[Completion]:
+        """A completion of each of `turns`, bit for bit those of these turns together; other calls
+        wait."""
+        limits = [turn.sampling.max_tokens for turn in turns]
+        draws = uniforms([draw_seed(turn.key, 0) for turn in turns], max(limits))
+        prompts = [turn.token_ids for turn in turns]
+        if all(np.array_equal(prompt, prompts[0]) for prompt in prompts):
+            prompts = prompts[:1]
+        return await self._in_turn(prompts, limits, turns[0].sampling.temperature, draws)
+
+    async def _in_turn(
+        self,
+        prompts: Sequence[np.ndarray],
+        limits: Sequence[int],
+        temperature: float,
+        draws: torch.Tensor,
+    ) -> list[Completion]:
+        """One batch, when its turn has come."""
         stop = threading.Event()
-        self._waiting += n
+        rows = len(limits)
+        self._waiting += rows
         try:
             await self._queue.acquire()
         finally:
-            self._waiting -= n
+            self._waiting -= rows
         try:
-            return await self._run(lambda: self._sample(token_ids, sampling, n, key, stop))
+            return await self._run(lambda: self._sample(prompts, limits, temperature, draws, stop))
         finally:
             stop.set()  # a cancelled call's thread ends at the next token
             self._queue.release()
@@ -118,13 +148,13 @@ class TransformersEngine:
 
     def _sample(
         self,
-        token_ids: np.ndarray,
-        sampling: Sampling,
-        n: int,
-        key: str,
+        prompts: Sequence[np.ndarray],
+        limits: Sequence[int],
+        temperature: float,
+        draws: torch.Tensor,
         stop: threading.Event,
     ) -> list[Completion]:
-        tokens, logprobs, lengths, ended = self._decode(token_ids, sampling, n, key, stop)
+        tokens, logprobs, lengths, ended = self._decode(prompts, limits, temperature, draws, stop)
         return [
             completion(
                 tokens[row, :length],
@@ -138,67 +168,96 @@ class TransformersEngine:
     @torch.inference_mode()
     def _decode(
         self,
-        token_ids: np.ndarray,
-        sampling: Sampling,
-        rows: int,
-        key: str,
+        prompts: Sequence[np.ndarray],
+        limits: Sequence[int],
+        temperature: float,
+        draws: torch.Tensor,
         stop: threading.Event,
     ) -> tuple[Any, Any, list[int], list[bool]]:
         """Token ids [n, T], their log-probs [n, T], lengths [n], and which rows [n] ended by EOS.
 
-        The prompt is run once, and its cache repeated for the n rows. Rows that have ended leave
-        the batch when they are half of it, so that ragged lengths cost what their tokens cost.
+        Row i samples `limits[i]` tokens at most, by its numbers in `draws` [n, T]. One prompt is
+        run once, and its cache repeated for the n rows; else each row has its own, padded on the
+        left. Rows that have ended leave the batch when they are half of it, so that ragged lengths
+        cost what their tokens cost.
         """
-        uniform = uniforms(key, rows, sampling.max_tokens).to(self._device)
-        tokens = torch.zeros(rows, sampling.max_tokens, dtype=torch.long, device=self._device)
-        logprobs = torch.zeros(rows, sampling.max_tokens, device=self._device)
-        lengths = torch.full((rows,), sampling.max_tokens, device=self._device)
+        rows, longest = draws.shape
+        uniform = draws.to(self._device)
+        tokens = torch.zeros(rows, longest, dtype=torch.long, device=self._device)
+        logprobs = torch.zeros(rows, longest, device=self._device)
+        most = torch.tensor(limits, device=self._device)
+        lengths = most.clone()
         ended = torch.zeros(rows, dtype=torch.bool, device=self._device)
         active, alive = torch.arange(rows, device=self._device), rows
 
         cache = DynamicCache(config=self._model.config)
-        ids = torch.as_tensor(token_ids, dtype=torch.long, device=self._device)[None]
-        logits = self._forward(ids, cache).expand(rows, -1)
-        cache.batch_repeat_interleave(rows)
-        for step in range(sampling.max_tokens):
+        ids, seen = padded_left(prompts)
+        seen = None if seen is None else seen.to(self._device)
+        logits = self._forward(ids.to(self._device), cache, seen)
+        if len(prompts) == 1:
+            logits = logits.expand(rows, -1)
+            cache.batch_repeat_interleave(rows)
+        for step in range(longest):
             if stop.is_set():
                 raise _Cancelled
-            drawn, drawn_logprobs = draw(logits, sampling.temperature, uniform[active, step])
+            drawn, drawn_logprobs = draw(logits, temperature, uniform[active, step])
             self._work = self._work.after(alive, alive, self._waiting)
             # Rows that have ended are still computed until they leave; what they say is not kept.
             tokens[active, step] = drawn
             logprobs[active, step] = drawn_logprobs
-            ends = torch.isin(drawn, self._stops) & ~ended[active]
-            if bool(ends.any()):
-                lengths[active[ends]] = step + 1
-                ended[active[ends]] = True
-                kept = (~ended[active]).nonzero()[:, 0]
-                alive = len(kept)
-                if alive == 0:
-                    break
-                if 2 * alive <= len(active):
-                    active, drawn = active[kept], drawn[kept]
-                    cache.batch_select_indices(kept)
-            if step + 1 < sampling.max_tokens:
-                logits = self._forward(drawn[:, None], cache)
+            running = ~ended[active] & (step < most[active])
+            stops = torch.isin(drawn, self._stops) & running
+            lengths[active[stops]] = step + 1
+            ended[active[stops]] = True
+            kept = (running & ~stops & (step + 1 < most[active])).nonzero()[:, 0]
+            alive = len(kept)
+            if alive == 0:
+                break
+            if 2 * alive <= len(active):
+                active, drawn = active[kept], drawn[kept]
+                cache.batch_select_indices(kept)
+                seen = None if seen is None else seen[kept]
+            if seen is not None:
+                seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
+            logits = self._forward(drawn[:, None], cache, seen)
         return tokens.cpu().numpy(), logprobs.cpu().numpy(), lengths.tolist(), ended.tolist()
 
-    def _forward(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Logits [rows, V] after the last of `ids` [rows, tokens], float32."""
-        output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    def _forward(
+        self, ids: torch.Tensor, cache: DynamicCache, seen: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Logits [rows, V] after the last of `ids` [rows, tokens], float32. `seen` [rows, all
+        tokens so far] is 0 where a row is padded; None: nowhere."""
+        places: dict[str, torch.Tensor] = {}
+        if seen is not None:
+            positions = (seen.cumsum(-1) - 1).clamp(min=0)
+            places = {
+                "attention_mask": seen,
+                "position_ids": positions[:, -ids.shape[1] :],
+            }
+        output = self._model(
+            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **places
+        )
         return output.logits[:, -1].float()
 
 
-def uniforms(key: str, rows: int, tokens: int) -> torch.Tensor:
+def padded_left(prompts: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ids [n, P] of prompts that end together, and [n, P] 1 where they are not padding; None where
+    none is."""
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    seen = torch.zeros(len(prompts), width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.as_tensor(np.asarray(prompt, dtype=np.int64))
+        seen[row, width - len(prompt) :] = 1
+    return ids, None if bool(seen.all()) else seen
+
+
+def uniforms(seeds: Sequence[int], tokens: int) -> torch.Tensor:
     """Uniform numbers [rows, tokens] float64, each row by a generator of its own, on any device."""
     return torch.stack(
         [
-            torch.rand(
-                tokens,
-                dtype=torch.float64,
-                generator=torch.Generator().manual_seed(draw_seed(key, row)),
-            )
-            for row in range(rows)
+            torch.rand(tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
         ]
     )
 

@@ -16,13 +16,20 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from actors.engines.base import EngineDead, WeightMismatch, Work, completion, stop_token_ids
+from actors.engines.base import (
+    EngineDead,
+    Turn,
+    WeightMismatch,
+    Work,
+    completion,
+    stop_token_ids,
+)
 from actors.engines.specs import VLLMSpec
 from actors.messages import Completion, FinishReason, Sampling, VersionSpan
 from actors.specs import ModelSpec, RolloutSpec
@@ -110,11 +117,20 @@ class VLLMEngine:
 
         What they are depends on that too: no `key` makes vLLM draw the same tokens again.
         """
+        return await self._answers(
+            [Turn(token_ids, sampling, f"{key}/{index}") for index in range(n)]
+        )
+
+    async def sample_turns(self, turns: Sequence[Turn]) -> list[Completion]:
+        """A completion of each of `turns`, batched with whatever else is in flight."""
+        return await self._answers(turns)
+
+    async def _answers(self, turns: Sequence[Turn]) -> list[Completion]:
+        """What all of them give; where one gives nothing, none goes on."""
         await self.check()
-        prompt = token_ids.tolist()
         requests = [
-            asyncio.ensure_future(self._request(prompt, sampling, f"{key}/{index}"))
-            for index in range(n)
+            asyncio.ensure_future(self._request(t.token_ids.tolist(), t.sampling, t.key))
+            for t in turns
         ]
         try:
             with _deaths_translated():

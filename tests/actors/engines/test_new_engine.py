@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
 from pydantic import Field
 
-from actors.engines.base import Work, completion
+from actors.engines.base import Turn, Work, completion
 from actors.engines.specs import ENGINES, EngineSpec
 from actors.messages import (
     Completion,
@@ -58,6 +59,10 @@ class EchoEngine:
         spans = (VersionSpan(self.version, len(said)),)
         one = completion(said, np.zeros(len(said), np.float32), FinishReason.STOP, spans)
         return [one] * n
+
+    async def sample_turns(self, turns: Sequence[Turn]) -> list[Completion]:
+        """The prompt of each, as often as told."""
+        return [(await self.sample(t.token_ids, t.sampling, 1, t.key))[0] for t in turns]
 
     async def load_weights(self, bundle: WeightBundle) -> None:
         """Has none."""

@@ -36,10 +36,10 @@ from transformers import (
 )
 
 from actors.engines import base
-from actors.engines.base import WeightMismatch, resolve_engine
+from actors.engines.base import Turn, WeightMismatch, resolve_engine
 from actors.engines.specs import AutoEngineSpec, EngineSpec, TransformersSpec, VLLMSpec
 from actors.engines.transformers import draw, uniforms
-from actors.groups import Group
+from actors.groups import Group, pack_group
 from actors.messages import FinishReason, GroupSampling, Prompt, Sampling
 from actors.rollout import RolloutActor
 from actors.specs import ModelSpec, RolloutSpec
@@ -305,6 +305,41 @@ def test_a_bundle_that_does_not_fit_is_refused_by_name_and_changes_nothing(
     assert _worst_error(group, policies, 1.0) < TOLERANCE
 
 
+def test_turns_of_other_lengths_and_limits_have_the_logprobs_of_a_plain_forward(
+    replica, policies, bundles
+):
+    replica.get("load_weights", bundles[0])
+    turns = [_turn(row, tokens) for row, tokens in enumerate((3, 40, 11))]
+    answers = replica.get("sample", turns)
+    for turn, answer in zip(turns, answers, strict=True):
+        (segment,) = answer.segments
+        most = turn.sampling.max_tokens
+        assert len(segment.token_ids) == most or answer.finish_reason is FinishReason.STOP
+        assert len(segment.token_ids) <= most
+        prompt = replace(_prompt(0), token_ids=turn.token_ids)
+        group = pack_group(0, prompt.token_ids, [[answer]], 0.1, "r")
+        assert _labels(group) == {0}
+        assert _worst_error(group, policies, 1.0) < TOLERANCE
+
+
+def test_turns_are_bit_identical_whatever_else_is_in_flight(transformers_replica, bundles):
+    transformers_replica.get("load_weights", bundles[0])
+    turns = [_turn(row, tokens) for row, tokens in enumerate((3, 40, 11))]
+    alone = transformers_replica.get("sample", turns)
+    crowd = [transformers_replica.call("sample", [_turn(row, 7)]) for row in range(3)]
+    again = transformers_replica.get("sample", turns)
+    for call in crowd:
+        call.result(WAIT_S)
+    for one, other in zip(alone, again, strict=True):
+        assert one.segments[0].token_ids.tolist() == other.segments[0].token_ids.tolist()
+        assert one.segments[0].logprobs.tobytes() == other.segments[0].logprobs.tobytes()
+
+
+def _turn(row: int, tokens: int) -> Turn:
+    token_ids = _prompt(row, tokens=tokens).token_ids
+    return Turn(token_ids, Sampling(max_tokens=8 + 20 * row, temperature=1.0), f"11/0/{row}/0")
+
+
 def test_a_redundant_tied_head_is_ignored(transformers_replica, policies):
     tied = WeightBundle.pack(1, policies[1].named_parameters(remove_duplicate=False))
     assert "lm_head.weight" in tied.arrays
@@ -425,7 +460,7 @@ def test_an_untied_head_is_loaded_too(tmp_path, loop):
 
 def test_draws_follow_the_softmax_at_the_temperature():
     logits = torch.tensor([0.0, 1.0, -float("inf"), 2.0]).repeat(40_000, 1)
-    uniform = uniforms("draws", 1, 40_000)[0]
+    uniform = uniforms([1], 40_000)[0]
     tokens, logprobs = draw(logits, 0.5, uniform)
     expected = torch.softmax(logits[0] / 0.5, dim=-1)
     seen = torch.bincount(tokens, minlength=4) / len(tokens)
