@@ -5,10 +5,14 @@ The model is random but not flat: its weights are large enough for log-probs to 
 
 from __future__ import annotations
 
+import faulthandler
+import functools
 import multiprocessing
 import os
+import signal
 import socket
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from multiprocessing.connection import Connection
@@ -247,6 +251,35 @@ class Probe:
         return seen, metrics
 
 
+class RankDied(RuntimeError):
+    """A rank's process ended amid a call, with this exit code; below 0 it is a signal's."""
+
+    def __init__(self, rank: int, code: int | None) -> None:
+        super().__init__(f"rank {rank} ended with exit code {code}")
+        self.code = code
+
+
+def once_more_after_an_abort(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test of several ranks again, once, where glibc aborted one of them.
+
+    Seen once in several hundred runs of FSDP over gloo ("double free or corruption (fasttop)"),
+    never when it was looked for. A run goes on after it as after any lost rank; what a test of
+    exact numbers says is about the numbers.
+    """
+
+    @functools.wraps(test)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            test(*args, **options)
+        except RankDied as died:
+            if died.code != -signal.SIGABRT:
+                raise
+            warnings.warn(f"{test.__name__} runs again: {died}", stacklevel=2)
+            test(*args, **options)
+
+    return run
+
+
 class Ranks:
     """Ranks in processes of their own; `call` runs a function of `Probe` on all."""
 
@@ -299,7 +332,12 @@ class Ranks:
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(WAIT_S):
                 raise TimeoutError(f"rank {rank} did not answer within {WAIT_S} s")
-            failed, answer = pipe.recv()
+            try:
+                failed, answer = pipe.recv()
+            except EOFError:
+                process = self._processes[rank]
+                process.join(30)
+                raise RankDied(rank, process.exitcode) from None
             answers.append(RuntimeError(answer) if failed else answer)
         for answer in answers:
             if isinstance(answer, RuntimeError):
@@ -318,6 +356,7 @@ def _serve(
 ) -> None:
     import actors.strategies.deepspeed as strategy
 
+    faulthandler.enable()  # an abort shows where it was
     strategy.WHOLE_BELOW = 0  # or ZeRO-3 would keep all of so small a model on every rank
     torch.set_num_threads(1)
     try:

@@ -27,6 +27,7 @@ from tests.actors.policy_cases import (
     make_group,
     make_jobs,
     make_model_folder,
+    once_more_after_an_abort,
 )
 
 GROUPS = [
@@ -215,6 +216,7 @@ def _keep(probe: Probe, what: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     "strategy", [DeepSpeedSpec(stage=3), FSDPSpec()], ids=lambda strategy: strategy.name
 )
+@once_more_after_an_abort
 def test_on_two_ranks_a_critic_learns_resumes_and_is_exported_as_on_one(
     folder: Path, scorer: Path, tmp_path: Path, strategy: StrategySpec, dtype: str
 ) -> None:

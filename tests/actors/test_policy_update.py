@@ -27,6 +27,7 @@ from tests.actors.policy_cases import (
     make_group,
     make_jobs,
     make_model_folder,
+    once_more_after_an_abort,
     one_rank,
     policy_spec,
     simple_loss,
@@ -408,6 +409,7 @@ FSDP, ZERO1, ZERO2, ZERO3 = (
     ],
     ids=str,
 )
+@once_more_after_an_abort
 def test_ranks_resume_export_and_stop_like_one_rank(
     folder: Path, tmp_path: Path, strategy: StrategySpec, model: dict
 ) -> None:
@@ -451,6 +453,7 @@ def test_ranks_resume_export_and_stop_like_one_rank(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("strategy", [ZERO3, FSDP], ids=lambda strategy: strategy.name)
+@once_more_after_an_abort
 def test_adapters_of_ranks_start_and_move_as_those_of_one(
     folder: Path, strategy: StrategySpec
 ) -> None:
@@ -472,6 +475,7 @@ def test_adapters_of_ranks_start_and_move_as_those_of_one(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@once_more_after_an_abort
 def test_ranks_of_fsdp_go_on_as_another_number_of_them(folder: Path, tmp_path: Path) -> None:
     def jobs(world: int, step: int) -> list[tuple]:
         return [(j,) for j in make_jobs(GROUPS, simple_loss, world, minibatches=2, step=step)]
