@@ -46,6 +46,7 @@ class Prompt:
     text: str  # what the model sees, chat template applied
     token_ids: np.ndarray  # [P] int32, of `text`
     columns: dict[str, Any] = field(default_factory=dict)  # every other data column
+    tools: tuple[dict[str, Any], ...] = ()  # schemas in the row's column `tools`, in `text` too
 
 
 @dataclass(frozen=True)

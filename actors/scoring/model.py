@@ -30,7 +30,11 @@ class RewardModelCriterion:
 
 
 def scored_text(
-    tokenizer: Any, prompt: str | Messages, completion: str | Messages, apply_chat_template: bool
+    tokenizer: Any,
+    prompt: str | Messages,
+    completion: str | Messages,
+    apply_chat_template: bool,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> tuple[str, bool]:
     """The text a reward model reads, and whether special tokens are added when it is tokenised.
 
@@ -38,7 +42,8 @@ def scored_text(
     completion (a string is one assistant message) as one conversation, without a generation prompt.
     Without one: prompt, completion and the end-of-sequence token, one after the other. A completion
     that was cut off by the length limit is so scored as if it had ended there. The policy's own
-    template and `data.system_prompt` play no part: the prompt is what the data have.
+    template and `data.system_prompt` play no part: the prompt is what the data have, with the row's
+    `tools` where it has some.
 
     Raises:
         ValueError: messages without a chat template to render them, or that it refuses.
@@ -50,7 +55,7 @@ def scored_text(
             if isinstance(completion, str)
             else completion
         )
-        return rendered(tokenizer, [*asked, *said]), False
+        return rendered(tokenizer, [*asked, *said], tools=[*tools] or None), False
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise ValueError(
             "the prompt or completion is messages, but the reward model's tokenizer has no chat "
@@ -81,24 +86,34 @@ def scored_ids(
     tokenizer: Any,
     pairs: Sequence[tuple[str | Messages, str | Messages]],
     apply_chat_template: bool,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> list[list[int]]:
     """The tokens of `scored_text` for each (prompt, completion). Raises ValueError as it does."""
-    texts = [scored_text(tokenizer, p, c, apply_chat_template) for p, c in pairs]
+    texts = [scored_text(tokenizer, p, c, apply_chat_template, tools) for p, c in pairs]
     return tokens_of(tokenizer, [text for text, _ in texts], any(special for _, special in texts))
 
 
 def tokens_of(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
-    """The whole texts' tokens, with special tokens added where `special` says so."""
+    """The whole texts' tokens, with special tokens in front where `special` says so.
+
+    Some tokenizers put an end-of-sequence token behind every text; here nothing follows it.
+    """
     if not texts:
         return []
-    ids: list[list[int]] = tokenizer(
-        texts,
-        add_special_tokens=special,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
+    options = {
+        "truncation": False,
+        "return_attention_mask": False,
+        "return_token_type_ids": False,
+        "verbose": False,
+    }
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=special, **options)["input_ids"]
+    if special:
+        probes = [
+            tokenizer("a", add_special_tokens=s, **options)["input_ids"] for s in (True, False)
+        ]
+        with_end, own = (probe[-1:] == [tokenizer.eos_token_id] for probe in probes)
+        if with_end and not own:
+            return [row[:-1] for row in ids]
     return ids
 
 
@@ -134,7 +149,7 @@ class ModelScorer:
             if self._running is not None:  # a forward pass that ran out of time cannot be stopped
                 await asyncio.wait({self._running})
             self._running = asyncio.ensure_future(
-                asyncio.to_thread(self._scores, prompt.source, list(completions))
+                asyncio.to_thread(self._scores, prompt, list(completions))
             )
             done, _ = await asyncio.wait({self._running}, timeout=self._criterion.timeout_s)
             if not done:
@@ -164,14 +179,15 @@ class ModelScorer:
         self._limit = self._criterion.max_tokens or positions or 0
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def _scores(self, prompt: str | Messages, completions: list[str]) -> list[float]:
+    def _scores(self, prompt: Prompt, completions: list[str]) -> list[float]:
         if self._model is None:
             raise RuntimeError("ModelScorer.score was called before start or after close")
         try:
             rows = scored_ids(
                 self._tokenizer,
-                [(prompt, completion) for completion in completions],
+                [(prompt.source, completion) for completion in completions],
                 self._criterion.apply_chat_template,
+                prompt.tools,
             )
         except ValueError as error:
             raise RewardFailed(self.name, RewardFailure.RAISED, str(error)) from error

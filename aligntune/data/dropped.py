@@ -102,13 +102,14 @@ def settle_rows(
         len(rows), counts, {name: tuple(shown) for name, shown in kinds.items()}, cut, folded
     )
     if dropped.count == len(rows) or dropped.count > rules.max_dropped_fraction * len(rows):
-        raise DataError(_too_many(rows, dropped, rules))
+        raise DataError(_too_many(rows, dropped, rules, ordered))
     return dropped
 
 
-def _too_many(rows: Rows, dropped: Dropped, rules: RowRules) -> str:
+def _too_many(rows: Rows, dropped: Dropped, rules: RowRules, wrong: Mapping[int, DataError]) -> str:
     counts = ", ".join(f"{count} {reason}" for reason, count in dropped.reasons.items())
-    examples = "; ".join(shown[0] for shown in dropped.examples.values())
+    first = {why.reason: row for row, why in reversed(wrong.items())}
+    examples = "; ".join(f"{rows.where(row)}: {wrong[row]}" for row in sorted(first.values()))
     cures = ["repair the data"]
     if Reason.TOO_LONG.value in dropped.reasons:
         cures.append(f"raise {rules.length_key}")

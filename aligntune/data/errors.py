@@ -13,6 +13,7 @@ class Reason(StrEnum):
     TOO_LONG = "too long"
     EMPTY = "empty"
     EQUAL = "equal"  # chosen and rejected, which then prefers neither
+    NOT_WHOLE = "not whole"  # the chat template leaves a part out
     UNREADABLE = "unreadable"
 
 

@@ -8,37 +8,43 @@ caller, who knows the row, says where.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from actors.messages import Messages
 from aligntune.data.errors import DataError, Reason
+from aligntune.data.messages import check_messages, check_unicode, is_sharegpt, what_is_lost
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+NOTHING_ASKED: Messages = [{"role": "user", "content": ""}]
+"""The prompt of a row that leaves it to its environment: what `reset` returns goes on from here."""
 
 
-def check_prompt(value: Any) -> str | Messages:
+def check_prompt(value: Any, environment: bool = False) -> str | Messages:
     """The prompt of one row: a string that says something, or well-formed messages.
 
-    Null fields of messages are left out: columnar files give every message of a column the same
-    fields. Raises: DataError.
+    The answers that ShareGPT's conversations end in are left out, for the model is to write them.
+    With an `environment`, which may say it all, a prompt may be missing. Raises: DataError.
     """
+    if environment and (value is None or value == "" or value == []):
+        return [*NOTHING_ASKED]
     if value is None:
         raise DataError("the prompt is missing or null; remove the row or fill it in", Reason.EMPTY)
     if isinstance(value, str):
         if not value.strip():
             raise DataError("the prompt is empty; remove the row or fill it in", Reason.EMPTY)
-        _check_unicode(value, "the prompt")
+        check_unicode(value, "the prompt")
         return value
     if not isinstance(value, list):
         raise DataError(
             f"the prompt is of type {type(value).__name__}; it must be a string, or messages as in "
             "[{'role': 'user', 'content': '...'}]"
         )
-    if not value:
-        raise DataError(
-            "the prompt is an empty list of messages; remove the row or fill it in", Reason.EMPTY
-        )
-    messages = [_check_message(message, f"message {n}") for n, message in enumerate(value)]
+    messages = check_messages(value, "the prompt")
+    if is_sharegpt(value):
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise DataError("the conversation asks nothing: all of it is answers", Reason.EMPTY)
     if messages[-1]["role"] == "assistant":
         raise DataError(
             "the last message is the assistant's, which the model is to write; "
@@ -70,15 +76,23 @@ def render(
     *,
     system_prompt: str | None = None,
     apply_chat_template: bool = True,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> str:
     """The text of a checked prompt, up to where the completion begins.
 
     `system_prompt` becomes the first message; a prompt that brings its own is refused, for a model
-    told two things obeys one of them and the data does not say which. Raises: DataError.
+    told two things obeys one of them and the data does not say which. `tools` are JSON schemas of
+    what the model may call; a template that does not carry them, or calls of them, is refused.
+    Raises: DataError.
     """
     check_template(tokenizer, system_prompt, apply_chat_template)
     if not uses_template(tokenizer, apply_chat_template):
         if isinstance(prompt, str):
+            if tools and apply_chat_template:
+                raise DataError(
+                    "the row has tools, but the tokenizer has no chat template to say where they "
+                    "go; use a model that has one"
+                )
             return prompt
         raise DataError(
             "the prompt is messages, but the tokenizer has no chat template; "
@@ -95,49 +109,29 @@ def render(
                 "too; remove one of them"
             )
         messages = [{"role": "system", "content": system_prompt}, *messages]
+    text = _templated(tokenizer, messages, tools)
+    if tools and text == _templated(tokenizer, messages, ()):
+        raise DataError(
+            "the model's chat template leaves out the row's tools; use a model whose template "
+            "carries them, or remove column 'tools'"
+        )
+    if lost := what_is_lost(text, messages, said=False):
+        raise DataError(
+            f"the model's chat template leaves out {lost}; use a model whose template carries it"
+        )
+    return text
+
+
+def _templated(tokenizer: Any, messages: Messages, tools: Sequence[dict[str, Any]]) -> str:
     from jinja2 import TemplateError
 
     try:
         text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+            messages, tools=[*tools] or None, tokenize=False, add_generation_prompt=True
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         raise DataError(
             f"the model's chat template refuses the prompt ({error}); give it the messages the "
             "template knows"
         ) from error
     return text
-
-
-def _check_message(message: Any, which: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise DataError(
-            f"{which} of the prompt is of type {type(message).__name__}; it must be an object with "
-            "role and content"
-        )
-    kept = {key: value for key, value in message.items() if value is not None}
-    role = kept.get("role")
-    if role not in ROLES:
-        raise DataError(
-            f"{which} of the prompt has role {role!r}; it must be one of {', '.join(ROLES)}"
-        )
-    if "content" not in kept and kept.get("tool_calls"):
-        return kept
-    content = kept.get("content")
-    if not isinstance(content, str):
-        raise DataError(
-            f"{which} of the prompt has content of type {type(content).__name__}; "
-            "it must be a string"
-        )
-    _check_unicode(content, f"{which} of the prompt")
-    return kept
-
-
-def _check_unicode(text: str, which: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{which} has half a surrogate pair (U+{ord(text[error.start]):04X}), which is not a "
-            "character; repair the text"
-        ) from error

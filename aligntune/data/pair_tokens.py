@@ -8,17 +8,22 @@ is what its two sides begin with in common, never more than the rendered prompt.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from actors.messages import Messages
 from actors.scoring.model import rendered, scored_text, tokens_of
 from aligntune.data.dropped import Dropped, RowRules, settle_rows
 from aligntune.data.errors import DataError, Reason
-from aligntune.data.pairs import Pair, PairRows
+from aligntune.data.messages import what_is_lost
+from aligntune.data.pairs import CHOSEN, REJECTED, Pair, PairRows
 from aligntune.data.sources import Rows
 
 BATCH = 512  # pairs tokenised at once
+NO_PLACE_FOR_TOOLS = (
+    "the row has tools, but the tokenizer has no chat template to say where they go; use a model "
+    "that has one, or remove column 'tools'"
+)
 
 
 @dataclass(frozen=True)
@@ -177,10 +182,15 @@ def _scored(tokenizer: Any, template: bool) -> Callable[[Pair], tuple[str, ...]]
 
     def render(pair: Pair) -> tuple[str, ...]:
         pair = pair.as_messages() if template else pair
-        return tuple(
-            scored_text(tokenizer, pair.prompt, side, template)[0]
+        if pair.tools and not tokenizer.chat_template:
+            raise ValueError(NO_PLACE_FOR_TOOLS)
+        texts = tuple(
+            scored_text(tokenizer, pair.prompt, side, template, pair.tools)[0]
             for side in (pair.chosen, pair.rejected)
         )
+        if template:
+            _check_whole(tokenizer, pair, texts)
+        return texts
 
     return render
 
@@ -195,13 +205,37 @@ def _by_template(tokenizer: Any, system_prompt: str | None) -> Callable[[Pair], 
                     "a prompt has a system message and data.system_prompt is set too; remove one"
                 )
             asked = [{"role": "system", "content": system_prompt}, *asked]
-        return (
-            rendered(tokenizer, asked, add_generation_prompt=True),
-            rendered(tokenizer, [*asked, *pair.chosen]),
-            rendered(tokenizer, [*asked, *pair.rejected]),
+        tools = [*pair.tools] or None
+        chosen, rejected = (
+            rendered(tokenizer, [*asked, *side], tools=tools)
+            for side in (pair.chosen, pair.rejected)
         )
+        _check_whole(tokenizer, replace(pair, prompt=asked), (chosen, rejected))
+        return rendered(tokenizer, asked, tools=tools, add_generation_prompt=True), chosen, rejected
 
     return render
+
+
+def _check_whole(tokenizer: Any, pair: Pair, texts: tuple[str, ...]) -> None:
+    """Raise DataError where the template left out what the answers say or call, or the tools.
+
+    What it leaves out of earlier turns, which are the prompt's, is the model's own way with them.
+    """
+    for name, text, side in zip(
+        (CHOSEN, REJECTED), texts, (pair.chosen, pair.rejected), strict=True
+    ):
+        if lost := what_is_lost(text, list(side)):  # type: ignore[arg-type]  # messages by now
+            raise DataError(
+                f"the chat template leaves {lost} out of {name}; use a model whose template keeps "
+                "it, or give the pairs as strings with data.apply_chat_template: false",
+                Reason.NOT_WHOLE,
+            )
+    if pair.tools and texts[0] == rendered(tokenizer, [*pair.prompt, *pair.chosen]):
+        raise DataError(
+            "the chat template leaves out the row's tools; use a model whose template carries "
+            "them, or remove column 'tools'",
+            Reason.NOT_WHOLE,
+        )
 
 
 def _as_text(tokenizer: Any) -> Callable[[Pair], tuple[str, ...]]:
@@ -215,6 +249,8 @@ def _as_text(tokenizer: Any) -> Callable[[Pair], tuple[str, ...]]:
                 "the pairs are messages, but no chat template is in use; use a model that has one "
                 "with data.apply_chat_template: true, or give strings"
             )
+        if pair.tools and not tokenizer.chat_template:
+            raise ValueError(NO_PLACE_FOR_TOOLS)
         end = tokenizer.eos_token
         sides = (
             side if side.endswith(end) else side + end for side in (pair.chosen, pair.rejected)

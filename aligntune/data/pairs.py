@@ -19,7 +19,7 @@ from typing import Any
 
 from actors.messages import Messages
 from aligntune.data.errors import DataError, Reason
-from aligntune.data.formats import ROLES
+from aligntune.data.messages import CONVERSATIONS, TOOLS, check_messages, check_tools
 from aligntune.data.sources import Rows, require_column
 
 PROMPT, CHOSEN, REJECTED = "prompt", "chosen", "rejected"  # the columns' names by default
@@ -38,6 +38,7 @@ class Pair:
     rejected: str | Messages
     transcript: bool = False  # strings of Human and Assistant turns
     split: bool = field(default=False, compare=False)  # the sides have no prompt of their own
+    tools: tuple[dict[str, Any], ...] = ()  # schemas of what the answers may call
 
     def as_messages(self) -> Pair:
         """The pair as messages: a transcript turn by turn, without the blanks around each turn;
@@ -49,11 +50,12 @@ class Pair:
                 [{"role": "user", "content": self.prompt}],
                 [{"role": "assistant", "content": self.chosen}],
                 [{"role": "assistant", "content": self.rejected}],
+                tools=self.tools,
             )
         whole = [turns(self.prompt + str(side)) for side in (self.chosen, self.rejected)]
         asked = len(turns(self.prompt)) - 1  # the last marker opens the completion
         chosen, rejected = whole
-        return Pair(chosen[:asked], chosen[asked:], rejected[asked:])
+        return Pair(chosen[:asked], chosen[asked:], rejected[asked:], tools=self.tools)
 
 
 def turns(transcript: str) -> Messages:
@@ -89,6 +91,8 @@ class PairRows:
         require_column(rows, rejected_column, "data.rejected_column")
         if prompt_column != PROMPT:
             require_column(rows, prompt_column, "data.prompt_column")
+        elif PROMPT not in rows.columns and CONVERSATIONS in rows.columns:
+            prompt_column = CONVERSATIONS
         self.columns = (prompt_column, chosen_column, rejected_column)
         self._rows = rows
         self._repeat = prompt_column in rows.columns and self._most_repeat_the_prompt()
@@ -110,7 +114,9 @@ class PairRows:
 
     def _as_written(self, row: int) -> Pair:
         values = self._rows[row]
-        return to_pair(*(values.get(column) for column in self.columns))
+        pair = to_pair(*(values.get(column) for column in self.columns))
+        tools = check_tools(values.get(TOOLS))
+        return replace(pair, tools=tuple(tools)) if tools else pair
 
     def _most_repeat_the_prompt(self) -> bool:
         """Whether most pairs of strings have the prompt in front of their sides.
@@ -137,6 +143,8 @@ def to_pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
         DataError: a side that is missing, empty, of another type than the other, or equal to it;
             sides that do not share the prompt.
     """
+    # ShareGPT's answers are one message each.
+    chosen, rejected = ([side] if isinstance(side, dict) else side for side in (chosen, rejected))
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if side is None:
             raise DataError(f"{name} is missing or null", Reason.EMPTY)
@@ -145,7 +153,9 @@ def to_pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise DataError("one side is a string and the other messages; give both in one form")
     if isinstance(chosen, list):
-        pair = _of_messages(prompt, _messages("chosen", chosen), _messages("rejected", rejected))
+        pair = _of_messages(
+            prompt, check_messages(chosen, "chosen"), check_messages(rejected, "rejected")
+        )
     else:
         pair = _of_text(*_lines_alike(prompt, chosen, rejected))
         if not pair.transcript:
@@ -211,7 +221,7 @@ def split_transcripts(chosen: str, rejected: str) -> Pair:
 def _of_messages(prompt: Any, chosen: Messages, rejected: Messages) -> Pair:
     """Messages with the prompt in a column, in front of both sides, or both."""
     if isinstance(prompt, list):
-        asked = _messages("prompt", prompt)
+        asked = check_messages(prompt, "prompt")
         cut = len(asked) if _repeat_both(asked, chosen, rejected) else 0
         for name, side in (("chosen", chosen[cut:]), ("rejected", rejected[cut:])):
             if side and side[0]["role"] in ASKING:
@@ -242,7 +252,7 @@ def _of_messages(prompt: Any, chosen: Messages, rejected: Messages) -> Pair:
 def _of_strings(prompt: Any, chosen: str, rejected: str) -> Pair:
     if isinstance(prompt, list):
         return Pair(
-            _messages("prompt", prompt),
+            check_messages(prompt, "prompt"),
             [{"role": "assistant", "content": chosen}] if chosen.strip() else [],
             [{"role": "assistant", "content": rejected}] if rejected.strip() else [],
         )
@@ -321,23 +331,7 @@ def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
     return min(len(one), len(other))
 
 
-def _messages(name: str, value: list[Any]) -> Messages:
-    """Messages with role and text, null fields left out. Raises DataError."""
-    if not value:
-        raise DataError(f"{name} is an empty list of messages", Reason.EMPTY)
-    checked: Messages = []
-    for number, message in enumerate(value):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise DataError(
-                f"message {number} of {name} must be an object with a role of {', '.join(ROLES)}"
-            )
-        if not isinstance(message.get("content"), str):
-            raise DataError(f"message {number} of {name} must have a string as its content")
-        checked.append({key: item for key, item in message.items() if item is not None})
-    return checked
-
-
 def _empty(side: str | Messages) -> bool:
     if isinstance(side, str):
         return not side.strip()
-    return not side or not any(message["content"].strip() for message in side)
+    return not any(m.get("content", "").strip() or m.get("tool_calls") for m in side)

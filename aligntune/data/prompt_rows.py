@@ -3,6 +3,8 @@
 A row gives its prompt by a column of its own or, where the data are preference pairs, as what
 chosen and rejected share; the two answers then are columns for the rewards, `chosen` and
 `rejected`, in the form they have in the data (a transcript's as text, without the blanks around).
+Where there is no prompt column, ShareGPT's `conversations` is the prompt, and stays a column too,
+for the answer it may end in. A row's `tools` reach the chat template and stay a column.
 
 Invariant: a row is in `usable`, with its tokens at the same place of `lengths`, or in `wrong` with
 the reason, or repeats the prompt of an earlier one and is counted in `folded`.
@@ -16,8 +18,10 @@ from array import array
 from typing import Any
 
 from actors.messages import Messages
+from actors.scoring.model import tokens_of
 from aligntune.data.errors import DataError, Reason
 from aligntune.data.formats import check_prompt, check_template, render, uses_template
+from aligntune.data.messages import CONVERSATIONS, TOOLS, check_tools, is_sharegpt
 from aligntune.data.pairs import CHOSEN, PROMPT, REJECTED, PairRows
 from aligntune.data.sources import Rows, require_column
 
@@ -38,12 +42,19 @@ class PromptRows:
         system_prompt: str | None = None,
         apply_chat_template: bool = True,
         fold_duplicates: bool = False,
+        environment: bool = False,
     ) -> None:
-        """Raises DataError for what is no single row's fault: a column, or a template."""
+        """`environment`: rows may lack the prompt, which an environment then makes.
+
+        Raises DataError for what is no single row's fault: a column, or a template.
+        """
         check_template(tokenizer, system_prompt, apply_chat_template)
         self.pairs = {chosen_column, rejected_column} <= {*rows.columns}
         if not self.pairs:
-            require_column(rows, prompt_column, "data.prompt_column")
+            if prompt_column == PROMPT not in rows.columns and CONVERSATIONS in rows.columns:
+                prompt_column = CONVERSATIONS
+            elif not environment or prompt_column != PROMPT:
+                require_column(rows, prompt_column, "data.prompt_column")
         self.rows = rows
         self._sides = (
             PairRows(
@@ -57,6 +68,7 @@ class PromptRows:
         )
         self._tokenizer = tokenizer
         self._column = prompt_column
+        self._environment = environment
         self._system = system_prompt
         self._wants_template = apply_chat_template
         self._template = uses_template(tokenizer, apply_chat_template)
@@ -104,12 +116,21 @@ class PromptRows:
         """
         columns = self.rows[row]
         pairs = self._sides
-        source = columns.pop(self._column) if pairs is None else self._take(pairs, row, columns)
+        if pairs is not None:
+            source: Any = self._take(pairs, row, columns)
+        elif self._column == CONVERSATIONS:
+            source = columns[CONVERSATIONS]
+        else:
+            source = columns.pop(self._column, None)
+        checked = check_prompt(source, self._environment)
+        if not isinstance(source, str | list) or is_sharegpt(source):
+            source = checked
         text = render(
-            check_prompt(source),
+            checked,
             self._tokenizer,
             system_prompt=self._system,
             apply_chat_template=self._wants_template,
+            tools=check_tools(columns.get(TOOLS)),
         )
         return source, text, columns
 
@@ -125,17 +146,7 @@ class PromptRows:
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
         """Token ids of rendered prompts. Special tokens are added where no template writes them."""
-        if not texts:
-            return []
-        ids: list[list[int]] = self._tokenizer(
-            texts,
-            add_special_tokens=not self._template,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            truncation=False,
-            verbose=False,
-        )["input_ids"]
-        return ids
+        return tokens_of(self._tokenizer, texts, special=not self._template)
 
 
 def _kind(value: object) -> str:

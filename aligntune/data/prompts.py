@@ -19,6 +19,7 @@ import numpy as np
 from actors.messages import Prompt
 from aligntune.data.dropped import RowRules, settle_rows
 from aligntune.data.errors import DataError, Reason
+from aligntune.data.messages import TOOLS, check_tools
 from aligntune.data.prompt_rows import PromptRows
 from aligntune.data.sources import Rows, load_rows
 from aligntune.data.spec import DataSpec
@@ -109,7 +110,8 @@ class PromptSource:
         if len(ids) > self._limit:
             ids = self._shortened(ids)
             text = self._tokenizer.decode(ids, skip_special_tokens=False)
-        return Prompt(row, source, text, np.asarray(ids, dtype=np.int32), columns)
+        tools = tuple(check_tools(columns.get(TOOLS)))
+        return Prompt(row, source, text, np.asarray(ids, dtype=np.int32), columns, tools)
 
     def _shortened(self, ids: list[int]) -> list[int]:
         """The last tokens, behind the beginning-of-sequence token if the prompt had one."""
@@ -118,8 +120,11 @@ class PromptSource:
         return ids[-self._limit :]
 
 
-def training_rows(spec: DataSpec, tokenizer: Any) -> PromptRows:
-    """The rows of the training data as prompts, of whatever length. Raises: DataError."""
+def training_rows(spec: DataSpec, tokenizer: Any, environment: bool = False) -> PromptRows:
+    """The rows of the training data as prompts, of whatever length.
+
+    With an `environment` rows may lack the prompt. Raises: DataError.
+    """
     rows = load_rows(
         spec.path,
         name=spec.name,
@@ -127,10 +132,10 @@ def training_rows(spec: DataSpec, tokenizer: Any) -> PromptRows:
         split=spec.split,
         max_rows=spec.max_samples,
     )
-    return _rows(spec, rows, tokenizer)
+    return _rows(spec, rows, tokenizer, environment)
 
 
-def evaluation_rows(spec: DataSpec, tokenizer: Any) -> PromptRows | None:
+def evaluation_rows(spec: DataSpec, tokenizer: Any, environment: bool = False) -> PromptRows | None:
     """The held-out rows as prompts; None where the config names none.
 
     `data.name` and `data.revision` are those of `data.path`: another `eval_path` has neither.
@@ -147,10 +152,10 @@ def evaluation_rows(spec: DataSpec, tokenizer: Any) -> PromptRows | None:
         split=spec.eval_split,
         max_rows=spec.eval_samples,
     )
-    return _rows(spec, rows, tokenizer)
+    return _rows(spec, rows, tokenizer, environment)
 
 
-def _rows(spec: DataSpec, rows: Rows, tokenizer: Any) -> PromptRows:
+def _rows(spec: DataSpec, rows: Rows, tokenizer: Any, environment: bool) -> PromptRows:
     return PromptRows(
         rows,
         tokenizer,
@@ -160,6 +165,7 @@ def _rows(spec: DataSpec, rows: Rows, tokenizer: Any) -> PromptRows:
         system_prompt=spec.system_prompt,
         apply_chat_template=spec.apply_chat_template,
         fold_duplicates=spec.fold_duplicates,
+        environment=environment,
     )
 
 

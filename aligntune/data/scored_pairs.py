@@ -18,6 +18,7 @@ from actors.scoring.criteria import RewardCriterion, RewardFailed
 from aligntune import loops
 from aligntune.data.dropped import Dropped, RowRules, settle_rows
 from aligntune.data.errors import DataError, Reason
+from aligntune.data.messages import TOOLS
 from aligntune.data.sources import Rows, require_column
 
 
@@ -65,17 +66,20 @@ class ScoredPairs:
         self._texts = texts
         self._pairs = [(used[better], used[worse]) for better, worse in ranked.pairs]
         self._prompt, self._completion = prompt_column, completion_column
+        if TOOLS in texts.columns:
+            self.columns = (*self.columns, TOOLS)
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         better, worse = (self._texts[row] for row in self._pairs[index])
-        return {
+        pair = {
             "prompt": better[self._prompt],
             "chosen": better[self._completion],
             "rejected": worse[self._completion],
         }
+        return pair | {name: better[name] for name in self.columns if name == TOOLS}
 
     def describe(self) -> str:
         """What became of the texts, in one line."""

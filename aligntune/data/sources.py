@@ -8,6 +8,7 @@ file are checked when it is opened, and every error says which file and line is 
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from bisect import bisect_right
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from aligntune.data.errors import DataError
+from aligntune.data.folders import KINDS, folder_files, kind_of, lone_file
 from aligntune.data.textfiles import CsvFile, JsonLinesFile, TextFile, open_json
 
 READERS: dict[str, Callable[[Path], TextFile]] = {
@@ -25,13 +27,7 @@ READERS: dict[str, Callable[[Path], TextFile]] = {
     ".json": open_json,
     ".csv": CsvFile,
 }
-KINDS = (*READERS, ".parquet")
-NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json")  # written beside the data
-SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EDQUOT)
 SPLIT = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
 
@@ -128,24 +124,28 @@ def load_rows(
 ) -> Rows:
     """Open a data set.
 
-    `path` is a file, a folder of files of one kind, or a hub name; `name` and `revision` are for
-    the hub. `split` names a split or a slice of one (`train[:95%]`); None takes the only one there
-    is. A lone file is one split, whatever it is called. In a folder, files or subfolders named for
-    a split (`test.jsonl`, `validation-00000.parquet`) belong to it; where none is, all is `train`.
+    `path` is a file, a folder of files of one kind, or a hub name; `revision` is for the hub.
+    `split` names a split or a slice of one (`train[:95%]`); None takes the only one there is. A
+    lone file is one split: `train`, or what it is named for. In a folder, files or subfolders named
+    for a split (`test.jsonl`, `validation-00000.parquet`) belong to it; where none is, all is
+    `train`. `name` is a configuration: of a hub data set, or a subfolder that has splits itself.
 
     Raises: DataError.
     """
     wanted, start, stop = _parse_split(split)
     local = Path(path).expanduser()
     if local.exists():
-        if name is not None or revision is not None:
+        if revision is not None:
             raise DataError(
-                f"{path}: is local, where data.name and data.revision (for hub data sets) have no "
-                "meaning; remove them"
+                f"{path}: is local, where data.revision (for hub data sets) has no meaning; "
+                "remove it"
             )
-        files = _folder_files(local, wanted) if local.is_dir() else [_data_file(local)]
+        if local.is_dir():
+            files = folder_files(local, name, wanted)
+        else:
+            files = [lone_file(local, name, wanted)]
         rows = _read_files(files, path)
-    elif path.startswith((".", "/", "~")) or local.suffix in KINDS:
+    elif path.startswith((".", "/", "~")) or kind_of(local) in KINDS:
         raise DataError(f"{path}: no such file or folder{_neighbour(local)}")
     else:
         rows = _read_hub(path, name, revision, wanted)
@@ -183,60 +183,14 @@ def _bound(text: str | None, rows: int) -> int | None:
     return round(int(text[:-1]) * rows / 100) if text.endswith("%") else int(text)
 
 
-def _data_file(path: Path) -> Path:
-    if path.suffix not in KINDS:
-        raise DataError(f"{path}: not a data file this reads ({', '.join(KINDS)})")
-    return path
-
-
-def _folder_files(folder: Path, split: str | None) -> list[Path]:
-    files = [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.suffix in KINDS
-        and file.name not in NOT_ROWS
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    ]
-    by_split: dict[str, list[Path]] = {}
-    for file in files:
-        by_split.setdefault(_split_of(file.relative_to(folder)) or "", []).append(file)
-    named = [found for found in by_split if found]
-    if named:
-        if split is None and len(named) == 1:
-            split = named[0]
-        if split not in named:
-            asked = f"no file of split {split!r}" if split else "which split is not said"
-            raise DataError(f"{folder}: {asked}; its files are of {', '.join(sorted(named))}")
-        files = by_split[split]
-    elif split not in (None, "train"):
-        raise DataError(
-            f"{folder}: no file is named for split {split!r}, so all of it is 'train'; "
-            "take a slice, as in train[90%:]"
-        )
-    if not files:
-        raise DataError(f"{folder}: holds no data file ({', '.join(KINDS)})")
-    kinds = sorted({file.suffix for file in files})
-    if len(kinds) > 1:
-        raise DataError(f"{folder}: files of {len(kinds)} kinds ({', '.join(kinds)}); keep one")
-    return files
-
-
-def _split_of(file: Path) -> str | None:
-    words = re.split(r"[^a-z]+", str(file).lower())
-    for split, names in SPLIT_WORDS.items():
-        if any(name in words for name in names):
-            return split
-    return None
-
-
 def _read_files(files: list[Path], origin: str) -> Rows:
-    kind = files[0].suffix
+    kind = kind_of(files[0])
     rows: Rows
     if kind == ".parquet":
         rows = _read_parquet(files, origin)
     else:
-        rows = FileRows([READERS[kind](file) for file in files], origin)
+        read = READERS[kind.removesuffix(".gz")]
+        rows = FileRows([read(file) for file in files], origin)
     if not len(rows):
         raise DataError(f"{origin}: empty, there is no row in it")
     return rows
@@ -253,6 +207,7 @@ def _read_parquet(files: list[Path], origin: str) -> Rows:
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
+        _check_cache(origin, error)
         raise DataError(
             f"{origin}: cannot be read as Parquet ({_first_line(cause)}); files of one folder must "
             "have the same columns"
@@ -276,11 +231,27 @@ def _read_hub(path: str, name: str | None, revision: str | None, split: str | No
     except DataError:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        _check_cache(path, error)
         raise DataError(
             f"{path}: neither a local file or folder nor a data set the hub gave "
             f"({_first_line(error)}); check the name, data.name, the split and the network"
         ) from error
     return ArrowRows(dataset, path)
+
+
+def _check_cache(origin: str, error: BaseException) -> None:
+    """Raise DataError where `error` says that the cache of `datasets` cannot be written."""
+    import datasets
+
+    cache = str(datasets.config.HF_DATASETS_CACHE)
+    for cause in (error, error.__cause__, error.__context__):
+        if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
+            named = str(cause.filename or cause)
+            if not cause.filename or named.startswith(cache) or cache.startswith(named):
+                raise DataError(
+                    f"{origin}: the cache of datasets, {cache}, cannot be written "
+                    f"({cause.strerror}); set HF_DATASETS_CACHE to a folder that can"
+                ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -26,10 +26,12 @@ class DatasetSpec(Spec):
     """Where rows come from, for training and held out, and which of them are used."""
 
     path: str = Field(
-        description="a JSONL, JSON, CSV or Parquet file, a folder of one kind, or a hub name"
+        description="a JSONL, JSON or CSV file, gzipped (.gz) or not, a Parquet file, a folder of "
+        "one kind, or a hub name"
     )
     name: str | None = Field(
-        None, description="configuration of a hub data set, as in gsm8k's main"
+        None,
+        description="configuration of a hub data set (as gsm8k's main) or subfolder of path",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
     split: str = Field("train", description="a split or a slice of one, as in train[:95%]")
@@ -74,7 +76,8 @@ class DataSpec(DatasetSpec):
 
     prompt_column: str = Field(
         "prompt",
-        description="a string or messages ([{role, content}]); preference data may lack it",
+        description="a string or messages ([{role, content}], or ShareGPT's, whose last answer is "
+        "left out); default too: conversations; preference data may lack it",
     )
     chosen_column: str = Field(
         "chosen",

@@ -1,15 +1,18 @@
 """JSON, JSON Lines and CSV files as rows with random access; what a cell holds is never changed.
 
 A scan checks every row once and remembers where it begins, so that memory holds eight bytes a row
-(a JSON array is held whole). JSON values keep their types even where a column mixes them; CSV cells
-are the strings that stand in the file. Nothing is guessed, so nothing is coerced.
+(a JSON array, and what gzip packed, is held whole). JSON values keep their types even where a
+column mixes them; CSV cells are the strings that stand in the file. Nothing is guessed, so nothing
+is coerced.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+import zlib
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +32,9 @@ class TextFile:
         self.columns: dict[str, None] = {}  # an ordered set, in order of first appearance
         self._starts = array("q")  # byte offsets
         self._ends = array("q")
+        self._unpacked = unpacked(path)
         try:
-            with path.open("rb") as stream:
+            with self._open() as stream:
                 if stream.read(3) != BYTE_ORDER_MARK:
                     stream.seek(0)
                 self._scan(stream)
@@ -52,8 +56,11 @@ class TextFile:
 
     def line(self, index: int) -> int:
         """The line, counted from 1, on which row `index` begins."""
-        with self.path.open("rb") as stream:
+        with self._open() as stream:
             return stream.read(self._starts[index]).count(b"\n") + 1
+
+    def _open(self) -> BinaryIO:
+        return self.path.open("rb") if self._unpacked is None else io.BytesIO(self._unpacked)
 
     def _scan(self, stream: BinaryIO) -> None:
         raise NotImplementedError
@@ -62,7 +69,7 @@ class TextFile:
         raise NotImplementedError
 
     def _bytes(self, index: int) -> bytes:
-        with self.path.open("rb") as stream:
+        with self._open() as stream:
             stream.seek(self._starts[index])
             return stream.read(self._ends[index] - self._starts[index])
 
@@ -94,12 +101,15 @@ class JsonLinesFile(TextFile):
             start += len(raw)
 
     def _checked(self, raw: bytes, line: int) -> dict[str, Any]:
+        text = self._text(raw, line)
         try:
-            row = json.loads(self._text(raw, line))
+            row = json.loads(text)
         except json.JSONDecodeError as error:
+            goes_on = error.pos >= len(text.rstrip()) and text.lstrip().startswith(("{", "["))
+            cure = " and this one goes on; write each on one line, as jq -c does" if goes_on else ""
             raise DataError(
                 f"{self.path}, line {line}: broken JSON ({error.msg}, column {error.colno}); "
-                "each line must be one object"
+                f"each line must be one object{cure}"
             ) from error
         except RecursionError as error:
             raise DataError(f"{self.path}, line {line}: JSON nested too deeply to read") from error
@@ -133,7 +143,8 @@ class JsonArrayFile(TextFile):
 
     def line(self, index: int) -> int:
         """The line, counted from 1, on which row `index` begins."""
-        text = self.path.read_bytes().decode("utf-8-sig")
+        with self._open() as stream:
+            text = stream.read().decode("utf-8-sig")
         return text.count("\n", 0, self._starts[index]) + 1
 
 
@@ -206,11 +217,50 @@ def open_json(path: Path) -> TextFile:
     Raises: DataError.
     """
     try:
-        with path.open("rb") as stream:
+        held = unpacked(path)
+        with path.open("rb") if held is None else io.BytesIO(held) as stream:
             head = stream.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()
+            first, more, _ = head.partition(b"\n")
+            if head.startswith(b"{") and more and not _is_json(first):
+                stream.seek(0)
+                _refuse_one_object(path, stream.read())
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     return JsonArrayFile(path) if head.startswith(b"[") else JsonLinesFile(path)
+
+
+def unpacked(path: Path) -> bytes | None:
+    """What a .gz file holds; None where `path` is another. Raises: DataError."""
+    if path.suffix != ".gz":
+        return None
+    try:
+        with gzip.open(path) as stream:
+            return stream.read()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: broken gzip ({error}); pack it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _is_json(raw: bytes) -> bool:
+    try:
+        json.loads(raw)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _refuse_one_object(path: Path, raw: bytes) -> None:
+    """Raise DataError where `raw` is one object over many lines: which of its parts are the rows,
+    the file does not say."""
+    try:
+        whole = json.loads(raw.removeprefix(BYTE_ORDER_MARK))
+    except (ValueError, RecursionError):
+        return  # told with its line
+    raise DataError(
+        f"{path}: is one JSON object over many lines (keys {', '.join(map(repr, whole)) or 'none'})"
+        "; rows are an array of objects, or one object a line: write them so, as jq -c does"
+    )
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:

@@ -223,7 +223,7 @@ def check_columns(
                 "of that name as every reward does; rename the column"
             )
     for name, required in columns_named(criterion).items():
-        if required and name not in columns:
+        if required and name not in columns and name.partition(".")[0] not in columns:
             raise ValueError(
                 f"reward {criterion.name!r} needs column {name!r}, which the data lack; their "
                 f"columns are {', '.join(map(repr, sorted(columns))) or 'none'}"

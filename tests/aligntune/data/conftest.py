@@ -15,17 +15,19 @@ TEMPLATE = (
 )
 
 
-def byte_tokenizer(*, template: str | None = None, bos: bool = False) -> Any:
-    """One token a UTF-8 byte; with `bos`, behind a beginning-of-sequence token."""
+def byte_tokenizer(*, template: str | None = None, bos: bool = False, eos: bool = False) -> Any:
+    """One token a UTF-8 byte; with `bos`, behind a beginning-of-sequence token, and with `eos`
+    before an end-of-sequence token."""
     vocabulary = {"<bos>": 0, "<eos>": 1}
     for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocabulary[character] = len(vocabulary)
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    if bos:
+    if bos or eos:
         core.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", 0)]
+            single=f"{'<bos> ' if bos else ''}$A{' <eos>' if eos else ''}",
+            special_tokens=[("<bos>", 0), ("<eos>", 1)],
         )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", model_max_length=64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import pickle
@@ -381,3 +382,77 @@ def test_csv_round_trip(
         writer.writeheader()
         writer.writerows(rows)
     assert contents(load_rows(str(path))) == rows
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".json", ".csv"])
+def test_packed_files_are_read(tmp_path: Path, kind: str) -> None:
+    plain = write(tmp_path / f"d{kind}", ROWS)
+    packed = tmp_path / "packed" / f"d{kind}.gz"
+    packed.parent.mkdir()
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    for path in packed, packed.parent:
+        rows = load_rows(str(path))
+        assert contents(rows) == ROWS
+        assert contents(pickle.loads(pickle.dumps(rows))) == ROWS
+    assert "row 1 (line" in load_rows(str(packed)).where(1)
+
+
+def test_broken_packed_files_are_refused(tmp_path: Path) -> None:
+    whole = gzip.compress(write(tmp_path / "d.jsonl", ROWS).read_bytes())
+    for number, held in enumerate((b"no gzip", whole[:-9], whole[:12] + b"\xff" + whole[13:])):
+        (tmp_path / f"{number}.jsonl.gz").write_bytes(held)
+        assert "broken gzip" in refused(tmp_path / f"{number}.jsonl.gz")
+    assert "not a data file" in refused(write(tmp_path / "d.jsonl", ROWS).rename(tmp_path / "d.gz"))
+
+
+def test_a_lone_file_has_one_split(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", ROWS)
+    for split in "test", "test[:2]", "validation":
+        assert "a lone file has one split" in refused(path, split=split)
+    held_out = path.rename(tmp_path / "my_test.jsonl")
+    for name in "train", "test", None:
+        assert len(load_rows(str(held_out), split=name)) == 3
+
+
+def test_configurations_of_a_folder_are_never_put_together(tmp_path: Path) -> None:
+    for place, rows in {"main": ROWS[:1], "socratic": ROWS[1:]}.items():
+        write(tmp_path / place / "train-00000-of-00001.parquet", rows)
+        write(tmp_path / place / "test" / "0.parquet", rows)
+    assert "the config name is missing: main, socratic; set data.name" in refused(tmp_path)
+    for split in "train", "test":
+        assert contents(load_rows(str(tmp_path), name="main", split=split)) == ROWS[:1]
+    assert "it has main, socratic" in refused(tmp_path, name="mian")
+
+
+def test_subfolders_that_are_no_configurations_are_read_together(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "train-0.jsonl", ROWS[:1])
+    write(tmp_path / "data" / "train-1.jsonl", ROWS[1:])
+    write(tmp_path / "held" / "test.jsonl", ROWS)
+    assert contents(load_rows(str(tmp_path))) == ROWS
+    assert contents(load_rows(str(tmp_path), name="data")) == ROWS
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_its_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    path = write(tmp_path / "d.parquet", ROWS)
+    (tmp_path / "file").write_text("")
+    cache = tmp_path / "file" / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    message = refused(path)
+    assert f"the cache of datasets, {cache}, cannot be written" in message
+    assert "HF_DATASETS_CACHE" in message
+    assert "same columns" not in message
+
+
+def test_objects_over_many_lines_are_named(tmp_path: Path) -> None:
+    pretty = json.dumps({"version": 1, "data": ROWS}, indent=2)
+    (tmp_path / "d.json").write_text(pretty)
+    message = refused(tmp_path / "d.json")
+    assert "is one JSON object over many lines (keys 'version', 'data')" in message
+    (tmp_path / "d.jsonl").write_text(pretty)
+    assert "this one goes on; write each on one line" in refused(tmp_path / "d.jsonl")
+    (tmp_path / "e.jsonl").write_text('{"prompt": nonsense}\n')
+    assert "goes on" not in refused(tmp_path / "e.jsonl")

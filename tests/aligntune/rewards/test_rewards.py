@@ -385,6 +385,19 @@ class TestRegistry:
         named = resolve_all([spec("math"), spec("math", name="gold")])
         assert [criterion.name for criterion in named] == ["math", "gold"]
 
+    def test_a_column_may_be_a_field_of_objects(self) -> None:
+        criterion = resolve(spec("exact_match", options={"column": "reward_model.gold.text"}))
+        check_columns(criterion, ["reward_model"])
+        with pytest.raises(ValueError, match=r"needs column 'reward_model\.gold\.text'"):
+            check_columns(criterion, ["other"])
+        held = [{"gold": {"text": "5"}, "style": "rule"}]
+        column = "reward_model.gold.text"
+        assert exact_match(["5"], column=column, reward_model=held) == [1.0]
+        assert exact_match(["5"], column=column, **{column: ["6"], "reward_model": held}) == [0.0]
+        for broken in [{"gold": None}], [{"gold": "5"}], [None], [{}]:
+            with pytest.raises(ValueError, match=r"no value in column 'reward_model\.gold\.text'"):
+                exact_match(["5"], column=column, reward_model=broken)
+
     def test_a_missing_column_is_found_before_the_run(self, module: Any) -> None:
         check_columns(resolve(spec("math")), ["answer"])
         check_columns(resolve(spec("length", options={"target": 3})), [])

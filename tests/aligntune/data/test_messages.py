@@ -1,0 +1,180 @@
+"""Messages and tools of a row reach the chat template, the same from every kind of file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from aligntune.data.errors import DataError
+from aligntune.data.formats import render
+from aligntune.data.messages import check_messages, check_tools, what_is_lost
+from aligntune.data.prompts import (
+    evaluation_prompts,
+    evaluation_rows,
+    training_prompts,
+    training_rows,
+)
+from aligntune.data.spec import DataSpec
+from tests.aligntune.data.conftest import byte_tokenizer
+
+TOOLS_TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}"
+    "</{{ m.role }}>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TOOLS = byte_tokenizer(template=TOOLS_TEMPLATE)
+USER = {"role": "user", "content": "How warm is it?"}
+
+
+def tool(name: str, argument: str) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {argument: {"type": "string"}}}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def called(name: str, **given: Any) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": name, "arguments": given}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+def answered(text: str) -> dict[str, Any]:
+    return {"role": "tool", "content": text}
+
+
+ROWS = [
+    {
+        "prompt": [USER, called("weather", city="Oslo"), answered("3"), USER],
+        "tools": [tool("weather", "city")],
+    },
+    {"prompt": [USER, called("clock", zone="UTC"), answered("9"), USER], "tools": []},
+    {"prompt": [USER, called("clock", zone="UTC"), answered("9"), USER], "tools": None},
+    {"prompt": [USER], "tools": [tool("weather", "city"), tool("clock", "zone")]},
+]
+
+
+def texts(path: Path, tokenizer: Any = TOOLS, **options: Any) -> list[str]:
+    spec = DataSpec(path=str(path), shuffle=False)
+    rows = training_rows(spec, tokenizer, **options)
+    source = training_prompts(spec, rows, tokenizer, max_prompt_length=1000, seed=0)
+    return [source.prompt_at(row).text for row in range(len(source))]
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_tools_and_calls_reach_the_template_alike_from_json_lines_and_parquet(
+    tmp_path: Path,
+) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "d.parquet")
+    found = texts(tmp_path / "d.parquet")
+    assert found == texts(lines(tmp_path / "d.jsonl", ROWS))
+    assert "null" not in "".join(found)
+    assert json.dumps(tool("weather", "city")) in found[0]
+    assert '<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call>' in found[0]
+    assert not found[1].startswith("<tools>")
+
+
+def test_tools_may_be_json_text_and_stay_a_column(tmp_path: Path) -> None:
+    schemas = [tool("weather", "city")]
+    path = lines(tmp_path / "d.jsonl", [{"prompt": "q", "tools": json.dumps(schemas)}])
+    assert texts(path) == texts(lines(tmp_path / "e.jsonl", [{"prompt": "q", "tools": schemas}]))
+    spec = DataSpec(path=str(path))
+    source = training_prompts(
+        spec, training_rows(spec, TOOLS), TOOLS, max_prompt_length=999, seed=0
+    )
+    assert source.prompt_at(0).tools == tuple(schemas)
+    assert source.prompt_at(0).columns == {"tools": json.dumps(schemas)}
+
+
+@pytest.mark.parametrize("value", ["[{", "{}x", 3, "3", ["weather"], [{"type": "function"}]])
+def test_what_is_no_tool_is_refused(value: Any) -> None:
+    with pytest.raises(DataError, match="column 'tools'"):
+        check_tools(value)
+
+
+def test_a_template_that_cannot_carry_tools_or_calls_is_refused(chat: Any, plain: Any) -> None:
+    with pytest.raises(DataError, match="leaves out the row's tools"):
+        render([USER], chat, tools=[tool("weather", "city")])
+    with pytest.raises(DataError, match="leaves out the call of tool 'weather'"):
+        render(check_messages([USER, called("weather"), USER], "the prompt"), chat)
+    with pytest.raises(DataError, match="no chat template to say where they go"):
+        render("q", plain, tools=[tool("weather", "city")])
+
+
+def test_sharegpt_is_read_and_its_last_answer_stays_a_column(tmp_path: Path) -> None:
+    turns = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "How warm?"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
+        {"from": "observation", "value": "3"},
+        {"from": "gpt", "value": "3 degrees"},
+    ]
+    path = lines(tmp_path / "d.jsonl", [{"conversations": turns}])
+    (text,) = texts(path)
+    assert text == (
+        '<system>Be brief.</system><user>How warm?</user><assistant><call>{"name": "weather", '
+        '"arguments": {"city": "Oslo"}}</call></assistant><tool>3</tool><assistant>'
+    )
+    spec = DataSpec(path=str(path))
+    (prompt,) = training_prompts(
+        spec, training_rows(spec, TOOLS), TOOLS, max_prompt_length=999, seed=0
+    ).epoch()
+    assert prompt.columns == {"conversations": turns}
+    assert prompt.source[1] == {"role": "user", "content": "How warm?"}
+
+
+@pytest.mark.parametrize(
+    ("turns", "what"),
+    [
+        ([{"from": "robot", "value": "x"}], "from 'robot'"),
+        ([{"from": "gpt", "value": "x"}], "asks nothing"),
+        ([{"from": "human", "value": None}], "content of type NoneType"),
+        ([{"from": "human", "value": "q"}, {"from": "function_call", "value": "{"}], "no JSON"),
+        ([{"from": "human", "value": "q"}, {"from": "function_call", "value": "3"}], "a name"),
+    ],
+)
+def test_broken_sharegpt_is_refused(turns: Any, what: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=what):
+        texts(lines(tmp_path / "d.jsonl", [{"conversations": turns}]))
+
+
+def test_an_environment_may_make_the_prompt(tmp_path: Path) -> None:
+    path = lines(tmp_path / "d.jsonl", [{"seed": 3}, {"seed": 4, "prompt": "q"}, {"seed": 5}])
+    asked = ["<user></user><assistant>", "<user>q</user><assistant>", "<user></user><assistant>"]
+    assert texts(path, environment=True) == asked
+    alone = lines(tmp_path / "e.jsonl", [{"seed": 3}])
+    assert texts(alone, environment=True) == asked[:1]
+    spec = DataSpec(path=str(alone), eval_path=str(alone))
+    rows = evaluation_rows(spec, TOOLS, environment=True)
+    assert rows is not None
+    prompt = evaluation_prompts(spec, rows, TOOLS, max_prompt_length=99).prompt_at(0)
+    assert prompt.source == [{"role": "user", "content": ""}]
+    assert prompt.columns == {"seed": 3}
+    with pytest.raises(DataError, match="no column 'prompt'"):
+        texts(alone)
+
+
+def test_nothing_follows_a_prompt_where_the_tokenizer_ends_every_text(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(bos=True, eos=True)
+    assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id, "the tokenizer does so"
+    spec = DataSpec(path=str(lines(tmp_path / "d.jsonl", [{"prompt": "1+1"}])))
+    rows = training_rows(spec, tokenizer)
+    source = training_prompts(spec, rows, tokenizer, max_prompt_length=9, seed=0)
+    assert tokenizer.decode(source.prompt_at(0).token_ids) == "<bos>1+1"
+
+
+def test_what_a_rendering_lost_is_named() -> None:
+    said = [{"role": "assistant", "content": "<think>a  b</think>\nc"}]
+    assert what_is_lost("<think>\na b\n</think>\n\nc", said) is None
+    assert what_is_lost("c", said) == "thinking"
+    assert what_is_lost("c", [{"role": "assistant", "content": "d"}]) == "its content"
+    apart = [{"role": "assistant", "content": "c", "reasoning_content": "a"}]
+    assert what_is_lost("c", apart) == "thinking"
+    assert what_is_lost("ca", apart) is None
