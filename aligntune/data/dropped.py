@@ -108,7 +108,7 @@ def settle_rows(
 
 def _too_many(rows: Rows, dropped: Dropped, rules: RowRules, wrong: Mapping[int, DataError]) -> str:
     counts = ", ".join(f"{count} {reason}" for reason, count in dropped.reasons.items())
-    first = {why.reason: row for row, why in reversed(wrong.items())}
+    first = {why.reason: row for row, why in reversed([*wrong.items()])}
     examples = "; ".join(f"{rows.where(row)}: {wrong[row]}" for row in sorted(first.values()))
     cures = ["repair the data"]
     if Reason.TOO_LONG.value in dropped.reasons:
