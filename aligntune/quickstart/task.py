@@ -11,14 +11,20 @@ trained on. Importing this module loads neither torch nor transformers.
 
 from __future__ import annotations
 
-import json
 import random
 import string
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from aligntune.quickstart.tiny import (
+    one_thread,
+    supervised_loss,
+    tiny_model,
+    tiny_tokenizer,
+    write_jsonl,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -46,9 +52,8 @@ REJECTED = 3
 MAX_ANSWER_TOKENS = 8
 """Budget of a completion; a right one takes 3 (two digits and the end)."""
 
-_PAD, _END, _UNKNOWN = "<|pad|>", "<|end|>", "<|unknown|>"
+POSITIONS = 64
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
-_VOCABULARY_SIZE = 128  # a multiple of 64, to which vLLM pads anyway
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
@@ -153,55 +158,12 @@ def _wrong_answer(question: Question, rng: random.Random) -> str:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a printable ASCII character, and a chat template of one token a role."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = [_PAD, _END, _UNKNOWN, *_ROLES]
-    characters = [c for c in string.printable if c.isprintable() or c == "\n"]
-    # Every id the model can sample has a token, so that no engine meets one it cannot decode.
-    spare = _VOCABULARY_SIZE - len(special) - len(characters)
-    special += [f"<|reserved_{i}|>" for i in range(spare)]
-    vocabulary = {token: i for i, token in enumerate(special + characters)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=_PAD,
-        eos_token=_END,
-        unk_token=_UNKNOWN,
-        additional_special_tokens=[t for t in special if t not in (_PAD, _END, _UNKNOWN)],
-        chat_template=_CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-        model_max_length=64,
-    )
+    return tiny_tokenizer(_ROLES, _CHAT_TEMPLATE, POSITIONS)
 
 
 def make_model(seed: int) -> PreTrainedModel:
     """A Qwen3 of 0.34M parameters in float32, initialised by `seed`; global RNG state is kept."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    ids = make_tokenizer().get_vocab()
-    config = Qwen3Config(
-        vocab_size=_VOCABULARY_SIZE,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,  # the smallest that vLLM's attention on CPU takes
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        pad_token_id=ids[_PAD],
-        eos_token_id=ids[_END],
-        bos_token_id=None,
-        dtype="float32",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Qwen3ForCausalLM(config).float()
+    return tiny_model(seed, make_tokenizer(), POSITIONS)
 
 
 def greedy_answers(
@@ -260,7 +222,7 @@ def warm_up(
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
     lessons = _lessons(tokenizer, task.train)
     reached = Accuracy(0.0, 0.0)
-    with _one_thread():
+    with one_thread():
         for step in range(1, max_steps + 1):
             # Up over 30 steps, down to a tenth from the middle of 200: low rates even out the
             # odds between the two answers, which decide how much there is for RL to find.
@@ -273,7 +235,7 @@ def warm_up(
                     for _ in range(batch_size)
                 ]
             )
-            loss = _supervised_loss(model, *(part[rows] for part in lessons))
+            loss = supervised_loss(model, *(part[rows] for part in lessons))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -307,25 +269,13 @@ def write_assets(directory: str | Path, seed: int) -> QuickstartAssets:
         eval_pairs=root / "eval_pairs.jsonl",
         accuracy=reached,
     )
-    _write_jsonl(assets.train, [{"prompt": q.prompt, "answer": q.answer} for q in task.train])
-    _write_jsonl(assets.eval, [{"prompt": q.prompt, "answer": q.answer} for q in task.held_out])
-    _write_jsonl(assets.pairs, preference_pairs(task.train, seed))
-    _write_jsonl(assets.eval_pairs, preference_pairs(task.held_out, seed))
+    write_jsonl(assets.train, [{"prompt": q.prompt, "answer": q.answer} for q in task.train])
+    write_jsonl(assets.eval, [{"prompt": q.prompt, "answer": q.answer} for q in task.held_out])
+    write_jsonl(assets.pairs, preference_pairs(task.train, seed))
+    write_jsonl(assets.eval_pairs, preference_pairs(task.held_out, seed))
     model.save_pretrained(assets.model)
     tokenizer.save_pretrained(assets.model)
     return assets
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _render(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str | None = None) -> str:
@@ -356,18 +306,3 @@ def _lessons(
     lengths = torch.tensor([len(answer) + 1 for answer in answers])
     trained = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
     return ids, mask, ids.masked_fill(~trained, -100)
-
-
-def _supervised_loss(
-    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """Mean cross-entropy over the targets; all arguments are [B, T]."""
-    import torch
-
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
-
-
-def _write_jsonl(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
