@@ -16,22 +16,12 @@ import socket
 from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
-from actors.scoring.calling import (
-    FunctionNotFound,
-    arguments,
-    checked,
-    import_function,
-    traceback_tail,
-)
-from actors.scoring.channel import (
-    HEADER_BYTES,
-    failed,
-    receive,
-    request_length,
-    scored,
-)
+from actors.children.channel import HEADER_BYTES, receive, request_length
+from actors.children.code import FunctionNotFound, load, traceback_tail
+from actors.children.keeper import keep
+from actors.scoring.calling import arguments, checked
+from actors.scoring.channel import failed, scored
 from actors.scoring.criteria import RewardCriterion, RewardFailed, RewardFailure
-from actors.scoring.keeper import keep
 
 CONCURRENT = 1.0  # the answer to the first message: how calls are served
 IN_TURN = 0.0
@@ -78,10 +68,8 @@ def _close(channel: int) -> None:
 
 def _load(criterion: RewardCriterion) -> Function | RewardFailed:
     try:
-        if isinstance(criterion.target, bytes):
-            loaded: Function = pickle.loads(criterion.target)
-            return loaded
-        return import_function(criterion.target)
+        function: Function = load(criterion.target)
+        return function
     except FunctionNotFound as error:
         return RewardFailed(criterion.name, RewardFailure.IMPORT, str(error))
     except (Exception, SystemExit) as error:  # noqa: BLE001 - unpickling imports the user's modules

@@ -6,17 +6,14 @@ Importing this loads neither torch nor any reward.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.scoring.calling import GIVEN, FunctionNotFound, import_function, named_parameters
+from actors.children.code import FunctionNotFound, import_function, in_file, search_path, searching
+from actors.scoring.calling import GIVEN, named_parameters
 from actors.scoring.criteria import RewardCriterion
 from actors.specs import ModelSpec, RewardFunctionSpec, RewardModelSpec
 from aligntune.errors import closest
@@ -107,18 +104,21 @@ def resolve(spec: RewardFunctionSpec) -> RewardCriterion:
         )
     if registered and isinstance(model := spec.options.get("model"), str):
         spec = spec.model_copy(update={"options": {**spec.options, "model": located(model)}})
-    target, search_path = registered.target if registered else spec.function, _search_path()
+    target, path = registered.target if registered else spec.function, search_path()
     file, _, function = target.rpartition(":")
     if file.endswith(".py"):
-        target, search_path = _in_file(file, function, search_path)
+        try:
+            target, path = in_file(file, function, path)
+        except ValueError as error:
+            raise ValueError(f"reward {error}") from error
     name = spec.name or (spec.function if registered else function)
     return _criterion(
         name,
         target,
-        _import(target, search_path),
+        _import(target, path),
         spec,
         ignores_unknown=registered is not None,
-        search_path=search_path,
+        search_path=path,
     )
 
 
@@ -183,7 +183,7 @@ def from_callable(function: Callable[..., Any], spec: RewardFunctionSpec) -> Rew
     except Exception as error:
         raise ValueError(f"reward {name!r} cannot be sent to its process: {error}") from error
     return _criterion(
-        name, pickled, function, spec, ignores_unknown=False, search_path=_search_path()
+        name, pickled, function, spec, ignores_unknown=False, search_path=search_path()
     )
 
 
@@ -268,50 +268,8 @@ def _criterion(
     )
 
 
-def _search_path() -> tuple[str, ...]:
-    """`sys.path` without relative entries, and the current folder, where a user's file may lie.
-
-    The current folder is last, so that a file there shadows no installed module.
-    """
-    # Entries that are no path are marks of import hooks and stay as they are.
-    paths = (
-        os.path.abspath(entry) if os.path.exists(entry or ".") else entry for entry in sys.path
-    )
-    return tuple(dict.fromkeys((*paths, os.getcwd())))
-
-
-def _in_file(file: str, function: str, search_path: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """The target and search path of a function in a Python file. Raises ValueError."""
-    path = Path(file).absolute()
-    if not path.is_file():
-        raise ValueError(f"reward '{file}:{function}': there is no file {path}")
-    if not path.stem.isidentifier():
-        raise ValueError(
-            f"reward '{file}:{function}': {path.stem!r} is no name of a module; rename the file"
-        )
-    search_path = tuple(dict.fromkeys((str(path.parent), *search_path)))
-    with _searching(search_path):
-        found = importlib.util.find_spec(path.stem)
-    if found is None or found.origin is None or not path.samefile(found.origin):
-        raise ValueError(
-            f"reward '{file}:{function}': {path.stem!r} is already the name of another module "
-            f"({found.origin if found else 'none'}); rename the file"
-        )
-    return f"{path.stem}:{function}", search_path
-
-
-@contextmanager
-def _searching(search_path: tuple[str, ...]) -> Iterator[None]:
-    before = sys.path[:]
-    sys.path[:] = search_path
-    try:
-        yield
-    finally:
-        sys.path[:] = before
-
-
-def _import(target: str, search_path: tuple[str, ...]) -> Callable[..., Any]:
-    with _searching(search_path):
+def _import(target: str, path: tuple[str, ...]) -> Callable[..., Any]:
+    with searching(path):
         try:
             return import_function(target)
         except FunctionNotFound as error:

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.scoring import children, keeper
+from actors.children import keeper
+from actors.scoring import children
 from actors.scoring.channel import Garbled, failed, parse, scored
 from actors.scoring.children import FunctionScorer
 from actors.scoring.criteria import RewardCriterion, RewardFailed, RewardFailure

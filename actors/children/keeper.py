@@ -55,7 +55,8 @@ class Output:
 def keep(lifeline: int, log: str | None, serve: Callable[[], None]) -> NoReturn:
     """Run `serve` in a process of its own, and end as the module says. Never returns.
 
-    `lifeline` is a descriptor that is at its end when the actor has closed its side, or ended.
+    `lifeline` is a socket that is at its end when the actor has closed its side, or ended; the
+    exit status is written to it, as decimal digits, when nothing is left of what was kept.
     `serve` must come from the main thread of a process that has no other thread.
     """
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -91,6 +92,9 @@ def keep(lifeline: int, log: str | None, serve: Callable[[], None]) -> NoReturn:
             if not data:
                 break
             output.write(data)
+    if status is not None:
+        with contextlib.suppress(OSError):
+            os.write(lifeline, str(status).encode())
     _end_as(status)
 
 
@@ -127,7 +131,11 @@ def _kill_all(child: int) -> None:
     """Kill every process below this one, and wait until there is none."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)  # its group; on Linux, a part of what follows
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(child, 0)
     with contextlib.suppress(ChildProcessError):  # none left
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            pass  # reaped; most often there was none, and no table of processes need be read
         while True:
             for process in _below(os.getpid()):
                 with contextlib.suppress(ProcessLookupError, PermissionError):

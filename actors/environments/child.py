@@ -1,0 +1,266 @@
+"""A process that holds one environment, or serves tools: begin, call, score, answer.
+
+Invariant: every call is answered once, by this process and none that the user's code has forked.
+The user's code runs in the main thread, without a running event loop unless it is async. Standard
+library only: a child imports this and the user's code. Its actor and its keeper see to its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import os
+import random
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from actors.children.channel import clean, receive
+from actors.children.code import traceback_tail
+from actors.environments.channel import refused, told
+from actors.environments.tools import Tool, answer_text, by_name, description, methods
+from actors.scoring.calling import arguments, checked, named_parameters
+from actors.scoring.criteria import RewardFailed
+
+ENVIRONMENT = "environment"  # the criterion of what an environment itself says
+OBSERVATION_CHARACTERS = 2**20  # of what `reset` returns, which is never cut
+REFUSED_CHARACTERS = 2**22  # a tool's answer of more is a failed call, and not cut
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The user's code, imported."""
+
+    tools: Mapping[str, Tool]
+    environments: Mapping[str, Callable[[], Any]]
+    rewards: Mapping[str, Callable[..., Any]]
+    memory_bytes: int | None
+    max_output_characters: int
+
+
+class OverTime(BaseException):
+    """A call is over its limit. No Exception: the user's code must not take it for one of its."""
+
+
+def serve(channel: int, loaded: Loaded) -> None:
+    """Answer what comes over socket `channel` until it is closed."""
+    os.set_inheritable(channel, False)
+    connection = socket.socket(fileno=channel)
+    # Nothing that the user's code forks holds the channel open, or can answer over it by chance.
+    os.register_at_fork(after_in_child=lambda: _close(channel))
+    if loaded.memory_bytes is not None:
+        limit = loaded.memory_bytes + _data_bytes()
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    stream = cast(BinaryIO, connection.makefile("rb", buffering=0x10000))
+    # One loop for the life of the process: clients that awaitables keep stay usable.
+    with asyncio.Runner() as runner:
+        child = _Child(connection, loaded, runner)
+        while (message := receive(stream)) is not None:
+            word, what, *rest = message
+            getattr(child, what)(word, *rest)
+
+
+def _close(channel: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(channel)
+
+
+def _data_bytes() -> int:
+    """The private memory that this process has to begin with."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGESIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+class _Child:
+    """What a message asks for, by its name."""
+
+    def __init__(self, connection: socket.socket, loaded: Loaded, runner: asyncio.Runner) -> None:
+        self._connection = connection
+        self._loaded = loaded
+        self._runner = runner
+        self._process = os.getpid()
+        self._environment: Any = None
+        self._tools = dict(loaded.tools)
+
+    def ready(self, word: str) -> None:
+        """Say that the process is there."""
+        self._send(told(word, None))
+
+    def describe(self, word: str) -> None:
+        """All tools and environments, as data; each environment is made once for it."""
+
+        def work() -> dict[str, Any]:
+            found: dict[str, Any] = {}
+            for name in self._loaded.environments:
+                environment = self._made(name)
+                tools = by_name(self._loaded.tools.values(), methods(environment))
+                found[name] = {
+                    "kind": type(environment).__name__,
+                    "tools": description(tools),
+                    "reward": callable(getattr(environment, "get_reward", None)),
+                }
+            return {"tools": description(self._loaded.tools), "environments": found}
+
+        self._answer(word, work, None, detailed=True)
+
+    def begin(
+        self, word: str, name: str, seed: int, row: dict[str, Any], limit: float | None
+    ) -> None:
+        """Make the environment and reset it for a row; the answer is its observation, if any."""
+
+        def work() -> str | None:
+            _seed(seed)
+            self._environment = self._made(name)
+            self._tools = by_name(self._loaded.tools.values(), methods(self._environment))
+            reset = self._environment.reset
+            accepted, takes_all = named_parameters(reset)
+            given = row if takes_all else {k: v for k, v in row.items() if k in accepted}
+            observation = self._awaited(reset(**given))
+            if observation is None:
+                return None
+            text = clean(answer_text(observation))
+            if len(text) > OBSERVATION_CHARACTERS:
+                raise ValueError(f"reset returned {len(text)} characters, which is too much")
+            return text
+
+        self._answer(word, work, limit, detailed=True)
+
+    def call(
+        self, _: None, calls: Sequence[tuple[str, str, Any]], seed: int, limit: float | None
+    ) -> None:
+        """Call tools, each (word, name, arguments): async ones together, others in their order."""
+        _seed(seed)
+        together = []
+        for word, name, given in calls:
+            tool = self._tools[name]
+            if inspect.iscoroutinefunction(tool):
+                together.append((word, tool, given))
+            else:
+                self._answer(word, partial(self._called, tool, given), limit)
+        if together:
+            self._runner.run(self._together(together, limit))
+
+    def score(
+        self,
+        word: str,
+        prompt: list[dict[str, Any]],
+        completion: list[dict[str, Any]],
+        columns: dict[str, Any],
+        limit: float | None,
+    ) -> None:
+        """What the environment says of its episode, and what reward functions say that see it."""
+
+        def work() -> dict[str, float | None]:
+            rewards = {}
+            if callable(own := getattr(self._environment, "get_reward", None)):
+                rewards[ENVIRONMENT] = checked(ENVIRONMENT, [self._awaited(own())], 1)[0]
+            for name, function in self._loaded.rewards.items():
+                given = arguments(
+                    function, prompt, [completion], columns, {"environments": [self._environment]}
+                )
+                rewards[name] = checked(name, self._awaited(function(**given)), 1)[0]
+            return rewards
+
+        self._answer(word, work, limit, detailed=True)
+
+    async def _together(self, calls: Sequence[tuple[str, Tool, Any]], limit: float | None) -> None:
+        async def one(word: str, tool: Tool, given: Any) -> None:
+            scope = asyncio.timeout(limit)
+            try:
+                async with scope:
+                    answer = told(word, self._text(await tool(**given)))
+            except (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:  # noqa: BLE001 - the user's code may raise anything; all of it is the answer
+                answer = _over_time(word) if scope.expired() else _failure(word, error)
+            self._send(answer)
+
+        await asyncio.gather(*(one(*call) for call in calls))
+
+    def _answer(
+        self, word: str, work: Callable[[], Any], limit: float | None, detailed: bool = False
+    ) -> None:
+        try:
+            answer = told(word, _within(limit, work))
+        except (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:  # noqa: BLE001 - as in `one`
+            answer = _failure(word, error, detailed)
+        except OverTime:
+            answer = _over_time(word)
+        self._send(answer)
+
+    def _send(self, answer: bytes) -> None:
+        if os.getpid() != self._process:
+            os._exit(0)  # a fork that came back from the user's code
+        self._connection.sendall(answer)
+
+    def _made(self, name: str) -> Any:
+        try:
+            return self._loaded.environments[name]()
+        except (Exception, SystemExit) as error:
+            of = f" {name!r}" if name else ""
+            raise ValueError(f"environment{of} cannot be made: {traceback_tail(error)}") from error
+
+    def _called(self, tool: Tool, given: Any) -> str:
+        return self._text(tool(**given))
+
+    def _text(self, result: Any) -> str:
+        """What the model is told, cut where it is long."""
+        text, most = answer_text(self._awaited(result)), self._loaded.max_output_characters
+        if len(text) <= most:
+            return text
+        if len(text) > REFUSED_CHARACTERS:
+            raise ValueError(f"the answer has {len(text)} characters, which is too much")
+        return f"{text[:most]}\n[cut: the answer has {len(text)} characters]"
+
+    def _awaited(self, value: Any) -> Any:
+        return self._runner.run(_await(value)) if inspect.isawaitable(value) else value
+
+
+def _failure(word: str, error: BaseException, detailed: bool = False) -> bytes:
+    """Why a call has no answer: for the model, or `detailed` for a person."""
+    if isinstance(error, RewardFailed):
+        return refused(word, f"reward {error.criterion!r}: {error.detail}")
+    if detailed and not isinstance(error, ValueError):
+        return refused(word, traceback_tail(error))
+    told_to_model = isinstance(error, Exception) and str(error)
+    return refused(word, told_to_model or f"the call ended with {type(error).__name__}")
+
+
+def _over_time(word: str) -> bytes:
+    return refused(word, "no answer in time", timed_out=True)
+
+
+async def _await(value: Any) -> Any:
+    return await value
+
+
+def _within(limit: float | None, work: Callable[[], Any]) -> Any:
+    """Run `work`, and raise OverTime in it when `limit` seconds have passed."""
+    if limit is None:
+        return work()
+
+    def ring(*_: Any) -> None:
+        raise OverTime
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        return work()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _seed(seed: int) -> None:
+    """Fix what the user's code draws, with the standard library and with what it has imported."""
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed % 2**32)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(seed % 2**63)

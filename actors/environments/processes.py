@@ -1,0 +1,287 @@
+"""The processes of the user's tools and environments, as their actor has them.
+
+Invariant: a call of a tool ends as one `Outcome` within its limit, whatever the tool does; what it
+started has ended when its process has. Every process here comes from one server, which has imported
+the user's code, so that another one is a matter of milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import secrets
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actors.children.channel import clean
+from actors.children.process import Child, ChildEnded, started
+from actors.environments.base import EpisodeFailed
+from actors.environments.channel import Told, parse
+from actors.environments.child import OBSERVATION_CHARACTERS
+from actors.environments.server import FORK, Setup
+
+IMPORT_SECONDS = 300.0  # to import the user's code, or to make an environment for its description
+FORK_SECONDS = 60.0  # until a fork answers, on a busy machine
+GRACE_SECONDS = 2.0  # of an environment to end a call that is over its limit, before it is killed
+FORKS_AT_A_TIME = 32  # that have not answered yet
+TOOL_PROCESSES = 512  # at most: calls of tools that are under way
+_CHARACTER_BYTES = 12  # of a character in JSON at most
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a tool call."""
+
+    text: str
+    failed: bool = False  # `text` says why
+    timed_out: bool = False  # then it has not failed, but been ended
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call that the model makes; `arguments` as it wrote them."""
+
+    name: str
+    arguments: Any
+
+
+class Server:
+    """The process that has the user's code, and forks."""
+
+    def __init__(self, setup: Setup, search_path: Sequence[str], log: str | None) -> None:
+        self._setup = setup
+        self._search_path = search_path
+        self._log = log
+        self._child: Child[Told] | None = None
+        self._control: socket.socket | None = None
+        self._starting = asyncio.Lock()
+        self._forks = asyncio.Semaphore(FORKS_AT_A_TIME)
+        self._ending: set[asyncio.Task[None]] = set()
+        self._answer_bytes = 2**16 + _CHARACTER_BYTES * max(
+            setup.max_output_characters, OBSERVATION_CHARACTERS
+        )
+
+    async def start(self) -> None:
+        """Import the user's code in a new process, unless one is there.
+
+        Raises:
+            EpisodeFailed: it cannot be imported.
+        """
+        async with self._starting:
+            if self._child is not None and self._child.running:
+                return
+            await self._stop()
+            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # two for each process
+            self._child, self._control = await started(
+                "actors.environments.server",
+                parse,
+                self._search_path,
+                self._log,
+                variables={"PYTHONHASHSEED": "0"},  # sets are in one order in every run
+            )
+            told = await answered(
+                self._child.ask(self._setup)[1], IMPORT_SECONDS, "importing tools and environments"
+            )
+            if told.error is not None:
+                await self._stop()
+                raise EpisodeFailed(told.error)
+
+    async def fork(self) -> Child[Told]:
+        """A new process with the user's code, which answers. Raises EpisodeFailed."""
+        await self.start()
+        async with self._forks:
+            assert self._control is not None, "start has made it"
+            here, there = socket.socketpair()
+            mine, lifeline = socket.socketpair()
+            mine.setblocking(False)
+            try:
+                socket.send_fds(self._control, [FORK], [there.fileno(), lifeline.fileno()])
+            except OSError as error:
+                here.close()
+                mine.close()
+                raise EpisodeFailed(f"no process could be started: {error}", True) from error
+            finally:
+                there.close()
+                lifeline.close()
+            reader, writer = await asyncio.open_connection(sock=here, limit=self._answer_bytes)
+            child = Child(reader, writer, mine, parse)
+            try:
+                await answered(child.ask("ready")[1], FORK_SECONDS, "starting")
+            except BaseException:
+                self.retire(child)
+                raise
+            return child
+
+    def retire(self, child: Child[Told]) -> None:
+        """End a fork and all that it has started, soon; `close` waits for it."""
+        child.let_go()
+        task = asyncio.create_task(child.end())
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def close(self) -> None:
+        """End the server and every fork."""
+        async with self._starting:
+            await self._stop()
+        if self._ending:
+            await asyncio.wait(self._ending)
+
+    async def _stop(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._child is not None:
+            await self._child.end()
+            self._child = None
+
+
+class ToolProcesses:
+    """Where tools that belong to no environment run: each call alone in a process, which serves
+    the next call if this one ended well."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._idle: list[Child[Told]] = []
+        self._places = asyncio.Semaphore(TOOL_PROCESSES)
+
+    async def call(self, call: ToolCall, seed: int, limit: float) -> Outcome:
+        """One call. Waiting for a process is not counted. Raises EpisodeFailed: none could be had.
+
+        Cancelling it ends the process.
+        """
+        async with self._places:
+            child = await self._one()
+            usable = False
+            try:
+                word = secrets.token_hex(16)
+                answer = child.expect(word)
+                child.tell(None, "call", [(word, call.name, call.arguments)], seed, None)
+                await asyncio.wait({answer}, timeout=limit)
+                if not answer.done():
+                    return _ended(limit)
+                usable = True
+                return outcome(answer.result(), limit)
+            except ChildEnded as ended:
+                return Outcome(f"the tool ended its process: {ended.detail}", failed=True)
+            finally:
+                if usable and child.running:
+                    self._idle.append(child)
+                else:
+                    self._server.retire(child)
+
+    async def close(self) -> None:
+        """End the idle processes."""
+        while self._idle:
+            self._server.retire(self._idle.pop())
+
+    async def _one(self) -> Child[Told]:
+        while self._idle:
+            child = self._idle.pop()
+            if child.running:
+                return child
+            self._server.retire(child)
+        return await self._server.fork()
+
+
+class EnvironmentProcess:
+    """One environment, for one episode, in a process of its own."""
+
+    def __init__(self, server: Server, child: Child[Told], limit: float) -> None:
+        self._server = server
+        self._child = child
+        self._limit = limit
+
+    @classmethod
+    async def start(cls, server: Server, limit: float) -> EnvironmentProcess:
+        """A process for one environment; `limit` seconds for what it is asked, each time."""
+        return cls(server, await server.fork(), limit)
+
+    async def begin(self, name: str, seed: int, row: dict[str, Any]) -> str | None:
+        """Make environment `name` and reset it; returns its observation. Raises EpisodeFailed."""
+        _, answer = self._child.ask("begin", name, seed, row, self._limit)
+        return await self._value(answer, "reset")
+
+    async def call(self, calls: Sequence[ToolCall], seed: int, limit: float) -> list[Outcome]:
+        """Call methods: one, or several async ones, which run side by side.
+
+        Raises:
+            EpisodeFailed: the environment's process has ended, or has had to be.
+        """
+        words = [secrets.token_hex(16) for _ in calls]
+        answers = [self._child.expect(word) for word in words]
+        sent = [(w, c.name, c.arguments) for w, c in zip(words, calls, strict=True)]
+        self._child.tell(None, "call", sent, seed, limit)
+        doing = f"calling {calls[0].name}"
+        told = await asyncio.gather(*(answered(a, limit + GRACE_SECONDS, doing) for a in answers))
+        return [outcome(one, limit) for one in told]
+
+    async def score(
+        self, prompt: list[dict[str, Any]], completion: list[dict[str, Any]], row: dict[str, Any]
+    ) -> dict[str, float | None]:
+        """What it and the reward functions that ask for it say. Raises EpisodeFailed."""
+        _, answer = self._child.ask("score", prompt, completion, row, self._limit)
+        return await self._value(answer, "get_reward")
+
+    def end(self) -> None:
+        """End the process and all that it has started, soon."""
+        self._server.retire(self._child)
+
+    async def _value(self, answer: asyncio.Future[Told], doing: str) -> Any:
+        told = await answered(answer, self._limit + GRACE_SECONDS, doing)
+        if told.timed_out:
+            raise EpisodeFailed(f"{doing} gave no answer within {self._limit:g} s", True)
+        if told.error is not None:
+            raise EpisodeFailed(f"{doing} failed: {told.error}")
+        return told.value
+
+
+async def answered(answer: asyncio.Future[Told], seconds: float, doing: str) -> Told:
+    """The answer, which must come in time.
+
+    Raises:
+        EpisodeFailed: a fault of infrastructure: the process has ended, or does not answer.
+    """
+    await asyncio.wait({answer}, timeout=seconds)
+    if not answer.done():
+        raise EpisodeFailed(f"{doing} gave no answer within {seconds:g} s", infrastructure=True)
+    try:
+        return answer.result()
+    except ChildEnded as ended:
+        raise EpisodeFailed(f"{ended.detail} while {doing}", infrastructure=True) from ended
+
+
+def outcome(told: Told, limit: float) -> Outcome:
+    """What a tool's answer means."""
+    if told.timed_out:
+        return _ended(limit)
+    if told.error is not None:
+        return Outcome(told.error, failed=True)
+    if not isinstance(told.value, str):
+        return Outcome("the tool's answer is garbled", failed=True)
+    return Outcome(clean(told.value))
+
+
+def _ended(limit: float) -> Outcome:
+    return Outcome(f"no answer within {limit:g} s", timed_out=True)
+
+
+async def described(server: Server) -> dict[str, Any]:
+    """Tools and environments, as `actors.environments.child` describes them.
+
+    Raises:
+        EpisodeFailed: one of them cannot be used; one line says why.
+    """
+    child = await server.fork()
+    try:
+        told = await answered(
+            child.ask("describe")[1], IMPORT_SECONDS, "describing tools and environments"
+        )
+    finally:
+        server.retire(child)
+    if told.error is not None:
+        raise EpisodeFailed(told.error)
+    found: dict[str, Any] = told.value
+    return found

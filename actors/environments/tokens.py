@@ -1,0 +1,153 @@
+"""How a conversation becomes tokens: append, and never tokenise what was sampled again.
+
+Invariant: the ids of a turn's prompt begin with the ids of the last turn, prompt and answer, bit
+for bit. What stands between two answers is cut from a dummy conversation, as TRL does it, with a
+chat template that renders earlier messages the same whatever follows; there is no run with another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actors.messages import Messages
+from actors.specs import ModelSpec
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the policy said, read."""
+
+    message: dict[str, Any]  # role assistant; `tool_calls` where it calls tools
+    malformed: bool = False  # it meant to call a tool, and no parser reads how
+
+
+class ChatTokens:
+    """The tokens of one model's conversations with tools."""
+
+    def __init__(self, tokenizer: Any, name: str = "the model") -> None:
+        """Settle the policy for `tokenizer`, which gets a response template where it has none.
+
+        Raises:
+            ValueError: it cannot carry tools; one line says what to do.
+        """
+        from jinja2 import TemplateError
+        from trl import chat_template_utils as trl
+
+        self._tokenizer = tokenizer
+        self.notes: list[str] = []  # what a user should know, a line each
+        self._template: str | None = None  # of TRL; None: the tokenizer's own
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer of {name} has no chat template, so nothing says how tools are "
+                "shown and called; use a model that was trained for chat and tools"
+            )
+        if not trl.supports_tool_calling(tokenizer):
+            raise ValueError(
+                f"the chat template of {name} does not render tool calls and their answers; use a "
+                "model that was trained for tools, such as Qwen3, or give it such a template"
+            )
+        if getattr(tokenizer, "response_template", None) is None:
+            try:
+                trl.add_response_schema(tokenizer)
+            except ValueError as error:
+                raise ValueError(
+                    f"nothing says how tool calls are read from what {name} writes: TRL does not "
+                    "know its chat template; set response_template in its tokenizer_config.json"
+                ) from error
+        if not trl.is_chat_template_prefix_preserving(tokenizer):
+            refusal = (
+                f"the chat template of {name} renders earlier messages another way when more "
+                "follow, so what is trained would not be what was sampled, and TRL has no training "
+                "template for it; give the model a template that only appends"
+            )
+            try:
+                self._template = trl.get_training_chat_template(tokenizer)
+            except ValueError as error:
+                raise ValueError(refusal) from error
+            self.notes.append(
+                f"the chat template of {name} changes earlier messages when more follow; TRL's "
+                "training template, which only appends, takes its place"
+            )
+        try:
+            self.between([{"role": "tool", "name": "dummy", "content": "dummy"}])
+        except (ValueError, TypeError, TemplateError) as error:
+            raise ValueError(
+                f"the chat template of {name} cannot add a tool's answer to a conversation "
+                f"({error}); give the model a template that only appends"
+            ) from error
+
+    @classmethod
+    def of(cls, model: ModelSpec) -> ChatTokens:
+        """Those of the model that `model` names. Raises ValueError as `ChatTokens` does."""
+        from actors.models.loading import load_tokenizer
+
+        return cls(load_tokenizer(model), f"model {model.name!r}")
+
+    def prompt(self, messages: Messages, tools: Sequence[dict[str, Any]]) -> list[int]:
+        """The ids of a conversation's beginning, up to where the policy's first turn begins.
+
+        Raises:
+            ValueError: the template refuses the messages.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return self._rendered(messages, tools=list(tools) or None, add_generation_prompt=True)
+        except (TemplateError, TypeError) as error:
+            raise ValueError(
+                f"the model's chat template refuses the prompt ({error}); give it the messages "
+                "the template knows"
+            ) from error
+
+    def read(self, prompt_ids: Sequence[int], sampled: Sequence[int]) -> Turn:
+        """The message in the sampled ids, by the tokenizer's response template.
+
+        What it cannot read is text, as in TRL, and `malformed`.
+        """
+        from trl.chat_template_utils import parse_response
+
+        text = {
+            "role": "assistant",
+            "content": self._tokenizer.decode(sampled, skip_special_tokens=True),
+        }
+        try:
+            meant = self._tokenizer.parse_response(list(sampled), prefix=list(prompt_ids))
+        except (ValueError, TypeError, KeyError):
+            return Turn(text, malformed=True)
+        message = parse_response(self._tokenizer, list(sampled), prefix=list(prompt_ids))
+        calls = meant.get("tool_calls") if isinstance(meant, dict) else None
+        if calls and not message.get("tool_calls"):
+            return Turn(text, malformed=True)
+        return Turn(message)
+
+    def between(self, messages: Messages) -> list[int]:
+        """The ids after the end of the policy's turn up to where its next one begins: those of the
+        `messages` that stand between, all of tools or all of the user.
+
+        Raises:
+            ValueError: the template does not append.
+        """
+        said: dict[str, Any] = {"role": "assistant", "content": ""}
+        if messages[0]["role"] == "tool":
+            # Some templates head an answer with the name in the call.
+            call = {"name": messages[0]["name"], "arguments": {}}
+            said["tool_calls"] = [{"type": "function", "function": call}]
+        before = [{"role": "user", "content": "dummy"}, said]
+        prefix = self._rendered(before)
+        whole = self._rendered([*before, *messages], add_generation_prompt=True)
+        # Where the template writes something after the end of a turn, such as a newline, that
+        # belongs to what follows: the policy has not sampled it.
+        ends = [i for i, token in enumerate(prefix) if token == self._tokenizer.eos_token_id]
+        if ends:
+            prefix = prefix[: ends[-1] + 1]
+        if whole[: len(prefix)] != prefix:
+            raise ValueError("it renders earlier messages another way when more follow")
+        return whole[len(prefix) :]
+
+    def _rendered(self, messages: Messages, **options: Any) -> list[int]:
+        ids: list[int] = self._tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=False, chat_template=self._template, **options
+        )
+        return ids

@@ -1,0 +1,223 @@
+"""Door A: episodes with tools and environments in our own processes, in TRL's contract.
+
+One difference: an environment is made for one episode, in a process of its own, and is not reset
+for the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from actors.children.code import in_file
+from actors.environments.base import Episode, EpisodeFailed, EpisodeLimits, Sampler
+from actors.environments.child import ENVIRONMENT
+from actors.environments.play import Clock, Play, Toolbox
+from actors.environments.processes import EnvironmentProcess, Server, ToolProcesses, described
+from actors.environments.server import Setup
+from actors.environments.specs import Code, EpisodeCode
+from actors.environments.tokens import ChatTokens
+from actors.messages import Messages, Prompt
+from actors.specs import ModelSpec
+
+EVERY_ROW = ""  # the name of an environment that is every row's
+
+
+class ToolEpisodes:
+    """Runs episodes whose tools and environments are the user's code in child processes."""
+
+    def __init__(
+        self, code: EpisodeCode, limits: EpisodeLimits, model: ModelSpec, log: str | None
+    ) -> None:
+        """`log`: a file for what the user's code prints; default: this process's output."""
+        self._code = code
+        self._limits = limits
+        self._model = model
+        self._log = log
+        self._starting = asyncio.Lock()
+        self._tokens: ChatTokens | None = None
+        self._server: Server | None = None
+        self._functions: ToolProcesses | None = None
+        self._boxes: dict[str | None, Toolbox] = {}
+        self._scored: frozenset[str] = frozenset()  # environments with a reward of their own
+
+    async def start(self) -> None:
+        """Import the user's code, and settle how conversations become tokens.
+
+        Raises:
+            EpisodeFailed: the code or the model cannot be used; one line says why.
+        """
+        async with self._starting:
+            if self._server is not None:
+                return
+            try:
+                setup, search_path = _setup(self._code, self._limits, self._log)
+                self._tokens = await asyncio.to_thread(ChatTokens.of, self._model)
+            except ValueError as error:
+                raise EpisodeFailed(str(error)) from error
+            server = Server(setup, search_path, self._log)
+            try:
+                self._take(await described(server))
+            except BaseException:
+                await server.close()
+                raise
+            self._server, self._functions = server, ToolProcesses(server)
+
+    def _take(self, found: dict[str, Any]) -> None:
+        functions = frozenset(tool["name"] for tool in found["tools"])
+        self._boxes = {None: Toolbox.of(found["tools"], functions)}
+        for name, environment in found["environments"].items():
+            self._boxes[name] = Toolbox.of(environment["tools"], functions)
+        self._scored = frozenset(n for n, e in found["environments"].items() if e["reward"])
+
+    async def run(self, prompt: Prompt, rollout: int, seed: int, sample: Sampler) -> Episode:
+        """One episode, as `Episodes.run` says. Raises EpisodeFailed."""
+        await self.start()
+        assert self._tokens is not None, "start has made it"
+        assert self._server is not None, "start has made it"
+        assert self._functions is not None, "start has made them"
+        name = self._environment_of(prompt)
+        environment: EnvironmentProcess | None = None
+        try:
+            clock = Clock(self._limits)
+            messages = first_messages(prompt, self._code.system_prompt)
+            if name is not None:
+                with clock:
+                    environment = await EnvironmentProcess.start(
+                        self._server, self._limits.call_timeout_s
+                    )
+                    said = await environment.begin(name, seed, row_of(prompt, name))
+                messages = with_observation(messages, said)
+            play = Play(
+                self._tokens, self._limits, self._boxes[name], self._functions, environment, clock
+            )
+            played = await play.run(messages, seed, sample)
+            if environment is None or not (self._code.rewards or self._scored):
+                return played
+            asked = played.prompt_messages
+            with clock:
+                rewards = await environment.score(
+                    played.messages[:asked], played.messages[asked:], prompt.columns
+                )
+            if self._scored:
+                rewards.setdefault(ENVIRONMENT, None)  # another environment's: it abstains here
+            figures = replace(played.figures, tool_seconds=clock.seconds)
+            return replace(played, rewards=rewards, figures=figures)
+        finally:
+            if environment is not None:
+                environment.end()
+
+    async def close(self) -> None:
+        """End every process."""
+        async with self._starting:
+            if self._functions is not None:
+                await self._functions.close()
+            if self._server is not None:
+                await self._server.close()
+            self._server = self._functions = None
+
+    def _environment_of(self, prompt: Prompt) -> str | None:
+        """The name of the row's environment; None: there is none. Raises EpisodeFailed."""
+        known = self._code.environments
+        if not known:
+            return None
+        if EVERY_ROW in known:
+            return EVERY_ROW
+        name = prompt.columns.get(ENVIRONMENT)
+        if name not in known:
+            raise EpisodeFailed(
+                f"row {prompt.row} has environment {name!r}; it must be one of "
+                f"{', '.join(map(repr, known))}"
+            )
+        return str(name)
+
+
+def first_messages(prompt: Prompt, system_prompt: str | None) -> Messages:
+    """The conversation that a row begins with; an empty one where the environment brings it."""
+    source = prompt.source or ""
+    messages = [{"role": "user", "content": source}] if isinstance(source, str) else list(source)
+    if system_prompt is not None:
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    return messages
+
+
+def with_observation(messages: Messages, observation: str | None) -> Messages:
+    """`messages` with what `reset` returned after the last one's text, as in TRL."""
+    if observation is None:
+        return messages
+    content = messages[-1].get("content") or ""
+    told: Any = observation
+    if isinstance(content, list):
+        told = [{"type": "text", "text": observation}]
+    return [*messages[:-1], {**messages[-1], "content": content + told}]
+
+
+def row_of(prompt: Prompt, environment: str) -> dict[str, Any]:
+    """What `reset` gets: the row's columns, without the one that has chosen the environment."""
+    row = {"prompt": prompt.source} if prompt.source else {}
+    row |= prompt.columns
+    if environment != EVERY_ROW:
+        row.pop(ENVIRONMENT, None)
+    return row
+
+
+def check_tools(code: EpisodeCode, model: ModelSpec) -> list[str]:
+    """Import and describe the tools and environments of `code`, in a process of their own, and
+    settle the tokens of `model`. Returns what the user should know, a line each.
+
+    Raises:
+        ValueError: what cannot be used, in one line.
+    """
+    tokens = ChatTokens.of(model)
+    if code.rewards and not code.environments:
+        name = next(iter(code.rewards))
+        raise ValueError(f"reward {name!r} asks for environments, and there is none")
+    limits = EpisodeLimits(1, 1, 1, 1, 1.0, 1.0, 1)
+    setup, search_path = _setup(code, limits, None)
+
+    async def describe() -> None:
+        server = Server(setup, search_path, None)
+        try:
+            found = await described(server)
+        except EpisodeFailed as failed:
+            raise ValueError(failed.reason) from failed
+        finally:
+            await server.close()
+        if not found["tools"] and not any(e["tools"] for e in found["environments"].values()):
+            tokens.notes.append("there is no tool: every episode is one turn of the policy")
+
+    with ThreadPoolExecutor(1) as thread:  # the caller may be in an event loop, as in a notebook
+        thread.submit(asyncio.run, describe()).result()
+    return tokens.notes
+
+
+def _setup(
+    code: EpisodeCode, limits: EpisodeLimits, log: str | None
+) -> tuple[Setup, tuple[str, ...]]:
+    """What the server imports, and where it looks. Raises ValueError."""
+    path = tuple(map(str, code.search_path))
+
+    def found(what: str, target: Code) -> Code:
+        nonlocal path
+        if isinstance(target, bytes):
+            return target
+        file, _, name = target.rpartition(":")
+        if not file.endswith(".py"):
+            return target
+        try:
+            target, path = in_file(file, name, path)
+        except ValueError as error:
+            raise ValueError(f"{what} {error}") from error
+        return target
+
+    setup = Setup(
+        tools=[found("tool", target) for target in code.tools],
+        environments={n: found("environment", t) for n, t in code.environments.items()},
+        rewards={n: found("reward", t) for n, t in code.rewards.items()},
+        memory_bytes=None if limits.memory_gib is None else int(limits.memory_gib * 2**30),
+        max_output_characters=limits.max_output_characters,
+        log=log,
+    )
+    return setup, path

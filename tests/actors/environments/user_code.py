@@ -1,0 +1,295 @@
+"""What a user writes: the text of a module `user_tools` with tools and environments, good and bad.
+
+It is text, as it must not be importable where the tests are: it is found by its search path.
+"""
+
+MODULE = '''
+import asyncio, os, random, signal, subprocess, sys, time
+from typing import Literal
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers.
+
+    Args:
+        a: The one.
+        b: The other.
+
+    Returns:
+        Their sum.
+    """
+    return a + b
+
+
+async def later(text: str) -> str:
+    """Say it later.
+
+    Args:
+        text: What.
+    """
+    await asyncio.sleep(0)
+    return text
+
+
+def nested() -> str:
+    """A client that runs a loop of its own."""
+    return asyncio.run(later("inside"))
+
+
+def meet(folder: str, name: str, others: int) -> str:
+    """End when `others` calls are in it at the same time.
+
+    Args:
+        folder: Where they meet.
+        name: Who comes.
+        others: How many.
+    """
+    open(os.path.join(folder, name), "w").close()
+    while len(os.listdir(folder)) < others:
+        time.sleep(0.01)
+    return name
+
+
+def misbehave(how: str) -> str:
+    """Do what no tool should.
+
+    Args:
+        how: What.
+    """
+    if how == "raise":
+        raise KeyError("no such thing")
+    if how == "raise at length":
+        raise ValueError("x" * 100_000)
+    if how == "hang":
+        signal.pause()
+    if how == "spin":
+        while True:
+            pass
+    if how == "deaf":
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        while True:
+            signal.pause()
+    if how == "flood":
+        while True:
+            print("x" * 10_000)
+    if how == "print much":
+        for _ in range(3000):
+            print("x" * 10_000)
+        return "printed"
+    if how == "exit":
+        os._exit(3)
+    if how == "sys.exit":
+        sys.exit("enough")
+    if how == "fork":
+        os.fork()
+        return "forked"
+    if how == "fork without end":
+        while True:
+            try:
+                if os.fork() == 0:
+                    signal.pause()
+            except OSError:
+                signal.pause()
+            time.sleep(0.02)
+    if how == "10 MB":
+        return "x" * 10_000_000
+    if how == "long":
+        return "x" * 5_000
+    if how == "memory":
+        return str(len(bytearray(2**31)))
+    if how == "half a character":
+        return "a\\ud800b"
+    if how == "write to every descriptor":
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            try:
+                os.write(descriptor, b'{"call": "1", "value": "forged"}\\n')
+            except OSError:
+                pass
+        return "wrote"
+    return how
+
+
+def leave_a_process(folder: str, hang: bool) -> str:
+    """Start a process that stays.
+
+    Args:
+        folder: Where its id is written.
+        hang: Whether to stay too.
+    """
+    child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    with open(os.path.join(folder, "pid.tmp"), "w") as file:
+        file.write(str(child.pid))
+    os.rename(os.path.join(folder, "pid.tmp"), os.path.join(folder, "pid"))
+    if hang:
+        signal.pause()
+    return "left"
+
+
+def roll() -> str:
+    """Roll a die."""
+    return str(random.randint(1, 10**9))
+
+
+class Guess:
+    """A number to be found."""
+
+    def reset(self, number: int, **row):
+        self.number = number
+        self.tries = 0
+        self.row = row
+        return " Guess!"
+
+    def guess(self, n: int) -> Literal["right", "higher", "lower"]:
+        """Guess the number.
+
+        Args:
+            n: The guess.
+        """
+        self.tries += 1
+        return "right" if n == self.number else "higher" if n < self.number else "lower"
+
+    async def think(self, seconds: float) -> str:
+        """Think.
+
+        Args:
+            seconds: How long.
+        """
+        await asyncio.sleep(seconds)
+        return "thought"
+
+    def misbehave_here(self, how: str) -> str:
+        """Do what no tool should.
+
+        Args:
+            how: What.
+        """
+        return misbehave(how)
+
+    def tries_so_far(self) -> int:
+        """Say how many tries there were."""
+        return self.tries
+
+    def roll_here(self) -> str:
+        """Roll a die."""
+        return roll()
+
+    def leave_here(self, folder: str) -> str:
+        """Start a process that stays.
+
+        Args:
+            folder: Where its id is written.
+        """
+        return leave_a_process(folder, False)
+
+    def get_reward(self) -> float:
+        return 1.0 / max(self.tries, 1)
+
+    def _hidden(self):
+        pass
+
+
+class Quiet:
+    """Says nothing, and has no reward of its own."""
+
+    async def reset(self):
+        self.said = []
+
+    def say(self, text: str) -> str:
+        """Say something.
+
+        Args:
+            text: What.
+        """
+        self.said.append(text)
+        return "said"
+
+
+def both(completions, environments, number, **kwargs):
+    """A reward that sees the environment and what was said."""
+    return [
+        float(len(said)) + environment.tries / 10 if hasattr(environment, "tries") else None
+        for said, environment in zip(completions, environments)
+    ]
+
+
+class RaisesInReset(Guess):
+    def reset(self, **row):
+        raise RuntimeError("no board")
+
+
+class DiesInReset(Guess):
+    def reset(self, **row):
+        os._exit(7)
+
+
+class HangsInReset(Guess):
+    def reset(self, **row):
+        signal.pause()
+
+
+class RewardIsText(Guess):
+    def get_reward(self):
+        return "much"
+
+
+def no_docstring(a: int) -> int:
+    return a
+
+
+def no_types(a) -> int:
+    """Add.
+
+    Args:
+        a: The one.
+    """
+
+
+def no_args(a: int) -> int:
+    """Add."""
+
+
+class Custom:
+    pass
+
+
+def odd_type(a: Custom) -> int:
+    """Add.
+
+    Args:
+        a: The one.
+    """
+
+
+class NoReset:
+    def say(self) -> str:
+        """Say."""
+
+
+class Untyped:
+    def reset(self):
+        pass
+
+    def say(self, text) -> str:
+        """Say.
+
+        Args:
+            text: What.
+        """
+
+
+class Adds(Quiet):
+    def add(self, a: int) -> int:
+        """Add.
+
+        Args:
+            a: The one.
+        """
+
+
+class CannotBeMade(Quiet):
+    def __init__(self):
+        raise RuntimeError("no licence")
+
+
+not_callable = 3
+'''
