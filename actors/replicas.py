@@ -2,7 +2,8 @@
 
 Invariant: a slot is with one call or free, never lost and never given twice, whatever dies or is
 cancelled meanwhile. Callers that wait are served in the order in which they came, and a freed slot
-wakes exactly one of them. When no replica is left that could ever serve, all of them hear so.
+wakes exactly one of them. When no replica is left that could ever serve, all of them hear so. A
+caller may ask for little company: its replica has no more calls than that while it is there.
 
     STARTING --> STALE --> READY <--> SUSPECT     any of them --> DEAD
                    ^         |            |       STALE runs, but has not got the current weights
@@ -19,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import count
+
+from actors.restarts import Restarts, pause
 
 Offer = tuple[int, int, int, int, "Replica"]  # busy, calls, index, a number of its own, replica
 
@@ -52,12 +55,23 @@ class Replica:
     state: State = State.STARTING
     busy: int = 0  # calls it has now
     calls: int = 0  # calls it ever had
+    company: int = 0  # calls it had when it was lost
+    served: bool = False  # whether it was ever READY
+    pause_s: float = 0.0  # before it is started
+    failed_starts: int = 0  # at its place, one after the other before it
+    shy: list[int] = field(default_factory=list)  # the company that its calls put up with
+
+    @property
+    def room(self) -> int:
+        """Calls that it may have at a time, with those that it has."""
+        return min(self.slots, *self.shy) if self.shy else self.slots
 
 
 @dataclass(eq=False)
 class Waiter:
     """A caller that asked for a slot. `settled` with a replica: it has one; without: never."""
 
+    company: int | None = None  # calls that its replica may have meanwhile, its own too
     wake: Callable[[], None] | None = None  # called once, where it is settled after `ask`
     replica: Replica | None = None
     settled: bool = False
@@ -70,7 +84,7 @@ class Replicas:
     role: str
     size: int
     slots: int
-    restarts_left: int
+    restarts: Restarts
     failure: str | None = None  # why the last replica was lost
     closed: bool = False
     woken: int = 0  # waiters that were settled after they had to wait
@@ -119,6 +133,7 @@ class Replicas:
         if to is State.DEAD or to not in MOVES[replica.state]:
             raise ValueError(f"{replica.name} is {replica.state} and cannot become {to}")
         replica.state = to
+        replica.served |= to is State.READY
         if slots:
             replica.slots = min(self.slots, slots)
         self._offer(replica)
@@ -127,24 +142,27 @@ class Replicas:
     def lost(self, replica: Replica, reason: str) -> Replica | None:
         """A replica is dead; returns its replacement, where there may be one, to be brought up.
 
-        One that is lost again and again uses up the restarts of the role. One that was grown is not
-        replaced, but `grow` may fill its place again.
+        One that is lost again and again uses up the restarts of the role, and one that does not
+        even start is tried again after a pause. One that was grown is not replaced, but `grow` may
+        fill its place again.
         """
         if replica.state is State.DEAD:
             return None
         replica.state = State.DEAD
+        replica.company = replica.busy
         self.failure = reason
         del self._live[replica.index]
         new = None
-        if replica.index < self.size and self.restarts_left > 0:
-            self.restarts_left -= 1
+        if replica.index < self.size and self.restarts.take():
             new = self.begin(replica.index)
+            new.failed_starts = 0 if replica.served else replica.failed_starts + 1
+            new.pause_s = pause(new.failed_starts)
         self._hand_over()
         return new
 
-    def ask(self) -> Waiter:
+    def ask(self, company: int | None = None) -> Waiter:
         """Ask for a slot of the least loaded replica; see whether it is settled at once."""
-        waiter = Waiter()
+        waiter = Waiter(company)
         self._waiters[waiter] = None
         self._hand_over()
         return waiter
@@ -152,14 +170,16 @@ class Replicas:
     def give_up(self, waiter: Waiter) -> None:
         """A caller goes away: out of the queue, and the slot that it may just have got is free."""
         if waiter.replica is not None:
-            self.release(waiter.replica)
+            self.release(waiter.replica, waiter.company)
         self._waiters.pop(waiter, None)
 
-    def release(self, replica: Replica) -> None:
-        """A call has ended, however it did; its slot goes to the first who waits."""
+    def release(self, replica: Replica, company: int | None = None) -> None:
+        """A call, that asked for this company, has ended; its slot goes to the first who waits."""
         if replica.busy == 0:
             raise ValueError(f"{replica.name} has no call that could end")
         replica.busy -= 1
+        if company is not None:
+            replica.shy.remove(company)
         self._offer(replica)
         self._hand_over()
 
@@ -179,7 +199,7 @@ class Replicas:
         What the heap held of it before stays there and is passed over: its load is another. The
         heap is made anew before such offers outnumber the replicas.
         """
-        if replica.state is not State.READY or replica.busy >= replica.slots:
+        if replica.state is not State.READY or replica.busy >= replica.room:
             return
         if len(self._free) > 2 * len(self._live) + 16:
             self._free = [offer for offer in self._free if _holds(offer)]
@@ -187,24 +207,32 @@ class Replicas:
         number = next(self._offers)
         heapq.heappush(self._free, (replica.busy, replica.calls, replica.index, number, replica))
 
-    def _least_loaded(self) -> Replica | None:
+    def _least_loaded(self, company: int | None) -> Replica | None:
+        """The replica for the next call, where there is one with no more than `company` then."""
         while self._free:
             offer = heapq.heappop(self._free)
-            if _holds(offer):
-                return offer[-1]
+            if not _holds(offer):
+                continue
+            if company is not None and offer[-1].busy >= company:
+                heapq.heappush(self._free, offer)
+                return None
+            return offer[-1]
         return None
 
     def _hand_over(self) -> None:
         """Give free slots to those who wait, first come first served; or tell them all."""
         while self._waiters:
-            replica = self._least_loaded()
+            waiter = next(iter(self._waiters))
+            replica = self._least_loaded(waiter.company)
             if replica is None and not self.hopeless:
                 return
-            waiter, _ = self._waiters.popitem(last=False)
+            del self._waiters[waiter]
             waiter.settled, waiter.replica = True, replica
             if replica is not None:
                 replica.busy += 1
                 replica.calls += 1
+                if waiter.company is not None:
+                    replica.shy.append(waiter.company)
                 self._offer(replica)
             if waiter.wake is not None:
                 self.woken += 1
@@ -217,5 +245,5 @@ def _holds(offer: Offer) -> bool:
     return (
         replica.state is State.READY
         and (replica.busy, replica.calls) == (busy, calls)
-        and busy < replica.slots
+        and busy < replica.room
     )

@@ -116,8 +116,14 @@ class RolloutSpec(Spec):
     generation_timeout_s: Seconds = Field(600.0, description="longest wait for one group")
     weight_timeout_s: Seconds = Field(600.0, description="longest wait for it to take new weights")
     start_timeout_s: Seconds = Field(600.0, description="longest wait for a replica to load")
-    max_attempts: Positive = Field(3, description="tries per group before it is quarantined")
-    max_restarts: int = Field(10, ge=0, description="replacements of dead replicas per run")
+    max_attempts: Positive = Field(
+        3, description="replicas that may die with a group alone on them before it is quarantined"
+    )
+    max_restarts: int = Field(
+        10,
+        ge=0,
+        description="replacements of dead replicas an hour; used ones come back",
+    )
 
     @property
     def max_length(self) -> int:
@@ -179,7 +185,11 @@ class RewardActorSpec(Spec):
     max_attempts: Positive = Field(3, description="tries per group before it is quarantined")
     max_concurrent_groups: Positive = Field(16, description="in flight per replica")
     start_timeout_s: Seconds = Field(300.0, description="longest wait for a replica to start")
-    max_restarts: int = Field(10, ge=0, description="replacements of dead replicas per run")
+    max_restarts: int = Field(
+        10,
+        ge=0,
+        description="replacements of dead replicas an hour; used ones come back",
+    )
 
 
 class ReferenceSpec(Spec):
@@ -192,7 +202,11 @@ class ReferenceSpec(Spec):
     resources: RoleResources = RoleResources()
     timeout_s: Seconds = Field(600.0, description="longest wait for one group")
     start_timeout_s: Seconds = Field(600.0, description="longest wait for a replica to load")
-    max_restarts: int = Field(10, ge=0, description="replacements of dead replicas per run")
+    max_restarts: int = Field(
+        10,
+        ge=0,
+        description="replacements of dead replicas an hour; used ones come back",
+    )
 
 
 class OptimizerSpec(Spec):
@@ -240,7 +254,11 @@ class PolicySpec(RankSpec):
     role: ClassVar[str] = "policy"
 
     tokens_per_chunk: Positive = Field(1024, description="rows of the logits matrix at once")
-    max_restarts: int = Field(3, ge=0, description="rebuilds of the policy and critic sets per run")
+    max_restarts: int = Field(
+        3,
+        ge=0,
+        description="rebuilds of policy and critic an hour; used ones come back",
+    )
 
 
 class CriticSpec(RankSpec):

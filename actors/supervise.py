@@ -24,20 +24,25 @@ from ray.exceptions import (
 )
 
 from actors.replicas import Replica, Replicas, State, Waiter
+from actors.restarts import Restarts
 from actors.timeline import spanned
 from actors.waiting import all_of
 
 
 class ReplicaLost(RuntimeError):
-    """A replica died or missed a deadline; what it was doing did not happen, or cannot be had."""
+    """A replica died or missed a deadline; what it was doing did not happen, or cannot be had.
 
-    def __init__(self, replica: str, reason: str) -> None:
+    `company` is how many calls it had then; 0 where that is not known.
+    """
+
+    def __init__(self, replica: str, reason: str, company: int = 0) -> None:
         super().__init__(f"{replica}: {reason}")
         self.replica = replica
         self.reason = reason
+        self.company = company
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (self.replica, self.reason)
+    def __reduce__(self) -> tuple[type, tuple[str, str, int]]:
+        return type(self), (self.replica, self.reason, self.company)
 
 
 class ObjectsLost(RuntimeError):
@@ -77,21 +82,31 @@ async def answer(ref: Any, replica: str, what: str, deadline_s: float, limit: st
         )
 
 
+def _drop(ref: Any) -> None:
+    """Have the actor end a call, where it can."""
+    ray.cancel(ref, force=False, recursive=False)
+
+
 class Lent:
     """A replica that somebody has a slot of."""
 
-    def __init__(self, name: str, handle: ActorHandle) -> None:
+    def __init__(self, name: str, handle: ActorHandle, drop: Callable[[Any], None] = _drop) -> None:
         self.name = name
         self.handle = handle
+        self._drop = drop
 
     async def call(
         self, method: str, *args: Any, deadline_s: float, returns: int = 1
     ) -> tuple[Any, ...]:
-        """(first value, further references...) of a call. Raises ReplicaLost, ObjectsLost, or what
-        the actor's method raised."""
+        """(first value, further references...) of a call, which ends where its caller is cancelled.
+        Raises ReplicaLost, ObjectsLost, or what the actor's method raised."""
         refs = getattr(self.handle, method).options(num_returns=returns).remote(*args)
         first, *rest = refs if returns > 1 else [refs]
-        return await answer(first, self.name, method, deadline_s), *rest
+        try:
+            return await answer(first, self.name, method, deadline_s), *rest
+        except asyncio.CancelledError:
+            self._drop(first)
+            raise
 
     def tell(self, method: str, *args: Any) -> None:
         """A call whose end nobody waits for."""
@@ -107,7 +122,7 @@ class ReplicaSet:
     `make(index, name)` creates an actor; `prepare(handle, name)` brings it to where it may serve,
     and is awaited before it does. A replica has up to `slots` calls at a time, fewer where
     `prepare` returns a smaller number. `event(kind, **fields)` hears of losses and restarts;
-    `kill(handle)` stops an actor at once.
+    `kill(handle)` stops an actor at once, `drop(reference)` a call whose answer nobody wants.
     """
 
     def __init__(
@@ -121,13 +136,15 @@ class ReplicaSet:
         max_restarts: int,
         event: Event,
         kill: Callable[[ActorHandle], None] = ray.kill,
+        drop: Callable[[Any], None] = _drop,
     ) -> None:
         self.role = role
-        self.replicas = Replicas(role, size, slots, max_restarts)
+        self.replicas = Replicas(role, size, slots, Restarts(max_restarts))
         self._make = make
         self._prepare = prepare
         self._event = event
         self._kill = kill
+        self._drop = drop
         self._handles: dict[Replica, ActorHandle] = {}
         self._starting: set[asyncio.Task[None]] = set()
 
@@ -137,11 +154,30 @@ class ReplicaSet:
         return len(self.replicas.serving)
 
     async def start(self) -> None:
-        """Start every replica; returns when all serve. Raises what kept one from starting."""
+        """Start every replica; returns when all serve.
+
+        One that dies as it starts is replaced as anywhere else. Raises RoleExhausted where that has
+        happened too often, or what the actor's own code raised.
+        """
         first = [self.replicas.begin(index) for index in range(self.replicas.size)]
-        await all_of(*(self._bring_up(replica) for replica in first))
+        await all_of(*(self._first(replica) for replica in first))
+
+    async def _first(self, replica: Replica) -> None:
+        while True:
+            try:
+                await self._bring_up(replica)
+            except ReplicaLost as lost:
+                new = self._take_out(replica, lost.reason)
+                if new is None:
+                    raise self._exhausted() from lost
+                replica = new
+            else:
+                if replica.failed_starts:
+                    self._event("replica_restarted", role=self.role, replica=replica.name)
+                return
 
     async def _bring_up(self, replica: Replica) -> None:
+        await asyncio.sleep(replica.pause_s)
         handle = self._handles[replica] = self._make(replica.index, replica.name)
         slots = await self._prepare(handle, replica.name)
         # No await in between: what `prepare` checked last still holds.
@@ -170,35 +206,43 @@ class ReplicaSet:
 
     def _lost(self, replica: Replica, reason: str) -> None:
         """Take a replica out of service and start its replacement, once for all who saw it."""
+        new = self._take_out(replica, reason)
+        if new is not None:
+            self._later(new, "replica_restarted")
+
+    def _take_out(self, replica: Replica, reason: str) -> Replica | None:
+        """Its replacement, to be brought up, for the first who saw that a replica is lost."""
         if replica.state is State.DEAD:
-            return
+            return None
         new = self.replicas.lost(replica, reason)
         self._stop(replica)
         self._event("replica_lost", role=self.role, replica=replica.name, reason=reason)
-        if new is not None:
-            self._later(new, "replica_restarted")
+        return new
+
+    def _exhausted(self) -> RoleExhausted:
+        why = self.replicas.failure or "the set is closed"
+        return RoleExhausted(
+            f"no {self.role} replica is left ({why}); "
+            f"raise {self.role}.max_restarts or mend the cause"
+        )
 
     def _stop(self, replica: Replica) -> None:
         handle = self._handles.pop(replica, None)
         if handle is not None:  # else it was never made
             self._kill(handle)
 
-    async def _acquire(self, deadline_s: float) -> tuple[Replica, ActorHandle]:
+    async def _acquire(self, deadline_s: float, company: int | None) -> tuple[Replica, ActorHandle]:
         """A slot of a replica, to be released. Raises RoleExhausted."""
         end = asyncio.get_running_loop().time() + deadline_s
         while True:
-            waiter = self.replicas.ask()
+            waiter = self.replicas.ask(company)
             if not waiter.settled:
                 await self._settled(waiter, end, deadline_s)
             if (replica := waiter.replica) is None:
-                why = self.replicas.failure or "the set is closed"
-                raise RoleExhausted(
-                    f"no {self.role} replica is left ({why}); "
-                    f"raise {self.role}.max_restarts or mend the cause"
-                )
+                raise self._exhausted()
             if (handle := self._handles.get(replica)) is not None:
                 return replica, handle
-            self.replicas.release(replica)  # it was lost before its slot could be used
+            self.replicas.release(replica, company)  # it was lost before its slot could be used
 
     async def _settled(self, waiter: Waiter, end: float, deadline_s: float) -> None:
         """Wait until a waiter has a slot, or will never have one. Raises RoleExhausted at the
@@ -230,34 +274,38 @@ class ReplicaSet:
         deadline_s: float,
         queue_s: float,
         returns: int = 1,
+        company: int | None = None,
         on_dispatch: Callable[[str], None] | None = None,
     ) -> tuple[Any, ...]:
         """Call `method` on the least loaded replica; returns (first value, further references...).
 
-        `on_dispatch(replica)` runs when a replica is chosen. Raises ReplicaLost, RoleExhausted, or
-        what the actor's method raised.
+        `company` is how many calls, this one too, the replica may have while it runs; default: as
+        many as it takes. `on_dispatch(replica)` runs when a replica is chosen. A caller that is
+        cancelled ends the call. Raises ReplicaLost, RoleExhausted, or what the actor's method
+        raised.
         """
-        async with self.lend(queue_s) as lent:
+        async with self.lend(queue_s, company) as lent:
             if on_dispatch is not None:
                 on_dispatch(lent.name)
             return await lent.call(method, *args, deadline_s=deadline_s, returns=returns)
 
     @asynccontextmanager
-    async def lend(self, queue_s: float) -> AsyncIterator[Lent]:
+    async def lend(self, queue_s: float, company: int | None = None) -> AsyncIterator[Lent]:
         """A slot of the least loaded replica, for several calls or for those of another actor.
 
-        `ReplicaLost` of this replica, raised while it is lent, takes it out of service. Raises
-        RoleExhausted.
+        `ReplicaLost` of this replica, raised while it is lent, takes it out of service, and says
+        from then on in what company it was. Raises RoleExhausted.
         """
-        replica, handle = await self._acquire(queue_s)
+        replica, handle = await self._acquire(queue_s, company)
         try:
-            yield Lent(replica.name, handle)
+            yield Lent(replica.name, handle, self._drop)
         except ReplicaLost as lost:
             if lost.replica == replica.name:
                 self._lost(replica, lost.reason)
+                lost.company = replica.company
             raise
         finally:
-            self.replicas.release(replica)
+            self.replicas.release(replica, company)
 
     async def broadcast(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
         """Call `method` on every serving replica; a replica lost at it is replaced, not retried.

@@ -17,8 +17,8 @@ class RunFailed(RuntimeError):
 class Interrupted(RuntimeError):
     """The run was asked to stop; its checkpoint has what was trained. Exit code: 128 + signal."""
 
-    def __init__(self, signal: int) -> None:
-        super().__init__(f"stopped by signal {signal}")
+    def __init__(self, signal: int, reason: str | None = None) -> None:
+        super().__init__(f"stopped by signal {signal}" if reason is None else f"stopped: {reason}")
         self.signal = signal
 
 

@@ -45,7 +45,11 @@ class EpisodesSpec(Spec):
     port: int | None = Field(None, ge=1, le=65535, description="of the sessions; default: any")
     max_attempts: Positive = Field(3, description="tries of an episode before its group fails")
     start_timeout_s: Seconds = Field(300.0, description="longest wait for a replica to start")
-    max_restarts: int = Field(10, ge=0, description="replacements of dead replicas per run")
+    max_restarts: int = Field(
+        10,
+        ge=0,
+        description="replacements of dead replicas an hour; used ones come back",
+    )
 
 
 @dataclass(frozen=True)

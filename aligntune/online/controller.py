@@ -27,10 +27,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 from actors import timeline as timelines
+from actors.restarts import Restarts, pause
 from actors.timeline import Timeline, spanned
 from actors.waiting import all_of
 from aligntune.config.online import RunConfig
@@ -47,11 +47,10 @@ from aligntune.online.samples import sample_rows, texts_of
 from aligntune.online.serving import Serving
 from aligntune.online.staleness import choose_batch
 from aligntune.online.state import RunState
+from aligntune.online.stopping import Stopping
 from aligntune.online.weights import WeightSync
 from aligntune.runs.checkpoint import Checkpoint
 from aligntune.tracking.metrics import EventKind
-
-T = TypeVar("T")
 
 
 class Controller:
@@ -87,16 +86,17 @@ class Controller:
         self._recorder = recorder
         self._timeline = timeline
         self._changed = changed
-        self._stop = asyncio.Event()
-        self._policy_restarts = 0
+        self._stopping = Stopping(state, changed)
+        self._restarts = Restarts(config.policy.max_restarts)
+        self._failed_rebuilds = 0  # since the last step that was trained
+        self._begun = False  # the run has come to where it starts from
+        self._sound = False  # the ranks are of the step of `_boundary`
         self._seen = ledger.books  # at the last step's end
         self._boundary = Boundary(0, Ledger.beginning(), config.algorithm)
 
     def stop(self, signal: int) -> None:
         """Ask the loop to checkpoint and end; safe from a signal handler of the event loop."""
-        self.state.signal = signal
-        self._stop.set()
-        self._changed.set()
+        self._stopping.ask(signal)
 
     @property
     def books(self) -> Books:
@@ -108,31 +108,41 @@ class Controller:
 
         Raises Interrupted, RunFailed, ...
         """
-        started = False
         timelines.current.set(self._timeline)
         try:
-            await self._unless_stopped(self._start_roles())
-            await self._restore(checkpoint, forget_after=checkpoint.step if checkpoint else -1)
-            started = True
-            if checkpoint:
-                self._recorder.event(EventKind.RESUMED, step=checkpoint.step)
+            await self._stopping.unless(all_of(self._start_ranks(), self._serving.start()))
+            lost: str | None = None
             while True:
                 try:
+                    if lost is not None:
+                        await self._rebuild_policy(lost)
+                    elif not self._begun:
+                        await self._restore(checkpoint)
                     while self.state.version < self.total_steps:
                         await self._step()
                     await self._finish()
                     return self._recorder.last
-                except PolicyLost as lost:
-                    await self._rebuild_policy(str(lost))
+                except PolicyLost as error:
+                    self._sound = False  # what is left of the ranks may be amid a step
+                    self._learner.kill()
+                    self._stopping.check()
+                    lost = str(error)
         except Interrupted:
             await self._pipeline.cancel()
-            if started:
-                await self._keeper.checkpoint(self._boundary)
-                await self._evaluation.stop(self.state.version)
-                await self._keeper.settled()
+            await self._keep_last()
             raise
         finally:
             await self._close()
+
+    async def _keep_last(self) -> None:
+        """The last step of a run that was stopped, where the ranks are there to write it."""
+        try:
+            if self._sound:
+                await self._keeper.checkpoint(self._boundary)
+                await self._evaluation.stop(self.state.version)
+        except PolicyLost as lost:
+            self._recorder.event(EventKind.POLICY_LOST, reason=str(lost))
+        await self._keeper.settled()
 
     # A step
 
@@ -160,8 +170,7 @@ class Controller:
         deadline = time.monotonic() + train.step_timeout_s
         while True:
             self._changed.clear()
-            if self._stop.is_set():
-                raise Interrupted(self.state.signal)
+            self._stopping.check()
             self._pipeline.raise_failure()
             if self._weights.lost is not None:
                 raise PolicyLost(self._weights.lost)
@@ -197,6 +206,7 @@ class Controller:
         result = await self._learner.update(step, algorithm, works)
         figures.updated = result.metrics
         self.state.version = step
+        self._failed_rebuilds = 0
         self._pipeline.trained(batch, step)
         return advantages
 
@@ -206,7 +216,7 @@ class Controller:
         Where the run is stopped meanwhile, no replica needs new weights any more.
         """
         try:
-            await self._unless_stopped(self._evaluation.ended())
+            await self._stopping.unless(self._evaluation.ended())
         except Interrupted:
             return
         await self._weights.bring(self.state.version, self._serving.rollouts)
@@ -230,13 +240,18 @@ class Controller:
 
     # Starting, going back and ending
 
-    async def _start_roles(self) -> None:
-        ranks, _ = await all_of(self._learner.start(), self._serving.start())
-        for name, info in ranks:
-            self._recorder.role(name, info)
-        await self._keeper.check_sight()
+    async def _start_ranks(self) -> None:
+        """Start policy and critic, again where a rank is lost meanwhile."""
+        while True:
+            try:
+                for name, info in await self._learner.start():
+                    self._recorder.role(name, info)
+                await self._keeper.check_sight()
+                return
+            except PolicyLost as lost:
+                await self._count_loss(str(lost))
 
-    async def _restore(self, checkpoint: Checkpoint | None, forget_after: int) -> None:
+    async def _restore(self, checkpoint: Checkpoint | None) -> None:
         """Make policy, rollout weights, ledger and files what they were at a checkpoint.
 
         None is the beginning. Open groups start last: nothing is rolled out under other weights.
@@ -251,7 +266,7 @@ class Controller:
         if checkpoint or self._weights.synced:
             await self._weights.bring(version, self._serving.rollouts)
         self.state.served = version
-        self._recorder.truncate_after(forget_after)
+        self._recorder.truncate_after(version if checkpoint or self._begun else -1)
         open_groups = self.ledger.restore(snapshot, step=version, version=version)
         self._seen = self.ledger.books
         self._boundary = Boundary(version, snapshot, self.state.algorithm)
@@ -259,48 +274,37 @@ class Controller:
             self._pipeline.start(group_id)
         self._pipeline.fill()
         self._evaluation.begin(version)
+        if checkpoint and not self._begun:
+            self._recorder.event(EventKind.RESUMED, step=version)
+        self._begun = self._sound = True
 
     async def _rebuild_policy(self, reason: str) -> None:
         """A policy rank is lost: new ranks from the last checkpoint, groups since then again."""
-        limit = self.config.policy.max_restarts
-        while True:
-            self._policy_restarts += 1
-            self._learner.kill()
-            await self._evaluation.cancel()
-            await self._pipeline.cancel()
-            if self._policy_restarts > limit:
-                raise RunFailed(
-                    f"the policy was lost {self._policy_restarts} times, more than "
-                    f"policy.max_restarts={limit} allows; the last: {reason}"
-                )
-            checkpoint = await self._keeper.latest()
-            step = checkpoint.step if checkpoint else 0
-            self._recorder.event(
-                EventKind.POLICY_REBUILT,
-                reason=reason,
-                from_version=self.state.version,
-                to_version=step,
-            )
-            try:
-                for name, info in await self._learner.start():
-                    self._recorder.role(name, info)
-                await self._restore(checkpoint, forget_after=step)
-            except PolicyLost as again:
-                reason = str(again)
-                continue
-            return
+        await self._evaluation.cancel()
+        await self._pipeline.cancel()
+        await self._count_loss(reason)
+        checkpoint = await self._keeper.latest()
+        self._recorder.event(
+            EventKind.POLICY_REBUILT,
+            reason=reason,
+            from_version=self.state.version,
+            to_version=checkpoint.step if checkpoint else 0,
+        )
+        await self._stopping.unless(self._start_ranks())
+        await self._restore(checkpoint)
 
-    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await `work`, or drop it and raise Interrupted as soon as the run is asked to stop."""
-        task = asyncio.create_task(work)
-        stop = asyncio.create_task(self._stop.wait())
-        await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
-        if task.done():
-            return task.result()
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        raise Interrupted(self.state.signal)
+    async def _count_loss(self, reason: str) -> None:
+        """Wait before the ranks are started again. Raises RunFailed where they are lost too often,
+        Interrupted where the run is asked to stop meanwhile."""
+        self._learner.kill()
+        self._recorder.event(EventKind.POLICY_LOST, reason=reason)
+        if not self._restarts.take():
+            raise RunFailed(
+                f"the policy was lost {self._restarts.limit + 1} times, more than policy."
+                f"max_restarts={self._restarts.limit} allows an hour; the last: {reason}"
+            )
+        await self._stopping.unless(asyncio.sleep(pause(self._failed_rebuilds)))
+        self._failed_rebuilds += 1
 
     async def _finish(self) -> None:
         """Keep what was trained, while the last version is evaluated."""
@@ -308,7 +312,7 @@ class Controller:
         if self.config.checkpoint.at_end:
             await self._keeper.checkpoint(self._boundary)
         await self._keeper.export()
-        await self._unless_stopped(self._evaluation.ended())
+        await self._stopping.unless(self._evaluation.ended())
         await self._keeper.finish()
 
     async def _close(self) -> None:

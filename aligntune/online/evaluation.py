@@ -15,11 +15,12 @@ from actors import timeline
 from actors.messages import GroupSampling, Prompt
 from aligntune.config.online import RunConfig
 from aligntune.errors import RunFailed
+from aligntune.online.attempts import GroupFailed
 from aligntune.online.figures import completion_metrics, score_metrics
 from aligntune.online.groups import ReadyGroup
 from aligntune.online.recorder import OnlineRecorder
 from aligntune.online.roles import Roles
-from aligntune.online.rolling import GroupFailed, Rolling
+from aligntune.online.rolling import Rolling
 from aligntune.online.samples import sample_rows, texts_of
 from aligntune.online.serving import Serving
 from aligntune.tracking.metrics import EventKind
@@ -59,7 +60,8 @@ async def evaluate(
         async with at_once:
             try:
                 return await rolling.again(
-                    lambda: rolling.roll_and_score(prompt, sampling, retried), retried
+                    lambda company: rolling.roll_and_score(prompt, sampling, company, retried),
+                    retried,
                 )
             except GroupFailed as failed:
                 return str(failed)

@@ -105,6 +105,7 @@ class Ledger:
         self._open: dict[int, _Entry] = {}
         self._cohorts: dict[int, _Cohort] = {}
         self._ended = dict.fromkeys(sorted(ENDS), 0)
+        self._lost = 0
         self._next = 0
 
     @property
@@ -117,6 +118,11 @@ class Ledger:
             quarantined=self._ended[State.QUARANTINED],
             open=len(self._open),
         )
+
+    @property
+    def bad(self) -> int:
+        """Groups quarantined for what they are, and not for replicas that died under them."""
+        return self._ended[State.QUARANTINED] - self._lost
 
     @property
     def in_flight(self) -> int:
@@ -145,7 +151,8 @@ class Ledger:
         return group_id
 
     def move(self, groups: Iterable[int], to: State, **why: Any) -> None:
-        """Move groups, all or none; `why` (step, reason, replica, ...) goes to the log.
+        """Move groups, all or none; `why` (step, reason, replica, ...) goes to the log. `lost` says
+        that replicas died, see `bad`.
 
         Raises LedgerError where a group is not open or may not go there.
         """
@@ -153,6 +160,7 @@ class Ledger:
         for group_id in groups:
             _check(group_id, self.state(group_id), to)
         self._record({"event": "move", "groups": groups, "to": to.value, **why})
+        self._lost += len(groups) if why.get("lost") else 0
         for group_id in groups:
             entry = self._open[group_id]
             entry.cohort.count(group_id, entry.state, -1)
@@ -188,6 +196,7 @@ class Ledger:
         return {
             "next": self._next,
             "ended": {state.value: count for state, count in self._ended.items()},
+            "lost": self._lost,
             "open": sorted(self._open),
         }
 
@@ -195,6 +204,7 @@ class Ledger:
         """Go back to the checkpoint of `step`; returns the open groups, all WAITING."""
         self._record({"event": "restore", "step": step, "version": version})
         self._next = snapshot["next"]
+        self._lost = snapshot.get("lost", 0)  # checkpoints before it was counted have none
         self._ended = {State(name): count for name, count in snapshot["ended"].items()}
         self._open, self._cohorts = {}, {}
         for group_id in snapshot["open"]:

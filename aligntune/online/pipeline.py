@@ -18,9 +18,10 @@ from actors.messages import GroupSampling, Prompt
 from actors.supervise import ReplicaSet
 from aligntune.config.online import RunConfig
 from aligntune.errors import RunFailed
+from aligntune.online.attempts import GroupFailed, outlive
 from aligntune.online.groups import ReadyGroup, raw_scores
 from aligntune.online.ledger import Ledger, State
-from aligntune.online.rolling import QUEUE_SECONDS, GroupFailed, Rolling
+from aligntune.online.rolling import QUEUE_SECONDS, Rolling
 from aligntune.online.staleness import free_slots
 from aligntune.online.state import RunState
 from aligntune.tracking.metrics import EventKind
@@ -134,9 +135,11 @@ class Pipeline:
             self._ledger.move([group_id], State.WAITING, reason=reason)
 
         try:
-            group = await self._rolling.again(lambda: self._make(group_id, prompt), lost)
+            group = await self._rolling.again(
+                lambda company: self._make(group_id, prompt, company), lost
+            )
         except GroupFailed as failed:
-            self._quarantine(group_id, str(failed))
+            self._quarantine(group_id, failed)
             return
         if group is None:
             self._ledger.move([group_id], State.FILTERED)
@@ -145,7 +148,7 @@ class Pipeline:
         self.ready[group_id] = group
         self._ledger.move([group_id], State.READY)
 
-    async def _make(self, group_id: int, prompt: Prompt) -> ReadyGroup | None:
+    async def _make(self, group_id: int, prompt: Prompt, company: int | None) -> ReadyGroup | None:
         """The group, or None where the algorithm does not keep it."""
         train, rollout = self._config.train, self._config.rollout
         group = await self._rolling.roll_and_score(
@@ -157,6 +160,7 @@ class Pipeline:
                 seed=train.seed,
                 group_id=group_id,
             ),
+            company,
             retried=lambda reason: self._retried(group_id, reason),
             moved=lambda state, **why: self._ledger.move([group_id], state, **why),
         )
@@ -165,32 +169,41 @@ class Pipeline:
             seen = table[algorithm.sampling_metric]
             self.filtered_scores.update(round(score, 4) for score in seen)
             return None
-        return replace(group, reference=await self._reference(group.tensors))
+        return replace(group, reference=await self._reference(group_id, group.tensors))
 
-    async def _reference(self, tensors: Any) -> Any | None:
-        if self._references is None:
+    async def _reference(self, group_id: int, tensors: Any) -> Any | None:
+        if (references := self._references) is None:
             return None
-        _, logprobs = await self._references.call(
-            "logprobs",
-            tensors,
-            self._config.rollout.temperature,
-            deadline_s=self._config.reference.timeout_s,
-            queue_s=QUEUE_SECONDS,
-            returns=2,
+        _, logprobs = await outlive(
+            lambda company: references.call(
+                "logprobs",
+                tensors,
+                self._config.rollout.temperature,
+                deadline_s=self._config.reference.timeout_s,
+                queue_s=QUEUE_SECONDS,
+                returns=2,
+                company=company,
+            ),
+            self._config.rollout.max_attempts,
+            lambda reason: self._retried(group_id, reason),
         )
         return logprobs
 
     def _retried(self, group_id: int, reason: str) -> None:
         self._event(EventKind.GROUP_RETRIED, group=group_id, reason=reason)
 
-    def _quarantine(self, group_id: int, reason: str) -> None:
-        self._ledger.move([group_id], State.QUARANTINED, reason=reason)
-        self._event(EventKind.GROUP_QUARANTINED, group=group_id, reason=reason)
-        books, limit = self._ledger.books, self._config.train.max_quarantined_fraction
+    def _quarantine(self, group_id: int, failed: GroupFailed) -> None:
+        """Give a group up. Raises RunFailed where too many were given up for what they are; deaths
+        of replicas have a budget of their own."""
+        lost = {"lost": True} if failed.lost else {}
+        self._ledger.move([group_id], State.QUARANTINED, reason=str(failed), **lost)
+        self._event(EventKind.GROUP_QUARANTINED, group=group_id, reason=str(failed), **lost)
+        bad, books = self._ledger.bad, self._ledger.books
+        limit = self._config.train.max_quarantined_fraction
         floor = 1 / limit if limit else 0  # one bad prompt among the first few is no verdict
-        if books.quarantined > limit * max(books.admitted, floor):
+        if not lost and bad > limit * max(books.admitted, floor):
             raise RunFailed(
-                f"{books.quarantined} of {books.admitted} groups were quarantined, more than "
-                f"train.max_quarantined_fraction={limit:g} allows; the last: {reason}"
+                f"{bad} of {books.admitted} groups were quarantined, more than "
+                f"train.max_quarantined_fraction={limit:g} allows; the last: {failed}"
             )
         self.fill()

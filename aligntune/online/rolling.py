@@ -1,8 +1,8 @@
 """Rolls a group out and has it scored, the same way for training and for evaluation.
 
-Invariant: a failure is never a score. What was lost with a replica or a node is made again, up to
-`rollout.max_attempts` times; scores that are not there after `reward.max_attempts` are
-`GroupFailed`.
+Invariant: a failure is never a score. What was lost with a replica or a node is made again; a group
+that was alone on `rollout.max_attempts` replicas that died, or has no scores after
+`reward.max_attempts`, is `GroupFailed`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from actors.messages import GroupRecord, GroupSampling, Prompt, Scores
 from actors.scoring.children import IMPORT_SECONDS, LEAST_WORKERS
 from actors.scoring.criteria import RewardFailed
 from actors.specs import RewardFunctionSpec, RewardModelSpec
-from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet
+from actors.supervise import ReplicaSet
 from aligntune.config.online import RunConfig
+from aligntune.online.attempts import GroupFailed, Retried, again, outlive
 from aligntune.online.groups import ReadyGroup
 from aligntune.online.ledger import State
 
@@ -24,11 +25,6 @@ QUEUE_SECONDS = 24 * 3600.0  # groups queue behind busy replicas, whose calls ha
 
 T = TypeVar("T")
 Moved = Callable[..., None]  # (State, **why): where a group is now
-Retried = Callable[[str], None]  # (reason): it is tried again
-
-
-class GroupFailed(RuntimeError):
-    """A group failed as often as it may; the message is the last reason."""
 
 
 def unseen(state: State, **why: Any) -> None:
@@ -44,28 +40,26 @@ class Rolling:
         self._rewards = rewards
 
     async def roll_and_score(
-        self, prompt: Prompt, sampling: GroupSampling, retried: Retried, moved: Moved = unseen
+        self,
+        prompt: Prompt,
+        sampling: GroupSampling,
+        company: int | None,
+        retried: Retried,
+        moved: Moved = unseen,
     ) -> ReadyGroup:
         """One group, scored. Raises ReplicaLost or ObjectsLost where it has to be made again from
         its start (see `again`), GroupFailed where it has no score."""
-        record, tensors = await self._roll_out(prompt, sampling, moved)
+        record, tensors = await self._roll_out(prompt, sampling, company, moved)
         moved(State.SCORING)
         scores, texts = await self._score(prompt, tensors, retried)
         return ReadyGroup(prompt, record, scores, texts, tensors)
 
-    async def again(self, make: Callable[[], Awaitable[T]], lost: Retried) -> T:
-        """What `make()` gives, made again after each loss. Raises GroupFailed."""
-        for attempt in range(1, self._config.rollout.max_attempts + 1):
-            try:
-                return await make()
-            except (ReplicaLost, ObjectsLost) as loss:
-                if attempt == self._config.rollout.max_attempts:
-                    raise GroupFailed(f"lost {attempt} times, last: {loss}") from loss
-                lost(str(loss))
-        raise AssertionError("unreachable: the last attempt returns or raises")
+    async def again(self, make: Callable[[int | None], Awaitable[T]], retried: Retried) -> T:
+        """What `make(company)` gives, made again after each loss. Raises GroupFailed."""
+        return await again(make, self._config.rollout.max_attempts, retried)
 
     async def _roll_out(
-        self, prompt: Prompt, sampling: GroupSampling, moved: Moved
+        self, prompt: Prompt, sampling: GroupSampling, company: int | None, moved: Moved
     ) -> tuple[GroupRecord, Any]:
         record, tensors = await self._rollouts.call(
             "generate",
@@ -74,24 +68,31 @@ class Rolling:
             deadline_s=self._config.rollout.generation_timeout_s,
             queue_s=QUEUE_SECONDS,
             returns=2,
+            company=company,
             on_dispatch=lambda replica: moved(State.ROLLING, replica=replica),
         )
         return record, tensors
 
     async def _score(self, prompt: Prompt, tensors: Any, retried: Retried) -> tuple[Scores, Any]:
         """The group's scores and the reference to its texts."""
-        limit, deadline = self._config.reward.max_attempts, scoring_deadline(self._config)
+        limit = self._config.reward.max_attempts
+        deadline = scoring_deadline(self._config)
+
+        def score(company: int | None) -> Awaitable[tuple[Any, ...]]:
+            return self._rewards.call(
+                "score",
+                prompt,
+                tensors,
+                deadline_s=deadline,
+                queue_s=QUEUE_SECONDS,
+                returns=2,
+                company=company,
+            )
+
         for attempt in range(1, limit + 1):
             try:
-                scores, texts = await self._rewards.call(
-                    "score",
-                    prompt,
-                    tensors,
-                    deadline_s=deadline,
-                    queue_s=QUEUE_SECONDS,
-                    returns=2,
-                )
-            except (RewardFailed, ReplicaLost) as failure:
+                scores, texts = await outlive(score, limit, retried)
+            except RewardFailed as failure:
                 if attempt == limit:
                     raise GroupFailed(str(failure)) from failure
                 retried(str(failure))

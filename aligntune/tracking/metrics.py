@@ -35,7 +35,8 @@ class EventKind(StrEnum):
     REPLICA_LOST = "replica_lost"
     REPLICA_RESTARTED = "replica_restarted"
     REPLICA_JOINED = "replica_joined"  # beyond rollout.replicas, on what the cluster has to spare
-    POLICY_REBUILT = "policy_rebuilt"
+    POLICY_LOST = "policy_lost"  # a rank died or hangs; all ranks are started anew
+    POLICY_REBUILT = "policy_rebuilt"  # from a checkpoint, to which the run goes back
     CHECKPOINT_SAVED = "checkpoint_saved"
     CHECKPOINT_DAMAGED = "checkpoint_damaged"  # it was passed over for an older one
     TRACKER_FAILED = "tracker_failed"  # it is tried again with the next figures

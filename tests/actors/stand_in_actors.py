@@ -34,6 +34,12 @@ class Ref:
 
     def __init__(self) -> None:
         self.value: Future[Any] = Future()
+        self.task: asyncio.Task[None] | None = None
+
+    def drop(self) -> None:
+        """Nobody wants the value: as `ray.cancel` does, the method is cancelled."""
+        if self.task is not None:
+            self.task.cancel()
 
     def future(self) -> Future[Any]:
         """As Ray's."""
@@ -54,6 +60,8 @@ class Actor:
     def begin(self, name: str, args: tuple[Any, ...], refs: list[Ref]) -> None:
         """Start a method; its answer goes to `refs`."""
         task = asyncio.create_task(self._run(name, args, refs))
+        for ref in refs:
+            ref.task = task
         self._pending.add(task)
         task.add_done_callback(self._pending.discard)
 
@@ -69,7 +77,8 @@ class Actor:
         else:
             values = value if len(refs) > 1 else [value]
             for ref, given in zip(refs, values, strict=True):
-                ref.value.set_result(given)
+                if not ref.value.cancelled():
+                    ref.value.set_result(given)
 
     def _answer(self, refs: list[Ref], error: Exception) -> None:
         for ref in refs:

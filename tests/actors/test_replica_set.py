@@ -75,6 +75,7 @@ def build(
         max_restarts=max_restarts,
         event=lambda kind, **fields: events.append((str(kind), fields)),
         kill=lambda handle: handle.kill(),
+        drop=lambda ref: ref.drop(),
     )
 
 
@@ -295,6 +296,45 @@ def test_when_restarts_are_used_up_callers_hear_why_instead_of_waiting() -> None
                 await replicas.call("die", deadline_s=30, queue_s=60)
         with pytest.raises(RoleExhausted, match=r"worker\.max_restarts"):
             await replicas.call("work", deadline_s=30, queue_s=60)
+        await replicas.close()
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_dies_as_it_first_starts_is_replaced_as_anywhere_else() -> None:
+    async def run(deaths: int) -> tuple[ReplicaSet, Events]:
+        starts: list[str] = []
+        events: Events = []
+
+        async def prepare(handle: Any, name: str) -> None:
+            starts.append(name)
+            if name.startswith("worker-0") and len(starts) <= deaths:
+                raise ReplicaLost(name, "died during start")
+            await serve_at_once(handle, name)
+
+        replicas = build(1, events, prepare=prepare, max_restarts=1)
+        await replicas.start()
+        await replicas.call("work", deadline_s=30, queue_s=30)
+        await replicas.close()
+        return replicas, events
+
+    _, events = asyncio.run(run(1))
+    assert [kind for kind, _ in events] == ["replica_lost", "replica_restarted"]
+    with pytest.raises(RoleExhausted, match=r"died during start.*worker\.max_restarts"):
+        asyncio.run(run(2))
+
+
+def test_a_caller_that_is_cancelled_ends_what_it_asked_for() -> None:
+    async def run() -> None:
+        replicas = build(1, [])
+        await replicas.start()
+        (call,) = waiting_calls(replicas, 1)
+        await until(lambda: busy(replicas) == [1])
+        (handle,) = replicas._handles.values()
+        await until(lambda: len(handle._pending) == 1)
+        call.cancel()
+        await until(lambda: not handle._pending)
+        assert busy(replicas) == [0]
         await replicas.close()
 
     asyncio.run(run())

@@ -17,11 +17,12 @@ from hypothesis.stateful import (
 )
 
 from actors.replicas import MOVES, Replica, Replicas, State, Waiter
+from actors.restarts import Restarts
 
 
 def ready(size: int, *, slots: int = 4, restarts: int = 3) -> Replicas:
     """A role whose replicas all serve."""
-    replicas = Replicas("worker", size, slots, restarts)
+    replicas = Replicas("worker", size, slots, Restarts(restarts, now=lambda: 0.0))
     for index in range(size):
         replicas.move(replicas.begin(index), State.READY)
     return replicas
@@ -76,7 +77,7 @@ def test_a_waiter_that_goes_away_costs_those_behind_it_nothing() -> None:
 
 
 def test_a_replica_takes_no_more_calls_than_it_says() -> None:
-    replicas = Replicas("worker", 2, 5, 0)
+    replicas = Replicas("worker", 2, 5, Restarts(0))
     for index, said in enumerate((2, 99)):
         replicas.move(replicas.begin(index), State.READY, said)
     got = [replicas.ask() for _ in range(8)]
@@ -99,6 +100,48 @@ def test_a_replica_that_is_stale_or_suspect_ends_its_calls_and_gets_no_new_one(
     assert served(waiting) is holder
 
 
+def test_a_caller_that_wants_little_company_gets_it_and_keeps_it() -> None:
+    replicas = ready(1, slots=4)
+    holder = served(replicas.ask())
+    replicas.ask()
+    alone, after = replicas.ask(1), replicas.ask()
+    replicas.release(holder)
+    assert not alone.settled, "one call is still there"
+    replicas.release(holder)
+    assert served(alone) is holder
+    assert not after.settled, "none joins it, though three slots are free"
+    replicas.release(holder, 1)
+    assert served(after) is holder
+
+
+def test_one_that_does_not_start_is_tried_again_after_ever_longer_pauses() -> None:
+    replicas = Replicas("worker", 1, 1, Restarts(10, now=lambda: 0.0))
+    replica, pauses = replicas.begin(0), []
+    while (new := replicas.lost(replica, "out of memory")) is not None:
+        pauses.append(new.pause_s)
+        replica = new
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
+
+    replicas = ready(1)
+    (replica,) = replicas.live
+    new = replicas.lost(replica, "killed")
+    assert new is not None
+    assert new.pause_s == 0, "what has served is replaced at once"
+
+
+def test_restarts_that_were_taken_come_back_with_time() -> None:
+    now = 0.0
+    restarts = Restarts(3, now=lambda: now)
+    assert [restarts.take() for _ in range(4)] == [True, True, True, False]
+    now = 1199.0
+    assert not restarts.take()
+    now = 1200.0
+    assert restarts.take()
+    assert not restarts.take()
+    now = 1e6
+    assert restarts.left == 3, "and never are more than the limit"
+
+
 def test_a_lost_replica_is_replaced_under_another_name_while_restarts_are_left() -> None:
     replicas = ready(2, restarts=2)
     names = [replica.name for replica in replicas.live]
@@ -107,7 +150,7 @@ def test_a_lost_replica_is_replaced_under_another_name_while_restarts_are_left()
     assert new is not None
     assert (new.index, new.state) == (0, State.STARTING)
     assert replicas.lost(first, "died, and another saw it") is None
-    assert replicas.restarts_left == 1, "one loss is one loss, whoever saw it"
+    assert replicas.restarts.left == 1, "one loss is one loss, whoever saw it"
     assert replicas.serving == [second]
     again = replicas.lost(new, "its start failed")
     assert again is not None
@@ -140,7 +183,7 @@ def test_a_set_grows_beyond_its_size_where_there_is_room_and_replaces_none_of_th
     assert replicas.grow(3, room.__getitem__) == [], "it is on its way"
     replicas.move(grown, State.READY)
     assert replicas.lost(grown, "its node left") is None
-    assert replicas.restarts_left == 3
+    assert replicas.restarts.left == 3
     (again,) = replicas.grow(3, room.__getitem__)
     assert again.name != grown.name
 
@@ -160,7 +203,7 @@ def test_at_the_end_all_are_stopped_and_nobody_waits() -> None:
 
 @given(state=st.sampled_from(list(State)), to=st.sampled_from(list(State)))
 def test_a_replica_goes_only_where_it_may(state: State, to: State) -> None:
-    replicas = Replicas("worker", 1, 1, 0)
+    replicas = Replicas("worker", 1, 1, Restarts(0))
     replica = replicas.begin(0)
     replica.state = state
     if to in MOVES[state] and to is not State.DEAD:
@@ -185,7 +228,7 @@ class Histories(RuleBasedStateMachine):
 
     @initialize(size=st.integers(1, 3), slots=st.integers(1, 3), restarts=st.integers(0, 4))
     def begin(self, size: int, slots: int, restarts: int) -> None:
-        self.replicas = Replicas("worker", size, slots, restarts)
+        self.replicas = Replicas("worker", size, slots, Restarts(restarts, now=lambda: 0.0))
         self.size = size
         for index in range(size):
             self.replicas.begin(index)
@@ -198,21 +241,21 @@ class Histories(RuleBasedStateMachine):
         while self.waiting and self.waiting[0].settled:
             waiter = self.waiting.popleft()
             if waiter.replica is not None:
-                assert waiter.replica.busy <= waiter.replica.slots
+                assert waiter.replica.busy <= (waiter.company or waiter.replica.slots)
                 self.held.append((waiter.replica, waiter))
             else:
                 assert self.replicas.hopeless
 
-    @rule()
-    def ask(self) -> None:
-        self.waiting.append(self.replicas.ask())
+    @rule(company=st.none() | st.integers(1, 3))
+    def ask(self, company: int | None) -> None:
+        self.waiting.append(self.replicas.ask(company))
         self.collect()
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        replica, _ = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
-        self.replicas.release(replica)
+        replica, waiter = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        self.replicas.release(replica, waiter.company)
         self.collect()
 
     @precondition(lambda self: self.waiting or self.held)
@@ -240,11 +283,11 @@ class Histories(RuleBasedStateMachine):
     @rule(data=st.data())
     def lose(self, data: st.DataObject) -> None:
         replica = data.draw(st.sampled_from(self.replicas.live))
-        left = self.replicas.restarts_left
+        left = self.replicas.restarts.left
         new = self.replicas.lost(replica, "died")
         replaced = replica.index < self.size and left > 0
         assert (new is not None) is replaced
-        assert self.replicas.restarts_left == left - replaced
+        assert self.replicas.restarts.left == left - replaced
         self.lost.append(replica)
         self.collect()
 
@@ -266,13 +309,19 @@ class Histories(RuleBasedStateMachine):
             assert replica.busy == sum(holder is replica for holder, _ in self.held)
         for replica in self.replicas.live:
             assert replica.slots <= self.replicas.slots
+            asked = [w.company for holder, w in self.held if holder is replica and w.company]
+            assert sorted(replica.shy) == sorted(asked)
 
     @invariant()
     def none_waits_beside_a_free_slot_or_for_ever_and_all_are_served_in_order(self) -> None:
         assert not any(waiter.settled for waiter in self.waiting)
         if self.waiting:
             assert not self.replicas.hopeless
-            assert all(replica.busy >= replica.slots for replica in self.replicas.serving)
+            most = self.waiting[0].company
+            assert all(
+                replica.busy >= min(replica.room, most or replica.room)
+                for replica in self.replicas.serving
+            )
 
 
 def test_no_slot_is_lost_or_given_twice_and_all_are_served_in_order_whatever_happens() -> None:

@@ -20,7 +20,7 @@ from aligntune.errors import Interrupted, RunFailed
 from aligntune.online.learner import PolicyLost
 from aligntune.online.ledger import audit
 from aligntune.runs.jsonl import read_lines
-from tests.aligntune.online.world import STEPS, Reference, World, ahead, settle
+from tests.aligntune.online.world import EVALUATED, STEPS, Reference, World, ahead, settle
 
 
 class Stricter(DAPO):
@@ -235,3 +235,81 @@ def test_a_policy_that_keeps_being_lost_ends_the_run(world: World) -> None:
     with pytest.raises(RunFailed, match="the policy was lost 3 times"):
         world.run()
     assert audit(world.folder / "ledger.jsonl").balanced
+
+
+@pytest.mark.parametrize("place", ["start", "load", "load_weights"])
+def test_a_rank_that_is_lost_as_a_run_resumes_costs_a_restart_and_no_more(
+    world: World, place: str
+) -> None:
+    def die(step: int) -> None:
+        if step == 3:
+            raise MemoryError("killed")
+
+    world.during["update"] = die
+    with pytest.raises(MemoryError):
+        world.run()
+    losses = [PolicyLost("policy-0: died")]
+
+    def lose(*_: Any) -> None:
+        if losses:
+            raise losses.pop()
+
+    world.during = {place: lose}
+    world.run()
+    assert [event["reason"] for event in world.events("policy_lost")] == ["policy-0: died"]
+    assert [event["step"] for event in world.events("resumed")] == [2]
+    assert [row["step"] for row in world.rows()] == list(range(1, STEPS + 1))
+    assert world.evaluated() == EVALUATED
+
+
+@pytest.mark.parametrize("place", ["update", "save", "load_weights"])
+def test_a_run_that_is_stopped_ends_so_though_a_rank_is_lost_then(world: World, place: str) -> None:
+    """The last checkpoint is of a whole step, whatever the ranks had done since."""
+    killed: list[str] = []
+
+    def lose(*_: Any) -> None:
+        assert world.controller is not None
+        if world.controller.state.version == 2 or place == "load_weights":
+            world.stop()
+            killed.append(place)
+            raise PolicyLost("policy-0: died")
+
+    world.during[place] = lose
+    world.configure(checkpoint={"every_steps": 2 if place == "save" else 1})
+    with pytest.raises(Interrupted):
+        world.run()
+    assert killed == [place] * len(killed)
+    kept = [event["step"] for event in world.events("checkpoint_saved")]
+    assert kept == {"update": [1, 2], "save": [], "load_weights": []}[place]
+    world.during = {}
+    world.run()
+    assert world.trained() == [[0, 1], [2, 3], [4, 5]]
+    assert world.evaluated() == EVALUATED
+
+
+def test_a_stop_amid_a_rebuild_saves_nothing_of_ranks_that_have_loaded_nothing(
+    world: World,
+) -> None:
+    saved: list[int] = []
+
+    async def start() -> None:
+        if world.events("policy_rebuilt"):
+            world.stop()
+            await settle()
+
+    def save() -> None:
+        assert world.controller is not None
+        saved.append(world.controller.state.version)
+
+    def die(step: int) -> None:
+        if step == 3:
+            raise PolicyLost("policy-0: died")
+
+    world.configure(checkpoint={"every_steps": 5})
+    world.during = {"start": start, "update": die, "save": save}
+    with pytest.raises(Interrupted):
+        world.run()
+    assert saved == []
+    world.during = {}
+    world.run()
+    assert world.trained() == [[0, 1], [2, 3], [4, 5]]

@@ -27,6 +27,7 @@ from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.online.assemble import assemble
 from aligntune.online.controller import Controller
+from aligntune.online.learner import PolicyLost
 from aligntune.online.recorder import OnlineRecorder
 from aligntune.runs.checkpoint import Checkpoints
 from aligntune.runs.jsonl import read_lines
@@ -175,8 +176,14 @@ class FakeLearner:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self._running = False
+
+    def _check(self) -> None:
+        if not self._running:
+            raise PolicyLost("the policy ranks are not running")
 
     async def start(self) -> list[tuple[str, dict[str, Any]]]:
+        self._running = True
         await self._world.happens("start")
         return [("policy-0", {"pid": 1})]
 
@@ -186,24 +193,29 @@ class FakeLearner:
     async def update(
         self, step: int, algorithm: Algorithm, works: Sequence[GroupWork]
     ) -> UpdateResult:
+        self._check()
         self._world.updates.append((step, algorithm))
         await self._world.happens("update", step)
         return UpdateResult(metrics={"loss/policy": float(step)}, seconds=0.1)
 
     async def export(self, version: int) -> str:
+        self._check()
         self._world.version = version
         return f"weights {version}"
 
     async def save(self, folder: Path) -> None:
+        self._check()
         await self._world.happens("save")
         (folder / "policy" / "weights").write_text("x")
 
-    async def load(self, _: Path) -> None: ...
+    async def load(self, _: Path) -> None:
+        await self._world.happens("load")
 
     async def save_model(self, folder: Path) -> None:
         os.makedirs(folder, exist_ok=True)
 
-    def kill(self) -> None: ...
+    def kill(self) -> None:
+        self._running = False
 
 
 class FakeReplicas:

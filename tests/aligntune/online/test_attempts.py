@@ -1,0 +1,170 @@
+"""Whom the death of a replica is blamed on: a prompt that kills, and those that were beside it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.scoring.criteria import RewardFailed, RewardFailure
+from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet, RoleExhausted
+from aligntune.errors import RunFailed
+from aligntune.online.attempts import GroupFailed, again
+from aligntune.online.ledger import audit
+from tests.actors.stand_in_actors import Actor
+from tests.aligntune.online.world import STEPS, World, ahead
+
+ATTEMPTS = 3
+
+
+class Engine:
+    """Makes groups all at once; one of them kills the process it is made in."""
+
+    def __init__(self, poison: frozenset[int]) -> None:
+        self.poison = poison
+        self.death: Callable[[], None] = lambda: None
+
+    async def start(self) -> None: ...
+
+    async def generate(self, group: int) -> int:
+        await asyncio.sleep(0)
+        if group in self.poison:
+            self.death()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return group
+
+
+async def make_all(
+    groups: int, poison: frozenset[int], deaths: int = 0, replicas: int = 1, slots: int = 32
+) -> tuple[list[Any], int]:
+    """What becomes of each group, and how many replicas were lost; `deaths` are by chance."""
+    lost: list[str] = []
+    engines: list[Actor] = []
+
+    def make(index: int, name: str) -> Any:
+        engine = Engine(poison)
+        engines.append(Actor(engine))
+        engine.death = engines[-1].kill
+        return engines[-1]
+
+    async def start(handle: Any, name: str) -> None: ...
+
+    def event(kind: str, **_: Any) -> None:
+        if kind == "replica_lost":
+            lost.append(kind)
+
+    role = ReplicaSet(
+        "rollout",
+        replicas,
+        make,
+        start,
+        slots=slots,
+        max_restarts=10,
+        event=event,
+        kill=lambda handle: handle.kill(),
+        drop=lambda ref: ref.drop(),
+    )
+    await role.start()
+
+    async def one(group: int) -> Any:
+        async def call(company: int | None) -> Any:
+            options = {"deadline_s": 30, "queue_s": 60, "company": company}
+            return (await role.call("generate", group, **options))[0]
+
+        try:
+            return await again(call, ATTEMPTS, lambda reason: None)
+        except (GroupFailed, RoleExhausted) as failed:
+            return failed
+
+    tasks = [asyncio.create_task(one(group)) for group in range(groups)]
+    for _ in range(deaths):
+        for _ in range(8):
+            await asyncio.sleep(0)
+        engines[-1].kill()
+    made = await asyncio.gather(*tasks)
+    await role.close()
+    return made, len(lost)
+
+
+@settings(max_examples=25)
+@given(
+    poison=st.integers(0, 39), replicas=st.integers(1, 3), slots=st.sampled_from([1, 2, 7, 16, 32])
+)
+def test_a_prompt_that_kills_its_replica_is_found_and_no_other_is_blamed(
+    poison: int, replicas: int, slots: int
+) -> None:
+    run = make_all(40, frozenset({poison}), replicas=replicas, slots=slots)
+    made, lost = asyncio.run(asyncio.wait_for(run, 60))
+    assert isinstance(made[poison], GroupFailed), made[poison]
+    assert made[poison].lost
+    del made[poison]
+    assert made == [group for group in range(40) if group != poison]
+    assert lost <= 8, "within the restarts that a role has"
+
+
+def test_replicas_that_die_by_chance_cost_no_group() -> None:
+    made, lost = asyncio.run(make_all(32, frozenset(), deaths=6))
+    assert made == list(range(32))
+    assert lost == 6
+
+
+def test_arrays_that_are_lost_say_nothing_of_their_group() -> None:
+    losses = iter(range(6))
+
+    async def make(company: int | None) -> str:
+        if next(losses, None) is not None:
+            raise ObjectsLost("with its node")
+        return "made"
+
+    heard: list[str] = []
+    assert asyncio.run(again(make, 1, heard.append)) == "made"
+    assert len(heard) == 6
+
+
+def test_groups_that_are_lost_never_end_a_run_as_bad_prompts_do(world: World) -> None:
+    """Every other group kills its replica, each alone on it."""
+    world.configure(train={**ahead(0), "max_quarantined_fraction": 0.0})
+
+    def die(prompt: Any, sampling: Any) -> None:
+        if sampling.group_id % 2:
+            raise ReplicaLost("rollout-0", "died", company=1)
+
+    world.during["generate"] = die
+    world.run(evaluated=False)
+    books = audit(world.folder / "ledger.jsonl")
+    assert (books.trained, books.balanced) == (2 * STEPS, True)
+    assert books.quarantined >= 2 * STEPS - 1
+    assert {e["lost"] for e in world.events("group_quarantined")} == {True}
+
+
+def test_groups_that_fail_beside_lost_ones_are_counted_alone(world: World, tmp_path: Path) -> None:
+    """Two are lost, then one cannot be scored: of 10 it is a tenth, and the run goes on; the next
+    is too many."""
+    world.configure(train=ahead(0), reward={"max_attempts": 1})
+
+    def die(prompt: Any, sampling: Any) -> None:
+        if sampling.group_id in (1, 2):
+            raise ReplicaLost("rollout-0", "died", company=1)
+
+    bad = {4}
+
+    def fail(prompt: Any, group: int) -> None:
+        if group in bad:
+            raise RewardFailed("length", RewardFailure.RAISED, "no")
+
+    world.during = {"generate": die, "score": fail}
+    world.run(evaluated=False)
+
+    again = World(tmp_path / "more")
+    again.folder.mkdir()
+    again.configure(train=ahead(0), reward={"max_attempts": 1})
+    bad.add(5)
+    again.during = {"generate": die, "score": fail}
+    with pytest.raises(RunFailed, match=r"2 of \d+ groups were quarantined"):
+        again.run(evaluated=False)
