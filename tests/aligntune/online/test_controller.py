@@ -291,9 +291,10 @@ def test_a_stop_amid_a_rebuild_saves_nothing_of_ranks_that_have_loaded_nothing(
     world: World,
 ) -> None:
     saved: list[int] = []
+    lost: list[int] = []
 
     async def start() -> None:
-        if world.events("policy_rebuilt"):
+        if lost:
             world.stop()
             await settle()
 
@@ -303,6 +304,7 @@ def test_a_stop_amid_a_rebuild_saves_nothing_of_ranks_that_have_loaded_nothing(
 
     def die(step: int) -> None:
         if step == 3:
+            lost.append(step)
             raise PolicyLost("policy-0: died")
 
     world.configure(checkpoint={"every_steps": 5})
