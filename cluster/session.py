@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import ray
 
+from cluster import local, proxies
 from cluster.jobs import secrets
 from cluster.specs import ClusterSpec
 
@@ -49,8 +50,10 @@ def check_answers(address: str) -> None:
     if os.environ.get("RAY_USE_TLS", "0") != "0":
         return  # a channel without its certificates would prove nothing
     import grpc
+    from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
 
-    with grpc.insecure_channel(f"{host}:{port}") as channel:
+    # As Ray itself: past the proxy of http_proxy, unless RAY_grpc_enable_http_proxy says otherwise.
+    with grpc.insecure_channel(f"{host}:{port}", GLOBAL_GRPC_OPTIONS) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
         except grpc.FutureTimeoutError as error:
@@ -58,7 +61,16 @@ def check_answers(address: str) -> None:
                 f"what listens at {address!r} is no Ray head, or one that hangs: it did not speak "
                 f"gRPC within {ANSWER_S:g} s; the head's port is the one of `ray start --head "
                 "--port`, 6379 unless set, not that of its dashboard"
+                f"{_proxy_of_grpc(host)}"
             ) from error
+
+
+def _proxy_of_grpc(host: str) -> str:
+    """What to add where RAY_grpc_enable_http_proxy sends Ray through a proxy."""
+    from ray._private.ray_constants import GRPC_ENABLE_HTTP_PROXY
+
+    said = proxies.advice(f"http://{host}") if GRPC_ENABLE_HTTP_PROXY else ""
+    return f"; {said}" if said else ""
 
 
 def find_cluster() -> str:
@@ -127,18 +139,22 @@ def session(spec: ClusterSpec, *, cpus: float, gpus: float, last: bool = True) -
         yield address  # the caller's own session, which stays the caller's
         return
     check_head(address)
+    if address == "local" and (trouble := local.socket_trouble()):
+        raise ClusterUnreachable(trouble)
     logging.getLogger("ray").setLevel(logging.WARNING)
     common = {"log_to_driver": spec.worker_logs, "logging_level": logging.WARNING}
     try:
         if address == "local":
             store = spec.object_store_gib
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
-                include_dashboard=False,
-                object_store_memory=int(store * 2**30) if store else None,
-                **common,
-            )
+            local.keep_token_private()
+            with local.alone():
+                ray.init(
+                    address="local",
+                    num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+                    include_dashboard=False,
+                    object_store_memory=int(store * 2**30) if store else None,
+                    **common,
+                )
         else:
             ray.init(address=address, **common)
     except (ConnectionError, RuntimeError, ValueError) as error:

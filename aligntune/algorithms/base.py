@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, final
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from actors.messages import LossTerms, TokenBatch, TokenInputs, TokenTargets, ValueBatch
 from aligntune.algorithms import losses
 from aligntune.algorithms.advantages import AllSum, on_one_rank, weighted_sum
+from aligntune.algorithms.filters import named, varies
 from aligntune.algorithms.kl import Estimator, estimate
 from aligntune.algorithms.losses import Aggregation, Correction, OldPolicy
 from aligntune.algorithms.tokens import TokenRows
@@ -100,6 +101,11 @@ class Algorithm(BaseModel):
                 f"correction: {self.correction} has no meaning with old: rollout, which takes the "
                 "ratio against the rollout engine already; set correction: none or old: policy"
             )
+        if self.kl_in == "loss" and self.beta > 0 and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_estimator: k1 has no place in the loss: its expected gradient is 0, so beta "
+                "would hold nothing; set kl_estimator: k3 (or k2), or kl_in: reward"
+            )
         if self.kl_in == "reward" and self.beta > 0 and self.combine == "decoupled":
             raise ValueError(
                 "combine: decoupled has no place for kl_in: reward, which is no criterion and has "
@@ -167,9 +173,24 @@ class Algorithm(BaseModel):
         """
         return True
 
+    def length_reward(self, lengths: torch.Tensor, budget: int) -> torch.Tensor:
+        """What is added to the rewards [G] of a group for its sampled `lengths` [G], float64."""
+        return torch.zeros_like(lengths, dtype=torch.float64)
+
+    @final
     def shape(self, rewards: torch.Tensor, lengths: torch.Tensor, budget: int) -> torch.Tensor:
-        """Rewards [G] of a group after length shaping; sampled `lengths` [G] and `budget`."""
-        return rewards
+        """Rewards [G] of a group with its `length_reward`."""
+        return rewards + self.length_reward(lengths, budget)
+
+    def contrast(self, scores: Mapping[str, list[float]], metric: str = SCORE) -> bool:
+        """Whether advantages can tell the completions of a group apart, from its raw scores.
+
+        Where criteria are normalised one by one, each that varies tells, also where their weighted
+        sum is constant.
+        """
+        if self.combine == "decoupled" and metric == SCORE:
+            return any(varies(of) for name, of in scores.items() if name != SCORE)
+        return varies(named(scores, metric))
 
     def trains_on(self, truncated: bool) -> bool:
         """Whether a rollout enters the loss; DAPO's overlong filtering says no if truncated."""
@@ -197,16 +218,17 @@ class Algorithm(BaseModel):
         `groups` are raw rewards [G, K], NaN where a criterion abstains, `weights` [K], `lengths`
         [G] sampled tokens of each rollout, `budget` in tokens. The score of a rollout that all
         abstain from is NaN. Where criteria are normalised one by one, shaping is one more criterion
-        of weight 1.
+        of weight 1, carried apart: a difference of scores would lose its digits.
         """
         raw = [weighted_sum(rewards, weights) for rewards in groups]
+        added = [self.length_reward(n, budget) for n in lengths]
         scores = [self.shape(r, n, budget) for r, n in zip(raw, lengths, strict=True)]
         one = torch.ones(1, dtype=torch.float64)
         if self.combine == "sum":
             return scores, self.sequence_advantages([s[:, None] for s in scores], one)
         criteria = [
-            torch.cat([rewards.double(), (s - r)[:, None]], dim=1)
-            for rewards, s, r in zip(groups, scores, raw, strict=True)
+            torch.cat([rewards.double(), a.masked_fill(r.isnan(), torch.nan)[:, None]], dim=1)
+            for rewards, r, a in zip(groups, raw, added, strict=True)
         ]
         return scores, self.sequence_advantages(criteria, torch.cat([weights.double(), one]))
 
@@ -235,6 +257,12 @@ class Algorithm(BaseModel):
         """The critic's share of its loss, where the algorithm needs a critic."""
         raise NotImplementedError
 
+    def weights(self, batch: TokenBatch) -> torch.Tensor:
+        """Importance weights [B, T] for rollout engine and staleness; 0 drops a token."""
+        old = losses.old_logp(batch, self.old)
+        how, cap = self.correction, self.correction_cap
+        return losses.rollout_weights(old, batch.roll, batch.mask, how, cap, batch.rollouts)
+
     def terms(
         self,
         batch: TokenBatch,
@@ -249,20 +277,19 @@ class Algorithm(BaseModel):
         `kl/rollout_vs_policy` (k3 of rollout against old policy, or against the current one where
         old is the rollout), `kl/update` (k3 of old against current policy), `policy/entropy`,
         `policy/clip_fraction`, `correction/weight_mean`. Raises ValueError on a missing input.
+        Figures are float64, where an exponential that the loss has clipped does not overflow.
         """
         mask, how, budget, rollouts = batch.mask, self.aggregation, batch.budget, batch.rollouts
         old = losses.old_logp(batch, self.old)
-        w = losses.rollout_weights(
-            old, batch.roll, mask, self.correction, self.correction_cap, rollouts
-        )
+        w = self.weights(batch)
         policy, field = losses.numerator(w * ell, mask, how, budget, rollouts)
         total = losses.aggregate(w * ell, mask, batch.counts, how, budget, rollouts)
         drift = losses.log_ratio(batch, self.old).detach()
         newer = batch.logp.detach() if self.old == "rollout" else old
         mismatch = losses.masked_difference(batch.roll.detach(), newer, mask)
         per_token = {
-            "kl/rollout_vs_policy": estimate(mismatch, "k3"),
-            "kl/update": estimate(-drift, "k3"),
+            "kl/rollout_vs_policy": estimate(mismatch.double(), "k3"),
+            "kl/update": estimate(-drift.double(), "k3"),
             "policy/clip_fraction": clipped.to(ell.dtype),
             "correction/weight_mean": w,
         }
@@ -274,7 +301,7 @@ class Algorithm(BaseModel):
                 share = losses.aggregate(k, mask, batch.counts, how, budget, rollouts)
                 total = total + self.beta * share
             if self.kl_in == "loss":
-                per_token["kl/reference"] = k.detach()
+                per_token["kl/reference"] = k.detach().double()
         elif charged:
             raise ValueError("beta > 0 needs log-probs of the reference model; the batch has none")
         if batch.entropy is not None:
@@ -289,5 +316,5 @@ class Algorithm(BaseModel):
             name: losses.numerator(x, mask, "token_mean", budget) for name, x in per_token.items()
         }
         sums["loss/policy"] = (policy.detach(), field)
-        ratio = log_ratio.detach().exp()
+        ratio = log_ratio.detach().double().exp()
         return LossTerms(total, sums, {"policy/ratio_max": losses.masked_max(ratio, mask)})

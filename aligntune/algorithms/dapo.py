@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 
 from aligntune.algorithms.base import SCORE, Defaults
-from aligntune.algorithms.filters import named, varies
+from aligntune.algorithms.filters import named
 from aligntune.algorithms.grpo import GRPO
 from aligntune.algorithms.losses import Aggregation
 from aligntune.algorithms.shaping import soft_overlong
@@ -65,18 +65,18 @@ class DAPO(GRPO):
                     "weighted sum; give it another name"
                 )
             named({name: [] for name in (*criteria, SCORE)}, self.metric)
-        self.shape(torch.zeros(1), torch.zeros(1), budget)
+        self.length_reward(torch.zeros(1), budget)
 
     def keep(self, scores: dict[str, list[float]]) -> bool:
         """Section 3.2: a group whose raw metric is constant has no gradient and is drawn again."""
-        return not self.dynamic_sampling or varies(named(scores, self.metric))
+        return not self.dynamic_sampling or self.contrast(scores, self.metric)
 
-    def shape(self, rewards: torch.Tensor, lengths: torch.Tensor, budget: int) -> torch.Tensor:
-        """Section 3.4, eq. 13, added to the reward."""
+    def length_reward(self, lengths: torch.Tensor, budget: int) -> torch.Tensor:
+        """Section 3.4, eq. 13."""
         if not self.overlong_shaping:
-            return rewards
+            return super().length_reward(lengths, budget)
         cache = self.overlong_cache or max(budget // 5, 1)
-        return rewards + soft_overlong(lengths, budget, cache)
+        return soft_overlong(lengths, budget, cache)
 
     def trains_on(self, truncated: bool) -> bool:
         """Section 3.4: overlong filtering masks the loss of truncated completions."""

@@ -35,6 +35,12 @@ class GRPO(Algorithm):
         """Eq. 3, negated: clipped ratio times advantage, minus beta times the KL."""
         d = log_ratio(batch, self.old)
         ell, clipped = clipped_surrogate(
-            d, batch.advantages, batch.mask, self.clip_low, self.clip_high, self.dual_clip
+            d,
+            batch.advantages,
+            batch.mask,
+            self.clip_low,
+            self.clip_high,
+            self.dual_clip,
+            self.weights(batch),
         )
         return self.terms(batch, d, ell, clipped)

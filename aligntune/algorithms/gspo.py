@@ -48,7 +48,13 @@ class GSPO(GRPO):
         if self.importance == "token":
             log_s = log_s.detach() + (d - d.detach())  # sg[s] * exp(logp - sg[logp])
         ell, clipped = clipped_surrogate(
-            log_s, batch.advantages, batch.mask, self.clip_low, self.clip_high, self.dual_clip
+            log_s,
+            batch.advantages,
+            batch.mask,
+            self.clip_low,
+            self.clip_high,
+            self.dual_clip,
+            self.weights(batch),
         )
         terms = self.terms(batch, log_s, ell, clipped)
         held = clipped.to(ell.dtype)

@@ -68,13 +68,15 @@ def clipped_surrogate(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """ell = -min(r*A, clip(r, 1-low, 1+high)*A), dual clip min(ell, -c*A) for A < 0; and a mask.
 
     Written as -A * r with r held inside the window that the sign of A leaves: above by 1+high for
     A > 0, below by 1-low (and above by c) for A < 0. The returned mask (bool) says where r was
     outside, which is where no gradient flows; on the edge it does. `exp` is differentiated only
-    where it counts, so a ratio that overflows beyond the clip makes no 0 * inf.
+    where it counts, so a ratio that overflows beyond the clip makes no 0 * inf; nor does one of a
+    token whose rollout weight is 0, where `weights` are given: such a token is dropped.
     """
     a = torch.where(mask, wide(advantages.detach()), 0.0)
     ceiling = float("inf") if dual_clip is None else dual_clip
@@ -82,7 +84,8 @@ def clipped_surrogate(
     lower = torch.where(a < 0, 1.0 - clip_low, torch.zeros_like(log_ratio))
     ratio = log_ratio.detach().exp()
     outside = ((ratio > upper) | (ratio < lower)) & (a != 0)
-    flows = torch.where(outside | (a == 0), 0.0, log_ratio).exp()
+    still = outside | (a == 0) if weights is None else outside | (a == 0) | (weights == 0)
+    flows = torch.where(still, 0.0, log_ratio).exp()
     ratio = torch.where(outside, ratio.clamp(lower, upper), flows)
     return -a * ratio, outside
 

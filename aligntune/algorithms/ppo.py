@@ -173,7 +173,13 @@ class PPO(Algorithm):
         """Eq. 7 of the paper, negated."""
         d = log_ratio(batch, self.old)
         ell, clipped = clipped_surrogate(
-            d, batch.advantages, batch.mask, self.clip_low, self.clip_high, self.dual_clip
+            d,
+            batch.advantages,
+            batch.mask,
+            self.clip_low,
+            self.clip_high,
+            self.dual_clip,
+            self.weights(batch),
         )
         return self.terms(batch, d, ell, clipped)
 

@@ -6,9 +6,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from aligntune.algorithms.filters import varies
 from aligntune.config.online import RunConfig
-from aligntune.online.groups import ReadyGroup, raw_scores, truncated
+from aligntune.online.groups import ReadyGroup, compared_scores, raw_scores, truncated
 
 ACTIVITIES = {
     "rollout": ("generate",),
@@ -71,15 +70,19 @@ def group_metrics(
     versions, of the oldest token of each group. With dynamic sampling, also how many groups were
     drawn for each that was kept.
     """
-    scores = [raw_scores(config, group.scores)["score"] for group in groups]
+    scores = [compared_scores(config, group.scores) for group in groups]
     ages = [version - group.record.oldest_version for group in groups]
-    constant = sum(not varies(row) for row in scores) / len(scores)
+    constant = sum(not config.algorithm.contrast(table) for table in scores) / len(scores)
     draws, drawn = config.algorithm.sampling_rounds is not None, len(groups) + ended["filtered"]
     return {
         "groups/trained": float(len(groups)),
         "groups/filtered": float(ended["filtered"]),
         "groups/quarantined": float(ended["quarantined"]),
-        **({"groups/constant_fraction": constant} if any(len(row) > 1 for row in scores) else {}),
+        **(
+            {"groups/constant_fraction": constant}
+            if any(len(table["score"]) > 1 for table in scores)
+            else {}
+        ),
         **({f"{config.algorithm_name}/draws_per_kept_group": drawn / len(groups)} if draws else {}),
         "staleness/mean": statistics.fmean(ages),
         "staleness/max": float(max(ages)),

@@ -44,6 +44,16 @@ def raw_scores(config: RunConfig, scores: Scores) -> dict[str, list[float]]:
     return {name: [v for v in column if v is not None] for name, column in columns.items()}
 
 
+def compared_scores(config: RunConfig, scores: Scores) -> dict[str, list[float]]:
+    """`raw_scores` of what tells completions apart: without the criteria of weight 0, but for the
+    one that the algorithm filters by."""
+    weighty = {
+        name for name, spec in zip(scores.criteria, config.rewards, strict=True) if spec.weight
+    }
+    shown = {*weighty, "score", config.algorithm.sampling_metric}
+    return {name: of for name, of in raw_scores(config, scores).items() if name in shown}
+
+
 def truncated(record: GroupRecord) -> tuple[bool, ...]:
     """[G] which rollouts were cut by a limit."""
     return tuple(reason.truncated for reason in record.finish_reasons)

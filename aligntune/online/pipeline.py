@@ -19,7 +19,7 @@ from actors.supervise import ReplicaSet
 from aligntune.config.online import RunConfig
 from aligntune.errors import RunFailed
 from aligntune.online.attempts import GroupFailed, outlive
-from aligntune.online.groups import ReadyGroup, raw_scores
+from aligntune.online.groups import ReadyGroup, compared_scores
 from aligntune.online.ledger import Ledger, State
 from aligntune.online.rolling import QUEUE_SECONDS, Rolling
 from aligntune.online.staleness import free_slots
@@ -164,7 +164,7 @@ class Pipeline:
             retried=lambda reason: self._retried(group_id, reason),
             moved=lambda state, **why: self._ledger.move([group_id], state, **why),
         )
-        table, algorithm = raw_scores(self._config, group.scores), self._state.algorithm
+        table, algorithm = compared_scores(self._config, group.scores), self._state.algorithm
         if not algorithm.keep(table):
             seen = table[algorithm.sampling_metric]
             self.filtered_scores.update(round(score, 4) for score in seen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from aligntune.config.online import RunConfig
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.recorder import Recorder
 from aligntune.runs.rundir import RunDir
-from aligntune.tracking.metrics import MetricsFile, SamplesFile, check_finite
+from aligntune.tracking.metrics import EventKind, MetricsFile, SamplesFile, held
 from aligntune.tracking.trace import Trace
 
 
@@ -57,9 +58,20 @@ class OnlineRecorder(Recorder):
             found |= evaluations[-1]
         return {name: value for name, value in found.items() if "/" in name}
 
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The figures of a step. The loss and its gradient were finite, or the update would not
+        have been applied: a figure that overflows is told as an event and held."""
+        super().step(step, self._held(step, metrics))
+
+    def _held(self, step: int, figures: Mapping[str, float]) -> dict[str, float]:
+        odd = sorted(name for name, value in figures.items() if not math.isfinite(value))
+        if odd:
+            self.event(EventKind.FIGURES_OVERFLOWED, step=step, figures=", ".join(odd))
+        return held(figures)
+
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
-        """The figures of an evaluation of the weights of `step`. Raises NotFinite."""
-        check_finite(step, figures)
+        """The figures of an evaluation of the weights of `step`."""
+        figures = self._held(step, figures)
         self._writer.do(partial(self._evals.append, step, figures, version=step))
         self._evaluated.add(step)
         self._log(step, figures)

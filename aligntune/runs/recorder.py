@@ -29,6 +29,7 @@ SHOWN = {
     EventKind.REPLICA_JOINED,
     EventKind.POLICY_REBUILT,
     EventKind.CHECKPOINT_DAMAGED,
+    EventKind.FIGURES_OVERFLOWED,
     EventKind.NOT_COPIED,
     EventKind.TRACKER_FAILED,
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
@@ -40,6 +41,7 @@ class EventKind(StrEnum):
     CHECKPOINT_SAVED = "checkpoint_saved"
     CHECKPOINT_DAMAGED = "checkpoint_damaged"  # it was passed over for an older one
     TRACKER_FAILED = "tracker_failed"  # it is tried again with the next figures
+    FIGURES_OVERFLOWED = "figures_overflowed"  # `figures` of a step, held at the largest number
     NOT_COPIED = "not_copied"  # checkpoint.storage did not take something; `reason` says why
 
 
@@ -56,6 +58,17 @@ def check_finite(step: int, metrics: Mapping[str, float]) -> None:
                 "figure is computed wrongly. Lower the learning rate or resume from an "
                 "earlier checkpoint"
             )
+
+
+def held(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The figures with those that overflowed held at the largest number; NaN, which is no size at
+    all, left out. For figures of an update that was applied: none of them is a reason to end."""
+    largest = sys.float_info.max
+    return {
+        name: min(max(value, -largest), largest)
+        for name, value in metrics.items()
+        if not math.isnan(value)
+    }
 
 
 class _Lines:

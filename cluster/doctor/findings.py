@@ -66,6 +66,7 @@ class Observed:
     nofile: tuple[int, int]  # soft, hard
     gpus: Sequence[str] = ()  # as nvidia-smi names them
     torch_gpus: int | None = None  # as torch counts them; None: torch cannot be imported
+    socket_trouble: str | None = None  # why Ray could make no socket here; None: it can
     ports: Sequence[int] = ()  # in use
     auth_mode: str = ""  # RAY_AUTH_MODE
     token_set: bool = False  # RAY_AUTH_TOKEN has a value
@@ -85,6 +86,7 @@ def local(seen: Observed, requirements: Sequence[str], node: str = "") -> list[F
         shm(seen.shm, seen.shm_free, seen.memory_free, seen.store),
         *(disk(path, size, free) for path, (size, free) in seen.disks.items()),
         files(*seen.nofile),
+        sockets(seen.socket_trouble),
     ]
     return [Finding(f.check, f.verdict, f.seen, f.advice, node) for f in findings]
 
@@ -218,6 +220,14 @@ def files(soft: int, hard: int) -> Finding:
             "files", Verdict.WARN, seen, "`ulimit -n 65536` before `ray start`, for large clusters"
         )
     return Finding("files", Verdict.OK, seen)
+
+
+def sockets(trouble: str | None) -> Finding:
+    """Whether a Ray that is started here can make its sockets; `trouble` says why not."""
+    if trouble is None:
+        return Finding("sockets", Verdict.OK, "the folder for temporary files has a short name")
+    seen, _, cure = trouble.partition(": ")
+    return Finding("sockets", Verdict.FAIL, seen, cure)
 
 
 def ports(used: Iterable[int], connected: bool) -> Finding:

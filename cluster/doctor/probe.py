@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.doctor.findings import PORTS, Observed
+from cluster.local import socket_trouble
 from cluster.resources import host_memory
 
 SHM = Path("/dev/shm")
@@ -37,6 +38,7 @@ def observe(packages: Sequence[str], folders: Sequence[str] = ()) -> Observed:
         nofile=resource.getrlimit(resource.RLIMIT_NOFILE),
         gpus=_gpus(),
         torch_gpus=_torch_gpus(),
+        socket_trouble=socket_trouble(),
         ports=[port for port in PORTS if in_use(port)],
         auth_mode=os.environ.get("RAY_AUTH_MODE", ""),
         token_set=bool(os.environ.get("RAY_AUTH_TOKEN")),

@@ -19,6 +19,7 @@ from typing import Any
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from cluster import proxies
 from cluster.jobs import secrets
 from cluster.jobs.packaging import Package
 
@@ -250,12 +251,15 @@ class Jobs:
             raise JobsUnreachable(
                 f"no Ray Jobs server answers at {self.address} ({_innermost(error)}); give the "
                 "address of the head, as in http://HEAD:8265, see that its dashboard runs and that "
-                "the port is open from here"
+                f"the port is open from here{self._proxy()}"
             ) from error
         except (RuntimeError, ValueError) as error:
             if job_id is not None and "does not exist" in str(error):
                 raise UnknownJob(self._unknown(job_id)) from error
-            raise JobsError(f"{self.address}: {_short(str(error))}") from error
+            raise JobsError(f"{self.address}: {_short(str(error))}{self._proxy()}") from error
+
+    def _proxy(self) -> str:
+        return f"; {advice}" if (advice := proxies.advice(self.address)) else ""
 
     def _unknown(self, job_id: str) -> str:
         known = [job.submission_id for job in self.all()]

@@ -9,8 +9,9 @@ from contextlib import closing
 import pytest
 
 from aligntune.commands.doctor import examine
-from cluster import await_nodes
+from cluster import await_nodes, proxies
 from cluster.doctor.findings import Verdict
+from cluster.jobs.client import Jobs, JobsUnreachable
 from cluster.session import ClusterUnreachable, check_answers, check_head, session
 from cluster.specs import ClusterSpec
 
@@ -125,3 +126,50 @@ def test_a_ray_that_is_too_slow_to_start_is_one_line(monkeypatch: pytest.MonkeyP
         session(ClusterSpec(), cpus=1, gpus=0),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("url", "named"),
+    [
+        ("http://head:8265", "http://proxy.example:3128"),
+        ("http://10.0.0.7:8265", "http://proxy.example:3128"),
+        ("http://inside.example:8265", None),
+    ],
+)
+def test_a_proxy_on_the_way_is_named_without_its_password(
+    url: str, named: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://me:hunter2@proxy.example:3128")
+    monkeypatch.setenv("no_proxy", "inside.example,localhost")
+    monkeypatch.setenv("NO_PROXY", "inside.example,localhost")
+    assert proxies.proxy_of(url) == named
+    said = proxies.advice(url)
+    assert (named in said and "no_proxy=" in said) if named else said == ""
+    assert "hunter2" not in said
+
+
+def test_a_proxy_that_stands_before_a_jobs_server_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(JobsUnreachable, match=r"the proxy http://127\.0\.0\.1") as error:
+        Jobs("http://10.255.255.1:8265")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_the_look_for_a_head_goes_past_a_proxy_as_ray_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    import grpc
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    try:
+        check_answers(f"127.0.0.1:{port}")
+    finally:
+        server.stop(None).wait()

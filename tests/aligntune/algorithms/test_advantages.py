@@ -209,6 +209,17 @@ def test_shaping_is_a_criterion_of_its_own_where_criteria_are_decoupled() -> Non
     assert got[0].tolist() == pytest.approx(slow.standardised(summed), abs=1e-12)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e8, 1e15])
+def test_the_punishment_for_length_is_exact_beside_rewards_of_any_size(size: float) -> None:
+    """As a difference of scores it would lose its digits: 1.6e-3 at 1e8."""
+    algorithm = DAPO(overlong_cache=7, combine="decoupled")
+    lengths, equal = torch.tensor([[10, 9, 5, 4]]), torch.full((1, 4, 1), size)
+    _, (got,) = algorithm.scores_and_advantages(equal.double(), ONE, lengths, 10)
+    penalties = [-1.0, -6 / 7, -2 / 7, -1 / 7]
+    twice = slow.standardised(slow.standardised(penalties))
+    assert got.tolist() == pytest.approx(twice, abs=1e-9)
+
+
 def test_shaping_is_added_to_the_sum_otherwise() -> None:
     x = torch.tensor([[[1.0], [0.0], [1.0], [0.0]]])
     lengths = torch.tensor([[10, 10, 9, 8]])

@@ -36,6 +36,16 @@ def test_the_filter_looks_at_the_metric_it_names() -> None:
     assert DAPO(metric="correct").sampling_metric == "correct"
 
 
+def test_decoupled_criteria_keep_a_group_where_any_varies() -> None:
+    """Weights (2, 1) over (0, 2), (1, 0): the sum is constant and the criteria are not."""
+    scores = {"correct": [0.0, 1.0], "format": [2.0, 0.0], "score": [2.0, 2.0]}
+    assert not DAPO().keep(scores)
+    decoupled = DAPO(combine="decoupled")
+    assert decoupled.keep(scores)
+    assert not decoupled.keep({"correct": [1.0, 1.0], "format": [0.0, 0.0], "score": [1.0, 1.0]})
+    assert not DAPO(combine="decoupled", metric="correct").keep({**scores, "correct": [1.0, 1.0]})
+
+
 def test_contrast_by_length_alone_does_not_keep_a_group() -> None:
     """The filter sees raw scores; shaping afterwards tells the completions apart."""
     algorithm = DAPO(overlong_cache=4)

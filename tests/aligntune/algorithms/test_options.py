@@ -32,6 +32,7 @@ ALL: list[type[Algorithm]] = [PPO, GRPO, DrGRPO, DAPO, GSPO]
         ({"beta": math.nan}, "finite"),
         ({"entropy_coefficient": math.inf}, "finite"),
         ({"correction_cap": 0.5}, "greater than or equal to 1"),
+        ({"kl_estimator": "k1", "kl_in": "loss", "beta": 0.1}, "set kl_estimator: k3"),
         ({"kl_estimator": "k4"}, "'k1', 'k2' or 'k3'"),
         ({"aggregation": "mean"}, "'token_mean', 'sequence_mean' or 'constant'"),
         ({"cliplow": 0.2}, "Extra inputs"),
@@ -49,6 +50,7 @@ def test_refused_by_every_algorithm(
     [
         (PPO, {"combine": "decoupled"}, "PPO's baseline is its critic"),
         (PPO, {"kl_target": 0.1, "beta": 0.0}, "set beta above 0"),
+        (PPO, {"kl_in": "loss"}, "its expected gradient is 0"),
         (PPO, {"gamma": 1.5}, "less than or equal to 1"),
         (PPO, {"metric": "score"}, "Extra inputs"),
         (GRPO, {"gae_lambda": 0.9}, "Extra inputs"),
@@ -84,6 +86,11 @@ def test_ratios_against_the_rollout_exclude_the_default_correction(
 
 def test_an_inert_kl_does_not_stand_in_the_way_of_decoupled_criteria() -> None:
     assert DAPO(kl_in="reward", combine="decoupled").combine == "decoupled"
+
+
+def test_k1_is_refused_in_the_loss_only_where_it_is_charged_there() -> None:
+    assert PPO(kl_in="loss", beta=0).kl_estimator == "k1"
+    assert GRPO(kl_estimator="k1", kl_in="reward").kl_estimator == "k1"
 
 
 def test_options_are_frozen() -> None:

@@ -26,8 +26,8 @@ EXACT = {"rtol": 1e-9, "atol": 1e-9}
 CASES: dict[str, tuple[Algorithm, slow.Options]] = {
     "ppo": (PPO(correction="none"), slow.Options()),
     "ppo, kl in loss": (
-        PPO(correction="none", kl_in="loss", beta=0.2),
-        slow.Options(beta=0.2, estimator="k1"),
+        PPO(correction="none", kl_in="loss", kl_estimator="k3", beta=0.2),
+        slow.Options(beta=0.2, estimator="k3"),
     ),
     "grpo": (GRPO(), slow.Options(how="sequence_mean", beta=0.04, correction="token")),
     "grpo, k2": (
@@ -273,6 +273,87 @@ def test_a_ratio_that_overflows_beyond_the_clip_leaves_zero_gradient(a: float) -
     assert leaf.grad.item() == 0.0
 
 
+def token_batch(logp: list[float], old: list[float], roll: list[float], a: float) -> TokenBatch:
+    """One completion in float32, on its own a whole step."""
+
+    def row(values: list[float]) -> torch.Tensor:
+        return torch.tensor([values], dtype=torch.float32)
+
+    n = len(logp)
+    return TokenBatch(
+        logp=row(logp).requires_grad_(), old=row(old), roll=row(roll), advantages=row([a] * n),
+        mask=torch.ones(1, n, dtype=torch.bool), counts=Counts(n, 1, 1), budget=n,
+        ref=row(logp), entropy=row([0.5] * n),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", [PPO, GRPO, DrGRPO, DAPO])
+def test_a_token_dropped_with_weight_zero_is_dropped_whatever_its_ratio(
+    algorithm: type[Algorithm],
+) -> None:
+    """Its ratio is exp(89), which overflows float32: 0 * inf would be NaN."""
+    batch = token_batch([-1.0, -1.0], [-90.0, -1.0], [-1.0, -1.0], a=-1.0)
+    dropping = algorithm(correction="icepop", beta=0, aggregation="token_mean")  # type: ignore[call-arg]
+    terms = dropping.loss(batch)
+    terms.loss.backward()
+    assert terms.loss.item() == 0.5
+    assert batch.logp.grad is not None
+    assert batch.logp.grad.tolist() == [[0.0, 0.5]]
+    assert all(math.isfinite(x) for x in figures([terms], batch.counts).values())
+
+
+@pytest.mark.parametrize("importance", ["sequence", "token"])
+def test_a_sequence_of_dropped_tokens_is_dropped_by_gspo(importance: str) -> None:
+    batch = token_batch([-1.0, -1.0], [-99.0, -99.0], [-1.0, -1.0], a=-1.0)
+    terms = GSPO(correction="icepop", importance=importance).loss(batch)  # type: ignore[arg-type]
+    terms.loss.backward()
+    assert terms.loss.item() == 0.0
+    assert batch.logp.grad is not None
+    assert batch.logp.grad.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("correction", ["token", "sequence"])
+def test_a_weight_that_underflows_drops_its_tokens(correction: str) -> None:
+    batch = token_batch([-1.0], [-200.0], [-1.0], a=-1.0)
+    terms = GRPO(correction=correction, beta=0).loss(batch)  # type: ignore[arg-type]
+    terms.loss.backward()
+    assert terms.loss.item() == 0.0
+    assert batch.logp.grad is not None
+    assert batch.logp.grad.item() == 0.0
+
+
+@pytest.mark.parametrize("algorithm", [PPO, GRPO, DrGRPO, DAPO, GSPO])
+def test_figures_of_a_step_that_clips_do_not_overflow(algorithm: type[Algorithm]) -> None:
+    """exp(87) fits into float32, its sum over 8 tokens does not, nor does exp(100) at all."""
+    for drift in (87.0, 100.0):
+        batch = token_batch([-1.0] * 8, [-1.0 - drift] * 8, [-1.0 - drift] * 8, a=1.0)
+        shown = figures([algorithm(beta=0).loss(batch)], batch.counts)  # type: ignore[call-arg]
+        assert shown["kl/update"] == pytest.approx(math.exp(drift) - 1 - drift, rel=1e-6)
+        assert shown["policy/ratio_max"] == pytest.approx(math.exp(drift), rel=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_the_kl_in_the_loss_pulls_towards_the_reference(estimator: str) -> None:
+    """The expected gradient over pi itself; that of k1, (0, 0, 0), is why it is refused."""
+    logits = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log().requires_grad_()
+    reference = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64).log()
+    pi = logits.softmax(0).detach()
+    expected = torch.zeros(3, dtype=torch.float64)
+    for token in range(3):
+        logp = logits.log_softmax(0)[token].reshape(1, 1)
+        row = logp.detach()
+        batch = TokenBatch(
+            logp=logp, old=row, roll=row, ref=reference[token].reshape(1, 1),
+            advantages=torch.zeros(1, 1, dtype=torch.float64), entropy=None,
+            mask=torch.ones(1, 1, dtype=torch.bool), counts=Counts(1, 1, 1), budget=1,
+        )  # fmt: skip
+        algorithm = PPO(kl_in="loss", kl_estimator=estimator, beta=1.0)  # type: ignore[arg-type]
+        expected += pi[token] * torch.autograd.grad(algorithm.loss(batch).loss, logits)[0]
+    if estimator == "k2":  # its expected gradient is that of KL(pi || ref)
+        assert expected.tolist() == pytest.approx([0.278, 0.014, -0.292], abs=1e-3)
+    assert expected[0] > 0 > expected[2]
+
+
 @pytest.mark.parametrize("algorithm", [PPO(), GRPO(), DrGRPO(), DAPO(), GSPO()])
 def test_half_precision_is_widened_before_the_difference(algorithm: Algorithm) -> None:
     half = random_batch(3, dtype=torch.bfloat16)
@@ -295,7 +376,11 @@ def test_advantages_and_every_other_input_are_detached() -> None:
 
 
 def test_figures_carry_no_graph() -> None:
-    for algorithm in (PPO(kl_in="loss"), GRPO(entropy_coefficient=0.1), GSPO(beta=0.1)):
+    for algorithm in (
+        PPO(kl_in="loss", kl_estimator="k2"),
+        GRPO(entropy_coefficient=0.1),
+        GSPO(beta=0.1),
+    ):
         terms = algorithm.loss(random_batch(1))
         assert not any(x.requires_grad for x, _ in terms.sums.values())
         assert not any(x.requires_grad for x in terms.maxima.values())

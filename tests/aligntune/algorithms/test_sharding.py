@@ -19,7 +19,7 @@ from .batches import figures, random_batch, take
 
 EVERYTHING = {"beta": 0.1, "entropy_coefficient": 0.05, "dual_clip": 1.5}
 ALGORITHMS = {
-    "ppo": PPO(kl_in="loss", **EVERYTHING),
+    "ppo": PPO(kl_in="loss", kl_estimator="k3", **EVERYTHING),
     "grpo": GRPO(**EVERYTHING),
     "dr_grpo": DrGRPO(correction="sequence", **EVERYTHING),
     "dapo": DAPO(correction="icepop", **EVERYTHING),

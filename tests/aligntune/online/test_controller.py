@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from ray.exceptions import ObjectLostError
 
 from actors.messages import (
     Prompt,
+    UpdateResult,
 )
 from actors.supervise import ObjectsLost
 from aligntune.algorithms.dapo import DAPO
@@ -20,7 +22,15 @@ from aligntune.errors import Interrupted, RunFailed
 from aligntune.online.learner import PolicyLost
 from aligntune.online.ledger import audit
 from aligntune.runs.jsonl import read_lines
-from tests.aligntune.online.world import EVALUATED, STEPS, Reference, World, ahead, settle
+from tests.aligntune.online.world import (
+    EVALUATED,
+    STEPS,
+    FakeLearner,
+    Reference,
+    World,
+    ahead,
+    settle,
+)
 
 
 class Stricter(DAPO):
@@ -36,6 +46,26 @@ class Stricter(DAPO):
 
     def carried_on(self, saved: Mapping[str, Any]) -> Stricter:
         return self.model_copy(update={"bar": saved["bar"]})
+
+
+def test_figures_that_overflow_are_told_and_end_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights have changed: a figure is no reason to lose the step."""
+    figures = {"loss/policy": 0.5, "kl/update": float("inf"), "policy/entropy": float("nan")}
+
+    async def update(*_: Any) -> UpdateResult:
+        return UpdateResult(metrics=figures, seconds=0.1)
+
+    monkeypatch.setattr(FakeLearner, "update", update)
+    world.configure()
+    world.run()
+    assert [row["kl/update"] for row in world.rows()] == [sys.float_info.max] * STEPS
+    assert all("policy/entropy" not in row for row in world.rows())
+    told = world.events("figures_overflowed")
+    assert [(e["step"], e["figures"]) for e in told] == [
+        (step, "kl/update, policy/entropy") for step in range(1, STEPS + 1)
+    ]
 
 
 def test_groups_are_filtered_by_the_algorithm_as_it_has_adapted(

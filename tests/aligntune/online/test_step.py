@@ -119,6 +119,22 @@ def test_several_criteria_count_by_their_weights() -> None:
     }
 
 
+def test_a_group_is_constant_where_its_criteria_are_and_those_without_weight_do_not_count() -> None:
+    """Decoupled, (0, 2), (1, 0) by weights (2, 1) differ though their sums do not."""
+    names = ("length", "exact_match")
+
+    def constant(combine: str, weights: tuple[float, float]) -> float:
+        rewards = [{"function": n, "weight": w} for n, w in zip(names, weights, strict=True)]
+        run = config({"name": "dapo", "combine": combine}, rewards)
+        group = ready(0, [(0.0, 2.0), (1.0, 2.0 - 2 * bool(weights[0]))], criteria=names)
+        ended = {"filtered": 0, "quarantined": 0}
+        return group_metrics(run, [group], 4, ended)["groups/constant_fraction"]
+
+    assert constant("sum", (2.0, 1.0)) == 1.0
+    assert constant("decoupled", (2.0, 1.0)) == 0.0
+    assert constant("decoupled", (0.0, 1.0)) == 1.0, "only what has no weight varies"
+
+
 def test_criteria_that_abstain_count_neither_in_figures_nor_in_advantages() -> None:
     rewards = [{"function": "length", "weight": 2.0}, {"function": "exact_match", "weight": 0.5}]
     both = config("drgrpo", rewards)

@@ -20,6 +20,7 @@ from aligntune.tracking.metrics import (
     MetricsFile,
     NotFinite,
     SamplesFile,
+    held,
 )
 from aligntune.tracking.progress import Progress, duration, figures, line, seconds_left
 from aligntune.tracking.trackers import (
@@ -56,6 +57,12 @@ class TestMetricsFile:
         with pytest.raises(NotFinite, match="metric 'loss/policy' of step 3"):
             file.append(3, {"reward/mean": 0.5, "loss/policy": value})
         assert path.read_text() == ""
+
+    def test_a_figure_that_overflows_is_held_at_the_largest_number(self, path: Path) -> None:
+        figures = {"a": float("inf"), "b": -float("inf"), "c": float("nan"), "d": 0.5}
+        MetricsFile(path).append(3, held(figures))
+        largest = sys.float_info.max
+        assert read_lines(path) == [{"step": 3, "a": largest, "b": -largest, "d": 0.5}]
 
     @settings(max_examples=25)
     @given(st.integers(0, 8), st.integers(0, 8))

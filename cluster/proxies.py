@@ -1,0 +1,28 @@
+"""Proxies that the environment puts between here and a head: named where one does not answer."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+
+def proxy_of(url: str) -> str | None:
+    """The proxy that http_proxy and its like name for `url`, without its password; or None."""
+    from requests.utils import get_environ_proxies, select_proxy
+
+    proxy = select_proxy(url, get_environ_proxies(url))
+    if not proxy:
+        return None
+    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+
+def advice(url: str) -> str:
+    """What to do about the proxy on the way to `url`; empty where there is none."""
+    proxy = proxy_of(url)
+    if proxy is None:
+        return ""
+    host = urlsplit(url).hostname
+    return (
+        f"the proxy {proxy} (http_proxy, https_proxy or all_proxy) stands between; set "
+        f"no_proxy={host} to go past it"
+    )
