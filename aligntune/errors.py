@@ -22,6 +22,15 @@ class Interrupted(RuntimeError):
         self.signal = signal
 
 
+def shown(value: object) -> str:
+    """A value for a message: its repr on one line, cut where it is long."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # noqa: BLE001 - a repr of the user's own, or an integer of 5,000 digits
+        return f"a value of {type(value).__name__} that cannot be shown"
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
 def closest(name: str, valid: Iterable[str]) -> str | None:
     """The valid name that is meant most likely; None where none is near. Swapped letters are the
     slip of the fingers, so the same letters in another order come first."""

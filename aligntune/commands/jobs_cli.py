@@ -22,7 +22,10 @@ JobId = Annotated[str, typer.Argument(metavar="ID")]
 
 def submit_run(
     config: ConfigFile,
-    address: JobsAddress,
+    address: Annotated[
+        str | None,
+        typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="the Jobs server's, as in HEAD:8265"),
+    ] = None,
     overrides: Overrides = None,
     working_dir: Annotated[
         Path, typer.Option(help="goes with the job, but for what .gitignore names")
@@ -30,15 +33,27 @@ def submit_run(
     env: Annotated[
         list[str] | None, typer.Option(help="a variable to pass on, by its name; may repeat")
     ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="a file that travels though it looks like a secret; may repeat"),
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="do not follow the job")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check, list what travels, send nothing")
+    ] = False,
 ) -> int:
     """Train on a cluster as a Ray job, and follow it; its exit code is this one.
 
     Everything is checked here first. Submitting the same output_dir again resumes the run.
     """
-    from aligntune.commands.submit import submit
+    from aligntune.commands.submit import list_travelling, submit
 
-    return submit(config, overrides or [], address, working_dir, env or [], detach, note, passed_on)
+    what = (config, overrides or [])
+    if dry_run:
+        return list_travelling(*what, working_dir, env or [], allow or [], typer.echo)
+    if address is None:
+        raise typer.BadParameter("missing option --address, the Jobs server's, as in HEAD:8265")
+    return submit(*what, address, working_dir, env or [], allow or [], detach, note, passed_on)
 
 
 @app.command("list")

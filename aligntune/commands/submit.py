@@ -62,11 +62,14 @@ def submit(
     address: str,
     working_dir: Path,
     env: Sequence[str],
+    allowed: Sequence[str],
     detach: bool,
     say: Say,
     write: Say,
 ) -> int:
     """Submit a run and follow it; the exit code of `aligntune train` in it, 0 where detached.
+
+    `allowed` are files that travel though they look like secrets.
 
     `say` is for messages of our own, `write` for what the job prints, without a line end added.
     """
@@ -74,7 +77,7 @@ def submit(
 
     secrets = secrets_by_name(env)
     try:
-        with packed(working_dir) as package:
+        with packed(working_dir, allowed=allowed) as package:
             inside = _inside(config, package)
             with connected(address) as jobs:  # first, for the check takes longer
                 elsewhere, run_dir = check_run(inside, overrides, package)
@@ -103,6 +106,31 @@ def submit(
         return 0
     with connected(address) as jobs:
         return follow(jobs, job_id, say, write)
+
+
+def list_travelling(
+    config: Path,
+    overrides: Sequence[str],
+    working_dir: Path,
+    env: Sequence[str],
+    allowed: Sequence[str],
+    say: Say,
+) -> int:
+    """Check a run and list what would travel with it, the variables by name; send nothing."""
+    from cluster.jobs.packaging import PackagingError, packed
+
+    secrets = secrets_by_name(env)
+    try:
+        with packed(working_dir, allowed=allowed) as package:
+            elsewhere, run_dir = check_run(_inside(config, package), overrides, package)
+            lines = [*package.listing(), package.describe(), *elsewhere]
+    except PackagingError as error:
+        raise UserError(str(error)) from error
+    for line in lines:
+        say(line)
+    say(f"variables passed on: {', '.join(sorted(secrets)) or 'none'}")
+    say(f"the run would write to {run_dir}; nothing was sent")
+    return 0
 
 
 def follow(jobs: Jobs, job_id: str, say: Say, write: Say) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 from aligntune.config.tree import load_tree, set_path
-from aligntune.errors import UserError, nearest
+from aligntune.errors import UserError, nearest, shown
 from aligntune.names import algorithm_of, preference_name
 
 PATHS = {
@@ -98,6 +98,8 @@ def build_tree(
         for name in given:
             if name not in valid:
                 raise UserError(f"{kind} has no argument {name!r}; it takes {', '.join(valid)}")
+    if not isinstance(given.get("use_peft", False), bool):
+        raise UserError(f"use_peft is True or False, not {shown(given['use_peft'])}")
     if given.get("use_peft") is False:
         if "lora_r" in given or "lora_alpha" in given:
             raise UserError("use_peft=False and lora_r or lora_alpha contradict each other")
@@ -115,17 +117,21 @@ def build_tree(
         _split_length(tree, given)
     functions = _rewards(tree, given)
     if "output_dir" not in tree:
-        tree["output_dir"] = os.path.join("runs", str(algorithm_of(tree) or "run"))
+        tree["output_dir"] = os.path.join("runs", _named(algorithm_of(tree)))
     return tree, _overrides(given.get("overrides", ())), functions
+
+
+def _named(algorithm: Any) -> str:
+    return algorithm if isinstance(algorithm, str) and algorithm else "run"
 
 
 def _overrides(given: Any) -> list[str]:
     if isinstance(given, str) or not isinstance(given, Iterable):
-        raise UserError(f"overrides is a list of 'key.path=value', not {given!r}")
+        raise UserError(f"overrides is a list of 'key.path=value', not {shown(given)}")
     items = list(given)
     for item in items:
         if not isinstance(item, str):
-            raise UserError(f"overrides: {item!r} is not a text of the form 'key.path=value'")
+            raise UserError(f"overrides: {shown(item)} is not a text of the form 'key.path=value'")
     return items
 
 
@@ -167,7 +173,7 @@ def _split_length(tree: dict[str, Any], given: Mapping[str, Any]) -> None:
 
 def _count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"{name} is a number of tokens, not {value!r}")
+        raise UserError(f"{name} is a number of tokens, not {shown(value)}")
     return value
 
 
@@ -185,7 +191,7 @@ def _rewards(tree: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Callab
         if model is not None:
             there = _list("rewards", tree.get("rewards")) or []
             functions_of_file = [r for r in there if not _is_model(r)]
-            tree["rewards"] = [{"model": str(model)}, *functions_of_file]
+            tree["rewards"] = [{"model": model}, *functions_of_file]
         return {}
     rewards = given["reward_functions"]
     one = isinstance(rewards, str) or callable(rewards)
@@ -211,7 +217,7 @@ def _rewards(tree: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Callab
             entry["weight"] = weights[index]
         entries.append(entry)
     if model is not None:
-        entries.insert(0, {"model": str(model)})
+        entries.insert(0, {"model": model})
     tree["rewards"] = entries
     return functions
 
@@ -219,8 +225,8 @@ def _rewards(tree: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Callab
 def _list(name: str, value: Any) -> list[Any] | None:
     if value is None:
         return None
-    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
-        raise UserError(f"{name} is a list, not {value!r}")
+    if isinstance(value, str | bytes | Mapping | Set) or not isinstance(value, Iterable):
+        raise UserError(f"{name} is a list, not {shown(value)}")
     return list(value)
 
 

@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from aligntune.config.credentials import refuse_credentials
 from aligntune.config.online import RunConfig, load_online_config
 from aligntune.config.preference import PreferenceConfig, load_preference_config
 from aligntune.config.tree import load_tree
+from aligntune.config.values import refuse_impossible, refuse_truth_for_a_number
 from aligntune.names import is_preference
 
 
@@ -21,4 +23,8 @@ def load_config(
     Raises UserError, one line, for anything that is wrong.
     """
     tree = {key: value for key, value in load_tree(source, overrides).items() if value is not None}
-    return load_preference_config(tree) if is_preference(tree) else load_online_config(tree)
+    refuse_impossible(tree)
+    refuse_credentials(tree)
+    loaded = load_preference_config(tree) if is_preference(tree) else load_online_config(tree)
+    refuse_truth_for_a_number(tree, loaded.model_dump())
+    return loaded

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from actors.settings import OneKind, OneOf
 from aligntune.config.auto import tree_of
 from aligntune.config.yaml_text import parse_yaml
-from aligntune.errors import UserError, nearest
+from aligntune.errors import UserError, nearest, shown
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -137,7 +137,7 @@ def explain(
             reason = first["msg"].removeprefix("Value error, ")
             text = f"{where}: {reason}" if where else reason
         case _:
-            text = f"{where}: {first['msg']}, got {first['input']!r}"
+            text = f"{where}: {first['msg']}, got {shown(first['input'])}"
     more = len(problems) - 1
     return text + (f" (and {more} more)" if more else "")
 

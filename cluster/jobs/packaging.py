@@ -2,7 +2,8 @@
 
 Invariant: the same files give the same archive, byte for byte, so that a directory that has not
 changed is not uploaded twice. Nothing is left out but what git ignores: what .gitignore names, and
-the excludes that the user has set for git.
+the excludes that the user has set for git. Nothing travels from outside of the directory, nor a
+secret that the user has not allowed by name.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import shutil
 import subprocess
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-SHOWN = 5  # largest files named where the limit is passed
+from cluster.jobs.private_files import why_private
+
+SHOWN = 5  # files named in a message
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip file can say
 
 
@@ -41,6 +44,11 @@ class Package:
             file == name or file.startswith(f"{name}/") for file in self.files
         )
 
+    def listing(self) -> list[str]:
+        """Each file with its size, for a person."""
+        sizes = [(self.directory / name).stat().st_size for name in self.files]
+        return [f"{size:12,d}  {name}" for size, name in zip(sizes, self.files, strict=True)]
+
     def describe(self) -> str:
         """One line for a person."""
         return f"{len(self.files)} files of {self.directory}, {mib(self.nbytes)} packed"
@@ -60,19 +68,25 @@ def mib(nbytes: float) -> str:
 
 
 @contextmanager
-def packed(directory: Path, limit: int | None = None) -> Iterator[Package]:
+def packed(
+    directory: Path, limit: int | None = None, allowed: Collection[str] = ()
+) -> Iterator[Package]:
     """The package of `directory`; its archive is there while this is entered.
 
-    `limit` in bytes is `limit_bytes()` unless given.
+    `limit` in bytes is `limit_bytes()` unless given; `allowed` are files, relative to the
+    directory, that may travel though they look like secrets.
 
     Raises:
-        PackagingError: no directory, no way to read its .gitignore, or over the limit.
+        PackagingError: no directory, no way to read its .gitignore, over the limit, a link that
+            leads out, or a secret.
     """
     directory = directory.absolute()
     if not directory.is_dir():
         raise PackagingError(f"the working directory {directory} is not a folder")
     most = limit_bytes() if limit is None else limit
     files = chosen_files(directory)
+    _check_inside(directory, files)
+    _check_secrets(directory, files, {os.path.normpath(name) for name in allowed})
     with tempfile.TemporaryDirectory(prefix="aligntune-") as folder:
         archive = Path(folder) / "working_dir.zip"
         # Compression seldom halves twice: what is four times over is not compressed to find out.
@@ -92,6 +106,36 @@ def chosen_files(directory: Path) -> tuple[str, ...]:
         PackagingError: a .gitignore is there, but no git to read it.
     """
     return tuple(sorted(_below(directory, "", frozenset())))
+
+
+def _check_inside(directory: Path, files: Sequence[str]) -> None:
+    """Raises PackagingError where a link leads out of the directory."""
+    root = os.path.join(os.path.realpath(directory), "")
+    leads = {name: os.path.realpath(directory / name) for name in files}
+    out = [f"{name} -> {to}" for name, to in leads.items() if not to.startswith(root)]
+    if out:
+        raise PackagingError(
+            f"{len(out)} files of {directory} are links that lead out of it: {_some(out)}. Put "
+            "what the job needs on storage that every node sees and give its absolute path, copy "
+            "it in, or name the links in .gitignore"
+        )
+
+
+def _check_secrets(directory: Path, files: Sequence[str], allowed: Collection[str]) -> None:
+    """Raises PackagingError for what looks like a secret and is not allowed, or is not there."""
+    if unknown := sorted(set(allowed) - set(files)):
+        raise PackagingError(f"--allow {unknown[0]}: no such file travels from {directory}")
+    seen = {name: why_private(directory, name) for name in files if name not in allowed}
+    if secret := [f"{name} ({why})" for name, why in seen.items() if why]:
+        raise PackagingError(
+            f"{len(secret)} files of {directory} look like secrets: {_some(secret)}. Every node "
+            "would have them: name them in .gitignore and pass values by --env NAME, or say "
+            "--allow FILE for each that may travel"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def _below(directory: Path, prefix: str, around: frozenset[str]) -> Iterator[str]:
