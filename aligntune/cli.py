@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -230,17 +230,19 @@ def doctor(
 @app.command()
 def audit(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> None:
     """Replay a run's ledger and show that its books balance."""
-    from aligntune.errors import RunFailed, UserError
+    from aligntune.errors import UserError
     from aligntune.online.ledger import LedgerError
     from aligntune.online.ledger import audit as audit_log
 
     path = run_dir / "ledger.jsonl"
-    if not path.is_file():
-        raise UserError(f"no ledger at {path}; name a run directory")
     try:
+        if not path.is_file():
+            raise UserError(f"no ledger at {path}; name a run directory")
         books = audit_log(path)
     except LedgerError as error:
-        raise RunFailed(f"the books do not balance: {error}") from error
+        _fail(1, f"the books do not balance: {error}")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     typer.echo(
         f"{books.admitted} admitted = {books.trained} trained + {books.filtered} filtered + "
         f"{books.quarantined} quarantined + {books.open} open"
@@ -286,13 +288,15 @@ def main(argv: list[str] | None = None) -> None:
         _fail(2, f"{str(error).rstrip('.')}; see `aligntune --help`")
     except RunFailed as error:
         _fail(1, f"{error}\nresume with: {shlex.join(['aligntune', *arguments])}")
+    except OSError as error:  # of a disk that is full or gone; what else there is, is a defect
+        _fail(1, f"{error}\nresume with: {shlex.join(['aligntune', *arguments])}")
     except (typer.Abort, KeyboardInterrupt):
         _fail(130, "stopped; no run had begun")
     except Interrupted as error:
         _fail(128 + error.signal, f"{error}\nresume with: {shlex.join(['aligntune', *arguments])}")
 
 
-def _fail(code: int, message: str) -> None:
+def _fail(code: int, message: str) -> NoReturn:
     typer.echo(f"aligntune: {message}", err=True)
     sys.exit(code)
 

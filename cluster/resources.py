@@ -110,6 +110,9 @@ def gpu_type(name: str) -> GpuType:
     )
 
 
+MOST_DESCRIBED = 65_536  # nodes or GPUs of a cluster that need not exist
+
+
 def described(
     nodes: int, gpus_per_node: int = 0, gpu: str | None = None, cpus_per_node: float | None = None
 ) -> Cluster:
@@ -124,8 +127,16 @@ def described(
         (gpus_per_node, 0, "--gpus-per-node"),
         (1 if cpus_per_node is None else cpus_per_node, 1, "--cpus-per-node"),
     ):
-        if value < least:
+        if not least <= value:  # NaN is neither
             raise BadDescription(f"{name} is {value:g}; a cluster has {least} or more")
+        if value > MOST_DESCRIBED:
+            raise BadDescription(
+                f"{name} is {value:g}; a plan is made for up to {MOST_DESCRIBED:,} of them"
+            )
+    if nodes * max(1, gpus_per_node) > MOST_DESCRIBED:
+        raise BadDescription(
+            f"{nodes} nodes of {gpus_per_node} GPUs: a plan is made for up to {MOST_DESCRIBED:,}"
+        )
     if gpus_per_node and gpu is None:
         raise BadDescription(
             f"--gpus-per-node is {gpus_per_node} but --gpu names no type; known are "

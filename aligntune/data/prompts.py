@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from array import array
 from collections.abc import Iterator
 from functools import lru_cache
@@ -91,7 +92,8 @@ class PromptSource:
 
     def positions_in(self, epochs: float) -> int:
         """How many prompts `epochs` passes over the data are, rounded up."""
-        return math.ceil(epochs * len(self))
+        positions = epochs * len(self)
+        return math.ceil(positions) if math.isfinite(positions) else sys.maxsize
 
     def epoch(self, epoch: int = 0) -> Iterator[Prompt]:
         """The prompts of one pass, in its order."""

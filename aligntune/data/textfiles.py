@@ -111,13 +111,20 @@ class JsonLinesFile(TextFile):
                 f"{self.path}, line {line}: broken JSON ({error.msg}, column {error.colno}); "
                 f"each line must be one object{cure}"
             ) from error
-        except RecursionError as error:
-            raise DataError(f"{self.path}, line {line}: JSON nested too deeply to read") from error
+        except (RecursionError, ValueError) as error:
+            raise DataError(f"{self.path}, line {line}: {_beyond(error)}") from error
         return _object(row, f"{self.path}, line {line}")
 
     def _parse(self, raw: bytes) -> dict[str, Any]:
         row: dict[str, Any] = json.loads(raw)
         return row
+
+
+def _beyond(error: Exception) -> str:
+    """What JSON has that Python cannot read."""
+    if isinstance(error, RecursionError):
+        return "JSON nested too deeply to read"
+    return "a number in the JSON has too many digits to read; write it as text"
 
 
 class JsonArrayFile(TextFile):
@@ -137,6 +144,8 @@ class JsonArrayFile(TextFile):
                 f"{self.path}, line {error.lineno}: broken JSON ({error.msg}, "
                 f"column {error.colno}); a .json file is an array of objects, or one object a line"
             ) from error
+        except (RecursionError, ValueError) as error:
+            raise DataError(f"{self.path}: {_beyond(error)}") from error
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return dict(self._rows[index])

@@ -312,8 +312,20 @@ def audit(path: Path) -> Books:
     """Replay a ledger log and return its books, those of a run it goes on from among them.
 
     Raises LedgerError, with the line, where the log shows a move that cannot happen, a gap, or a
-    restore from a checkpoint that was never made.
+    restore from a checkpoint that was never made, and for a line that is no record.
     """
+    at = [0]
+    try:
+        return _replayed(path, at)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise LedgerError(
+            f"{path}:{at[0] + 1}: no record of a ledger ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:80]}); the file is damaged: restore it from a copy"
+        ) from error
+
+
+def _replayed(path: Path, at: list[int]) -> Books:
+    """The books; `at` holds the line, counted from 0, that is being read."""
     open_groups: dict[int, State] = {}
     ended: dict[int, tuple[int, State]] = {}  # group -> (seq of its end, how)
     marks: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (-1, 0, ())}  # step: seq, next, open
@@ -323,6 +335,7 @@ def audit(path: Path) -> Books:
         for seq, line in enumerate(file):
             if not line.endswith(b"\n"):
                 break  # torn by a kill; what it would have said did not happen
+            at[0] = seq
             record = json.loads(line)
             if record["seq"] != seq:
                 raise LedgerError(f"{path}:{seq + 1}: record {record['seq']} where {seq} is due")

@@ -112,8 +112,11 @@ def _claim(out: Path, what: dict[str, Any]) -> None:
             raise UserError(
                 f"--out {out} holds something else than a quickstart; name a new folder"
             )
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(marker, json.dumps(what) + "\n")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomically(marker, json.dumps(what) + "\n")
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written to: {error.strerror}") from error
         return
     there = json.loads(marker.read_text(encoding="utf-8"))
     if there != what:

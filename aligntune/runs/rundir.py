@@ -114,6 +114,11 @@ def changes(old: dict[str, Any], config: BaseModel, where: str) -> dict[str, tup
     return changed
 
 
+def _of_the_kernel(folder: Path) -> bool:
+    """Whether it lies in /proc or /sys, where access says what is not so."""
+    return any(part in (Path("/proc"), Path("/sys")) for part in (folder, *folder.parents))
+
+
 def _identifies(path: str, config: BaseModel) -> bool:
     """Whether a run in which the key at `path` is another is another run."""
     role, _, key = path.partition(".")
@@ -196,10 +201,20 @@ class RunDir:
             if not stat.S_ISDIR(os.stat(self.path).st_mode):
                 raise UserError(f"output_dir {self.path} is a file; name a folder")
         except FileNotFoundError:
-            pass
+            self._check_above()
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"output_dir {str(self.path)!r} cannot be used: {reason}") from error
+
+    def _check_above(self) -> None:
+        """Whether the folder could be made. Raises UserError."""
+        above = next(folder for folder in self.path.parents if folder.exists())
+        if not above.is_dir():
+            raise UserError(f"output_dir {self.path} cannot be used: {above} is a file")
+        if not os.access(above, os.W_OK | os.X_OK) or _of_the_kernel(above):
+            raise UserError(
+                f"output_dir {self.path} cannot be made: nothing can be written to {above}"
+            )
 
     def check(self, config: BaseModel, resume: str) -> None:
         """Whether this config may run here; notes what `changed` since. Starts and writes nothing.
@@ -228,8 +243,13 @@ class RunDir:
 
     def claim(self) -> None:
         """Create and lock the directory. UserError if a running process holds it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"output_dir {self.path} cannot be written to: {error.strerror}"
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

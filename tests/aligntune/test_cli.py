@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from aligntune import __version__
+from aligntune.cli import main
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -107,3 +109,79 @@ def test_a_slip_is_told_before_anything_heavy_is_loaded(
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe\n",
+        b"[]\n",
+        b"5\n",
+        b"{}\n",
+        b'{"seq": 0, "event": "nope"}\n',
+        b'{"seq": 0, "event": "move", "groups": [1], "to": "X"}\n',
+        b'{"seq": 0, "event": "adopt"}\n',
+        b'{"seq": 0, "event": "restore", "step": "x"}\n',
+        b"[" * 100_000 + b"\n",
+        b'{"seq": ' + b"9" * 5000 + b"}\n",
+        b"\0" * 100 + b"\n",
+    ],
+    ids=range(11),
+)
+def test_the_audit_of_a_damaged_ledger_is_one_line_that_names_it(
+    line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ledger.jsonl").write_bytes(line)
+    with pytest.raises(SystemExit) as ended:
+        main(["audit", str(tmp_path)])
+    assert ended.value.code == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/ledger.jsonl:1: " in said
+
+
+def test_the_audit_leaves_out_a_torn_last_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = b'{"seq": 0, "event": "admit", "group": 0}\n'
+    (tmp_path / "ledger.jsonl").write_bytes(good + b'{"seq": 1, "event": "mo')
+    with pytest.raises(SystemExit) as ended:
+        main(["audit", str(tmp_path)])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("1 admitted = ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["audit", "x" * 300], "cannot be read"),
+        (["quickstart", "--out", "/proc/none/x"], "cannot be written to"),
+        (["quickstart", "--seed", "-5"], "train.seed"),
+    ],
+)
+def test_places_and_numbers_that_cannot_be(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_disk_that_takes_nothing_ends_a_command_in_one_line_and_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/disk/step-000050")
+
+    monkeypatch.setattr("aligntune.cli._trainer", full)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "config.yaml"])
+    assert ended.value.code == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert "No space left on device: '/disk/step-000050'" in first
+    assert second == "resume with: aligntune train config.yaml"

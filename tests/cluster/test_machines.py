@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
 import pytest
 
 from cluster import resources
-from cluster.resources import host_cpus, this_machine
+from cluster.resources import BadDescription, described, host_cpus, this_machine
 
 QUERY = """#!/bin/sh
 cat <<'END'
@@ -80,3 +81,12 @@ def test_processors_are_those_that_a_container_grants(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content + "\n")
     assert host_cpus() == cpus
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "cpus"),
+    [(10**14, 0, None), (1, 10**14, None), (65_536, 2, None), (1, 0, math.nan), (1, 0, math.inf)],
+)
+def test_a_described_cluster_has_bounds(nodes: int, gpus: int, cpus: float | None) -> None:
+    with pytest.raises(BadDescription, match=r"made for up to|or more"):
+        described(nodes, gpus, "h100-80gb" if gpus else None, cpus)

@@ -84,6 +84,67 @@ def test_values_that_no_run_can_have(fail: Fail) -> None:
     assert "train.steps" in fail("train.steps=yes")
 
 
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("train.groups_per_step=true", "train.groups_per_step"),
+        ("algorithm.beta=true", "algorithm.beta"),
+        ("cluster.placement_timeout_s=true", "cluster.placement_timeout_s"),
+        ("policy.adam_betas=[true,0.9]", "policy.adam_betas.0"),
+        ("rewards.0.weight=false", "rewards.0.weight"),
+    ],
+)
+def test_a_truth_is_no_number(fail: Fail, change: str, key: str) -> None:
+    assert f"{key}: a number is wanted, not " in fail(change)
+
+
+def test_numbers_and_texts_that_nothing_can_hold(fail: Fail) -> None:
+    assert "train.seed: the number is too large" in fail(f"train.seed={10**20}")
+    assert "NUL character" in fail('data.system_prompt="a\\0b"')
+    assert "data.prompt_column" in fail("data.prompt_column=" + "[" * 150 + "]" * 150)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("checkpoint.storage=s3://key:Rumpel417@bucket/runs", "checkpoint.storage"),
+        ("checkpoint.storage=s3://bucket/runs?secret_key=Rumpel417", "checkpoint.storage"),
+        ("rewards.0.options.api_key=Rumpel417", "rewards.0.options.api_key"),
+        ("rewards.0.options={judge: {password: Rumpel417}}", "rewards.0.options.judge.password"),
+        ("rewards.0.options.extra=hf_" + "Rumpel417" * 4, "rewards.0.options.extra"),
+        ("rewards.0.options.token=Rumpel417Rumpel417Rumpel", "rewards.0.options.token"),
+    ],
+)
+def test_a_credential_is_refused_by_its_key_and_not_shown(
+    fail: Fail, change: str, key: str
+) -> None:
+    error = fail(change)
+    assert key in error
+    assert "credential" in error
+    assert "Rumpel" not in error
+
+
+@pytest.mark.parametrize("where", ["/proc/run", "/sys/run"])
+def test_a_run_directory_where_nothing_can_be_written(fail: Fail, where: str) -> None:
+    assert "nothing can be written" in fail(out=where)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"prompt": "1", "answer": ' + "9" * 5000 + "}", "line 9: a number in the JSON has too"),
+        ('{"prompt": "1", "answer": ' + "[" * 9**5 + "]" * 9**5 + "}", "nested too deeply"),
+    ],
+)
+def test_json_that_python_cannot_read(fail: Fail, data: Path, row: str, said: str) -> None:
+    rows = data.read_text()
+    data.write_text(rows + row + "\n")
+    assert said in fail()
+    whole = data.with_suffix(".json")
+    whole.write_text("[" + ", ".join([*rows.splitlines(), row]) + "]")
+    assert said.removeprefix("line 9: ") in fail(dataset=str(whole))
+
+
 def test_a_section_that_would_be_ignored_is_taken_out_from_the_command_line(fail: Fail) -> None:
     without = ("algorithm.beta=0", "reference.replicas=2")
     assert "reference=null takes it out" in fail(*without)

@@ -150,3 +150,21 @@ def test_whatever_an_argument_is_it_makes_a_config_or_one_line(
         load_config(tree, overrides)
     except UserError:
         pass
+
+
+HUGE = 10**5000  # more digits than Python prints
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
+@pytest.mark.parametrize("index", range(7))
+def test_arguments_of_a_type_that_no_setting_has_are_refused_in_one_line(
+    algorithm: str, index: int
+) -> None:
+    values = [object(), b"x", HUGE, -HUGE, {1}, range(3), {"a": object()}]
+    every = [name for name in inspect.signature(create_rl_trainer).parameters if name != "unknown"]
+    given = {"model_name": "m", "dataset_name": "d", "algorithm": algorithm}
+    for name in every:
+        with pytest.raises(UserError) as error:
+            create_rl_trainer(**{**given, name: values[index]})
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 600

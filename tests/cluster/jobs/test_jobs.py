@@ -96,6 +96,56 @@ def test_without_git_a_gitignore_is_not_passed_over(
         chosen_files(tmp_path)
 
 
+@pytest.mark.parametrize("target", ["/proc/self/environ", "..", "../beside.txt"])
+def test_a_link_that_leads_out_is_refused_with_where_it_leads(tmp_path: Path, target: str) -> None:
+    write(tmp_path, "beside.txt", "work/train.py")
+    (tmp_path / "work" / "link").symlink_to(target)
+    with pytest.raises(PackagingError, match="links that lead out of it: link"):
+        packed(tmp_path / "work").__enter__()
+    (tmp_path / "work" / ".gitignore").write_text("link\n")
+    with packed(tmp_path / "work") as package:
+        assert package.files == (".gitignore", "train.py")
+
+
+def test_the_working_directory_may_itself_be_a_link(tmp_path: Path) -> None:
+    write(tmp_path, "real/a.py")
+    (tmp_path / "there").symlink_to(tmp_path / "real")
+    with packed(tmp_path / "there") as package:
+        assert package.files == ("a.py",)
+
+
+SECRETS = {
+    ".env": "",
+    "deep/.env.production": "",
+    ".ssh/known_hosts": "",
+    "id_ed25519": "",
+    "server.pem": "",
+    "notes.txt": "-----BEGIN OPENSSH PRIVATE KEY-----",
+    "src/settings.py": "KEY = 'AKIA" + "ABCDEFGHIJKLMNOP'",
+    "upload.sh": "export HF_TOKEN=hf_" + "a" * 34,
+}
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_travels_only_where_it_is_allowed_by_name(tmp_path: Path, name: str) -> None:
+    write(tmp_path, "train.py", name)
+    (tmp_path / name).write_text(SECRETS[name])
+    with pytest.raises(PackagingError, match=re.escape(f"look like secrets: {name} (")) as error:
+        packed(tmp_path).__enter__()
+    assert "AKIAAB" not in str(error.value)
+    with packed(tmp_path, allowed=[f"./{name}"]) as package:
+        assert name in package
+    with pytest.raises(PackagingError, match="--allow other: no such file travels"):
+        packed(tmp_path, allowed=[name, "other"]).__enter__()
+
+
+def test_what_only_sounds_like_a_secret_travels(tmp_path: Path) -> None:
+    names = (".env.example", "environment.yml", "keys.py", "tokenizer.json", "secretary.txt")
+    write(tmp_path, *names)
+    with packed(tmp_path) as package:
+        assert package.files == tuple(sorted(names))
+
+
 def test_the_same_files_make_the_same_archive(tmp_path: Path) -> None:
     write(tmp_path, "a.py", "b/c.py")
     with packed(tmp_path) as package:
@@ -445,6 +495,40 @@ def test_what_lies_on_the_clusters_storage_is_left_to_the_job(
     shown = capsys.readouterr()
     assert ended.value.code == 0, shown.err
     assert "model.name /shared/models/large is not here: it must be on every node" in shown.err
+
+
+def test_a_dry_run_lists_what_travels_and_asks_no_server(
+    project: Path,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SECRET_WORD", "Rumpel-417")
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    (project / "helper.py").write_text("x")
+    with pytest.raises(SystemExit) as ended:
+        main(["submit", "config.yaml", "--env", "SECRET_WORD", "--dry-run"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    listed = [line.split()[-1] for line in shown.splitlines()]
+    assert {"config.yaml", "helper.py"} <= set(listed)
+    assert "variables passed on: SECRET_WORD" in shown
+    assert "Rumpel" not in shown
+    assert not server.uploaded
+    with pytest.raises(SystemExit) as ended:
+        main(["submit", "config.yaml"])
+    assert ended.value.code == 2
+    assert "missing option --address" in capsys.readouterr().err
+
+
+def test_a_secret_in_the_working_directory_goes_nowhere(
+    fail: Fail, project: Path, server: Server
+) -> None:
+    (project / ".env").write_text("PASSWORD=Rumpel-417")
+    error = fail("submit", "config.yaml")
+    assert ".env (by its name)" in error
+    assert "--allow FILE" in error
+    assert not server.uploaded
 
 
 def test_a_working_directory_over_the_limit(fail: Fail, project: Path) -> None:
