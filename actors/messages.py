@@ -196,6 +196,11 @@ class Conversations:
     asked: tuple[int, ...]  # [G] messages before the policy's first one
     last_rows: tuple[int, ...]  # [G] the row of `GroupTensors` that is the end of each
 
+    @property
+    def answers(self) -> list[Messages]:
+        """[G] what was said from the policy's first message on."""
+        return [said[first:] for said, first in zip(self.messages, self.asked, strict=True)]
+
 
 @dataclass(frozen=True)
 class Scores:

@@ -14,6 +14,7 @@ from actors.fetching import Fetched, fetch, objects
 from actors.messages import (
     Counts,
     GroupTensors,
+    GroupWork,
     PrepareJob,
     Row,
     TokenBatch,
@@ -101,6 +102,7 @@ class PolicyActor(TrainedRank):
                 final_values=None
                 if values[index] is None
                 else values[index].final[last_rows(work.rollouts)],
+                rewards=turn_rewards(work, groups[index].tensors),
             )
             for index, work in enumerate(job.groups)
         ]
@@ -200,3 +202,10 @@ class PolicyActor(TrainedRank):
             entropy=None if entropy is None else padding.pad(entropy),
             rollouts=padding.rollouts(),
         )
+
+
+def turn_rewards(work: GroupWork, tensors: GroupTensors) -> np.ndarray | None:
+    """[N] the weighted rewards of single turns, where the algorithm places them."""
+    if tensors.rewards is None or work.turn_weight == 0:
+        return None
+    return np.asarray(tensors.rewards * np.float32(work.turn_weight))

@@ -13,14 +13,14 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from actors.messages import GroupTensors, Prompt, Scores
+from actors.messages import Conversations, GroupTensors, Prompt, Scores
 from actors.scoring.children import FunctionScorer
-from actors.scoring.criteria import RewardCriterion
+from actors.scoring.criteria import EpisodeCriterion, RewardCriterion
 from actors.scoring.model import ModelScorer, RewardModelCriterion
 from actors.specs import ModelSpec
 from actors.whereabouts import whereabouts
 
-Criterion = RewardCriterion | RewardModelCriterion
+Criterion = RewardCriterion | RewardModelCriterion | EpisodeCriterion
 
 
 class Scorer(Protocol):
@@ -31,8 +31,11 @@ class Scorer(Protocol):
     async def start(self) -> None:
         """Get ready. Raises `RewardFailed` when that cannot be."""
 
-    async def score(self, prompt: Prompt, completions: Sequence[str]) -> Sequence[float | None]:
-        """One finite number per completion, None where it abstains. Raises `RewardFailed`."""
+    async def score(
+        self, prompt: Prompt, completions: Sequence[str], conversations: Conversations | None = None
+    ) -> Sequence[float | None]:
+        """One finite number per completion, None where it abstains; `conversations` where they are
+        of episodes. Raises `RewardFailed`."""
 
     async def close(self) -> None:
         """Let go of what it holds."""
@@ -42,7 +45,10 @@ class RewardActor:
     """Scores groups, several at a time; to be wrapped by `ray.remote`."""
 
     def __init__(
-        self, criteria: tuple[Criterion, ...], tokenizer_spec: ModelSpec, log: str | None = None
+        self,
+        criteria: tuple[RewardCriterion | RewardModelCriterion, ...],
+        tokenizer_spec: ModelSpec,
+        log: str | None = None,
     ) -> None:
         """`log`: the file in the run directory for what functions print. Where this node does not
         see that directory it goes to the actor's own output, which Ray keeps."""
@@ -71,11 +77,15 @@ class RewardActor:
         await _all(scorer.start() for scorer in self._scorers)
         return {"criteria": tuple(scorer.name for scorer in self._scorers), **whereabouts()}
 
-    async def score(self, prompt: Prompt, tensors: GroupTensors) -> tuple[Scores, tuple[str, ...]]:
+    async def score(
+        self, prompt: Prompt, tensors: GroupTensors, conversations: Conversations | None = None
+    ) -> tuple[Scores, tuple[str, ...]]:
         """The scores of one group, [G][K], criteria in the order they were given, and its texts.
 
         Called with `num_returns=2`: the driver waits for the scores, and fetches the decoded texts
-        [G] of the groups that it writes to the samples file, and no others.
+        [G] of the groups that it writes to the samples file, and no others. `conversations` are
+        those of episodes: functions get what came after the prompt as messages, as TRL gives it,
+        where the prompt is messages; reward models with a chat template read the whole.
 
         Raises:
             RewardFailed: the first criterion in that order that had no scores. The others are
@@ -84,11 +94,11 @@ class RewardActor:
         if self._tokenizer is None:
             raise RuntimeError("RewardActor.score was called before RewardActor.start returned")
         began = time.monotonic()
-        texts = [
-            self._text(tensors.token_ids[tensors.completion(index)].tolist())
-            for index in range(len(tensors.lengths))
-        ]
-        by_criterion = await _all(scorer.score(prompt, texts) for scorer in self._scorers)
+        rows = range(len(tensors.lengths)) if conversations is None else conversations.last_rows
+        texts = [self._text(tensors.token_ids[tensors.completion(row)].tolist()) for row in rows]
+        by_criterion = await _all(
+            scorer.score(prompt, texts, conversations) for scorer in self._scorers
+        )
         scores = Scores(
             group_id=tensors.group_id,
             criteria=tuple(scorer.name for scorer in self._scorers),

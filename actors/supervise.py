@@ -123,6 +123,7 @@ class ReplicaSet:
     and is awaited before it does. A replica has up to `slots` calls at a time, fewer where
     `prepare` returns a smaller number. `event(kind, **fields)` hears of losses and restarts;
     `kill(handle)` stops an actor at once, `drop(reference)` a call whose answer nobody wants.
+    `section` is that of the role's settings, for messages.
     """
 
     def __init__(
@@ -137,8 +138,10 @@ class ReplicaSet:
         event: Event,
         kill: Callable[[ActorHandle], None] = ray.kill,
         drop: Callable[[Any], None] = _drop,
+        section: str | None = None,
     ) -> None:
         self.role = role
+        self._section = section or role
         self.replicas = Replicas(role, size, slots, Restarts(max_restarts))
         self._make = make
         self._prepare = prepare
@@ -223,7 +226,7 @@ class ReplicaSet:
         why = self.replicas.failure or "the set is closed"
         return RoleExhausted(
             f"no {self.role} replica is left ({why}); "
-            f"raise {self.role}.max_restarts or mend the cause"
+            f"raise {self._section}.max_restarts or mend the cause"
         )
 
     def _stop(self, replica: Replica) -> None:

@@ -92,6 +92,11 @@ def train(
     reward_model: Annotated[
         str | None, typer.Option(help="a reward model's folder or hub name")
     ] = None,
+    tool: Annotated[
+        list[str] | None, typer.Option(help="module:function that it may call; may repeat")
+    ] = None,
+    environment: Annotated[str | None, typer.Option(help="module:Class of the episodes")] = None,
+    agent: Annotated[str | None, typer.Option(help="module:function that plays them")] = None,
     backend: Annotated[str | None, typer.Option(help="trl or unsloth")] = None,
     out: Annotated[Path | None, typer.Option(help="default runs/ALGORITHM")] = None,
     resume: Annotated[str, typer.Option(help="auto, never or a checkpoint folder")] = "auto",
@@ -111,7 +116,17 @@ def train(
     if profile:
         arguments = [*(arguments or []), "tracking.profile=true"]
     trainer = _trainer(
-        arguments or [], algorithm, model, dataset, reward, reward_model, backend, out
+        arguments or [],
+        algorithm=algorithm,
+        model_name=model,
+        dataset_name=dataset,
+        reward_functions=reward or None,
+        reward_model_name=reward_model,
+        tools=tool or None,
+        environment=environment,
+        agent=agent,
+        backend=backend,
+        output_dir=str(out) if out else None,
     )
     if dry_run:
         from aligntune.config.tree import dump
@@ -124,34 +139,20 @@ def train(
     typer.echo(trainer.train(resume).describe())
 
 
-def _trainer(
-    arguments: list[str],
-    algorithm: str | None,
-    model: str | None,
-    dataset: str | None,
-    rewards: list[str] | None,
-    reward_model: str | None,
-    backend: str | None,
-    out: Path | None,
-) -> OnlineTrainer | PreferenceTrainer:
+def _trainer(arguments: list[str], **given: Any) -> OnlineTrainer | PreferenceTrainer:
+    """The trainer of a file, overrides and flags."""
     from aligntune.errors import UserError
     from aligntune.trainers import create_rl_trainer
 
     files = [a for a in arguments if "=" not in a]
     if len(files) > 1:
         raise UserError(f"one config file, not {len(files)}: {', '.join(files)}")
-    if not files and (algorithm is None or model is None or dataset is None):
+    if not files and None in (given[n] for n in ("algorithm", "model_name", "dataset_name")):
         raise UserError("give a config file, or --algorithm, --model and --dataset")
     return create_rl_trainer(
         config=files[0] if files else None,
-        algorithm=algorithm,
-        model_name=model,
-        dataset_name=dataset,
-        reward_functions=rewards or None,
-        reward_model_name=reward_model,
-        backend=backend,
-        output_dir=str(out) if out else None,
         overrides=[a for a in arguments if "=" in a],
+        **given,
     )
 
 

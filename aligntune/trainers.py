@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Never
 
+from aligntune.config.code import Agent, Environment, Tool, named_code
 from aligntune.config.keywords import RewardFunction, build_tree
 from aligntune.config.tree import load_tree
 
@@ -26,6 +27,9 @@ def create_rl_trainer(
     reward_functions: RewardFunction | Sequence[RewardFunction] | None = None,
     reward_function_weights: Sequence[float] | None = None,
     reward_model_name: str | None = None,
+    tools: Sequence[Tool] | None = None,
+    environment: Environment | None = None,
+    agent: Agent | None = None,
     num_epochs: float | None = None,
     max_steps: int | None = None,
     batch_size: int | None = None,
@@ -62,6 +66,9 @@ def create_rl_trainer(
             place of every reward of the config.
         reward_function_weights: one a reward function, in the same order.
         reward_model_name: a reward model's folder or hub name.
+        tools: functions that the policy may call, with types and a docstring, or their paths.
+        environment: a class with `reset` and tools as methods, or several by name.
+        agent: an async function that plays an episode, its path, or {"command": [...]}.
         num_epochs: passes over the data.
         max_steps: steps of the whole run.
         batch_size: prompts of a step; in a preference job pairs of a forward pass of a worker.
@@ -85,6 +92,7 @@ def create_rl_trainer(
     """
     arguments = dict(locals())
     arguments |= arguments.pop("unknown")
+    arguments, code = named_code(arguments)
     given, changes, functions = build_tree(arguments)
     tree = load_tree(given, changes)
 
@@ -98,4 +106,4 @@ def create_rl_trainer(
         return PreferenceTrainer(loaded, functions)
     from aligntune.online.trainer import OnlineTrainer
 
-    return OnlineTrainer(loaded, functions)
+    return OnlineTrainer(loaded, functions, code)

@@ -27,7 +27,7 @@ CONCURRENT = 1.0  # the answer to the first message: how calls are served
 IN_TURN = 0.0
 
 Function = Callable[..., Any]
-Call = tuple[str, Any, list[str], dict[str, Any]]  # its word, prompt, completions, columns
+Call = tuple[str, Any, list[Any], dict[str, Any]]  # its word, prompt, completions, columns
 
 
 def main(channel: int, lifeline: int, log: str) -> None:

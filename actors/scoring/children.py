@@ -14,7 +14,7 @@ from typing import Any
 
 from actors.children.channel import Garbled
 from actors.children.process import Child, ChildEnded, started
-from actors.messages import Messages, Prompt
+from actors.messages import Conversations, Messages, Prompt
 from actors.scoring.channel import Answer, parse
 from actors.scoring.child import CONCURRENT
 from actors.scoring.criteria import RewardCriterion, RewardFailed, RewardFailure
@@ -65,12 +65,20 @@ class FunctionScorer:
                 else:
                     self._idle.put_nowait(child)
 
-    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[float | None]:
+    async def score(
+        self, prompt: Prompt, completions: Sequence[str], conversations: Conversations | None = None
+    ) -> list[float | None]:
         """One call of the function for one group. Raises `RewardFailed`, as `call`."""
-        return await self.call(prompt.source, completions, prompt.columns)
+        said: Sequence[str | Messages] = completions
+        if conversations is not None and not isinstance(prompt.source, str):
+            said = conversations.answers
+        return await self.call(prompt.source, said, prompt.columns)
 
     async def call(
-        self, source: str | Messages, completions: Sequence[str], columns: Mapping[str, Any]
+        self,
+        source: str | Messages,
+        completions: Sequence[str | Messages],
+        columns: Mapping[str, Any],
     ) -> list[float | None]:
         """One call of the function for completions of one prompt and its data columns.
 

@@ -49,3 +49,12 @@ class RewardCriterion:
     search_path: tuple[str, ...] = ()
     workers: int | None = None  # child processes at most, of a function that is not async
     hidden: tuple[str, ...] = ()  # data columns it never gets: they are named as its own options
+
+
+@dataclass(frozen=True)
+class EpisodeCriterion:
+    """What is said of an episode where it is played: by its environment or agent itself, or by a
+    function that wants the living environment. No reward actor runs it."""
+
+    name: str  # in metrics
+    key: str  # of `Episode.rewards`

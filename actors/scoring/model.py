@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actors.messages import Messages, Prompt
+from actors.messages import Conversations, Messages, Prompt
 from actors.scoring.criteria import RewardFailed, RewardFailure
 from actors.specs import ModelSpec
 
@@ -139,8 +139,11 @@ class ModelScorer:
         if self._model is None:
             await asyncio.to_thread(self._load)
 
-    async def score(self, prompt: Prompt, completions: Sequence[str]) -> list[float]:
-        """The model's scores of one group.
+    async def score(
+        self, prompt: Prompt, completions: Sequence[str], conversations: Conversations | None = None
+    ) -> list[float]:
+        """The model's scores of one group; of the whole conversations where there are such and the
+        model has a chat template.
 
         Raises:
             RewardFailed: a text over the limit, a score that is not finite, no answer in time.
@@ -149,7 +152,9 @@ class ModelScorer:
             if self._running is not None:  # a forward pass that ran out of time cannot be stopped
                 await asyncio.wait({self._running})
             self._running = asyncio.ensure_future(
-                asyncio.to_thread(self._scores, prompt, list(completions))
+                asyncio.to_thread(
+                    self._scores, self._pairs(prompt, completions, conversations), prompt.tools
+                )
             )
             done, _ = await asyncio.wait({self._running}, timeout=self._criterion.timeout_s)
             if not done:
@@ -179,15 +184,28 @@ class ModelScorer:
         self._limit = self._criterion.max_tokens or positions or 0
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def _scores(self, prompt: Prompt, completions: list[str]) -> list[float]:
+    def _pairs(
+        self, prompt: Prompt, completions: Sequence[str], conversations: Conversations | None
+    ) -> list[tuple[str | Messages, str | Messages]]:
+        """What is scored: prompt and completion of each."""
+        if conversations is None or not (
+            self._criterion.apply_chat_template and self._tokenizer.chat_template
+        ):
+            return [(prompt.source, completion) for completion in completions]
+        cut = zip(conversations.messages, conversations.asked, strict=True)
+        return [(messages[:first], messages[first:]) for messages, first in cut]
+
+    def _scores(
+        self, pairs: list[tuple[str | Messages, str | Messages]], tools: Sequence[dict[str, Any]]
+    ) -> list[float]:
         if self._model is None:
             raise RuntimeError("ModelScorer.score was called before start or after close")
         try:
             rows = scored_ids(
                 self._tokenizer,
-                [(prompt.source, completion) for completion in completions],
+                pairs,
                 self._criterion.apply_chat_template,
-                prompt.tools,
+                tools,
             )
         except ValueError as error:
             raise RewardFailed(self.name, RewardFailure.RAISED, str(error)) from error

@@ -144,6 +144,12 @@ class Algorithm(BaseModel):
         return None
 
     @property
+    def places_turn_rewards(self) -> bool:
+        """Whether `prepare` takes the rewards of single turns where they were earned. Else a
+        rollout's score has their sum."""
+        return False
+
+    @property
     def sampling_metric(self) -> str:
         """What `keep` looks at: a criterion, or `SCORE`."""
         return SCORE

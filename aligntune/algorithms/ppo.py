@@ -93,6 +93,11 @@ class PPO(Algorithm):
         return True
 
     @property
+    def places_turn_rewards(self) -> bool:
+        """Always: GAE credits each turn with what it earned."""
+        return True
+
+    @property
     def early_stop(self) -> tuple[str, float] | None:
         """Past `max_update_kl` the batch is too old for further updates."""
         return None if self.max_update_kl is None else ("kl/update", self.max_update_kl)
@@ -150,6 +155,7 @@ class PPO(Algorithm):
         in_reward = self.kl_in == "reward" and self.beta > 0
         k = rows.kl(self.kl_estimator) if in_reward else torch.zeros_like(rows.old)
         rho = self.token_rewards(rows.scores, rows.truncated, k, mask)
+        rho = rho + torch.where(mask, rows.given("rewards"), 0.0)
         values = rows.padded("values", "GAE")
         after = torch.zeros_like(rows.scores)
         if self.bootstrap_truncated:

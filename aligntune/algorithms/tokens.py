@@ -49,6 +49,12 @@ class TokenRows:
         """A token-level field [N] of every group as [R, T]; ValueError where a group has none."""
         return _padded(self._arrays(field, needed_for), self.present)
 
+    def given(self, field: str) -> torch.Tensor:
+        """As `padded`, with zeros for a group that has none."""
+        arrays = [getattr(g, field) for g in self.groups]
+        filled = zip(arrays, self.groups, strict=True)
+        return _padded([np.zeros(len(g.mask)) if a is None else a for a, g in filled], self.present)
+
     def per_completion(self, field: str, needed_for: str) -> torch.Tensor:
         """A field [G] of every group as [R]; ValueError where a group has none."""
         arrays = self._arrays(field, needed_for)

@@ -31,6 +31,9 @@ PATHS = {
     "max_prompt_length": "rollout.max_prompt_length",
     "max_completion_length": "rollout.max_completion_length",
     "seed": "train.seed",
+    "tools": "tools",
+    "environment": "environment",
+    "agent": "agent",
 }
 PREFERENCE_PATHS = {
     **{

@@ -17,6 +17,7 @@ from pydantic import (
     ValidationError,
 )
 
+from actors.environments.specs import EpisodesSpec
 from actors.settings import OneKind
 from actors.specs import (
     REWARD_KINDS,
@@ -36,6 +37,7 @@ from aligntune.algorithms import registry
 from aligntune.algorithms.base import Algorithm
 from aligntune.config.auto import without_auto
 from aligntune.config.backends import check_backend
+from aligntune.config.episodes import AgentField, check_episodes
 from aligntune.config.tree import explain
 from aligntune.data.spec import DataSpec
 from aligntune.errors import UserError, nearest
@@ -157,6 +159,20 @@ class RunConfig(Spec):
         "trl", description="what loads and steps the trained model"
     )
     rewards: list[RewardField] = []
+    tools: list[str] = Field(
+        [], description="functions that the policy may call, each as package.module:function"
+    )
+    environment: str | dict[str, str] | None = Field(
+        None,
+        description="package.module:Class, or several by name, of which a row's `environment` "
+        "column says one",
+    )
+    agent: AgentField = Field(
+        None,
+        description="package.module:function, or {command: [program, ...]}, that plays the "
+        "episodes; in place of tools and environment",
+    )
+    episodes: EpisodesSpec = EpisodesSpec()
     train: TrainSpec = TrainSpec()
     rollout: RolloutSpec = RolloutSpec()
     reward: RewardActorSpec = RewardActorSpec()
@@ -172,6 +188,18 @@ class RunConfig(Spec):
     def algorithm_name(self) -> str:
         """The registered name of the algorithm."""
         return name_of(type(self.algorithm))
+
+    @property
+    def plays(self) -> bool:
+        """Whether rollouts are episodes, with tools, an environment or an agent."""
+        return bool(self.tools or self.environment is not None or self.agent is not None)
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens that a row may have. Raises ValueError where that is not settled yet."""
+        if self.plays and self.episodes.max_tokens is not None:
+            return self.episodes.max_tokens
+        return self.rollout.max_length
 
 
 def load_online_config(tree: Mapping[str, Any]) -> RunConfig:
@@ -251,7 +279,9 @@ def check(config: RunConfig) -> None:
             f"train.groups_per_minibatch={train.groups_per_minibatch} does not divide "
             f"train.groups_per_step={train.groups_per_step}"
         )
-    if needs.reward_model and not any(isinstance(r, RewardModelSpec) for r in config.rewards):
+    check_episodes(config)
+    scored = any(isinstance(r, RewardModelSpec) for r in config.rewards)
+    if needs.reward_model and not scored and not config.plays:
         raise UserError(
             f"{name} needs a reward model and rewards names none; add {{model: FOLDER_OR_HUB_NAME}}"
             " to rewards, or give --reward-model (algorithm: reward_model trains one from pairs)"

@@ -86,6 +86,10 @@ class PromptSource:
         epoch, index = divmod(position, len(self))
         return self._prompt(int(self._kept[self._order(epoch)[index]]))
 
+    def column(self, name: str) -> Iterator[tuple[int, Any]]:
+        """(row, value) of a column in every row that is used; None where a row lacks it."""
+        return ((int(row), self._rows.rows[int(row)].get(name)) for row in self._kept)
+
     def epoch_at(self, position: int) -> int:
         """The epoch, counted from 0, that `position` lies in."""
         return position // len(self)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from actors.messages import Prompt
+from actors.reward import Criterion
 from actors.supervise import ReplicaSet
 from actors.timeline import Timeline
 from actors.transfer.object_store import ObjectStore
@@ -39,11 +40,12 @@ def assemble(
     checkpoints: Checkpoints,
     recorder: OnlineRecorder,
     mirror: Mirror | None = None,
+    criteria: Sequence[Criterion] = (),
     *,
     learner: Learner | None = None,
     replica_set: Callable[..., ReplicaSet] = ReplicaSet,
 ) -> Controller:
-    """The controller of a run with everything it drives.
+    """The controller of a run with everything it drives. `criteria` are its rewards.
 
     `learner` and `replica_set` stand for processes: another one of each is a run without Ray.
     """
@@ -62,7 +64,7 @@ def assemble(
     serving = Serving(
         config, roles, recorder.event, recorder.role, weights.catch_up, replica_set=replica_set
     )
-    rolling = Rolling(config, serving.rollouts, serving.rewards)
+    rolling = Rolling(config, serving.rollouts, serving.rewards, serving.environments, criteria)
     pipeline = Pipeline(
         config,
         state,

@@ -13,10 +13,11 @@ from typing import Any
 
 from actors import timeline
 from actors.messages import GroupSampling, Prompt
+from actors.reward import Criterion
 from aligntune.config.online import RunConfig
 from aligntune.errors import RunFailed
 from aligntune.online.attempts import GroupFailed
-from aligntune.online.figures import completion_metrics, score_metrics
+from aligntune.online.figures import completion_metrics, episode_metrics, score_metrics
 from aligntune.online.groups import ReadyGroup
 from aligntune.online.recorder import OnlineRecorder
 from aligntune.online.roles import Roles
@@ -82,6 +83,7 @@ async def evaluate(
     figures = {
         **scores,
         **completion_metrics(groups, prefix="eval/"),
+        **episode_metrics(groups, prefix="eval/"),
         "eval/prompts": float(len(groups)),
         "eval/failed": float(len(results) - len(groups)),
     }
@@ -153,7 +155,7 @@ class Evaluation:
 
 
 async def evaluate_model(
-    config: RunConfig, roles: Roles, prompts: Sequence[Prompt]
+    config: RunConfig, roles: Roles, prompts: Sequence[Prompt], criteria: Sequence[Criterion]
 ) -> dict[str, float]:
     """`evaluate` on actors of its own, for a model that is not being trained."""
 
@@ -162,8 +164,10 @@ async def evaluate_model(
 
     serving = Serving(config, roles, ignore, ignore)
     try:
-        await asyncio.gather(serving.rollouts.start(), serving.rewards.start())
-        rolling = Rolling(config, serving.rollouts, serving.rewards)
+        played = [] if serving.environments is None else [serving.environments]
+        sets = [serving.rollouts, serving.rewards, *played]
+        await asyncio.gather(*(replicas.start() for replicas in sets))
+        rolling = Rolling(config, serving.rollouts, serving.rewards, serving.environments, criteria)
         figures, _ = await evaluate(config, prompts, 0, rolling, ignore)
         return figures
     finally:

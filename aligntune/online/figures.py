@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from aligntune.config.online import RunConfig
@@ -18,6 +19,18 @@ ACTIVITIES = {
     "weight_sync": ("export_weights", "load_weights"),
 }
 """The remote calls that each `time/<activity>` is the time of."""
+
+EPISODE_COUNTS = {
+    "turns/extended": "extended",
+    "turns/realigned": "realigned",
+    "turns/forked": "forked",
+    "tools/calls": "tool_calls",
+    "tools/failed": "tools_failed",
+    "tools/timed_out": "tools_timed_out",
+    "tools/malformed": "malformed_calls",
+    "episodes/retried": "retried",
+}
+"""A metric and the field of EpisodeFigures that it is the sum of."""
 
 # A field of ReplicaLoad: its metric, and what the replicas' means become together.
 LOADS: Mapping[str, tuple[str, Callable[[list[float]], float]]] = {
@@ -58,6 +71,32 @@ def completion_metrics(groups: Sequence[ReadyGroup], prefix: str = "") -> dict[s
         f"{prefix}completions/length_max": float(max(lengths)),
         f"{prefix}completions/truncated_fraction": sum(cut) / len(cut),
     }
+
+
+def episode_metrics(groups: Sequence[ReadyGroup], prefix: str = "") -> dict[str, float]:
+    """Turns, tools and what environments wrote; empty where rollouts are no episodes.
+
+    Counts are sums over the groups; `time/tools`, of a training step, is a mean over episodes.
+    """
+    played = [group.record for group in groups if group.record.episodes is not None]
+    if not played:
+        return {}
+    sums: Counter[str] = Counter()
+    for record in played:
+        if record.episodes is not None:
+            sums.update(record.episodes.figures)
+    turns = [count for record in played for count in record.turns]
+    tokens = sum(sum(record.lengths) for record in played)
+    sampled = sum(sum(record.sampled) for record in played)
+    counts = {name: float(sums[field]) for name, field in EPISODE_COUNTS.items()}
+    figures = {
+        "turns/mean": statistics.fmean(turns),
+        "turns/max": float(max(turns)),
+        "tokens/environment_fraction": 1 - sampled / tokens,
+        **({} if prefix else {"time/tools": sums["tool_seconds"] / len(turns)}),
+        **counts,
+    }
+    return {f"{prefix}{name}": value for name, value in figures.items()}
 
 
 def group_metrics(
@@ -163,6 +202,7 @@ class StepFigures:
         return {
             **score_metrics(self._config, groups),
             **completion_metrics(groups),
+            **episode_metrics(groups),
             **rollout_metrics(groups),
             **group_metrics(self._config, groups, self._version, ended),
             **self.prepared,

@@ -11,6 +11,7 @@ import torch
 
 from actors.messages import GroupRecord, GroupWork, Prompt, Scores
 from aligntune.algorithms.base import Algorithm
+from aligntune.config.episodes import scores_itself
 from aligntune.config.online import RunConfig
 from aligntune.errors import RunFailed
 
@@ -24,6 +25,7 @@ class ReadyGroup:
     scores: Scores
     texts: Any  # reference to the decoded completions, tuple[str, ...] [G]
     tensors: Any  # reference to GroupTensors
+    conversations: Any | None = None  # reference to Conversations, where rollouts are episodes
     reference: Any | None = None  # reference to the reference log-probs [N]
 
 
@@ -70,15 +72,8 @@ def group_works(
         scored, made = len(group.scores.values), len(group.record.finish_reasons)
         if scored != made:
             raise ValueError(f"group {group.record.group_id}: {scored} scores for {made} rollouts")
-    absent = math.nan  # a criterion that abstains, to the algorithm
     scores, advantages = algorithm.scores_and_advantages(
-        [
-            torch.tensor(
-                [[absent if value is None else value for value in row] for row in g.scores.values],
-                dtype=torch.float64,
-            )
-            for g in groups
-        ],
+        [_rewards(config, algorithm, group) for group in groups],
         torch.tensor([spec.weight for spec in config.rewards], dtype=torch.float64),
         [torch.tensor(group.record.sampled_lengths) for group in groups],
         config.rollout.max_completion_length,
@@ -88,16 +83,52 @@ def group_works(
             group_id=group.record.group_id,
             prompt_tokens=group.record.prompt_tokens,
             lengths=group.record.lengths,
-            trained=tuple(algorithm.trains_on(cut) for cut in truncated(group.record)),
+            trained=_trained(algorithm, group.record, scores[index]),
             truncated=truncated(group.record),
             advantages=tuple(advantages[index].tolist()),
             scores=tuple(scores[index].tolist()),
             tensors=group.tensors,
             reference=group.reference,
             rollouts=group.record.rollouts,
+            turn_weight=_turn_weight(config, algorithm, group),
         )
         for index, group in enumerate(groups)
     ]
+
+
+def _trained(algorithm: Algorithm, record: GroupRecord, scores: torch.Tensor) -> tuple[bool, ...]:
+    """[G] which rollouts enter the loss. One without a score does not where a critic is the
+    baseline; else its advantage is 0."""
+    absent = scores.isnan() & algorithm.needs.critic
+    return tuple(
+        algorithm.trains_on(cut) and not gone
+        for cut, gone in zip(truncated(record), absent.tolist(), strict=True)
+    )
+
+
+def _rewards(config: RunConfig, algorithm: Algorithm, group: ReadyGroup) -> torch.Tensor:
+    """[G, K] float64, NaN where a criterion abstains. Where the algorithm places the rewards of
+    single turns, the environment's is what is left without them."""
+    values = [list(row) for row in group.scores.values]
+    episodes = group.record.episodes
+    if episodes is not None and episodes.final is not None and algorithm.places_turn_rewards:
+        for row, final in zip(values, episodes.final, strict=True):
+            for index, spec in enumerate(config.rewards):
+                if scores_itself(spec):
+                    row[index] = final
+    absent = math.nan
+    return torch.tensor(
+        [[absent if value is None else value for value in row] for row in values],
+        dtype=torch.float64,
+    )
+
+
+def _turn_weight(config: RunConfig, algorithm: Algorithm, group: ReadyGroup) -> float:
+    """The weight of the rewards of single turns, where the algorithm places them."""
+    episodes = group.record.episodes
+    if episodes is None or episodes.final is None or not algorithm.places_turn_rewards:
+        return 0.0
+    return sum(spec.weight for spec in config.rewards if scores_itself(spec))
 
 
 def check_age(groups: Sequence[ReadyGroup], version: int, max_staleness: int) -> None:

@@ -11,10 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from actors.environments.specs import EpisodeCode
 from actors.models.loading import ModelError, check_causal_lm, load_tokenizer
 from actors.models.positions import model_positions
 from actors.reward import Criterion
+from actors.scoring.criteria import EpisodeCriterion
 from actors.specs import RewardFunctionSpec
+from aligntune.config.episodes import ENVIRONMENT, scores_itself
 from aligntune.config.online import RunConfig
 from aligntune.data.dropped import Dropped
 from aligntune.data.prompt_rows import PromptRows
@@ -27,9 +30,10 @@ from aligntune.data.prompts import (
 )
 from aligntune.decisions import Decision, events, told
 from aligntune.errors import UserError
+from aligntune.online.episodes import UserCode, check_rows
 from aligntune.online.settle import settle_data
 from aligntune.online.settle_resources import settle_resources
-from aligntune.rewards.registry import check_columns, from_callable, resolve_all
+from aligntune.rewards.registry import check_columns, check_names, from_callable, resolve_all
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
 
@@ -37,11 +41,19 @@ from aligntune.tracking.metrics import EventKind
 class RunInputs:
     """The inputs of one run, read when they are asked for, and once."""
 
-    def __init__(self, config: RunConfig, functions: Mapping[str, Callable[..., Any]]) -> None:
-        """`functions` are reward callables by criterion name, for those without an import path."""
+    def __init__(
+        self,
+        config: RunConfig,
+        functions: Mapping[str, Callable[..., Any]],
+        objects: Mapping[str, Callable[..., Any]] | None = None,
+    ) -> None:
+        """`functions` are reward callables by criterion name, for those without an import path;
+        `objects` are tools, environments and the agent by their path in the config."""
         self.config = config  # settled once `settle` was called
         self.functions = dict(functions)
+        self.objects = dict(objects or {})
         self._decisions: tuple[Decision, ...] | None = None
+        self._notes: list[str] = []  # on the tools
 
     def settle(self, resume: str = "auto") -> tuple[Decision, ...]:
         """Fill in what the config leaves open, the first time; returns what was decided.
@@ -50,7 +62,7 @@ class RunInputs:
         """
         if self._decisions is None:
             if self.config.rewards:
-                _ = self._resolved  # wrong names are told before data are read
+                self._resolve()  # wrong names are told before data are read
             asks_data = not self.config.rewards or self.config.rollout.max_prompt_length is None
             self.config, self._decisions = settle_data(
                 self.config,
@@ -58,6 +70,7 @@ class RunInputs:
                 self._rows.pairs if asks_data else False,
                 self._positions(),
                 _recorded(self.config, resume),
+                self._itself,
             )
         return self._decisions
 
@@ -83,16 +96,28 @@ class RunInputs:
 
     @cached_property
     def _resolved(self) -> tuple[Criterion, ...]:
+        """The rewards that are settled. Raises UserError."""
+        self.settle()
+        return self._resolve()
+
+    def _resolve(self) -> tuple[Criterion, ...]:
         try:
             specs, functions = self.config.rewards, self.functions
-            given = {
+            given: dict[int, Criterion] = {
+                id(spec): EpisodeCriterion(spec.name or ENVIRONMENT, ENVIRONMENT)
+                for spec in specs
+                if isinstance(spec, RewardFunctionSpec) and scores_itself(spec)
+            }
+            given |= {
                 id(spec): from_callable(functions[spec.name], spec)
                 for spec in specs
                 if isinstance(spec, RewardFunctionSpec) and spec.name in functions
             }
             named = [spec for spec in specs if id(spec) not in given]
             resolved = dict(zip(map(id, named), resolve_all(named), strict=True))
-            return tuple((given | resolved)[id(spec)] for spec in specs)
+            found = tuple((given | resolved)[id(spec)] for spec in specs)
+            check_names(found)
+            return found
         except ValueError as error:
             raise UserError(f"rewards: {error}") from error
 
@@ -101,6 +126,8 @@ class RunInputs:
         """The rewards as the reward actors get them. Raises UserError."""
         self.settle()
         criteria, train = self._resolved, self.config.train
+        if self._code is not None:
+            criteria = tuple(map(self._code.placed, criteria))
         try:
             self.config.algorithm.check_run(
                 [criterion.name for criterion in criteria],
@@ -110,6 +137,25 @@ class RunInputs:
         except ValueError as error:
             raise UserError(f"algorithm: {error}") from error
         return criteria
+
+    @cached_property
+    def _code(self) -> UserCode | None:
+        """The tools, environments or agent, found here; None where there are none."""
+        return UserCode.of(self.config, self.objects) if self.config.plays else None
+
+    @property
+    def _itself(self) -> str | None:
+        """Why the run is rewarded by what its environment or agent says, where it is."""
+        return self._code.says_rewards(self.config) if self._code is not None else None
+
+    @cached_property
+    def code(self) -> EpisodeCode | None:
+        """The tools, environments or agent as the environment actors get them, all checked; None
+        where there are none. Raises UserError."""
+        if self._code is None:
+            return None
+        code, self._notes = self._code.checked(self.config.model, self._resolved)
+        return code
 
     @cached_property
     def prompts(self) -> PromptSource:
@@ -128,6 +174,7 @@ class RunInputs:
                 check_columns(criterion, columns)
         except ValueError as error:
             raise UserError(str(error)) from error
+        check_rows(self.config, source)
         return source
 
     @cached_property
@@ -137,9 +184,11 @@ class RunInputs:
         rows = evaluation_rows(self.config.data, self.tokenizer)
         if rows is None:
             return None
-        return evaluation_prompts(
+        source = evaluation_prompts(
             self.config.data, rows, self.tokenizer, max_prompt_length=self._longest
         )
+        check_rows(self.config, source)
+        return source
 
     @property
     def dropped(self) -> dict[str, Dropped]:
@@ -149,7 +198,7 @@ class RunInputs:
 
     def told(self) -> list[str]:
         """What was decided and what was dropped, for a person."""
-        return told(self.settle(), self.dropped)
+        return told(self.settle(), self.dropped) + self._notes
 
     def events(self) -> list[tuple[EventKind, dict[str, Any]]]:
         """The same for events.jsonl."""

@@ -12,6 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from actors.engines.base import resolve_engine
+from actors.environments.base import EpisodeLimits
+from actors.environments.specs import EpisodeCode
+from actors.scoring.criteria import EpisodeCriterion
 from actors.specs import ModelSpec, RoleResources
 from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
@@ -26,25 +30,32 @@ class Start:
     name: str  # for records and logs
     total_steps: int
     criteria: Sequence[Any]  # the rewards, as reward actors take them
+    code: EpisodeCode | None = None  # the user's tools, environments or agent
 
 
 @dataclass(frozen=True)
 class Role:
     """What a role is."""
 
-    name: str  # of its section too
+    name: str
     actor: Callable[[RunConfig], str]  # module:Class
     arguments: Callable[[Start], tuple[Any, ...]]  # of the class
     ranks: bool = False
     needed: Callable[[RunConfig], bool] = lambda config: True
     resources: Callable[[RunConfig], RoleResources] | None = None  # default: those of its section
-    slots: Callable[[RunConfig], int] = lambda config: 1  # calls given to a replica at a time
+    slots: Callable[[RunConfig], int] = lambda config: 1  # groups given to a replica at a time
     concurrent: bool = False  # whether it works on all of them at once
+    calls: Callable[[RunConfig], int] = lambda config: 1  # at a time, of a group
+    key: str = ""  # of its section; default: its name
     models: tuple[str, ...] = ()  # keys of its section that name a model
+
+    def __post_init__(self) -> None:
+        if not self.key:
+            object.__setattr__(self, "key", self.name)
 
     def section(self, config: RunConfig) -> Any:
         """Its settings."""
-        return getattr(config, self.name)
+        return getattr(config, self.key)
 
     def size(self, config: RunConfig) -> int:
         """How many replicas or ranks it has."""
@@ -71,16 +82,58 @@ def _of_all_shards(config: RunConfig) -> RoleResources:
 
 
 def _rollout(start: Start) -> tuple[Any, ...]:
-    """Its model is the run's starting model, version 0."""
+    """Its model is the run's starting model, version 0. What it may see is as long as a row."""
     config = start.config
-    completions = max(config.train.completions_per_group or 1, config.eval.completions)
-    return (config.model, config.rollout, start.name, 0, completions, config.train.seed)
+    spec = config.rollout
+    if config.plays:
+        before = config.longest_row - spec.max_completion_length
+        spec = spec.model_copy(update={"max_prompt_length": before})
+    return (config.model, spec, start.name, 0, completions_of(config), config.train.seed)
+
+
+def completions_of(config: RunConfig) -> int:
+    """Rollouts that a group has, at most."""
+    return max(config.train.completions_per_group or 1, config.eval.completions)
+
+
+def _log(start: Start) -> str:
+    """What user code prints goes to a log of the run."""
+    return os.path.join(os.path.abspath(start.config.output_dir), "logs", "reward.log")
 
 
 def _reward(start: Start) -> tuple[Any, ...]:
-    """What user code prints goes to a log of the run."""
-    log = os.path.join(os.path.abspath(start.config.output_dir), "logs", "reward.log")
-    return (tuple(start.criteria), start.config.model, log)
+    """All criteria but those that are said where the episodes are played."""
+    criteria = tuple(c for c in start.criteria if not isinstance(c, EpisodeCriterion))
+    return (criteria, start.config.model, _log(start))
+
+
+def _environment(start: Start) -> tuple[Any, ...]:
+    config = start.config
+    return (
+        config.model,
+        config.episodes,
+        start.code,
+        limits_of(config),
+        start.name,
+        config.rollout.generation_timeout_s,
+        resolve_engine(config.rollout.engine).name == "transformers",
+        _log(start),
+    )
+
+
+def limits_of(config: RunConfig) -> EpisodeLimits:
+    """What bounds one episode."""
+    episodes = config.episodes
+    return EpisodeLimits(
+        max_turns=episodes.max_turns,
+        max_tool_calls=episodes.max_tool_calls,
+        max_sampled_tokens=config.rollout.max_completion_length,
+        max_tokens=config.longest_row,
+        call_timeout_s=episodes.call_timeout_s,
+        episode_timeout_s=episodes.episode_timeout_s,
+        max_output_characters=episodes.max_output_characters,
+        memory_gib=episodes.memory_gib,
+    )
 
 
 def _reference_model(config: RunConfig) -> ModelSpec:
@@ -108,7 +161,7 @@ def _rank(start: Start, role: str) -> tuple[Any, ...]:
 
 def _policy(start: Start) -> tuple[Any, ...]:
     unsloth = start.config.backend == "unsloth"
-    return _rank(start, "policy") + ((start.config.rollout.max_length,) if unsloth else ())
+    return _rank(start, "policy") + ((start.config.longest_row,) if unsloth else ())
 
 
 ROLES: dict[str, Role] = {
@@ -122,6 +175,16 @@ ROLES: dict[str, Role] = {
             resources=_of_all_shards,
             slots=lambda config: config.rollout.max_concurrent_groups,
             concurrent=True,
+            calls=lambda config: completions_of(config) if config.plays else 1,
+        ),
+        Role(
+            "environment",
+            lambda config: "actors.environment:EnvironmentActor",
+            _environment,
+            needed=lambda config: config.plays,
+            slots=lambda config: config.episodes.max_concurrent_groups,
+            concurrent=True,
+            key="episodes",
         ),
         Role(
             "reward",

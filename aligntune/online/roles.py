@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import ray
 from ray.actor import ActorHandle
 
+from actors.environments.specs import EpisodeCode
 from actors.reward import Criterion
 from aligntune.config.online import RunConfig
 from aligntune.online.role_table import ROLES, Role, Start
@@ -27,25 +28,27 @@ class Roles:
         reservation: Reservation,
         criteria: Sequence[Criterion],
         total_steps: int,
+        code: EpisodeCode | None = None,
     ) -> None:
         self._config = _located(config)
         self._reservation = reservation
         self._criteria = tuple(criteria)
         self._total_steps = total_steps
+        self._code = code
 
     def maker(self, role: Role) -> Callable[[int, str], ActorHandle]:
         """What makes replica or rank `index` of a role, called `name`."""
 
         def make(index: int, name: str) -> ActorHandle:
             config = self._config
-            start = Start(config, index, name, self._total_steps, self._criteria)
+            start = Start(config, index, name, self._total_steps, self._criteria, self._code)
             module, _, cls = role.actor(config).partition(":")
             options = self._reservation.options(role.name, index)
             threads = role.section(config).resources.threads
             if threads is not None:  # else Ray sets it to the CPUs that are reserved
                 options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
             if role.concurrent:
-                options["max_concurrency"] = role.slots(config) + SPARE_CALLS
+                options["max_concurrency"] = role.slots(config) * role.calls(config) + SPARE_CALLS
             made = ray.remote(getattr(importlib.import_module(module), cls))
             return made.options(max_restarts=0, **options).remote(*role.arguments(start))
 
@@ -64,5 +67,5 @@ def _located(config: RunConfig) -> RunConfig:
         named = {key: getattr(section, key) for key in role.models}
         moved = {key: located(name) for key, name in named.items() if name is not None}
         if moved:
-            changed[role.name] = section.model_copy(update=moved)
+            changed[role.key] = section.model_copy(update=moved)
     return config.model_copy(update=changed)

@@ -8,10 +8,11 @@ that was alone on `rollout.max_attempts` replicas that died, or has no scores af
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-from actors.messages import GroupRecord, GroupSampling, Prompt, Scores
+from actors.messages import GroupSampling, Prompt, Scores
+from actors.reward import Criterion
 from actors.scoring.children import IMPORT_SECONDS, LEAST_WORKERS
 from actors.scoring.criteria import RewardFailed
 from actors.specs import RewardFunctionSpec, RewardModelSpec
@@ -20,6 +21,7 @@ from aligntune.config.online import RunConfig
 from aligntune.online.attempts import GroupFailed, Retried, again, outlive
 from aligntune.online.groups import ReadyGroup
 from aligntune.online.ledger import State
+from aligntune.online.playing import Playing
 
 QUEUE_SECONDS = 24 * 3600.0  # groups queue behind busy replicas, whose calls have deadlines
 
@@ -34,7 +36,20 @@ def unseen(state: State, **why: Any) -> None:
 class Rolling:
     """Calls the rollout and the reward replicas of one run."""
 
-    def __init__(self, config: RunConfig, rollouts: ReplicaSet, rewards: ReplicaSet) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        rollouts: ReplicaSet,
+        rewards: ReplicaSet,
+        environments: ReplicaSet | None = None,
+        criteria: Sequence[Criterion] = (),
+    ) -> None:
+        """`environments` where rollouts are episodes; then `criteria` are all of the run."""
+        self._playing = (
+            Playing(config, environments, rollouts, criteria, QUEUE_SECONDS)
+            if environments is not None
+            else None
+        )
         self._config = config
         self._rollouts = rollouts
         self._rewards = rewards
@@ -49,19 +64,33 @@ class Rolling:
     ) -> ReadyGroup:
         """One group, scored. Raises ReplicaLost or ObjectsLost where it has to be made again from
         its start (see `again`), GroupFailed where it has no score."""
-        record, tensors = await self._roll_out(prompt, sampling, company, moved)
+
+        def dispatched(replica: str) -> None:
+            moved(State.ROLLING, replica=replica)
+
+        if self._playing is None:
+            record, *made = await self._roll_out(prompt, sampling, company, dispatched)
+        else:
+            record, *made = await self._playing.play(prompt, sampling, company, retried, dispatched)
         moved(State.SCORING)
-        scores, texts = await self._score(prompt, tensors, retried)
-        return ReadyGroup(prompt, record, scores, texts, tensors)
+        scores, texts = await self._score(prompt, made, retried)
+        if self._playing is not None:
+            scores = self._playing.with_episodes(scores, record.episodes)
+        return ReadyGroup(prompt, record, scores, texts, *made)
 
     async def again(self, make: Callable[[int | None], Awaitable[T]], retried: Retried) -> T:
         """What `make(company)` gives, made again after each loss. Raises GroupFailed."""
         return await again(make, self._config.rollout.max_attempts, retried)
 
     async def _roll_out(
-        self, prompt: Prompt, sampling: GroupSampling, company: int | None, moved: Moved
-    ) -> tuple[GroupRecord, Any]:
-        record, tensors = await self._rollouts.call(
+        self,
+        prompt: Prompt,
+        sampling: GroupSampling,
+        company: int | None,
+        dispatched: Callable[[str], None],
+    ) -> tuple[Any, ...]:
+        """One turn of text a rollout: the record, and the reference to the tensors."""
+        return await self._rollouts.call(
             "generate",
             prompt,
             sampling,
@@ -69,12 +98,13 @@ class Rolling:
             queue_s=QUEUE_SECONDS,
             returns=2,
             company=company,
-            on_dispatch=lambda replica: moved(State.ROLLING, replica=replica),
+            on_dispatch=dispatched,
         )
-        return record, tensors
 
-    async def _score(self, prompt: Prompt, tensors: Any, retried: Retried) -> tuple[Scores, Any]:
-        """The group's scores and the reference to its texts."""
+    async def _score(
+        self, prompt: Prompt, made: Sequence[Any], retried: Retried
+    ) -> tuple[Scores, Any]:
+        """The scores of what was made of a prompt, and the reference to its texts."""
         limit = self._config.reward.max_attempts
         deadline = scoring_deadline(self._config)
 
@@ -82,7 +112,7 @@ class Rolling:
             return self._rewards.call(
                 "score",
                 prompt,
-                tensors,
+                *made,
                 deadline_s=deadline,
                 queue_s=QUEUE_SECONDS,
                 returns=2,

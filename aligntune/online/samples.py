@@ -5,20 +5,33 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from actors.messages import Conversations
 from actors.supervise import ObjectsLost, ReplicaLost, answer
 from aligntune.config.online import RunConfig
 from aligntune.online.groups import ReadyGroup, total_reward
 
 T = TypeVar("T")
-Texts = tuple[str, ...] | None  # [G] decoded completions; None: lost
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the completions of a group say."""
+
+    texts: tuple[str, ...]  # [G] decoded
+    conversations: Conversations | None = None  # of episodes
+
+
+Texts = Said | None  # None: lost
 
 TEXTS_SECONDS = 60.0  # for the texts of a group that a reward actor's node still holds
 
 
 async def texts_of(groups: Sequence[ReadyGroup]) -> list[Texts]:
-    """The texts of the groups that are shown, fetched; None where they were lost with a node."""
+    """What the completions of the groups that are shown say, fetched; None where it was lost with a
+    node."""
     return await asyncio.gather(*(_texts(group) for group in groups))
 
 
@@ -50,7 +63,8 @@ def _row(
     for index, values in enumerate(scores.values):
         completions.append(
             {
-                "text": None if texts is None else texts[index],
+                "text": None if texts is None else texts.texts[index],
+                **_episode(group, texts, index),
                 "tokens": record.sampled_lengths[index],
                 "finish_reason": record.finish_reasons[index].value,
                 "scores": dict(zip(scores.criteria, values, strict=True)),
@@ -67,6 +81,17 @@ def _row(
         "prompt": group.prompt.text,
         "columns": _plain(group.prompt.columns),
         "completions": completions,
+    }
+
+
+def _episode(group: ReadyGroup, said: Texts, index: int) -> dict[str, Any]:
+    """What is told of an episode: its turns and, as messages, the whole conversation."""
+    if group.record.episodes is None:
+        return {}
+    talks = None if said is None else said.conversations
+    return {
+        "turns": group.record.turns[index],
+        "messages": None if talks is None else _plain(talks.messages[index]),
     }
 
 
@@ -91,7 +116,12 @@ def _plain(value: Any) -> Any:
 
 async def _texts(group: ReadyGroup) -> Texts:
     try:
-        texts: tuple[str, ...] = await answer(group.texts, "reward", "texts", TEXTS_SECONDS)
+        texts = await answer(group.texts, "reward", "texts", TEXTS_SECONDS)
+        if group.conversations is None:
+            return Said(texts)
+        return Said(
+            texts,
+            await answer(group.conversations, "environment", "conversations", TEXTS_SECONDS),
+        )
     except (ObjectsLost, ReplicaLost):
         return None
-    return texts

@@ -51,7 +51,7 @@ class Serving:
 
         async def start(handle: ActorHandle, name: str) -> int | None:
             """Start a replica; how many calls it takes at a time, where it says so."""
-            limit, seconds = f"{role.name}.start_timeout_s", section.start_timeout_s
+            limit, seconds = f"{role.key}.start_timeout_s", section.start_timeout_s
             info = await answer(handle.start.remote(), name, "start", seconds, limit)
             self._said(name, info)
             if catch_up is not None:
@@ -66,6 +66,7 @@ class Serving:
             slots=role.slots(self._config),
             max_restarts=section.max_restarts,
             event=self._event,
+            section=role.key,
         )
 
     @property
@@ -82,6 +83,11 @@ class Serving:
     def references(self) -> ReplicaSet | None:
         """What gives reference log-probs, where the algorithm wants them."""
         return self.sets.get("reference")
+
+    @property
+    def environments(self) -> ReplicaSet | None:
+        """What holds episodes, where rollouts are episodes."""
+        return self.sets.get("environment")
 
     async def start(self) -> None:
         """Start every replica. Raises what kept one from starting."""

@@ -12,12 +12,14 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from actors.specs import RewardFunctionSpec
+from aligntune.config.episodes import ENVIRONMENT, scores_itself
 from aligntune.config.online import RunConfig
 from aligntune.decisions import KEPT, Decision, asked_length
 from aligntune.errors import UserError
 from aligntune.rewards.registry import DEFAULT_FOR_PAIRS
 
 PROMPT, COMPLETION = "rollout.max_prompt_length", "rollout.max_completion_length"
+ROW = "episodes.max_tokens"
 
 
 def settle_data(
@@ -26,6 +28,7 @@ def settle_data(
     pairs: bool,
     positions: int | None,
     previous: Mapping[str, Any] | None = None,
+    itself: str | None = None,
 ) -> tuple[RunConfig, tuple[Decision, ...]]:
     """The config with its rewards and token budgets settled, and what was decided.
 
@@ -34,11 +37,12 @@ def settle_data(
         pairs: the data are preference pairs.
         positions: tokens that the model can read, None where nothing bounds it.
         previous: the config tree of the run in `output_dir`, if there is one.
+        itself: why the run is rewarded by what its environment or agent says, where it is.
 
     Raises:
         UserError: no reward, and the data give none; budgets beyond the positions.
     """
-    rewards, reward_decisions = _rewards(config, pairs)
+    rewards, reward_decisions = _rewards(config, pairs, itself)
     before = (previous or {}).get("rollout") or {}
     budgets = _budgets(config, lengths, positions, before)
     rollout = config.rollout.model_copy(
@@ -46,11 +50,48 @@ def settle_data(
     )
     _check_positions(rollout.max_prompt_length or 0, rollout.max_completion_length, positions)
     settled = config.model_copy(update={"rewards": rewards, "rollout": rollout})
+    if config.plays:
+        row = _row(settled, positions, (previous or {}).get("episodes") or {})
+        budgets += row
+        for decision in row:
+            episodes = config.episodes.model_copy(update={"max_tokens": decision.value})
+            settled = settled.model_copy(update={"episodes": episodes})
     return settled, (*reward_decisions, *budgets)
 
 
-def _rewards(config: RunConfig, pairs: bool) -> tuple[list[Any], list[Decision]]:
-    """The rewards of the config, or for a group algorithm those that preference data give."""
+def _row(config: RunConfig, positions: int | None, before: Mapping[str, Any]) -> list[Decision]:
+    """`episodes.max_tokens`, where it is open. Raises UserError where it does not fit."""
+    prompt, asked = config.rollout.max_prompt_length or 0, config.episodes.max_tokens
+    if asked is not None:
+        if asked <= prompt:
+            raise UserError(
+                f"{ROW}={asked} leaves nothing for the policy beside {PROMPT}={prompt}; raise it"
+            )
+        if positions is not None and asked > positions:
+            raise UserError(
+                f"{ROW}={asked} is more than the {positions} tokens that the model reads "
+                f"(max_position_embeddings); lower it to {positions} or less"
+            )
+        return []
+    kept = before.get("max_tokens")
+    if isinstance(kept, int):
+        return [Decision(ROW, kept, KEPT)]
+    value = 2 * config.rollout.max_length
+    why = "the budgets of prompt and completion, and as much again for what tools say"
+    if positions is not None and positions < value:
+        value, why = positions, f"the positions of the model; {why}, do not fit"
+    return [Decision(ROW, value, why)]
+
+
+def _rewards(
+    config: RunConfig, pairs: bool, itself: str | None
+) -> tuple[list[Any], list[Decision]]:
+    """The rewards of the config and of the environment, or for a group algorithm those that
+    preference data give."""
+    if itself and not any(map(scores_itself, config.rewards)):
+        named = [reward.model_dump(mode="json", exclude_defaults=True) for reward in config.rewards]
+        rewards = [*config.rewards, RewardFunctionSpec(function=ENVIRONMENT)]
+        return rewards, [Decision("rewards", [*named, ENVIRONMENT], itself)]
     if config.rewards:
         return config.rewards, []
     name = config.algorithm_name

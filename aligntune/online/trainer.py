@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from actors.environments.base import EpisodeFailed
 from actors.messages import Prompt
 from actors.models.loading import ModelError
 from actors.models.values import check_critic_model
@@ -53,6 +54,7 @@ FAILURES = (
     RoleExhausted,
     ReplicaLost,
     PolicyLost,
+    EpisodeFailed,
     ModelError,
     RewardFailed,
     NotFinite,
@@ -88,10 +90,14 @@ class OnlineTrainer:
     """PPO-family training through the controller."""
 
     def __init__(
-        self, config: RunConfig, functions: Mapping[str, Callable[..., Any]] | None = None
+        self,
+        config: RunConfig,
+        functions: Mapping[str, Callable[..., Any]] | None = None,
+        objects: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
-        """`functions` are reward callables by criterion name, for those without an import path."""
-        self.inputs = RunInputs(config, functions or {})
+        """`functions` are reward callables by criterion name, for those without an import path;
+        `objects` are tools, environments and the agent by their path in the config."""
+        self.inputs = RunInputs(config, functions or {}, objects)
 
     @property
     def config(self) -> RunConfig:
@@ -140,7 +146,7 @@ class OnlineTrainer:
                 check_critic_model(self.config.model, self.config.critic)
             except ModelError as error:
                 raise UserError(f"critic.model: {error}") from error
-        _ = self.criteria, self.prompts, self.eval_prompts
+        _ = self.criteria, self.inputs.code, self.prompts, self.eval_prompts
         return rundir
 
     def settle(self, resume: str = "auto") -> None:
@@ -211,6 +217,7 @@ class OnlineTrainer:
                         checkpoints,
                         recorder,
                         mirror,
+                        self.criteria,
                     )
 
                     def stop(number: int) -> None:
@@ -295,7 +302,13 @@ class OnlineTrainer:
                     Path(self.config.output_dir).name,
                 ) as reservation,
             ):
-                yield Roles(self.config, reservation, self.criteria, self.total_steps)
+                yield Roles(
+                    self.config,
+                    reservation,
+                    self.criteria,
+                    self.total_steps,
+                    self.inputs.code,
+                )
         except (DoesNotFit, ClusterUnreachable) as error:
             raise UserError(str(error)) from error
 
@@ -315,9 +328,9 @@ class OnlineTrainer:
         self.settle()
         model = self.config.model.model_copy(update={"name": scored.model, "lora": None})
         config = self.config.model_copy(update={"model": model})
-        trainer = OnlineTrainer(config, self.inputs.functions)
+        trainer = OnlineTrainer(config, self.inputs.functions, self.inputs.objects)
         with trainer._roles() as roles:
-            return loops.run(evaluate_model(config, roles, self.eval_prompts))
+            return loops.run(evaluate_model(config, roles, self.eval_prompts, trainer.criteria))
 
     def save_model(self, path: str | Path) -> Path:
         """Copy the trained model (safetensors, tokenizer, generation config) to a new folder."""

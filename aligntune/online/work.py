@@ -12,6 +12,7 @@ from actors.specs import CriticSpec, PolicySpec, RewardModelSpec
 from actors.strategies.specs import StrategySpec
 from aligntune.config.online import RunConfig
 from aligntune.online.role_requests import role_requests
+from aligntune.online.role_table import ROLES
 from aligntune.shapes import known_shape
 from cluster.plan.shapes import ModelShape
 from cluster.plan.work import Frozen, Other, Rollout, Sharding, Step, Trained, Work
@@ -78,8 +79,7 @@ def work_of(config: RunConfig, shape_of: Callable[[str], ModelShape] | None = No
 
 
 def _threads(config: RunConfig) -> dict[str, int]:
-    roles = ("policy", "rollout", "reward", "reference", "critic")
-    threads = {role: getattr(config, role).resources.threads for role in roles}
+    threads = {role.name: role.section(config).resources.threads for role in ROLES.values()}
     return {role: count for role, count in threads.items() if count is not None}
 
 

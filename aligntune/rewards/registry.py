@@ -20,6 +20,7 @@ from aligntune.errors import closest
 from aligntune.paths import located
 
 if TYPE_CHECKING:
+    from actors.reward import Criterion
     from actors.scoring.model import RewardModelCriterion
 
 
@@ -160,10 +161,15 @@ def resolve_all(
         resolve_model(spec) if isinstance(spec, RewardModelSpec) else resolve(spec)
         for spec in specs
     )
+    check_names(criteria)
+    return criteria
+
+
+def check_names(criteria: Sequence[Criterion]) -> None:
+    """Raises ValueError where two rewards have the same name in metrics."""
     for name, count in Counter(criterion.name for criterion in criteria).items():
         if count > 1:
             raise ValueError(f"{count} rewards are named {name!r}; give each its own 'name'")
-    return criteria
 
 
 def from_callable(function: Callable[..., Any], spec: RewardFunctionSpec) -> RewardCriterion:
@@ -187,7 +193,7 @@ def from_callable(function: Callable[..., Any], spec: RewardFunctionSpec) -> Rew
     )
 
 
-def columns_named(criterion: RewardCriterion | RewardModelCriterion) -> dict[str, bool]:
+def columns_named(criterion: Criterion) -> dict[str, bool]:
     """The data columns that a criterion asks for by name, and whether it cannot do without."""
     if not isinstance(criterion, RewardCriterion):
         return {}
@@ -202,9 +208,7 @@ def columns_named(criterion: RewardCriterion | RewardModelCriterion) -> dict[str
     return {name: required for name, required in named.items() if name not in given}
 
 
-def check_columns(
-    criterion: RewardCriterion | RewardModelCriterion, columns: Collection[str]
-) -> None:
+def check_columns(criterion: Criterion, columns: Collection[str]) -> None:
     """Refuse, before anything starts, a criterion that needs a column the data do not have, or
     data with a column that is named as an argument every reward gets. A reward model needs none.
 

@@ -55,6 +55,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> RunConfig:
             "data": {"path": "x.jsonl"},
             "rewards": ["length"],
             "output_dir": "run",
+            "rollout": {"max_prompt_length": 8},
         }
     )
     assert isinstance(made, RunConfig)

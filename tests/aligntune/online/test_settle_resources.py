@@ -56,7 +56,8 @@ def test_what_is_decided_is_written_as_if_it_had_been_set() -> None:
     again = load_config(written)
     assert again == now
     left = {path.partition(".")[0] for path in open_settings(again)}
-    assert left <= {"policy", "rollout", "reward", "reference", "critic"}  # CPUs and threads alone
+    roles = {"policy", "rollout", "episodes", "reward", "reference", "critic"}
+    assert left <= roles  # CPUs and threads alone
     assert settle(again, EIGHT_H100)[1] == {}
 
 

@@ -90,6 +90,9 @@ class World:
         self.controller: Controller | None = None
         self.checkpoints: Callable[[Path, int], Checkpoints] = Checkpoints
         self.mirror: Any = None
+        self.roles: Any = SimpleNamespace(maker=lambda role: None, room=lambda role: None)
+        self.replica_set: Callable[..., Any] = lambda *args, **_: FakeReplicas(self, *args)
+        self.criteria: Sequence[Any] = ()
 
     async def happens(self, what: str, *args: Any) -> None:
         if hook := self.during.get(what):
@@ -120,13 +123,12 @@ class World:
         rundir, prompt = RunDir(self.folder), Prompt(0, "a", "a", np.array([1]))
         checkpoints = self.checkpoints(self.folder / "checkpoints", 2)
         checkpoint = checkpoints.latest()
-        roles = SimpleNamespace(maker=lambda role: None, room=lambda role: None)
         prompts = SimpleNamespace(prompt_at=lambda position: prompt, fingerprint="f")
         after = checkpoint.step if checkpoint else 0
         with OnlineRecorder(self.config, rundir, STEPS, after) as recorder:
             self.controller = assemble(
                 self.config,
-                roles,  # type: ignore[arg-type]
+                self.roles,
                 STEPS,
                 prompts,  # type: ignore[arg-type]
                 [prompt] if evaluated else [],
@@ -134,8 +136,9 @@ class World:
                 checkpoints,
                 recorder,
                 self.mirror,
+                self.criteria,
                 learner=FakeLearner(self),  # type: ignore[arg-type]
-                replica_set=lambda *args, **_: FakeReplicas(self, *args),  # type: ignore[arg-type,return-value]
+                replica_set=self.replica_set,
             )
             return asyncio.run(asyncio.wait_for(self.controller.run(checkpoint), 60))
 

@@ -1,0 +1,50 @@
+"""Tools, environments and agents that are given as Python objects: by name in the settings tree,
+themselves by their path in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from aligntune.errors import UserError
+
+Tool = str | Callable[..., Any]
+Environment = str | Callable[..., Any] | Mapping[str, str | Callable[..., Any]]
+Agent = str | Callable[..., Any] | Mapping[str, Any]
+
+
+def named_code(
+    arguments: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Callable[..., Any]]]:
+    """The arguments with every callable of `tools`, `environment` and `agent` as its
+    `module:name`, and the callables by path, such as `tools.0` or `environment.NAME`.
+
+    Raises UserError where one is neither text nor callable.
+    """
+    named, code = dict(arguments), {}
+
+    def name(path: str, value: Any) -> str:
+        if isinstance(value, str):
+            return value
+        if not callable(value):
+            raise UserError(f"{path} is neither a 'module:name' nor a callable, but {value!r}")
+        code[path] = value
+        own = getattr(value, "__qualname__", type(value).__qualname__)
+        return f"{getattr(value, '__module__', '?')}:{own}"
+
+    tools = arguments.get("tools")
+    if tools is not None:
+        if isinstance(tools, str | Mapping) or not isinstance(tools, Iterable):
+            raise UserError(f"tools is a list of functions, not {tools!r}")
+        named["tools"] = [name(f"tools.{index}", tool) for index, tool in enumerate(tools)]
+    environment = arguments.get("environment")
+    if isinstance(environment, Mapping):
+        named["environment"] = {
+            str(key): name(f"environment.{key}", value) for key, value in environment.items()
+        }
+    elif environment is not None:
+        named["environment"] = name("environment", environment)
+    agent = arguments.get("agent")
+    if agent is not None and not isinstance(agent, Mapping):
+        named["agent"] = name("agent", agent)
+    return named, code
