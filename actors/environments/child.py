@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, cast
 
 from actors.children.channel import clean, receive
 from actors.children.code import traceback_tail
+from actors.environments.agent_child import Player, played
 from actors.environments.channel import refused, told
 from actors.environments.tools import Tool, answer_text, by_name, description, methods
 from actors.scoring.calling import arguments, checked, named_parameters
@@ -43,6 +44,7 @@ class Loaded:
     rewards: Mapping[str, Callable[..., Any]]
     memory_bytes: int | None
     max_output_characters: int
+    player: Player | None = None  # of an agent
 
 
 class OverTime(BaseException):
@@ -148,6 +150,16 @@ class _Child:
                 self._answer(word, partial(self._called, tool, given), limit)
         if together:
             self._runner.run(self._together(together, limit))
+
+    def play(self, word: str, given: dict[str, Any]) -> None:
+        """Play an agent's episode; the answer is what it says of it."""
+
+        def work() -> float | dict[str, float] | None:
+            _seed(given["seed"])
+            assert self._loaded.player is not None, "there is an agent"
+            return played(self._loaded.player, given, self._awaited)
+
+        self._answer(word, work, None, detailed=True)
 
     def score(
         self,

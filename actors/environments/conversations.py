@@ -13,52 +13,20 @@ import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from actors.environments.base import EpisodeFigures, EpisodeLimits, ModelCall, Sampler
 from actors.environments.chat_messages import canonical, may_follow, said
 from actors.environments.record import paths_of
+from actors.environments.tokens import ChatTokens
 from actors.messages import FinishReason, Messages
 
 Tools = Sequence[dict[str, Any]]
 
 
 COUNTED = ("tool_calls", "malformed_calls", "extended", "realigned", "forked")
-
-
-class Read(Protocol):
-    """What the policy said, read."""
-
-    @property
-    def message(self) -> dict[str, Any]:
-        """The assistant's message; tool calls have their arguments as data."""
-
-    @property
-    def malformed(self) -> bool:
-        """It meant to call a tool, and no parser reads how."""
-
-
-class Tokens(Protocol):
-    """Messages to token ids, and back."""
-
-    def prompt(self, messages: Messages, tools: Sequence[dict[str, Any]]) -> list[int]:
-        """The ids of a conversation up to where the next answer begins. Raises ValueError: the
-        chat template refuses it."""
-
-    def between(self, messages: Messages, cut: bool = False) -> list[int]:
-        """The ids after an answer up to where the next one begins, with `messages` between: of
-        tools, or of the user. `cut`: the answer was, so they bring the end of its turn.
-
-        Raises ValueError: the chat template does not append.
-        """
-
-    def read(self, prompt_ids: Sequence[int], sampled: Sequence[int]) -> Read:
-        """The message in what was sampled."""
-
-    def text(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens left out."""
 
 
 class Refused(Exception):
@@ -90,7 +58,7 @@ class Answer:
 class Conversation:
     """The calls of one episode."""
 
-    def __init__(self, tokens: Tokens, sample: Sampler, limits: EpisodeLimits) -> None:
+    def __init__(self, tokens: ChatTokens, sample: Sampler, limits: EpisodeLimits) -> None:
         self._tokens = tokens
         self._sample = sample
         self.limits = limits

@@ -20,6 +20,7 @@ from typing import Any
 from actors.children.channel import HEADER_BYTES, request_length
 from actors.children.code import FunctionNotFound, load, traceback_tail
 from actors.children.keeper import keep
+from actors.environments.agent_child import Player, player_of
 from actors.environments.channel import refused, told
 from actors.environments.child import Loaded, serve
 from actors.environments.tools import by_name
@@ -34,6 +35,7 @@ class Setup:
     tools: Sequence[str | bytes]
     environments: Mapping[str, str | bytes]
     rewards: Mapping[str, str | bytes] = field(default_factory=dict)
+    agent: str | bytes | tuple[str, ...] | None = None  # a tuple: a program and its arguments
     memory_bytes: int | None = None
     max_output_characters: int = 2**14
     log: str | None = None
@@ -57,6 +59,7 @@ def _serve(channel: int) -> None:
             {name: _load("reward", code) for name, code in setup.rewards.items()},
             setup.memory_bytes,
             setup.max_output_characters,
+            _player(setup.agent),
         )
     except ValueError as error:
         connection.sendall(refused(word, str(error)))
@@ -91,6 +94,12 @@ def _load(what: str, code: str | bytes) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"a {what} is a {type(found).__name__}, which cannot be called")
     return found
+
+
+def _player(agent: str | bytes | tuple[str, ...] | None) -> Player | None:
+    if agent is None or isinstance(agent, tuple):
+        return None if agent is None else player_of(agent)
+    return player_of(_load("agent", agent))
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:

@@ -28,7 +28,6 @@ from actors.environments.conversations import (
     Conversation,
     ConversationClosed,
     Refused,
-    Tokens,
 )
 from actors.environments.openai_api import (
     ChatRequest,
@@ -44,6 +43,7 @@ from actors.environments.openai_api import (
     parsed,
     sampled_ids,
 )
+from actors.environments.tokens import ChatTokens
 
 BODY_BYTES = 64 * 2**20  # of one request at most
 _RETRIES = "x-stainless-retry-count"  # OpenAI's clients count in it how often they have sent it
@@ -99,7 +99,7 @@ def _failed(turn: asyncio.Task[Answer]) -> bool:
 class SessionServer:
     """Serves the sessions of one actor."""
 
-    def __init__(self, tokens: Tokens, model: str, host: str, port: int | None) -> None:
+    def __init__(self, tokens: ChatTokens, model: str, host: str, port: int | None) -> None:
         """`model`: the name that the policy goes by; `port`: None is any that is free."""
         self._tokens = tokens
         self._model = model

@@ -26,16 +26,17 @@ class Turn:
 class ChatTokens:
     """The tokens of one model's conversations with tools."""
 
-    def __init__(self, tokenizer: Any, name: str = "the model") -> None:
+    def __init__(self, tokenizer: Any, name: str = "the model", tools: bool = True) -> None:
         """Settle the policy for `tokenizer`, which gets a response template where it has none.
 
-        Raises:
-            ValueError: it cannot carry tools; one line says what to do.
-        """
-        from jinja2 import TemplateError
-        from trl import chat_template_utils as trl
+        `tools`: whether there are any for sure. Where they are not (an agent brings its own, or
+        none), a model that cannot carry them is refused when it is told of one.
 
+        Raises:
+            ValueError: it cannot carry tools, or it cannot chat; one line says what to do.
+        """
         self._tokenizer = tokenizer
+        self._without: str | None = None  # why the model is told of no tools
         self.notes: list[str] = []  # what a user should know, a line each
         self._template: str | None = None  # of TRL; None: the tokenizer's own
         if not tokenizer.chat_template:
@@ -43,6 +44,19 @@ class ChatTokens:
                 f"the tokenizer of {name} has no chat template, so nothing says how tools are "
                 "shown and called; use a model that was trained for chat and tools"
             )
+        try:
+            self._settle(name)
+        except ValueError as error:
+            if tools:
+                raise
+            self._without = str(error)
+            self.notes = [f"an agent that offers tools will be refused: {error}"]
+
+    def _settle(self, name: str) -> None:
+        """See to it that tools can be carried. Raises ValueError."""
+        from trl import chat_template_utils as trl
+
+        tokenizer = self._tokenizer
         if not trl.supports_tool_calling(tokenizer):
             raise ValueError(
                 f"the chat template of {name} does not render tool calls and their answers; use a "
@@ -72,18 +86,18 @@ class ChatTokens:
             )
         try:
             self.between([{"role": "tool", "name": "dummy", "content": "dummy"}])
-        except (ValueError, TypeError, TemplateError) as error:
+        except ValueError as error:
             raise ValueError(
                 f"the chat template of {name} cannot add a tool's answer to a conversation "
                 f"({error}); give the model a template that only appends"
             ) from error
 
     @classmethod
-    def of(cls, model: ModelSpec) -> ChatTokens:
+    def of(cls, model: ModelSpec, tools: bool = True) -> ChatTokens:
         """Those of the model that `model` names. Raises ValueError as `ChatTokens` does."""
         from actors.models.loading import load_tokenizer
 
-        return cls(load_tokenizer(model), f"model {model.name!r}")
+        return cls(load_tokenizer(model), f"model {model.name!r}", tools)
 
     def prompt(self, messages: Messages, tools: Sequence[dict[str, Any]]) -> list[int]:
         """The ids of a conversation's beginning, up to where the policy's first turn begins.
@@ -93,6 +107,8 @@ class ChatTokens:
         """
         from jinja2 import TemplateError
 
+        if tools and self._without is not None:
+            raise ValueError(self._without)
         try:
             return self._rendered(messages, tools=list(tools) or None, add_generation_prompt=True)
         except (TemplateError, TypeError) as error:
@@ -110,8 +126,10 @@ class ChatTokens:
 
         text = {
             "role": "assistant",
-            "content": self._tokenizer.decode(sampled, skip_special_tokens=True),
+            "content": self.text(sampled),
         }
+        if self._without is not None:
+            return Turn(text)
         try:
             meant = self._tokenizer.parse_response(list(sampled), prefix=list(prompt_ids))
         except (ValueError, TypeError, KeyError):
@@ -122,26 +140,39 @@ class ChatTokens:
             return Turn(text, malformed=True)
         return Turn(message)
 
-    def between(self, messages: Messages) -> list[int]:
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def between(self, messages: Messages, cut: bool = False) -> list[int]:
         """The ids after the end of the policy's turn up to where its next one begins: those of the
-        `messages` that stand between, all of tools or all of the user.
+        `messages` that stand between, of tools or of the user. `cut`: a limit cut that turn, so
+        they bring the end that it lacks.
 
         Raises:
-            ValueError: the template does not append.
+            ValueError: the template does not append, or refuses the messages.
         """
+        from jinja2 import TemplateError
+
         said: dict[str, Any] = {"role": "assistant", "content": ""}
         if messages[0]["role"] == "tool":
             # Some templates head an answer with the name in the call.
             call = {"name": messages[0]["name"], "arguments": {}}
             said["tool_calls"] = [{"type": "function", "function": call}]
         before = [{"role": "user", "content": "dummy"}, said]
-        prefix = self._rendered(before)
-        whole = self._rendered([*before, *messages], add_generation_prompt=True)
+        try:
+            prefix = self._rendered(before)
+            whole = self._rendered([*before, *messages], add_generation_prompt=True)
+        except (TemplateError, TypeError) as error:
+            raise ValueError(str(error)) from error
         # Where the template writes something after the end of a turn, such as a newline, that
         # belongs to what follows: the policy has not sampled it.
         ends = [i for i, token in enumerate(prefix) if token == self._tokenizer.eos_token_id]
+        if cut and not ends:
+            raise ValueError("it does not end a turn as the policy does")
         if ends:
-            prefix = prefix[: ends[-1] + 1]
+            prefix = prefix[: ends[-1] + (not cut)]
         if whole[: len(prefix)] != prefix:
             raise ValueError("it renders earlier messages another way when more follow")
         return whole[len(prefix) :]

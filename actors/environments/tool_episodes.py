@@ -17,7 +17,7 @@ from actors.environments.child import ENVIRONMENT
 from actors.environments.play import Clock, Play, Toolbox
 from actors.environments.processes import EnvironmentProcess, Server, ToolProcesses, described
 from actors.environments.server import Setup
-from actors.environments.specs import Code, EpisodeCode
+from actors.environments.specs import AgentCommand, Code, EpisodeCode
 from actors.environments.tokens import ChatTokens
 from actors.messages import Messages, Prompt
 from actors.specs import ModelSpec
@@ -53,7 +53,7 @@ class ToolEpisodes:
             if self._server is not None:
                 return
             try:
-                setup, search_path = _setup(self._code, self._limits, self._log)
+                setup, search_path = setup_of(self._code, self._limits, self._log)
                 self._tokens = await asyncio.to_thread(ChatTokens.of, self._model)
             except ValueError as error:
                 raise EpisodeFailed(str(error)) from error
@@ -175,7 +175,7 @@ def check_tools(code: EpisodeCode, model: ModelSpec) -> list[str]:
         name = next(iter(code.rewards))
         raise ValueError(f"reward {name!r} asks for environments, and there is none")
     limits = EpisodeLimits(1, 1, 1, 1, 1.0, 1.0, 1)
-    setup, search_path = _setup(code, limits, None)
+    setup, search_path = setup_of(code, limits, None)
 
     async def describe() -> None:
         server = Server(setup, search_path, None)
@@ -193,7 +193,7 @@ def check_tools(code: EpisodeCode, model: ModelSpec) -> list[str]:
     return tokens.notes
 
 
-def _setup(
+def setup_of(
     code: EpisodeCode, limits: EpisodeLimits, log: str | None
 ) -> tuple[Setup, tuple[str, ...]]:
     """What the server imports, and where it looks. Raises ValueError."""
@@ -212,10 +212,16 @@ def _setup(
             raise ValueError(f"{what} {error}") from error
         return target
 
+    agent: Code | tuple[str, ...] | None = None
+    if isinstance(code.agent, AgentCommand):
+        agent = code.agent.command
+    elif code.agent is not None:
+        agent = found("agent", code.agent)
     setup = Setup(
         tools=[found("tool", target) for target in code.tools],
         environments={n: found("environment", t) for n, t in code.environments.items()},
         rewards={n: found("reward", t) for n, t in code.rewards.items()},
+        agent=agent,
         memory_bytes=None if limits.memory_gib is None else int(limits.memory_gib * 2**30),
         max_output_characters=limits.max_output_characters,
         log=log,

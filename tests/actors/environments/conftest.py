@@ -20,6 +20,14 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
+def plain_tokenizer() -> Any:
+    """One whose template writes every answer as it was given: without thinking."""
+    from trl.chat_template_utils import qwen3_instruct_2507_chat_template
+
+    return make_tokenizer(qwen3_instruct_2507_chat_template)
+
+
+@pytest.fixture(scope="session")
 def chat_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> ModelSpec:
     folder = tmp_path_factory.mktemp("chat") / "model"
     make_model(folder, tokenizer)

@@ -11,8 +11,9 @@ from actors.environments.base import EpisodeLimits
 from actors.environments.chat_messages import normalised
 from actors.environments.conversations import Conversation, Refused
 from actors.environments.record import rows_of
+from actors.environments.tokens import ChatTokens
 from actors.messages import FinishReason
-from tests.actors.environments.scripted import Chat, Script, make_tokenizer
+from tests.actors.environments.scripted import Chat, Script
 
 ASK = {"role": "user", "content": "1+1?"}
 ADD = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
@@ -20,8 +21,8 @@ CALL = '<tool_call>\n{"name": "add", "arguments": {"b": 1,  "a": 1.0}}\n</tool_c
 
 
 @pytest.fixture(scope="module")
-def chat() -> Chat:
-    return Chat(make_tokenizer())
+def chat(plain_tokenizer: Any) -> Chat:
+    return Chat(ChatTokens(plain_tokenizer), plain_tokenizer)
 
 
 def limits(**changes: Any) -> EpisodeLimits:
@@ -51,7 +52,7 @@ def test_a_history_that_goes_on_keeps_the_tokens_that_were_sampled(chat: Chat) -
     """The call's JSON is written in a way that no template would write it."""
 
     async def talk() -> Conversation:
-        conversation = Conversation(chat, Script(chat.tokenizer, [CALL, "2"]), limits())
+        conversation = Conversation(chat.tokens, Script(chat.tokenizer, [CALL, "2"]), limits())
         messages = [ASK]
         first = await conversation.chat(messages, ADD)
         messages += [first.message, {"role": "tool", "name": "add", "content": "2"}]
@@ -74,7 +75,7 @@ def test_a_history_that_goes_on_keeps_the_tokens_that_were_sampled(chat: Chat) -
 def test_earlier_thinking_that_a_client_leaves_out_stays_in_the_tokens(chat: Chat) -> None:
     async def talk() -> Conversation:
         conversation = Conversation(
-            chat, Script(chat.tokenizer, ["<think>hm</think>2", "4"]), limits()
+            chat.tokens, Script(chat.tokenizer, ["<think>hm</think>2", "4"]), limits()
         )
         first = await conversation.chat([ASK], ())
         assert (first.message["reasoning_content"], first.message["content"]) == ("hm", "2")
@@ -91,7 +92,7 @@ def test_earlier_thinking_that_a_client_leaves_out_stays_in_the_tokens(chat: Cha
 
 def test_a_history_that_the_agent_has_changed_is_rendered_anew_and_forks(chat: Chat) -> None:
     async def talk() -> Conversation:
-        conversation = Conversation(chat, Script(chat.tokenizer, ["two", "4"]), limits())
+        conversation = Conversation(chat.tokens, Script(chat.tokenizer, ["two", "4"]), limits())
         await conversation.chat([ASK], ())
         said = {"role": "assistant", "content": "2"}
         await conversation.chat([ASK, said, {"role": "user", "content": "2+2?"}], ())
@@ -106,7 +107,7 @@ def test_a_history_with_an_answer_that_is_not_the_models_is_realigned_where_it_a
     chat: Chat,
 ) -> None:
     async def talk() -> Conversation:
-        conversation = Conversation(chat, Script(chat.tokenizer, ["2", "4"]), limits())
+        conversation = Conversation(chat.tokens, Script(chat.tokenizer, ["2", "4"]), limits())
         first = await conversation.chat([ASK], ())
         shots = [{"role": "user", "content": "5?"}, {"role": "assistant", "content": "5!"}]
         await conversation.chat([ASK, first.message, *shots, ASK], ())
@@ -119,7 +120,9 @@ def test_a_history_with_an_answer_that_is_not_the_models_is_realigned_where_it_a
 
 def test_a_call_for_a_title_does_not_end_the_conversation(chat: Chat) -> None:
     async def talk() -> Conversation:
-        conversation = Conversation(chat, Script(chat.tokenizer, ["2", "Sums", "4"]), limits())
+        conversation = Conversation(
+            chat.tokens, Script(chat.tokenizer, ["2", "Sums", "4"]), limits()
+        )
         first = await conversation.chat([ASK], ())
         await conversation.chat([{"role": "user", "content": "A title?"}], ())
         await conversation.chat([ASK, first.message, ASK], ())
@@ -133,7 +136,7 @@ def test_a_call_for_a_title_does_not_end_the_conversation(chat: Chat) -> None:
 
 def test_ids_in_go_on_from_ids_out(chat: Chat) -> None:
     async def talk() -> Conversation:
-        conversation = Conversation(chat, Script(chat.tokenizer, ["2", "4", "6"]), limits())
+        conversation = Conversation(chat.tokens, Script(chat.tokenizer, ["2", "4", "6"]), limits())
         await conversation.complete([5, 6])
         await conversation.complete([*whole(conversation, 0), 7])
         await conversation.complete([5, 9])
@@ -157,7 +160,7 @@ def test_a_budget_that_is_used_up_refuses_the_next_turn(
 ) -> None:
     async def talk() -> Conversation:
         said = CALL if "max_tool_calls" in changes else "2"
-        conversation = Conversation(chat, Script(chat.tokenizer, [said]), limits(**changes))
+        conversation = Conversation(chat.tokens, Script(chat.tokenizer, [said]), limits(**changes))
         first = await conversation.chat([ASK], ())
         assert conversation.finish_reason == FinishReason.STOP or "tokens" in str(changes)
         with pytest.raises(Refused, match=message) as refused:
@@ -170,7 +173,9 @@ def test_a_budget_that_is_used_up_refuses_the_next_turn(
 
 def test_an_answer_that_a_budget_cuts_ends_the_episode_by_length(chat: Chat) -> None:
     async def talk(asked: int | None, **changes: Any) -> Conversation:
-        conversation = Conversation(chat, Script(chat.tokenizer, ["a long one"]), limits(**changes))
+        conversation = Conversation(
+            chat.tokens, Script(chat.tokenizer, ["a long one"]), limits(**changes)
+        )
         await conversation.chat([ASK], (), asked)
         return conversation
 
@@ -184,11 +189,27 @@ def test_an_answer_that_a_budget_cuts_ends_the_episode_by_length(chat: Chat) -> 
     assert by_agent.answers[0].call.finish_reason == FinishReason.LENGTH
 
 
+def test_a_turn_that_was_cut_is_ended_before_what_follows(chat: Chat) -> None:
+    """The end of turn that is put in was not sampled, and is not trained."""
+
+    async def talk() -> Conversation:
+        conversation = Conversation(chat.tokens, Script(chat.tokenizer, ["abcd", "2"]), limits())
+        first = await conversation.chat([ASK], (), 2)
+        await conversation.chat([ASK, first.message, ASK], ())
+        return conversation
+
+    conversation = asyncio.run(talk())
+    assert counts(conversation) == (1, 0, 0)
+    row = rows_of([a.call for a in conversation.answers], FinishReason.STOP)[0]
+    texts = [chat.tokenizer.decode(segment.token_ids) for segment in row.segments]
+    assert texts[1:] == ["ab", f"<|im_end|>\n{texts[0]}", "2<|im_end|>"]
+
+
 def test_turns_beside_each_other_share_the_budget_and_never_pass_it(chat: Chat) -> None:
     async def talk() -> Conversation:
         script = Script(chat.tokenizer, ["abcdefgh"] * 3)
         script.go_on.clear()
-        conversation = Conversation(chat, script, limits(max_sampled_tokens=20))
+        conversation = Conversation(chat.tokens, script, limits(max_sampled_tokens=20))
         both = [asyncio.ensure_future(conversation.chat([ASK], (), 9)) for _ in range(2)]
         third = asyncio.ensure_future(conversation.chat([ASK], ()))
         await script.asked(3)

@@ -17,15 +17,16 @@ from openai import AsyncOpenAI, OpenAI
 from actors.environments.base import EpisodeFailed
 from actors.environments.conversations import Conversation
 from actors.environments.sessions import Session, SessionServer, require_free
-from tests.actors.environments.scripted import Chat, Script, Text, make_tokenizer
+from actors.environments.tokens import ChatTokens
+from tests.actors.environments.scripted import Chat, Script, Text
 from tests.actors.environments.test_conversations import ADD, ASK, CALL, limits
 
 ARGUMENTS = {"b": 1, "a": 1.0}
 
 
 @pytest.fixture(scope="module")
-def chat() -> Chat:
-    return Chat(make_tokenizer())
+def chat(plain_tokenizer: Any) -> Chat:
+    return Chat(ChatTokens(plain_tokenizer), plain_tokenizer)
 
 
 class Served:
@@ -47,11 +48,11 @@ class Served:
 
 @asynccontextmanager
 async def serving(chat: Chat, said: Sequence[Text], **changes: Any) -> AsyncIterator[Served]:
-    server = SessionServer(chat, "policy", "127.0.0.1", None)
+    server = SessionServer(chat.tokens, "policy", "127.0.0.1", None)
     await server.start()
     try:
         script = Script(chat.tokenizer, said)
-        with server.session(Conversation(chat, script, limits(**changes))) as session:
+        with server.session(Conversation(chat.tokens, script, limits(**changes))) as session:
             served = Served(server, session, script)
             async with served.client:
                 yield served
@@ -238,7 +239,7 @@ def test_a_client_that_times_out_and_sends_again_takes_one_turn(chat: Chat) -> N
 def test_a_wrong_key_and_a_session_that_has_ended_are_refused(chat: Chat) -> None:
     async def talk() -> None:
         async with serving(chat, ["2"]) as served:
-            other = Conversation(chat, Script(chat.tokenizer, []), limits())
+            other = Conversation(chat.tokens, Script(chat.tokenizer, []), limits())
             with served.server.session(other) as ended:
                 pass
             neighbour = served.client.with_options(api_key=ended.key)
@@ -256,7 +257,7 @@ def test_what_is_asked_when_the_session_ends_is_refused(chat: Chat) -> None:
         async with serving(chat, []) as served:
             script = Script(chat.tokenizer, ["2"])
             script.go_on.clear()
-            conversation = Conversation(chat, script, limits())
+            conversation = Conversation(chat.tokens, script, limits())
             with served.server.session(conversation) as session:
                 client = AsyncOpenAI(base_url=session.url, api_key=session.key)
                 asked = asyncio.ensure_future(
@@ -275,7 +276,9 @@ def test_sessions_side_by_side_keep_apart(chat: Chat) -> None:
         async with serving(chat, []) as served:
 
             async def one(name: str) -> Conversation:
-                conversation = Conversation(chat, Script(chat.tokenizer, [name] * 3), limits())
+                conversation = Conversation(
+                    chat.tokens, Script(chat.tokenizer, [name] * 3), limits()
+                )
                 with served.server.session(conversation) as session:
                     async with AsyncOpenAI(base_url=session.url, api_key=session.key) as client:
                         messages: list[Any] = [{"role": "user", "content": name}]
@@ -365,7 +368,7 @@ def test_an_agents_own_sampling_is_said_once_and_not_followed(
 
 def test_a_port_in_use_is_one_line(chat: Chat) -> None:
     async def talk(port: int) -> None:
-        server = SessionServer(chat, "policy", "127.0.0.1", port)
+        server = SessionServer(chat.tokens, "policy", "127.0.0.1", port)
         with pytest.raises(EpisodeFailed, match=message):
             await server.start()
 
