@@ -61,12 +61,15 @@ def quickstart(
         "runs/quickstart"
     ),
     seed: Annotated[int, typer.Option(help="of the task, the model and the run")] = 0,
+    task: Annotated[
+        str, typer.Option(help="sum, or agent: sums by a tool over many turns")
+    ] = "sum",
     overrides: Overrides = None,
 ) -> None:
     """Make a tiny model and task here, train it, and show accuracy before and after."""
     from aligntune.quickstart.run import run_quickstart
 
-    result = run_quickstart(algorithm, out, seed, overrides or [])
+    result = run_quickstart(algorithm, out, seed, overrides or [], task)
     typer.echo(
         f"held-out accuracy {result['accuracy_before']:.3f} -> {result['accuracy_after']:.3f} "
         f"after {result['steps']} steps with {result['engine']}, {result['seconds']:.0f} s in all; "

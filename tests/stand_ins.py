@@ -8,7 +8,6 @@ local data refuse is `data.name`, the configuration of a hub data set: see `LOCA
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +18,9 @@ REWARD_MODELS = ("Skywork/Skywork-Reward-V2-Qwen3-0.6B", "models/reward")
 QUESTIONS = ("openai/gsm8k", "data/gsm8k")
 CHATS = ("trl-lib/ultrafeedback-prompt", "data/chats")
 PAIRS = ("trl-lib/ultrafeedback_binarized", "data/pairs")
+
+AGENT_MODELS = ("Qwen/Qwen3-0.6B", "models/agent")  # whose template carries tools
+SUMS, SECRETS = "data/sums", "data/secrets"
 
 POSITIONS = 32768
 
@@ -43,12 +45,10 @@ SHORT = (
 
 
 def write_stand_ins(root: Path, tiny_model: Path) -> None:
-    """Fill `root`, an empty folder, with the stand-ins and a copy of the examples."""
-    shutil.copytree(
-        REPOSITORY / "examples", root / "examples", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    """Fill `root`, an empty folder, with the stand-ins and a link to the examples."""
+    (root / "examples").symlink_to(REPOSITORY / "examples", target_is_directory=True)
     for name in MODELS:
-        _copy(root / name, tiny_model)
+        _link(root / name, tiny_model)
     for name in REWARD_MODELS:
         write_reward_model(root / name, tiny_model)
     questions = [
@@ -72,13 +72,31 @@ def write_stand_ins(root: Path, tiny_model: Path) -> None:
         for split in ("train", "test"):
             _write_rows(root / name / f"{split}.jsonl", pairs)
 
+    for name in AGENT_MODELS:
+        write_agent_model(root / name)
+    sums = [
+        {"prompt": [{"role": "user", "content": f"{i}+1"}], "answer": str(i + 1)} for i in range(64)
+    ]
+    _write_rows(root / SUMS / "train.jsonl", sums)
+    _write_rows(root / SECRETS / "train.jsonl", [{"secret": i + 1} for i in range(64)])
 
-def _copy(place: Path, target: Path) -> None:
+
+def write_agent_model(folder: Path) -> None:
+    """A tiny model whose chat template carries tools; what it writes is noise."""
+    from aligntune.quickstart.agent import make_agent_tokenizer
+    from aligntune.quickstart.tiny import tiny_model
+
+    tokenizer = make_agent_tokenizer()
+    tiny_model(0, tokenizer, POSITIONS).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _link(place: Path, target: Path) -> None:
     """`target` at `place`, with as many positions as the models that it stands for."""
     place.mkdir(parents=True)
     for file in target.iterdir():
         if file.name != "config.json":
-            shutil.copy(file, place)
+            (place / file.name).symlink_to(file)
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config["max_position_embeddings"] = POSITIONS
     (place / "config.json").write_text(json.dumps(config), encoding="utf-8")

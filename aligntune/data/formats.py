@@ -15,8 +15,9 @@ from actors.messages import Messages
 from aligntune.data.errors import DataError, Reason
 from aligntune.data.messages import check_messages, check_unicode, is_sharegpt, what_is_lost
 
-NOTHING_ASKED: Messages = [{"role": "user", "content": ""}]
-"""The prompt of a row that leaves it to its environment: what `reset` returns goes on from here."""
+NOTHING_ASKED: Messages = []
+"""The prompt of a row that leaves it to its environment; it is shown as an empty user message,
+which goes on with what `reset` returns."""
 
 
 def check_prompt(value: Any, environment: bool = False) -> str | Messages:
@@ -26,7 +27,7 @@ def check_prompt(value: Any, environment: bool = False) -> str | Messages:
     With an `environment`, which may say it all, a prompt may be missing. Raises: DataError.
     """
     if environment and (value is None or value == "" or value == []):
-        return [*NOTHING_ASKED]
+        return NOTHING_ASKED
     if value is None:
         raise DataError("the prompt is missing or null; remove the row or fill it in", Reason.EMPTY)
     if isinstance(value, str):
@@ -101,6 +102,7 @@ def render(
             else "the prompt is messages, but data.apply_chat_template is false; "
             "set it to true, or give prompts as strings"
         )
+    prompt = prompt or ""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if system_prompt is not None:
         if messages[0]["role"] in ("system", "developer"):

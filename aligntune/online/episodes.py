@@ -16,6 +16,7 @@ from actors.scoring.criteria import EpisodeCriterion, RewardCriterion
 from actors.specs import ModelSpec
 from aligntune.config.episodes import ENVIRONMENT, AgentSpec
 from aligntune.config.online import RunConfig
+from aligntune.data.messages import TOOLS
 from aligntune.data.prompts import PromptSource
 from aligntune.errors import UserError, nearest
 
@@ -107,7 +108,15 @@ class UserCode:
 
 
 def check_rows(config: RunConfig, rows: PromptSource) -> None:
-    """Refuse a row whose `environment` is none of those that are named (UserError)."""
+    """Refuse a row whose `environment` is none of those that are named, and one that has tools
+    beside those of the run (UserError)."""
+    if config.plays and config.agent is None and TOOLS in rows.prompt_at(0).columns:
+        for row, tools in rows.column(TOOLS):
+            if tools:
+                raise UserError(
+                    f"row {row} of the data has tools of its own, which nothing here can call; "
+                    "remove column 'tools', or rename it where the environment reads it"
+                )
     if not isinstance(config.environment, Mapping):
         return
     for row, name in rows.column(ENVIRONMENT):

@@ -181,7 +181,7 @@ class RunInputs:
     def held_out(self) -> PromptSource | None:
         """The held-out prompts, all checked; None where the config names none. Raises DataError."""
         self.settle()
-        rows = evaluation_rows(self.config.data, self.tokenizer)
+        rows = evaluation_rows(self.config.data, self.tokenizer, self._may_ask)
         if rows is None:
             return None
         source = evaluation_prompts(
@@ -207,7 +207,12 @@ class RunInputs:
     @cached_property
     def _rows(self) -> PromptRows:
         """The training data as prompts of whatever length."""
-        return training_rows(self.config.data, self.tokenizer)
+        return training_rows(self.config.data, self.tokenizer, self._may_ask)
+
+    @property
+    def _may_ask(self) -> bool:
+        """Whether rows may leave the prompt to the environment or agent."""
+        return self.config.environment is not None or self.config.agent is not None
 
     @property
     def _longest(self) -> int:

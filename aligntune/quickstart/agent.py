@@ -184,7 +184,7 @@ def warm_up_agent(
     import torch
 
     rng = random.Random(seed)
-    peak, decay_steps, batch_size = 4e-3, 300, 64
+    peak, decay_steps, batch_size = 4e-3, 150, 32
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
     patient, hasty = (_lessons(tokenizer, train, haste) for haste in (False, True))
     reached = (0.0, 0.0)

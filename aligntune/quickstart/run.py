@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
 from aligntune.online.trainer import OnlineTrainer
+from aligntune.quickstart.agent import AgentAssets, write_agent_assets
 from aligntune.quickstart.settings import REWARD_MODEL, quickstart_settings
 from aligntune.quickstart.task import QuickstartAssets, write_assets
 from aligntune.runs.checkpoint import write_atomically
@@ -29,22 +30,23 @@ MADE = ("assets", "reward_model", "run", "result.json")
 
 
 def run_quickstart(
-    algorithm: str, out: Path, seed: int = 0, overrides: Sequence[str] = ()
+    algorithm: str, out: Path, seed: int = 0, overrides: Sequence[str] = (), task: str = "sum"
 ) -> dict[str, Any]:
     """Make, train, and return what is also in `out`/result.json.
 
-    Keys: accuracy_before, accuracy_after (held-out, greedy), steps, seconds (in all), engine,
-    algorithm, seed; and, where a reward model had to be trained first, reward_model_accuracy (its
-    share of held-out pairs ranked rightly). Raises UserError for a wrong name or a folder with
-    something else in it.
+    Keys: accuracy_before, accuracy_after (held-out, greedy; of an agent the share of episodes that
+    end in the right answer), steps, seconds (in all), engine, algorithm, task, seed; and, where a
+    reward model had to be trained first, reward_model_accuracy (its share of held-out pairs ranked
+    rightly). Raises UserError for a wrong name or a folder with something else in it.
     """
     started = time.monotonic()
-    settings = quickstart_settings(algorithm)
-    _claim(out, {"algorithm": algorithm, "seed": seed})
-    assets = _assets(out / "assets", seed)
+    settings = quickstart_settings(algorithm, task)
+    _claim(out, {"algorithm": algorithm, "task": task, "seed": seed})
+    made = _agent_assets if task == "agent" else _assets
+    assets = made(out / "assets", seed)
     ranked: dict[str, float] = {}
     rewards: list[Any] = ["exact_match"]
-    if _needs_reward_model(algorithm):
+    if isinstance(assets, QuickstartAssets) and _needs_reward_model(algorithm):
         ranked = {"reward_model_accuracy": _train_reward_model(out, assets, seed)}
         model = {"model": str(out / "reward_model" / "model"), "name": "reward_model"}
         rewards = [model, {"function": "exact_match", "weight": 0.0}]  # shown, not trained on
@@ -67,6 +69,7 @@ def run_quickstart(
         "seconds": round(time.monotonic() - started, 1),
         "engine": trained.engine,
         "algorithm": config.algorithm_name,
+        "task": task,
         "seed": seed,
         **ranked,
     }
@@ -128,21 +131,37 @@ def _claim(out: Path, what: dict[str, Any]) -> None:
 
 
 def _assets(root: Path, seed: int) -> QuickstartAssets:
-    """The assets in `root`, made there unless an interrupted quickstart left them complete."""
-    done = root / "accuracy.json"
-    if not done.is_file():
-        if root.exists():
-            shutil.rmtree(root)
-        try:
-            assets = write_assets(root, seed)
-        except RuntimeError as error:
-            raise UserError(str(error)) from error
-        write_atomically(done, json.dumps(assets.accuracy))
+    """The assets of the sum's task in `root`."""
     return QuickstartAssets(
         model=root / "model",
         train=root / "train.jsonl",
         eval=root / "eval.jsonl",
         pairs=root / "pairs.jsonl",
         eval_pairs=root / "eval_pairs.jsonl",
-        accuracy=json.loads(done.read_text(encoding="utf-8")),
+        accuracy=_made(root, lambda: write_assets(root, seed).accuracy),
     )
+
+
+def _agent_assets(root: Path, seed: int) -> AgentAssets:
+    """The assets of the agent's task in `root`."""
+    return AgentAssets(
+        model=root / "model",
+        train=root / "train.jsonl",
+        eval=root / "eval.jsonl",
+        success=_made(root, lambda: write_agent_assets(root, seed).success),
+    )
+
+
+def _made(root: Path, write: Callable[[], float]) -> float:
+    """Write the assets into `root`, unless an interrupted quickstart left them complete; returns
+    what the warm-up reached."""
+    done = root / "accuracy.json"
+    if not done.is_file():
+        if root.exists():
+            shutil.rmtree(root)
+        try:
+            reached = write()
+        except RuntimeError as error:
+            raise UserError(str(error)) from error
+        write_atomically(done, json.dumps(reached))
+    return float(json.loads(done.read_text(encoding="utf-8")))

@@ -5,7 +5,10 @@ learn. They say nothing about other models. Importing this loads no torch.
 from __future__ import annotations
 
 from aligntune.errors import UserError, nearest
+from aligntune.quickstart.agent import MAX_SAMPLED_TOKENS, MAX_TURNS
 from aligntune.quickstart.task import MAX_ANSWER_TOKENS
+
+TASKS = ("sum", "agent")
 
 _COMMON: dict[str, object] = {
     "rollout.temperature": 1.0,
@@ -55,6 +58,17 @@ _TUNED: dict[str, dict[str, object]] = {
     },
 }
 
+_BY_AGENT = ("grpo",)
+_AGENT: dict[str, object] = {
+    "train.steps": 15,
+    "tools": ["aligntune.quickstart.agent:add"],
+    "rollout.temperature": 1.0,
+    "rollout.max_completion_length": MAX_SAMPLED_TOKENS,
+    "rollout.max_prompt_length": 32,
+    "episodes.max_turns": MAX_TURNS,
+    "policy.adam_betas": [0.9, 0.99],
+}
+
 REWARD_MODEL: dict[str, object] = {
     "train.steps": 400,
     "train.pairs_per_worker": 64,
@@ -69,24 +83,32 @@ REWARD_MODEL: dict[str, object] = {
 """Of the job that trains the reward model an algorithm needs, on the task's preference pairs."""
 
 
-def quickstart_settings(algorithm: str) -> dict[str, object]:
+def quickstart_settings(algorithm: str, task: str = "sum") -> dict[str, object]:
     """What the quickstart sets for `algorithm` or an alias of it, as `key.path: value` of the tree.
+
+    `task` is one of `TASKS`; that of an agent was seen to learn by the algorithms in `_BY_AGENT`.
 
     Learning rates and steps are those at which this model and task were seen to learn; they say
     nothing about other models.
 
     Raises:
-        UserError: no settings for that algorithm.
+        UserError: no such task, or no settings for that algorithm.
     """
+    if task not in TASKS:
+        raise UserError(f"the quickstart has no task {task!r}; {nearest(task, TASKS)}")
     from aligntune.algorithms import registry  # torch: seconds, and only needed here
 
     try:
         chosen = registry.get(algorithm)
     except ValueError as error:
         raise UserError(str(error)) from error
-    tuned = {registry.get(name): settings for name, settings in _TUNED.items()}
+    names = _BY_AGENT if task == "agent" else tuple(_TUNED)
+    tuned = {registry.get(name): _TUNED[name] for name in names}
     if chosen not in tuned:
         raise UserError(
-            f"the quickstart has no settings for {algorithm!r}; {nearest(algorithm, _TUNED)}"
+            f"the quickstart's task {task!r} has no settings for {algorithm!r}; "
+            f"{nearest(algorithm, names)}"
         )
+    if task == "agent":
+        return {**tuned[chosen], **_AGENT}
     return {**_COMMON, **tuned[chosen]}

@@ -9,10 +9,13 @@ Completion = str | list[dict[str, Any]]
 
 
 def text_of(completion: Completion) -> str:
-    """The text of a completion, given as a string or as a list of messages (contents joined)."""
+    """The text of a completion: a string as it is; of messages what the assistant says last, that
+    is the contents behind the last message of another role, such as a tool's."""
     if isinstance(completion, str):
         return completion
-    return "".join(str(message["content"]) for message in completion)
+    others = [n for n, m in enumerate(completion) if m.get("role", "assistant") != "assistant"]
+    last = completion[others[-1] + 1 :] if others else completion
+    return "".join(str(message.get("content") or "") for message in last)
 
 
 def column_of(columns: Mapping[str, Any], name: str) -> Sequence[Any]:

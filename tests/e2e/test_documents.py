@@ -32,6 +32,7 @@ from aligntune.config import keywords
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.config.preference import ALGORITHMS as PREFERENCE
+from aligntune.quickstart.settings import TASKS
 from aligntune.rewards.registry import REWARDS
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import IDENTITY
@@ -215,6 +216,8 @@ def test_every_command_is_right(
             monkeypatch.setenv("WANDB_API_KEY", "secret")
             assert call([group, *arguments]) == 2
             assert "no Ray Jobs server answers at http://head:8265" in capsys.readouterr().err
+        case ["aligntune", "quickstart", "--task", task]:  # run by tests/e2e/test_quickstart.py
+            assert task in TASKS
         case ["aligntune", "algorithms"]:
             assert call(["algorithms"]) == 0
             listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]

@@ -124,6 +124,20 @@ def test_every_quickstart_learns_with_every_seed(
     assert result.get("reward_model_accuracy", 1.0) >= 0.9
 
 
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_an_agent_learns_to_call_its_tool_as_often_as_it_must(tmp_path: Path, engine: str) -> None:
+    out = tmp_path / "agent"
+    result, printed = command(out, "--task", "agent", f"rollout.engine={engine}", timeout=480)
+    assert result["engine"] == engine
+    assert 0.3 <= result["accuracy_before"] <= 0.6
+    assert result["accuracy_after"] >= 0.9
+    assert f"{result['accuracy_after']:.3f}" in printed
+    before, *_, after = read(out / "run" / "evals.jsonl")
+    assert before["eval/turns/mean"] < after["eval/turns/mean"] <= 3.1
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_a_short_quickstart_with_the_transformers_engine_learns(
     assets: QuickstartAssets, tmp_path: Path

@@ -155,7 +155,7 @@ def test_an_environment_may_make_the_prompt(tmp_path: Path) -> None:
     rows = evaluation_rows(spec, TOOLS, environment=True)
     assert rows is not None
     prompt = evaluation_prompts(spec, rows, TOOLS, max_prompt_length=99).prompt_at(0)
-    assert prompt.source == [{"role": "user", "content": ""}]
+    assert prompt.source == []
     assert prompt.columns == {"seed": 3}
     with pytest.raises(DataError, match="no column 'prompt'"):
         texts(alone)

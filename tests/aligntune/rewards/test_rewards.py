@@ -202,6 +202,15 @@ class TestText:
         assert exact_match([message], answer=["yes"]) == [1.0]
         assert text_of([*message, *message]) == "yesyes"
 
+    def test_of_a_conversation_the_last_words_are_scored(self) -> None:
+        call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
+        told = {"role": "tool", "name": "add", "content": "3"}
+        said = {"role": "assistant", "content": "5"}
+        assert text_of([said, call, told, said]) == "5"
+        assert text_of([said, call]) == "5"
+        assert text_of([call, told]) == ""
+        assert exact_match([[call, told, said]], answer=["5"]) == [1.0]
+
 
 class TestFormat:
     def test_full_match_spans_lines_and_the_whole_completion(self) -> None:
