@@ -150,7 +150,7 @@ class Play:
         """
         if not calls:
             said = "The tool call could not be read."
-            return [_message(UNKNOWN, Outcome(said, failed=True))]
+            return [self._message(UNKNOWN, Outcome(said, failed=True))]
         before = self._figures.tool_calls
         self._count(tool_calls=len(calls))
         wanted = [_wanted(call) for call in calls]
@@ -190,7 +190,13 @@ class Play:
             tools_timed_out=sum(outcome.timed_out for outcome in outcomes),
         )
         names = [call.name if isinstance(call, ToolCall) else UNKNOWN for call in wanted]
-        return [_message(*pair) for pair in zip(names, outcomes, strict=True)]
+        return [self._message(*pair) for pair in zip(names, outcomes, strict=True)]
+
+    def _message(self, name: str, outcome: Outcome) -> dict[str, Any]:
+        text = outcome.text
+        if outcome.failed or outcome.timed_out:
+            text = error_text(text[: self._limits.max_output_characters])
+        return {"role": "tool", "name": name, "content": text}
 
     def _count(self, **more: float) -> None:
         now = {name: getattr(self._figures, name) + number for name, number in more.items()}
@@ -203,15 +209,6 @@ def _wanted(call: dict[str, Any]) -> ToolCall | Outcome:
     if kind != "function":
         return Outcome(f"Unsupported tool call type: {kind}", failed=True)
     return ToolCall(call["function"]["name"], call["function"]["arguments"])
-
-
-def _message(name: str, outcome: Outcome) -> dict[str, Any]:
-    wrong = outcome.failed or outcome.timed_out
-    return {
-        "role": "tool",
-        "name": name,
-        "content": error_text(outcome.text) if wrong else outcome.text,
-    }
 
 
 def draw(seed: int, call: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ LIMITS = EpisodeLimits(
     max_turns=8,
     max_tool_calls=16,
     max_sampled_tokens=2048,
-    max_tokens=8192,
+    max_tokens=32768,
     call_timeout_s=30.0,
     episode_timeout_s=120.0,
     max_output_characters=2000,
@@ -63,7 +64,7 @@ def make_model(folder: Path, tokenizer: Any) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def call_text(name: str, **arguments: Any) -> str:
+def call_text(name: str, /, **arguments: Any) -> str:
     """A tool call as the model writes it."""
     said = json.dumps({"name": name, "arguments": arguments})
     return f"<tool_call>\n{said}\n</tool_call>"
@@ -88,13 +89,19 @@ class Script:
             for turn in turns
         ]
         self.seen: list[list[int]] = []
+        self._begun = [asyncio.Event() for _ in turns]
         self._end = tokenizer.eos_token_id
+
+    async def turn(self, turn: int) -> None:
+        """Wait until a turn, counted from 0, is asked for."""
+        await self._begun[turn].wait()
 
     async def __call__(
         self, token_ids: Any, max_tokens: int, turn: int
     ) -> tuple[Segment, FinishReason]:
         assert turn == len(self.seen)
         self.seen.append([int(token) for token in token_ids])
+        self._begun[turn].set()
         said = self.turns[turn][:max_tokens]
         reason = FinishReason.STOP if said[-1:] == [self._end] else FinishReason.LENGTH
         return Segment(said, [-1.0] * len(said), (VersionSpan(0, len(said)),)), reason

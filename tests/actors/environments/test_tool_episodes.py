@@ -129,7 +129,7 @@ class TestEnvironments:
     def test_an_environment_sees_the_row_answers_and_rewards(self, play: Play) -> None:
         episode, _ = play(
             call_text("guess", n=3),
-            call_text("guess", n=7) + call_text("think", seconds=0) + call_text("add", a=1, b=1),
+            call_text("guess", n=7) + call_text("meet_here", others=1) + call_text("add", a=1, b=1),
             "it is 7",
             code="several",
             environment="Guess",
@@ -137,7 +137,7 @@ class TestEnvironments:
             other=[1],
         )
         assert episode.messages[1]["content"] == "hi Guess!"
-        assert said(episode) == ["higher", "right", "thought", "2"]
+        assert said(episode) == ["higher", "right", "met", "2"]
         assert episode.rewards == {"environment": 0.5, "both": 7.2}
 
     def test_a_row_chooses_its_environment_and_is_shown_its_tools_alone(

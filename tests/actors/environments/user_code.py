@@ -125,6 +125,30 @@ def leave_a_process(folder: str, hang: bool) -> str:
     return "left"
 
 
+def wait_at(gate: str, log: str, name: str) -> str:
+    """Say who is there, and wait until the gate, a named pipe, is opened.
+
+    Args:
+        gate: The pipe.
+        log: Where it is said.
+        name: Who.
+    """
+    with open(log, "a") as file:
+        file.write(name + "\\n")
+    open(gate).close()
+    return name
+
+
+def nap(seconds: float) -> str:
+    """Sleep.
+
+    Args:
+        seconds: How long.
+    """
+    time.sleep(seconds)
+    return "slept"
+
+
 def roll() -> str:
     """Roll a die."""
     return str(random.randint(1, 10**9))
@@ -148,14 +172,16 @@ class Guess:
         self.tries += 1
         return "right" if n == self.number else "higher" if n < self.number else "lower"
 
-    async def think(self, seconds: float) -> str:
-        """Think.
+    async def meet_here(self, others: int) -> str:
+        """End when `others` calls are in it at the same time.
 
         Args:
-            seconds: How long.
+            others: How many.
         """
-        await asyncio.sleep(seconds)
-        return "thought"
+        self.arrived = getattr(self, "arrived", 0) + 1
+        while self.arrived < others:
+            await asyncio.sleep(0.01)
+        return "met"
 
     def misbehave_here(self, how: str) -> str:
         """Do what no tool should.
