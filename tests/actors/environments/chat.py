@@ -23,13 +23,15 @@ LIMITS = EpisodeLimits(
 
 
 def make_tokenizer(template: str | None = None) -> Any:
-    """Bytes as tokens, with Qwen3's special ones and, by default, its chat template."""
+    """Bytes and a few pairs of them as tokens, with Qwen3's special ones and, by default, its chat
+    template. What is sampled can so be what no tokenizer would make of its text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from trl.chat_template_utils import qwen3_chat_template
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    pairs = [("\u0120", "\u0120"), ("\u010a", "\u010a"), ("e", "r"), ("{", '"'), (":", "\u0120")]
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, pairs)]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
