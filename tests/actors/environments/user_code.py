@@ -274,11 +274,7 @@ def no_args(a: int) -> int:
     """Add."""
 
 
-class Custom:
-    pass
-
-
-def odd_type(a: Custom) -> int:
+def odd_type(a: "Nowhere") -> int:
     """Add.
 
     Args:
