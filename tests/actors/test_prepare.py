@@ -60,6 +60,7 @@ def works_of(groups: Sequence[GroupTensors], values: bool) -> list[GroupWork]:
         states = StateValues(
             draw.normal(size=n).astype(np.float32), draw.normal(size=count).astype(np.float32)
         )
+        rewards = (draw.normal(size=n) * (draw.random(n) < 0.3)).astype(np.float32)
         works.append(
             GroupWork(
                 group_id=group.group_id,
@@ -69,7 +70,8 @@ def works_of(groups: Sequence[GroupTensors], values: bool) -> list[GroupWork]:
                 truncated=tuple(c == 0 for c in range(count)),
                 advantages=(0.0,) * count,
                 scores=tuple(draw.normal(size=count).tolist()),
-                tensors=group,
+                tensors=replace(group, rewards=rewards),
+                turn_weight=0.5,
                 reference=(group.logprobs + draw.normal(0, 0.1, n)).astype(np.float32),
                 values=states if values else None,
             )
@@ -92,6 +94,7 @@ def plainly(
             reference=work.reference,
             values=work.values and work.values.values,
             final_values=work.values and work.values.final,
+            rewards=work.turn_weight * work.tensors.rewards,
         )
         for work, own in zip(works, old, strict=True)
     ]

@@ -26,7 +26,7 @@ from . import slow
 def random_groups(seed: int, groups: int = 3, least: int = 2) -> list[TokenInputs]:
     """Groups of `least` rollouts and more: interior zeros, an empty rollout, a truncated one, one
     that is not trained on."""
-    rng = np.random.default_rng(seed)
+    rng, of_turns = np.random.default_rng(seed), np.random.default_rng(seed + 1000)
     made = []
     for g in range(groups):
         size = least + g % 2
@@ -45,6 +45,8 @@ def random_groups(seed: int, groups: int = 3, least: int = 2) -> list[TokenInput
                 reference=-rng.random(n) * 3,
                 values=rng.normal(size=n),
                 final_values=rng.normal(size=size),
+                # Rewards of single turns, where the environment gives such.
+                rewards=of_turns.normal(size=n) * (of_turns.random(n) < 0.3) if g else None,
             )
         )
     return made
@@ -87,6 +89,9 @@ def slow_ppo(groups: list[TokenInputs], algorithm: PPO) -> Expected:
             rho = [-beta * k[t] if m else 0.0 for t, m in enumerate(mask)]
             if valid:
                 rho[valid[-1]] += score
+            if g.rewards is not None:
+                earned = zip(rho, g.rewards[cut], mask, strict=True)
+                rho = [r + float(own) if m else r for r, own, m in earned]
             final = 0.0
             if g.truncated[c] and algorithm.bootstrap_truncated:
                 final = float(g.final_values[c])
