@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from actors.disk import writing
 from actors.fetching import Fetched, fetch, of_several_rows
 from actors.figures import Tally, count, describe, join, over_steps, total
 from actors.messages import Counts, GroupTensors, Row, UpdateJob, UpdateResult
@@ -188,8 +189,12 @@ class TrainedRank:
         `torch` writes rank-0.pt. `deepspeed` and `fsdp` write layout.json and rng-rank-*.pt, and
         DeepSpeed's own files or a safetensors file a rank. Everything is on disk when this
         returns; making `folder` appear at once is the caller's.
+
+        Raises:
+            OSError: the disk does not take it; the ranks go on as they were.
         """
-        self._strategy.save(Path(folder))
+        with writing(folder):
+            self._strategy.save(Path(folder))
 
     def load(self, folder: str | Path) -> None:
         """Take back what `save` wrote; all ranks together.
@@ -219,7 +224,8 @@ class TrainedRank:
         for name, buffer in model.named_buffers(remove_duplicate=False):
             if name in persistent:  # it is part of the model
                 state[name] = buffer.detach().cpu()
-        whole_model(model, self._model_spec).save_pretrained(folder, state_dict=state)
+        with writing(folder):
+            whole_model(model, self._model_spec).save_pretrained(folder, state_dict=state)
         load_tokenizer(self._model_spec).save_pretrained(folder)
         if adapter:
             wrapped.model.save_pretrained(folder / "adapter", state_dict=adapter)

@@ -138,7 +138,7 @@ class Controller:
         """The last step of a run that was stopped, where the ranks are there to write it."""
         try:
             if self._sound:
-                await self._keeper.checkpoint(self._boundary)
+                await self._keeper.last(self._boundary)
                 await self._evaluation.stop(self.state.version)
         except PolicyLost as lost:
             self._recorder.event(EventKind.POLICY_LOST, reason=str(lost))
@@ -160,7 +160,8 @@ class Controller:
         self._mark(groups, figures)
         rows = sample_rows(self.config, shown, await texts, advantages)
         self._recorder.samples(self.state.version, rows)
-        if self.state.version % self.config.checkpoint.every_steps == 0:
+        due = self.state.version % self.config.checkpoint.every_steps == 0
+        if due or self._keeper.owes:
             with spanned("controller", "checkpoint"):
                 await self._keeper.checkpoint(self._boundary)
 
@@ -310,7 +311,7 @@ class Controller:
         """Keep what was trained, while the last version is evaluated."""
         await self._pipeline.cancel()
         if self.config.checkpoint.at_end:
-            await self._keeper.checkpoint(self._boundary)
+            await self._keeper.last(self._boundary)
         await self._keeper.export()
         await self._stopping.unless(self._evaluation.ended())
         await self._keeper.finish()

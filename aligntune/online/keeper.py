@@ -7,6 +7,7 @@ checkpoint of them (forcing files to disk, forgetting old ones) and copies run b
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from aligntune.runs.copies import Copies
 from aligntune.runs.deadline import asked
 from aligntune.runs.mirror import Mirror
 from aligntune.tracking.metrics import EventKind
+
+MOST_TRIES = 10  # of steps whose checkpoint fails, one after the other
+PAUSES = (0.0, 0.5, 2.0)  # seconds before each try at the end of a run
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ class Keeper:
         self._rundir = Path(config.output_dir).absolute()
         self._timeout_s = config.policy.update_timeout_s
         self._committing: asyncio.Task[None] | None = None
+        self._writing: Future[Checkpoint] | None = None  # may go on beyond its deadline
+        self._owed: tuple[int, str] | None = None  # step and reason of a failure, until a success
+        self._tries = 0  # that failed since the last success
         self._copies: Copies | None = None
         if mirror is not None:
             self._copies = Copies(mirror, config.checkpoint.copy_timeout_s, self._not_copied)
@@ -75,24 +82,49 @@ class Keeper:
         await self._committed()
         return await asyncio.wrap_future(asked(self._checkpoints.latest))
 
+    @property
+    def owes(self) -> bool:
+        """Whether the last try to save failed: the next step's end is another."""
+        return self._owed is not None
+
     async def checkpoint(self, boundary: Boundary) -> None:
         """Save the step that the ranks have just ended, once; returns when the ranks have written.
 
-        Raises RunFailed where the checkpoint before did not come to disk.
+        A disk that does not take it is an event, and `owes` is set. Raises RunFailed when that has
+        happened `MOST_TRIES` times without a success.
         """
         await self._committed()
-        staging = await asyncio.wrap_future(asked(lambda: self._begun(boundary.step)))
-        if staging is None:
+        step = boundary.step
+        if self._writing is not None and not self._writing.done():
+            self._not_saved(step, "the disk has not taken the one before yet")
             return
-        await self._learner.save(staging)
+        try:
+            staging = await asyncio.wrap_future(asked(lambda: self._begun(step)))
+            if staging is None:
+                self._owed, self._tries = None, 0
+                return
+            await self._learner.save(staging)
+        except OSError as error:
+            await self._abandoned(step, error)
+            return
         self._log.flush()
         state = {
-            "step": boundary.step,
+            "step": step,
             "ledger": boundary.ledger,
             "algorithm": boundary.algorithm.model_dump(mode="json"),
             "prompts": self._fingerprint,
         }
         self._committing = asyncio.create_task(self._commit(state), name="commit")
+
+    async def last(self, boundary: Boundary) -> None:
+        """Save the end of a run, and see it on disk. Raises RunFailed where it cannot be."""
+        for pause in PAUSES:
+            await asyncio.sleep(pause)
+            await self.checkpoint(boundary)
+            await self._committed()
+            if not self.owes:
+                return
+        raise RunFailed(self._unsaved())
 
     def _begun(self, step: int) -> Path | None:
         """A folder for the ranks to write into, or None where the checkpoint is there already."""
@@ -107,20 +139,43 @@ class Keeper:
             self._log.to_disk()
             return self._checkpoints.commit(state["step"], state, needed)
 
-        done = asyncio.wrap_future(asked(commit))
+        self._writing = asked(commit)
         try:
-            checkpoint = await asyncio.wait_for(done, self._timeout_s)
-        except TimeoutError as error:
-            raise RunFailed(
-                f"the checkpoint of step {state['step']} was not on the disk of {self._rundir} "
-                f"within policy.update_timeout_s={self._timeout_s:g} s"
-            ) from error
+            checkpoint = await asyncio.wait_for(asyncio.wrap_future(self._writing), self._timeout_s)
+        except TimeoutError:
+            limit = f"policy.update_timeout_s={self._timeout_s:g} s"
+            self._not_saved(state["step"], f"not on the disk within {limit}")
+            return
+        except OSError as error:
+            await self._abandoned(state["step"], error)
+            return
+        self._owed, self._tries = None, 0
         self._recorder.event(EventKind.CHECKPOINT_SAVED, step=checkpoint.step)
         if self._copies is not None:
             self._copies.offer(checkpoint.path)
 
+    async def _abandoned(self, step: int, error: OSError) -> None:
+        """Give the room of a checkpoint that failed back; the one before stays as it is."""
+        await asyncio.wrap_future(asked(lambda: self._checkpoints.abandon(step)))
+        self._not_saved(step, " ".join(str(error).split()) or type(error).__name__)
+
+    def _not_saved(self, step: int, reason: str) -> None:
+        self._owed, self._tries = (step, reason), self._tries + 1
+        self._recorder.event(EventKind.CHECKPOINT_FAILED, step=step, reason=reason)
+        if self._tries >= MOST_TRIES:
+            raise RunFailed(self._unsaved())
+
+    def _unsaved(self) -> str:
+        assert self._owed is not None
+        step, reason = self._owed
+        return (
+            f"the checkpoint of step {step} could not be written to {self._rundir} in "
+            f"{self._tries} tries: {reason}; make room or mend the disk, the run goes on from the "
+            "newest checkpoint that is whole"
+        )
+
     async def _committed(self) -> None:
-        """Wait until the last checkpoint is on disk. Raises what kept it from there."""
+        """Wait until the last checkpoint is on disk or has failed. Raises RunFailed."""
         if self._committing is not None:
             await asyncio.wait((self._committing,))
             self._committing.result()
@@ -133,7 +188,13 @@ class Keeper:
 
     async def export(self) -> None:
         """Write the trained model."""
-        await self._learner.save_model(self._rundir / "model")
+        try:
+            await self._learner.save_model(self._rundir / "model")
+        except OSError as error:
+            raise RunFailed(
+                f"the trained model could not be written to {self._rundir / 'model'}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
 
     async def finish(self) -> None:
         """See all of a finished run on disk, and copied, up to the deadline of copies."""

@@ -157,6 +157,10 @@ class Checkpoints:
         self.forget_old(needed)
         return Checkpoint(step, final, state)
 
+    def abandon(self, step: int) -> None:
+        """Remove what `begin` staged, so that its room is free again; whatever can be removed."""
+        shutil.rmtree(self._folder(step).with_suffix(".partial"), ignore_errors=True)
+
     def is_from_elsewhere(self, checkpoint: Checkpoint) -> bool:
         """Whether it lies in another folder than this one's."""
         return checkpoint.path.resolve().parent != self.directory.resolve()

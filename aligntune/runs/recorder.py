@@ -28,6 +28,7 @@ SHOWN = {
     EventKind.REPLICA_LOST,
     EventKind.REPLICA_JOINED,
     EventKind.POLICY_REBUILT,
+    EventKind.CHECKPOINT_FAILED,
     EventKind.CHECKPOINT_DAMAGED,
     EventKind.FIGURES_OVERFLOWED,
     EventKind.NOT_COPIED,

@@ -39,6 +39,7 @@ class EventKind(StrEnum):
     POLICY_LOST = "policy_lost"  # a rank died or hangs; all ranks are started anew
     POLICY_REBUILT = "policy_rebuilt"  # from a checkpoint, to which the run goes back
     CHECKPOINT_SAVED = "checkpoint_saved"
+    CHECKPOINT_FAILED = "checkpoint_failed"  # the disk did not take it; tried at the next step
     CHECKPOINT_DAMAGED = "checkpoint_damaged"  # it was passed over for an older one
     TRACKER_FAILED = "tracker_failed"  # it is tried again with the next figures
     FIGURES_OVERFLOWED = "figures_overflowed"  # `figures` of a step, held at the largest number

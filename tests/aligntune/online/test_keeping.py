@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from aligntune.errors import RunFailed
+from aligntune.online import keeper
+from aligntune.runs import checkpoint as checkpoint_module
 from aligntune.runs.checkpoint import Checkpoint, Checkpoints
 from aligntune.runs.jsonl import read_lines
 from aligntune.tracking.trackers import SERVICES
@@ -44,16 +47,110 @@ def test_a_checkpoint_comes_to_disk_beside_the_next_step_and_before_the_one_afte
     assert kept == {"latest", "step-000002", "step-000003"}
 
 
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "PAUSES", (0.0, 0.0, 0.0))
+
+
 def test_a_checkpoint_that_does_not_come_to_disk_ends_the_run_with_the_reason(
-    world: World,
+    world: World, no_pause: None
 ) -> None:
     class Full(Checkpoints):
         def commit(self, *_: Any) -> Checkpoint:
             raise OSError("No space left on device")
 
     world.checkpoints = Full
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RunFailed, match="No space left") as error:
         world.run()
+    assert "\n" not in str(error.value)
+    assert [e["step"] for e in world.events("checkpoint_failed")] == [1, 2, 3, 3, 3, 3]
+    assert list((world.folder / "checkpoints").iterdir()) == [], "the room was given back"
+
+
+@pytest.mark.parametrize("where", ["begin", "save", "commit", "the name of the newest"])
+def test_a_disk_that_is_full_for_a_while_costs_a_try_and_the_last_good_one_stays(
+    world: World, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints of steps 1 and 3 are due; that of step 1 fails, so step 2 tries again."""
+    world.configure(checkpoint={"every_steps": 2})
+    broken = {2}
+
+    class Full(Checkpoints):
+        def begin(self, step: int) -> Path:
+            if where == "begin" and step in broken:
+                raise OSError(28, "No space left on device")
+            return super().begin(step)
+
+        def commit(self, step: int, *rest: Any) -> Checkpoint:
+            if where == "commit" and step in broken:
+                raise OSError(5, "Input/output error")
+            return super().commit(step, *rest)
+
+    def save() -> None:
+        assert world.controller is not None
+        if where == "save" and world.controller.state.version in broken:
+            raise OSError(30, "Read-only file system")
+
+    def write(path: Path, text: str) -> None:
+        if where == "the name of the newest" and text == "step-000002\n":
+            raise OSError(28, "No space left on device")
+        real(path, text)
+
+    real = checkpoint_module.write_atomically
+    monkeypatch.setattr(checkpoint_module, "write_atomically", write)
+    world.during["save"] = save
+    world.checkpoints = Full
+    world.run()
+    (failed,) = world.events("checkpoint_failed")
+    assert failed["step"] == 2
+    assert failed["reason"]
+    assert [e["step"] for e in world.events("checkpoint_saved")] == [3]
+    assert Checkpoints(world.folder / "checkpoints", 2).latest() is not None
+    assert not list((world.folder / "checkpoints").glob("*.partial"))
+
+
+def test_a_disk_that_stays_full_ends_the_run_after_some_tries(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "MOST_TRIES", 2)
+
+    def save() -> None:
+        raise OSError(28, "No space left on device")
+
+    world.during["save"] = save
+    with pytest.raises(RunFailed, match=r"of step 2 could not be written .* in 2 tries"):
+        world.run()
+
+
+def test_a_disk_that_is_slow_costs_tries_and_not_the_run(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write of step 1 ends when the run is at its end; step 2 does not write beside it."""
+    free = threading.Event()
+    begun: list[int] = []
+
+    class Slow(Checkpoints):
+        def begin(self, step: int) -> Path:
+            begun.append(step)
+            return super().begin(step)
+
+        def commit(self, step: int, *rest: Any) -> Checkpoint:
+            if step == 1:
+                assert free.wait(30)
+            return super().commit(step, *rest)
+
+    def update(step: int) -> None:
+        if step == 3:
+            free.set()
+
+    world.configure(policy={"update_timeout_s": 1.0})
+    world.checkpoints = Slow
+    world.during["update"] = update
+    world.run()
+    assert world.events("checkpoint_failed")[0]["step"] == 1
+    assert begun[0] == 1
+    assert 2 not in begun
+    assert Checkpoints(world.folder / "checkpoints", 2).latest().step == 3  # type: ignore[union-attr]
 
 
 def test_figures_and_moves_of_a_step_are_on_disk_before_its_checkpoint_is(world: World) -> None:
