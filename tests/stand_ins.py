@@ -8,6 +8,7 @@ local data refuse is `data.name`, the configuration of a hub data set: see `LOCA
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -45,10 +46,12 @@ SHORT = (
 
 
 def write_stand_ins(root: Path, tiny_model: Path) -> None:
-    """Fill `root`, an empty folder, with the stand-ins and a link to the examples."""
-    (root / "examples").symlink_to(REPOSITORY / "examples", target_is_directory=True)
+    """Fill `root`, an empty folder, with the stand-ins and a copy of the examples."""
+    shutil.copytree(
+        REPOSITORY / "examples", root / "examples", ignore=shutil.ignore_patterns("__pycache__")
+    )
     for name in MODELS:
-        _link(root / name, tiny_model)
+        _copy(root / name, tiny_model)
     for name in REWARD_MODELS:
         write_reward_model(root / name, tiny_model)
     questions = [
@@ -91,12 +94,12 @@ def write_agent_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _link(place: Path, target: Path) -> None:
+def _copy(place: Path, target: Path) -> None:
     """`target` at `place`, with as many positions as the models that it stands for."""
     place.mkdir(parents=True)
     for file in target.iterdir():
         if file.name != "config.json":
-            (place / file.name).symlink_to(file)
+            shutil.copy(file, place)
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config["max_position_embeddings"] = POSITIONS
     (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
