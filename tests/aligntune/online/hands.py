@@ -22,6 +22,10 @@ class Ref:
         made = self._call.result()
         return made if self._place is None else made[self._place]
 
+    def drop(self) -> None:
+        """End the call, as `ray.cancel` does."""
+        self._call.cancel()
+
     def future(self) -> Future[Any]:
         """As Ray's."""
         future: Future[Any] = Future()

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 from actors import environment
 from actors.environment import EnvironmentActor
@@ -28,6 +29,13 @@ from aligntune.runs.jsonl import read_lines
 from tests.actors.environments.toy import PROMPT, ToyEpisodes, ToyRollout, failing
 from tests.aligntune.online.hands import Company
 from tests.aligntune.online.world import STEPS, World, ahead
+
+
+@pytest.fixture(autouse=True)
+def _no_ray() -> Iterator[None]:
+    """What would start a Ray here would be found by every test that follows."""
+    yield
+    assert not ray.is_initialized()
 
 
 class Rollout(ToyRollout):
@@ -92,7 +100,9 @@ class Play:
             {"rollout": self._rollout, "reward": lambda name: self.judge, "environment": self._play}
         )
         world.roles = self.company
-        world.replica_set = functools.partial(ReplicaSet, kill=lambda hand: hand.kill())
+        world.replica_set = functools.partial(
+            ReplicaSet, kill=lambda hand: hand.kill(), drop=lambda ref: ref.drop()
+        )
         world.criteria = (
             EpisodeCriterion("environment", "environment"),
             RewardCriterion("length", "m:length", 1.0),
