@@ -109,8 +109,11 @@ def test_an_environment_that_rewards_itself_is_a_reward_by_itself() -> None:
 
 def test_a_row_that_names_an_unknown_environment_is_refused() -> None:
     made = config(environment={"chess": "a:B", "go": "a:C"})
-    rows = SimpleNamespace(column=lambda name: iter([(0, "go"), (4, "ches")]))
-    with pytest.raises(UserError, match="row 4 .*'ches'.*chess"):
+    rows = SimpleNamespace(
+        column=lambda name: iter([(0, "go"), (4, "ches")]),
+        prompt_at=lambda position: SimpleNamespace(columns={}),
+    )
+    with pytest.raises(UserError, match=r"row 4 .*'ches'.*chess"):
         check_rows(made, rows)  # type: ignore[arg-type]
 
 
