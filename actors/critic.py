@@ -55,7 +55,7 @@ class CriticActor(TrainedRank):
         """
         tensors: dict[int, GroupTensors] = dict(enumerate(objects(groups)))
         self._strategy.model.eval()
-        batches, _ = self._cut(tensors, rows_of(tensors))
+        batches = self._together(rows_of(tensors))
         found = group_values(
             self._strategy.forward,
             tensors,

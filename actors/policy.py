@@ -142,7 +142,8 @@ class PolicyActor(TrainedRank):
     ) -> dict[int, np.ndarray]:
         """Log-probs [N] of each group, for `rows`; all ranks together."""
         self._strategy.model.eval()
-        batches, own = self._cut(tensors, rows)
+        batches = self._together(rows)
+        own = self._head_calls(tensors, batches)
         return group_logprobs(
             self._strategy.forward,
             tensors,

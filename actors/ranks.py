@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import socket
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -24,9 +23,9 @@ from actors.fetching import Fetched, fetch, of_several_rows
 from actors.figures import Tally, count, describe, join, over_steps, total
 from actors.messages import Counts, GroupTensors, Row, UpdateJob, UpdateResult
 from actors.models.loading import load_tokenizer, whole_model
-from actors.models.logprobs import plan_passes
+from actors.models.logprobs import head_calls
 from actors.models.wrapped import TrainedModel
-from actors.packing import longest
+from actors.packing import longest, microbatches, widest
 from actors.specs import ModelSpec, RankSpec
 from actors.strategies.base import NonFiniteGradient, Strategy, make_strategy
 from actors.strategies.optimizer import learning_rate
@@ -238,21 +237,25 @@ class TrainedRank:
     def _plan(self, job: UpdateJob, groups: Mapping[int, Fetched]) -> list[Minibatch]:
         """Micro-batches of every optimiser step, with what only all ranks together know."""
         tensors = {index: group.tensors for index, group in groups.items()}
-        own = []
-        for rows in job.minibatches:
-            apart = of_several_rows(rows, groups) if job.whole_rollouts else {}
-            whole = {row for rollout in apart.values() for row in rollout}
-            batches, chunks = self._cut(tensors, [row for row in rows if row not in whole])
-            for rollout in apart.values():  # each a micro-batch of its own, whatever its size
-                batch, needed = self._cut(tensors, rollout, sys.maxsize)
-                batches, chunks = (*batches, *batch), [*chunks, *needed]
-            own.append(Minibatch(batches, chunks, count(rows, groups)))
-        shared = self._strategy.gather([(m.chunks, m.counts) for m in own])
-        if len({len(plan) for plan in shared}) != 1:
+        apart = [
+            of_several_rows(rows, groups) if job.whole_rollouts else {} for rows in job.minibatches
+        ]
+        free = []  # rows that may lie in any micro-batch
+        for rows, rollouts in zip(job.minibatches, apart, strict=True):
+            whole = {row for rollout in rollouts.values() for row in rollout}
+            free.append([row for row in rows if row not in whole])
+        lengths = self._strategy.gather([[row.tokens for row in rows] for rows in free])
+        if len({len(plan) for plan in lengths}) != 1:
             raise ValueError(
                 f"training step {job.step}: the ranks were given different numbers of optimiser "
-                f"steps, {[len(plan) for plan in shared]}"
+                f"steps, {[len(plan) for plan in lengths]}"
             )
+        own = []
+        for index, rows in enumerate(job.minibatches):
+            widths = widest([plan[index] for plan in lengths])
+            batches = (*self._cut(free[index], widths), *map(tuple, apart[index].values()))
+            own.append(Minibatch(batches, self._head_calls(tensors, batches), count(rows, groups)))
+        shared = self._strategy.gather([(m.chunks, m.counts) for m in own])
         return [
             replace(
                 minibatch,
@@ -262,17 +265,18 @@ class TrainedRank:
             for minibatch, parts in zip(own, zip(*shared, strict=True), strict=True)
         ]
 
-    def _cut(
-        self, tensors: Mapping[int, GroupTensors], rows: Sequence[Row], tokens: int | None = None
-    ) -> tuple[tuple[tuple[Row, ...], ...], list[int]]:
-        """Micro-batches of up to `tokens`, by default the settings', and the head calls of each."""
-        return plan_passes(
-            self._strategy.model,
-            tensors,
-            rows,
-            tokens or self._spec.tokens_per_microbatch,
-            self._spec.packing,
-        )
+    def _together(self, rows: Sequence[Row]) -> tuple[tuple[Row, ...], ...]:
+        """Micro-batches of `rows`, cut with all ranks' rows in view; all ranks together."""
+        lengths = self._strategy.gather([row.tokens for row in rows])
+        return self._cut(rows, widest(lengths))
+
+    def _cut(self, rows: Sequence[Row], widths: Sequence[int]) -> tuple[tuple[Row, ...], ...]:
+        return microbatches(rows, self._spec.tokens_per_microbatch, self._spec.packing, widths)
+
+    def _head_calls(
+        self, tensors: Mapping[int, GroupTensors], batches: Sequence[Sequence[Row]]
+    ) -> list[int]:
+        return head_calls(self._strategy.model, tensors, batches)
 
     def _accumulate(
         self, job: UpdateJob, minibatch: Minibatch, groups: Mapping[int, Fetched], where: str

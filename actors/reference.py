@@ -7,7 +7,8 @@ import torch
 
 from actors.messages import GroupTensors
 from actors.models.loading import load_causal_lm
-from actors.models.logprobs import LogProbModel, check_model, group_logprobs, plan_passes, rows_of
+from actors.models.logprobs import LogProbModel, check_model, group_logprobs, head_calls, rows_of
+from actors.packing import microbatches
 from actors.specs import ModelSpec
 from actors.whereabouts import whereabouts
 
@@ -46,9 +47,8 @@ class ReferenceActor:
         if self._model is None:
             raise RuntimeError("the reference model is not loaded; call start first")
         groups = {0: tensors}
-        batches, chunks = plan_passes(
-            self._model, groups, rows_of(groups), self._tokens_per_microbatch, packed=False
-        )
+        batches = microbatches(rows_of(groups), self._tokens_per_microbatch, packed=False)
+        chunks = head_calls(self._model, groups, batches)
         found = group_logprobs(
             self._model, groups, batches, chunks, temperature, False, self._device
         )

@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from actors.messages import GroupTensors, Row
 from actors.models.loading import ModelError
 from actors.models.wrapped import TrainedModel
-from actors.packing import microbatches
 
 
 @dataclass(frozen=True)
@@ -280,16 +279,11 @@ def rows_of(groups: Mapping[int, GroupTensors]) -> list[Row]:
     ]
 
 
-def plan_passes(
-    model: TrainedModel,
-    groups: Mapping[int, GroupTensors],
-    rows: Sequence[Row],
-    tokens_per_microbatch: int,
-    packed: bool,
-) -> tuple[tuple[tuple[Row, ...], ...], list[int]]:
-    """Micro-batches of `rows`, and the number of head calls each of them needs."""
-    batches = microbatches(rows, tokens_per_microbatch, packed)
-    return batches, [
+def head_calls(
+    model: TrainedModel, groups: Mapping[int, GroupTensors], batches: Sequence[Sequence[Row]]
+) -> list[int]:
+    """The number of head calls that each micro-batch needs."""
+    return [
         model.chunks(sum(groups[row.work].lengths[row.completion] for row in batch))
         for batch in batches
     ]

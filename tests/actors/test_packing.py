@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import cProfile
+import random
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.messages import Row
-from actors.packing import GROUPS_A_RANK, cost, microbatches, share_out, split
+from actors.packing import (
+    A_MICROBATCH,
+    GROUPS_A_RANK,
+    cost,
+    cut,
+    microbatches,
+    share_out,
+    split,
+    widest,
+)
 
 rows_of_any_length = st.builds(
     lambda lengths, size: [Row(i // size, i % size, tokens) for i, tokens in enumerate(lengths)],
@@ -96,17 +107,102 @@ def test_microbatches_hold_every_row_once_within_the_budget(
         assert cost <= budget or len(batch) == 1
 
 
-@given(rows=rows_of_any_length, budget=st.integers(1, 200), packed=st.booleans())
-def test_microbatches_waste_less_than_half_of_the_budget(
-    rows: list[Row], budget: int, packed: bool
+@given(rows=rows_of_any_length, budget=st.integers(1, 200))
+def test_packed_microbatches_waste_less_than_half_of_the_budget(
+    rows: list[Row], budget: int
 ) -> None:
     """Two neighbours never fit into one: else the count, and with it the time, could double."""
-    batches = microbatches(rows, budget, packed)
+    batches = microbatches(rows, budget, packed=True)
     for first, second in pairwise(batches):
-        together = [*first, second[0]]
-        widest = max(row.tokens for row in together)
-        cost = sum(row.tokens for row in together) if packed else len(together) * widest
-        assert cost > budget
+        assert sum(row.tokens for row in [*first, second[0]]) > budget
+
+
+def filled(widths: list[int], budget: int) -> list[int]:
+    """Where micro-batches end that are filled one after the other: as few as can be."""
+    ends, start = [], 0
+    for end in range(1, len(widths) + 1):
+        if end == len(widths) or (end + 1 - start) * widths[start] > budget:
+            ends.append(end)
+            start = end
+    return ends
+
+
+def padded(widths: list[int], ends: list[int]) -> int:
+    return sum((end - start) * widths[start] for start, end in pairwise([0, *ends]))
+
+
+falling = st.lists(st.integers(1, 2000), max_size=40).map(lambda w: sorted(w, reverse=True))
+budgets = st.integers(1, 20_000)
+
+
+@given(widths=falling, budget=budgets)
+def test_a_cut_pads_no_more_than_filling_one_after_the_other(
+    widths: list[int], budget: int
+) -> None:
+    greedy = filled(widths, budget)
+    assert padded(widths, cut(widths, budget)) <= padded(widths, greedy)
+    assert len(cut(widths, budget)) >= len(greedy)
+
+
+@given(widths=st.lists(st.integers(1, 900), max_size=9), budget=budgets)
+def test_no_other_cut_within_the_budget_costs_less(widths: list[int], budget: int) -> None:
+    widths.sort(reverse=True)
+
+    def price(ends: list[int]) -> int:
+        return padded(widths, ends) + A_MICROBATCH * len(ends)
+
+    def fits(ends: list[int]) -> bool:
+        parts = pairwise([0, *ends])
+        return all(e - s == 1 or (e - s) * widths[s] <= budget for s, e in parts)
+
+    last = [len(widths)] if widths else []
+    inner = range(1, len(widths))
+    possible = [
+        [*ends, *last] for count in range(len(widths) + 1) for ends in combinations(inner, count)
+    ]
+    chosen = cut(widths, budget)
+    assert fits(chosen)
+    assert price(chosen) == min(price(ends) for ends in possible if fits(ends))
+
+
+def test_rows_of_very_different_length_do_not_share_a_width() -> None:
+    rows = [Row(0, 0, 4000), *(Row(1, i, 300) for i in range(3))]
+    assert microbatches(rows, 16_384, packed=False) == ((rows[0],), tuple(rows[1:]))
+    near = [Row(0, 0, 310), *rows[1:]]
+    assert microbatches(near, 16_384, packed=False) == (tuple(near),)
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 60), max_size=12), min_size=1, max_size=4),
+    budget=st.integers(1, 500),
+)
+def test_ranks_that_keep_in_step_cut_at_the_same_places(
+    lengths: list[list[int]], budget: int
+) -> None:
+    ranks = [[Row(0, i, tokens) for i, tokens in enumerate(own)] for own in lengths]
+    ends = cut(widest(lengths), budget)
+    for rows in ranks:
+        batches = microbatches(rows, budget, False, widest(lengths))
+        assert keys(batches) == keys([rows])
+        parts = pairwise([0, *ends])
+        sizes = [max(0, min(end, len(rows)) - start) for start, end in parts]
+        assert [len(batch) for batch in batches] == [size for size in sizes if size]
+        for batch in batches:
+            assert len(batch) == 1 or len(batch) * batch[0].tokens <= budget
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_cutting_costs_a_row_no_more_where_there_are_many(packed: bool) -> None:
+    """Counted in calls of the interpreter, which no other process touches."""
+
+    def calls(count: int) -> float:
+        draw = random.Random(0)
+        rows = [Row(i, 0, 1 + int(draw.lognormvariate(6.2, 1.0))) for i in range(count)]
+        profile = cProfile.Profile()
+        profile.runcall(microbatches, rows, 16_384, packed)
+        return sum(entry.callcount for entry in profile.getstats()) / count
+
+    assert calls(4096) <= 1.5 * calls(256)
 
 
 def test_a_row_longer_than_the_budget_is_alone() -> None:

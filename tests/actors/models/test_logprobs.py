@@ -17,9 +17,10 @@ from actors.models.logprobs import (
     check_model,
     collate,
     group_logprobs,
-    plan_passes,
+    head_calls,
     rows_of,
 )
+from actors.packing import microbatches
 from tests.actors.policy_cases import VOCABULARY, causal_lm
 
 Sequences = list[tuple[np.ndarray, np.ndarray]]
@@ -200,7 +201,8 @@ def test_group_logprobs_land_at_their_completions() -> None:
             logprobs=np.zeros(total, np.float32),
             mask=np.ones(total, bool),
         )
-    batches, chunks = plan_passes(model, groups, rows_of(groups), 20, packed=False)
+    batches = microbatches(rows_of(groups), 20, packed=False)
+    chunks = head_calls(model, groups, batches)
     assert len(batches) > 1
     found = group_logprobs(model, groups, batches, chunks, 1.0, False, torch.device("cpu"))
     for work, group in groups.items():
