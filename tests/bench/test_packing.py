@@ -1,0 +1,30 @@
+"""Padding, balance and reads of a step's rows: counted, not timed."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+
+from tests.bench.packing import figures, groups_of, ways
+
+
+def test_on_one_rank_half_or_less_of_the_padding_is_left() -> None:
+    found = {way: figures(parts) for way, parts in ways(groups_of(32, 1.0, 0), 1).items()}
+    assert found["whole"]["padding"] <= 0.03
+    assert found["whole"]["padding"] <= 0.5 * found["greedy"]["padding"]
+
+
+@pytest.mark.parametrize(("groups", "ranks"), [(32, 4), (32, 8), (128, 8)])
+def test_ranks_in_step_wait_less_for_each_other_than_with_filled_or_dealt_microbatches(
+    groups: int, ranks: int
+) -> None:
+    found = {way: figures(parts) for way, parts in ways(groups_of(groups, 1.0, 0), ranks).items()}
+    assert found["whole"]["padding"] <= 0.06
+    assert found["whole"]["in_step"] < min(found["greedy"]["in_step"], found["dealt"]["in_step"])
+    assert found["whole"]["reads"] == 1
+
+
+def test_sixteen_groups_a_rank_balance_within_about_one_percent() -> None:
+    found = [figures(ways(groups_of(128, 1.0, seed), 8)["whole"])["cost"] for seed in range(4)]
+    assert statistics.mean(found) <= 0.015
