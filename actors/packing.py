@@ -1,8 +1,8 @@
 """How the completions of an optimiser step are shared out: over ranks, then over micro-batches.
 
 Every row lands in exactly one place, whatever the sizes, and the same rows always land in the same
-places. Where a row lands is memory and speed alone; the loss does not depend on it. docs/benchmarks.md has
-the figures.
+places. Where a row lands is memory and speed alone; the loss does not depend on it.
+docs/benchmarks.md has figures.
 """
 
 from __future__ import annotations

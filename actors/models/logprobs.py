@@ -1,8 +1,9 @@
 """Log-probs and entropies of response tokens, in chunks, so [tokens, vocabulary] never exists.
 
 The decoder gives hidden states; the output head sees at most `tokens_per_chunk` of them at a time,
-forwards and (recomputed) backwards. A padded and a packed batch give the same numbers. A model that
-turns its logits in a way not known here is refused by `check_model`, never silently wrong.
+forwards and backwards, where all but the last are recomputed. A padded and a packed batch give the
+same numbers. A model that turns its logits in a way not known here is refused by `check_model`,
+never silently wrong.
 
 Shapes: B rows, W padded width, N response tokens of the batch, H hidden size, V vocabulary.
 """
@@ -19,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from actors.messages import GroupTensors, Row
+from actors.models.head import chosen
 from actors.models.loading import ModelError
 from actors.models.wrapped import TrainedModel
 
@@ -113,7 +115,7 @@ class LogProbModel(TrainedModel):
 
         The two unpack from a pair without, and from one tensor [2, N] with `entropy`.
         `chunks` fixes the number of head calls: where weights are sharded, every rank has to gather
-        the head equally often. A surplus call is made on one state and counts for nothing.
+        the head equally often. A surplus call comes first, on one state, and counts for nothing.
         """
         causal = self.causal_lm
         states = causal.base_model(
@@ -124,48 +126,46 @@ class LogProbModel(TrainedModel):
         ).last_hidden_state.flatten(0, 1)
         hidden = states.index_select(0, positions)  # [N, H]
         needed = self.chunks(len(targets))
-        if chunks is not None and chunks < needed:
+        surplus = (chunks or needed) - needed
+        if surplus < 0:
             raise ValueError(f"{len(targets)} tokens need {needed} chunks, not {chunks}")
-        logps, entropies = [states.new_zeros(0, dtype=torch.float32)], []
-        surplus: list[torch.Tensor] = []
-        for index in range(chunks or needed):
-            cut = slice(index * self.tokens_per_chunk, (index + 1) * self.tokens_per_chunk)
-            idle = cut.start >= len(targets)
-            # Autograd passes over an empty tensor, and with it over the gather of its backward.
-            part = (states[:1], input_ids.flatten()[:1]) if idle else (hidden[cut], targets[cut])
-            if torch.is_grad_enabled():
-                logp, spread = checkpoint(
-                    self._chunk, *part, temperature, entropy, use_reentrant=False
+        # Autograd passes over an empty tensor, and with it over the gather of its backward.
+        idle = (states[:1], input_ids.flatten()[:1])
+        size = self.tokens_per_chunk
+        parts = [
+            (hidden[i : i + size], targets[i : i + size]) for i in range(0, len(targets), size)
+        ]
+        calls = [idle] * (surplus + needed - len(parts)) + parts
+        found = []
+        for index, part in enumerate(calls):
+            # Backwards, the last comes first: what it needs may lie there until then.
+            if torch.is_grad_enabled() and index < len(calls) - 1:
+                found.append(
+                    checkpoint(self._chunk, *part, temperature, entropy, use_reentrant=False)
                 )
             else:
-                logp, spread = self._chunk(*part, temperature, entropy)
-            (surplus if idle else logps).append(logp)
-            if entropy and not idle:
-                entropies.append(spread)
-        logp = torch.cat(logps)
-        if surplus:
-            logp = logp + 0.0 * torch.cat(surplus).sum()
+                found.append(self._chunk(*part, temperature, entropy))
+        unused, used = found[: len(calls) - len(parts)], found[len(calls) - len(parts) :]
+        empty = states.new_zeros(0, dtype=torch.float32)
+        logp = torch.cat([empty, *(logps for logps, _ in used)])
+        if unused:
+            logp = logp + 0.0 * torch.cat([logps for logps, _ in unused]).sum()
         if not entropy:
             return logp, None
         # One tensor: DeepSpeed counts the outputs that a backward pass reaches, and these counts
         # have to agree between ranks, whose losses may or may not use the entropy.
-        return torch.stack([logp, torch.cat([logp.new_zeros(0), *entropies])])
+        return torch.stack([logp, torch.cat([empty, *(spread for _, spread in used)])])
 
     def _chunk(
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropy: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies [n] from hidden states [n, H]; its [n, V] die with the call."""
         logits = self.causal_lm.get_output_embeddings()(hidden)
-        # The head may compute in bfloat16; a log-softmax there has no digits left for a ratio.
+        if self._softcap is None:
+            return chosen(logits, targets, self._scale / temperature, entropy)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self._scale
-        if self._softcap is not None:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
-        logits = logits / temperature
-        normaliser = logits.logsumexp(-1)
-        logp = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
-        if not entropy:
-            return logp, None
-        return logp, normaliser - (logits.softmax(-1) * logits).sum(-1)
+        logits = torch.tanh(logits / self._softcap) * self._softcap
+        return chosen(logits, targets, 1 / temperature, entropy)
 
 
 @torch.no_grad()
