@@ -16,7 +16,9 @@ from actors.whereabouts import whereabouts
 class ReferenceActor:
     """One replica of the frozen model, on a GPU where it was given one."""
 
-    def __init__(self, model: ModelSpec, tokens_per_microbatch: int, tokens_per_chunk: int) -> None:
+    def __init__(
+        self, model: ModelSpec, tokens_per_microbatch: int, tokens_per_chunk: int | None
+    ) -> None:
         self._spec = model
         self._tokens_per_microbatch = tokens_per_microbatch
         self._tokens_per_chunk = tokens_per_chunk

@@ -248,17 +248,30 @@ class RankSpec(OptimizerSpec):
     start_timeout_s: Seconds = Field(600.0, description="longest wait for the ranks to load")
 
 
+LOGITS_BYTES = 64 * 2**20  # of a piece of the logits matrix, at least
+
+
 class PolicySpec(RankSpec):
     """The trained model's ranks."""
 
     role: ClassVar[str] = "policy"
 
-    tokens_per_chunk: Positive = Field(1024, description="rows of the logits matrix at once")
+    tokens_per_chunk: Positive | None = Field(
+        None,
+        description="rows of the logits matrix at once; default: as many as take the memory of the "
+        "output head's weights, and 64 MiB at least",
+    )
     max_restarts: int = Field(
         3,
         ge=0,
         description="rebuilds of policy and critic an hour; used ones come back",
     )
+
+
+def rows_at_once(vocabulary: int, hidden: int) -> int:
+    """Rows of the logits matrix at once, where `tokens_per_chunk` is left out: [rows, vocabulary]
+    takes the memory of the output head, whose gradient is there too, or 64 MiB of float32."""
+    return max(hidden, LOGITS_BYTES // (4 * vocabulary))
 
 
 class CriticSpec(RankSpec):

@@ -48,7 +48,7 @@ class _Chosen(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, of_logp: torch.Tensor | None, of_entropy: torch.Tensor | None
     ) -> tuple[torch.Tensor, None, None]:
         if ctx.spent:
@@ -70,7 +70,7 @@ class _Chosen(torch.autograd.Function):
 def _read(
     logits: torch.Tensor, targets: torch.Tensor, factor: float, entropy: bool, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probs [n], entropies [n], and in place of the logits, with `keep`, probabilities."""
+    """Log-probs [n], entropies [n] and, with `keep`, probabilities in place of the logits."""
     # The head may compute in bfloat16; a log-softmax there has no digits left for a ratio.
     z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     if factor != 1.0:
@@ -80,12 +80,12 @@ def _read(
     for rows in _blocks(z):
         own = z[rows]
         top = own.amax(-1)
-        weights = (own - top[:, None]).exp_()
+        weights = own.sub_(top[:, None]).exp()
         total = weights.sum(-1)
-        normaliser = top + total.log()
-        logp[rows] -= normaliser
+        logp[rows] -= top
+        logp[rows] -= total.log()
         if entropy:
-            torch.sub(normaliser, (own * weights).sum(-1) / total, out=spread[rows])
+            torch.sub(total.log(), (own * weights).sum(-1) / total, out=spread[rows])
         if keep:
             torch.div(weights, total[:, None], out=own)
     return logp, spread, z

@@ -23,6 +23,7 @@ from actors.messages import GroupTensors, Row
 from actors.models.head import chosen
 from actors.models.loading import ModelError
 from actors.models.wrapped import TrainedModel
+from actors.specs import rows_at_once
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,12 @@ def collate(sequences: Sequence[tuple[np.ndarray, np.ndarray]], packed: bool) ->
 class LogProbModel(TrainedModel):
     """A causal LM, plain or wrapped by PEFT, that answers with log-probs instead of logits."""
 
-    def __init__(self, model: nn.Module, tokens_per_chunk: int) -> None:
+    def __init__(self, model: nn.Module, tokens_per_chunk: int | None) -> None:
         super().__init__(model)
-        self.tokens_per_chunk = tokens_per_chunk
         config = self.causal_lm.config.get_text_config()
+        self.tokens_per_chunk = tokens_per_chunk or rows_at_once(
+            config.vocab_size, config.hidden_size
+        )
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._scale = (
             (getattr(config, "logit_scale", None) or 1.0)

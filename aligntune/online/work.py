@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 
 from actors.engines.specs import VLLMSpec
-from actors.specs import CriticSpec, PolicySpec, RewardModelSpec
+from actors.specs import CriticSpec, PolicySpec, RewardModelSpec, rows_at_once
 from actors.strategies.specs import StrategySpec
 from aligntune.config.online import RunConfig
 from aligntune.online.role_requests import role_requests
@@ -45,7 +45,7 @@ def work_of(config: RunConfig, shape_of: Callable[[str], ModelShape] | None = No
                 config.reference.replicas,
                 dtype_bytes,
                 _microbatch(config.policy.tokens_per_microbatch, step.completions, step.longest),
-                config.policy.tokens_per_chunk,
+                _head_rows(config, of(config.reference.model or config.model.name)),
             )
         )
     for index, reward in enumerate(config.rewards):
@@ -115,11 +115,15 @@ def _trained(
         several=spec.strategy.several,
         lora_rank=model.lora.r if model.lora and policy else None,
         checkpointing=model.gradient_checkpointing,
-        head_rows=config.policy.tokens_per_chunk if policy else 0,
+        head_rows=_head_rows(config, shape) if policy else 0,
         four_bit=model.load_in_4bit and policy,
         scores=model.attention == "eager",
         has_four_bit=config.backend == "unsloth" and policy,
     )
+
+
+def _head_rows(config: RunConfig, shape: ModelShape) -> int:
+    return config.policy.tokens_per_chunk or rows_at_once(shape.vocabulary, shape.hidden)
 
 
 def sharding_of(strategy: StrategySpec) -> Sharding:

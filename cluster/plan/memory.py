@@ -91,7 +91,8 @@ def trained_memory(work: Trained, on_gpu: bool) -> Memory:
     trained, frozen = trained_parameters(work)
     device, host = _kept(work, trained, frozen)
     device["activations"] = activations(work)
-    device["logits"] = logits(work.shape, min(work.head_rows, work.tokens), _compute(work), 6)
+    rows, copies = min(work.head_rows, work.tokens), 6 if work.plain_loss else 1
+    device["logits"] = logits(work.shape, rows, _compute(work), copies)
     device["framework"] = int(GPU_FRAMEWORK if on_gpu else CPU_FRAMEWORK)
     if work.head_rows:  # the policy: rank 0 copies its weights out, one tensor after the other
         one = work.shape.vocabulary * work.shape.hidden * work.dtype_bytes
@@ -196,12 +197,13 @@ def activations(work: Trained) -> int:
 
 
 def logits(shape: ModelShape, rows: int, compute_bytes: int, copies: int) -> int:
-    """A chunk of the logits matrix: once as computed, and `copies` of it in float32.
+    """A chunk of the logits matrix: as computed, where not in float32, and `copies` in float32.
 
-    Backward through log-probs and entropy holds six: scaled logits, softmax, their product and
-    three gradients; a forward pass holds three.
+    One copy is logits, probabilities and gradient in turn. Autograd through log-probs and entropy
+    holds six: scaled logits, softmax, their product and three gradients.
     """
-    return rows * shape.vocabulary * (compute_bytes + copies * FLOAT)
+    computed = compute_bytes if compute_bytes < FLOAT else 0
+    return rows * shape.vocabulary * (computed + copies * FLOAT)
 
 
 def kv_bytes(work: Rollout) -> int:
@@ -265,7 +267,7 @@ def frozen_memory(work: Frozen, on_gpu: bool) -> Memory:
         {
             "weights": parameters_of(work) * work.dtype_bytes,
             "activations": work.tokens * one,
-            "logits": logits(work.shape, rows, _compute(work), 3),
+            "logits": logits(work.shape, rows, _compute(work), 1),
             "framework": int(GPU_FRAMEWORK if on_gpu else CPU_FRAMEWORK),
         },
         on_gpu=on_gpu,

@@ -54,6 +54,7 @@ class PairWork:
             lora_rank=self.lora_rank,
             checkpointing=self.checkpointing,
             head_rows=rows,
+            plain_loss=True,
             four_bit=self.four_bit,
         )
         needed = trained_memory(trained, on_gpu=True).peak

@@ -79,6 +79,7 @@ class Trained:
     lora_rank: int | None = None
     checkpointing: bool = False
     head_rows: int = 0  # of the logits matrix at once; 0: there are no logits
+    plain_loss: bool = False  # logits go through autograd, as TRL's do
     four_bit: bool = False  # frozen weights in 4 bits (model.load_in_4bit)
     scores: bool = False  # attention keeps its matrix of scores (model.attention: eager)
     has_four_bit: bool = False  # the backend has 4 bits to offer: Unsloth

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from actors.models.logprobs import (
     rows_of,
 )
 from actors.packing import microbatches
+from actors.specs import rows_at_once
 from tests.actors.policy_cases import VOCABULARY, causal_lm
 
 Sequences = list[tuple[np.ndarray, np.ndarray]]
@@ -217,6 +219,45 @@ def test_group_logprobs_land_at_their_completions() -> None:
         wanted, _ = plainly(model.model, pairs, 1.0)
         assert found[work].dtype == np.float32
         np.testing.assert_allclose(found[work], wanted.detach().numpy(), atol=1e-5)
+
+
+def adapted(model: Any) -> Any:
+    """The model under adapters on its head too, which add something."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    return get_peft_model(model, lora)
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+@pytest.mark.parametrize(
+    ("tied", "wrap"),
+    [(True, lambda model: model), (False, lambda model: model), (False, adapted)],
+    ids=["tied", "untied", "lora"],
+)
+def test_gradients_reach_the_head_whatever_it_is(
+    chunk: int, tied: bool, wrap: Callable[[Any], Any]
+) -> None:
+    model = wrap(causal_lm(tie_word_embeddings=tied)).double()
+    rows = sequences(LENGTHS)
+    wanted, spread = plainly(model, rows, 0.8)
+    weights = torch.linspace(-1, 2, len(wanted), dtype=torch.float64)
+    wanted_grad = gradients(model, (weights * (wanted - 0.1 * spread)).sum())
+    logp, entropy = LogProbModel(model, chunk)(
+        **vars(collate(rows, packed=False)), temperature=0.8, entropy=True
+    )
+    assert entropy is not None
+    grad = gradients(model, (weights * (logp - 0.1 * entropy)).sum())
+    torch.testing.assert_close(grad, wanted_grad, rtol=1e-9, atol=1e-10)
+    head = model.get_output_embeddings()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in head.parameters())
+
+
+def test_left_to_itself_a_chunk_takes_the_memory_of_the_head_and_64_mib_at_least() -> None:
+    assert LogProbModel(causal_lm(), None).tokens_per_chunk == 64 * 2**20 // (4 * VOCABULARY)
+    assert rows_at_once(152_064, 64) == 110
+    assert rows_at_once(152_064, 3584) == 3584
 
 
 def test_an_empty_prompt_is_refused() -> None:

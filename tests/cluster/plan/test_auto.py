@@ -239,9 +239,10 @@ def test_what_is_too_large_is_refused_with_what_is_short_and_by_how_much() -> No
 
 def test_a_refusal_names_a_setting_that_makes_it_fit() -> None:
     cluster = described(1, 1, "l4-24gb")
-    with pytest.raises(DoesNotFit, match=r"what would fit: policy.tokens_per_chunk=256"):
-        choose(work_of(MIDDLE), OPEN, cluster, cores=8)
     work = work_of(MIDDLE)
+    work = replace(work, policy=replace(work.policy, plain_loss=True))
+    with pytest.raises(DoesNotFit, match=r"what would fit: policy.tokens_per_chunk=256"):
+        choose(work, OPEN, cluster, cores=8)
     work = replace(work, policy=replace(work.policy, head_rows=256))
     choose(work, OPEN, cluster, cores=8)
 
