@@ -56,6 +56,7 @@ class PolicyActor(TrainedRank):
         """Keep the settings; `start` loads. `total_steps` are training steps, for the schedule."""
         super().__init__(model, spec, rank, world, total_steps, seed)
         self._tokens_per_chunk = spec.tokens_per_chunk
+        self._own_old: set[Row] = set()  # whose old log-probs their first forward pass gives
 
     def _load(self) -> LogProbModel:
         model = LogProbModel(self._causal_lm(), self._tokens_per_chunk)
@@ -126,16 +127,41 @@ class PolicyActor(TrainedRank):
             pass
         return 0, None
 
-    def _complete(self, job: UpdateJob, groups: dict[int, Fetched]) -> dict[int, Fetched]:
-        """With old log-probs, from the targets or by one pass over this rank's rows."""
+    def _complete(
+        self, job: UpdateJob, groups: dict[int, Fetched], first: Sequence[Row]
+    ) -> dict[int, Fetched]:
+        """With old log-probs, from the targets, by one pass over this rank's rows, or (of `first`)
+        by the forward pass of their own optimiser step, before which no weight has changed."""
+        self._own_old = set()
         if not job.recompute_old:
             return groups
         unknown = {i: group.tensors for i, group in groups.items() if group.targets is None}
-        rows = {(r.work, r.completion): r for part in job.minibatches for r in part}
+        lora = self._model_spec.lora
+        if lora is None or lora.dropout == 0:  # else that forward pass is not the policy's own
+            self._own_old = {row for row in first if row.work in unknown}
+        rows = {row: None for part in job.minibatches for row in part if row.work in unknown}
         found = self._passes(
-            unknown, [row for row in rows.values() if row.work in unknown], job.temperature
+            unknown, [row for row in rows if row not in self._own_old], job.temperature
         )
         return groups | {index: replace(groups[index], old=old) for index, old in found.items()}
+
+    def _keep_own_old(
+        self, rows: Sequence[Row], groups: Mapping[int, Fetched], logp: torch.Tensor
+    ) -> None:
+        """Write log-probs [N of the rows] into the old ones of those that have none yet."""
+        if self._own_old.isdisjoint(rows):
+            return
+        values = logp.detach().float().cpu().numpy()
+        start = 0
+        for row in rows:
+            cut = groups[row.work].tensors.completion(row.completion)
+            end = start + cut.stop - cut.start
+            if row in self._own_old:
+                old = groups[row.work].old
+                assert old is not None
+                old[cut] = values[start:end]
+            start = end
+        self._own_old.difference_update(rows)
 
     def _passes(
         self, tensors: Mapping[int, GroupTensors], rows: Sequence[Row], temperature: float
@@ -177,6 +203,7 @@ class PolicyActor(TrainedRank):
         logp, entropy = self._strategy.forward(
             **vars(inputs), temperature=job.temperature, entropy=True, chunks=chunks
         )
+        self._keep_own_old(rows, groups, logp)
         padding = Padding(groups, rows, device)
         targets = padding.of_each("targets", lambda group: group.targets)
         references = padding.of_each("reference log-probs", lambda group: group.reference)

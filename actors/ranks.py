@@ -75,8 +75,11 @@ class TrainedRank:
         """The model as it starts, checked, on CPU."""
         raise NotImplementedError
 
-    def _complete(self, job: UpdateJob, groups: dict[int, Fetched]) -> dict[int, Fetched]:
-        """`groups` with what must be known of them before the first optimiser step."""
+    def _complete(
+        self, job: UpdateJob, groups: dict[int, Fetched], first: Sequence[Row]
+    ) -> dict[int, Fetched]:
+        """`groups` with what must be known of them before the first optimiser step, that of the
+        rows `first`."""
         return groups
 
     def _batch(
@@ -146,7 +149,9 @@ class TrainedRank:
         groups = fetch(job.groups)
         plan = self._plan(job, groups)
         rate = learning_rate(self._spec, job.step, self._total_steps)
-        groups = self._complete(job, groups)
+        steps_made = (i for i, minibatch in enumerate(plan) if minibatch.counts.tokens > 0)
+        first = next(steps_made, None)
+        groups = self._complete(job, groups, () if first is None else job.minibatches[first])
         self._strategy.model.train()
         steps: list[dict[str, float]] = []
         norms: list[float] = []

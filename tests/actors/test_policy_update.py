@@ -143,10 +143,62 @@ def test_old_is_the_policy_at_the_start_of_the_update(folder: Path) -> None:
     torch.testing.assert_close(seen[0][0], seen[0][1], rtol=0, atol=1e-5)
     assert float((seen[2][0] - seen[2][1]).abs().max()) > 1e-2
 
+    assert torch.equal(*seen[0]), "those of the first optimiser step are its own"
     seen.clear()
     (job,) = make_jobs(GROUPS, watch, recompute_old=False)
     actor.update(job)
     assert torch.equal(*seen[0])
+
+
+@pytest.mark.parametrize(
+    ("minibatches", "model", "left_out", "recomputed"),
+    [
+        (1, {}, (), []),
+        (2, {}, (), [1]),
+        (3, {}, (), [1, 2]),
+        (3, {}, (0,), [0, 2]),  # nothing to learn in the first, so it has no forward pass
+        (2, LORA, (), [0, 1]),  # dropout: a forward pass in training is not the policy's own
+    ],
+)
+def test_old_log_probs_cost_no_pass_over_the_rows_of_the_first_optimiser_step(
+    folder: Path, minibatches: int, model: dict, left_out: tuple[int, ...], recomputed: list[int]
+) -> None:
+    groups = [make_group(index, 3 + index, [4, 9]) for index in range(6)]
+    (job,) = make_jobs(
+        groups,
+        simple_loss,
+        minibatches=minibatches,
+        trained=lambda group, row: (2 * group + row) % minibatches not in left_out,
+    )
+    actor = one_rank(folder, model)
+    start = logprobs_of(actor, groups, job.temperature)
+    make_passes = actor._passes
+    asked: list[set[Any]] = []
+    actor._passes = lambda tensors, rows, temperature: (  # type: ignore[method-assign]
+        asked.append(set(rows)),
+        make_passes(tensors, rows, temperature),
+    )[1]
+    olds: list[tuple[Any, Any]] = []
+    batch_of = actor._batch
+
+    def watched(job: Any, rows: Any, chunks: Any, counts: Any, groups: Any) -> TokenBatch:
+        batch = batch_of(job, rows, chunks, counts, groups)
+        for place, row in enumerate(rows):
+            cut = groups[row.work].tensors.completion(row.completion)
+            length = cut.stop - cut.start
+            known = start[job.groups[row.work].group_id][cut]
+            olds.append((batch.old[place, :length].numpy(), known))
+        return batch
+
+    actor._batch = watched  # type: ignore[method-assign]
+    actor.update(replace(job, minibatches=job.minibatches * 2))  # two epochs
+    (rows,) = asked
+    assert rows == {row for index in recomputed for row in job.minibatches[index]}
+    assert len(olds) == 2 * sum(
+        len(part) for index, part in enumerate(job.minibatches) if index not in left_out
+    )
+    for old, known in olds:
+        np.testing.assert_allclose(old, known, atol=1e-5)
 
 
 def test_token_targets_take_the_place_of_advantages_and_old(folder: Path) -> None:
