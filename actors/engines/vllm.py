@@ -34,6 +34,7 @@ from actors.engines.specs import VLLMSpec
 from actors.messages import Completion, FinishReason, Sampling, VersionSpan
 from actors.specs import ModelSpec, RolloutSpec
 from actors.transfer.bundle import WeightBundle
+from actors.transfer.memory_file import MemoryFile
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class VLLMEngine:
         self._version = version
         self._work = Work()
         self._updating = asyncio.Lock()
+        self._weights = MemoryFile()
         self._broken: str | None = None
         self._stops: tuple[int, ...] = ()
         self._llm: Any = None
@@ -150,17 +152,15 @@ class VLLMEngine:
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        from actors.engines.vllm_transfer import SharedWeights
-
         async with self._updating:
             await self.check()
             try:
                 with _deaths_translated():
+                    where = await asyncio.to_thread(self._weights.write, bundle)
                     await self._llm.pause_generation(mode="keep", clear_cache=True)
-                    with SharedWeights(bundle) as where:
-                        await self._llm.start_weight_update()
-                        await self._llm.update_weights(WeightTransferUpdateRequest(where))
-                        await self._llm.finish_weight_update(weight_version=str(bundle.version))
+                    await self._llm.start_weight_update()
+                    await self._llm.update_weights(WeightTransferUpdateRequest(where))
+                    await self._llm.finish_weight_update(weight_version=str(bundle.version))
                     self._version = bundle.version
                     await self._llm.resume_generation()
             except BaseException as error:
@@ -182,6 +182,7 @@ class VLLMEngine:
         if self._llm is not None:
             await asyncio.to_thread(self._llm.shutdown)
             self._llm = None
+        self._weights.close()
 
     def _start(self) -> Any:
         """Set up and import vLLM, then build the engine (tens of seconds)."""

@@ -4,15 +4,14 @@ vLLM 0.32 imports this module in every worker (it is named as the worker extensi
 the `object_store` transfer engine there and ties the worker's life to the actor's.
 
 The rollout actor maps a bundle from Ray's object store without a copy. vLLM's workers are other
-processes, so the actor lays the same bytes once into an anonymous memory file (`SharedWeights`),
-which all workers of the node map. The file has no name: it goes with the processes, whatever kills
-them. A worker on another node than the actor cannot open it, and the update fails saying so.
+processes, so the actor lays the same bytes once into a memory file (`MemoryFile`), which all
+workers of the node map. A worker on another node than the actor cannot open it, and the update
+fails saying so.
 """
 
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,12 +27,11 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from actors.engines.lifeline import end_with
-from actors.transfer.bundle import WeightBundle, as_tensor
+from actors.transfer.bundle import as_tensor
 
 BACKEND = "object_store"
 # Where a worker finds the process id of the rollout actor that it serves.
 OWNER_ENV = "ALIGNTUNE_ROLLOUT_PID"
-_ALIGNMENT = 64  # bytes; what vectorised copies like
 
 
 class WorkerExtension:
@@ -54,39 +52,6 @@ class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
     dtypes: list[str]  # torch names
     shapes: list[list[int]]
     offsets: list[int]
-
-
-class SharedWeights:
-    """A bundle's bytes in an anonymous memory file, for as long as this context is open."""
-
-    def __init__(self, bundle: WeightBundle) -> None:
-        self._bundle = bundle
-        self._file = -1
-
-    def __enter__(self) -> dict[str, Any]:
-        """Lay out and write the file; returns the fields of `ObjectStoreUpdateInfo`."""
-        arrays = self._bundle.arrays
-        offsets, size = [], 0
-        for array in arrays.values():
-            offsets.append(size)
-            size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self._file = os.memfd_create(f"weights-{self._bundle.version}")
-        os.ftruncate(self._file, size)
-        with mmap.mmap(self._file, size) as memory:
-            for offset, array in zip(offsets, arrays.values(), strict=True):
-                target = np.frombuffer(memory, array.dtype, array.size, offset)
-                target[:] = array.reshape(-1)
-                del target  # the map cannot be closed under a view
-        return {
-            "path": f"/proc/{os.getpid()}/fd/{self._file}",
-            "names": list(arrays),
-            "dtypes": [self._bundle.dtypes[name] for name in arrays],
-            "shapes": [list(array.shape) for array in arrays.values()],
-            "offsets": offsets,
-        }
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._file)
 
 
 class ObjectStoreWeightTransferEngine(

@@ -13,6 +13,7 @@ from tests.bench import report
 
 BENCHES = {
     "control": "driver CPU time a group, over roles that answer at once",
+    "memory": "what an update keeps beside weights and activations, vocabulary 152,064",
     "packing": "padding, balance and time in step of a step's rows; exact",
 }
 

@@ -74,6 +74,14 @@ class Replica:
         return group
 
 
+class Overwritten(RolloutActor):
+    """A rollout actor of vLLM whose memory file can be written to outside an update."""
+
+    async def write_over(self, bundle: WeightBundle) -> None:
+        engine: Any = self._engine
+        engine._weights.write(bundle)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     """As an actor with one CPU; more threads only wait for each other on a busy machine."""
@@ -134,7 +142,7 @@ def transformers_replica(folder: Path, loop: asyncio.AbstractEventLoop) -> Itera
 def vllm_replica(folder: Path, ray_session: None) -> Iterator[Replica]:
     pytest.importorskip("vllm")
     handle = (
-        ray.remote(RolloutActor)
+        ray.remote(Overwritten)
         .options(num_cpus=1, max_concurrency=64)
         .remote(_model_spec(folder), _rollout_spec(VLLMSpec(kv_cache_gib=0.25)), "v0", 0, 8, 11)
     )
@@ -263,6 +271,17 @@ def test_tokens_made_while_an_update_arrives_carry_the_label_of_their_weights(
     # vLLM updates under its running requests, the transformers engine between groups.
     assert (max(len(each) for each in spans) > 1) == (replica.name == "vllm")
     assert _labels(replica.group(_prompt(0), _sampling())) == {2}
+
+
+@pytest.mark.slow
+def test_vllm_keeps_nothing_of_the_file_that_the_next_version_is_written_over(
+    vllm_replica, policies, bundles
+):
+    vllm_replica.get("load_weights", bundles[0])
+    vllm_replica.get("write_over", bundles[1])
+    group = vllm_replica.group(_prompt(4), _sampling())
+    assert _labels(group) == {0}
+    assert _worst_error(group, policies, 1.0) < TOLERANCE
 
 
 @pytest.mark.slow
