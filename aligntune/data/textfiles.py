@@ -139,6 +139,8 @@ class JsonArrayFile(TextFile):
                 line = text.count("\n", 0, start) + 1 if not isinstance(row, dict) else 0
                 self._add(start, end, _object(row, f"{self.path}, line {line}"))
                 self._rows.append(row)
+        except DataError:
+            raise
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{self.path}, line {error.lineno}: broken JSON ({error.msg}, "
