@@ -26,7 +26,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"  # the model ended its (last) turn, or the environment the episode
     LENGTH = "length"  # cut at the sampling budget
-    TURNS = "turns"  # cut at the limit of turns
+    TURNS = "turns"  # cut at the limit of turns, or of tool calls
     CONTEXT = "context"  # the next turn had no room in the model's positions
     TIME = "time"  # cut at the limit of time
     ERROR = "error"  # the environment could not go on
