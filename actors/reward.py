@@ -17,7 +17,7 @@ from actors.messages import Conversations, GroupTensors, Prompt, Scores
 from actors.scoring.children import FunctionScorer
 from actors.scoring.criteria import EpisodeCriterion, RewardCriterion
 from actors.scoring.model import ModelScorer, RewardModelCriterion
-from actors.specs import ModelSpec
+from actors.specs import GROUPS_AT_ONCE, ModelSpec
 from actors.whereabouts import whereabouts
 
 Criterion = RewardCriterion | RewardModelCriterion | EpisodeCriterion
@@ -49,9 +49,11 @@ class RewardActor:
         criteria: tuple[RewardCriterion | RewardModelCriterion, ...],
         tokenizer_spec: ModelSpec,
         log: str | None = None,
+        at_once: int = GROUPS_AT_ONCE,
     ) -> None:
         """`log`: the file in the run directory for what functions print. Where this node does not
-        see that directory it goes to the actor's own output, which Ray keeps."""
+        see that directory it goes to the actor's own output, which Ray keeps. `at_once`: groups
+        that it is given at a time; a slow function may have as many processes."""
         if log is not None:
             folder = os.path.dirname(log)
             if os.path.isdir(os.path.dirname(folder)):
@@ -62,7 +64,7 @@ class RewardActor:
         self._tokenizer: Any = None
         self._ends: frozenset[int] = frozenset()  # tokens that are no part of what was written
         self._scorers: tuple[Scorer, ...] = tuple(
-            FunctionScorer(c, log) if isinstance(c, RewardCriterion) else ModelScorer(c)
+            FunctionScorer(c, log, at_once) if isinstance(c, RewardCriterion) else ModelScorer(c)
             for c in criteria
         )
 

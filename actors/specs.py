@@ -17,6 +17,8 @@ from actors.settings import Seconds as Seconds
 from actors.settings import Spec as Spec
 from actors.strategies.specs import StrategyField, TorchSpec
 
+GROUPS_AT_ONCE = 16  # of a reward actor, where the config does not say
+
 
 class LoRASpec(Spec):
     """Low-rank adapters through PEFT."""
@@ -145,8 +147,9 @@ class RewardFunctionSpec(Spec):
     timeout_s: Seconds = Field(60.0, description="for one group, from when its call begins")
     workers: Positive | None = Field(
         None,
-        description="processes at most, one group each, where the function is not async; default: "
-        "two a CPU of the node, 4 at least",
+        description="processes at most, one group each, where the function is not async; more are "
+        "started only while groups wait, and each holds what the function imports; default: "
+        "reward.max_concurrent_groups",
     )
 
 
@@ -183,7 +186,7 @@ class RewardActorSpec(Spec):
     )
     resources: RoleResources = RoleResources(cpus=0.5)
     max_attempts: Positive = Field(3, description="tries per group before it is quarantined")
-    max_concurrent_groups: Positive = Field(16, description="in flight per replica")
+    max_concurrent_groups: Positive = Field(GROUPS_AT_ONCE, description="in flight per replica")
     start_timeout_s: Seconds = Field(300.0, description="longest wait for a replica to start")
     max_restarts: int = Field(
         10,

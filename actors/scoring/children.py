@@ -7,8 +7,6 @@ when its child begins it, and no call fails by what another one did to a child t
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,11 +16,11 @@ from actors.messages import Conversations, Messages, Prompt
 from actors.scoring.channel import Answer, parse
 from actors.scoring.child import CONCURRENT
 from actors.scoring.criteria import RewardCriterion, RewardFailed, RewardFailure
+from actors.specs import GROUPS_AT_ONCE
 
 IMPORT_SECONDS = 300.0  # a new child's time to import the function, not counted against calls
 GROW_SECONDS = 0.25  # a call waits so long for a child before another one is started
 CANCEL_SECONDS = 2.0  # of an async function, to end a call that is over its limit
-LEAST_WORKERS = 4  # a reward often waits for something else than the processor
 
 _CHILD = "actors.scoring.child"
 
@@ -38,14 +36,17 @@ class FunctionScorer:
     Calls that were in one child when it ended are made again, each in a child of its own.
     """
 
-    def __init__(self, criterion: RewardCriterion, log: str | None = None) -> None:
-        """`log`: a file for what the function prints; default: this process's standard output."""
+    def __init__(
+        self, criterion: RewardCriterion, log: str | None = None, at_once: int = GROUPS_AT_ONCE
+    ) -> None:
+        """`log`: a file for what the function prints; default: this process's standard output.
+        `at_once`: children at most where the criterion does not say, as many as calls may come."""
         self.name = criterion.name
         self._criterion = criterion
         self._log = log
         self._children: set[Child[Answer]] = set()
         self._idle: asyncio.LifoQueue[Child[Answer]] = asyncio.LifoQueue()
-        self._places = asyncio.Semaphore(criterion.workers or default_workers())
+        self._places = asyncio.Semaphore(criterion.workers or at_once)
         self._starting = asyncio.Lock()
         self._shared: Child[Answer] | None = None
         self._ending: set[asyncio.Future[None]] = set()  # calls whose callers have left
@@ -226,9 +227,3 @@ def _numbers(count: int) -> Callable[[Answer], None]:
             raise Garbled(f"{len(answer.scores)} numbers for {count}")
 
     return accept
-
-
-def default_workers() -> int:
-    """Children at most of a function that is not async: two a CPU, and not fewer than 4."""
-    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(LEAST_WORKERS, 2 * cpus)

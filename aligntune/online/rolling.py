@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from actors.messages import GroupSampling, Prompt, Scores
 from actors.reward import Criterion
-from actors.scoring.children import IMPORT_SECONDS, LEAST_WORKERS
+from actors.scoring.children import IMPORT_SECONDS
 from actors.scoring.criteria import RewardFailed
 from actors.specs import RewardFunctionSpec, RewardModelSpec
 from actors.supervise import ReplicaSet
@@ -149,4 +149,4 @@ def calls_in_turn(reward: RewardFunctionSpec | RewardModelSpec, groups: int) -> 
     if isinstance(reward, RewardModelSpec):
         return groups
     # One more: calls of an async function that were in one process when it ended are made again.
-    return math.ceil(groups / (reward.workers or LEAST_WORKERS)) + 1
+    return math.ceil(groups / (reward.workers or groups)) + 1

@@ -20,6 +20,7 @@ from actors.scoring import children
 from actors.scoring.channel import Garbled, failed, parse, scored
 from actors.scoring.children import FunctionScorer
 from actors.scoring.criteria import RewardCriterion, RewardFailed, RewardFailure
+from actors.specs import RewardActorSpec
 
 MODULE = '''
 import asyncio, glob, json, os, signal, socket, sys, time
@@ -137,6 +138,7 @@ def scorer(folder: Path) -> Callable[..., Any]:
         timeout_s: float = 60.0,
         log: Path | None = None,
         workers: int | None = None,
+        at_once: int = RewardActorSpec().max_concurrent_groups,
         **options: Any,
     ) -> AsyncIterator[FunctionScorer]:
         criterion = RewardCriterion(
@@ -147,7 +149,7 @@ def scorer(folder: Path) -> Callable[..., Any]:
             search_path=(str(folder),),
             workers=workers,
         )
-        made = FunctionScorer(criterion, str(log) if log else None)
+        made = FunctionScorer(criterion, str(log) if log else None, at_once)
         try:
             yield made
         finally:
@@ -180,7 +182,7 @@ class TestSideBySide:
             folders = [tmp_path / "first", tmp_path / "second"]
             for folder in folders:
                 folder.mkdir()
-            first, second = (scorer("meet", folder=str(f), others=16, workers=16) for f in folders)
+            first, second = (scorer("meet", folder=str(f), others=16) for f in folders)
             async with first as a, second as b:
                 got = await asyncio.gather(
                     *(s.call("p", [str(n)], {}) for n in range(16) for s in (a, b))
@@ -198,11 +200,14 @@ class TestSideBySide:
 
         run(body)
 
+    @pytest.mark.parametrize(
+        "limit", [{"workers": 3}, {"at_once": 3}, {"workers": 3, "at_once": 9}]
+    )
     def test_no_more_processes_are_started_than_calls_wait_for_or_than_are_allowed(
-        self, scorer: Any
+        self, scorer: Any, limit: dict[str, int]
     ) -> None:
         async def body() -> None:
-            async with scorer("pids", workers=3) as reward:
+            async with scorer("pids", **limit) as reward:
                 alone = [await reward.call("p", ["a"], {}) for _ in range(5)]
                 assert len({row[0] for row in alone}) == 1, "an idle child is used again"
                 many = await asyncio.gather(*(reward.call("p", ["a"], {}) for _ in range(40)))

@@ -110,6 +110,15 @@ def test_its_actor_is_made_in_its_place_and_answers(config: RunConfig, ray_sessi
     assert sorted(said) == ["judge-0.0", "judge-1.1"]
 
 
+def test_a_slow_reward_may_have_as_many_processes_as_its_actor_has_groups(
+    config: RunConfig,
+) -> None:
+    changed = load_config(config.model_dump(mode="json") | {"reward": {"max_concurrent_groups": 7}})
+    assert isinstance(changed, RunConfig)
+    *_, at_once = ROLES["reward"].arguments(Start(changed, 0, "name", 1, ()))
+    assert at_once == ROLES["reward"].slots(changed) == 7
+
+
 def test_every_role_names_a_class_that_is_there_and_takes_its_arguments(config: RunConfig) -> None:
     import importlib
     import inspect
