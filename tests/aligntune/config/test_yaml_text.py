@@ -81,7 +81,11 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
 
 @given(
     st.dictionaries(
-        TEXT, st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner))
+        TEXT,
+        st.recursive(
+            SCALARS, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner), max_leaves=12
+        ),
+        max_size=5,
     )
 )
 def test_what_is_dumped_reads_back_as_it_was(tree: dict[str, Any]) -> None:

@@ -137,7 +137,7 @@ PER_NODE = st.sampled_from([0, 1, 2, 4, 8])
 
 
 @pytest.mark.slow
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)  # each costs a third of a second
 @given(CASES, NODES, PER_NODE, st.sampled_from(gpu_names()), st.sets(st.sampled_from(sorted(OPEN))))
 def test_what_is_decided_fits_and_changes_nothing_that_is_set_or_there_is_a_reason(
     case: dict[str, object], nodes: int, per_node: int, gpu: str, set_: set[str]
@@ -169,7 +169,7 @@ def _answer(work: Work, open_: frozenset[str], cluster: Cluster) -> Choice | str
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)  # each costs half a second
 @given(
     CASES, st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 8]), st.sampled_from(gpu_names())
 )
