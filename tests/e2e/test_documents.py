@@ -294,15 +294,22 @@ def test_no_document_names_a_host(document: Path) -> None:
     assert not re.findall(r"https?://\w+", document.read_text(encoding="utf-8"))
 
 
-# Code and runs, in processes of their own whose working folder is the one with the stand-ins
+# Code and runs, in processes of their own whose working folder is the one with the stand-ins; they
+# join the Ray that tests share (tests/e2e/test_paths.py and test_quickstart.py start Rays of runs)
 
 
 def python(arguments: list[str], workplace: Path, stdin: str = "") -> str:
     """What `python ARGUMENTS` printed in the working folder."""
+    import ray
+
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=workplace,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(workplace), str(REPOSITORY)])},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(workplace), str(REPOSITORY)]),
+            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        },
         input=stdin,
         capture_output=True,
         text=True,
@@ -334,7 +341,7 @@ print(json.dumps(dict(names["result"].metrics) if "result" in names else None))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", TO_RUN, ids=str)
-def test_python_runs(block: Block, workplace: Path) -> None:
+def test_python_runs(ray_session: None, block: Block, workplace: Path) -> None:
     *printed, metrics = python(["-c", RUNNER], workplace, block.body).splitlines()
     assert any(printed)
     if "trainer.train()" in block.body:
@@ -372,7 +379,7 @@ def run(arguments: list[str], workplace: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_readmes_commands_train_a_model_and_the_run_directory_is_as_described(
-    workplace: Path,
+    ray_session: None, workplace: Path
 ) -> None:
     shown = [c for block, c in COMMANDS if block.document.name == "README.md"]
     (train,) = [c for c in shown if c[:2] == ["aligntune", "train"] and "--out" in c]
@@ -413,7 +420,7 @@ def test_the_readmes_commands_train_a_model_and_the_run_directory_is_as_describe
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_the_example_of_an_own_algorithm_trains(workplace: Path) -> None:
+def test_the_example_of_an_own_algorithm_trains(ray_session: None, workplace: Path) -> None:
     overrides = [text for text in SHORT if "completions_per_group" not in text]
     assert "done: 2 steps" in run(["train", "rloo.yaml", *overrides], workplace)
 
