@@ -356,7 +356,8 @@ class TestEnds:
         self, scorer: Any, tmp_path: Path, what: str
     ) -> None:
         async def body() -> None:
-            async with scorer("leave_a_daemon", timeout_s=3.0, folder=str(tmp_path)) as reward:
+            limit = 5.0 if what == "hang" else 60.0  # to begin with, the daemon has to be there
+            async with scorer("leave_a_daemon", timeout_s=limit, folder=str(tmp_path)) as reward:
                 if what == "close":
                     assert await reward.call("fine", ["a"], {}) == [1.0]
                     assert not gone(int((tmp_path / "pid").read_text()))
