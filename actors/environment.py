@@ -29,6 +29,7 @@ from actors.environments.record import common_prompt, rows_of, turn_ends
 from actors.environments.specs import EpisodeCode, EpisodesSpec
 from actors.environments.turns import Turns
 from actors.groups import pack_group
+from actors.liveness import Alive
 from actors.messages import (
     Completion,
     Conversations,
@@ -69,7 +70,7 @@ class _Life:
     replica: str
 
 
-class EnvironmentActor:
+class EnvironmentActor(Alive):
     """One environment replica; wrapped by `ray.remote` where it is placed."""
 
     def __init__(
@@ -149,8 +150,9 @@ class EnvironmentActor:
             await asyncio.gather(found.task, return_exceptions=True)
             await found.turns.close()
 
-    async def ping(self) -> None:
-        """Answers while the actor's event loop turns."""
+    async def ping(self) -> int:  # type: ignore[override]
+        """As every actor's, while its event loop turns."""
+        return self.done
 
     async def close(self) -> None:
         """End every episode and what they started."""

@@ -21,6 +21,7 @@ import torch
 from actors.disk import writing
 from actors.fetching import Fetched, fetch, of_several_rows
 from actors.figures import Tally, count, describe, join, over_steps, total
+from actors.liveness import Alive
 from actors.messages import Counts, GroupTensors, Row, UpdateJob, UpdateResult
 from actors.models.loading import load_tokenizer, whole_model
 from actors.models.logprobs import head_calls
@@ -46,7 +47,7 @@ class NonFiniteUpdate(ArithmeticError):
     """A loss or gradient was NaN or infinite; the optimiser step in question was not applied."""
 
 
-class TrainedRank:
+class TrainedRank(Alive):
     """Rank `rank` of `world`. Methods that all ranks must be in together say so."""
 
     total_loss: ClassVar[str]  # the metric that the whole loss is
@@ -307,6 +308,7 @@ class TrainedRank:
             else:  # other ranks have more micro-batches: keep in step with them
                 loss = self._idle_pass(job, chunks)
             self._strategy.backward(loss, last=index == last)
+            self.done += 1
         # All ranks hear of trouble, so none waits for one that has given up.
         tallies, troubles = zip(*self._strategy.gather((tally, trouble)), strict=True)
         if texts := [text for texts in troubles for text in texts]:

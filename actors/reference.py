@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from actors.liveness import Alive
 from actors.messages import GroupTensors
 from actors.models.loading import load_causal_lm
 from actors.models.logprobs import LogProbModel, check_model, group_logprobs, head_calls, rows_of
@@ -13,7 +14,7 @@ from actors.specs import ModelSpec
 from actors.whereabouts import whereabouts
 
 
-class ReferenceActor:
+class ReferenceActor(Alive):
     """One replica of the frozen model, on a GPU where it was given one."""
 
     def __init__(
@@ -49,6 +50,7 @@ class ReferenceActor:
         if self._model is None:
             raise RuntimeError("the reference model is not loaded; call start first")
         groups = {0: tensors}
+        self.done += 1
         batches = microbatches(rows_of(groups), self._tokens_per_microbatch, packed=False)
         chunks = head_calls(self._model, groups, batches)
         found = group_logprobs(

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from actors.liveness import Alive
 from actors.messages import Conversations, GroupTensors, Prompt, Scores
 from actors.scoring.children import FunctionScorer
 from actors.scoring.criteria import EpisodeCriterion, RewardCriterion
@@ -41,7 +42,7 @@ class Scorer(Protocol):
         """Let go of what it holds."""
 
 
-class RewardActor:
+class RewardActor(Alive):
     """Scores groups, several at a time; to be wrapped by `ray.remote`."""
 
     def __init__(
@@ -96,6 +97,7 @@ class RewardActor:
         if self._tokenizer is None:
             raise RuntimeError("RewardActor.score was called before RewardActor.start returned")
         began = time.monotonic()
+        self.done += 1
         rows = range(len(tensors.lengths)) if conversations is None else conversations.last_rows
         texts = [self._text(tensors.token_ids[tensors.completion(row)].tolist()) for row in rows]
         by_criterion = await _all(
@@ -126,8 +128,9 @@ class RewardActor:
         text: str = self._tokenizer.decode(written, skip_special_tokens=False)
         return text
 
-    async def ping(self) -> None:
-        """Answers while the actor's event loop turns."""
+    async def ping(self) -> int:  # type: ignore[override]
+        """As every actor's, while its event loop turns."""
+        return self.done
 
     async def close(self) -> None:
         """End every child process."""

@@ -26,6 +26,7 @@ from actors.engines.base import (
     resolve_engine,
 )
 from actors.groups import Group, pack_group
+from actors.liveness import Alive
 from actors.messages import Completion, GroupSampling, Prompt
 from actors.specs import ModelSpec, RolloutSpec
 from actors.transfer.bundle import WeightBundle
@@ -44,7 +45,7 @@ class _Call:
     waiters: int = 0
 
 
-class RolloutActor:
+class RolloutActor(Alive):
     """One rollout replica; wrapped by `ray.remote` where it is placed.
 
     It needs as many concurrent calls as groups in flight, and some more for updates.
@@ -159,6 +160,11 @@ class RolloutActor:
             await self._engine.load_weights(bundle)
         except EngineDead as error:
             self._die(error)
+
+    async def ping(self) -> int:  # type: ignore[override]
+        """As every actor's, once the engine's processes have answered too."""
+        await self._engine.answers()
+        return self._engine.work.steps
 
     async def close(self) -> None:
         """Free what the engine holds; the actor serves no more."""

@@ -23,6 +23,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from actors.liveness import USUAL, Patience, listen
 from actors.replicas import Replica, Replicas, State, Waiter
 from actors.restarts import Restarts
 from actors.timeline import spanned
@@ -124,6 +125,8 @@ class ReplicaSet:
     `prepare` returns a smaller number. `event(kind, **fields)` hears of losses and restarts;
     `kill(handle)` stops an actor at once, `drop(reference)` a call whose answer nobody wants.
     `section` is that of the role's settings, for messages.
+    `ping(handle)`, where given, is the reference to an answer that a live actor gives at once: one
+    that says nothing for a while gets no new call, and for longer than `patience` is lost.
     """
 
     def __init__(
@@ -139,6 +142,8 @@ class ReplicaSet:
         kill: Callable[[ActorHandle], None] = ray.kill,
         drop: Callable[[Any], None] = _drop,
         section: str | None = None,
+        ping: Callable[[ActorHandle], Any] | None = None,
+        patience: Patience = USUAL,
     ) -> None:
         self.role = role
         self._section = section or role
@@ -148,7 +153,11 @@ class ReplicaSet:
         self._event = event
         self._kill = kill
         self._drop = drop
+        self._ping = ping
+        self._patience = patience
+        self.progress = 0  # goes up with whatever a replica says that it has done
         self._handles: dict[Replica, ActorHandle] = {}
+        self._listening: dict[Replica, asyncio.Task[None]] = {}
         self._starting: set[asyncio.Task[None]] = set()
 
     @property
@@ -185,6 +194,34 @@ class ReplicaSet:
         slots = await self._prepare(handle, replica.name)
         # No await in between: what `prepare` checked last still holds.
         self.replicas.move(replica, State.READY, slots)
+        if self._ping is not None:
+            listening = self._listen(replica, handle, self._ping)
+            self._listening[replica] = asyncio.create_task(listening, name=f"hear {replica.name}")
+
+    async def _listen(
+        self, replica: Replica, handle: ActorHandle, ping: Callable[[ActorHandle], Any]
+    ) -> None:
+        """Ask a replica whether it lives until it does not."""
+        said = 0
+
+        def heard(done: int) -> None:
+            nonlocal said
+            self.progress += max(0, done - said)
+            said = done
+            if replica.state is State.SUSPECT:
+                self.replicas.move(replica, State.READY)
+
+        def suspect(silent: float) -> None:
+            if replica.state is State.READY:
+                self.replicas.move(replica, State.SUSPECT)
+                self._event(
+                    "replica_silent", role=self.role, replica=replica.name, seconds=round(silent)
+                )
+
+        reason = await listen(
+            lambda: asyncio.wrap_future(ping(handle).future()), self._patience, heard, suspect
+        )
+        self._lost(replica, reason)
 
     def grow(self, limit: int, room: Callable[[int], bool]) -> None:
         """Bring up replicas beyond the first `size`, `limit` in all, where `room(index)` says that
@@ -230,6 +267,9 @@ class ReplicaSet:
         )
 
     def _stop(self, replica: Replica) -> None:
+        listening = self._listening.pop(replica, None)
+        if listening is not None and listening is not asyncio.current_task():
+            listening.cancel()
         handle = self._handles.pop(replica, None)
         if handle is not None:  # else it was never made
             self._kill(handle)
@@ -311,7 +351,8 @@ class ReplicaSet:
             self.replicas.release(replica, company)
 
     async def broadcast(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
-        """Call `method` on every serving replica; a replica lost at it is replaced, not retried.
+        """Call `method` on every serving replica, one that is silent for now too; a replica lost at
+        it is replaced, not retried.
 
         Replicas that are starting are left out: `prepare` brings them up to date. Raises
         ObjectsLost, once all have answered, where an argument is gone.
@@ -325,7 +366,9 @@ class ReplicaSet:
                 self._lost(replica, lost.reason)
                 return None
 
-        serving = [(replica, self._handles[replica]) for replica in self.replicas.serving]
+        states = (State.READY, State.SUSPECT)
+        live = [replica for replica in self.replicas.live if replica.state in states]
+        serving = [(replica, self._handles[replica]) for replica in live]
         answers = await asyncio.gather(*(one(*each) for each in serving), return_exceptions=True)
         for given in answers:
             if isinstance(given, BaseException):

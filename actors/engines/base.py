@@ -122,6 +122,9 @@ class RolloutEngine(Protocol):
     async def check(self) -> None:
         """Raise EngineDead if the engine cannot serve any more."""
 
+    async def answers(self) -> None:
+        """Return once what generates has answered: at once, unless it hangs."""
+
     @property
     def version(self) -> int:
         """The policy version that the next token will be made by."""

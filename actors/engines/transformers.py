@@ -128,6 +128,9 @@ class TransformersEngine:
     async def check(self) -> None:
         """This engine lives as long as its process."""
 
+    async def answers(self) -> None:
+        """Its one thread is this process's: who hears this has its answer."""
+
     async def close(self) -> None:
         """Wait for the running call and let the model go."""
         await asyncio.to_thread(self._thread.shutdown)

@@ -177,6 +177,12 @@ class VLLMEngine:
         with _deaths_translated():
             await self._llm.check_health()
 
+    async def answers(self) -> None:
+        """Have the engine's process answer, between two of its steps."""
+        if not self._updating.locked():
+            with _deaths_translated():
+                await self._llm.is_sleeping()
+
     async def close(self) -> None:
         """End the engine's processes."""
         if self._llm is not None:

@@ -93,6 +93,12 @@ class TrainSpec(Spec):
     max_quarantined_fraction: float = Field(
         0.1, ge=0, le=1, description="of the admitted groups; beyond it the run stops"
     )
+    silence_timeout_s: float = Field(
+        45.0,
+        gt=0,
+        description="longest time without a sign of life of a process, busy or idle; then it is "
+        "replaced",
+    )
     step_timeout_s: float = Field(3600.0, gt=0, description="longest wait for a step's groups")
 
 

@@ -52,7 +52,9 @@ def assemble(
     state, changed = RunState(config.algorithm), asyncio.Event()
     log = LedgerLog(rundir.file("ledger.jsonl"), at_end_of_tick)
     ledger = Ledger(log)
-    learner = learner or Learner(config, roles.maker(ROLES["policy"]), roles.maker(ROLES["critic"]))
+    learner = learner or Learner(
+        config, roles.maker(ROLES["policy"]), roles.maker(ROLES["critic"]), changed.set
+    )
     store = ObjectStore(learner.export)
     weights = WeightSync(
         store,

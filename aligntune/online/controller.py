@@ -173,8 +173,8 @@ class Controller:
             self._changed.clear()
             self._stopping.check()
             self._pipeline.raise_failure()
-            if self._weights.lost is not None:
-                raise PolicyLost(self._weights.lost)
+            if lost := self._weights.lost or self._learner.lost:
+                raise PolicyLost(lost)
             self._pipeline.fill()
             batch = choose_batch(
                 self.ledger.cohorts(), version, train.max_staleness, train.groups_per_step

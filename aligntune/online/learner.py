@@ -16,7 +16,9 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
+from actors.liveness import Patience, sign_of_life
 from actors.messages import GroupWork, PrepareJob, UpdateResult
+from actors.specs import RankSpec
 from actors.waiting import all_of
 from aligntune.algorithms.base import Algorithm
 from aligntune.config.online import RunConfig
@@ -34,10 +36,27 @@ class Learner:
         config: RunConfig,
         make_policy: Callable[[int, str], ActorHandle],
         make_critic: Callable[[int, str], ActorHandle],
+        on_loss: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_loss` is called where a rank is lost that nothing was asked of; see `lost`."""
+
+        def ranks(spec: RankSpec, make: Callable[[int, str], ActorHandle]) -> Ranks:
+            patience = Patience(config.train.silence_timeout_s)
+            return Ranks(spec, make, sign_of_life(concurrent=False), patience, on_loss)
+
         self._config = config
-        self._policy = Ranks(config.policy, make_policy)
-        self._critic = Ranks(config.critic, make_critic) if config.algorithm.needs.critic else None
+        self._policy = ranks(config.policy, make_policy)
+        self._critic = ranks(config.critic, make_critic) if config.algorithm.needs.critic else None
+
+    @property
+    def lost(self) -> str | None:
+        """Why a rank is lost, and all of them with it; None while they live."""
+        return next((ranks.lost for ranks in self._parts.values() if ranks.lost), None)
+
+    @property
+    def progress(self) -> int:
+        """Goes up with whatever a rank says that it has done."""
+        return sum(ranks.progress for ranks in self._parts.values())
 
     @property
     def _parts(self) -> dict[str, Ranks]:

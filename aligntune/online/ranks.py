@@ -6,12 +6,14 @@ Invariant: where a rank dies or does not answer in time, or arrays are lost with
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
+from actors.liveness import USUAL, Patience, listen
 from actors.specs import RankSpec
 from actors.supervise import ObjectsLost, ReplicaLost, answer
 from actors.together import together
@@ -22,12 +24,29 @@ class PolicyLost(RuntimeError):
 
 
 class Ranks:
-    """The ranks that `spec` asks for; `make(rank, name)` creates one."""
+    """The ranks that `spec` asks for; `make(rank, name)` creates one.
 
-    def __init__(self, spec: RankSpec, make: Callable[[int, str], ActorHandle]) -> None:
+    `ping(handle)`, where given, is the reference to an answer that a live rank gives at once: one
+    that gives none for longer than `patience` is killed, and `lost` says so.
+    """
+
+    def __init__(
+        self,
+        spec: RankSpec,
+        make: Callable[[int, str], ActorHandle],
+        ping: Callable[[ActorHandle], Any] | None = None,
+        patience: Patience = USUAL,
+        on_loss: Callable[[], None] = lambda: None,
+    ) -> None:
         self.spec = spec
+        self.lost: str | None = None  # why a rank was killed
+        self.progress = 0  # goes up with whatever a rank says that it has done
         self._make = make
+        self._ping = ping
+        self._patience = patience
+        self._on_loss = on_loss
         self._handles: list[ActorHandle] = []
+        self._listening: list[asyncio.Task[None]] = []
 
     async def start(self) -> list[tuple[str, dict[str, Any]]]:
         """Start the ranks and let them find each other; (name, what it says of itself) of each."""
@@ -35,7 +54,30 @@ class Ranks:
         self._handles = [self._make(rank, f"{role}-{rank}") for rank in range(size)]
         addresses = await self._answers("address", self._call("address", [()] * size), deadline)
         infos = await self._answers("start", self._call("start", [addresses[0]] * size), deadline)
+        if (ping := self._ping) is not None:
+            self._listening = [
+                asyncio.create_task(self._listen(f"{role}-{rank}", handle, ping))
+                for rank, handle in enumerate(self._handles)
+            ]
         return [(f"{role}-{rank}", info) for rank, info in enumerate(infos)]
+
+    async def _listen(
+        self, name: str, handle: ActorHandle, ping: Callable[[ActorHandle], Any]
+    ) -> None:
+        """Ask a rank whether it lives until it does not; then nobody waits for it any more."""
+        said = 0
+
+        def heard(done: int) -> None:
+            nonlocal said
+            self.progress += max(0, done - said)
+            said = done
+
+        reason = await listen(
+            lambda: asyncio.wrap_future(ping(handle).future()), self._patience, heard
+        )
+        self.lost = f"{name}: {reason}"
+        ray.kill(handle)
+        self._on_loss()
 
     async def all(self, method: str, *args: Any) -> list[Any]:
         """Call `method` on every rank with the same arguments; see `each`."""
@@ -60,6 +102,8 @@ class Ranks:
         self, method: str, args: Sequence[tuple[Any, ...]], returns: Sequence[int] | None = None
     ) -> list[Any]:
         """The references of a call on every rank, a list of them where there are several."""
+        if self.lost is not None:
+            raise PolicyLost(self.lost)
         if not self._handles:
             raise PolicyLost(f"the {self.spec.role} ranks are not running")
         numbers = returns or [1] * len(self._handles)
@@ -75,10 +119,12 @@ class Ranks:
         try:
             return await together(role, waits)
         except (ReplicaLost, ObjectsLost) as lost:
-            raise PolicyLost(str(lost)) from lost
+            raise PolicyLost(self.lost or str(lost)) from lost
 
     def kill(self) -> None:
         """Stop every rank at once."""
+        for listening in self._listening:
+            listening.cancel()
         for handle in self._handles:
             ray.kill(handle)
-        self._handles = []
+        self._handles, self._listening, self.lost = [], [], None

@@ -9,6 +9,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.environments.specs import EpisodeCode
+from actors.liveness import HEALTH_GROUP
 from actors.reward import Criterion
 from aligntune.config.online import RunConfig
 from aligntune.online.role_table import ROLES, Role, Start
@@ -49,8 +50,9 @@ class Roles:
                 options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
             if role.concurrent:
                 options["max_concurrency"] = role.slots(config) * role.calls(config) + SPARE_CALLS
-            made = ray.remote(getattr(importlib.import_module(module), cls))
-            return made.options(max_restarts=0, **options).remote(*role.arguments(start))
+            remote = ray.remote(max_restarts=0, concurrency_groups=HEALTH_GROUP, **options)
+            made = remote(getattr(importlib.import_module(module), cls))
+            return made.remote(*role.arguments(start))
 
         return make
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
+from actors.liveness import Patience, sign_of_life
 from actors.supervise import ReplicaSet, answer
 from actors.waiting import all_of
 from aligntune.config.online import RunConfig
@@ -65,6 +66,8 @@ class Serving:
             start,
             slots=role.slots(self._config),
             max_restarts=section.max_restarts,
+            ping=sign_of_life(role.concurrent),
+            patience=Patience(self._config.train.silence_timeout_s),
             event=self._event,
             section=role.key,
         )

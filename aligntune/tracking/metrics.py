@@ -33,6 +33,7 @@ class EventKind(StrEnum):
     RUN_FINISHED = "run_finished"
     GROUP_RETRIED = "group_retried"
     GROUP_QUARANTINED = "group_quarantined"
+    REPLICA_SILENT = "replica_silent"  # no sign of life for `seconds`: it gets no new call
     REPLICA_LOST = "replica_lost"
     REPLICA_RESTARTED = "replica_restarted"
     REPLICA_JOINED = "replica_joined"  # beyond rollout.replicas, on what the cluster has to spare

@@ -70,6 +70,9 @@ class EchoEngine:
     async def check(self) -> None:
         """It lives."""
 
+    async def answers(self) -> None:
+        """It lives."""
+
     async def close(self) -> None:
         """Nothing to free."""
 

@@ -177,6 +177,9 @@ class World:
 class FakeLearner:
     """Policy ranks that learn nothing, at once."""
 
+    lost: str | None = None
+    progress = 0
+
     def __init__(self, world: World) -> None:
         self._world = world
         self._running = False

@@ -1,0 +1,111 @@
+"""Whether an actor is alive: it is asked again and again, and one that says nothing is found.
+
+Invariant: a silence is counted in the caller's own turns, so that a caller that was stopped itself,
+or a machine that slept, takes nobody for dead. What an actor answers with is how much it has done,
+which tells one that works for long from one that is stuck.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import traceback
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ray.exceptions import RayError
+
+HEALTH = "health"
+HEALTH_GROUP = {HEALTH: 2}
+"""Threads of an actor beside its work: an event loop that is blocked does not hold them up."""
+
+
+class Alive:
+    """What every actor answers beside its work. `done` goes up with whatever it does."""
+
+    done: int = 0
+
+    def ping(self) -> int:
+        """How much this actor has done; comes at once, whatever else it does."""
+        return self.done
+
+    def stacks(self) -> str:
+        """Where every thread of this process is."""
+        return all_stacks()
+
+
+def all_stacks() -> str:
+    """Where every thread of this process is, as text."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"thread {names.get(ident, ident)}\n" + "".join(traceback.format_stack(frame))
+        for ident, frame in sys._current_frames().items()
+    )
+
+
+def sign_of_life(concurrent: bool) -> Callable[[Any], Any]:
+    """What asks an `Alive` actor, given its handle, and returns the reference to its answer.
+
+    One that is `concurrent` answers from its event loop, so that this must turn; one that works in
+    a thread answers beside it.
+    """
+
+    def ask(handle: Any) -> Any:
+        method = handle.ping if concurrent else handle.ping.options(concurrency_group=HEALTH)
+        return method.remote()
+
+    return ask
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long an actor may say nothing. Seconds."""
+
+    lost_s: float  # then it is taken for dead
+
+    @property
+    def every_s(self) -> float:
+        """Between two questions."""
+        return min(5.0, self.lost_s / 6)
+
+    @property
+    def suspect_s(self) -> float:
+        """Then it gets nothing new to do."""
+        return self.lost_s / 3
+
+
+USUAL = Patience(45.0)
+
+
+async def listen(
+    ask: Callable[[], Awaitable[Any]],
+    patience: Patience,
+    heard: Callable[[Any], None],
+    suspect: Callable[[float], None] = lambda silent: None,
+) -> str:
+    """Ask until there is no answer any more; returns why the actor is lost.
+
+    `heard` gets each answer, `suspect` how long a silence lasts that is longer than it should be.
+    """
+    now = asyncio.get_running_loop().time
+    while True:
+        await asyncio.sleep(patience.every_s)
+        answer = asyncio.ensure_future(ask())
+        silent, suspected = 0.0, False
+        try:
+            while not answer.done():
+                began = now()
+                await asyncio.wait((answer,), timeout=patience.every_s)
+                silent += min(now() - began, 2 * patience.every_s)
+                if silent >= patience.lost_s and not answer.done():
+                    return f"no sign of life for {silent:.0f} s"
+                if silent >= patience.suspect_s and not suspected and not answer.done():
+                    suspected = True
+                    suspect(silent)
+            heard(answer.result())
+        except RayError as error:
+            return (str(error).strip().splitlines() or ["died"])[0]
+        finally:
+            answer.cancel()
