@@ -164,6 +164,7 @@ class EnvironmentActor(Alive):
         made: list[Completion] = await answer(
             handle.sample.remote(list(turns)), name, "sample", self._turn_timeout_s, limit
         )
+        self.done += 1
         return made
 
     async def _work(self, handle: Any, name: str) -> Work | None:

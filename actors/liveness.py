@@ -11,7 +11,7 @@ import asyncio
 import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,21 @@ def all_stacks() -> str:
         f"thread {names.get(ident, ident)}\n" + "".join(traceback.format_stack(frame))
         for ident, frame in sys._current_frames().items()
     )
+
+
+async def stacks_of(handles: Mapping[str, Any], seconds: float = 10.0) -> list[tuple[str, str]]:
+    """(name, where its threads are) of every `Alive` actor; of one that hangs, that it does."""
+
+    async def one(name: str, handle: Any) -> tuple[str, str]:
+        ref = handle.stacks.options(concurrency_group=HEALTH).remote()
+        try:
+            return name, await asyncio.wait_for(asyncio.wrap_future(ref.future()), seconds)
+        except TimeoutError:
+            return name, f"no answer within {seconds:g} s"
+        except RayError as error:
+            return name, f"no answer: {error}"
+
+    return await asyncio.gather(*(one(name, handle) for name, handle in handles.items()))
 
 
 def sign_of_life(concurrent: bool) -> Callable[[Any], Any]:

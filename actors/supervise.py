@@ -161,6 +161,11 @@ class ReplicaSet:
         self._starting: set[asyncio.Task[None]] = set()
 
     @property
+    def handles(self) -> dict[str, ActorHandle]:
+        """Every actor that is not dead, by its name."""
+        return {replica.name: handle for replica, handle in self._handles.items()}
+
+    @property
     def serving(self) -> int:
         """Replicas that take calls now."""
         return len(self.replicas.serving)

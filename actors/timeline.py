@@ -39,6 +39,7 @@ class Timeline:
     ) -> None:
         self._ended = ended
         self._now = now
+        self.calls = 0  # that have begun or ended
         self._since = now()
         self._running: dict[int, Span] = {}
         self._over: list[Span] = []
@@ -47,6 +48,7 @@ class Timeline:
 
     def begin(self, replica: str, method: str, about: str) -> Span:
         """A call starts now."""
+        self.calls += 1
         free = self._free.setdefault(replica, [])
         if not free:
             self._lanes[replica] = self._lanes.get(replica, 0) + 1
@@ -57,12 +59,19 @@ class Timeline:
 
     def end(self, span: Span, failed: bool = False) -> None:
         """It is over."""
+        self.calls += 1
         span.end, span.failed = self._now(), failed
         del self._running[id(span)]
         heapq.heappush(self._free[span.replica], span.lane)
         self._over.append(span)
         if self._ended is not None:
             self._ended(span)
+
+    def running(self) -> list[str]:
+        """What is being waited for, the longest wait first."""
+        now = self._now()
+        spans = sorted(self._running.values(), key=lambda span: span.start)
+        return [f"{s.method} of {s.replica} ({s.about}): {now - s.start:.0f} s" for s in spans]
 
     def heard(self, span: Span, answer: Any) -> None:
         """A call was answered; where the actor says how long its own part took, that is kept."""

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.bundles import BundleSet, RoleRequest, amounts, bundle, bundle_sets
 from cluster.placement import DoesNotFit, Shortage, place, placement_order
+from cluster.processes import is_dead, ray_processes
 from cluster.resources import connected, living_nodes
 
 PREFIX = "aligntune"  # of the names of placement groups: aligntune/RUN/ROLE
@@ -98,6 +99,7 @@ def reserve(
     name = f"{PREFIX}/{run}-{uuid.uuid4().hex[:8]}"
     groups: dict[BundleSet, PlacementGroup] = {}
     reservation: Reservation | None = None
+    needed = ray_processes()
     try:
         for item in placement_order(sets):
             groups[item] = placement_group(
@@ -110,10 +112,11 @@ def reserve(
         reservation = Reservation(groups, name)
         yield reservation
     finally:
-        if reservation is not None:
-            reservation.release()
-        for group in groups.values():
-            remove_placement_group(group)
+        if not any(is_dead(process) for process in needed.values()):  # else none would answer
+            if reservation is not None:
+                reservation.release()
+            for group in groups.values():
+                remove_placement_group(group)
 
 
 def ensure_possible(sets: Sequence[BundleSet]) -> None:

@@ -22,6 +22,10 @@ class ClusterUnreachable(RuntimeError):
     """No Ray cluster answers at the address the run was given."""
 
 
+class RayTooSlow(ClusterUnreachable):
+    """Ray did not start on this machine in time: that is no fault of what it was asked for."""
+
+
 def resolve_address(spec: ClusterSpec) -> str:
     """The address to use: what the spec says, or RAY_ADDRESS in place of 'local'."""
     if spec.address == "local":
@@ -165,7 +169,7 @@ def session(spec: ClusterSpec, *, cpus: float, gpus: float, last: bool = True) -
     except Exception as error:
         if type(error) is not Exception:  # Ray's own, of processes that were too slow to start
             raise
-        raise ClusterUnreachable(
+        raise RayTooSlow(
             f"Ray did not start on this machine in time ({error}); it is overloaded or short of "
             "memory: try again, or end what takes it"
         ) from error

@@ -100,6 +100,18 @@ class TrainSpec(Spec):
         "replaced",
     )
     step_timeout_s: float = Field(3600.0, gt=0, description="longest wait for a step's groups")
+    stall_timeout_s: float = Field(
+        1800.0,
+        gt=0,
+        description="longest time in which nothing moves, in no role; then what every process is "
+        "at is written to logs/, and the run ends",
+    )
+    time_limit_s: float | None = Field(
+        None,
+        gt=0,
+        description="of one process of the run: then it stops as SIGTERM stops it, with a "
+        "checkpoint and exit code 143; default: none",
+    )
 
 
 class CheckpointSpec(Spec):

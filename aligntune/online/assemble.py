@@ -24,10 +24,12 @@ from aligntune.online.roles import Roles
 from aligntune.online.rolling import Rolling
 from aligntune.online.serving import Serving
 from aligntune.online.state import RunState
+from aligntune.online.watch import Watch
 from aligntune.online.weights import WeightSync
 from aligntune.runs.checkpoint import Checkpoints
 from aligntune.runs.mirror import Mirror
 from aligntune.runs.rundir import RunDir
+from cluster.processes import ray_processes
 
 
 def assemble(
@@ -78,6 +80,8 @@ def assemble(
         recorder.event,
         changed,
     )
+    keeper = Keeper(config, learner, log, prompts.fingerprint, checkpoints, mirror, recorder)
+    timeline = Timeline(recorder.call)
     return Controller(
         config,
         state,
@@ -88,8 +92,9 @@ def assemble(
         weights=weights,
         pipeline=pipeline,
         evaluation=Evaluation(config, total_steps, eval_prompts, rolling, recorder),
-        keeper=Keeper(config, learner, log, prompts.fingerprint, checkpoints, mirror, recorder),
+        keeper=keeper,
         recorder=recorder,
-        timeline=Timeline(recorder.call),
+        timeline=timeline,
+        watch=Watch(config, recorder, timeline, learner, serving, keeper, ray_processes()),
         changed=changed,
     )

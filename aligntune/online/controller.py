@@ -30,7 +30,6 @@ import time
 from collections.abc import Sequence
 
 from actors import timeline as timelines
-from actors.restarts import Restarts, pause
 from actors.timeline import Timeline, spanned
 from actors.waiting import all_of
 from aligntune.config.online import RunConfig
@@ -42,12 +41,14 @@ from aligntune.online.keeper import Boundary, Keeper
 from aligntune.online.learner import Learner, PolicyLost
 from aligntune.online.ledger import Books, Ledger, State
 from aligntune.online.pipeline import Pipeline
+from aligntune.online.rank_starts import RankStarts
 from aligntune.online.recorder import OnlineRecorder
 from aligntune.online.samples import sample_rows, texts_of
 from aligntune.online.serving import Serving
 from aligntune.online.staleness import choose_batch
 from aligntune.online.state import RunState
 from aligntune.online.stopping import Stopping
+from aligntune.online.watch import Watch
 from aligntune.online.weights import WeightSync
 from aligntune.runs.checkpoint import Checkpoint
 from aligntune.tracking.metrics import EventKind
@@ -71,6 +72,7 @@ class Controller:
         keeper: Keeper,
         recorder: OnlineRecorder,
         timeline: Timeline,
+        watch: Watch,
         changed: asyncio.Event,
     ) -> None:
         self.config = config
@@ -85,18 +87,18 @@ class Controller:
         self._keeper = keeper
         self._recorder = recorder
         self._timeline = timeline
+        self._watch = watch
         self._changed = changed
         self._stopping = Stopping(state, changed)
-        self._restarts = Restarts(config.policy.max_restarts)
-        self._failed_rebuilds = 0  # since the last step that was trained
+        self._starts = RankStarts(config, learner, keeper, recorder, self._stopping)
         self._begun = False  # the run has come to where it starts from
         self._sound = False  # the ranks are of the step of `_boundary`
         self._seen = ledger.books  # at the last step's end
         self._boundary = Boundary(0, Ledger.beginning(), config.algorithm)
 
-    def stop(self, signal: int) -> None:
+    def stop(self, signal: int, reason: str | None = None) -> None:
         """Ask the loop to checkpoint and end; safe from a signal handler of the event loop."""
-        self._stopping.ask(signal)
+        self._stopping.ask(signal, reason)
 
     @property
     def books(self) -> Books:
@@ -108,9 +110,12 @@ class Controller:
 
         Raises Interrupted, RunFailed, ...
         """
+        return await self._watch.over(self._run(checkpoint), self.stop)
+
+    async def _run(self, checkpoint: Checkpoint | None) -> dict[str, float]:
         timelines.current.set(self._timeline)
         try:
-            await self._stopping.unless(all_of(self._start_ranks(), self._serving.start()))
+            await self._stopping.unless(all_of(self._starts.start(), self._serving.start()))
             lost: str | None = None
             while True:
                 try:
@@ -207,7 +212,7 @@ class Controller:
         result = await self._learner.update(step, algorithm, works)
         figures.updated = result.metrics
         self.state.version = step
-        self._failed_rebuilds = 0
+        self._starts.trained()
         self._pipeline.trained(batch, step)
         return advantages
 
@@ -241,17 +246,6 @@ class Controller:
 
     # Starting, going back and ending
 
-    async def _start_ranks(self) -> None:
-        """Start policy and critic, again where a rank is lost meanwhile."""
-        while True:
-            try:
-                for name, info in await self._learner.start():
-                    self._recorder.role(name, info)
-                await self._keeper.check_sight()
-                return
-            except PolicyLost as lost:
-                await self._count_loss(str(lost))
-
     async def _restore(self, checkpoint: Checkpoint | None) -> None:
         """Make policy, rollout weights, ledger and files what they were at a checkpoint.
 
@@ -283,7 +277,7 @@ class Controller:
         """A policy rank is lost: new ranks from the last checkpoint, groups since then again."""
         await self._evaluation.cancel()
         await self._pipeline.cancel()
-        await self._count_loss(reason)
+        await self._starts.lost(reason)
         checkpoint = await self._keeper.latest()
         self._recorder.event(
             EventKind.POLICY_REBUILT,
@@ -291,21 +285,8 @@ class Controller:
             from_version=self.state.version,
             to_version=checkpoint.step if checkpoint else 0,
         )
-        await self._stopping.unless(self._start_ranks())
+        await self._stopping.unless(self._starts.start())
         await self._restore(checkpoint)
-
-    async def _count_loss(self, reason: str) -> None:
-        """Wait before the ranks are started again. Raises RunFailed where they are lost too often,
-        Interrupted where the run is asked to stop meanwhile."""
-        self._learner.kill()
-        self._recorder.event(EventKind.POLICY_LOST, reason=reason)
-        if not self._restarts.take():
-            raise RunFailed(
-                f"the policy was lost {self._restarts.limit + 1} times, more than policy."
-                f"max_restarts={self._restarts.limit} allows an hour; the last: {reason}"
-            )
-        await self._stopping.unless(asyncio.sleep(pause(self._failed_rebuilds)))
-        self._failed_rebuilds += 1
 
     async def _finish(self) -> None:
         """Keep what was trained, while the last version is evaluated."""

@@ -57,6 +57,7 @@ class Keeper:
         self._recorder = recorder
         self._rundir = Path(config.output_dir).absolute()
         self._timeout_s = config.policy.update_timeout_s
+        self.copying = False  # to storage, which has a deadline of its own
         self._committing: asyncio.Task[None] | None = None
         self._writing: Future[Checkpoint] | None = None  # may go on beyond its deadline
         self._owed: tuple[int, str] | None = None  # step and reason of a failure, until a success
@@ -184,7 +185,9 @@ class Keeper:
         """Wait for all that runs beside the loop: the last checkpoint, and its copy."""
         await self._committed()
         if self._copies is not None:
+            self.copying = True
             await self._copies.settled()
+            self.copying = False
 
     async def export(self) -> None:
         """Write the trained model."""
@@ -200,6 +203,7 @@ class Keeper:
         """See all of a finished run on disk, and copied, up to the deadline of copies."""
         await self._committed()
         if self._copies is not None:
+            self.copying = True
             await self._copies.model(self._rundir / "model")
             self._checkpoints.forget_old()
 

@@ -44,6 +44,7 @@ class Learner:
             patience = Patience(config.train.silence_timeout_s)
             return Ranks(spec, make, sign_of_life(concurrent=False), patience, on_loss)
 
+        self.nodes: set[str] = set()  # ids, in Ray, of those that ranks run on
         self._config = config
         self._policy = ranks(config.policy, make_policy)
         self._critic = ranks(config.critic, make_critic) if config.algorithm.needs.critic else None
@@ -52,6 +53,13 @@ class Learner:
     def lost(self) -> str | None:
         """Why a rank is lost, and all of them with it; None while they live."""
         return next((ranks.lost for ranks in self._parts.values() if ranks.lost), None)
+
+    @property
+    def handles(self) -> dict[str, ActorHandle]:
+        """Every rank, by its name."""
+        return {
+            name: each for ranks in self._parts.values() for name, each in ranks.handles.items()
+        }
 
     @property
     def progress(self) -> int:
@@ -67,7 +75,9 @@ class Learner:
     async def start(self) -> list[tuple[str, dict[str, Any]]]:
         """Start all ranks; (name, what it says of itself) of each."""
         parts = await all_of(*(ranks.start() for ranks in self._parts.values()))
-        return [info for part in parts for info in part]
+        started = [info for part in parts for info in part]
+        self.nodes = {str(info.get("node_id", "")) for _, info in started} - {""}
+        return started
 
     async def blind(self, directory: Path) -> list[str]:
         """The ranks, with their nodes, that do not see what the driver writes to `directory`."""

@@ -48,6 +48,11 @@ class Ranks:
         self._handles: list[ActorHandle] = []
         self._listening: list[asyncio.Task[None]] = []
 
+    @property
+    def handles(self) -> dict[str, ActorHandle]:
+        """Every rank, by its name."""
+        return {f"{self.spec.role}-{rank}": each for rank, each in enumerate(self._handles)}
+
     async def start(self) -> list[tuple[str, dict[str, Any]]]:
         """Start the ranks and let them find each other; (name, what it says of itself) of each."""
         role, size, deadline = self.spec.role, self.spec.ranks, self.spec.start_timeout_s

@@ -92,6 +92,16 @@ class Serving:
         """What holds episodes, where rollouts are episodes."""
         return self.sets.get("environment")
 
+    @property
+    def handles(self) -> dict[str, ActorHandle]:
+        """Every replica that is not dead, by its name."""
+        return {name: each for one in self.sets.values() for name, each in one.handles.items()}
+
+    @property
+    def progress(self) -> int:
+        """Goes up with whatever a replica says that it has done."""
+        return sum(one.progress for one in self.sets.values())
+
     async def start(self) -> None:
         """Start every replica. Raises what kept one from starting."""
         await all_of(*(replicas.start() for replicas in self.sets.values()))

@@ -21,7 +21,7 @@ from actors.supervise import ReplicaLost, RoleExhausted
 from aligntune import loops
 from aligntune.config.online import RunConfig
 from aligntune.data.prompts import PromptSource
-from aligntune.errors import UserError
+from aligntune.errors import RunFailed, UserError
 from aligntune.online.assemble import assemble
 from aligntune.online.evaluation import evaluate_model
 from aligntune.online.inputs import RunInputs
@@ -48,7 +48,7 @@ from aligntune.tracking.metrics import EventKind, NotFinite
 from cluster.bundles import BadRequest, bundle_sets, totals
 from cluster.placement import DoesNotFit
 from cluster.reservation import reserve
-from cluster.session import ClusterUnreachable, session
+from cluster.session import ClusterUnreachable, RayTooSlow, session
 
 FAILURES = (
     RoleExhausted,
@@ -309,6 +309,8 @@ class OnlineTrainer:
                     self.total_steps,
                     self.inputs.code,
                 )
+        except RayTooSlow as error:
+            raise RunFailed(str(error)) from error
         except (DoesNotFit, ClusterUnreachable) as error:
             raise UserError(str(error)) from error
 

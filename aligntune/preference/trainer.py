@@ -15,7 +15,7 @@ from typing import Any
 from actors.preference.relay import PreferenceJob
 from aligntune.config.preference import DPOSpec, PreferenceConfig
 from aligntune.data.pair_tokens import PairTokens
-from aligntune.errors import UserError
+from aligntune.errors import RunFailed, UserError
 from aligntune.paths import located_model
 from aligntune.preference.inputs import PairInputs
 from aligntune.preference.job import Figures, PreferenceRun, Recorded
@@ -37,7 +37,7 @@ from aligntune.tracking.metrics import NotFinite
 from cluster.bundles import BadRequest, bundle_sets, totals
 from cluster.placement import DoesNotFit
 from cluster.reservation import ensure_possible
-from cluster.session import ClusterUnreachable, session
+from cluster.session import ClusterUnreachable, RayTooSlow, session
 
 FILLED_IN = dict.fromkeys(
     ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
@@ -234,6 +234,8 @@ class PreferenceTrainer:
             with session(cluster, cpus=asked["CPU"], gpus=asked["GPU"]):
                 ensure_possible(sets)
                 yield
+        except RayTooSlow as error:
+            raise RunFailed(str(error)) from error
         except (BadRequest, DoesNotFit, ClusterUnreachable) as error:
             raise UserError(str(error)) from error
 

@@ -39,6 +39,7 @@ class EventKind(StrEnum):
     REPLICA_JOINED = "replica_joined"  # beyond rollout.replicas, on what the cluster has to spare
     POLICY_LOST = "policy_lost"  # a rank died or hangs; all ranks are started anew
     POLICY_REBUILT = "policy_rebuilt"  # from a checkpoint, to which the run goes back
+    STALLED = "stalled"  # nothing moved for `seconds`: for what the run `waits`; more is at `path`
     CHECKPOINT_SAVED = "checkpoint_saved"
     CHECKPOINT_FAILED = "checkpoint_failed"  # the disk did not take it; tried at the next step
     CHECKPOINT_DAMAGED = "checkpoint_damaged"  # it was passed over for an older one

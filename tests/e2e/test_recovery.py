@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -189,3 +190,19 @@ def test_a_stopped_rollout_replica_is_replaced_at_its_deadline(
     assert any("no answer within 5 s" in e["reason"] for e in run.events("replica_lost"))
     books = audit(run.output_dir / "ledger.jsonl")
     assert (books.trained, books.quarantined, books.open) == (80, 0, 0)
+
+
+def test_a_raylet_that_is_killed_ends_the_run_with_the_command_that_resumes_it(
+    tree: dict[str, Any], launch: Callable[..., Run]
+) -> None:
+    tree["train"]["steps"] = 200
+    run = launch(alone=True)
+    run.wait_for(lambda: len(read(run.output_dir / "metrics.jsonl")) >= 2)
+    below = psutil.Process(run.process.pid).children(recursive=True)
+    next(process for process in below if process.name() == "raylet").kill()
+    assert run.finish() == 1, run.output()
+    assert "Ray's raylet on this machine has died" in run.output()
+    assert "resume with: aligntune train" in run.output()
+    assert "raylet" in run.events("run_stopped")[-1]["reason"]
+    _, left = psutil.wait_procs(below, timeout=60)
+    assert not left, "processes of the run are left"

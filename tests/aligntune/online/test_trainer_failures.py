@@ -15,8 +15,9 @@ from aligntune.cli import main
 from aligntune.errors import UserError
 from aligntune.online import trainer as trainers
 from aligntune.runs.jsonl import read_lines
+from cluster.session import RayTooSlow
 
-Train = Callable[[Exception], tuple[int, str]]
+Train = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
@@ -31,10 +32,10 @@ def train(
     data.write_text(json.dumps({"prompt": "1+1", "answer": "2"}) + "\n")
 
     @contextmanager
-    def roles(_: object) -> Iterator[None]:
+    def no_roles(_: object) -> Iterator[None]:
         yield
 
-    def run(error: Exception) -> tuple[int, str]:
+    def run(error: Exception, roles: Callable[..., Any] = no_roles) -> tuple[int, str]:
         class Broken:
             def __init__(self, *_: Any) -> None: ...
 
@@ -68,6 +69,22 @@ def test_a_failure_that_nobody_foresaw(train: Train, tmp_path: Path) -> None:
     event = stopped(tmp_path / "run")
     assert event["reason"].startswith("KeyError")
     assert "in run" in event["traceback"]
+
+
+def test_a_ray_that_is_too_slow_is_no_fault_of_the_input(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def slow(*_: object, **__: object) -> Iterator[str]:
+        raise RayTooSlow("Ray did not start on this machine in time")
+        yield
+
+    monkeypatch.setattr(trainers, "session", slow)
+    code, said = train(KeyError("never raised"), trainers.OnlineTrainer._roles)
+    assert code == 1
+    assert "Ray did not start on this machine in time" in said
+    assert "resume with: aligntune train" in said
+    assert "in time" in stopped(tmp_path / "run")["reason"]
 
 
 def test_a_failure_that_is_known_needs_no_traceback(train: Train, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -179,6 +179,8 @@ class FakeLearner:
 
     lost: str | None = None
     progress = 0
+    handles: ClassVar[dict[str, Any]] = {}
+    nodes: ClassVar[set[str]] = set()
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -227,6 +229,9 @@ class FakeLearner:
 class FakeReplicas:
     """Replicas that answer at once. Groups of evaluations, whose ids are negative, are heard of as
     `evaluate`, and their score tells the version that they are of."""
+
+    progress = 0
+    handles: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, world: World, role: str, size: int, make: Any, prepare: Any) -> None:
         self._world = world
