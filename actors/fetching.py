@@ -51,6 +51,35 @@ def of_several_rows(
     return found
 
 
+class ArraysLost(RuntimeError):
+    """Arrays of `groups` are gone with the node that held them; nothing was computed with any."""
+
+    def __init__(self, groups: tuple[int, ...]) -> None:
+        named = ", ".join(map(str, groups[:8])) + (", ..." if len(groups) > 8 else "")
+        super().__init__(f"the arrays of groups {named} are lost with their node")
+        self.groups = groups
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[int, ...]]]:
+        return type(self), (self.groups,)
+
+
+def fetch_or_lost(works: Sequence[GroupWork]) -> tuple[dict[int, Fetched], tuple[int, ...]]:
+    """As `fetch`, and the ids of the groups whose arrays are lost, which are left out."""
+    from ray.exceptions import ObjectLostError  # where arrays may be lost, Ray is there
+
+    try:
+        return fetch(works), ()
+    except ObjectLostError:
+        found: dict[int, Fetched] = {}
+        lost = []
+        for index, work in enumerate(works):
+            try:
+                found[index] = fetch([work])[0]
+            except ObjectLostError:
+                lost.append(work.group_id)
+        return found, tuple(lost)
+
+
 def fetch(works: Sequence[GroupWork]) -> dict[int, Fetched]:
     """The arrays of `works`, by their index; values of states are left where they are."""
     tensors = objects([work.tensors for work in works])

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from actors.fetching import Fetched, fetch, objects
+from actors.fetching import Fetched, objects
 from actors.messages import (
     Counts,
     GroupTensors,
@@ -83,7 +83,7 @@ class PolicyActor(TrainedRank):
         waits for, and one TokenTargets a group, which it never fetches. Critic values are fetched
         last, so they may still be in the making at the call.
         """
-        groups = fetch(job.groups)
+        groups = self._fetch(job.groups)
         tensors = {index: group.tensors for index, group in groups.items()}
         if job.recompute_old:
             old = self._passes(tensors, rows_of(tensors), job.temperature)

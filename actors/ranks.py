@@ -19,10 +19,10 @@ from typing import Any, ClassVar
 import torch
 
 from actors.disk import writing
-from actors.fetching import Fetched, fetch, of_several_rows
+from actors.fetching import ArraysLost, Fetched, fetch_or_lost, of_several_rows
 from actors.figures import Tally, count, describe, join, over_steps, total
 from actors.liveness import Alive
-from actors.messages import Counts, GroupTensors, Row, UpdateJob, UpdateResult
+from actors.messages import Counts, GroupTensors, GroupWork, Row, UpdateJob, UpdateResult
 from actors.models.loading import load_tokenizer, whole_model
 from actors.models.logprobs import head_calls
 from actors.models.wrapped import TrainedModel
@@ -147,7 +147,7 @@ class TrainedRank(Alive):
         """
         began = time.perf_counter()
         role = self._spec.role
-        groups = fetch(job.groups)
+        groups = self._fetch(job.groups)
         plan = self._plan(job, groups)
         rate = learning_rate(self._spec, job.step, self._total_steps)
         steps_made = (i for i, minibatch in enumerate(plan) if minibatch.counts.tokens > 0)
@@ -239,6 +239,17 @@ class TrainedRank(Alive):
     def close(self) -> None:
         """Leave the other ranks."""
         self._strategy.close()
+
+    def _fetch(self, works: Sequence[GroupWork]) -> dict[int, Fetched]:
+        """The arrays of this rank's groups, by their index; all ranks together.
+
+        Raises ArraysLost on all ranks where one of them cannot have its own: none has begun.
+        """
+        found, own = fetch_or_lost(works)
+        lost = {group for part in self._strategy.gather(own) for group in part}
+        if lost:
+            raise ArraysLost(tuple(sorted(lost)))
+        return found
 
     def _plan(self, job: UpdateJob, groups: Mapping[int, Fetched]) -> list[Minibatch]:
         """Micro-batches of every optimiser step, with what only all ranks together know."""

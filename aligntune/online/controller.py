@@ -30,6 +30,7 @@ import time
 from collections.abc import Sequence
 
 from actors import timeline as timelines
+from actors.fetching import ArraysLost
 from actors.timeline import Timeline, spanned
 from actors.waiting import all_of
 from aligntune.config.online import RunConfig
@@ -159,7 +160,12 @@ class Controller:
         shown = groups[: self.config.tracking.samples_per_step]
         texts = asyncio.create_task(texts_of(shown))  # beside the update
         with spanned("controller", "train"):
-            advantages = await self._train(groups, figures)
+            try:
+                advantages = await self._train(groups, figures)
+            except ArraysLost as lost:
+                batch = [group.record.group_id for group in groups]
+                self._pipeline.make_again(batch, lost.groups, str(lost))
+                return
         with spanned("controller", "serve"):
             await self._serve()
         self._mark(groups, figures)

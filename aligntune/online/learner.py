@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ray.actor import ActorHandle
 
+from actors.fetching import ArraysLost
 from actors.liveness import Patience, sign_of_life
 from actors.messages import GroupWork, PrepareJob, UpdateResult
 from actors.specs import RankSpec
@@ -98,8 +100,15 @@ class Learner:
     ) -> tuple[list[GroupWork], dict[str, float]]:
         """The groups with token-level targets, and figures of the step; no array comes here.
 
-        The critic's values and the policy's old log-probs are computed side by side.
+        The critic's values and the policy's old log-probs are computed side by side. Raises
+        ArraysLost as `update` does.
         """
+        with self._with_critic():
+            return await self._prepare(step, algorithm, groups)
+
+    async def _prepare(
+        self, step: int, algorithm: Algorithm, groups: Sequence[GroupWork]
+    ) -> tuple[list[GroupWork], dict[str, float]]:
         works = list(groups)
         valued: list[Awaitable[list[Any]]] = []
         if self._critic is not None:
@@ -131,19 +140,34 @@ class Learner:
     async def update(
         self, step: int, algorithm: Algorithm, groups: Sequence[GroupWork]
     ) -> UpdateResult:
-        """Every optimiser step of a training step, of policy and critic at the same time."""
+        """Every optimiser step of a training step, of policy and critic at the same time.
+
+        Raises ArraysLost, before the first one, where groups have to be made again.
+        """
         plans = plan_step(self._config, step, algorithm, groups)
-        answers = await asyncio.gather(
-            *(
-                ranks.each("update", [(job,) for job in plans[name]])
-                for name, ranks in self._parts.items()
+        with self._with_critic():
+            answers = await asyncio.gather(
+                *(
+                    ranks.each("update", [(job,) for job in plans[name]])
+                    for name, ranks in self._parts.items()
+                )
             )
-        )
         results: list[UpdateResult] = [ranks[0] for ranks in answers]
         return UpdateResult(
             metrics={name: x for result in results for name, x in result.metrics.items()},
             seconds=max(result.seconds for result in results),
         )
+
+    @contextmanager
+    def _with_critic(self) -> Iterator[None]:
+        """Where one of policy and critic has lost arrays the other may be amid a step by now: both
+        go back together."""
+        try:
+            yield
+        except ArraysLost as lost:
+            if self._critic is not None:
+                raise PolicyLost(str(lost)) from lost
+            raise
 
     async def export(self, version: int) -> Any:
         """The reference to a `WeightBundle` of `version`; the driver owns the one object."""

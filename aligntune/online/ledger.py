@@ -50,7 +50,7 @@ MOVES: dict[State, frozenset[State]] = {
     State.ROLLING: frozenset({State.SCORING, State.WAITING, State.QUARANTINED}),
     State.SCORING: frozenset({State.READY, State.FILTERED, State.WAITING, State.QUARANTINED}),
     State.READY: frozenset({State.TRAINING, State.WAITING}),
-    State.TRAINING: frozenset({State.TRAINED, State.WAITING}),
+    State.TRAINING: frozenset({State.TRAINED, State.READY, State.WAITING}),
 }
 
 

@@ -89,6 +89,17 @@ class Pipeline:
             del self.ready[group_id]
         self.filtered_scores.clear()
 
+    def make_again(self, batch: Iterable[int], lost: Iterable[int], reason: str) -> None:
+        """A step of `batch` could not begin, as the arrays of the `lost` ones are gone: these start
+        anew, the others are READY as they were."""
+        anew = [group_id for group_id in batch if group_id in set(lost)]
+        self._ledger.move(anew, State.WAITING, reason=reason)
+        self._ledger.move([i for i in batch if i not in set(lost)], State.READY)
+        for group_id in anew:
+            del self.ready[group_id]
+            self._retried(group_id, reason)
+            self.start(group_id)
+
     def _finished(self, group_id: int, task: asyncio.Task[None]) -> None:
         self._tasks.pop(group_id, None)
         if not task.cancelled() and (error := task.exception()) is not None:

@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 from ray.exceptions import ObjectLostError
 
-from actors.messages import (
-    Prompt,
-    UpdateResult,
-)
+from actors.fetching import ArraysLost
+from actors.messages import Prompt, UpdateResult
 from actors.supervise import ObjectsLost
 from aligntune.algorithms.dapo import DAPO
 from aligntune.errors import Interrupted, RunFailed
@@ -345,3 +343,28 @@ def test_a_stop_amid_a_rebuild_saves_nothing_of_ranks_that_have_loaded_nothing(
     world.during = {}
     world.run()
     assert world.trained() == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_groups_whose_arrays_are_lost_are_made_again_and_the_policy_stays(
+    world: World, staleness: int
+) -> None:
+    world.configure(train=ahead(staleness))
+    made: list[int] = []
+
+    def make(prompt: Prompt, sampling: Any) -> None:
+        made.append(sampling.group_id)
+
+    def lose(step: int) -> None:
+        if step == 2 and len(world.updates) == 2:
+            raise ArraysLost((3,))
+
+    world.during = {"generate": make, "update": lose}
+    world.run()
+    assert made.count(3) == 2
+    assert len(made) == 2 * STEPS + 1, "no other group is made again"
+    assert world.events("policy_lost") == []
+    assert [event["group"] for event in world.events("group_retried")] == [3]
+    assert [step for step, _ in world.updates] == [1, 2, 2, 3]
+    assert sorted(i for step in world.trained() for i in step) == list(range(2 * STEPS))
+    assert audit(world.folder / "ledger.jsonl").balanced
