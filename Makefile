@@ -3,12 +3,13 @@
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install quickstart test test-fast test-all bench check format clean
+.PHONY: help install quickstart test test-fast test-all bench chaos check format clean
 
 help:
 	@echo "make quickstart   install, then train a tiny model by reinforcement learning"
 	@echo "make test         install, then run the tests (test-fast: fewer; test-all: the long ones too)"
 	@echo "make bench        what can be measured; make bench NAME=control measures it"
+	@echo "make chaos        kill and stop processes of runs, and see that nothing is lost"
 	@echo "make check        lint, format, types, import contracts"
 	@echo "make format       let ruff put the code in order"
 	@echo "make install      only install, into .venv"
@@ -31,6 +32,9 @@ test-all: install
 
 bench: install
 	.venv/bin/python -m tests.bench $(NAME)
+
+chaos: install
+	.venv/bin/python -m tests.chaos $(ARGS)
 
 check: install
 	.venv/bin/ruff check .
