@@ -25,7 +25,7 @@ test: install
 	.venv/bin/python -m pytest $(ARGS)
 
 test-fast: install
-	.venv/bin/python -m pytest -m "not slow" $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-all: install
 	.venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
