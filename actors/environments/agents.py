@@ -25,6 +25,9 @@ from actors.environments.tool_episodes import first_messages, setup_of
 from actors.messages import FinishReason, Prompt
 from actors.specs import ModelSpec
 
+EVERYWHERE = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::")
+"""Addresses that each machine has."""
+
 Value = float | dict[str, float] | None
 """What an agent says of its episode: its reward, those of its answers by their ids, or nothing."""
 
@@ -185,7 +188,8 @@ def check_agent(code: EpisodeCode, model: ModelSpec, host: str, port: int | None
             await server.close()
 
     try:
-        require_free(host, port)
+        if port is not None and host in EVERYWHERE:  # another address may be a node's
+            require_free(host, port)
         with ThreadPoolExecutor(1) as thread:  # the caller may be in an event loop
             thread.submit(asyncio.run, load()).result()
     except EpisodeFailed as failed:

@@ -296,14 +296,14 @@ def _now() -> int:
     return int(time.time())
 
 
-def require_free(host: str, port: int | None) -> None:
+def require_free(host: str, port: int) -> None:
     """Raise EpisodeFailed, with one line, where sessions could not be served at `port` of `host`
     on this machine."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port or 0))
+            probe.bind((host, port))
         except OSError as error:
             raise EpisodeFailed(_not_served(host, port, error)) from error
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from actors.children.code import in_file, load, search_path, searching
-from actors.environments.specs import AgentCommand, Code, EpisodeCode
+from actors.environments.specs import AgentCommand, Code, EpisodeCode, EpisodesSpec
 from actors.reward import Criterion
 from actors.scoring.calling import named_parameters
 from actors.scoring.criteria import EpisodeCriterion, RewardCriterion
@@ -78,10 +78,14 @@ class UserCode:
         )
 
     def checked(
-        self, model: ModelSpec, criteria: Sequence[Criterion]
+        self, model: ModelSpec, criteria: Sequence[Criterion], episodes: EpisodesSpec
     ) -> tuple[EpisodeCode, list[str]]:
         """What the environment actors get, `criteria` that want the environments with it, and what
-        the user should know. Raises UserError where the model cannot be told of the tools."""
+        the user should know.
+
+        Raises UserError: the model cannot be told of the tools, the agent cannot be imported, or
+        its sessions cannot be served.
+        """
         wanting = [c for c in criteria if isinstance(c, RewardCriterion) and self._wants(c)]
         path = tuple(
             dict.fromkeys((*self.code.search_path, *(p for c in wanting for p in c.search_path)))
@@ -91,11 +95,12 @@ class UserCode:
             rewards={criterion.name: _with_options(criterion) for criterion in wanting},
             search_path=path,
         )
-        if code.agent is not None:
-            return code, []
+        from actors.environments.agents import check_agent
         from actors.environments.tool_episodes import check_tools
 
         try:
+            if code.agent is not None:
+                return code, check_agent(code, model, episodes.host, episodes.port)
             return code, check_tools(code, model)
         except ValueError as error:
             raise UserError(str(error)) from error

@@ -154,7 +154,8 @@ class RunInputs:
         where there are none. Raises UserError."""
         if self._code is None:
             return None
-        code, self._notes = self._code.checked(self.config.model, self._resolved)
+        model, episodes = self.config.model, self.config.episodes
+        code, self._notes = self._code.checked(model, self._resolved, episodes)
         return code
 
     @cached_property

@@ -378,4 +378,4 @@ def test_a_port_in_use_is_one_line(chat: Chat) -> None:
         run(lambda: talk(port))
         with pytest.raises(EpisodeFailed, match=message):
             require_free("127.0.0.1", port)
-    require_free("127.0.0.1", None)
+    require_free("127.0.0.1", port)
