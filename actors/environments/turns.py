@@ -120,14 +120,14 @@ class Turns:
 
     def _send(self) -> None:
         """Send what may be sent now."""
-        waiting = {place: asked for place, asked in self._asked.items() if not asked.sent}
-        if not self._lockstep:
-            for asked in waiting.values():
-                self._start([asked])
-        elif waiting:
+        while waiting := {place: one for place, one in self._asked.items() if not one.sent}:
             number = min(turn for _, turn in waiting)
-            if all(number in turns for turns in self._live.values()):
+            if not self._lockstep:
+                self._start([next(iter(waiting.values()))])
+            elif all(number in turns for turns in self._live.values()):
                 self._start([waiting[place] for place in sorted(waiting) if place[1] == number])
+            else:
+                return
 
     def _start(self, together: list[_Asked]) -> None:
         for asked in together:
