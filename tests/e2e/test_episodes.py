@@ -1,0 +1,95 @@
+"""Runs with an environment on Ray: they train, and are the same when killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aligntune.online.ledger import audit
+from aligntune.quickstart.agent import POSITIONS, _lessons, make_agent_tokenizer, make_sums
+from aligntune.quickstart.tiny import supervised_loss, tiny_model
+from tests.e2e.conftest import Run, read
+from tests.e2e.test_recovery import figures, trained_order
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="session")
+def agent_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's model for agents, after a few steps of its warm-up: it calls its tool."""
+    folder = tmp_path_factory.mktemp("agent-model")
+    sums, _ = make_sums(0)
+    tokenizer = make_agent_tokenizer()
+    model = tiny_model(0, tokenizer, POSITIONS)
+    lessons = _lessons(tokenizer, sums[:16], hasty=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        supervised_loss(model, *lessons).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def playing(tree: dict[str, Any], agent_model: Path, tmp_path: Path) -> dict[str, Any]:
+    """A run of short episodes: the model has learnt to call a tool, and no more."""
+    tree["model"]["name"] = str(agent_model)
+    asked = [[{"role": "user", "content": one.prompt}] for one in make_sums(0)[0][:16]]
+    data = tmp_path / "sums.jsonl"
+    data.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in asked))
+    tree["data"]["path"] = str(data)
+    tree["policy"]["learning_rate"] = 1e-4
+    tree["environment"] = "tests.e2e.games:Adding"
+    tree["episodes"] = {"max_turns": 3, "max_attempts": 1}
+    tree["rollout"].update(max_completion_length=40, max_prompt_length=40)
+    tree["rewards"] = ["tests.e2e.games:asked", "tests.e2e.games:messages"]
+    return tree
+
+
+def test_a_run_with_an_environment_killed_and_resumed_is_bit_identical(
+    playing: dict[str, Any], tmp_path: Path, launch: Callable[..., Run]
+) -> None:
+    steps = playing["train"]["steps"] = 2
+    playing["data"].update(eval_path=playing["data"]["path"], eval_samples=4)
+    playing["eval"] = {"at_start": False, "completions": 2, "temperature": 1.0}
+    whole = launch()
+    assert whole.finish() == 0, whole.output()
+    rows = read(whole.output_dir / "metrics.jsonl")
+    assert all(row["tools/calls"] > 0 and row["turns/max"] > 1 for row in rows)
+    assert all(0 < row["tokens/environment_fraction"] < 1 for row in rows)
+    for row in rows:
+        assert row["reward/environment/mean"] == row["reward/asked/mean"] > 0
+        assert row["reward/messages/mean"] >= 1
+    (sample, *_) = read(whole.output_dir / "samples.jsonl")
+    roles = [m["role"] for one in sample["completions"] for m in one["messages"]]
+    assert {"user", "assistant", "tool"} <= set(roles)
+
+    playing["output_dir"] = str(tmp_path / "killed")
+    run = launch()
+    metrics = run.output_dir / "metrics.jsonl"
+    run.wait_for(lambda: len(read(metrics)) >= 1)
+    run.kill_group(signal.SIGKILL)
+    run.finish()
+    run = launch()
+    assert run.finish() == 0, run.output()
+
+    first, second = Path(whole.output_dir), Path(run.output_dir)
+    assert figures(first) == figures(second)
+    assert read(first / "evals.jsonl") == read(second / "evals.jsonl")
+    assert trained_order(first) == trained_order(second)
+    weights, resumed = (load_file(d / "model" / "model.safetensors") for d in (first, second))
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    start = load_file(Path(playing["model"]["name"]) / "model.safetensors")
+    assert any(not torch.equal(start[name], weights[name]) for name in start), "nothing was trained"
+    books = audit(second / "ledger.jsonl")
+    assert (books.trained, books.open, books.balanced) == (4 * steps, 0, True)
