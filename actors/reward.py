@@ -15,8 +15,14 @@ from typing import Any, Protocol
 
 from actors.liveness import Alive
 from actors.messages import Conversations, GroupTensors, Prompt, Scores
+from actors.sandbox import VARIABLE, Mode, SandboxMissing, in_force
 from actors.scoring.children import FunctionScorer
-from actors.scoring.criteria import EpisodeCriterion, RewardCriterion
+from actors.scoring.criteria import (
+    EpisodeCriterion,
+    RewardCriterion,
+    RewardFailed,
+    RewardFailure,
+)
 from actors.scoring.model import ModelScorer, RewardModelCriterion
 from actors.specs import GROUPS_AT_ONCE, ModelSpec
 from actors.whereabouts import whereabouts
@@ -51,10 +57,13 @@ class RewardActor(Alive):
         tokenizer_spec: ModelSpec,
         log: str | None = None,
         at_once: int = GROUPS_AT_ONCE,
+        sandbox: Mode = "auto",
     ) -> None:
         """`log`: the file in the run directory for what functions print. Where this node does not
         see that directory it goes to the actor's own output, which Ray keeps. `at_once`: groups
-        that it is given at a time; a slow function may have as many processes."""
+        that it is given at a time; a slow function may have as many processes. `sandbox` is for
+        programs that functions run by `actors.sandbox`."""
+        self._sandbox = sandbox
         if log is not None:
             folder = os.path.dirname(log)
             if os.path.isdir(os.path.dirname(folder)):
@@ -65,7 +74,9 @@ class RewardActor(Alive):
         self._tokenizer: Any = None
         self._ends: frozenset[int] = frozenset()  # tokens that are no part of what was written
         self._scorers: tuple[Scorer, ...] = tuple(
-            FunctionScorer(c, log, at_once) if isinstance(c, RewardCriterion) else ModelScorer(c)
+            FunctionScorer(c, log, at_once, {VARIABLE: sandbox})
+            if isinstance(c, RewardCriterion)
+            else ModelScorer(c)
             for c in criteria
         )
 
@@ -73,12 +84,17 @@ class RewardActor(Alive):
         """Load the tokenizer and start every criterion. Returns the criteria and the process id.
 
         Raises:
-            RewardFailed: a function could not be imported here.
+            RewardFailed: a function could not be imported here, or a required sandbox is missing.
             ModelError: the tokenizer or a reward model cannot be loaded.
         """
+        try:
+            sandbox = await asyncio.to_thread(in_force, self._sandbox)
+        except SandboxMissing as missing:
+            raise RewardFailed("sandbox", RewardFailure.IMPORT, str(missing)) from missing
         await asyncio.to_thread(self._load_tokenizer)
         await _all(scorer.start() for scorer in self._scorers)
-        return {"criteria": tuple(scorer.name for scorer in self._scorers), **whereabouts()}
+        criteria = tuple(scorer.name for scorer in self._scorers)
+        return {"criteria": criteria, "sandbox": sandbox, **whereabouts()}
 
     async def score(
         self, prompt: Prompt, tensors: GroupTensors, conversations: Conversations | None = None

@@ -185,6 +185,11 @@ class RewardActorSpec(Spec):
         1, description="actors, each with all criteria", json_schema_extra=AUTO
     )
     resources: RoleResources = RoleResources(cpus=0.5)
+    sandbox: Literal["auto", "required", "off"] = Field(
+        "auto",
+        description="for programs that the model wrote: bubblewrap where it works, else limits "
+        "alone; required: the run ends where it does not work; off: limits of time alone",
+    )
     max_attempts: Positive = Field(3, description="tries per group before it is quarantined")
     max_concurrent_groups: Positive = Field(GROUPS_AT_ONCE, description="in flight per replica")
     start_timeout_s: Seconds = Field(300.0, description="longest wait for a replica to start")

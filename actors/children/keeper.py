@@ -84,7 +84,7 @@ def keep(lifeline: int, log: str | None, serve: Callable[[], None]) -> NoReturn:
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)  # the lifeline says when to end
     status = _watch(child, lifeline, heard, ended, output)
-    _kill_all(child)
+    kill_all(child)
     os.set_blocking(heard, False)
     with contextlib.suppress(BlockingIOError):
         for _ in range(LOG_BYTES // _CHUNK):
@@ -127,7 +127,7 @@ def _watch(child: int, lifeline: int, heard: int, ended: int, output: Output) ->
                 watched.remove(heard)
 
 
-def _kill_all(child: int) -> None:
+def kill_all(child: int) -> None:
     """Kill every process below this one, and wait until there is none."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)  # its group; on Linux, a part of what follows
@@ -137,13 +137,13 @@ def _kill_all(child: int) -> None:
         while os.waitpid(-1, os.WNOHANG) != (0, 0):
             pass  # reaped; most often there was none, and no table of processes need be read
         while True:
-            for process in _below(os.getpid()):
+            for process in below(os.getpid()):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(process, signal.SIGKILL)
             os.waitpid(-1, 0)
 
 
-def _below(top: int) -> list[int]:
+def below(top: int) -> list[int]:
     """The processes that `top` and their like have started, where /proc tells."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*"):

@@ -37,10 +37,16 @@ class FunctionScorer:
     """
 
     def __init__(
-        self, criterion: RewardCriterion, log: str | None = None, at_once: int = GROUPS_AT_ONCE
+        self,
+        criterion: RewardCriterion,
+        log: str | None = None,
+        at_once: int = GROUPS_AT_ONCE,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         """`log`: a file for what the function prints; default: this process's standard output.
-        `at_once`: children at most where the criterion does not say, as many as calls may come."""
+        `at_once`: children at most where the criterion does not say, as many as calls may come.
+        `variables` are added to the children's environment."""
+        self._variables = variables
         self.name = criterion.name
         self._criterion = criterion
         self._log = log
@@ -172,7 +178,9 @@ class FunctionScorer:
             await self._retire(child)
 
     async def _new_child(self) -> Child[Answer]:
-        child, copy = await started(_CHILD, parse, self._criterion.search_path, self._log)
+        child, copy = await started(
+            _CHILD, parse, self._criterion.search_path, self._log, variables=self._variables
+        )
         copy.close()
         self._children.add(child)
         ready = False

@@ -104,8 +104,9 @@ def _log(start: Start) -> str:
 def _reward(start: Start) -> tuple[Any, ...]:
     """All criteria but those that are said where the episodes are played."""
     criteria = tuple(c for c in start.criteria if not isinstance(c, EpisodeCriterion))
-    groups = start.config.reward.max_concurrent_groups
-    return (criteria, start.config.model, _log(start), groups)
+    reward = start.config.reward
+    told = (reward.max_concurrent_groups, reward.sandbox)
+    return (criteria, start.config.model, _log(start), *told)
 
 
 def _environment(start: Start) -> tuple[Any, ...]:

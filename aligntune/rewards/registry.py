@@ -59,6 +59,11 @@ REWARDS: dict[str, Registered] = {
         "1 if the completion matches option 'pattern', a regular expression, else 0",
         None,
     ),
+    "code": Registered(
+        "aligntune.rewards.code:code_passes",
+        "1 if the completion's Python passes the tests of column 'tests' in a sandbox, else 0",
+        "tests",
+    ),
     "length": Registered(
         "aligntune.rewards.length:length_penalty",
         "0 at option 'target' characters, falling to -1 with the distance from it",

@@ -1,0 +1,252 @@
+"""Programs that nobody has read, such as a model's, run where they can do little: `run`.
+
+With bubblewrap: no network, a read-only root without home folders, a scratch folder, its own
+process numbers. Without it: limits alone. Either way the environment holds no secret, CPU time,
+memory, processes, file size and output are bounded, and all that the program started ends with it.
+Standard library only: a reward's child imports this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+Mode = Literal["auto", "required", "off"]
+VARIABLE = "ALIGNTUNE_SANDBOX"
+"""Holds the mode in the processes that an actor starts for user code."""
+
+_HIDDEN = ("/home", "/root", "/run", "/mnt", "/media", "/srv")  # empty inside, where they are here
+_OUTSIDE = os.path.expanduser("~")
+_RUNNER = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from actors.sandbox_runner import main; main(sys.argv[2])"
+)
+START_SECONDS = 10.0  # for the runner beside the program's own time
+
+
+class SandboxMissing(RuntimeError):
+    """`required`, and bubblewrap is not here or may not work; the message says why."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use."""
+
+    cpu_s: float = 5.0
+    wall_s: float = 30.0  # for one that sleeps; a busy one ends by its CPU time
+    memory_mib: int = 1024
+    processes: int = 64
+    file_mib: int = 16
+    output_kib: int = 256
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a program ended. `status` is its exit code, negative for a signal."""
+
+    status: int
+    stdout: bytes
+    stderr: bytes
+    over: Literal["", "time", "output"] = ""  # the limit that ended it, where `run` did
+
+    @property
+    def well(self) -> bool:
+        """Whether it ended by itself, with exit code 0."""
+        return self.status == 0 and not self.over
+
+
+def mode_here() -> Mode:
+    """The mode that the actor has set for this process; auto where none has."""
+    said = os.environ.get(VARIABLE, "auto")
+    return "required" if said == "required" else "off" if said == "off" else "auto"
+
+
+@functools.cache
+def bubblewrap() -> tuple[str | None, str]:
+    """The program bwrap, where it works here, and else why not."""
+    program = shutil.which("bwrap")
+    if program is None:
+        return None, "bwrap is not installed (package bubblewrap)"
+    with tempfile.TemporaryDirectory(prefix="aligntune-") as scratch:
+        try:
+            done = subprocess.run(
+                [*_wrapped(program, scratch), "/bin/sh", "-c", "exit 0"],
+                capture_output=True,
+                timeout=20,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return None, f"bwrap does not work here: {error}"
+    if done.returncode:
+        return None, f"bwrap does not work here: {done.stderr.decode(errors='replace').strip()}"
+    return program, ""
+
+
+def in_force(mode: Mode) -> str:
+    """What holds programs in `mode` on this machine, for a person. Raises SandboxMissing."""
+    if mode == "off":
+        return "off"
+    program, why = bubblewrap()
+    if program is not None:
+        return "bubblewrap"
+    if mode == "required":
+        raise SandboxMissing(f"reward.sandbox is required, and {why}; install it, or set auto")
+    return f"limits alone ({why})"
+
+
+async def run(
+    command: Sequence[str],
+    *,
+    files: Mapping[str, str] | None = None,
+    stdin: bytes = b"",
+    limits: Limits | None = None,
+    mode: Mode | None = None,
+) -> Ran:
+    """Run `command` in a scratch folder that holds `files`, to its end or to a limit.
+
+    Cancelling ends it with all that it has started. Raises SandboxMissing.
+    """
+    mode, limits = mode or mode_here(), limits or Limits()
+    in_force(mode)
+    program = None if mode == "off" else bubblewrap()[0]
+    scratch = await asyncio.to_thread(_scratch, files or {})
+    try:
+        wrapped = [*_wrapped(program, scratch), *command] if program else list(command)
+        return await _run(wrapped, scratch, stdin, limits, held=mode != "off")
+    finally:
+        await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
+
+
+def _scratch(files: Mapping[str, str]) -> str:
+    folder = tempfile.mkdtemp(prefix="aligntune-code-")
+    for name, text in files.items():
+        (Path(folder) / name).write_text(text, encoding="utf-8", errors="replace")
+    return folder
+
+
+async def _run(command: list[str], scratch: str, stdin: bytes, limits: Limits, held: bool) -> Ran:
+    told = {"command": command, "folder": scratch, "held": held, **asdict(limits)}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-S",
+        "-E",
+        "-c",
+        _RUNNER,
+        json.dumps([entry or "." for entry in sys.path]),
+        json.dumps(told),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env=_environment(scratch),
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    over: Literal["", "time", "output"] = ""
+    try:
+        most = limits.output_kib * 1024
+        feeding = asyncio.ensure_future(_feed(process.stdin, stdin))
+        enough = partial(_end, process)
+        reading = asyncio.gather(
+            _read(process.stdout, most, enough), _read(process.stderr, most, enough)
+        )
+        try:
+            async with asyncio.timeout(limits.wall_s + START_SECONDS):
+                (out, much), (err, more) = await reading
+                over = "output" if much or more else ""
+                code = await process.wait()
+        except TimeoutError:  # the runner ends the program at wall_s; this is for a stuck machine
+            out, err, over, code = b"", b"", "time", -9
+        finally:
+            feeding.cancel()
+    finally:
+        _end(process)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), 5)
+        if process.returncode is None:
+            process.kill()
+    err, _, report = err.rpartition(b"\x1e")
+    if not over and report:
+        told_back = json.loads(report)
+        return Ran(int(told_back["status"]), out, err, "time" if told_back["late"] else "")
+    return Ran(code or -9, out, err, over or "time")
+
+
+async def _feed(writer: asyncio.StreamWriter, data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        writer.write(data)
+        await writer.drain()
+        writer.close()
+
+
+async def _read(
+    reader: asyncio.StreamReader, most: int, enough: Callable[[], None]
+) -> tuple[bytes, bool]:
+    """What is written until the end, and whether it was more than `most` bytes; then `enough` is
+    called and the rest is left out."""
+    data, much = b"", False
+    while piece := await reader.read(65536):
+        if not much:
+            data += piece
+        if len(data) > most and not much:
+            data, much = data[:most], True
+            enough()
+    return data, much
+
+
+def _end(process: asyncio.subprocess.Process) -> None:
+    """Have the runner end all that is below it."""
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+
+
+def _environment(scratch: str) -> dict[str, str]:
+    """Nothing of this process's environment: no key, no token, no path into a home."""
+    return {
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "HOME": scratch,
+        "TMPDIR": scratch,
+        "LANG": "C.UTF-8",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONHASHSEED": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _wrapped(program: str, scratch: str) -> list[str]:
+    """The beginning of a command that runs under bubblewrap."""
+    hidden = [place for place in dict.fromkeys((*_HIDDEN, _OUTSIDE)) if os.path.isdir(place)]
+    needed = dict.fromkeys((sys.prefix, sys.base_prefix, sys.exec_prefix))
+    inside = [
+        p for p in needed if any(p.startswith(f"{h}/") for h in (*hidden, "/tmp", "/var/tmp"))
+    ]
+    return [
+        program,
+        "--unshare-all",
+        "--die-with-parent",
+        "--new-session",
+        "--cap-drop", "ALL",
+        "--ro-bind", "/", "/",
+        "--dev", "/dev",
+        "--proc", "/proc",
+        "--tmpfs", "/tmp",
+        "--tmpfs", "/var/tmp",
+        *(part for place in hidden for part in ("--tmpfs", place)),
+        *(part for place in inside for part in ("--ro-bind", place, place)),
+        "--bind", scratch, scratch,
+        "--chdir", scratch,
+        "--",
+    ]  # fmt: skip

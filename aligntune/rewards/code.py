@@ -1,0 +1,176 @@
+"""The reward for code: a completion's Python program against tests, in a sandbox.
+
+Invariant: a program that ends before its tests are through has not passed them, however it ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import secrets
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from actors.sandbox import Limits, run
+from aligntune.rewards.inputs import Completion, column_of, text_of
+
+_FENCE = re.compile(
+    r"```[ \t]*(?:python3?|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE
+)
+_PLACES: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+
+# The tests come over standard input when the program has run, and the word that says they were
+# reached with them: what the program prints, or how it ends, says nothing.
+HARNESS = """
+import io, json, os, sys
+held, told = os.dup(0), os.dup(1)
+nothing = os.open(os.devnull, os.O_RDWR)
+os.dup2(nothing, 0); os.dup2(nothing, 1)
+sys.stdin = io.StringIO("")
+def passes(text, name, space):
+    try:
+        exec(compile(text, name, "exec"), space)
+        return True
+    except BaseException:
+        return False
+space = {"__name__": "solution"}
+with open("solution.py", encoding="utf-8") as file:
+    runs = passes(file.read(), "solution.py", space)
+with os.fdopen(held, encoding="utf-8") as file:
+    word, tests = json.load(file)
+verdicts = [runs and passes(test, "test", dict(space)) for test in tests]
+os.write(told, (word + json.dumps(verdicts)).encode())
+os._exit(0)
+"""
+
+
+@dataclass(frozen=True)
+class Tests:
+    """What a program must do: `asserts` run after it, or the output for each input."""
+
+    asserts: tuple[str, ...] = ()
+    pairs: tuple[tuple[str, str], ...] = ()  # standard input, standard output
+
+    def __len__(self) -> int:
+        return len(self.asserts) + len(self.pairs)
+
+
+async def code_passes(
+    completions: list[Completion],
+    *,
+    column: str = "tests",
+    partial: bool = False,
+    cpu_seconds: float = 5.0,
+    wall_seconds: float = 30.0,
+    memory_mib: int = 1024,
+    **columns: Any,
+) -> list[float]:
+    """1 where the completion's program passes every test, else 0; `partial`: the share it passes.
+
+    The program is the last fenced block of Python, or the whole text without one. A row of the
+    column holds asserts (a text, or a list of them), or inputs and outputs of the program:
+    [{input, output}, ...] or {inputs: [...], outputs: [...]}, also as JSON text. Outputs are
+    compared line by line without white space at line ends. Limits are of one run of a program.
+
+    Raises:
+        ValueError: there is no such column, or a row holds no tests.
+        SandboxMissing: `reward.sandbox` is required, and there is none.
+    """
+    tests = [read_tests(value, column) for value in column_of(columns, column)]
+    limits = Limits(cpu_s=cpu_seconds, wall_s=wall_seconds, memory_mib=memory_mib)
+    shares = await asyncio.gather(
+        *(
+            _share(program_of(text_of(completion)), of, limits)
+            for completion, of in zip(completions, tests, strict=True)
+        )
+    )
+    return [share if partial else float(share == 1.0) for share in shares]
+
+
+def program_of(text: str) -> str:
+    """The last fenced block of Python in a text, else the whole text."""
+    blocks = _FENCE.findall(text)
+    return str(blocks[-1]) if blocks else text
+
+
+def read_tests(value: Any, column: str) -> Tests:
+    """The tests that a row's value means. Raises ValueError."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(ValueError, RecursionError):  # asserts may begin with a bracket
+            value = json.loads(value)
+    found = Tests()
+    if isinstance(value, str) and value.strip():
+        found = Tests(asserts=(value,))
+    elif isinstance(value, Mapping) and {"inputs", "outputs"} <= value.keys():
+        inputs, outputs = list(value["inputs"]), list(value["outputs"])
+        if len(inputs) == len(outputs):
+            found = Tests(pairs=tuple(zip(map(_lines, inputs), map(_lines, outputs), strict=True)))
+    elif isinstance(value, Sequence) and value:
+        if all(isinstance(item, str) and item.strip() for item in value):
+            found = Tests(asserts=tuple(value))
+        elif all(
+            isinstance(item, Mapping) and {"input", "output"} <= item.keys() for item in value
+        ):
+            found = Tests(pairs=tuple((_lines(i["input"]), _lines(i["output"])) for i in value))
+    if not found:
+        raise ValueError(
+            f"a row of the data has no tests in column {column!r}: asserts as text, or inputs and "
+            "outputs as [{input, output}, ...] or {inputs: [...], outputs: [...]}"
+        )
+    return found
+
+
+def _lines(value: Any) -> str:
+    return "\n".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+async def _share(program: str, tests: Tests, limits: Limits) -> float:
+    """The share of the tests that a program passes."""
+    parts: list[Any] = [_output_is(program, *pair, limits) for pair in tests.pairs]
+    verdicts = list(await asyncio.gather(*parts))
+    if tests.asserts:
+        verdicts += await _asserted(program, tests.asserts, limits)
+    return sum(verdicts) / len(tests)
+
+
+def _place() -> asyncio.Semaphore:
+    """Of as many programs at once as this machine has processors, in this process."""
+    places = asyncio.Semaphore(max(2, os.cpu_count() or 1))
+    return _PLACES.setdefault(asyncio.get_running_loop(), places)
+
+
+async def _asserted(program: str, asserts: Sequence[str], limits: Limits) -> list[bool]:
+    word = secrets.token_hex(16)
+    async with _place():
+        ran = await run(
+            [sys.executable, "-I", "harness.py"],
+            files={"solution.py": program, "harness.py": HARNESS},
+            stdin=json.dumps([word, list(asserts)]).encode(),
+            limits=limits,
+        )
+    said = ran.stdout.decode(errors="replace")
+    if not ran.well or not said.startswith(word):
+        return [False] * len(asserts)
+    verdicts = json.loads(said.removeprefix(word))
+    return [verdict is True for verdict in verdicts]
+
+
+async def _output_is(program: str, given: str, wanted: str, limits: Limits) -> bool:
+    async with _place():
+        ran = await run(
+            [sys.executable, "-I", "solution.py"],
+            files={"solution.py": program},
+            stdin=given.encode(),
+            limits=limits,
+        )
+    return ran.well and _normal(ran.stdout.decode(errors="replace")) == _normal(wanted)
+
+
+def _normal(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip().splitlines()]

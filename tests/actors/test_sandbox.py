@@ -1,0 +1,164 @@
+"""Programs in a sandbox: what they cannot do, what ends them, and what is left of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from actors import sandbox
+from actors.sandbox import Limits, Mode, Ran, SandboxMissing, in_force, run
+
+SMALL = Limits(cpu_s=1.0, wall_s=20.0, memory_mib=256, processes=16, file_mib=1, output_kib=64)
+MODES = ["auto", "limits alone"]
+
+
+@pytest.fixture(params=MODES)
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Mode:
+    """With bubblewrap where it works, and without it."""
+    if request.param == "limits alone":
+        monkeypatch.setattr(sandbox, "bubblewrap", lambda: (None, "not here"))
+    elif sandbox.bubblewrap()[0] is None:
+        pytest.skip(sandbox.bubblewrap()[1])
+    return "auto"
+
+
+def python(program: str, mode: Mode = "auto", limits: Limits = SMALL, stdin: bytes = b"") -> Ran:
+    command = [sys.executable, "-I", "-S", "program.py"]
+    files = {"program.py": program}
+    return asyncio.run(run(command, files=files, stdin=stdin, limits=limits, mode=mode))
+
+
+def test_a_program_reads_its_input_and_says_its_output(mode: Mode) -> None:
+    ran = python("print(input()[::-1]); import sys; sys.stderr.write('aside')", mode, stdin=b"abc")
+    assert (ran.stdout, ran.stderr, ran.well) == (b"cba\n", b"aside", True)
+    assert python("raise SystemExit(3)", mode).status == 3
+    assert python("import os; os.kill(os.getpid(), 11)", mode).status in (-11, 139)
+
+
+def test_nothing_of_the_environment_is_there(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "Rumpel417")
+    ran = python("import os; print(dict(os.environ))", mode)
+    assert b"Rumpel" not in ran.stdout
+    assert b"PATH" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True: pass",
+        "import os\nwhile True: os.fork()",
+        "x = bytearray(2**30)",
+        "open('big', 'wb').write(bytes(2**22))",
+        "while True: print('x' * 1000)",
+        "import time; time.sleep(600)",
+    ],
+    ids=["processor", "forks", "memory", "file", "output", "sleep"],
+)
+def test_a_program_that_takes_too_much_ends(mode: Mode, program: str) -> None:
+    if "fork" in program and sandbox.bubblewrap()[0] is None and os.getuid() == 0:
+        pytest.skip("nothing bounds the processes of root but bubblewrap")
+    limits = Limits(**{**vars(SMALL), "wall_s": 3.0})
+    began = time.monotonic()
+    ran = python(program, mode, limits)
+    assert not ran.well
+    assert time.monotonic() - began < 60
+    assert len(ran.stdout) <= 64 * 1024
+
+
+DAEMON = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.execv({python!r}, ["{mark}", "-S", "-c", "import time; time.sleep(300)"])
+    os._exit(0)
+os.wait()
+time.sleep({stay})
+"""
+
+
+def alive(mark: str) -> bool:
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (entry / "cmdline").read_bytes().startswith(mark.encode()):
+                return True
+    return False
+
+
+@pytest.mark.parametrize("stay", [0, 300])
+def test_what_a_program_leaves_behind_ends_with_it(mode: Mode, stay: int, tmp_path: Path) -> None:
+    mark = f"daemon-{os.getpid()}-{stay}-{tmp_path.name}"
+    program = DAEMON.format(python=sys.executable, mark=mark, stay=stay)
+    python(program, mode, Limits(**{**vars(SMALL), "wall_s": 2.0}))
+    assert not alive(mark)
+
+
+def test_a_program_whose_caller_leaves_ends(mode: Mode, tmp_path: Path) -> None:
+    mark = f"left-{os.getpid()}-{tmp_path.name}"
+    program = DAEMON.format(python=sys.executable, mark=mark, stay=300)
+
+    async def leave() -> None:
+        command = [sys.executable, "-I", "-S", "program.py"]
+        running = asyncio.create_task(run(command, files={"program.py": program}, mode=mode))
+        deadline = time.monotonic() + 30
+        while not alive(mark) and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        assert alive(mark)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    asyncio.run(leave())
+    assert not alive(mark)
+
+
+def test_under_bubblewrap_there_is_no_network_and_no_home_and_nothing_can_be_written() -> None:
+    if sandbox.bubblewrap()[0] is None:
+        pytest.skip(sandbox.bubblewrap()[1])
+    assert in_force("required") == "bubblewrap"
+    program = """
+import os, socket
+def tried(what):
+    try:
+        return repr(what())
+    except OSError as error:
+        return type(error).__name__
+print(tried(lambda: socket.create_connection(("127.0.0.1", PORT), timeout=5)))
+print(tried(lambda: open("/etc/made", "w")))
+print(tried(lambda: os.listdir(HOME)))
+print(tried(lambda: open("here", "w").write("x")))
+print(len([p for p in os.listdir("/proc") if p.isdigit()]) < 10)
+"""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        home = repr(os.path.expanduser("~"))
+        text = program.replace("PORT", str(server.getsockname()[1])).replace("HOME", home)
+        ran = python(text, "required")
+    network, written, listed, scratch, alone = ran.stdout.decode().splitlines()
+    assert network in ("ConnectionRefusedError", "OSError", "TimeoutError")
+    assert written in ("OSError", "PermissionError")
+    assert scratch == "1"
+    assert alone == "True"
+    prefixes = {Path(p).relative_to(home.strip("'")).parts[0] for p in (sys.prefix, sys.base_prefix)
+                if Path(p).is_relative_to(home.strip("'"))}  # fmt: skip
+    assert set(eval(listed)) <= prefixes
+
+
+def test_required_without_bubblewrap_is_refused_and_auto_says_what_is_in_force(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sandbox, "bubblewrap", lambda: (None, "bwrap is not installed"))
+    with pytest.raises(SandboxMissing, match="bwrap is not installed"):
+        in_force("required")
+    with pytest.raises(SandboxMissing):
+        python("", "required")
+    assert in_force("auto") == "limits alone (bwrap is not installed)"
+    assert in_force("off") == "off"
+    assert python("print(1)", "off").stdout == b"1\n"

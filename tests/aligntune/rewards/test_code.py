@@ -1,0 +1,85 @@
+"""The code reward: what passes, what does not, and tricks that must not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from actors.sandbox import SandboxMissing
+from aligntune.rewards.code import code_passes, program_of, read_tests
+
+ADD = "def add(a, b):\n    return a + b\n"
+ASSERTS = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]
+ECHO = [{"input": "1 2\n", "output": "3"}, {"input": "5 5", "output": "10\n"}]
+
+
+def score(completions: list[str], tests: Any, **options: Any) -> list[float]:
+    rows = [tests] * len(completions)
+    return asyncio.run(code_passes(list(completions), tests=rows, **options))
+
+
+def test_programs_are_scored_by_their_tests_many_at_once() -> None:
+    fenced = f"I think:\n```python\nnonsense(\n```\nno, rather\n```python\n{ADD}```\nDone."
+    wrong = ADD.replace("+", "-")
+    assert score([ADD, fenced, wrong, "", "I do not know"], ASSERTS) == [1, 1, 0, 0, 0]
+    assert score([ADD], "\n".join(ASSERTS)) == [1]
+
+
+def test_programs_are_scored_by_what_they_print_for_their_input() -> None:
+    good = "print(sum(map(int, input().split())))"
+    assert score([good, "print(3)", "print(4)"], ECHO) == [1, 0, 0]
+    assert score(["print(3)"], ECHO, partial=True) == [0.5]
+    inputs = {"inputs": ["1 2\n", ["5 5"]], "outputs": ["3", ["10"]]}
+    assert score([good], inputs) == [1]
+    assert score([good], json.dumps(inputs)) == [1]
+
+
+def test_a_share_of_the_asserts_counts_where_that_is_asked_for() -> None:
+    half = "def add(a, b):\n    return 3\n"
+    assert score([half], ASSERTS) == [0]
+    assert score([half], ASSERTS, partial=True) == [0.5]
+
+
+@pytest.mark.parametrize(
+    "trick",
+    [
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "def add(a, b):\n    import os; os._exit(0)",
+        "def add(a, b):\n    raise SystemExit(0)",
+        "print('[true, true]')",
+        "import os\nfor fd in range(3, 10):\n    try: os.write(fd, b'[true, true]')\n"
+        "    except OSError: pass\nos._exit(0)",
+        "import os; os.kill(os.getppid(), 9)",
+        "def add(a, b):\n    while True: pass",
+        "def add(a, b):\n    return add(a, b)",
+        "import builtins; builtins.AssertionError = 1 / 0",
+    ],
+)
+def test_a_program_that_ends_before_its_tests_has_not_passed_them(trick: str) -> None:
+    assert score([trick], ASSERTS, cpu_seconds=1.0) == [0]
+
+
+@pytest.mark.parametrize("tests", ["", [], {}, {"inputs": ["1"], "outputs": []}, [1], 5, ["", "x"]])
+def test_a_row_without_tests_is_refused_with_the_column(tests: Any) -> None:
+    with pytest.raises(ValueError, match="no tests in column 'tests'"):
+        read_tests(tests, "tests")
+
+
+def test_the_program_is_the_last_fenced_block_or_the_whole_text() -> None:
+    assert program_of("x = 1") == "x = 1"
+    assert program_of("```\nx\n```") == "x\n"
+    assert program_of("```py\nx = 1\n```\n```python\ny = 2\n```") == "y = 2\n"
+    assert program_of("```python\nx = 1") == "x = 1"
+
+
+def test_a_sandbox_that_is_required_and_missing_is_a_failure_and_no_score(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ALIGNTUNE_SANDBOX", "required")
+    monkeypatch.setattr("actors.sandbox.bubblewrap", lambda: (None, "bwrap is not installed"))
+    with pytest.raises(SandboxMissing):
+        score([ADD], ASSERTS)
