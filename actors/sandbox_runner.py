@@ -32,6 +32,7 @@ def main(told: str) -> NoReturn:
     child = os.fork()
     if child == 0:
         os.setsid()
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         _held(limits)
         os.chdir(limits["folder"])
         os.execvpe(limits["command"][0], limits["command"], os.environ)

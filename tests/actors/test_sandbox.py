@@ -52,7 +52,7 @@ def test_nothing_of_the_environment_is_there(mode: Mode, monkeypatch: pytest.Mon
     "program",
     [
         "while True: pass",
-        "import os\nwhile True: os.fork()",
+        pytest.param("import os\nwhile True: os.fork()", marks=pytest.mark.slow),
         "x = bytearray(2**30)",
         "open('big', 'wb').write(bytes(2**22))",
         "while True: print('x' * 1000)",
