@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from actors.engines.specs import AutoEngineSpec, EngineField
 from actors.settings import AUTO
@@ -174,7 +175,38 @@ class RewardModelSpec(Spec):
     timeout_s: Seconds = Field(120.0, description="for one group")
 
 
-REWARD_KINDS: dict[str, type[Spec]] = {"function": RewardFunctionSpec, "model": RewardModelSpec}
+class RewardUrlSpec(Spec):
+    """A service over HTTP as one criterion."""
+
+    workers: ClassVar[None] = None  # its requests share one process
+
+    url: str = Field(
+        description="http or https; gets prompts, completions and columns as JSON, answers scores"
+    )
+    name: str | None = Field(None, description="in metrics; default: the host's")
+    weight: float = Field(1.0, description="in the sum of criteria")
+    request_timeout_s: Seconds = Field(30.0, description="longest wait for one answer")
+    retries: int = Field(3, ge=0, description="further tries, with growing pauses")
+    concurrency: Positive = Field(16, description="requests at once, of each reward actor")
+    token_env: str | None = Field(
+        None, description="the variable that holds a bearer token, on the nodes of reward actors"
+    )
+    timeout_s: Seconds = Field(180.0, description="for one group, with all its tries")
+
+    @field_validator("url")
+    @classmethod
+    def _is_http(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"give a URL such as http://HOST:PORT/score, not {url!r}")
+        return url
+
+
+REWARD_KINDS: dict[str, type[Spec]] = {
+    "function": RewardFunctionSpec,
+    "model": RewardModelSpec,
+    "url": RewardUrlSpec,
+}
 """What an entry of `rewards` may be, each by the key that says so."""
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from aligntune.errors import UserError
+from aligntune.errors import UserError, shown
 
 Tool = str | Callable[..., Any]
 Environment = str | Callable[..., Any] | Mapping[str, str | Callable[..., Any]]
@@ -27,7 +27,7 @@ def named_code(
         if isinstance(value, str):
             return value
         if not callable(value):
-            raise UserError(f"{path} is neither a 'module:name' nor a callable, but {value!r}")
+            raise UserError(f"{path} is neither a 'module:name' nor a callable, but {shown(value)}")
         code[path] = value
         own = getattr(value, "__qualname__", type(value).__qualname__)
         return f"{getattr(value, '__module__', '?')}:{own}"
@@ -35,7 +35,7 @@ def named_code(
     tools = arguments.get("tools")
     if tools is not None:
         if isinstance(tools, str | Mapping) or not isinstance(tools, Iterable):
-            raise UserError(f"tools is a list of functions, not {tools!r}")
+            raise UserError(f"tools is a list of functions, not {shown(tools)}")
         named["tools"] = [name(f"tools.{index}", tool) for index, tool in enumerate(tools)]
     environment = arguments.get("environment")
     if isinstance(environment, Mapping):

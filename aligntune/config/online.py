@@ -29,6 +29,7 @@ from actors.specs import (
     RewardActorSpec,
     RewardFunctionSpec,
     RewardModelSpec,
+    RewardUrlSpec,
     RolloutSpec,
     Spec,
 )
@@ -71,7 +72,7 @@ def _dump_algorithm(value: Algorithm) -> dict[str, Any]:
 AlgorithmField = Annotated[
     Algorithm, BeforeValidator(_parse_algorithm), PlainSerializer(_dump_algorithm)
 ]
-RewardField = Annotated[RewardFunctionSpec | RewardModelSpec, OneKind(REWARD_KINDS)]
+RewardField = Annotated[RewardFunctionSpec | RewardModelSpec | RewardUrlSpec, OneKind(REWARD_KINDS)]
 
 
 class TrainSpec(Spec):

@@ -15,7 +15,7 @@ from actors.messages import GroupSampling, Prompt, Scores
 from actors.reward import Criterion
 from actors.scoring.children import IMPORT_SECONDS
 from actors.scoring.criteria import RewardFailed
-from actors.specs import RewardFunctionSpec, RewardModelSpec
+from actors.specs import RewardFunctionSpec, RewardModelSpec, RewardUrlSpec
 from actors.supervise import ReplicaSet
 from aligntune.config.online import RunConfig
 from aligntune.online.attempts import GroupFailed, Retried, again, outlive
@@ -144,7 +144,7 @@ def scoring_deadline(config: RunConfig) -> float:
     )
 
 
-def calls_in_turn(reward: RewardFunctionSpec | RewardModelSpec, groups: int) -> int:
+def calls_in_turn(reward: RewardFunctionSpec | RewardModelSpec | RewardUrlSpec, groups: int) -> int:
     """How many calls of a criterion may follow on each other before `groups` groups are scored."""
     if isinstance(reward, RewardModelSpec):
         return groups

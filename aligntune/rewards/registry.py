@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from actors.children.code import FunctionNotFound, import_function, in_file, search_path, searching
 from actors.scoring.calling import GIVEN, named_parameters
 from actors.scoring.criteria import RewardCriterion
-from actors.specs import ModelSpec, RewardFunctionSpec, RewardModelSpec
+from actors.specs import ModelSpec, RewardFunctionSpec, RewardModelSpec, RewardUrlSpec
 from aligntune.errors import closest
 from aligntune.paths import located
 
@@ -154,16 +155,33 @@ def resolve_model(spec: RewardModelSpec) -> RewardModelCriterion:
     )
 
 
+def resolve_url(spec: RewardUrlSpec) -> RewardCriterion:
+    """What reward actors run for a service over HTTP, which is not asked here."""
+    options = spec.model_dump(exclude={"name", "weight", "timeout_s"})
+    return RewardCriterion(
+        name=spec.name or urlsplit(spec.url).hostname or spec.url,
+        target="aligntune.rewards.remote:remote_scores",
+        timeout_s=spec.timeout_s,
+        options=options,
+        search_path=search_path(),
+        hidden=tuple(options),
+    )
+
+
 def resolve_all(
-    specs: Sequence[RewardFunctionSpec | RewardModelSpec],
+    specs: Sequence[RewardFunctionSpec | RewardModelSpec | RewardUrlSpec],
 ) -> tuple[RewardCriterion | RewardModelCriterion, ...]:
-    """`resolve` or `resolve_model` for each of a run's rewards, in order.
+    """`resolve`, `resolve_model` or `resolve_url` for each of a run's rewards, in order.
 
     Raises:
         ValueError: as these, or two of them have the same name in metrics.
     """
     criteria = tuple(
-        resolve_model(spec) if isinstance(spec, RewardModelSpec) else resolve(spec)
+        resolve_model(spec)
+        if isinstance(spec, RewardModelSpec)
+        else resolve_url(spec)
+        if isinstance(spec, RewardUrlSpec)
+        else resolve(spec)
         for spec in specs
     )
     check_names(criteria)

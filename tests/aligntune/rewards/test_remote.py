@@ -1,0 +1,177 @@
+"""Rewards over HTTP against a service on loopback: what is a score, and what is a failure."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from aligntune.config.load import load_config
+from aligntune.errors import UserError
+from aligntune.rewards import remote
+from aligntune.rewards.registry import resolve_all
+from aligntune.rewards.remote import NoAnswer, remote_scores
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.0)
+
+
+def asked(handler: Handler, groups: int = 1, **options: Any) -> list[Any]:
+    """What `groups` calls at once say of a service that answers by `handler`."""
+
+    async def ask() -> list[Any]:
+        app = web.Application()
+        app.router.add_post("/score", handler)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        port = runner.addresses[0][1]
+        try:
+            calls = [
+                remote_scores(
+                    ["p", "p"], ["a", "bb"], url=f"http://127.0.0.1:{port}/score",
+                    answer=["1", "2"], **options,
+                )
+                for _ in range(groups)
+            ]  # fmt: skip
+            return await asyncio.gather(*calls, return_exceptions=True)
+        finally:
+            await runner.cleanup()
+
+    return asyncio.run(ask())
+
+
+def says(body: str, status: int = 200, **headers: str) -> Handler:
+    async def handler(_: web.Request) -> web.Response:
+        return web.Response(text=body, status=status, headers=headers)
+
+    return handler
+
+
+def test_a_service_scores_what_it_is_sent() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        sent = await request.json()
+        assert sent["prompts"] == ["p", "p"]
+        assert sent["columns"] == {"answer": ["1", "2"]}
+        return web.json_response({"scores": [len(text) for text in sent["completions"]]})
+
+    assert asked(handler) == [[1.0, 2.0]]
+    assert asked(says('{"scores": [0.5, null]}')) == [[0.5, None]]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("oops", "no JSON"),
+        ("[1, 2]", "no object"),
+        ("{}", "no object"),
+        ('{"scores": [1]}', "1 scores for 2"),
+        ('{"scores": [1, "2"]}', "score 1 is no number"),
+        ('{"scores": [true, 1]}', "score 0 is no number"),
+        ('{"scores": [NaN, 1]}', "score 0 is not finite"),
+        ('{"scores": [1, 1e999]}', "score 1 is not finite"),
+        ('{"scores": [1, %s]}' % ("9" * 400), "score 1 is not finite"),
+        ("[" * 100_000, "no JSON"),
+    ],
+)
+def test_an_answer_of_another_form_is_a_failure_and_no_score(body: str, said: str) -> None:
+    (error,) = asked(says(body))
+    assert isinstance(error, NoAnswer)
+    assert said in str(error)
+    assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("status", [301, 400, 401, 404])
+def test_a_refusal_is_not_tried_again(status: int) -> None:
+    asked_times = 0
+
+    async def handler(_: web.Request) -> web.Response:
+        nonlocal asked_times
+        asked_times += 1
+        return web.Response(status=status, headers={"Location": "/score"})
+
+    (error,) = asked(handler)
+    assert str(status) in str(error)
+    assert asked_times == 1
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_service_that_fails_for_a_while_is_asked_again(status: int) -> None:
+    left = [status, status]
+
+    async def handler(_: web.Request) -> web.Response:
+        return web.Response(status=left.pop()) if left else web.json_response({"scores": [1, 2]})
+
+    assert asked(handler, retries=2) == [[1.0, 2.0]]
+    (error,) = asked(says("", status), retries=1)
+    assert f"answered {status}, in 2 tries" in str(error)
+
+
+def test_a_service_that_hangs_or_is_gone_is_a_failure() -> None:
+    async def handler(_: web.Request) -> web.Response:
+        await asyncio.sleep(30)
+        return web.Response()
+
+    (error,) = asked(handler, request_timeout_s=0.2, retries=1)
+    assert "no answer in time, in 2 tries" in str(error)
+    with pytest.raises(NoAnswer, match="in 1 tries"):
+        asyncio.run(remote_scores([], [], url="http://127.0.0.1:9/", retries=0))
+
+
+def test_no_more_requests_run_at_once_than_are_allowed() -> None:
+    now = most = 0
+
+    async def handler(_: web.Request) -> web.Response:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.02)
+        now -= 1
+        return web.json_response({"scores": [1, 2]})
+
+    assert asked(handler, groups=12, concurrency=3) == [[1.0, 2.0]] * 12
+    assert most == 3
+
+
+def test_a_token_is_read_from_the_variable_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        assert request.headers["Authorization"] == "Bearer Rumpel"
+        return web.json_response({"scores": [1, 2]})
+
+    monkeypatch.setenv("JUDGE", "Rumpel")
+    assert asked(handler, token_env="JUDGE") == [[1.0, 2.0]]
+    monkeypatch.delenv("JUDGE")
+    (error,) = asked(handler, token_env="JUDGE")
+    assert "JUDGE" in str(error)
+
+
+def config(reward: Any) -> Any:
+    return load_config(
+        {
+            "algorithm": "grpo",
+            "model": {"name": "m"},
+            "data": {"path": "d"},
+            "rewards": [reward],
+            "output_dir": "out",
+        }
+    )
+
+
+def test_a_url_is_a_kind_of_reward() -> None:
+    loaded = config({"url": "http://judge:8000/score", "retries": 5, "weight": 2.0})
+    (criterion,) = resolve_all(loaded.rewards)
+    assert (criterion.name, loaded.rewards[0].weight) == ("judge", 2.0)
+    assert criterion.options["retries"] == 5
+    for wrong in ("judge:8000", "ftp://judge/x", "http://"):
+        with pytest.raises(UserError, match="http://HOST"):
+            config({"url": wrong})
+    with pytest.raises(UserError, match="credential"):
+        config({"url": "https://me:secret@judge/score"})
