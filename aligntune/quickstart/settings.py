@@ -60,7 +60,7 @@ _TUNED: dict[str, dict[str, object]] = {
 
 _BY_AGENT = ("grpo",)
 _AGENT: dict[str, object] = {
-    "train.steps": 15,
+    "train.steps": 12,
     "tools": ["aligntune.quickstart.agent:add"],
     "rollout.temperature": 1.0,
     "rollout.max_completion_length": MAX_SAMPLED_TOKENS,
