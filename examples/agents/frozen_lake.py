@@ -18,9 +18,7 @@ def make(row: dict[str, Any]) -> Any:
 
 def show(place: int) -> str:
     """What the model is told of an observation."""
-    return (
-        f"You are in row {place // 4}, column {place % 4}. Go to row 3, column 3: say a direction."
-    )
+    return f"You are in row {place // 4}, column {place % 4}. Go to row 3, column 3. Where to?"
 
 
 def read(answer: str) -> int:
