@@ -115,7 +115,7 @@ def test_a_slow_reward_may_have_as_many_processes_as_its_actor_has_groups(
 ) -> None:
     changed = load_config(config.model_dump(mode="json") | {"reward": {"max_concurrent_groups": 7}})
     assert isinstance(changed, RunConfig)
-    *_, at_once = ROLES["reward"].arguments(Start(changed, 0, "name", 1, ()))
+    *_, at_once, _ = ROLES["reward"].arguments(Start(changed, 0, "name", 1, ()))
     assert at_once == ROLES["reward"].slots(changed) == 7
 
 
