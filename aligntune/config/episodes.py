@@ -76,8 +76,13 @@ def check_episodes(config: RunConfig) -> None:
             f"episodes.port={episodes.port} is one port and episodes.replicas="
             f"{episodes.replicas}; leave the port out, and each replica takes a free one"
         )
-    if episodes.port is not None and config.agent is None:
-        raise UserError(
-            "episodes.port is where an agent's sessions are served, and there is no agent, so it "
-            "would be ignored; remove it"
-        )
+    of_agents, of_tools = ("host", "port"), ("call_timeout_s", "max_output_characters")
+    ignored = of_agents if config.agent is None else of_tools
+    for key in ignored:
+        if getattr(episodes, key) != getattr(EpisodesSpec(), key):
+            why = (
+                "is where an agent's sessions are served, and there is no agent"
+                if config.agent is None
+                else "bounds tools and environments of ours, and an agent has its own"
+            )
+            raise UserError(f"episodes.{key} {why}, so it would be ignored; remove it")
