@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -105,8 +106,13 @@ class Command:
         return self.output.read_text(errors="replace")
 
     def finish(self, deadline_s: float = 240.0) -> int:
-        """The exit code."""
-        return self.process.wait(deadline_s)
+        """The exit code. Where it does not end in time, its stacks and output are shown."""
+        try:
+            return self.process.wait(deadline_s)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)  # faulthandler is on
+            self.process.wait(10)
+            raise AssertionError(f"no end in {deadline_s:g} s: {self.text()}") from None
 
 
 @dataclass
@@ -126,7 +132,7 @@ class Runs:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env={**self.nodes.environment, **environment},
+                env={**self.nodes.environment, "PYTHONFAULTHANDLER": "1", **environment},
                 cwd=self.folder,
                 text=True,
             )
