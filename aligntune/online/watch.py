@@ -90,7 +90,11 @@ class Watch:
         while self._processes:
             await asyncio.sleep(DRAIN_SECONDS)
             nodes = {*self._learner.nodes, str(whereabouts()["node_id"])}
-            if (gone := await asyncio.wrap_future(asked(partial(draining, nodes)))) is not None:
+            try:
+                gone = await asyncio.wrap_future(asked(partial(draining, nodes)))
+            except Exception:  # noqa: BLE001 - a head that does not answer takes no node away
+                continue
+            if gone is not None:
                 stop(signal.SIGTERM, f"node {gone[:8]} is being drained")
                 break
         return await forever()
@@ -111,24 +115,28 @@ class Watch:
             await asyncio.sleep(self._train.stall_timeout_s / LOOKS)
             now = self._progress()
             seen, still = now, still + 1 if now == seen else 0
-        path, waits = await self._write()
+        waits = "; ".join(self._timeline.running()[:5]) or "nothing that was asked of a process"
+        try:
+            path: str | None = str(await self._write())
+            written = f"what every process was at is in {path}"
+        except OSError as error:  # of a disk that is full, which may be why nothing moves
+            path, written = None, f"what every process was at could not be written: {error}"
         limit = self._train.stall_timeout_s
-        self._recorder.event(EventKind.STALLED, seconds=limit, path=str(path), waits=waits)
+        self._recorder.event(EventKind.STALLED, seconds=limit, path=path, waits=waits)
         return (
             f"nothing has moved for train.stall_timeout_s={limit:g} s; the run waits for {waits}; "
-            f"what every process was at is in {path}"
+            f"{written}"
         )
 
-    async def _write(self) -> tuple[Path, str]:
-        """The file with what everybody is at, and in one line what the run waits for."""
-        waits = "; ".join(self._timeline.running()[:5]) or "nothing that was asked of a process"
+    async def _write(self) -> Path:
+        """The file with what everybody is at. Raises OSError."""
         found = [("the driver", all_stacks()), ("its tasks", tasks_of_this_loop())]
         found += await stacks_of({**self._learner.handles, **self._serving.handles})
         path = self._logs / f"stalled-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         text = "\n".join(f"==== {name}\n{what}\n" for name, what in found)
         path.write_text(text, encoding="utf-8")
-        return path, waits
+        return path
 
 
 def tasks_of_this_loop() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,19 @@ def test_a_run_in_which_nothing_moves_ends_and_says_what_everybody_was_at(world:
     assert world.trained() == [[0, 1], [2, 3], [4, 5]], "the same command goes on"
 
 
+def test_a_stalled_run_says_so_where_nothing_can_be_written(world: World) -> None:
+    world.configure(train={**ahead(0), "stall_timeout_s": 0.4})
+
+    async def generate(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    world.during["generate"] = generate
+    (world.folder / "logs").write_text("no folder")
+    with pytest.raises(RunFailed, match=r"nothing has moved .* could not be written"):
+        world.run(evaluated=False)
+    assert world.events("stalled")[0]["path"] is None
+
+
 def test_a_run_whose_ray_dies_ends_with_the_reason(
     world: World, process: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,11 +99,16 @@ def test_a_node_that_is_drained_stops_the_run_that_has_ranks_on_it(
     world: World, process: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drained: set[str] = set()
+    in_vain = threading.Event()
 
     def draining(nodes: set[str]) -> str | None:
+        if not in_vain.is_set():
+            in_vain.set()
+            raise RuntimeError("the head does not answer for a while")
         return min(drained & nodes, default=None)
 
     async def update(step: int) -> None:
+        assert await asyncio.to_thread(in_vain.wait, 30)
         drained.add("of another run" if step == 1 else "the rank's")
         await asyncio.sleep(0.2)
 
