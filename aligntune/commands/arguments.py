@@ -1,4 +1,4 @@
-"""Arguments that several commands take."""
+"""What several commands take and say."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY.PATH=VALUE]...", help="keys to set, as in train.steps=100"),
 ]
+
+
+def note(text: str) -> None:
+    """Say something beside the output."""
+    typer.echo(text, err=True)

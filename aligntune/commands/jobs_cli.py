@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from aligntune.commands.arguments import ConfigFile, Overrides
+from aligntune.commands.arguments import ConfigFile, Overrides, note
 
 app = typer.Typer(no_args_is_help=True, help="The Ray jobs of a cluster.")
 
@@ -101,11 +101,6 @@ def jobs_stop(job_id: JobId, address: JobsAddress) -> int:
 
     with connected(address) as jobs:
         return stop(jobs, job_id, note)
-
-
-def note(text: str) -> None:
-    """Say something beside the output."""
-    typer.echo(text, err=True)
 
 
 def passed_on(text: str) -> None:

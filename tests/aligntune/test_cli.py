@@ -178,7 +178,7 @@ def test_a_disk_that_takes_nothing_ends_a_command_in_one_line_and_how_to_go_on(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/disk/step-000050")
 
-    monkeypatch.setattr("aligntune.cli._trainer", full)
+    monkeypatch.setattr("aligntune.commands.train_cli.trainer_of", full)
     with pytest.raises(SystemExit) as ended:
         main(["train", "config.yaml"])
     assert ended.value.code == 1

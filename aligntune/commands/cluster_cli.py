@@ -1,0 +1,62 @@
+"""`aligntune plan` and `aligntune doctor`, as typer commands."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from aligntune.commands.arguments import ConfigFile, Overrides
+
+
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(help="of a cluster that need not exist")] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="of the described cluster")] = 0,
+    gpu: Annotated[str | None, typer.Option(help="their type, such as h100-80gb")] = None,
+    cpus_per_node: Annotated[
+        float | None, typer.Option(help="default: 16 a GPU, and 16 at least")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the plan as JSON")] = False,
+) -> None:
+    """Show where a run's ranks go, the memory they take and what a step costs; start nothing.
+
+    Without --nodes the plan is for the cluster that cluster.address or RAY_ADDRESS names, else for
+    this machine. A run that does not fit is refused with what would make it fit.
+    """
+    from aligntune.commands.plan import plan_run
+
+    made = plan_run(
+        config,
+        overrides or [],
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        gpu=gpu,
+        cpus_per_node=cpus_per_node,
+    )
+    if as_json:
+        typer.echo(json.dumps(made.as_dict(), indent=1))
+        return
+    from cluster.plan.draw import draw
+
+    draw(made)
+
+
+def doctor(
+    address: Annotated[
+        str | None, typer.Option(help="host:port or auto; default: RAY_ADDRESS, else no cluster")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one object a finding")] = False,
+) -> int:
+    """Examine this machine, and every node of a cluster; exit code 1 if anything fails."""
+    from aligntune.commands.doctor import examine
+    from cluster.doctor.findings import exit_code, lines
+
+    findings = []
+    for finding in examine(address):
+        findings.append(finding)
+        shown = json.dumps(finding.as_dict()) if as_json else lines([finding])[0]
+        typer.echo(shown)
+    return exit_code(findings)
