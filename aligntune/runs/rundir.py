@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
+import json
 import os
 import shutil
 import stat
@@ -21,6 +22,7 @@ from pydantic import BaseModel
 
 from actors.strategies.specs import StrategySpec
 from aligntune.config.auto import AUTO, tree_of
+from aligntune.config.defaults import other_than_default
 from aligntune.config.tree import dump
 from aligntune.errors import UserError
 from aligntune.runs.checkpoint import Checkpoint, Checkpoints, write_atomically
@@ -47,6 +49,8 @@ IDENTITY = (
 )
 PLACES = ("model.name", "data.path")
 """Those of them that may be local paths: two spellings of one folder are the same."""
+DEFAULTS = "defaults.json"
+"""{dotted path: default} of what config.yaml says otherwise."""
 VERSIONS = (
     "aligntune",
     "torch",
@@ -265,6 +269,7 @@ class RunDir:
         known = {**installed_versions(), **{f"ran with {k}:": v for k, v in (ran or {}).items()}}
         head = "".join(f"# {name} {version}\n" for name, version in known.items())
         write_atomically(self.config, head + dump(config))
+        write_atomically(self.file(DEFAULTS), json.dumps(other_than_default(config), indent=1))
 
     def release(self) -> None:
         """Let go of the lock."""

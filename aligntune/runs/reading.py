@@ -1,0 +1,219 @@
+"""A run as it lies on disk: read from its directory alone, while it goes on, when it has ended, or
+as a kill has left it.
+
+Invariant: nothing is written, and what cannot be read is left out and told in `problems`; a last
+line that is being written, or was torn by a kill, is no problem.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from aligntune.errors import UserError
+from aligntune.online.ledger import Books, LedgerError, audit
+from aligntune.runs.jsonl import read_lines
+from aligntune.runs.rundir import DEFAULTS
+from aligntune.tracking.metrics import EventKind
+
+PREFERENCE = ("dpo", "reward_model")
+"""The algorithms whose jobs have pairs and no groups."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Where a run stands."""
+
+    state: Literal["running", "finished", "stopped", "killed"]
+    reason: str = ""  # why it stopped, in the run's words
+
+
+@dataclass
+class RunOnDisk:
+    """One run directory; each file is read when it is first asked for."""
+
+    path: Path
+    problems: list[str] = field(default_factory=list)  # what of it could not be read, and why
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.path.absolute().name
+
+    @cached_property
+    def _config(self) -> str:
+        return (self.path / "config.yaml").read_text(encoding="utf-8", errors="replace")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The tree of config.yaml; empty where that cannot be read."""
+        try:
+            tree = yaml.safe_load(self._config)
+        except yaml.YAMLError as error:
+            self.problems.append(f"config.yaml: {' '.join(str(error).split())}")
+            return {}
+        return tree if isinstance(tree, dict) else {}
+
+    @property
+    def versions(self) -> list[str]:
+        """What it ran with, as `torch 2.13.0`: the head of config.yaml."""
+        return [line[2:] for line in self._config.splitlines() if line.startswith("# ")]
+
+    @cached_property
+    def defaults(self) -> dict[str, Any] | None:
+        """{dotted path: default} of each key that has another value; None where nobody wrote it."""
+        path = self.path / DEFAULTS
+        try:
+            found = json.loads(path.read_bytes()) if path.is_file() else None
+        except ValueError as error:
+            self.problems.append(f"{DEFAULTS}: {error}")
+            return None
+        return found if isinstance(found, dict) else None
+
+    @property
+    def algorithm(self) -> str:
+        """Its name; empty where config.yaml does not say."""
+        chosen = self.config.get("algorithm")
+        return str(chosen.get("name", "")) if isinstance(chosen, dict) else str(chosen or "")
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether it is a job over pairs, which has no groups, samples or ledger."""
+        return self.algorithm in PREFERENCE
+
+    def _rows(self, name: str) -> list[Row]:
+        return [row for row in self._lines(name) if isinstance(row, dict)]
+
+    def _lines(self, name: str) -> list[Any]:
+        path = self.path / name
+        if not path.is_file():
+            return []
+        try:
+            return read_lines(path)
+        except ValueError:  # some line is damaged; the others are as good as before
+            return list(self._readable(path))
+
+    def _readable(self, path: Path) -> Iterator[Any]:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield json.loads(line)
+                except (ValueError, RecursionError):
+                    if line.endswith(b"\n"):
+                        self.problems.append(f"{path.name}:{number} is damaged and left out")
+
+    @cached_property
+    def metrics(self) -> list[Row]:
+        """An object a step, ascending."""
+        return [row for row in self._rows("metrics.jsonl") if "step" in row]
+
+    @cached_property
+    def evals(self) -> list[Row]:
+        """An object an evaluation: those of evals.jsonl, or of a preference job's steps."""
+        own = [row for row in self._rows("evals.jsonl") if "step" in row]
+        return own or [row for row in self.metrics if any(k.startswith("eval/") for k in row)]
+
+    @cached_property
+    def events(self) -> list[Row]:
+        """What happened, in order; each with `time` and `kind`."""
+        return [row for row in self._rows("events.jsonl") if {"time", "kind"} <= row.keys()]
+
+    def samples(self, most_bytes: int | None = None) -> tuple[list[Row], int]:
+        """Groups of training steps, and how many there are in all; `most_bytes` as in `spread`."""
+        return self._groups("samples.jsonl", most_bytes)
+
+    def eval_samples(self, most_bytes: int | None = None) -> tuple[list[Row], int]:
+        """Groups of evaluations, as `samples`."""
+        return self._groups("eval_samples.jsonl", most_bytes)
+
+    def _groups(self, name: str, most_bytes: int | None) -> tuple[list[Row], int]:
+        path = self.path / name
+        if not path.is_file():
+            return [], 0
+        if most_bytes is None:
+            rows = self._rows(name)
+            return rows, len(rows)
+        with path.open("rb") as file:
+            sizes = [len(line) for line in file if line.endswith(b"\n")]
+        chosen = set(spread(sizes, most_bytes))
+        rows = []
+        with path.open("rb") as file:
+            for number, line in enumerate(file):
+                if number in chosen:
+                    try:
+                        rows.append(json.loads(line))
+                    except (ValueError, RecursionError):
+                        self.problems.append(f"{name}:{number + 1} is damaged and left out")
+        return [row for row in rows if isinstance(row, dict) and "step" in row], len(sizes)
+
+    @cached_property
+    def books(self) -> Books | None:
+        """What became of every group; None without a ledger, or with one that does not balance."""
+        path = self.path / "ledger.jsonl"
+        if not path.is_file() or not path.stat().st_size:
+            return None
+        try:
+            return audit(path)
+        except LedgerError as error:
+            self.problems.append(f"the books do not balance: {error}")
+            return None
+
+    @cached_property
+    def ending(self) -> Ending:
+        """Where the run stands. A run is killed where its events have no end and no process holds
+        its lock."""
+        for event in reversed(self.events):
+            match event["kind"]:
+                case EventKind.RUN_FINISHED:
+                    return Ending("finished")
+                case EventKind.RUN_STOPPED:
+                    return Ending("stopped", str(event.get("reason", "")))
+                case EventKind.RUN_STARTED:
+                    break
+        return Ending("running" if _is_held(self.path / "run.lock") else "killed")
+
+
+def open_run(path: Path) -> RunOnDisk:
+    """The run in a folder. Raises UserError where there is none."""
+    if not (path / "config.yaml").is_file():
+        inside = sorted(p.parent for p in path.glob("*/config.yaml"))
+        near = f"; there is one in {inside[0]}" if inside else ""
+        raise UserError(
+            f"no run in {path}: it has no config.yaml{near or '; name a run directory'}"
+        )
+    return RunOnDisk(path)
+
+
+def spread(sizes: Sequence[int], most: int) -> list[int]:
+    """Which of some lines to take so that they have `most` bytes or about that: all, or every k-th
+    counted back from the last."""
+    total = sum(sizes)
+    if total <= most or not sizes:
+        return list(range(len(sizes)))
+    every = -(-total // most)
+    return list(range(len(sizes) - 1, -1, -every))[::-1]
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a process trains here."""
+    try:
+        descriptor = os.open(lock, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

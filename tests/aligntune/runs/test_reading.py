@@ -1,0 +1,131 @@
+"""A run as it lies on disk: what a kill tore, a damaged line, and where the run stands."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aligntune.errors import UserError
+from aligntune.runs.reading import open_run, spread
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A directory with a config and nothing else."""
+    made = tmp_path / "run"
+    made.mkdir()
+    (made / "config.yaml").write_text("# torch 2.13.0\nalgorithm: {name: grpo}\n")
+    return made
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]], torn: str = "") -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """As a process that trains holds the directory."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+    os.close(descriptor)
+
+
+def test_a_torn_last_line_is_left_out_and_is_no_problem(run: Path) -> None:
+    write(run / "metrics.jsonl", [{"step": 1, "reward/mean": 0.5}], torn='{"step": 2, "rew')
+    found = open_run(run)
+    assert [row["step"] for row in found.metrics] == [1]
+    assert found.problems == []
+
+
+def test_a_damaged_line_is_told_and_the_others_are_read(run: Path) -> None:
+    rows = [{"step": step, "reward/mean": 0.5} for step in (1, 2, 3)]
+    write(run / "metrics.jsonl", rows)
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(lines[0] + b"\xff\x00{\n" + lines[2])
+    found = open_run(run)
+    assert [row["step"] for row in found.metrics] == [1, 3]
+    assert found.problems == ["metrics.jsonl:2 is damaged and left out"]
+
+
+def test_a_run_that_has_only_begun_has_nothing_yet(run: Path) -> None:
+    found = open_run(run)
+    assert (found.metrics, found.evals, found.events, found.books) == ([], [], [], None)
+    assert (found.samples(), found.eval_samples(), found.defaults) == (([], 0), ([], 0), None)
+    assert (found.algorithm, found.versions) == ("grpo", ["torch 2.13.0"])
+
+
+def test_a_folder_that_is_no_run_is_refused_and_the_run_below_it_named(run: Path) -> None:
+    with pytest.raises(UserError, match="name a run directory"):
+        open_run(run / "nowhere")
+    with pytest.raises(UserError, match=f"there is one in {run}"):
+        open_run(run.parent)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "locked", "state"),
+    [
+        (["run_started"], True, "running"),
+        (["run_started"], False, "killed"),
+        (["run_started", "run_finished"], True, "finished"),  # while its last files are closed
+        (["run_started", "run_stopped"], False, "stopped"),
+        (["run_started", "run_stopped", "run_started"], True, "running"),
+        ([], False, "killed"),
+    ],
+)
+def test_where_a_run_stands(run: Path, kinds: list[str], locked: bool, state: str) -> None:
+    write(run / "events.jsonl", [{"time": 1.0, "kind": kind, "reason": "why"} for kind in kinds])
+    if locked:
+        with held(run / "run.lock"):
+            assert open_run(run).ending.state == state
+    else:
+        (run / "run.lock").touch()
+        assert open_run(run).ending.state == state
+
+
+def test_books_that_do_not_balance_are_a_problem_and_no_error(run: Path) -> None:
+    write(run / "ledger.jsonl", [{"seq": 0, "event": "move", "groups": [3], "to": "TRAINED"}])
+    found = open_run(run)
+    assert found.books is None
+    assert "do not balance" in found.problems[0]
+
+
+def test_evaluations_of_a_preference_job_are_among_its_steps(run: Path) -> None:
+    (run / "config.yaml").write_text("algorithm: dpo\n")
+    rows: list[dict[str, Any]] = [{"step": 0, "eval/loss": 0.7}, {"step": 1, "loss/total": 0.6}]
+    write(run / "metrics.jsonl", rows)
+    found = open_run(run)
+    assert found.is_preference
+    assert found.evals == rows[:1]
+
+
+def test_of_many_samples_some_are_read_and_the_last_is_among_them(run: Path) -> None:
+    rows = [{"step": step, "prompt": "x" * 100} for step in range(100)]
+    write(run / "samples.jsonl", rows)
+    some, in_all = open_run(run).samples(most_bytes=2500)
+    assert in_all == 100
+    assert 10 <= len(some) <= 25
+    assert some[-1]["step"] == 99
+    assert open_run(run).samples()[1] == open_run(run).samples(10**9)[1] == 100
+
+
+@given(st.lists(st.integers(1, 100), max_size=60), st.integers(1, 2000))
+def test_lines_are_taken_evenly_up_to_the_last(sizes: list[int], most: int) -> None:
+    chosen = spread(sizes, most)
+    assert chosen == sorted(set(chosen))
+    if sizes:
+        assert chosen[-1] == len(sizes) - 1
+    if sum(sizes) <= most:
+        assert len(chosen) == len(sizes)
+    gaps = {after - before for before, after in pairwise(chosen)}
+    assert len(gaps) <= 1
