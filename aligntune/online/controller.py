@@ -14,13 +14,15 @@
     _next_batch     enough READY groups                            `changed`: a group's end, a stop,
                                                                    weights lost with their node
     _train          policy and critic ranks                        their answers, a deadline
-    _serve          the evaluation of the version before, then     its end, or a stop; the replicas'
+    Handover.give   the weights of the version before, and the     the replicas' answers, a deadline
+                    export of these; the rest where the bound is 0
+    Handover        the evaluation of the version before, then     its end, or a stop; the replicas'
                     the rollout replicas                           answers, a deadline
     Evaluation      free replicas, beside the next step            the replica set
 
 One loop for every staleness: with `max_staleness` 0 a step's groups are admitted when the step
-before has ended, with more they are rolled out while the policy trains. `version` is the number of
-steps trained; weights of version v come from step v.
+before has ended, with more they are rolled out, and weights are loaded, while the policy trains.
+`version` is the number of steps trained; weights of version v come from step v.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from aligntune.errors import Interrupted, RunFailed
 from aligntune.online.evaluation import Evaluation
 from aligntune.online.figures import ACTIVITIES, StepFigures
 from aligntune.online.groups import ReadyGroup, check_age, group_works
+from aligntune.online.handover import Handover
 from aligntune.online.keeper import Boundary, Keeper
 from aligntune.online.learner import Learner, PolicyLost
 from aligntune.online.ledger import Books, Ledger, State
@@ -92,6 +95,9 @@ class Controller:
         self._changed = changed
         self._stopping = Stopping(state, changed)
         self._starts = RankStarts(config, learner, keeper, recorder, self._stopping)
+        self._handover = Handover(
+            config, state, weights, serving, evaluation, pipeline, self._stopping, changed
+        )
         self._begun = False  # the run has come to where it starts from
         self._sound = False  # the ranks are of the step of `_boundary`
         self._seen = ledger.books  # at the last step's end
@@ -145,6 +151,7 @@ class Controller:
         try:
             if self._sound:
                 await self._keeper.last(self._boundary)
+                await self._handover.ended()
                 await self._evaluation.stop(self.state.version)
         except PolicyLost as lost:
             self._recorder.event(EventKind.POLICY_LOST, reason=str(lost))
@@ -167,7 +174,7 @@ class Controller:
                 self._pipeline.make_again(batch, lost.groups, str(lost))
                 return
         with spanned("controller", "serve"):
-            await self._serve()
+            await self._handover.give(self.state.version)
         self._mark(groups, figures)
         rows = sample_rows(self.config, shown, await texts, advantages)
         self._recorder.samples(self.state.version, rows)
@@ -184,6 +191,7 @@ class Controller:
             self._changed.clear()
             self._stopping.check()
             self._pipeline.raise_failure()
+            self._handover.check()
             if lost := self._weights.lost or self._learner.lost:
                 raise PolicyLost(lost)
             self._pipeline.fill()
@@ -221,21 +229,6 @@ class Controller:
         self._starts.trained()
         self._pipeline.trained(batch, step)
         return advantages
-
-    async def _serve(self) -> None:
-        """Have all rollout replicas serve the current version, once that before it is evaluated.
-
-        Where the run is stopped meanwhile, no replica needs new weights any more.
-        """
-        try:
-            await self._stopping.unless(self._evaluation.ended())
-        except Interrupted:
-            return
-        await self._weights.bring(self.state.version, self._serving.rollouts)
-        self.state.served = self.state.version
-        self._serving.grow()
-        self._pipeline.fill()
-        self._evaluation.begin(self.state.version)
 
     def _mark(self, groups: Sequence[ReadyGroup], figures: StepFigures) -> None:
         """The end of a step: its figures, the algorithm of the next one, and what a checkpoint of
@@ -281,6 +274,7 @@ class Controller:
 
     async def _rebuild_policy(self, reason: str) -> None:
         """A policy rank is lost: new ranks from the last checkpoint, groups since then again."""
+        await self._handover.drop()
         await self._evaluation.cancel()
         await self._pipeline.cancel()
         await self._starts.lost(reason)
@@ -300,10 +294,12 @@ class Controller:
         if self.config.checkpoint.at_end:
             await self._keeper.last(self._boundary)
         await self._keeper.export()
+        await self._handover.ended()
         await self._stopping.unless(self._evaluation.ended())
         await self._keeper.finish()
 
     async def _close(self) -> None:
+        await self._handover.drop()
         await self._evaluation.cancel()
         await self._pipeline.cancel()
         self._learner.kill()

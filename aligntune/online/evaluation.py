@@ -109,8 +109,8 @@ class Evaluation:
         self._task: asyncio.Task[None] | None = None
         self._version = 0
 
-    def begin(self, version: int) -> None:
-        """Evaluate `version`, which all replicas serve, where that is due and not written yet."""
+    def due(self, version: int) -> bool:
+        """Whether `version` is to be evaluated, and no row says that it was."""
         spec = self._config.eval
         due = (
             spec.at_start
@@ -118,7 +118,11 @@ class Evaluation:
             else (spec.every_steps is not None and version % spec.every_steps == 0)
             or (version == self._total_steps and spec.at_end)
         )
-        if due and self._prompts and self._recorder.last_evaluation < version:
+        return due and bool(self._prompts) and self._recorder.last_evaluation < version
+
+    def begin(self, version: int) -> None:
+        """Evaluate `version`, which all replicas serve, where that is due."""
+        if self.due(version):
             self._version = version
             self._task = asyncio.create_task(self._run(version), name=f"evaluation-{version}")
 

@@ -44,6 +44,7 @@ class State(StrEnum):
 
 
 ENDS = frozenset({State.TRAINED, State.FILTERED, State.QUARANTINED})
+_AGELESS = ENDS | {State.WAITING, State.TRAINING}
 
 MOVES: dict[State, frozenset[State]] = {
     State.WAITING: frozenset({State.ROLLING, State.QUARANTINED}),
@@ -61,24 +62,15 @@ class LedgerError(RuntimeError):
 @dataclass
 class _Entry:
     state: State
-    cohort: _Cohort
+    version: int  # of the policy, when it was admitted or, later, dispatched
 
 
 @dataclass
 class _Cohort:
-    """The open groups admitted at one version of the policy."""
+    """The groups dispatched at one version of the policy that are not being trained on."""
 
-    version: int
-    open: int = 0
-    size: int = 0  # of these, without those being trained on
+    size: int = 0
     ready: set[int] = field(default_factory=set)
-
-    def count(self, group_id: int, state: State, times: int) -> None:
-        """A group of it comes to (`times` 1) or leaves (-1) a state."""
-        if state is not State.TRAINING:
-            self.size += times
-        if state is State.READY:
-            (self.ready.add if times > 0 else self.ready.discard)(group_id)
 
 
 @dataclass(frozen=True)
@@ -130,8 +122,9 @@ class Ledger:
         return len(self._open)
 
     def cohorts(self) -> list[Cohort]:
-        """Every group that has not ended and is not in a running update, by admission version."""
-        return [Cohort(each.version, each.size, each.ready) for each in self._cohorts.values()]
+        """Every group that was dispatched, has not ended and is not in a running update, by the
+        version at its dispatch. One that waits has no tokens, and so no age."""
+        return [Cohort(version, own.size, own.ready) for version, own in self._cohorts.items()]
 
     def states(self) -> Counter[State]:
         """How many open groups are in each state."""
@@ -146,13 +139,14 @@ class Ledger:
         """Admit the next group; returns its id."""
         group_id = self._next
         self._record({"event": "admit", "group": group_id, "version": version})
-        self._enter(group_id, version)
+        self._open[group_id] = _Entry(State.WAITING, version)
         self._next += 1
         return group_id
 
     def move(self, groups: Iterable[int], to: State, **why: Any) -> None:
         """Move groups, all or none; `why` (step, reason, replica, ...) goes to the log. `lost` says
-        that replicas died, see `bad`.
+        that replicas died, see `bad`; `version` is the policy's at a dispatch, where it is not that
+        of the admission any more.
 
         Raises LedgerError where a group is not open or may not go there.
         """
@@ -163,27 +157,24 @@ class Ledger:
         self._lost += len(groups) if why.get("lost") else 0
         for group_id in groups:
             entry = self._open[group_id]
-            entry.cohort.count(group_id, entry.state, -1)
+            self._count(group_id, entry, -1)
+            entry.state, entry.version = to, why.get("version", entry.version)
+            self._count(group_id, entry, +1)
             if to in ENDS:
-                self._leave(group_id)
+                del self._open[group_id]
                 self._ended[to] += 1
-            else:
-                entry.cohort.count(group_id, to, +1)
-                entry.state = to
 
-    def _enter(self, group_id: int, version: int) -> None:
-        """A group is open from now on, WAITING."""
-        cohort = self._cohorts.setdefault(version, _Cohort(version))
-        cohort.count(group_id, State.WAITING, +1)
-        cohort.open += 1
-        self._open[group_id] = _Entry(State.WAITING, cohort)
-
-    def _leave(self, group_id: int) -> None:
-        """A group has ended, and with the last of its cohort that is over too."""
-        cohort = self._open.pop(group_id).cohort
-        cohort.open -= 1
-        if not cohort.open:
-            del self._cohorts[cohort.version]
+    def _count(self, group_id: int, entry: _Entry, times: int) -> None:
+        """A group comes to (`times` 1) or leaves (-1) the cohort of its version, where it has an
+        age: it was dispatched and may still be trained on."""
+        if entry.state in _AGELESS:
+            return
+        cohort = self._cohorts.setdefault(entry.version, _Cohort())
+        cohort.size += times
+        if entry.state is State.READY:
+            (cohort.ready.add if times > 0 else cohort.ready.discard)(group_id)
+        if not cohort.size:
+            del self._cohorts[entry.version]
 
     @staticmethod
     def beginning() -> dict[str, Any]:
@@ -206,10 +197,9 @@ class Ledger:
         self._next = snapshot["next"]
         self._lost = snapshot.get("lost", 0)  # checkpoints before it was counted have none
         self._ended = {State(name): count for name, count in snapshot["ended"].items()}
-        self._open, self._cohorts = {}, {}
-        for group_id in snapshot["open"]:
-            self._enter(group_id, version)
-        return sorted(self._open)
+        self._cohorts = {}
+        self._open = {i: _Entry(State.WAITING, version) for i in sorted(snapshot["open"])}
+        return list(self._open)
 
 
 def _check(group_id: int, current: State | None, to: State) -> None:

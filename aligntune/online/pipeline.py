@@ -60,7 +60,8 @@ class Pipeline:
     def fill(self) -> None:
         """Admit and start as many groups as staleness, and the steps still to come, have room for.
 
-        A group's version at admission is the oldest that a replica may still serve.
+        A group's version, at admission and again at dispatch, is the oldest that a replica may
+        still serve.
         """
         if self._state.signal:
             return
@@ -162,6 +163,12 @@ class Pipeline:
     async def _make(self, group_id: int, prompt: Prompt, company: int | None) -> ReadyGroup | None:
         """The group, or None where the algorithm does not keep it."""
         train, rollout = self._config.train, self._config.rollout
+
+        def moved(state: State, **why: Any) -> None:
+            if state is State.ROLLING:
+                why["version"] = self._state.served
+            self._ledger.move([group_id], state, **why)
+
         group = await self._rolling.roll_and_score(
             prompt,
             GroupSampling(
@@ -173,7 +180,7 @@ class Pipeline:
             ),
             company,
             retried=lambda reason: self._retried(group_id, reason),
-            moved=lambda state, **why: self._ledger.move([group_id], state, **why),
+            moved=moved,
         )
         table, algorithm = compared_scores(self._config, group.scores), self._state.algorithm
         if not algorithm.keep(table):

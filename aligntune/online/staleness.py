@@ -2,7 +2,8 @@
 
 Invariant: with these two rules no token is trained on that is older than `max_staleness` policy
 versions. Admission bounds how many groups can be open; the choice of a batch never leaves more
-groups behind than can still be trained in time, and waits for late ones instead.
+groups behind than can still be trained in time, and waits for late ones instead. A group's age
+counts from its dispatch: one that waits for a replica has no tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cohort:
-    """The open groups admitted at one policy version, without those of a running update."""
+    """The open groups dispatched at one policy version, without those of a running update."""
 
     version: int
     size: int

@@ -1,7 +1,8 @@
 """Brings the policy's weights to the rollout replicas, over a transport.
 
 Invariant: a rollout replica takes no group before it has the weights of the current version, and is
-never left with older ones than the last `bring` brought, whenever it started.
+never left with older ones than the last `bring` brought, whenever it started. When they are brought
+is decided in `handover`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet, answer
 from actors.transfer.base import Offer, Transport
 from aligntune.online.learner import PolicyLost
 
-Take = Callable[[Offer], Awaitable[Any]]
+Clear = Callable[[], Awaitable[None]]
+
+
+async def at_once() -> None:
+    """Nothing is in the way of new weights."""
 
 
 class WeightSync:
@@ -53,14 +58,18 @@ class WeightSync:
         """Whether rollouts serve under weights of the policy's, not of the starting model."""
         return self._offer is not None
 
-    async def bring(self, version: int, rollouts: ReplicaSet) -> None:
+    async def bring(self, version: int, rollouts: ReplicaSet, clear: Clear = at_once) -> None:
         """Bring the policy's weights, which are of `version`, to every rollout replica that serves.
 
-        Raises PolicyLost where they are gone again, or a rank is.
+        `clear()` is awaited before any replica may take them: where the transport leaves them
+        somewhere, once they have left the policy. Raises PolicyLost where they are gone again, or a
+        rank is.
         """
+        left_behind = self._late is self._transport
 
         async def receive(offer: Offer) -> None:
-            if self._late is self._transport:
+            if left_behind:
+                await clear()
                 self._renew(offer)
             await rollouts.broadcast(offer.method, offer.payload, deadline_s=self._timeout_s)
 
@@ -68,7 +77,8 @@ class WeightSync:
             self._renew(offer)
 
         try:
-            if self._late is not self._transport:
+            if not left_behind:
+                await clear()
                 await self._late.publish(version, keep)  # first: who joins meanwhile takes these
             await self._transport.publish(version, receive)
         except ObjectsLost as lost:  # with the node of the rank that exported them

@@ -208,7 +208,7 @@ class FakeLearner:
 
     async def export(self, version: int) -> str:
         self._check()
-        self._world.version = version
+        await self._world.happens("export", version)
         return f"weights {version}"
 
     async def save(self, folder: Path) -> None:
@@ -242,6 +242,8 @@ class FakeReplicas:
 
     async def broadcast(self, method: str, *args: Any, **_: Any) -> list[Any]:
         await self._world.happens(method, *args)
+        if method == "load_weights":
+            self._world.version = int(args[0].removeprefix("weights "))
         return []
 
     async def call(self, method: str, *args: Any, **options: Any) -> tuple[Any, ...]:
