@@ -38,7 +38,7 @@ from actors.waiting import all_of
 from aligntune.config.online import RunConfig
 from aligntune.errors import Interrupted, RunFailed
 from aligntune.online.evaluation import Evaluation
-from aligntune.online.figures import ACTIVITIES, StepFigures
+from aligntune.online.figures import BUSY, StepFigures
 from aligntune.online.groups import ReadyGroup, check_age, group_works
 from aligntune.online.handover import Handover
 from aligntune.online.keeper import Boundary, Keeper
@@ -236,7 +236,7 @@ class Controller:
         step, now, before = self.state.version, self.ledger.books, self._seen
         figures.filtered = now.filtered - before.filtered
         figures.quarantined = now.quarantined - before.quarantined
-        row = figures.row(groups, self._timeline.take(ACTIVITIES))
+        row = figures.row(groups, self._timeline.take(BUSY))
         completions = sum(len(group.record.finish_reasons) for group in groups)
         self.state.algorithm = self.state.algorithm.after_step(row, completions)
         self._recorder.step(step, row)

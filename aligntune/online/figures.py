@@ -20,6 +20,10 @@ ACTIVITIES = {
 }
 """The remote calls that each `time/<activity>` is the time of."""
 
+POLICY = "policy"
+BUSY = {**ACTIVITIES, POLICY: ("values", "prepare", "update", "export_weights")}
+"""With those in which the ranks are not idle: replicas load weights without them."""
+
 EPISODE_COUNTS = {
     "turns/extended": "extended",
     "turns/realigned": "realigned",
@@ -166,18 +170,16 @@ def time_metrics(
 ) -> dict[str, float]:
     """Seconds by activity and throughput of the step.
 
-    `busy` has wall seconds with at least one rollout, reward, reference, prepare, update or
-    weight_sync running. A role is idle for the rest of the step.
+    `busy` has, for each key of `BUSY`, wall seconds with at least one such call running. A role is
+    idle for the rest of the step.
     """
     tokens = sum(sum(group.record.sampled) for group in groups)
     samples = sum(len(group.record.finish_reasons) for group in groups)
     return {
         "time/step": step_s,
-        **{f"time/{name}": seconds for name, seconds in busy.items()},
+        **{f"time/{name}": busy[name] for name in ACTIVITIES},
         "time/idle_rollout": max(0.0, step_s - busy["rollout"]),
-        "time/idle_policy": max(
-            0.0, step_s - busy["prepare"] - busy["update"] - busy["weight_sync"]
-        ),
+        "time/idle_policy": max(0.0, step_s - busy[POLICY]),
         "throughput/tokens_per_s": tokens / step_s,
         "throughput/samples_per_s": samples / step_s,
     }

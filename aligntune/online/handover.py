@@ -56,7 +56,8 @@ class Handover:
             await self._bring(version, left)
             return
         self._task = asyncio.create_task(self._bring(version, left), name=f"weights-{version}")
-        self._task.add_done_callback(lambda _: (left.set(), self._changed.set()))
+        self._task.add_done_callback(lambda _: left.set())
+        self._task.add_done_callback(lambda _: self._changed.set())
         await left.wait()
 
     async def _bring(self, version: int, left: asyncio.Event) -> None:

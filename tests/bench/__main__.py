@@ -14,7 +14,9 @@ from tests.bench import report
 BENCHES = {
     "control": "driver CPU time a group, over roles that answer at once",
     "memory": "what an update keeps beside weights and activations, vocabulary 152,064",
+    "overlap_sim": "a step over the best possible under the staleness bound; virtual time",
     "packing": "padding, balance and time in step of a step's rows; exact",
+    "staleness": "the age of what is trained on, under random times; virtual time",
 }
 
 

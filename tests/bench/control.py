@@ -17,7 +17,7 @@ import pstats
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
@@ -130,7 +130,18 @@ class Actor:
 class Run:
     """One run of the loop, ready to go."""
 
-    def __init__(self, folder: Path, per_step: int, steps: int, max_staleness: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        per_step: int,
+        steps: int,
+        max_staleness: int,
+        maker: Callable[[Any], Callable[[int, str], Any]] = lambda role: (
+            lambda index, name: Actor()
+        ),
+        rollout: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`maker(role)` makes its actors; `rollout`: settings other than usual."""
         Actor.version = 0
         self.groups = per_step * steps
         self.sets: list[ReplicaSet] = []
@@ -150,16 +161,14 @@ class Run:
                     "completions_per_group": COMPLETIONS,
                     "max_staleness": max_staleness,
                 },
-                "rollout": {"max_concurrent_groups": 32},
+                "rollout": {"max_concurrent_groups": 32, **(rollout or {})},
                 "reward": {"max_concurrent_groups": 16},
                 "checkpoint": {"every_steps": steps, "at_end": False},
                 "tracking": {"trackers": []},
             }
         )
         prompt = Prompt(0, "a", "a", np.array([1]))
-        roles: Any = SimpleNamespace(
-            maker=lambda role: lambda index, name: Actor(), room=lambda role: None
-        )
+        roles: Any = SimpleNamespace(maker=maker, room=lambda role: None)
         prompts: Any = SimpleNamespace(prompt_at=lambda position: prompt, fingerprint="f")
         rundir = RunDir(folder)
         self._recorder = self._stack.enter_context(OnlineRecorder(config, rundir, steps, 0))
@@ -182,10 +191,10 @@ class Run:
         self.sets.append(partial(ReplicaSet, kill=lambda handle: None)(*args, **options))
         return self.sets[-1]
 
-    def go(self) -> None:
-        """To the last step."""
-        with self._stack:
-            asyncio.run(self.controller.run(None))
+    def go(self, loop: Callable[[], asyncio.AbstractEventLoop] | None = None) -> None:
+        """To the last step, on an event loop that `loop` makes."""
+        with self._stack, asyncio.Runner(loop_factory=loop) as runner:
+            runner.run(self.controller.run(None))
 
 
 @contextmanager

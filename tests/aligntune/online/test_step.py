@@ -12,6 +12,7 @@ from actors.messages import FinishReason, GroupRecord, Prompt, ReplicaLoad, Scor
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.online.figures import (
+    BUSY,
     completion_metrics,
     group_metrics,
     rollout_metrics,
@@ -195,7 +196,7 @@ def test_completion_and_time_figures_by_hand() -> None:
         "eval/completions/length_max": 5.0,
         "eval/completions/truncated_fraction": 0.25,
     }
-    busy = {"rollout": 3.0, "prepare": 0.5, "update": 1.0, "weight_sync": 0.5}
+    busy = dict.fromkeys(BUSY, 0.0) | {"rollout": 3.0, "policy": 2.0}
     figures = time_metrics(4.0, busy, groups)
     assert figures["time/idle_rollout"] == 1.0
     assert figures["time/idle_policy"] == 2.0
@@ -210,7 +211,7 @@ def test_lengths_and_throughput_count_what_the_policy_wrote() -> None:
     groups = [replace(group, record=record)]
     assert completion_metrics(groups)["completions/length_max"] == 6.0
     assert completion_metrics(groups)["completions/length_mean"] == 4.5
-    busy = {"rollout": 3.0, "prepare": 0.5, "update": 1.0, "weight_sync": 0.5}
+    busy = dict.fromkeys(BUSY, 0.0) | {"rollout": 3.0, "policy": 2.0}
     figures = time_metrics(2.0, busy, groups)
     assert figures["throughput/tokens_per_s"] == 4.5
     assert figures["throughput/samples_per_s"] == 1.0
@@ -247,6 +248,6 @@ def test_replicas_figures_by_hand() -> None:
 
 
 def test_a_role_is_never_idle_for_less_than_no_time() -> None:
-    busy = {"rollout": 9.0, "prepare": 0.0, "update": 9.0, "weight_sync": 0.0}
+    busy = dict.fromkeys(BUSY, 9.0)
     figures = time_metrics(4.0, busy, [ready(0, [(1.0,), (0.0,)])])
     assert figures["time/idle_rollout"] == figures["time/idle_policy"] == pytest.approx(0.0)

@@ -1,0 +1,91 @@
+"""A step's time over the best possible under the same staleness bound, and over max(R, T).
+
+The real loop on a virtual clock (`virtual`) beside list scheduling of the law alone (`bound`), with
+the same draws. R is what a step's rollouts take all slots, T what its update takes.
+
+    python -m tests.bench overlap_sim       also as: make bench NAME=overlap_sim
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from tests.bench.bound import Work, update_starts
+from tests.bench.report import Measured, Target
+from tests.bench.virtual import Times, run
+
+PER_STEP, SLOTS, STEPS, FIRST = 16, 16, 60, 10
+UPDATE = 1.0
+SIGMAS = (0.0, 0.5, 1.0)
+RATIOS = (0.5, 1.0, 2.0)
+STALENESS = (0, 1, 2, 3, 4)
+SYNC = (0.01, 0.05)  # export and load, over T
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting."""
+
+    sigma: float  # of the lognormal times; 0: constant
+    ratio: float  # R over T
+    staleness: int
+    replicas: int = 1
+    sync: tuple[float, float] = (0.0, 0.0)
+    steps: int = STEPS
+
+    @property
+    def name(self) -> str:
+        """In figures."""
+        synced = f"/sync_{sum(self.sync):g}" if any(self.sync) else ""
+        times = f"sigma_{self.sigma:g}/r_{self.ratio:g}"
+        return f"{times}/staleness_{self.staleness}/{self.replicas}_replicas{synced}"
+
+
+def draws(count: int, mean: float, sigma: float, seed: int = 0) -> list[float]:
+    """Times of groups."""
+    draw = random.Random(seed)
+    mu = -sigma * sigma / 2
+    return [mean * (draw.lognormvariate(mu, sigma) if sigma else 1.0) for _ in range(count)]
+
+
+def a_step(starts: list[float]) -> float:
+    """Mean seconds from one update to the next, without the first ones."""
+    return (starts[-1] - starts[FIRST]) / (len(starts) - 1 - FIRST)
+
+
+def seconds(case: Case) -> tuple[float, float]:
+    """A step of the loop, and of the bound."""
+    groups = draws(PER_STEP * case.steps, case.ratio * UPDATE * SLOTS / PER_STEP, case.sigma)
+    export, load = case.sync
+    seen = run(
+        Times(groups.__getitem__, lambda step: UPDATE, export, lambda version: load),
+        PER_STEP,
+        case.steps,
+        case.staleness,
+        {"replicas": case.replicas, "max_concurrent_groups": SLOTS // case.replicas},
+    )
+    best = update_starts(Work(groups, PER_STEP, SLOTS, UPDATE, case.staleness, export, load))
+    return a_step(seen.starts), a_step(best)
+
+
+def cases() -> list[Case]:
+    """All of them."""
+    return [
+        Case(sigma, ratio, staleness, replicas, sync)
+        for replicas, sync in ((1, (0.0, 0.0)), (4, SYNC))
+        for sigma in SIGMAS
+        for ratio in RATIOS
+        for staleness in STALENESS
+    ]
+
+
+def measure() -> Measured:
+    """Every case once: nothing is left to chance."""
+    figures: dict[str, float] = {}
+    for case in cases():
+        ours, best = seconds(case)
+        figures[f"over_best/{case.name}"] = ours / best
+        figures[f"over_max/{case.name}"] = ours / max(UPDATE, case.ratio * UPDATE)
+    figures["over_best/worst"] = max(v for name, v in figures.items() if "over_best" in name)
+    return Measured(figures, (Target("over_best/worst", 1.03),))
