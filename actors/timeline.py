@@ -67,10 +67,15 @@ class Timeline:
         if self._ended is not None:
             self._ended(span)
 
+    @property
+    def open(self) -> list[Span]:
+        """The calls that run now; safe to ask from any thread."""
+        return list(self._running.values())
+
     def running(self) -> list[str]:
         """What is being waited for, the longest wait first."""
         now = self._now()
-        spans = sorted(self._running.values(), key=lambda span: span.start)
+        spans = sorted(self.open, key=lambda span: span.start)
         return [f"{s.method} of {s.replica} ({s.about}): {now - s.start:.0f} s" for s in spans]
 
     def heard(self, span: Span, answer: Any) -> None:

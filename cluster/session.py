@@ -146,6 +146,8 @@ def session(spec: ClusterSpec, *, cpus: float, gpus: float, last: bool = True) -
     if address == "local" and (trouble := local.socket_trouble()):
         raise ClusterUnreachable(trouble)
     logging.getLogger("ray").setLevel(logging.WARNING)
+    # That a token is asked for is as it should be, and no warning to a person.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     common = {"log_to_driver": spec.worker_logs, "logging_level": logging.WARNING}
     try:
         if address == "local":

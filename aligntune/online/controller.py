@@ -37,6 +37,7 @@ from actors.timeline import Timeline, spanned
 from actors.waiting import all_of
 from aligntune.config.online import RunConfig
 from aligntune.errors import Interrupted, RunFailed
+from aligntune.online.doing import doing
 from aligntune.online.evaluation import Evaluation
 from aligntune.online.figures import BUSY, StepFigures
 from aligntune.online.groups import ReadyGroup, check_age, group_works
@@ -102,6 +103,7 @@ class Controller:
         self._sound = False  # the ranks are of the step of `_boundary`
         self._seen = ledger.books  # at the last step's end
         self._boundary = Boundary(0, Ledger.beginning(), config.algorithm)
+        recorder.watch(lambda: doing(timeline.open, config))
 
     def stop(self, signal: int, reason: str | None = None) -> None:
         """Ask the loop to checkpoint and end; safe from a signal handler of the event loop."""

@@ -12,6 +12,7 @@ from aligntune.config.online import RunConfig
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.recorder import Recorder
 from aligntune.runs.rundir import RunDir
+from aligntune.tracking import lines
 from aligntune.tracking.metrics import EventKind, MetricsFile, SamplesFile, held
 from aligntune.tracking.trace import Trace
 
@@ -20,15 +21,22 @@ class OnlineRecorder(Recorder):
     """The run's files are open while this is entered."""
 
     def __init__(
-        self, config: RunConfig, rundir: RunDir, total_steps: int, after_step: int
+        self,
+        config: RunConfig,
+        rundir: RunDir,
+        total_steps: int,
+        after_step: int,
+        since: float | None = None,
     ) -> None:
-        """`after_step` is the step of the checkpoint the run starts from, 0 at the beginning."""
-        super().__init__(config, config.tracking, rundir, total_steps, after_step)
+        """`after_step` is the step of the checkpoint the run starts from, 0 at the beginning;
+        `since` is when the run was called."""
+        super().__init__(config, config.tracking, rundir, total_steps, after_step, since)
         self._evals = MetricsFile(rundir.file("evals.jsonl"))
         self._samples = SamplesFile(rundir.file("samples.jsonl"))
         self._eval_samples = SamplesFile(rundir.file("eval_samples.jsonl"))
         self._steps += (self._evals, self._samples, self._eval_samples)
         self._evaluated = {row["step"] for row in read_lines(self._evals.path)}
+        self._asked: list[str] = []  # a group of the last evaluation, for a person
         self._trace = Trace(rundir.file("trace.json")) if config.tracking.profile else None
 
     def __exit__(self, *exc: object) -> None:
@@ -76,8 +84,11 @@ class OnlineRecorder(Recorder):
         self._evaluated.add(step)
         self._log(step, figures)
         self._progress.evaluation(figures)
-        reward = figures["eval/reward/mean"]
-        self._progress.note(f"evaluation after step {step}: reward {reward:.3f}")
+        said = {"reward": f"{figures['eval/reward/mean']:.3f}"}
+        said |= {name: f"{x:.3f}" for name, x in lines.criteria(figures, "eval/").items()}
+        self._progress.note(f"evaluation after step {step}: {lines.fitted(said, None)}")
+        for line in self._asked:
+            self._progress.note(line)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Groups of a step."""
@@ -86,6 +97,8 @@ class OnlineRecorder(Recorder):
     def eval_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Groups of an evaluation."""
         self._writer.do(partial(self._eval_samples.append, step, rows))
+        # The first prompt of each evaluation: the same one, so that its answers can be compared.
+        self._asked = lines.sample(rows[0], self._progress.width) if rows else []
 
     def truncate_after(self, step: int) -> None:
         """Forget what was written of later steps, which will come again."""

@@ -23,6 +23,7 @@ from aligntune.config.online import RunConfig
 from aligntune.data.prompts import PromptSource
 from aligntune.errors import RunFailed, UserError
 from aligntune.online.assemble import assemble
+from aligntune.online.doing import starts
 from aligntune.online.evaluation import evaluate_model
 from aligntune.online.inputs import RunInputs
 from aligntune.online.learner import PolicyLost
@@ -41,7 +42,7 @@ from aligntune.runs.ended import (
     said_by_roles,
     too_few_steps,
 )
-from aligntune.runs.lifecycle import check_programs, claimed, recorded
+from aligntune.runs.lifecycle import check_programs, claimed, ray_runs, recorded
 from aligntune.runs.mirror import Mirror
 from aligntune.runs.rundir import RunDir, changes
 from aligntune.tracking.metrics import EventKind, NotFinite
@@ -195,7 +196,7 @@ class OnlineTrainer:
             rundir.describe(self.config)
             after = checkpoint.step if checkpoint else 0
             with recorded(
-                OnlineRecorder(self.config, rundir, self.total_steps, after),
+                OnlineRecorder(self.config, rundir, self.total_steps, after, started),
                 rundir,
                 self.total_steps,
                 FAILURES,
@@ -206,7 +207,8 @@ class OnlineTrainer:
                     recorder.note(line)
                 for name in damaged:
                     recorder.event(EventKind.CHECKPOINT_DAMAGED, path=name)
-                with self._roles() as roles:
+                with self._roles(recorder.stage) as roles:
+                    recorder.starting(starts(self.config))
                     controller = assemble(
                         self.config,
                         roles,
@@ -221,7 +223,7 @@ class OnlineTrainer:
                     )
 
                     def stop(number: int) -> None:
-                        recorder.note(loops.STOPPING)
+                        recorder.stopping(loops.STOPPING)
                         controller.stop(number)
 
                     metrics = loops.run(controller.run(checkpoint), stop)
@@ -287,28 +289,27 @@ class OnlineTrainer:
         return Mirror(storage, rundir.path, checkpoint.keep_last, longest)
 
     @contextmanager
-    def _roles(self) -> Iterator[Roles]:
-        """A Ray session with every role's place reserved."""
+    def _roles(self, stage: Callable[[str], None] = lambda text: None) -> Iterator[Roles]:
+        """A Ray session with every role's place reserved; `stage` hears how far it is."""
         requests = role_requests(self.config)
         asked = totals(requests)
         cluster = self.config.cluster
         try:
-            with (
-                session(cluster, cpus=asked["CPU"], gpus=asked["GPU"]),
-                reserve(
+            with session(cluster, cpus=asked["CPU"], gpus=asked["GPU"]) as address:
+                stage(ray_runs(address))
+                with reserve(
                     requests,
                     cluster.placement_timeout_s,
                     cluster.colocate,
                     Path(self.config.output_dir).name,
-                ) as reservation,
-            ):
-                yield Roles(
-                    self.config,
-                    reservation,
-                    self.criteria,
-                    self.total_steps,
-                    self.inputs.code,
-                )
+                ) as reservation:
+                    yield Roles(
+                        self.config,
+                        reservation,
+                        self.criteria,
+                        self.total_steps,
+                        self.inputs.code,
+                    )
         except RayTooSlow as error:
             raise RunFailed(str(error)) from error
         except (DoesNotFit, ClusterUnreachable) as error:

@@ -30,7 +30,7 @@ from aligntune.runs.ended import (
     said_by_roles,
     too_few_steps,
 )
-from aligntune.runs.lifecycle import check_programs, claimed, recorded
+from aligntune.runs.lifecycle import check_programs, claimed, ray_runs, recorded
 from aligntune.runs.recorder import Recorder, last_step
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import NotFinite
@@ -171,7 +171,7 @@ class PreferenceTrainer:
             storage.describe(self.config)
             known = last_step(rundir.file("metrics.jsonl"))
             files = Recorder(
-                self.config, self.config.tracking, rundir, self.total_steps, max(known, 0)
+                self.config, self.config.tracking, rundir, self.total_steps, max(known, 0), started
             )
             with recorded(files, rundir, self.total_steps, (NotFinite,)) as recorder:
                 told = Recorded(recorder, self.config.train.pairs_per_step, known)
@@ -180,7 +180,9 @@ class PreferenceTrainer:
                 for line in self.inputs.told():
                     recorder.note(line)
                 job = self._job(self.total_steps, export=storage.export)
-                with self._session():
+                with self._session(recorder.stage):
+                    workers = self.config.train.workers
+                    recorder.starting({"trainer": (1, f"{workers} workers load the model")})
                     if resume not in ("auto", "never"):
                         storage.rewind(storage.named(resume))
                     PreferenceRun(self.config, job, storage.ray_arguments(), told).follow(
@@ -224,14 +226,15 @@ class PreferenceTrainer:
         return self._rundir.copy_model(Path(path))
 
     @contextmanager
-    def _session(self) -> Iterator[None]:
-        """A Ray that can hold the job. Raises UserError where it never can."""
+    def _session(self, stage: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+        """A Ray that can hold the job; `stage` hears of it. Raises UserError where none can."""
         train, cluster = self.config.train, self.config.cluster
         requests = [role_request("trainer", train.workers, train.resources)]
         asked = totals(requests)
         try:
             sets = bundle_sets(requests, cluster.colocate)
-            with session(cluster, cpus=asked["CPU"], gpus=asked["GPU"]):
+            with session(cluster, cpus=asked["CPU"], gpus=asked["GPU"]) as address:
+                stage(ray_runs(address))
                 ensure_possible(sets)
                 yield
         except RayTooSlow as error:

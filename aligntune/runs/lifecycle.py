@@ -45,6 +45,11 @@ def check_programs(backend: Backend, tracking: TrackingSpec, cluster: ClusterSpe
         raise UserError(str(error)) from error
 
 
+def ray_runs(address: str) -> str:
+    """What a person is told once a run has its Ray."""
+    return "Ray runs on this machine" if address == "local" else f"connected to Ray at {address}"
+
+
 @contextmanager
 def claimed(rundir: RunDir) -> Iterator[None]:
     """The run directory is this process's. Raises UserError where another holds it."""

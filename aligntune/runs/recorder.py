@@ -7,7 +7,7 @@ order they were given; trackers have threads of their own and never end a run.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -36,6 +36,9 @@ SHOWN = {
 }
 
 
+LONG = 200  # characters of a field that is told once
+
+
 def last_step(metrics: Path) -> int:
     """The last step whose figures are in `metrics.jsonl`; -1 where there is none."""
     rows = read_lines(metrics) if metrics.exists() else []
@@ -52,15 +55,17 @@ class Recorder:
         rundir: RunDir,
         total_steps: int,
         after_step: int,
+        since: float | None = None,
     ) -> None:
-        """`after_step` is the last step that trackers already know, 0 at the beginning."""
+        """`after_step` is the last step that trackers already know, 0 at the beginning; `since` is
+        when the run was called, by time.monotonic; default: now."""
         self._rundir = rundir
         self._config = config
         self._metrics = MetricsFile(rundir.file("metrics.jsonl"))
         self._events = EventsFile(rundir.file("events.jsonl"))
         self._steps: tuple[StepsFile, ...] = (self._metrics,)
         self._writer = Writer(f"the files of {rundir.path}")
-        self._progress = Progress(total_steps)
+        self._progress = Progress(total_steps, since=since)
         self._views = open_views(
             tracking.trackers,
             rundir.path,
@@ -70,6 +75,9 @@ class Recorder:
             partial(self.event, EventKind.TRACKER_FAILED),
         )
         self._logged = after_step
+        self._awaited: dict[str, int] = {}  # how many of each role have not started yet
+        self._stopping = False
+        self._seen: set[str] = set()  # what was told, if it was long
         self.ran: dict[str, str] = {}  # the rollout `engine` and `backend` that really run
 
     def __enter__(self) -> Self:
@@ -96,24 +104,60 @@ class Recorder:
         """Write an event; those a person should see at once are shown too."""
         kind = EventKind(kind)
         self._writer.do(partial(self._events.append, kind, time=time.time(), **fields))
+        if kind is EventKind.CHECKPOINT_SAVED and self._stopping:
+            self._progress.note(f"the checkpoint of step {fields['step']} is written")
         if kind in SHOWN:
-            self._progress.note(f"{kind}: " + ", ".join(f"{k} {v}" for k, v in fields.items()))
+            self._progress.note(f"{kind}: " + ", ".join(self._told(fields)))
+
+    def _told(self, fields: Mapping[str, Any]) -> Iterator[str]:
+        """An event's fields for a person; a long one, such as a traceback, is told once."""
+        for name, value in fields.items():
+            text = f"{name} {value}"
+            if len(text) > LONG and text in self._seen:
+                text = f"{text[: LONG // 2].splitlines()[0]}... (as before)"
+            elif len(text) > LONG:
+                self._seen.add(text)
+            yield text
 
     def note(self, text: str) -> None:
         """Show something to the person who watches."""
         self._progress.note(text)
 
+    def stage(self, text: str) -> None:
+        """Something of the start is done: shown with the time."""
+        self._progress.stage(text)
+
+    def starting(self, roles: Mapping[str, tuple[int, str]]) -> None:
+        """Roles start: how many of each, and what they do until they are ready."""
+        self._awaited = {role: size for role, (size, _) in roles.items()}
+        self._progress.starting({role: does for role, (_, does) in roles.items()})
+
+    def watch(self, activity: Callable[[], Mapping[str, str]]) -> None:
+        """`activity()` says what each role does now."""
+        self._progress.watch(activity)
+
+    def stopping(self, text: str) -> None:
+        """The run was asked to stop: it is said at once, and so is its last checkpoint."""
+        self._stopping = True
+        self.note(text)
+
     def role(self, name: str, info: Mapping[str, Any]) -> None:
         """What an actor said of itself when it started."""
         self.event(EventKind.ROLE_STARTED, role=name, **info)
         said = {key: str(info[key]) for key in ("engine", "backend") if key in info}
-        if not said.items() <= self.ran.items():
+        where = f" on {info['device']}" if "engine" not in said and "device" in info else ""
+        what = ", ".join(said.values()) + where if said else ""
+        new = not said.items() <= self.ran.items()
+        if new:
             self.ran |= said
             self._writer.do(partial(self._rundir.describe, self._config, dict(self.ran)))
-            where = f" on {info['device']}" if "engine" not in said and "device" in info else ""
-            self._progress.note(
-                f"{name}: " + ", ".join(f"{k} {v}" for k, v in said.items()) + where
-            )
+        role = name if name in self._awaited else name.rpartition("-")[0]
+        if self._awaited.get(role, 0) > 0:
+            self._awaited[role] -= 1
+            if self._awaited[role] == 0:
+                self._progress.ready(role, what)
+        elif new:
+            self._progress.note(f"{name}: {what}")
 
     @property
     def engine(self) -> str:

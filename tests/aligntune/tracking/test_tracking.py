@@ -1,8 +1,7 @@
-"""The files of a run directory, progress lines, and trackers."""
+"""The files of a run directory, and trackers."""
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from pathlib import Path
@@ -22,7 +21,6 @@ from aligntune.tracking.metrics import (
     SamplesFile,
     held,
 )
-from aligntune.tracking.progress import Progress, duration, figures, line, seconds_left
 from aligntune.tracking.trackers import (
     TensorBoard,
     TrackerMissing,
@@ -126,79 +124,6 @@ class TestSamplesAndEvents:
         with pytest.raises(ValueError, match="replica_lots"):
             file.append("replica_lots")
         assert file.path.read_text() == ""
-
-
-METRICS = {
-    "reward/mean": 0.51249,
-    "completions/length_mean": 12.4,
-    "throughput/tokens_per_s": 12345.6,
-    "staleness/max": 1.0,
-    "time/step": 3.0,
-}
-
-
-class TestProgress:
-    def test_a_line_shows_what_there_is_in_reading_order(self) -> None:
-        assert line(3, 40, METRICS, {}, 125.0) == (
-            "step 3/40  reward 0.512  length 12  tokens/s 12,346  staleness 1  2 min 05 s left"
-        )
-
-    def test_the_last_step_shows_no_time_left(self) -> None:
-        assert line(40, 40, {}, {}, 0.0) == "step 40/40"
-
-    def test_accuracy_is_preferred_to_the_evaluation_reward(self) -> None:
-        assert figures({}, {"eval/reward/mean": 0.5}) == "eval 0.500"
-        assert figures({}, {"eval/reward/mean": 0.5, "eval/accuracy": 0.25}) == "eval 0.250"
-
-    @pytest.mark.parametrize(
-        ("seconds", "text"),
-        [
-            (0.4, "0 s"),
-            (59.4, "59 s"),
-            (59.6, "1 min 00 s"),
-            (185, "3 min 05 s"),
-            (7620, "2 h 07 min"),
-        ],
-    )
-    def test_durations_are_written_as_they_are_said(self, seconds: float, text: str) -> None:
-        assert duration(seconds) == text
-
-    def test_time_left_is_the_mean_pace_times_what_remains(self) -> None:
-        assert seconds_left([2.0, 4.0], 7, 10) == pytest.approx(9.0)
-        assert seconds_left([], 0, 10) is None
-
-    def test_without_a_terminal_every_step_and_note_is_a_plain_line(self) -> None:
-        stream = io.StringIO()
-        progress = Progress(5, stream)
-        progress.evaluation({"eval/accuracy": 0.5})
-        progress.step(1, METRICS)
-        progress.note("checkpoint [bold] saved")
-        progress.step(2, METRICS | {"eval/accuracy": 0.75})
-        progress.step(3, METRICS)
-        progress.close()
-        first, note, second, third = stream.getvalue().splitlines()
-        assert first == (
-            "step 1/5  reward 0.512  eval 0.500  length 12  tokens/s 12,346  staleness 1  12 s left"
-        )
-        assert note == "checkpoint [bold] saved"
-        assert "eval 0.750" in second
-        assert "eval 0.750" in third
-
-    def test_on_a_terminal_the_latest_figures_and_the_notes_are_on_the_screen(self) -> None:
-        class Terminal(io.StringIO):
-            def isatty(self) -> bool:
-                return True
-
-        stream = Terminal()
-        progress = Progress(5, stream)
-        progress.step(1, METRICS)
-        progress.note("checkpoint [bold] saved")
-        progress.close()
-        shown = stream.getvalue()
-        assert "checkpoint [bold] saved" in shown
-        assert "step 1/5" in shown
-        assert "reward 0.512" in shown
-        assert "\x1b[?25h" in shown, "the cursor is given back"
 
 
 def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
