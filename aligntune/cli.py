@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 the input is wrong; 1 the run failed; 130 or 143 stopped b
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -81,6 +82,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line; every expected error is one line on standard error."""
     from aligntune.errors import Interrupted, RunFailed, UserError
 
+    # DeepSpeed warns whoever imports it on a machine without a GPU, and accelerate imports it.
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: "Setting acc" not in record.getMessage()
+    )
     arguments = sys.argv[1:] if argv is None else argv
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # rewards and algorithms of the user's own lie there

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SIGNAL_SECONDS = 0.2  # after which a thread that waits for another looks for signals again
-STOPPING = "stopping: what was trained goes into a checkpoint; a second signal ends the run at once"
+STOPPING = "stopping: what was trained goes into a checkpoint (Ctrl-C again: at once, without it)"
 """What a person should read as soon as the first signal is heard."""
 
 

@@ -34,6 +34,10 @@ def quickstart(
         f"after {result['steps']} steps with {result['engine']}, {result['seconds']:.0f} s in all; "
         f"the run is in {out / 'run'}, its model in {out / 'run' / 'model'}"
     )
+    from aligntune.tracking.ending import what_next
+
+    for line in what_next(out / "run", out / "run" / "model"):
+        typer.echo(line)
 
 
 def train(
@@ -97,7 +101,11 @@ def train(
         typer.echo(dump(trainer.config))
         typer.echo(trainer.summary())
         return
-    typer.echo(trainer.train(resume).describe())
+    result = trainer.train(resume)
+    from aligntune.tracking.ending import ending
+
+    for line in [result.describe(), *ending(result.output_dir, result.model)]:
+        typer.echo(line)
 
 
 def trainer_of(arguments: list[str], **given: Any) -> OnlineTrainer | PreferenceTrainer:

@@ -203,7 +203,7 @@ class OnlineTrainer:
             ) as recorder:
                 for kind, fields in self.inputs.events():
                     recorder.event(kind, **fields)
-                for line in self.inputs.told():
+                for line in [*rundir.told(), *self.inputs.told()]:
                     recorder.note(line)
                 for name in damaged:
                     recorder.event(EventKind.CHECKPOINT_DAMAGED, path=name)

@@ -34,7 +34,7 @@ class Figures:
     def event(self, kind: EventKind, **fields: Any) -> None:
         """Nothing is written."""
 
-    def note(self, text: str) -> None:
+    def stopping(self, text: str) -> None:
         """Nothing is shown."""
 
     def role(self, info: Mapping[str, Any]) -> None:
@@ -64,9 +64,9 @@ class Recorded(Figures):
         """Write an event."""
         self._recorder.event(kind, **fields)
 
-    def note(self, text: str) -> None:
-        """Show a line."""
-        self._recorder.note(text)
+    def stopping(self, text: str) -> None:
+        """Show that the job was asked to stop."""
+        self._recorder.stopping(text)
 
     def role(self, info: Mapping[str, Any]) -> None:
         """What a worker said of itself when it started; config.yaml says what really runs."""
@@ -79,7 +79,7 @@ class Recorded(Figures):
             return
         seconds = metrics.get("time/step")
         speed = {"throughput/samples_per_s": self._pairs_per_step / seconds} if seconds else {}
-        figures = {**metrics, **speed}
+        figures = {**_halved_ties(metrics), **speed}
         self._recorder.step(step, figures)
         self._step = step
         super().step(step, figures)
@@ -207,7 +207,7 @@ class PreferenceRun:
             if self._signal and not stopping:
                 stopping, heard, limit = True, now, STOP_SECONDS
                 waiting_for = "the time a stopped job has"
-                self._recorder.note(STOPPING)
+                self._recorder.stopping(STOPPING)
                 relay.stop.remote("save")
             if now - heard > limit:
                 relay.stop.remote("drop")
@@ -234,6 +234,19 @@ class PreferenceRun:
 
     def _stop(self, number: int) -> None:
         self._signal = number
+
+
+def _halved_ties(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Figures in which pairs that are all ties, as before the first update, are right by half.
+
+    TRL counts a tie as wrong. An accuracy of 0 with a mean margin of 0 leaves nothing but ties.
+    """
+    halved = {
+        f"{prefix}reward/accuracy": 0.5
+        for prefix in ("", "eval/")
+        if metrics.get(f"{prefix}reward/accuracy") == metrics.get(f"{prefix}reward/margin") == 0.0
+    }
+    return {**metrics, **halved}
 
 
 def _environment(threads: int | None) -> dict[str, Any]:

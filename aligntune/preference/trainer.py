@@ -177,7 +177,7 @@ class PreferenceTrainer:
                 told = Recorded(recorder, self.config.train.pairs_per_step, known)
                 for kind, fields in self.inputs.events():
                     recorder.event(kind, **fields)
-                for line in self.inputs.told():
+                for line in [*rundir.told(), *self.inputs.told()]:
                     recorder.note(line)
                 job = self._job(self.total_steps, export=storage.export)
                 with self._session(recorder.stage):

@@ -159,6 +159,9 @@ def _made(root: Path, write: Callable[[], float]) -> float:
     if not done.is_file():
         if root.exists():
             shutil.rmtree(root)
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # of writing a model that takes no time
         try:
             reached = write()
         except RuntimeError as error:

@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self, TypeVar
 from aligntune.config.backends import Backend, check_installed
 from aligntune.config.online import TrackingSpec
 from aligntune.errors import Interrupted, RunFailed, UserError
+from aligntune.runs import failure
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
 from aligntune.tracking.trackers import TrackerMissing, check_trackers
@@ -84,10 +85,8 @@ def recorded(
             records.event(EventKind.RUN_STOPPED, reason=str(told))
             raise RunFailed(str(told)) from None
         except Exception as unforeseen:
-            reason = " ".join(f"{type(unforeseen).__name__}: {unforeseen}".split())
+            reason, log = failure.reason(unforeseen), failure.write_log(rundir, unforeseen)
             trace = "".join(traceback.format_exception(unforeseen))
             records.event(EventKind.RUN_STOPPED, reason=reason, traceback=trace)
-            raise RunFailed(
-                f"{reason} (the traceback is in {rundir.file('events.jsonl')})"
-            ) from unforeseen
+            raise RunFailed(f"{reason} (the traceback is in {log})") from unforeseen
         records.event(EventKind.RUN_FINISHED, step=last_step)

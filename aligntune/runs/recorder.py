@@ -18,6 +18,7 @@ from aligntune.config.online import TrackingSpec
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import RunDir
 from aligntune.runs.writer import Writer
+from aligntune.tracking.advice import Adviser
 from aligntune.tracking.metrics import EventKind, EventsFile, MetricsFile, StepsFile, check_finite
 from aligntune.tracking.progress import Progress
 from aligntune.tracking.views import open_views
@@ -75,6 +76,7 @@ class Recorder:
             partial(self.event, EventKind.TRACKER_FAILED),
         )
         self._logged = after_step
+        self._adviser = Adviser()
         self._awaited: dict[str, int] = {}  # how many of each role have not started yet
         self._stopping = False
         self._seen: set[str] = set()  # what was told, if it was long
@@ -176,6 +178,9 @@ class Recorder:
         self._log(step, metrics)
         if step:
             self._progress.step(step, metrics)
+            for name, said in self._adviser.hear(step, metrics).items():
+                self.event(EventKind.TROUBLE, step=step, name=name, advice=said)
+                self._progress.note(f"warning: {said}")
         else:
             self._progress.evaluation(metrics)
 

@@ -167,6 +167,10 @@ class RunDir:
         """A file of the run directory."""
         return self.path / name
 
+    def told(self) -> list[str]:
+        """What has changed since the run that is here, for a person."""
+        return [f"changed: {path} was {was}, is {now}" for path, (was, now) in self.changed.items()]
+
     def copy_model(self, target: Path) -> Path:
         """Copy the final export to a new folder; returns it. Raises UserError."""
         if not self.model.is_dir():

@@ -155,7 +155,7 @@ def test_dpo_on_two_workers_learns_and_outlives_a_killed_worker(
     steps = steps_of(folder)
     assert list(steps) == list(range(61))
     assert steps[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert steps[0]["eval/reward/accuracy"] == 0.0
+    assert steps[0]["eval/reward/accuracy"] == 0.5, "all are ties before the first step"
     assert steps[60]["eval/reward/accuracy"] >= 0.9
     assert result.steps == 60
     resumed = events_of(folder, "resumed")

@@ -32,7 +32,7 @@ def train(
     data.write_text(json.dumps({"prompt": "1+1", "answer": "2"}) + "\n")
 
     @contextmanager
-    def no_roles(_: object) -> Iterator[None]:
+    def no_roles(*_: object) -> Iterator[None]:
         yield
 
     def run(error: Exception, roles: Callable[..., Any] = no_roles) -> tuple[int, str]:

@@ -15,7 +15,7 @@ from actors.preference.relay import ALIVE_SECONDS, RelaySilent, SignOfLife, answ
 from aligntune.errors import Interrupted, RunFailed
 from aligntune.loops import STOPPING
 from aligntune.preference import job as preference_job
-from aligntune.preference.job import STOP_SECONDS, Figures, PreferenceRun
+from aligntune.preference.job import STOP_SECONDS, Figures, PreferenceRun, Recorded
 from tests.aligntune.config.test_preference import config
 
 Follow = Callable[..., PreferenceRun]
@@ -92,7 +92,7 @@ def test_that_a_job_stops_is_said_at_once_and_once(
     follow: Follow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(Figures, "note", lambda _, text: said.append(text))
+    monkeypatch.setattr(Figures, "stopping", lambda _, text: said.append(text))
     follow([ROLE], [ALIVE], [ALIVE], seconds=1, signal=15)
     assert said == [STOPPING]
 
@@ -126,3 +126,20 @@ def test_signs_of_life_are_given_now_and_then(monkeypatch: pytest.MonkeyPatch) -
     clock.now += ALIVE_SECONDS
     alive()
     assert told == ["alive", "alive"]
+
+
+def test_pairs_that_are_all_ties_are_right_by_half() -> None:
+    told: list[dict[str, float]] = []
+    recorder = SimpleNamespace(step=lambda step, figures: told.append(figures))
+    recorded = Recorded(recorder, pairs_per_step=4, known=-1)  # type: ignore[arg-type]
+    ties = {"reward/accuracy": 0.0, "reward/margin": 0.0}
+    recorded.step(0, {f"eval/{name}": value for name, value in ties.items()})
+    recorded.step(1, ties)
+    recorded.step(2, {"reward/accuracy": 0.0, "reward/margin": -0.1})
+    recorded.step(3, {"loss": 0.5})
+    assert told == [
+        {"eval/reward/accuracy": 0.5, "eval/reward/margin": 0.0},
+        {"reward/accuracy": 0.5, "reward/margin": 0.0},
+        {"reward/accuracy": 0.0, "reward/margin": -0.1},
+        {"loss": 0.5},
+    ]

@@ -1,0 +1,167 @@
+"""What a run's figures say is going wrong, and what to try. Pure.
+
+Each trouble is seen over several steps, never in one; thresholds are for per-token figures of
+language models, and err on the side of silence.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+Row = Mapping[str, float]
+
+RECENT = 5  # steps that a trouble must last
+STILL = 20  # steps after which something should have moved
+AGAIN = 50  # steps after which a trouble that lasts is told again
+
+CONSTANT = 0.9  # share of groups
+TRUNCATED = 0.2  # share of completions
+ENTROPY = 0.05  # nats per token
+ENTROPY_FALL = 0.2  # of what it was at first
+KL = 1.0  # nats per token, from the starting model
+DISAGREE = 0.05  # nats per token, engine against trainer
+MOVED = 1e-7  # nats per token
+
+
+def troubles(rows: Sequence[Row]) -> dict[str, str]:
+    """What is wrong in the last rows of `metrics.jsonl`, by a short name: a sentence that says what
+    is seen and what to try. `rows` are all steps so far, or at least the first and last ones."""
+    found = {name: check(rows) for name, check in CHECKS.items()} if len(rows) >= RECENT else {}
+    return {name: said for name, said in found.items() if said}
+
+
+class Adviser:
+    """Tells each trouble of a run as it comes, and again where it lasts."""
+
+    def __init__(self) -> None:
+        self._first: list[Row] = []
+        self._last: deque[Row] = deque(maxlen=STILL)
+        self._told: dict[str, int] = {}  # by trouble, the step at which it was told
+
+    def hear(self, step: int, figures: Row) -> dict[str, str]:
+        """What is to be told after `step`, by a short name."""
+        if len(self._first) < RECENT:
+            self._first.append(figures)
+        else:
+            self._last.append(figures)
+        new = {}
+        for name, said in troubles([*self._first, *self._last]).items():
+            if name not in self._told or step - self._told[name] >= AGAIN:
+                self._told[name] = step
+                new[name] = said
+        return new
+
+
+def _recent(rows: Sequence[Row], name: str) -> list[float]:
+    """A figure in each of the last rows; nothing where one of them is without."""
+    values = [row[name] for row in rows[-RECENT:] if name in row]
+    return values if len(values) == RECENT else []
+
+
+def _constant(rows: Sequence[Row]) -> str:
+    shares = _recent(rows, "groups/constant_fraction")
+    if not shares or min(shares) < CONSTANT:
+        return ""
+    return (
+        f"{statistics.fmean(shares):.0%} of the groups had one reward for all their completions in "
+        f"the last {RECENT} steps, and such a group teaches nothing. Look at samples.jsonl: where "
+        "all fail, take easier prompts or a reward that gives parts of a point; where all succeed, "
+        "harder prompts. Try train.completions_per_group higher, rollout.temperature higher, or "
+        "algorithm=dapo, which draws other prompts"
+    )
+
+
+def _truncated(rows: Sequence[Row]) -> str:
+    shares = _recent(rows, "completions/truncated_fraction")
+    if not shares or min(shares) <= TRUNCATED:
+        return ""
+    return (
+        f"{statistics.fmean(shares):.0%} of the completions were cut at their limit, and are "
+        "judged without their end. Try rollout.max_completion_length higher, or a reward that "
+        "prefers short answers (`length`)"
+    )
+
+
+def _entropy(rows: Sequence[Row]) -> str:
+    name = "policy/entropy"
+    first = [row[name] for row in rows[:RECENT] if name in row]
+    last = _recent(rows, name)
+    if not last or not first or len(rows) < 2 * RECENT:
+        return ""
+    before, now = statistics.fmean(first), statistics.fmean(last)
+    if now >= ENTROPY or now >= ENTROPY_FALL * before:
+        return ""
+    return (
+        f"the entropy fell from {before:.3f} to {now:.3f} nats per token: the model says nearly "
+        "the same each time, and finds little that is new. Try policy.learning_rate lower, "
+        "algorithm.beta higher, or an earlier checkpoint (--resume)"
+    )
+
+
+def _kl(rows: Sequence[Row]) -> str:
+    values = _recent(rows, "kl/reference")
+    if not values or min(values) < KL or values[-1] < values[0]:
+        return ""
+    return (
+        f"the policy is {values[-1]:.2f} nats per token from its starting model and moves on: it "
+        "may be exploiting the reward, or falling apart. Read samples.jsonl. Try "
+        "policy.learning_rate lower, algorithm.beta higher, or an earlier checkpoint (--resume)"
+    )
+
+
+def _disagree(rows: Sequence[Row]) -> str:
+    values = _recent(rows, "kl/rollout_vs_policy")
+    if not values or min(values) < DISAGREE or _age(rows) > 0:
+        return ""  # older weights are bound to differ
+    apart = statistics.fmean(values)
+    return (
+        f"engine and trainer give the same tokens log-probs that are {apart:.3f} nats per token "
+        "apart: what is trained is not what was sampled. Try model.dtype=float32, or "
+        "rollout.engine=transformers to see whether the engine is the cause"
+    )
+
+
+def _age(rows: Sequence[Row]) -> float:
+    return max((row.get("staleness/max", 0.0) for row in rows[-RECENT:]), default=0.0)
+
+
+def _still(rows: Sequence[Row]) -> str:
+    if len(rows) < STILL:
+        return ""
+    loss = [row["loss"] for row in rows[-STILL:] if "loss" in row and "reward/margin" in row]
+    margins = [abs(row["reward/margin"]) for row in rows[-STILL:] if "reward/margin" in row]
+    moved = [row["kl/reference"] for row in rows[-STILL:] if "kl/reference" in row]
+    grad = [row["policy/grad_norm"] for row in rows[-STILL:] if "policy/grad_norm" in row]
+    if loss and max(margins) < 1e-4:
+        key = "train.learning_rate"
+    elif (moved and max(map(abs, moved)) < MOVED) or (len(grad) == STILL and max(grad) == 0.0):
+        key = "policy.learning_rate"
+    else:
+        return ""
+    return (
+        f"nothing has moved in {STILL} steps: the model is what it was. Try {key} higher (full "
+        "fine-tuning takes about 1e-6, LoRA 1e-5 to 1e-4, tiny models more), and see that the "
+        "rewards of a group differ"
+    )
+
+
+CHECKS: dict[str, Callable[[Sequence[Row]], str]] = {
+    "constant": _constant,
+    "truncated": _truncated,
+    "entropy": _entropy,
+    "kl": _kl,
+    "disagree": _disagree,
+    "still": _still,
+}
+
+
+def unmoved(before: float | None, after: float | None) -> str:
+    """What to try where a run's first evaluation and its last are the same figure."""
+    if before is None or after is None or before != after:
+        return ""
+    return (
+        "the held-out figure is exactly what it was before training: try more steps, or "
+        "a higher learning rate"
+    )

@@ -1,0 +1,61 @@
+"""What a run came to, in a few lines for a person: before and after, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from aligntune.runs.jsonl import read_lines
+from aligntune.tracking import lines
+from aligntune.tracking.advice import unmoved
+
+Row = Mapping[str, float]
+
+
+def ending(output_dir: Path, model: Path) -> list[str]:
+    """What is told below the last line of a run in `output_dir`."""
+    return [*before_and_after(evaluations(output_dir)), *what_next(output_dir, model)]
+
+
+def evaluations(output_dir: Path) -> list[Row]:
+    """The evaluations of a run of either kind, in order."""
+    own, steps = output_dir / "evals.jsonl", output_dir / "metrics.jsonl"
+    path = own if own.is_file() else steps
+    rows = read_lines(path) if path.is_file() else []
+    return [row for row in rows if lines.evaluated(row) is not None]
+
+
+def before_and_after(rows: Sequence[Row]) -> list[str]:
+    """The held-out figure of the first evaluation and of the last, and of each criterion where
+    there are several; nothing where there were no two."""
+    if len(rows) < 2:
+        return []
+    first, last = rows[0], rows[-1]
+    before, after = lines.evaluated(first), lines.evaluated(last)
+    if before is None or after is None:
+        return []
+    name = "accuracy" if "eval/reward/mean" not in last else "reward"
+    told = [f"held-out {name} {before:.3f} -> {after:.3f} (step {first['step']} -> {last['step']})"]
+    now = lines.criteria(last, "eval/")
+    for criterion, value in lines.criteria(first, "eval/").items():
+        if criterion in now:
+            told.append(f"  {criterion} {value:.3f} -> {now[criterion]:.3f}")
+    return told + [f"warning: {said}" for said in [unmoved(before, after)] if said]
+
+
+def what_next(output_dir: Path, model: Path) -> list[str]:
+    """Commands that go on from a run that is done."""
+    folder, name = (shlex.quote(_short(path)) for path in (output_dir, model))
+    return [
+        f"curves:     tensorboard --logdir {folder}",
+        f"talk to it: transformers serve, and in another shell: transformers chat {name}",
+    ]
+
+
+def _short(path: Path) -> str:
+    """As it is named from the current folder, where that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

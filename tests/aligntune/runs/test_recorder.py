@@ -1,0 +1,120 @@
+"""What a run's records tell the person who watches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aligntune.config.load import load_config
+from aligntune.config.online import RunConfig
+from aligntune.online.recorder import OnlineRecorder
+from aligntune.runs.jsonl import read_lines
+from aligntune.runs.rundir import RunDir
+from aligntune.tracking.metrics import EventKind
+
+
+@pytest.fixture
+def rundir(tmp_path: Path) -> RunDir:
+    made = RunDir(tmp_path / "run")
+    made.path.mkdir()
+    return made
+
+
+def recorded(rundir: RunDir) -> OnlineRecorder:
+    """Its records, which write to the standard output of now."""
+    config = load_config(
+        {
+            "algorithm": "grpo",
+            "model": {"name": "m"},
+            "data": {"path": "d"},
+            "rewards": ["length"],
+            "output_dir": str(rundir.path),
+            "tracking": {"trackers": []},
+        }
+    )
+    assert isinstance(config, RunConfig)
+    return OnlineRecorder(config, rundir, 100, 0)
+
+
+Lines = list[str]
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> Lines:
+    return [line.partition(" ")[2] if line[0] == "0" else line for line in _lines(capsys)]
+
+
+def _lines(capsys: pytest.CaptureFixture[str]) -> Lines:
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_role_is_ready_when_its_last_replica_or_rank_is(
+    rundir: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with recorded(rundir) as recorder:
+        recorder.starting({"rollout": (2, "vLLM is loading"), "policy": (1, "")})
+        recorder.role("rollout-1.0", {"engine": "vllm"})
+        recorder.role("policy-0", {"backend": "trl 1.13.0", "device": "cpu"})
+        recorder.role("rollout-0.0", {"engine": "vllm"})
+        recorder.role("rollout-0.1", {"engine": "vllm"})  # in the place of one that was lost
+        recorder.role("policy-0", {"backend": "trl 9", "device": "cpu"})
+    assert said(capsys) == [
+        "policy ready (trl 1.13.0 on cpu); waiting for: rollout (vLLM is loading)",
+        "rollout ready (vllm); all are",
+        "policy-0: trl 9 on cpu",
+    ]
+    started = [e for e in read_lines(rundir.file("events.jsonl")) if e["kind"] == "role_started"]
+    assert len(started) == 5
+
+
+def test_a_traceback_is_told_once_however_many_groups_it_ends(
+    rundir: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = "reward 'mine' failed (raised):\n" + "  File x\n" * 40
+    with recorded(rundir) as recorder:
+        for group in range(3):
+            recorder.event(EventKind.GROUP_QUARANTINED, group=group, reason=reason)
+    shown = "\n".join(_lines(capsys))
+    assert shown.count("  File x") == 40
+    assert "group 2, reason reward 'mine' failed (raised):... (as before)" in shown
+
+
+def test_the_checkpoint_of_a_run_that_stops_is_told_and_no_other(
+    rundir: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with recorded(rundir) as recorder:
+        recorder.event(EventKind.CHECKPOINT_SAVED, step=50)
+        recorder.stopping("stopping")
+        recorder.event(EventKind.CHECKPOINT_SAVED, step=79)
+    assert _lines(capsys) == ["stopping", "the checkpoint of step 79 is written"]
+
+
+def test_a_trouble_is_a_warning_and_an_event(
+    rundir: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with recorded(rundir) as recorder:
+        for step in range(1, 8):
+            recorder.step(step, {"completions/truncated_fraction": 0.5})
+    (warning,) = [line for line in _lines(capsys) if line.startswith("warning: ")]
+    assert "rollout.max_completion_length" in warning
+    (event,) = [e for e in read_lines(rundir.file("events.jsonl")) if e["kind"] == "trouble"]
+    assert (event["step"], event["name"]) == (5, "truncated")
+
+
+def test_an_evaluation_shows_each_criterion_and_what_the_model_said(
+    rundir: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"prompt": "1+1=", "completions": [{"text": "2", "reward": 1.0}]}
+    figures = {
+        "eval/reward/mean": 1.0,
+        "eval/reward/math/mean": 1.0,
+        "eval/reward/concise/mean": 0.5,
+    }
+    with recorded(rundir) as recorder:
+        recorder.eval_samples(10, [row])
+        recorder.evaluation(10, figures)
+    assert _lines(capsys) == [
+        "evaluation after step 10: reward 1.000  math 1.000  concise 0.500",
+        "  asked  1+1=",
+        "  1.000  2",
+    ]

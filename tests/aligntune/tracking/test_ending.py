@@ -1,0 +1,55 @@
+"""What is told below the last line of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from aligntune.tracking.ending import ending
+
+
+def write(path: Path, *rows: dict[str, float]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_before_and_after_of_each_criterion_and_what_comes_next(tmp_path: Path) -> None:
+    first = {"step": 0, "version": 0, "eval/reward/mean": 0.5}
+    last = {"step": 30, "version": 30, "eval/reward/mean": 1.25}
+    write(
+        tmp_path / "evals.jsonl",
+        first | {"eval/reward/math/mean": 0.25, "eval/reward/concise/mean": 0.5},
+        first | {"step": 10},
+        last | {"eval/reward/math/mean": 0.75, "eval/reward/concise/mean": 0.5},
+    )
+    write(tmp_path / "metrics.jsonl", {"step": 1, "eval/reward/mean": 9.0})
+    told = ending(tmp_path, tmp_path / "model")
+    assert told[:3] == [
+        "held-out reward 0.500 -> 1.250 (step 0 -> 30)",
+        "  math 0.250 -> 0.750",
+        "  concise 0.500 -> 0.500",
+    ]
+    assert f"tensorboard --logdir {tmp_path}" in told[3]
+    assert f"transformers chat {tmp_path / 'model'}" in told[4]
+    assert len(told) == 5
+
+
+def test_a_preference_job_has_its_evaluations_among_its_steps(tmp_path: Path) -> None:
+    write(
+        tmp_path / "metrics.jsonl",
+        {"step": 0, "eval/reward/accuracy": 0.5},
+        {"step": 1, "loss": 0.7},
+        {"step": 2, "loss": 0.6, "eval/reward/accuracy": 0.8},
+    )
+    assert ending(tmp_path, tmp_path)[0] == "held-out accuracy 0.500 -> 0.800 (step 0 -> 2)"
+
+
+def test_a_run_that_moved_nothing_says_so(tmp_path: Path) -> None:
+    rows = [{"step": step, "eval/reward/mean": 0.595} for step in (0, 5)]
+    write(tmp_path / "evals.jsonl", *rows)
+    assert ending(tmp_path, tmp_path)[1].startswith("warning: the held-out figure is exactly")
+
+
+def test_without_two_evaluations_only_the_commands_are_told(tmp_path: Path) -> None:
+    assert all(": " in line for line in ending(tmp_path, tmp_path))
+    write(tmp_path / "evals.jsonl", {"step": 5, "eval/reward/mean": 0.5})
+    assert not [line for line in ending(tmp_path, tmp_path) if "->" in line]
