@@ -23,6 +23,8 @@ def normalised(messages: Messages) -> Messages:
         kept = {key: value for key, value in message.items() if value is not None}
         for key in ("refusal", "annotations", "audio", "function_call"):
             kept.pop(key, None)
+        if "reasoning" in kept:  # vLLM's own name for it
+            kept.setdefault("reasoning_content", kept.pop("reasoning"))
         kept["content"] = _text(kept.get("content", ""), index)
         if calls := kept.pop("tool_calls", None):
             kept["tool_calls"] = [_tool_call(call, index) for call in calls]

@@ -118,6 +118,7 @@ class GenerateSampling(_Drawn):
     logprobs: Literal[0, 1] | None = None
     prompt_logprobs: None = None
     stop_token_ids: list[int] | None = None  # the engine's own end a turn
+    routed_experts_prompt_start: int | None = None  # no answer tells of experts
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     detokenize: bool | None = None
@@ -220,7 +221,7 @@ def completion_answer(
     if request.logprobs is not None:
         offsets = [sum(map(len, tokens[:i])) for i in range(len(tokens))]
         choice["logprobs"] = {
-            "tokens": _names(answer, request.return_tokens_as_token_ids, tokens),
+            "tokens": _names(answer, request, tokens),
             "token_logprobs": sampled_logprobs(answer),
             "top_logprobs": None,
             "text_offset": offsets,
@@ -304,7 +305,7 @@ def _message(answer: Answer) -> Json:
 def _logprobs(answer: Answer, request: ChatRequest, tokens: Sequence[str]) -> Json | None:
     if not request.logprobs:
         return None
-    names = _names(answer, request.return_tokens_as_token_ids, tokens)
+    names = _names(answer, request, tokens)
     content = [
         {"token": name, "logprob": p, "bytes": list(text.encode()), "top_logprobs": []}
         for name, text, p in zip(names, tokens, sampled_logprobs(answer), strict=True)
@@ -312,7 +313,14 @@ def _logprobs(answer: Answer, request: ChatRequest, tokens: Sequence[str]) -> Js
     return {"content": content, "refusal": None}
 
 
-def _names(answer: Answer, by_id: bool | None, tokens: Sequence[str]) -> list[str]:
+def _names(
+    answer: Answer, request: ChatRequest | CompletionRequest, tokens: Sequence[str]
+) -> list[str]:
+    """The tokens beside their log-probs: by id for who asks for ids, so that it can check that both
+    belong together, unless it says otherwise."""
+    by_id = request.return_tokens_as_token_ids
+    if by_id is None:
+        by_id = request.return_token_ids
     return [f"token_id:{i}" for i in sampled_ids(answer)] if by_id else list(tokens)
 
 

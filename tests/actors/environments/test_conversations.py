@@ -103,6 +103,16 @@ def test_a_history_that_the_agent_has_changed_is_rendered_anew_and_forks(chat: C
     assert len(rows_of([answer.call for answer in conversation.answers], FinishReason.STOP)) == 2
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
+def test_thinking_in_a_history_that_is_rendered_anew_is_shown_by_either_name(
+    tokenizer: Any, key: str
+) -> None:
+    tokens = ChatTokens(tokenizer)
+    shot = {"role": "assistant", "content": "5!", key: "hm"}
+    ids = tokens.prompt(normalised([ASK, shot, ASK]), ())
+    assert "<think>\nhm\n</think>\n\n5!" in tokenizer.decode(ids)
+
+
 def test_a_history_with_an_answer_that_is_not_the_models_is_realigned_where_it_agrees(
     chat: Chat,
 ) -> None:

@@ -131,7 +131,7 @@ def test_a_stream_brings_the_same_answer_in_pieces(chat: Chat) -> None:
 
 def test_token_ids_and_log_probs_are_those_that_are_trained_on(chat: Chat) -> None:
     async def talk() -> None:
-        async with serving(chat, ["zwei ü", "4"]) as served:
+        async with serving(chat, ["zwei ü", "4", "6"]) as served:
             answer = await served.client.chat.completions.create(
                 model="m",
                 messages=[ASK],
@@ -143,13 +143,16 @@ def test_token_ids_and_log_probs_are_those_that_are_trained_on(chat: Chat) -> No
             assert answer.choices[0].token_ids == call.sampled.token_ids.tolist()
             content = answer.choices[0].logprobs.content
             assert [entry.logprob for entry in content] == call.sampled.logprobs.tolist()
-            assert [entry.token for entry in content][:2] == ["z", "w"]
+            assert [entry.token for entry in content] == [
+                f"token_id:{i}" for i in call.sampled.token_ids
+            ]
+            assert bytes(b for e in content for b in e.bytes).startswith(b"zwei ")
             chunks = await served.client.chat.completions.create(
                 model="m",
                 messages=[ASK],
                 stream=True,
                 logprobs=True,
-                extra_body={"return_token_ids": True, "return_tokens_as_token_ids": True},
+                extra_body={"return_token_ids": True, "return_tokens_as_token_ids": False},
             )
             got = [chunk async for chunk in chunks]
             call = served.conversation.answers[1].call
@@ -157,7 +160,16 @@ def test_token_ids_and_log_probs_are_those_that_are_trained_on(chat: Chat) -> No
             ids = [getattr(chunk.choices[0], "token_ids", None) or [] for chunk in got]
             assert [i for several in ids for i in several] == call.sampled.token_ids.tolist()
             names = [e.token for c in got if (p := c.choices[0].logprobs) for e in p.content]
-            assert names == [f"token_id:{i}" for i in call.sampled.token_ids]
+            assert names[:1] == ["4"]
+            by_id = await served.client.chat.completions.create(
+                model="m",
+                messages=[ASK],
+                logprobs=True,
+                extra_body={"return_tokens_as_token_ids": True},
+            )
+            ids = served.conversation.answers[2].call.sampled.token_ids
+            names = [entry.token for entry in by_id.choices[0].logprobs.content]
+            assert names == [f"token_id:{i}" for i in ids]
 
     run(talk)
 
@@ -169,7 +181,12 @@ def test_ids_in_are_answered_with_ids_out(chat: Chat) -> None:
             body = {
                 "model": "m",
                 "token_ids": [5, 6],
-                "sampling_params": {"max_tokens": 9, "logprobs": 1, "stop_token_ids": [257]},
+                "sampling_params": {
+                    "max_tokens": 9,
+                    "logprobs": 1,
+                    "stop_token_ids": [257],
+                    "routed_experts_prompt_start": 1,  # of verifiers, whatever the model
+                },
             }
             async with httpx.AsyncClient() as client:
                 key = {"Authorization": f"Bearer {served.session.key}"}
