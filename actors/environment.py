@@ -25,6 +25,7 @@ from actors.environments.base import (
     EpisodeLimits,
     Episodes,
 )
+from actors.environments.processes import FORK_SECONDS, IMPORT_SECONDS
 from actors.environments.record import common_prompt, rows_of, turn_ends
 from actors.environments.specs import EpisodeCode, EpisodesSpec
 from actors.environments.turns import Turns
@@ -59,6 +60,10 @@ class RolloutGone(RuntimeError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.replica, self.reason)
+
+
+class EnvironmentStuck(RuntimeError):
+    """Nothing has moved in this actor for longer than all of its limits allow: a defect of ours."""
 
 
 @dataclass
@@ -100,6 +105,7 @@ class EnvironmentActor(Alive):
         self._replica = replica
         self._turn_timeout_s = turn_timeout_s
         self._lockstep = lockstep
+        self._silence_s = longest_silence(limits, turn_timeout_s)
         self._episodes = episodes_of(model, spec, code, limits, log_file(log))
         self._lives: dict[str, _Life] = {}
 
@@ -123,6 +129,7 @@ class EnvironmentActor(Alive):
         Raises:
             RolloutGone: that replica is lost, and the episodes wait for another call.
             EpisodeFailed: an episode failed as often as it may.
+            EnvironmentStuck: no episode of this actor moves any more.
         """
         found = self._lives.get(life)
         if found is None:
@@ -135,12 +142,26 @@ class EnvironmentActor(Alive):
             found.turns.use(rollout, name)
         gone = asyncio.create_task(found.turns.gone())
         try:
-            await asyncio.wait((found.task, gone), return_when=asyncio.FIRST_COMPLETED)
+            await self._until_either((found.task, gone))
         finally:
             gone.cancel()
         if found.task.done():
             return found.task.result()
         raise RolloutGone(name, found.turns.why)
+
+    async def _until_either(self, tasks: Sequence[asyncio.Task[Any]]) -> None:
+        """Wait for the first of `tasks`. Raises EnvironmentStuck."""
+        while True:
+            before = self.done
+            ended, _ = await asyncio.wait(
+                tasks, timeout=self._silence_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if ended:
+                return
+            if self.done == before:
+                raise EnvironmentStuck(
+                    f"no turn was answered and no episode ended for {self._silence_s:g} s"
+                )
 
     async def end(self, life: str) -> None:
         """Forget a life; episodes that still run are ended."""
@@ -213,6 +234,7 @@ class EnvironmentActor(Alive):
                     break
                 except EpisodeFailed as failed:
                     failures[failed.infrastructure] += 1
+                    self.done += 1
                     if failures[failed.infrastructure] == self._spec.max_attempts:
                         raise EpisodeFailed(
                             f"an episode failed {failures.total()} times, the last: "
@@ -221,8 +243,16 @@ class EnvironmentActor(Alive):
                         ) from failed
                     turns.begin(rollout)
         finally:
+            self.done += 1
             turns.end(rollout)
         return replace(episode, figures=replace(episode.figures, retried=failures.total()))
+
+
+def longest_silence(limits: EpisodeLimits, turn_timeout_s: float) -> float:
+    """Seconds in which an actor with episodes has something to show, whatever they do: a process is
+    started, an episode uses up all of its time, its reward is asked for, a turn is answered."""
+    own = limits.episode_timeout_s + limits.call_timeout_s
+    return IMPORT_SECONDS + FORK_SECONDS + own + turn_timeout_s
 
 
 def episodes_of(

@@ -26,6 +26,10 @@ Wait = Callable[[Awaitable[Any]], Any]
 Player = Callable[[Given, Wait], Any]
 
 
+class ProgramKilled(RuntimeError):
+    """A signal has ended the program: as of a function's process, a fault that is not its own."""
+
+
 def player_of(agent: Any) -> Player:
     """What plays `agent`: a function, or the arguments of a program. Raises ValueError."""
     if isinstance(agent, tuple):
@@ -38,7 +42,7 @@ def player_of(agent: Any) -> Player:
 def played(player: Player, given: Given, wait: Wait) -> float | dict[str, float] | None:
     """What the agent says of its episode; `wait` ends an awaitable.
 
-    Raises ValueError where it is no reward, and what the agent raises.
+    Raises ValueError where it is no reward, ProgramKilled, and what the agent raises.
     """
     for name in ("NO_PROXY", "no_proxy"):  # a proxy of the node's reaches no session
         os.environ[name] = f"{os.environ.get(name, '')},{given['host']}".strip(",")
@@ -120,9 +124,11 @@ class _Program:
         while data := process.stdout.read(TAIL_BYTES):
             os.write(1, data)
             tail = (tail + data)[-TAIL_BYTES:]
-        if status := process.wait():
-            how = f"signal {-status}" if status < 0 else f"exit status {status}"
-            raise ValueError(f"{self._command[0]!r} ended with {how}")
+        status = process.wait()
+        if status < 0:
+            raise ProgramKilled(f"{self._command[0]!r} was ended by signal {-status}")
+        if status:
+            raise ValueError(f"{self._command[0]!r} ended with exit status {status}")
         return _last_line(tail)
 
 

@@ -165,9 +165,9 @@ class AgentEpisodes:
                 return rewards(said.value)
             except ValueError as error:
                 raise EpisodeFailed(f"the agent's answer is garbled: {error}", True) from error
-        if conversation.refused:  # it has ended, as it may, by the refusal
+        if conversation.refused and not said.lost:  # it has ended, as it may, by the refusal
             return None
-        raise EpisodeFailed(f"the agent failed: {said.error}{where}")
+        raise EpisodeFailed(f"the agent failed: {said.error}{where}", infrastructure=said.lost)
 
 
 def check_agent(code: EpisodeCode, model: ModelSpec, host: str, port: int | None) -> list[str]:

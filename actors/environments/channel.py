@@ -12,6 +12,7 @@ from actors.children.channel import DETAIL_CHARACTERS, Garbled, clean, line, par
 
 UNTIMELY = "timeout"
 RAISED = "raised"
+LOST = "lost"
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Told:
     value: Any = None  # of JSON
     error: str | None = None  # what went wrong; None: nothing
     timed_out: bool = False
+    lost: bool = False  # by a fault of a process or machine, and not of the user's code
 
 
 def told(call: str, value: Any) -> bytes:
@@ -29,9 +31,8 @@ def told(call: str, value: Any) -> bytes:
     return line({"call": call, "value": value})
 
 
-def refused(call: str, error: str, timed_out: bool = False) -> bytes:
+def refused(call: str, error: str, kind: str = RAISED) -> bytes:
     """The line that answers `call` with what went wrong."""
-    kind = UNTIMELY if timed_out else RAISED
     return line({"call": call, "kind": kind, "error": error[-DETAIL_CHARACTERS:]})
 
 
@@ -41,8 +42,10 @@ def parse(answer: bytes) -> Told:
     match message:
         case {"call": str(call), "value": value} if len(message) == 2:
             return Told(call, value)
-        case {"call": str(call), "kind": "raised" | "timeout" as kind, "error": str(error)} if (
-            len(message) == 3
-        ):
-            return Told(call, error=clean(error), timed_out=kind == UNTIMELY)
+        case {
+            "call": str(call),
+            "kind": "raised" | "timeout" | "lost" as kind,
+            "error": str(error),
+        } if len(message) == 3:
+            return Told(call, None, clean(error), kind == UNTIMELY, kind == LOST)
     raise Garbled(f"it is not an answer: {answer[:80]!r}")

@@ -24,8 +24,8 @@ from typing import Any, BinaryIO, cast
 
 from actors.children.channel import clean, receive
 from actors.children.code import traceback_tail
-from actors.environments.agent_child import Player, played
-from actors.environments.channel import refused, told
+from actors.environments.agent_child import Player, ProgramKilled, played
+from actors.environments.channel import LOST, UNTIMELY, refused, told
 from actors.environments.tools import Tool, answer_text, by_name, description, methods
 from actors.scoring.calling import arguments, checked, named_parameters
 from actors.scoring.criteria import RewardFailed
@@ -239,6 +239,8 @@ def _failure(word: str, error: BaseException, detailed: bool = False) -> bytes:
     """Why a call has no answer: for the model, or `detailed` for a person."""
     if isinstance(error, RewardFailed):
         return refused(word, f"reward {error.criterion!r}: {error.detail}")
+    if isinstance(error, ProgramKilled):
+        return refused(word, str(error), LOST)
     if detailed and not isinstance(error, ValueError):
         return refused(word, traceback_tail(error))
     told_to_model = isinstance(error, Exception) and str(error)
@@ -246,7 +248,7 @@ def _failure(word: str, error: BaseException, detailed: bool = False) -> bytes:
 
 
 def _over_time(word: str) -> bytes:
-    return refused(word, "no answer in time", timed_out=True)
+    return refused(word, "no answer in time", UNTIMELY)
 
 
 async def _await(value: Any) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from actors.environment import RolloutGone
+from actors.environment import EnvironmentStuck, RolloutGone
 from actors.environments.base import EpisodeFailed
 from actors.messages import EpisodesRecord, GroupSampling, Prompt, Scores
 from actors.reward import Criterion
@@ -89,6 +89,8 @@ class Playing:
                         )
                     except RolloutGone as gone:
                         raise ReplicaLost(gone.replica, gone.reason) from gone
+                    except EnvironmentStuck as stuck:
+                        raise ReplicaLost(environment.name, str(stuck)) from stuck
             except ReplicaLost as lost:
                 if lost.replica == environment.name:
                     raise
@@ -116,10 +118,12 @@ class Playing:
 
 
 def playing_deadline(config: RunConfig) -> float:
-    """Seconds after which an environment actor that has said nothing of a group is lost.
+    """Seconds after which an environment actor that still plays a group is lost.
 
-    It has limits of its own: of an episode, without its sampling, and of each turn. Turns of all
-    episodes may wait for each other, and each episode may be begun as often as it may fail.
+    One that hangs is found long before: by its signs of life, or by itself where nothing moves in
+    it any more (`longest_silence`). This bounds one that goes on and on, by its own limits: of an
+    episode, without its sampling, and of each turn. Turns of all episodes may wait for each other,
+    and each episode may be begun as often as it may fail.
     """
     spec = config.episodes
     turns = spec.max_turns * config.rollout.generation_timeout_s

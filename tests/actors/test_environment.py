@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from actors import environment
-from actors.environment import EnvironmentActor, EpisodesGroup, RolloutGone
+from actors.environment import EnvironmentActor, EnvironmentStuck, EpisodesGroup, RolloutGone
 from actors.environments.base import EpisodeFailed, EpisodeLimits
 from actors.environments.specs import EpisodeCode, EpisodesSpec
 from actors.messages import GroupSampling, VersionSpan
@@ -274,3 +274,29 @@ def test_tokens_keep_the_versions_that_made_them_where_a_newer_replica_takes_ove
         assert [span.version for span in spans] == [4, 5, 5][:turns]
         assert all(isinstance(span, VersionSpan) for span in spans)
     assert record.oldest_version == 4
+
+
+def test_an_actor_in_which_nothing_moves_any_more_says_so(
+    toy: ToyEpisodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While an episode moves, nobody is taken for stuck, however long the others wait."""
+    monkeypatch.setattr(environment, "longest_silence", lambda *_: 0.1)
+    turns = [0]
+
+    async def slowly(number: int, turn: int) -> None:
+        if number == 0:
+            turns[0] += 1
+            await (asyncio.sleep(0.04) if turns[0] < 8 else asyncio.Event().wait())
+        elif number == 1:
+            await asyncio.Event().wait()
+
+    toy.turns = lambda rollout: 20
+    toy.before_turn = slowly
+    with pytest.raises(EnvironmentStuck, match=r"no turn was answered .* for 0\.1 s"):
+        run(played(actor(), ToyRollout(), replace(SAMPLING, completions=2)))
+    assert turns[0] == 8
+
+
+def test_silence_is_bounded_by_the_limits_of_an_episode_and_of_a_turn() -> None:
+    """Minutes, where episodes take minutes: not the sum of all their turns and tries."""
+    assert environment.longest_silence(LIMITS, 30.0) == 300 + 60 + 1 + 5 + 30

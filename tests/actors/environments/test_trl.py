@@ -1,4 +1,4 @@
-"""The same model, tools and sampled tokens give the same ids, masks and rewards as TRL.
+"""The same model, tools and sampled tokens give the same ids, masks, rewards and loss as TRL.
 
 Where TRL differs by definition (`TestDifferences`), a test says how.
 """
@@ -12,15 +12,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from actors.environment import made_group
 from actors.environments.base import Episode
 from actors.environments.record import rows_of
 from actors.environments.specs import EpisodeCode
 from actors.environments.tool_episodes import ToolEpisodes
-from actors.messages import FinishReason
+from actors.messages import FinishReason, Scores
 from actors.specs import ModelSpec
+from aligntune.algorithms import advantages
+from aligntune.config.load import load_config
+from aligntune.config.online import RunConfig
+from aligntune.online.groups import ReadyGroup, group_works
+from aligntune.online.sharing import plan_step
 from tests.actors.environments.chat import LIMITS, Script, call_text, prompt_of
+from tests.actors.policy_cases import Probe, logprobs_of, one_rank
 
 pytestmark = pytest.mark.slow  # TRL's trainer takes seconds to be imported and made
 
@@ -80,8 +89,27 @@ def trainer_of(
 
 
 def by_trl(trainer: Any, inputs: Sequence[dict[str, Any]], turns: list[list[list[int]]]) -> Any:
-    """TRL's own rollout of `inputs` where row i's policy writes `turns[i]`: prompt ids, completion
-    ids and mask of each row, without padding, and its conversations."""
+    """`scored_by_trl`: prompt ids, completion ids and mask of each row, without padding, and its
+    conversations."""
+    found, conversations = scored_by_trl(trainer, inputs, turns)
+    rows = []
+    for i in range(len(inputs)):
+        kept = found["completion_mask"][i].bool()
+        rows.append(
+            (
+                found["prompt_ids"][i][found["prompt_mask"][i].bool()].tolist(),
+                found["completion_ids"][i][kept].tolist(),
+                found["tool_mask"][i][kept].bool().tolist(),
+            )
+        )
+    return rows, conversations
+
+
+def scored_by_trl(
+    trainer: Any, inputs: Sequence[dict[str, Any]], turns: list[list[list[int]]]
+) -> tuple[dict[str, Any], list[Any]]:
+    """TRL's own rollout of `inputs` where row i's policy writes `turns[i]`: what its loss takes,
+    and the conversation of each row."""
     written = [0] * len(inputs)
     heads: list[list[int]] = []
     conversations: list[Any] = []
@@ -120,17 +148,7 @@ def by_trl(trainer: Any, inputs: Sequence[dict[str, Any]], turns: list[list[list
         patch.setattr(trainer, "_generate_single_turn", single_turn)
         patch.setattr(trainer, "_calculate_rewards", rewarded(trainer._calculate_rewards))
         found = trainer._generate_and_score_completions([dict(row) for row in inputs])
-    rows = []
-    for i in range(len(inputs)):
-        kept = found["completion_mask"][i].bool()
-        rows.append(
-            (
-                found["prompt_ids"][i][found["prompt_mask"][i].bool()].tolist(),
-                found["completion_ids"][i][kept].tolist(),
-                found["tool_mask"][i][kept].bool().tolist(),
-            )
-        )
-    return rows, conversations
+    return found, conversations
 
 
 def contains(ids: Sequence[int], part: Sequence[int]) -> bool:
@@ -240,6 +258,147 @@ def test_environments_rows_and_rewards_are_those_of_trl(
         assert episode.rewards["both"] == pytest.approx(rewards[1][i])
 
 
+LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "grpo": ({"name": "grpo"}, {"beta": 0.04}),
+    "grpo without KL": ({"name": "grpo", "beta": 0.0}, {}),
+    "dapo": (
+        {"name": "dapo", "overlong_shaping": False},
+        {"loss_type": "dapo", "epsilon_high": 0.28},
+    ),
+    "drgrpo": ({"name": "drgrpo"}, {"loss_type": "dr_grpo"}),
+    "gspo": (
+        {"name": "gspo", "clip_low": 0.1, "clip_high": 0.15},
+        {"importance_sampling_level": "sequence", "epsilon_low": 0.1, "epsilon_high": 0.15},
+    ),
+}
+"""Our algorithm, and what TRL is set to."""
+
+SHORT = [name for name in CONVERSATIONS if name != "a cut answer"][:8]
+CUTS = [(10**6, 10**6, False), (1, 64, False), (700, 100, True)]  # micro-batch, chunk, packing
+
+
+@pytest.fixture(scope="module")
+def policy(trainer_of: Callable[..., Any], tokenizer: Any, tmp_path_factory: Any) -> Probe:
+    """A rank of ours with the weights of TRL's model, both in float64."""
+    model = trainer_of(environments=False).model
+    folder = tmp_path_factory.mktemp("weights")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    actor = one_rank(folder)
+    model.double()
+    actor._strategy.model.double()
+    return Probe(actor)
+
+
+@pytest.fixture(scope="module")
+def step(
+    trainer_of: Callable[..., Any], ours: Callable[..., Episode], tokenizer: Any, policy: Probe
+) -> tuple[dict[str, Any], list[ReadyGroup]]:
+    """The conversations as a step of groups of two: as TRL's loss takes it, and as ours does. The
+    policy has moved since: the log-probs of the rollouts are a little off."""
+    said = [CONVERSATIONS[name] for name in SHORT]
+    inputs = [{"prompt": user_says(f"pair {i // 2}")} for i in range(len(said))]
+    turns = [Script(tokenizer, one).turns for one in said]
+    trainer = trainer_of(environments=False)
+    found, _ = scored_by_trl(trainer, inputs, turns)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "scale_rewards", "none")
+        found["centred"] = scored_by_trl(trainer, inputs, turns)[0]["advantages"]
+    groups = []
+    for number in range(0, len(said), 2):
+        places = (number, number + 1)
+        episodes = [ours(turns[i], inputs[i], False) for i in places]
+        record, tensors, talks = made_group(number // 2, episodes, 1.0, 0.1, "rollout-0")
+        (own,) = logprobs_of(policy.actor, [tensors], temperature=1.0)
+        drift = np.random.default_rng(number).normal(0, 0.15, (2, len(own)))
+        tensors = replace(tensors, logprobs=(own + drift[0]).astype(np.float32))
+        lengths = [(float(len(e.messages) - e.prompt_messages),) for e in episodes]
+        scores = Scores(record.group_id, ("turns",), tuple(lengths), 0.0)
+        frozen = (own + drift[1]).astype(np.float32)
+        groups.append(ReadyGroup(None, record, scores, None, tensors, talks, frozen))  # type: ignore[arg-type]
+    shape = found["completion_ids"].shape
+    for name, of in (
+        ("old_per_token_logps", lambda group: group.tensors.logprobs),
+        ("ref_per_token_logps", lambda group: group.reference),
+    ):
+        found[name] = torch.zeros(shape, dtype=torch.float64)
+        for i in range(len(said)):
+            values = of(groups[i // 2])[groups[i // 2].tensors.completion(i % 2)]
+            found[name][i, : len(values)] = torch.from_numpy(values)
+    return found, groups
+
+
+def settings_of(algorithm: dict[str, Any]) -> RunConfig:
+    """Of a run whose ratios are against the rollouts' log-probs."""
+    groups = len(SHORT) // 2
+    config = load_config(
+        {
+            "algorithm": {"old": "rollout", **algorithm},
+            "model": {"name": "m"},
+            "data": {"path": "d"},
+            "rewards": ["length"],
+            "output_dir": "out",
+            "tools": ["user_tools:add"],
+            "rollout": {"max_completion_length": BUDGET},
+            "train": {"groups_per_step": groups, "groups_per_minibatch": groups},
+        }
+    )
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def loss_of_trl(
+    trainer: Any, found: dict[str, Any], settings: dict[str, Any]
+) -> tuple[float, torch.Tensor]:
+    """The loss of one step, and its gradient [parameters]."""
+    settings = dict(settings)
+    usual = {
+        "beta": 0.0,
+        "loss_type": "grpo",
+        "importance_sampling_level": "token",
+        "epsilon_low": 0.2,
+        "epsilon_high": 0.2,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        corrected = settings.pop("use_bias_correction_kl", False)
+        patch.setattr(trainer.args, "use_bias_correction_kl", corrected)
+        for name, value in {**usual, **settings}.items():
+            patch.setattr(trainer, name, value)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.model.zero_grad()
+        loss = trainer._compute_loss(trainer.model, found)
+        loss.backward()
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
+    return float(loss.detach()), torch.cat(
+        [gradients[name].flatten() for name in sorted(gradients)]
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_and_its_gradient_are_those_of_trl(
+    trainer_of: Callable[..., Any],
+    step: tuple[dict[str, Any], list[ReadyGroup]],
+    policy: Probe,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From the same rewards, whatever our micro-batches."""
+    monkeypatch.setattr(advantages, "STD_EPSILON", 1e-4)  # see TestDifferences
+    (algorithm, settings), (found, groups) = LOSSES[name], step
+    trainer, config = trainer_of(environments=False), settings_of(algorithm)
+    works = group_works(config, config.algorithm, groups)
+    (job,) = plan_step(config, 1, config.algorithm, works)["policy"]
+    if name == "drgrpo":
+        found = {**found, "advantages": found["centred"]}
+    loss, wanted = loss_of_trl(trainer, found, settings)
+    assert float(wanted.norm()) > 1e-3
+    for cut in CUTS:
+        gradient, metrics = policy.gradient(job, *cut)
+        got = torch.cat([gradient[n].flatten() for n in sorted(gradient)])
+        assert metrics["loss/total"] == pytest.approx(loss, rel=1e-6, abs=1e-9), cut
+        assert float((got - wanted).norm()) <= 1e-6 * float(wanted.norm()), cut
+
+
 class TestDifferences:
     def test_a_call_that_cannot_be_read_is_answered_and_not_taken_for_the_last_turn(
         self, trainer_of: Callable[..., Any], ours: Callable[..., Episode], tokenizer: Any
@@ -275,3 +434,42 @@ class TestDifferences:
         assert told == ["3", "a"], "TRL has async ones last"
         assert [m["content"] for m in episode.messages if m["role"] == "tool"] == ["a", "3"]
         assert episode.finish_reason is FinishReason.STOP
+
+    def test_advantages_are_divided_by_a_deviation_with_less_added(
+        self, step: tuple[dict[str, Any], list[ReadyGroup]]
+    ) -> None:
+        found, groups = step
+        config = settings_of({"name": "grpo"})
+        ours = torch.tensor(
+            [a for w in group_works(config, config.algorithm, groups) for a in w.advantages]
+        )
+        deviations = [torch.tensor([v for (v,) in g.scores.values]).std() for g in groups]
+        deviation = torch.stack(deviations).repeat_interleave(2)
+        torch.testing.assert_close(
+            ours * (deviation + 1e-6) / (deviation + 1e-4), found["advantages"], rtol=1e-5, atol=0
+        )
+        assert not torch.allclose(ours, found["advantages"], rtol=1e-5, atol=0)
+
+    def test_the_kl_is_not_weighted_by_the_ratio(
+        self,
+        trainer_of: Callable[..., Any],
+        step: tuple[dict[str, Any], list[ReadyGroup]],
+    ) -> None:
+        """TRL's `use_bias_correction_kl`, which it sets by default, is not GRPO's eq. 3."""
+        trainer, (found, _) = trainer_of(environments=False), step
+        assert trainer.args.use_bias_correction_kl
+        plain, _ = loss_of_trl(trainer, found, {"beta": 0.04})
+        weighted, _ = loss_of_trl(trainer, found, {"beta": 0.04, "use_bias_correction_kl": True})
+        assert abs(weighted - plain) > 1e-7
+
+    def test_tools_of_a_row_are_shown_to_nobody(
+        self, trainer_of: Callable[..., Any], tokenizer: Any
+    ) -> None:
+        """Here such a row is refused (test_a_row_with_tools_of_its_own_is_refused)."""
+        schema = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+        row = {"prompt": user_says("hi"), "tools": [schema]}
+        turns = Script(tokenizer, ["x"]).turns
+        (found, _), _ = by_trl(trainer_of(environments=False), [row] * 2, [turns] * 2)
+        shown = tokenizer.decode(found[0])
+        assert "weather" not in shown
+        assert "add" in shown

@@ -108,3 +108,40 @@ if row["prompt"] == "fail":
 if row["prompt"] != "quiet":
     print(json.dumps({"reward": float(said == row["answer"])}))
 """
+
+DYING = """
+import os
+import signal
+
+from user_agents import ask
+
+
+def first(marker):
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    except FileNotFoundError:  # its folder is not there: each time is the first
+        return True
+    return True
+
+
+def plays(data):
+    "Two turns; between them its process is killed, or it raises, unless a file is there."
+    with open(data["begun"], "a") as file:
+        file.write("x")
+    ask("a")
+    if "dies_unless" in data and first(data["dies_unless"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "raises_unless" in data and first(data["raises_unless"]):
+        raise KeyError("lost")
+    ask("b")
+    return 1.0
+"""
+
+DYING_PROGRAM = """
+import json, os, sys
+sys.path.insert(0, os.path.dirname(__file__))
+from dying_agents import plays
+print(json.dumps({"reward": plays(json.load(sys.stdin))}))
+"""

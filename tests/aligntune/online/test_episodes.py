@@ -4,7 +4,6 @@ environment and policy, some of which die."""
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,21 +13,17 @@ import ray
 
 from actors import environment
 from actors.environment import EnvironmentActor
-from actors.environments.specs import EpisodeCode
 from actors.environments.turns import Turns
-from actors.messages import Conversations, GroupSampling, GroupTensors, Prompt, Scores
-from actors.scoring.criteria import EpisodeCriterion, RewardCriterion
-from actors.supervise import ReplicaSet
+from actors.messages import GroupSampling, Scores
 from aligntune.algorithms.grpo import GRPO
 from aligntune.algorithms.ppo import PPO
 from aligntune.errors import RunFailed
 from aligntune.online.groups import ReadyGroup, group_works
 from aligntune.online.ledger import audit
-from aligntune.online.role_table import limits_of
 from aligntune.runs.jsonl import read_lines
 from tests.actors.environments.toy import PROMPT, ToyEpisodes, ToyRollout, failing
-from tests.aligntune.online.hands import Company
-from tests.aligntune.online.world import STEPS, World, ahead
+from tests.aligntune.online.episodes import Play
+from tests.aligntune.online.world import STEPS, ahead
 
 
 @pytest.fixture(autouse=True)
@@ -37,113 +32,6 @@ def _no_ray() -> Iterator[None]:
     before = ray.is_initialized()
     yield
     assert ray.is_initialized() == before
-
-
-class Rollout(ToyRollout):
-    """A rollout replica that takes weights, such as `weights 3`."""
-
-    async def start(self) -> dict[str, Any]:
-        """It is ready."""
-        return {"engine": "toy", "engine_version": "1", "version": self.version}
-
-    async def load_weights(self, weights: str) -> None:
-        """They are a number."""
-        self.version = int(weights.removeprefix("weights "))
-
-    async def sample(self, turns: Any) -> Any:
-        """See `RolloutActor`."""
-        return await self._sample(turns)
-
-    async def work(self) -> Any:
-        """See `RolloutActor`."""
-        return await self._work()
-
-
-class Judge:
-    """A reward actor: a rollout's tokens, counted."""
-
-    def __init__(self) -> None:
-        self.talks: list[Conversations] = []
-
-    async def start(self) -> dict[str, Any]:
-        """It is ready."""
-        return {}
-
-    async def score(
-        self, prompt: Prompt, tensors: GroupTensors, conversations: Conversations
-    ) -> tuple[Scores, tuple[str, ...]]:
-        """See `RewardActor`."""
-        self.talks.append(conversations)
-        lengths = [float(tensors.lengths[row]) for row in conversations.last_rows]
-        values = tuple((length,) for length in lengths)
-        return Scores(tensors.group_id, ("length",), values, 0.0), ("text",) * len(lengths)
-
-
-class Play:
-    """A run of episodes, and who plays it."""
-
-    def __init__(self, world: World, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-        self.world = world
-        self.toy = ToyEpisodes()
-        monkeypatch.setattr(environment, "episodes_of", lambda *args: self.toy)
-        self.judge = Judge()
-        self.rollouts: dict[str, Rollout] = {}
-        world.configure(
-            **{
-                "environment": "a.game:Game",
-                "rewards": ["environment", "length"],
-                "episodes": {"replicas": 2, "discount": 0.5, "max_tokens": 64},
-                "rollout": {"replicas": 2, "max_prompt_length": 8, "engine": "transformers"},
-                **changes,
-            }
-        )
-        self.company = Company(
-            {"rollout": self._rollout, "reward": lambda name: self.judge, "environment": self._play}
-        )
-        world.roles = self.company
-        world.replica_set = functools.partial(
-            ReplicaSet, kill=lambda hand: hand.kill(), drop=lambda ref: ref.drop()
-        )
-        world.criteria = (
-            EpisodeCriterion("environment", "environment"),
-            RewardCriterion("length", "m:length", 1.0),
-        )
-
-    def _rollout(self, name: str) -> Rollout:
-        made = self.rollouts[name] = Rollout(name)
-        made.during = lambda turns: self.world.happens("sample", name, turns)
-        return made
-
-    def _play(self, name: str) -> EnvironmentActor:
-        config = self.world.config
-        return EnvironmentActor(
-            config.model, config.episodes, EpisodeCode(), limits_of(config), name, 30.0, True
-        )
-
-    def run(self) -> list[dict[str, Any]]:
-        """The whole run, audited; its rows without times and without who did what."""
-        self.world.run()
-        books = audit(self.world.folder / "ledger.jsonl")
-        assert (books.trained, books.open) == (STEPS * 2, 0)
-        return [
-            {k: v for k, v in row.items() if k != "episodes/retried"} for row in self.world.rows()
-        ]
-
-
-@pytest.fixture
-def play(world: World, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Play]:
-    """A run of episodes in a folder of its own each time."""
-    count = [0]
-
-    def make(**changes: Any) -> Play:
-        count[0] += 1
-        world.folder = world.folder.parent / f"run-{count[0]}"
-        world.folder.mkdir()
-        world.during = {}
-        world.updates.clear()
-        return Play(world, monkeypatch, **changes)
-
-    return make
 
 
 def test_a_run_of_episodes_trains_evaluates_and_tells_of_turns_tools_and_talk(
@@ -196,6 +84,44 @@ def test_a_replica_killed_amid_an_episode_costs_nothing_but_time(
     assert retried
     begun_again = "its episodes go on" not in retried[0]["reason"]
     assert begun_again == (role == "environment")
+
+
+def test_an_environment_actor_in_which_nothing_moves_is_replaced(
+    play: Callable[..., Play], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = play().run()
+    monkeypatch.setattr(environment, "longest_silence", lambda *_: 0.2)
+    made, turns = play(), [0]
+
+    async def hang(rollout: int, turn: int) -> None:
+        turns[0] += 1
+        if turns[0] == 4:
+            await asyncio.Event().wait()
+
+    made.toy.before_turn = hang
+    assert made.run() == expected
+    (lost,) = made.world.events("replica_lost")
+    assert lost["role"] == "environment"
+    assert "no turn was answered" in lost["reason"]
+
+
+@pytest.mark.parametrize("place", ["sample", "update", "save"])
+def test_a_run_of_episodes_whose_driver_dies_goes_on_and_its_books_balance(
+    play: Callable[..., Play], place: str
+) -> None:
+    expected = play().run()
+    made, calls = play(), [0]
+
+    def die(*_: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise MemoryError("killed")
+
+    made.world.during[place] = die
+    with pytest.raises(MemoryError):
+        made.world.run()
+    made.world.during = {}
+    assert made.run() == expected
 
 
 def test_an_episode_that_fails_costs_itself_alone(play: Callable[..., Play]) -> None:

@@ -93,6 +93,7 @@ class World:
         self.roles: Any = SimpleNamespace(maker=lambda role: None, room=lambda role: None)
         self.replica_set: Callable[..., Any] = lambda *args, **_: FakeReplicas(self, *args)
         self.criteria: Sequence[Any] = ()
+        self.learner: Callable[[World], Any] = FakeLearner
 
     async def happens(self, what: str, *args: Any) -> None:
         if hook := self.during.get(what):
@@ -137,7 +138,7 @@ class World:
                 recorder,
                 self.mirror,
                 self.criteria,
-                learner=FakeLearner(self),  # type: ignore[arg-type]
+                learner=self.learner(self),
                 replica_set=self.replica_set,
             )
             return asyncio.run(asyncio.wait_for(self.controller.run(checkpoint), 60))
