@@ -21,11 +21,14 @@ install:
 quickstart: install
 	.venv/bin/aligntune quickstart $(ARGS)
 
+# Two workers, each with a Ray of its own; files stay whole, in the order of tests/conftest.py.
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: install
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-fast: install
-	.venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+	.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow" $(ARGS)
 
 test-all: install
 	.venv/bin/python -m pytest -m "slow or not slow" $(ARGS)

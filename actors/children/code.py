@@ -43,7 +43,7 @@ def import_function(target: str) -> Callable[..., Any]:
         if missing and f"{module_name}.".startswith(f"{missing}."):
             raise FunctionNotFound(
                 f"{target!r}: there is no module {missing!r}{_did_you_mean_module(missing)}; "
-                f"looked in {', '.join(_search_folders())}"
+                f"looked in {_listed(_search_folders())}"
             ) from error
         raise FunctionNotFound(
             f"{target!r}: importing module {module_name!r} failed: {traceback_tail(error)}"
@@ -70,6 +70,12 @@ def _did_you_mean_module(missing: str) -> str:
     package, _, leaf = missing.rpartition(".")
     path = getattr(sys.modules.get(package), "__path__", None) if package else None
     return _did_you_mean(leaf, (module.name for module in pkgutil.iter_modules(path)))
+
+
+def _listed(folders: list[str], most: int = 6) -> str:
+    """The first of the folders, and how many more there are: the reason is read, not the list."""
+    more = len(folders) - most
+    return ", ".join(folders[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _search_folders() -> list[str]:
