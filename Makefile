@@ -3,13 +3,15 @@
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install quickstart test test-fast test-all bench chaos check format clean
+.PHONY: help install quickstart test test-fast test-all bench chaos fuzz histories check format clean
 
 help:
 	@echo "make quickstart   install, then train a tiny model by reinforcement learning"
 	@echo "make test         install, then run the tests (test-fast: fewer; test-all: the long ones too)"
 	@echo "make bench        what can be measured; make bench NAME=control measures it"
 	@echo "make chaos        kill and stop processes of runs, and see that nothing is lost"
+	@echo "make fuzz         try broken configs, data, answers and folders: a result or one line"
+	@echo "make histories    random histories of the loop on a virtual clock: the books balance"
 	@echo "make check        lint, format, types, import contracts"
 	@echo "make format       let ruff put the code in order"
 	@echo "make install      only install, into .venv"
@@ -38,6 +40,12 @@ bench: install
 
 chaos: install
 	.venv/bin/python -m tests.chaos $(ARGS)
+
+fuzz: install
+	.venv/bin/python -m tests.fuzz $(ARGS)
+
+histories: install
+	.venv/bin/python -m tests.histories $(ARGS)
 
 check: install
 	.venv/bin/ruff check .

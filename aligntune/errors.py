@@ -9,6 +9,10 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """The user's input is wrong. One line: what, where, what to do. The CLI exits 2 with it."""
 
+    def __init__(self, message: str) -> None:
+        """Characters that no terminal shows, of keys and paths of the user's, are escaped."""
+        super().__init__(printable(message))
+
 
 class RunFailed(RuntimeError):
     """The run cannot go on. The CLI exits 1 with it and the command that resumes."""
@@ -20,6 +24,14 @@ class Interrupted(RuntimeError):
     def __init__(self, signal: int, reason: str | None = None) -> None:
         super().__init__(f"stopped by signal {signal}" if reason is None else f"stopped: {reason}")
         self.signal = signal
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with what is no character to see as Python escapes it."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for c in text
+    )
 
 
 def shown(value: object) -> str:

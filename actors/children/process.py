@@ -116,6 +116,10 @@ class Child(Generic[A]):
                 waiting = self._waiting.get(answer.call)
                 if waiting is None:
                     raise Garbled(f"no call waits for it: {line[:80]!r}")
+                if waiting.answer.cancelled():  # its caller has just left
+                    continue
+                if waiting.answer.done():
+                    raise Garbled(f"its call is answered already: {line[:80]!r}")
                 waiting.accept(answer)
                 waiting.answer.set_result(answer)
             self.running = False

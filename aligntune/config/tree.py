@@ -93,10 +93,27 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    tree = parse_yaml(text, str(path))
+    return _sections(text, str(path))
+
+
+def _sections(text: str, where: str) -> dict[str, Any]:
+    tree = parse_yaml(text, where)
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: a config is a mapping of sections, this is {type(tree).__name__}")
+        raise UserError(
+            f"{where}: a config is a mapping of sections, this is {type(tree).__name__}"
+        )
     return tree
+
+
+def tree_of_a_run(content: bytes, where: str) -> dict[str, Any]:
+    """The tree in the config.yaml that a run has left at `where`. Raises UserError."""
+    try:
+        return _sections(content.decode("utf-8"), where)
+    except ValueError as error:
+        raise UserError(
+            f"{where} is damaged ({error}), and it says which run is there: restore it from a "
+            "copy, or name another folder"
+        ) from error
 
 
 def load_tree(

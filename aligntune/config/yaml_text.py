@@ -76,8 +76,9 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{line}: not valid YAML: {' '.join(str(problem).split())}") from error
     except RecursionError as error:
         raise UserError(f"{where}: it is nested too deeply for settings") from error
-    except (ValueError, OverflowError, AttributeError) as error:  # of a value with a tag of its own
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError) as error:
+        problem = f"a value does not fit its tag ({' '.join(str(error).split())})"
+        raise UserError(f"{where}: not valid YAML: {problem}") from error
 
 
 def _count(node: yaml.Node, known: dict[int, int], where: str) -> int:

@@ -121,6 +121,7 @@ def render(
         raise DataError(
             f"the model's chat template leaves out {lost}; use a model whose template carries it"
         )
+    check_unicode(text, "the prompt with its tools and calls")
     return text
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from actors.messages import Messages
 from aligntune.data.errors import DataError, Reason
+from aligntune.errors import shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT = {
@@ -136,9 +137,9 @@ def _check_message(message: Any, which: str) -> dict[str, Any]:
 
 def _from_sharegpt(message: dict[str, Any], which: str) -> dict[str, Any]:
     speaker, value = message["from"], message.get("value")
-    if speaker not in SHAREGPT:
+    if not isinstance(speaker, str) or speaker not in SHAREGPT:
         raise DataError(
-            f"{which} is from {speaker!r}; it must be from one of {', '.join(SHAREGPT)}"
+            f"{which} is from {shown(speaker)}; it must be from one of {', '.join(SHAREGPT)}"
         )
     if speaker != "function_call":
         return {"role": SHAREGPT[speaker], "content": value}

@@ -15,7 +15,7 @@ from actors.messages import Messages
 from actors.scoring.model import rendered, scored_text, tokens_of
 from aligntune.data.dropped import Dropped, RowRules, settle_rows
 from aligntune.data.errors import DataError, Reason
-from aligntune.data.messages import what_is_lost
+from aligntune.data.messages import check_unicode, what_is_lost
 from aligntune.data.pairs import CHOSEN, REJECTED, Pair, PairRows
 from aligntune.data.sources import Rows
 
@@ -117,7 +117,10 @@ def tokenise_pairs(
         texts: dict[int, tuple[str, ...]] = {}
         for row in range(first, min(first + BATCH, len(pairs))):
             try:
-                texts[row] = render(pairs.pair(row))
+                made_of = render(pairs.pair(row))
+                for part in made_of:
+                    check_unicode(part, "the pair")
+                texts[row] = made_of
             except DataError as error:
                 wrong[row] = error
             except ValueError as error:

@@ -298,6 +298,8 @@ class Controller:
         await self._keeper.export()
         await self._handover.ended()
         await self._stopping.unless(self._evaluation.ended())
+        if self._evaluation.due(self.state.version):  # it was stopped before it could begin
+            self._stopping.check()
         await self._keeper.finish()
 
     async def _close(self) -> None:

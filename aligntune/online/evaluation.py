@@ -112,13 +112,13 @@ class Evaluation:
     def due(self, version: int) -> bool:
         """Whether `version` is to be evaluated, and no row says that it was."""
         spec = self._config.eval
-        due = (
+        wanted = (
             spec.at_start
             if version == 0
             else (spec.every_steps is not None and version % spec.every_steps == 0)
             or (version == self._total_steps and spec.at_end)
         )
-        return due and bool(self._prompts) and self._recorder.last_evaluation < version
+        return wanted and bool(self._prompts) and self._recorder.last_evaluation < version
 
     def begin(self, version: int) -> None:
         """Evaluate `version`, which all replicas serve, where that is due."""

@@ -9,11 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from actors.storage import Store, filesystem_of
-from aligntune.config.tree import dump
+from aligntune.config.tree import dump, tree_of_a_run
 from aligntune.errors import RunFailed, UserError
 from aligntune.paths import located_storage
 from aligntune.runs.deadline import answered
@@ -82,7 +81,12 @@ class JobStorage:
                 f"({', '.join(names)}), and this would go on with them; name a folder of this "
                 "run's own"
             )
-        changes(yaml.safe_load(known), config, f"checkpoint.storage {self._uri}")
+        tree = tree_of_a_run(known, self._where)
+        changes(tree, config, f"checkpoint.storage {self._uri}")
+
+    @property
+    def _where(self) -> str:
+        return f"{CONFIG} in checkpoint.storage {self._uri}"
 
     def config(self) -> dict[str, Any] | None:
         """The config tree of the run whose checkpoints are in the storage; None without one.
@@ -92,8 +96,7 @@ class JobStorage:
         if self._uri is None:
             return None
         known = answered(self._uri, lambda: Store(self._root).read(CONFIG))
-        tree: dict[str, Any] | None = None if known is None else yaml.safe_load(known)
-        return tree
+        return None if known is None else tree_of_a_run(known, self._where)
 
     def describe(self, config: BaseModel) -> None:
         """Leave the config beside the checkpoints, for a run that has lost its run directory.

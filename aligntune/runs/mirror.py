@@ -12,9 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from actors.storage import Store
+from aligntune.config.tree import tree_of_a_run
 from aligntune.errors import UserError
 from aligntune.runs.checkpoint import NAME, Checkpoints, intact
 from aligntune.runs.deadline import answered
@@ -67,8 +66,7 @@ class Mirror:
     def config(self) -> dict[str, Any]:
         """The config tree of the run that is there. Raises UserError where nothing answers."""
         content = answered(self.uri, lambda: self._store.read(CONFIG))
-        tree: dict[str, Any] = yaml.safe_load(content or b"{}")
-        return tree
+        return tree_of_a_run(content or b"{}", f"{CONFIG} in checkpoint.storage {self.uri}")
 
     def fetch(self) -> None:
         """Make the run directory what the storage holds: its newest checkpoint, and the logs.

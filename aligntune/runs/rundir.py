@@ -17,13 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from actors.strategies.specs import StrategySpec
 from aligntune.config.auto import AUTO, tree_of
 from aligntune.config.defaults import other_than_default
-from aligntune.config.tree import dump
+from aligntune.config.tree import dump, tree_of_a_run
 from aligntune.errors import UserError
 from aligntune.runs.checkpoint import Checkpoint, Checkpoints, write_atomically
 from aligntune.runs.jsonl import read_lines
@@ -181,11 +180,15 @@ class RunDir:
         return target
 
     def previous(self) -> dict[str, Any] | None:
-        """The config tree of the run that is in here, or None."""
+        """The config tree of the run that is in here, or None. Raises UserError where it is
+        damaged."""
         if not self.config.is_file():
             return None
-        tree = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        return tree if isinstance(tree, dict) else None
+        try:
+            content = self.config.read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.config} cannot be read: {error.strerror}") from error
+        return tree_of_a_run(content, str(self.config))
 
     @property
     def trained(self) -> bool:

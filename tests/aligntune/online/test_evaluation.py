@@ -157,3 +157,32 @@ def test_held_out_prompts_draw_from_no_training_group(world: World) -> None:
     evaluated = [evaluation_id(index) for index in range(1000)]
     assert not {*seen} & {*evaluated}
     assert len({*evaluated}) == 1000
+
+
+def test_a_stop_in_the_last_update_leaves_its_evaluation_to_the_process_that_goes_on(
+    world: World,
+) -> None:
+    """The run is not done without it, though nothing else is left to do."""
+    saving = asyncio.Event()
+
+    async def evaluate(version: int) -> None:
+        if version == STEPS - 1:
+            await saving.wait()
+
+    def update(step: int) -> None:
+        if step == STEPS:
+            world.stop()
+
+    async def save() -> None:
+        if world.controller and world.controller.state.version == STEPS:
+            saving.set()
+            await settle()
+
+    world.during = {"evaluate": evaluate, "update": update, "save": save}
+    with pytest.raises(Interrupted):
+        world.run()
+    assert world.evaluated() == EVALUATED[:-1]
+    world.during = {}
+    world.run()
+    assert world.evaluated() == EVALUATED
+    assert len(world.updates) == STEPS

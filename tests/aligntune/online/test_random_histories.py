@@ -1,0 +1,81 @@
+"""Random histories of the real controller: a part of what `make histories` plays, the same each
+time, and those that once showed a fault."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.histories.cast import Wrong
+from tests.histories.history import DEFAULT, Fault, History, drawn
+from tests.histories.play import Process, play
+
+FOUND = {
+    "a stop in the last update": History(
+        seed=476,
+        algorithm="gspo",
+        settings={**DEFAULT, "steps": 6, "staleness": 1, "beta": 0.1, "replicas": 3, "grow": 1}
+        | {"save_every": 2, "ranks": 2},
+        faults=(
+            Fault(process=2, place="policy.update", number=3, kind="stop"),
+            Fault(process=None, place="policy.save", number=3, kind="stop"),
+            Fault(process=0, place="policy.export_weights", number=0, kind="kill"),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("first", range(0, 40, 10))
+def test_whatever_breaks_every_group_ends_once_and_nothing_waits_for_ever(
+    first: int, tmp_path: Path
+) -> None:
+    for number in range(first, first + 10):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        play(drawn(number), folder)
+
+
+@pytest.mark.parametrize("history", FOUND.values(), ids=FOUND)
+def test_a_history_that_once_showed_a_fault(history: History, tmp_path: Path) -> None:
+    assert play(history, tmp_path)[-1] == "finished"
+
+
+def test_a_group_that_is_trained_twice_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The histories can fail: here a checkpoint forgets that its newest step was trained."""
+    from aligntune.online import keeper
+
+    boundary = keeper.Boundary
+
+    def forgets(step: int, ledger: object, algorithm: object) -> object:
+        return boundary(max(0, step - 1), ledger, algorithm)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("aligntune.online.controller.Boundary", forgets)
+    kill = Fault(process=0, place="policy.update", number=2, kind="kill")
+    with pytest.raises(AssertionError):
+        play(History(0, "grpo", dict(DEFAULT), faults=(kill,)), tmp_path)
+
+
+def test_a_wait_without_end_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The histories can fail: here nobody tells the loop that groups have come to an end."""
+    monkeypatch.setattr(
+        "aligntune.online.pipeline.Pipeline._finished",
+        lambda self, group, task: self._tasks.pop(group, None),
+    )
+    with pytest.raises(Wrong, match="had no batch within|nothing has moved"):
+        play(History(0, "grpo", dict(DEFAULT)), tmp_path)
+
+
+def test_a_history_is_the_same_each_time(tmp_path: Path) -> None:
+    history = replace(drawn(3), faults=())
+    files = []
+    for name in ("one", "other"):
+        folder = tmp_path / name
+        folder.mkdir()
+        play(history, folder)
+        files.append((folder / "run" / "ledger.jsonl").read_text())
+    assert files[0] == files[1]
+    assert Process(history, 0, tmp_path, []).settings == history.settings
