@@ -90,10 +90,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file():
             raise UserError(f"no config file at {path}")
-        text = path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    return _sections(text, str(path))
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return _sections(content, str(path))
 
 
 def _sections(text: str, where: str) -> dict[str, Any]:
@@ -108,8 +108,8 @@ def _sections(text: str, where: str) -> dict[str, Any]:
 def tree_of_a_run(content: bytes, where: str) -> dict[str, Any]:
     """The tree in the config.yaml that a run has left at `where`. Raises UserError."""
     try:
-        return _sections(content.decode("utf-8"), where)
-    except ValueError as error:
+        return _sections(content, where)
+    except UserError as error:
         raise UserError(
             f"{where} is damaged ({error}), and it says which run is there: restore it from a "
             "copy, or name another folder"

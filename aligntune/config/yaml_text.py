@@ -77,8 +77,10 @@ def parse_yaml(text: str, where: str) -> Any:
     except RecursionError as error:
         raise UserError(f"{where}: it is nested too deeply for settings") from error
     except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError) as error:
-        problem = f"a value does not fit its tag ({' '.join(str(error).split())})"
-        raise UserError(f"{where}: not valid YAML: {problem}") from error
+        raise UserError(
+            f"{where}: not valid YAML: a value does not fit its tag "
+            f"({' '.join(str(error).split())}); write it without !!"
+        ) from error
 
 
 def _count(node: yaml.Node, known: dict[int, int], where: str) -> int:

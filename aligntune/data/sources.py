@@ -208,9 +208,10 @@ def _read_parquet(files: list[Path], origin: str) -> Rows:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         _check_cache(origin, error)
+        alone = "the file is damaged or no Parquet: get it again, or write it anew"
+        cure = alone if len(files) == 1 else "files of one folder must have the same columns"
         raise DataError(
-            f"{origin}: cannot be read as Parquet ({_first_line(cause)}); files of one folder must "
-            "have the same columns"
+            f"{origin}: cannot be read as Parquet ({_first_line(cause)}); {cure}"
         ) from error
     finally:
         if not silent:

@@ -5,9 +5,10 @@ can say what they were trained on."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,33 @@ class Reference(Worker):
         return 0.1, tensors.read()["group"]
 
 
+class Meeting:
+    """Where the ranks of a model tell each other something; whoever dies never comes."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._said: set[int] = set()
+        self._came = 0
+        self._all = asyncio.Event()
+
+    async def union(self, own: Iterable[int]) -> list[int]:
+        """What all ranks say, together."""
+        said, everybody = self._said, self._all
+        said |= set(own)
+        self._came += 1
+        if self._came == self._size:
+            self._said, self._came, self._all = set(), 0, asyncio.Event()
+            everybody.set()
+        await everybody.wait()
+        return sorted(said)
+
+
 class Rank(Worker):
     """A rank of policy or critic, which knows what it was trained on."""
 
-    def __init__(self, name: str, staleness: int) -> None:
+    def __init__(self, name: str, staleness: int, meeting: Meeting) -> None:
         self.name = name
+        self._meeting = meeting
         self._staleness = staleness
         self.learned: Learned = {}
 
@@ -144,10 +167,11 @@ class Rank(Worker):
 
     async def prepare(self, job: Any) -> Any:
         """Targets of whole groups."""
-        groups = self._groups(job)
+        groups = await self._groups(job)
         return ({"kl/mean": 0.0}, *groups) if groups else {"kl/mean": 0.0}
 
-    def _groups(self, job: Any) -> list[int]:
+    async def _groups(self, job: Any) -> list[int]:
+        """The job's groups. Raises ArraysLost on all ranks where one lacks arrays."""
         lost, groups = [], []
         for work in job.groups:
             try:
@@ -161,13 +185,13 @@ class Rank(Worker):
             age = job.step - 1 - made["version"]
             check(0 <= age <= self._staleness, f"step {job.step}: {made} is {age} versions old")
             groups.append(work.group_id)
-        if lost:
+        if lost := await self._meeting.union(lost):
             raise ArraysLost(tuple(lost))
         return groups
 
     async def update(self, job: Any) -> UpdateResult:
         """Learn a step."""
-        groups = self._groups(job)
+        groups = await self._groups(job)
         check(job.step == len(self.learned) + 1, f"step {job.step} after {sorted(self.learned)}")
         rows = [[groups[row.work], row.completion] for part in job.minibatches for row in part]
         self.learned = {**self.learned, job.step: sorted(rows)}

@@ -42,7 +42,7 @@ from aligntune.runs.checkpoint import Checkpoint, Checkpoints
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.lifecycle import recorded
 from aligntune.runs.rundir import RunDir
-from tests.histories.cast import Rank, Reference, Reward, Rollout, check, prompt_at
+from tests.histories.cast import Meeting, Rank, Reference, Reward, Rollout, check, prompt_at
 from tests.histories.clock import VirtualLoop
 from tests.histories.history import Fault, History
 from tests.histories.stage import Actor
@@ -129,6 +129,7 @@ class Process:
         self.dice = random.Random(f"{history.seed} {number}")
         self.times: Counter[str] = Counter()
         self.actors: list[Actor] = []
+        self.meetings: dict[str, Meeting] = {}
         self.controller: Controller | None = None
         self.left: Path | None = None  # what a kill has left
         self.late: float | None = 0.0  # how long the disk takes for what it is at; None: for ever
@@ -285,6 +286,8 @@ class Process:
         """As `Roles.maker`."""
 
         def make(index: int, name: str) -> Actor:
+            if index == 0:
+                self.meetings[role.name] = Meeting(role.size(self.config))
             self.actors.append(Actor(self._worker(role.name, name), self._around_of(role.name)))
             return self.actors[-1]
 
@@ -301,7 +304,7 @@ class Process:
             return Reward(name, self.scores)
         if role == "reference":
             return Reference(name)
-        return Rank(name, self.settings["staleness"])
+        return Rank(name, self.settings["staleness"], self.meetings[role])
 
     def _around_of(self, role: str) -> Any:
         async def around(actor: Actor, method: str) -> None:

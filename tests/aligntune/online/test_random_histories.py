@@ -65,7 +65,7 @@ def test_a_wait_without_end_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "aligntune.online.pipeline.Pipeline._finished",
         lambda self, group, task: self._tasks.pop(group, None),
     )
-    with pytest.raises(Wrong, match="had no batch within|nothing has moved"):
+    with pytest.raises(Wrong, match=r"had no batch within|nothing has moved"):
         play(History(0, "grpo", dict(DEFAULT)), tmp_path)
 
 
