@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
+import io
 import json
 import os
 import random
@@ -18,7 +19,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,15 +88,6 @@ class LateWriter:
     def close(self) -> None:
         """Do what is left."""
         self.wait()
-
-
-class Quiet:
-    """Shows nothing to anybody."""
-
-    def __init__(self, total_steps: int) -> None: ...
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args: None
 
 
 class BreakingCheckpoints(Checkpoints):
@@ -366,7 +358,6 @@ class Process:
             *((module, "asked", self.asked) for module in (keeper, watch, copies)),
             (ranks, "ray", ray),
             (recorders, "Writer", LateWriter),
-            (recorders, "Progress", Quiet),
             (registry, "entry_points", lambda group: []),
             (RunDir, "describe", lambda *args: None),
             (os, "fsync", lambda descriptor: None),
@@ -374,6 +365,8 @@ class Process:
         with ExitStack() as stack:
             for where, name, with_what in replaced:
                 stack.enter_context(mock.patch.object(where, name, with_what))
+            stack.enter_context(redirect_stdout(io.StringIO()))
+            stack.enter_context(redirect_stderr(io.StringIO()))
             return self._play()
 
 
