@@ -96,11 +96,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return _sections(content, str(path))
 
 
-def _sections(text: str, where: str) -> dict[str, Any]:
+def _sections(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{where}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); save the file as UTF-8"
+        ) from error
     tree = parse_yaml(text, where)
+    if tree is None:
+        raise UserError(f"{where} is empty; a config is a mapping of sections, as in examples/")
     if not isinstance(tree, dict):
         raise UserError(
-            f"{where}: a config is a mapping of sections, this is {type(tree).__name__}"
+            f"{where}: a config is a mapping of sections, as in `train: {{steps: 10}}`, and this "
+            f"is {shown(tree)}"
         )
     return tree
 
