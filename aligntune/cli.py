@@ -24,6 +24,7 @@ from aligntune.commands import (
     launch_cli,
     lists_cli,
     train_cli,
+    usage,
 )
 
 # What typer raises for a wrong option or argument; it exports this subclass of it only.
@@ -51,7 +52,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Reinforcement learning for language models on Ray.",
+    epilog="Begin with `aligntune quickstart`; `aligntune COMMAND -h` has examples. Every option "
+    "is in docs/configuration.md of the repository, every reward in docs/rewards.md.",
 )
 for _name, _command, _heading in COMMANDS:
     if isinstance(_command, typer.Typer):
@@ -97,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     except UsageError as error:
         if not str(error):  # no command was named, and the help has been shown
             sys.exit(2)
-        _fail(2, f"{str(error).rstrip('.')}; see `aligntune --help`")
+        _fail(2, usage.told(error))
     except RunFailed as error:
         _fail(1, f"{error}\nresume with: {shlex.join(['aligntune', *arguments])}")
     except OSError as error:  # of a disk that is full or gone; what else there is, is a defect

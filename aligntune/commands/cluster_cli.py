@@ -15,7 +15,10 @@ def plan(
     overrides: Overrides = None,
     nodes: Annotated[int | None, typer.Option(help="of a cluster that need not exist")] = None,
     gpus_per_node: Annotated[int, typer.Option(help="of the described cluster")] = 0,
-    gpu: Annotated[str | None, typer.Option(help="their type, such as h100-80gb")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="their type, such as h100-80gb; `--gpu list` lists them"),
+    ] = None,
     cpus_per_node: Annotated[
         float | None, typer.Option(help="default: 16 a GPU, and 16 at least")
     ] = None,
@@ -25,7 +28,17 @@ def plan(
 
     Without --nodes the plan is for the cluster that cluster.address or RAY_ADDRESS names, else for
     this machine. A run that does not fit is refused with what would make it fit.
+
+    Examples:
+
+        aligntune plan config.yaml
+        aligntune plan config.yaml --nodes 2 --gpus-per-node 8 --gpu h100-80gb
     """
+    if gpu == "list":
+        from cluster.resources import gpu_names
+
+        typer.echo("\n".join(gpu_names()))
+        return
     from aligntune.commands.plan import plan_run
 
     made = plan_run(
@@ -50,7 +63,13 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object a finding")] = False,
 ) -> int:
-    """Examine this machine, and every node of a cluster; exit code 1 if anything fails."""
+    """Examine this machine, and every node of a cluster; exit code 1 if anything fails.
+
+    Examples:
+
+        aligntune doctor
+        aligntune doctor --address 10.0.0.1:6379
+    """
     from aligntune.commands.doctor import examine
     from cluster.doctor.findings import exit_code, lines
 

@@ -16,6 +16,10 @@ def evaluate(
     """Score the held-out data with the model that a run exported, or before training its start.
 
     Says first which model that is. A run that stands between the two is refused.
+
+    Example:
+
+        aligntune evaluate runs/grpo/config.yaml
     """
     from aligntune.trainers import create_rl_trainer
 

@@ -45,6 +45,11 @@ def submit_run(
     """Train on a cluster as a Ray job, and follow it; its exit code is this one.
 
     Everything is checked here first. Submitting the same output_dir again resumes the run.
+
+    Examples:
+
+        aligntune submit config.yaml --dry-run
+        aligntune submit config.yaml --address HEAD:8265 --env WANDB_API_KEY --detach
     """
     from aligntune.commands.submit import list_travelling, submit
 
@@ -62,8 +67,11 @@ def jobs_list(address: JobsAddress) -> None:
     from aligntune.commands.submit import connected, table
 
     with connected(address) as jobs:
-        for line in table(jobs.all()):
+        found = jobs.all()
+        for line in table(found):
             typer.echo(line)
+        if not found:
+            note(f"no job was submitted to {address} yet")
 
 
 @app.command("status")

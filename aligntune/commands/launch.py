@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from actors.specs import RewardFunctionSpec, RewardModelSpec
 from aligntune.config.auto import open_settings
@@ -15,16 +15,13 @@ from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.config.preference import PreferenceConfig
 from aligntune.config.tree import dump
-from aligntune.errors import UserError, nearest
+from aligntune.errors import UserError
 from aligntune.online.role_requests import role_request, role_requests
 from cluster.bundles import BadRequest, RoleRequest, amounts
 from cluster.launch import kuberay as kuberay_files
 from cluster.launch import ray_up as ray_up_files
 from cluster.launch import slurm as slurm_files
 from cluster.launch.files import BadLaunch, Launch, label, sized
-
-KINDS = ("rayjob", "raycluster")
-PROVIDERS = ("local", "aws")
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,8 @@ def ray_up(
     overrides: list[str],
     size: Size,
     *,
-    provider: str,
-    storage: str | None,
+    provider: Literal["local", "aws"],
+    storage: str,
     head_ip: str | None,
     worker_ips: Sequence[str],
     ssh_user: str,
@@ -58,10 +55,6 @@ def ray_up(
 ) -> str:
     """A file for `ray up`. Raises UserError, one line, for whatever is wrong."""
     config = load_config(path, overrides)
-    if provider not in PROVIDERS:
-        raise UserError(f"unknown provider {provider!r}; {nearest(provider, PROVIDERS)}")
-    if storage is None:
-        raise UserError("ray-up needs --storage, the folder that every node shares, for the run")
     with _as_user_errors():
         if provider == "local" and size.nodes is None and head_ip:
             size = Size(
@@ -100,7 +93,7 @@ def kuberay(
     overrides: list[str],
     size: Size,
     *,
-    kind: str,
+    kind: Literal["rayjob", "raycluster"],
     image: str,
     claim: str,
     secret: str,
@@ -111,11 +104,7 @@ def kuberay(
     with _as_user_errors():
         launch = _launch(config, size, storage, kuberay_files.CONFIG, [])
         names = kuberay_files.Namespace(image, claim, secret)
-        if kind == "rayjob":
-            return kuberay_files.render(launch, "rayjob", names, dump(config))
-        if kind == "raycluster":
-            return kuberay_files.render(launch, "raycluster", names, dump(config))
-    raise UserError(f"unknown kind {kind!r}; {nearest(kind, KINDS)}")
+        return kuberay_files.render(launch, kind, names, dump(config))
 
 
 def slurm(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,8 +30,12 @@ RAY_TOKEN = "~/.ray/auth_token"
 def ray_up(
     config: Config,
     overrides: Overrides = None,
-    provider: Annotated[str, typer.Option(help="local (hosts with ssh) or aws")] = "local",
-    storage: Annotated[str | None, typer.Option(help="the folder that every node shares")] = None,
+    provider: Annotated[
+        Literal["local", "aws"], typer.Option(help="local is hosts with ssh")
+    ] = "local",
+    storage: Annotated[
+        str | None, typer.Option(help="the folder that every node shares; needed")
+    ] = None,
     nfs: Annotated[str | None, typer.Option(help="HOST:/EXPORT to mount there")] = None,
     head_ip: Annotated[str | None, typer.Option(help="of the first host")] = None,
     worker_ips: Annotated[str, typer.Option(help="of the other hosts, separated by commas")] = "",
@@ -55,7 +59,15 @@ def ray_up(
     memory: Memory = None,
     out: Out = None,
 ) -> None:
-    """A cluster file for `ray up`: on-premise hosts, or AWS."""
+    """A cluster file for `ray up`: on-premise hosts, or AWS.
+
+    Example:
+
+        aligntune launch ray-up config.yaml --storage /shared --head-ip 10.0.0.1 \\
+            --worker-ips 10.0.0.2,10.0.0.3 --out cluster.yaml
+    """
+    if storage is None:  # before seconds of imports
+        raise UserError("ray-up needs --storage, the folder that every node shares, for the run")
     from aligntune.commands.launch import Size, ray_up
 
     text = ray_up(
@@ -83,7 +95,9 @@ def ray_up(
 def kuberay(
     config: Config,
     overrides: Overrides = None,
-    kind: Annotated[str, typer.Option(help="rayjob or raycluster")] = "rayjob",
+    kind: Annotated[
+        Literal["rayjob", "raycluster"], typer.Option(help="a cluster for the run, or one to stay")
+    ] = "rayjob",
     image: Annotated[str, typer.Option(help="with aligntune in it; needed")] = "",
     claim: Annotated[str, typer.Option(help="a ReadWriteMany volume claim")] = "aligntune",
     secret: Annotated[str, typer.Option(help="with the key auth_token")] = "aligntune-token",
@@ -94,7 +108,12 @@ def kuberay(
     memory: Memory = None,
     out: Out = None,
 ) -> None:
-    """Manifests for KubeRay: a RayJob, or a RayCluster that stays."""
+    """Manifests for KubeRay: a RayJob, or a RayCluster that stays.
+
+    Example:
+
+        aligntune launch kuberay config.yaml --image registry/aligntune:1 --out run.yaml
+    """
     from aligntune.commands.launch import Size, kuberay
 
     size = Size(nodes, gpus_per_node, cpus_per_node, memory)
@@ -128,7 +147,12 @@ def slurm(
     memory: Memory = None,
     out: Out = None,
 ) -> None:
-    """A batch script for sbatch; the run starts in the current folder."""
+    """A batch script for sbatch; the run starts in the current folder.
+
+    Example:
+
+        aligntune launch slurm config.yaml --time 12:00:00 --out run.sbatch
+    """
     from aligntune.commands.launch import Size, slurm
 
     text = slurm(

@@ -45,6 +45,7 @@ from aligntune.runs.ended import (
 from aligntune.runs.lifecycle import check_programs, claimed, ray_runs, recorded
 from aligntune.runs.mirror import Mirror
 from aligntune.runs.rundir import RunDir, changes
+from aligntune.tracking.lines import cut
 from aligntune.tracking.metrics import EventKind, NotFinite
 from cluster.bundles import BadRequest, bundle_sets, totals
 from cluster.placement import DoesNotFit
@@ -164,7 +165,8 @@ class OnlineTrainer:
         lines = [
             f"{self.config.algorithm_name}: {self.total_steps} steps of {train.groups_per_step} "
             f"groups x {train.completions_per_group} completions",
-            f"data: {len(source)} prompts, longest {source.longest} tokens",
+            f"data: {len(source)} prompts, longest {source.longest} tokens; the first one: "
+            f"{cut(source.prompt_at(0).text, 200)}",
             *self.inputs.told(),
             *(f"{r.role}: {r.replicas} x {r.cpus:g} CPU, {r.gpus:g} GPU" for r in requests),
             f"together: {asked['CPU']:g} CPU, {asked['GPU']:g} GPU",

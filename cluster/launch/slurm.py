@@ -138,7 +138,7 @@ case $head_ip in
 esac
 
 (exec 3<>/dev/tcp/127.0.0.1/{port}) 2>/dev/null &&
-  refuse "port {port} of $(hostname) is in use, by another Ray or a service; end it, or keep" \
+  refuse "port {port} of $(hostname) is in use, by another Ray or a service; end it, or keep" \\
     "off this node (sbatch --exclude)"
 
 driver="$PWD/.aligntune-$SLURM_JOB_ID.pid"

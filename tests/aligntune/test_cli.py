@@ -7,11 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aligntune import __version__
-from aligntune.cli import main
+from aligntune.algorithms import registry
+from aligntune.cli import COMMANDS, main
+from aligntune.commands.train_cli import ALGORITHMS
+from aligntune.names import PREFERENCE
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -65,6 +69,80 @@ def test_commands_are_completed_in_a_shell(tmp_path: Path) -> None:
     assert done.stdout.split() == ["quickstart"], done.stderr
 
 
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_help_lists_every_command_and_says_where_to_read_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = help_of("", capsys)
+    assert all(name in said for name, _, _ in COMMANDS)
+    assert "docs/configuration.md" in said
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "quickstart", "plan", "submit", "evaluate", "doctor", "launch slurm"]
+)
+def test_a_command_that_takes_much_shows_an_example(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [line.strip() for line in help_of(command, capsys).splitlines()]
+    assert any(line.startswith(f"aligntune {command}") for line in lines)
+
+
+def test_the_help_of_train_names_every_algorithm() -> None:
+    names = ALGORITHMS.replace(" or", "").split(", ")
+    assert names == [*sorted(registry.names(), key=names.index), *PREFERENCE, "module:Class"]
+
+
+def test_the_commonest_keys_are_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "aligntune.commands.train_cli.trainer_of", lambda a, **g: made.update(g, a=a)
+    )
+    flags = "--steps 7 --lr 1e-5 --prompt-column question --eval held.jsonl data.eval_path=mine"
+    with pytest.raises((SystemExit, AttributeError)):
+        main(["train", "config.yaml", *flags.split()])
+    assert (made["max_steps"], made["learning_rate"]) == (7, 1e-5)
+    assert made["a"] == [
+        'data.prompt_column="question"',
+        'data.eval_path="held.jsonl"',
+        "config.yaml",
+        "data.eval_path=mine",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("train --algorythm grpo", "No such option: --algorythm; did you mean '--algorithm'?"),
+        ("train --step 5 a.yaml", "No such option: --step; did you mean '--steps'?"),
+        ("train --steps many a.yaml", "--steps: Input should be a valid integer"),
+        (
+            "train --backend unslot a.yaml",
+            "--backend: 'unslot' is not one of 'trl', ",
+        ),
+        ("train a.yaml -x", "see `aligntune train --help`"),
+        ("launch slurn a.yaml", "did you mean 'slurm'?; see `aligntune launch --help`"),
+        ("evaluate", "Missing argument 'CONFIG.yaml'; see `aligntune evaluate --help`"),
+        ("jobs list", "Missing option '--address' (env var: 'RAY_API_SERVER_ADDRESS')"),
+        ("tran a.yaml", "No such command 'tran'; did you mean 'train'?; see"),
+    ],
+)
+def test_a_slip_is_told_with_what_was_meant_and_where_the_help_is(
+    arguments: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
 LIGHT = """
 import sys
 from aligntune.cli import main
@@ -83,6 +161,7 @@ finally:
         ("train", "give a config file, or --algorithm, --model and --dataset"),
         ("train a.yaml b.yaml", "one config file, not 2: a.yaml, b.yaml"),
         ("train --algorythm grpo", "No such option: --algorythm"),
+        ("launch ray-up good.yaml", "ray-up needs --storage"),
         ("train twice.yaml", "twice.yaml:2: not valid YAML: 'model' stands twice"),
         ("train empty.yaml train", "one config file, not 2"),
         ("train good.yaml train.steps=[", "the value of train.steps"),
