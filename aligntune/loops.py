@@ -110,6 +110,29 @@ def run(work: Coroutine[Any, Any, T], stop: Callable[[int], None] | None = None)
         return answer
 
 
+def run_until_signal(work: Coroutine[Any, Any, T]) -> T:
+    """As `run`, but the first SIGINT or SIGTERM cancels `work`. Raises Interrupted then."""
+    heard: list[int] = []
+    task: asyncio.Task[Any] | None = None
+
+    async def whole() -> T:
+        nonlocal task
+        task = asyncio.current_task()
+        return await work
+
+    def stop(number: int) -> None:
+        heard.append(number)
+        if task is not None:
+            task.cancel()
+
+    try:
+        return run(whole(), stop)
+    except asyncio.CancelledError:
+        if not heard:
+            raise
+        raise Interrupted(heard[0]) from None
+
+
 def _in_a_loop() -> bool:
     """Whether this thread runs an event loop."""
     try:

@@ -28,7 +28,8 @@ def loaded_shape(model: ModelSpec, name: str) -> ModelShape:
     """
     from transformers import AutoConfig
 
-    from actors.models.loading import ModelError, local
+    from actors.models.hub import ask_once
+    from actors.models.loading import ModelError, local, no_configuration
 
     try:
         return known_shape(name)
@@ -36,11 +37,12 @@ def loaded_shape(model: ModelSpec, name: str) -> ModelShape:
         own = name == model.name
         try:
             spec = local(model.model_copy(update={"name": name}))
+            ask_once(spec.name)
             found = AutoConfig.from_pretrained(
                 spec.name,
                 revision=spec.revision if own else None,
                 trust_remote_code=spec.trust_remote_code,
             )
         except (ModelError, OSError, ValueError, KeyError) as error:
-            raise UserError(f"model {name!r} has no usable configuration: {error}") from error
+            raise UserError(str(no_configuration(name, error))) from error
         return from_config(found.to_dict(), name, "from its own configuration")

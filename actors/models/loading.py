@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from actors.models.hub import why_silent
 from actors.models.staging import StagingFailed, on_this_node
 from actors.specs import LoRASpec, ModelSpec
 
@@ -96,8 +97,8 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
             spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except (OSError, ImportError, ValueError) as error:
-        raise ModelError(
-            f"the tokenizer of model {spec.name!r} could not be loaded: {error}"
+        raise not_had(
+            spec.name, f"the tokenizer of model {spec.name!r} could not be loaded: {error}"
         ) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -169,7 +170,7 @@ def _config(spec: ModelSpec) -> Any:
             spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise ModelError(f"model {spec.name!r} has no usable configuration: {error}") from error
+        raise no_configuration(spec.name, error) from error
     saved_as = _architecture(config)
     remote = spec.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     wrong_head = "For" in saved_as and not saved_as.endswith(("ForCausalLM", "LMHeadModel"))
@@ -214,6 +215,22 @@ def require_source(name: str) -> None:
     if name.startswith(("/", "./", "../", "~")) or name.count("/") != 1:
         hub = "" if "/" in name else " (hub names have the form owner/name)"
         raise ModelError(f"model folder {name!r} does not exist{hub}")
+    why_silent()  # before the hub's client tries for most of a minute
+
+
+def not_had(name: str, reason: str) -> ModelError:
+    """What to raise where a part of a model cannot be had: `reason`, unless no hub answers."""
+    if not Path(name).is_dir() and (why := why_silent()):
+        reason = (
+            f"model {name!r} is not on this machine, and the hub {why}; check the network and its "
+            "proxy, or name a local folder"
+        )
+    return ModelError(reason)
+
+
+def no_configuration(name: str, error: Exception) -> ModelError:
+    """What to raise where a model's configuration cannot be read."""
+    return not_had(name, f"model {name!r} has no usable configuration: {error}")
 
 
 def switch_off_dropout(model: nn.Module) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from actors.models.loading import ModelError, local
+from actors.models.hub import ask_once
+from actors.models.loading import local, no_configuration
 from actors.specs import ModelSpec
 
 STRETCHED = ("linear", "dynamic", "yarn")
@@ -35,10 +36,11 @@ def model_positions(spec: ModelSpec) -> int | None:
     from transformers import AutoConfig
 
     spec = local(spec)
+    ask_once(spec.name)
     try:
         config = AutoConfig.from_pretrained(
             spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {spec.name!r} has no usable configuration: {error}") from error
+        raise no_configuration(spec.name, error) from error
     return positions_of(config)

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from actors.models.loading import ModelError, local, require_source, switch_off_dropout
+from actors.models.loading import (
+    ModelError,
+    local,
+    no_configuration,
+    require_source,
+    switch_off_dropout,
+)
 from actors.specs import ModelSpec
 
 
@@ -94,7 +100,7 @@ def _any_config(spec: ModelSpec) -> Any:
             spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {spec.name!r} has no usable configuration: {error}") from error
+        raise no_configuration(spec.name, error) from error
 
 
 def _is_classifier(config: Any) -> bool:

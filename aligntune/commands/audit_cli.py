@@ -19,7 +19,7 @@ def audit(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> int:
     path = run_dir / "ledger.jsonl"
     try:
         if not path.is_file():
-            raise UserError(f"no ledger at {path}; name a run directory")
+            raise UserError(f"no ledger at {path}; {_meant(run_dir)}")
         books = audit_log(path)
     except LedgerError as error:
         note(f"aligntune: the books do not balance: {error}")
@@ -31,3 +31,12 @@ def audit(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> int:
         f"{books.quarantined} quarantined + {books.open} open"
     )
     return 0
+
+
+def _meant(folder: Path) -> str:
+    """What to do about a folder that is no online run's."""
+    if below := sorted(folder.glob("*/ledger.jsonl")) + sorted(folder.glob("*/*/ledger.jsonl")):
+        return f"did you mean {below[0].parent}?"
+    if (folder / "metrics.jsonl").is_file():
+        return "a preference job trains on every pair and keeps none"
+    return "name a run directory"

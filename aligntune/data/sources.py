@@ -17,6 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
+from actors.models.hub import why_silent
 from aligntune.data.errors import DataError
 from aligntune.data.folders import KINDS, folder_files, kind_of, lone_file
 from aligntune.data.textfiles import CsvFile, JsonLinesFile, TextFile, open_json
@@ -220,6 +221,7 @@ def _read_parquet(files: list[Path], origin: str) -> Rows:
 
 
 def _read_hub(path: str, name: str | None, revision: str | None, split: str | None) -> Rows:
+    silent = why_silent()  # before its client tries for most of a minute
     import datasets
 
     try:
@@ -233,6 +235,11 @@ def _read_hub(path: str, name: str | None, revision: str | None, split: str | No
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         _check_cache(path, error)
+        if silent:
+            raise DataError(
+                f"{path}: is not on this machine, and the hub {silent}; check the network and its "
+                "proxy, or name a local file"
+            ) from error
         raise DataError(
             f"{path}: neither a local file or folder nor a data set the hub gave "
             f"({_first_line(error)}); check the name, data.name, the split and the network"

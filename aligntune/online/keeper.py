@@ -22,6 +22,7 @@ from aligntune.runs.checkpoint import Checkpoint, Checkpoints
 from aligntune.runs.copies import Copies
 from aligntune.runs.deadline import asked
 from aligntune.runs.mirror import Mirror
+from aligntune.runs.modes import as_usual
 from aligntune.tracking.metrics import EventKind
 
 MOST_TRIES = 10  # of steps whose checkpoint fails, one after the other
@@ -193,6 +194,7 @@ class Keeper:
         """Write the trained model."""
         try:
             await self._learner.save_model(self._rundir / "model")
+            as_usual(self._rundir / "model")
         except OSError as error:
             raise RunFailed(
                 f"the trained model could not be written to {self._rundir / 'model'}: "

@@ -335,7 +335,8 @@ class OnlineTrainer:
         config = self.config.model_copy(update={"model": model})
         trainer = OnlineTrainer(config, self.inputs.functions, self.inputs.objects)
         with trainer._roles() as roles:
-            return loops.run(evaluate_model(config, roles, self.eval_prompts, trainer.criteria))
+            work = evaluate_model(config, roles, self.eval_prompts, trainer.criteria)
+            return loops.run_until_signal(work)
 
     def save_model(self, path: str | Path) -> Path:
         """Copy the trained model (safetensors, tokenizer, generation config) to a new folder."""

@@ -31,6 +31,7 @@ from aligntune.runs.ended import (
     too_few_steps,
 )
 from aligntune.runs.lifecycle import check_programs, claimed, ray_runs, recorded
+from aligntune.runs.modes import as_usual
 from aligntune.runs.recorder import Recorder, last_step
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import NotFinite
@@ -189,6 +190,7 @@ class PreferenceTrainer:
                         self.pairs, self.eval_pairs
                     )
                 storage.fetch(rundir.model)
+                as_usual(rundir.model)
                 return PreferenceResult(
                     steps=self.total_steps,
                     metrics=told.last,

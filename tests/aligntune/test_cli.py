@@ -264,3 +264,21 @@ def test_a_disk_that_takes_nothing_ends_a_command_in_one_line_and_how_to_go_on(
     first, second = capsys.readouterr().err.splitlines()
     assert "No space left on device: '/disk/step-000050'" in first
     assert second == "resume with: aligntune train config.yaml"
+
+
+def test_the_audit_of_a_folder_above_a_run_names_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "quickstart" / "run").mkdir(parents=True)
+    (tmp_path / "quickstart" / "run" / "ledger.jsonl").touch()
+    (tmp_path / "dpo").mkdir()
+    (tmp_path / "dpo" / "metrics.jsonl").touch()
+    for folder, said in (
+        ("quickstart", f"did you mean {tmp_path}/quickstart/run?"),
+        ("dpo", "a preference job trains on every pair and keeps none"),
+        ("nowhere", "name a run directory"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["audit", str(tmp_path / folder)])
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err

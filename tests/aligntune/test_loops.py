@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from aligntune.errors import Interrupted
-from aligntune.loops import SIGNALS, run, stop_signals
+from aligntune.loops import SIGNALS, run, run_until_signal, stop_signals
 
 Caller = Callable[[Callable[[], Any]], Any]
 
@@ -117,3 +117,20 @@ def test_outside_the_main_thread_signals_are_left_alone() -> None:
     thread.start()
     thread.join()
     assert handlers == [signal.getsignal(signal.SIGINT)]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_work_that_keeps_nothing_ends_with_the_first_signal(caller: Caller, number: int) -> None:
+    ended: list[str] = []
+
+    async def work() -> None:
+        os.kill(os.getpid(), number)
+        try:
+            await asyncio.wait_for(asyncio.Event().wait(), 30)
+        finally:
+            ended.append("let go of what it held")
+
+    with pytest.raises(Interrupted) as error:
+        caller(lambda: run_until_signal(work()))
+    assert error.value.signal == number
+    assert ended == ["let go of what it held"]
