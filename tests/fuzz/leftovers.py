@@ -130,7 +130,7 @@ def run_directory(dice: random.Random, folder: Path) -> Refused | None:
     source = mock.MagicMock(fingerprint="f", prompt_at=prompt_at)
 
     @contextlib.contextmanager
-    def no_roles(_: Any) -> Iterator[Any]:
+    def no_roles(*_: Any) -> Iterator[Any]:
         raise RunFailed("here Ray would start")
         yield
 
