@@ -23,6 +23,7 @@ from aligntune.commands import (
     jobs_cli,
     launch_cli,
     lists_cli,
+    look_cli,
     train_cli,
     usage,
 )
@@ -35,6 +36,8 @@ TRAIN, LOOK, LISTS, CLUSTERS = "Train", "Look at a run", "What there is", "Machi
 COMMANDS: tuple[tuple[str, Callable[..., Any] | typer.Typer, str], ...] = (
     ("quickstart", train_cli.quickstart, TRAIN),
     ("train", train_cli.train, TRAIN),
+    ("report", look_cli.report, LOOK),
+    ("samples", look_cli.samples, LOOK),
     ("evaluate", evaluate_cli.evaluate, LOOK),
     ("audit", audit_cli.audit, LOOK),
     ("algorithms", lists_cli.algorithms, LISTS),

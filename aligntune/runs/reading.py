@@ -204,6 +204,30 @@ def spread(sizes: Sequence[int], most: int) -> list[int]:
     return list(range(len(sizes) - 1, -1, -every))[::-1]
 
 
+def chosen(groups: Sequence[Row], step: int | None, order: str = "") -> list[Row]:
+    """The groups to look at first: of `step`, or without an order of the last step; in their order,
+    or the `best` or `worst` mean reward first. Groups without a reward come last."""
+    if step is None and not order and groups:
+        step = max(row["step"] for row in groups)
+    kept = [row for row in groups if step is None or row["step"] == step]
+    if not order:
+        return kept
+    sign = -1 if order == "best" else 1
+
+    def key(group: Row) -> tuple[bool, float]:
+        mean = mean_reward(group)
+        return mean is None, sign * (mean or 0.0)
+
+    return sorted(kept, key=key)
+
+
+def mean_reward(group: Row) -> float | None:
+    """Over the completions of a group that have one; None where none has."""
+    rewards = [said.get("reward") for said in group.get("completions", ())]
+    found = [reward for reward in rewards if reward is not None]
+    return sum(found) / len(found) if found else None
+
+
 def _is_held(lock: Path) -> bool:
     """Whether a process trains here."""
     try:

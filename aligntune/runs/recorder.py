@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +16,8 @@ from typing import Any, Self
 from pydantic import BaseModel
 
 from aligntune.config.online import TrackingSpec
+from aligntune.errors import RunFailed
+from aligntune.runs.deadline import asked
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import RunDir
 from aligntune.runs.writer import Writer
@@ -34,7 +37,9 @@ SHOWN = {
     EventKind.FIGURES_OVERFLOWED,
     EventKind.NOT_COPIED,
     EventKind.TRACKER_FAILED,
+    EventKind.REPORT_FAILED,
 }
+REPORT_SECONDS = 60.0  # a report that takes longer is left behind
 
 
 LONG = 200  # characters of a field that is told once
@@ -86,6 +91,7 @@ class Recorder:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._report()
         self._progress.close()
         for view in self._views:
             view.close()
@@ -94,6 +100,22 @@ class Recorder:
         finally:
             for file in (*self._steps, self._events):
                 file.close()
+
+    def _report(self) -> None:
+        """Write report.html, however the run has ended. Where that fails it is an event: a report
+        neither ends a run nor hides why it ended."""
+        if not self._rundir.config.is_file():
+            return
+        from aligntune.report.write import write_report
+
+        try:
+            self.wait()
+            path = asked(lambda: write_report([self._rundir.path])).result(REPORT_SECONDS)
+            self.note(f"report: {path}")
+        except Exception as error:  # noqa: BLE001 - of a view on a run that is over
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            with suppress(RunFailed):  # the disk takes nothing any more, which the run has told
+                self.event(EventKind.REPORT_FAILED, reason=reason)
 
     def wait(self) -> None:
         """Until all that was recorded is on disk; for a thread of its own, or the end of a run.

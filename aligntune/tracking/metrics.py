@@ -45,6 +45,7 @@ class EventKind(StrEnum):
     CHECKPOINT_DAMAGED = "checkpoint_damaged"  # it was passed over for an older one
     TRACKER_FAILED = "tracker_failed"  # it is tried again with the next figures
     TROUBLE = "trouble"  # what the figures of the last steps say is wrong, and what to try
+    REPORT_FAILED = "report_failed"  # report.html could not be written; `reason` says why
     FIGURES_OVERFLOWED = "figures_overflowed"  # `figures` of a step, held at the largest number
     NOT_COPIED = "not_copied"  # checkpoint.storage did not take something; `reason` says why
 

@@ -1,0 +1,63 @@
+"""A run writes its report when it ends, however that is, and a report that fails ends no run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aligntune.errors import Interrupted, RunFailed
+from aligntune.runs.jsonl import read_lines
+from aligntune.runs.lifecycle import recorded
+from aligntune.runs.recorder import Recorder
+from aligntune.runs.rundir import RunDir
+from tests.aligntune.config.test_preference import config
+
+
+def train(path: Path, ends: Exception | None = None) -> RunDir:
+    """A run of one step that ends well, or with an error."""
+    job = config(f"output_dir={path}", "tracking.trackers=[]")
+    rundir = RunDir(path)
+    rundir.claim()
+    rundir.describe(job)
+    with recorded(Recorder(job, job.tracking, rundir, 1, 0), rundir, last_step=1) as records:
+        records.step(1, {"loss/total": 0.5})
+        if ends is not None:
+            raise ends
+    rundir.release()
+    return rundir
+
+
+@pytest.mark.parametrize(
+    ("ends", "told"),
+    [
+        (None, "The run finished after 1 steps"),
+        (Interrupted(15), "The run stopped after step 1: stopped by signal 15"),
+        (RunFailed("no node is left"), "The run stopped after step 1: no node is left"),
+    ],
+)
+def test_the_report_says_how_the_run_ended(
+    tmp_path: Path, ends: Exception | None, told: str
+) -> None:
+    if ends is None:
+        train(tmp_path / "run")
+    else:
+        with pytest.raises(type(ends)):
+            train(tmp_path / "run", ends)
+    assert told in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_report_that_fails_is_an_event_and_the_run_ends_as_it_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("aligntune.report.write.write_report", fails)
+    rundir = train(tmp_path / "well")
+    kinds = [event["kind"] for event in read_lines(rundir.file("events.jsonl"))]
+    assert kinds == ["run_started", "run_finished", "report_failed"]
+    with pytest.raises(RunFailed, match="no node is left"):
+        train(tmp_path / "badly", RunFailed("no node is left"))
+    last = read_lines(tmp_path / "badly" / "events.jsonl")[-1]
+    assert (last["kind"], last["reason"]) == ("report_failed", "OSError: no space left")

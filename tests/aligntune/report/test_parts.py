@@ -1,0 +1,103 @@
+"""The parts of a report: which curves there are, and what a run is said to have done."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aligntune.report.curves import COMPLETIONS, LEARNING, SPEED, parts
+from aligntune.report.figures import columns, histogram, quarters, rounded, thinned
+from aligntune.report.summary import duration, evaluated, sessions, stages
+
+KNOWN = sorted({c.metric for chart in (*LEARNING, *COMPLETIONS, *SPEED) for c in chart.curves})
+
+
+@given(st.sets(st.sampled_from([*KNOWN, "reward/a b/mean", "eval/reward/x/mean", "new/metric"])))
+def test_every_metric_is_in_one_chart_and_every_chart_has_a_name_of_its_own(
+    metrics: set[str],
+) -> None:
+    charts = [chart for part in parts(metrics) for chart in part.charts]
+    assert len({chart.id for chart in charts}) == len(charts)
+    drawn = [curve.metric for chart in charts for curve in chart.curves]
+    assert sorted(drawn) == sorted(metrics)
+
+
+def test_a_criterion_has_its_training_and_held_out_curve_in_one_picture() -> None:
+    found = parts(["reward/mean", "reward/format/mean", "eval/reward/format/mean"])
+    assert [chart.title for chart in found[0].charts] == ["Reward", "Reward: format"]
+    assert [curve.label for curve in found[0].charts[1].curves] == ["training", "held-out"]
+
+
+def test_figures_are_thinned_to_the_last() -> None:
+    rows = [{"step": step, "a/b": step / 3} for step in range(1, 1001)]
+    few = thinned(rows, 30)
+    assert len(few) <= 30
+    assert few[-1]["step"] == 1000
+    assert thinned(rows, 5000) == rows
+
+
+def test_a_figure_that_a_row_has_not_is_a_gap() -> None:
+    assert columns([{"step": 1, "a/b": 1.0}, {"step": 2, "a/c": 0.123456789}]) == {
+        "steps": [1, 2],
+        "values": {"a/b": [1, None], "a/c": [None, 0.12346]},
+    }
+    assert rounded(1e-300) == 1e-300
+    assert rounded("text") is None
+
+
+def test_lengths_are_counted_as_shares_of_their_completions() -> None:
+    rows = [{"step": n, "completions": [{"tokens": 10 * n}, {"tokens": 0}]} for n in range(1, 9)]
+    first, last = quarters(rows)
+    assert ({r["step"] for r in first}, {r["step"] for r in last}) == ({1, 2}, {7, 8})
+    found = histogram({"first": first, "last": last})
+    assert found is not None
+    assert found["edges"][-1] > 80
+    assert all(sum(counts) == pytest.approx(1) for counts in found["counts"].values())
+    assert found["counts"]["first"][0] == 0.5
+    assert histogram({"none": []}) is None
+
+
+def test_before_and_after_are_told_of_two_evaluations_and_not_of_one() -> None:
+    rows = [
+        {"step": step, "eval/reward/mean": value, "eval/reward/std": 0.1}
+        for step, value in ((0, 0.2), (10, 0.9), (20, 0.7))
+    ]
+    (change,) = evaluated(rows)
+    assert (change.before, change.after, change.best, change.best_step) == (0.2, 0.7, 0.9, 10)
+    assert evaluated(rows[:1]) == []
+    (loss,) = evaluated([{"step": 0, "eval/loss": 0.7}, {"step": 5, "eval/loss": 0.4}])
+    assert (loss.best, loss.best_step) == (0.4, 5)
+
+
+def test_the_times_of_every_start_are_added_and_not_those_between() -> None:
+    events = [
+        {"time": 100.0, "kind": "run_started"},
+        {"time": 160.0, "kind": "checkpoint_saved"},  # and then it was killed
+        {"time": 1000.0, "kind": "run_started"},
+        {"time": 1010.0, "kind": "run_finished"},
+    ]
+    assert sessions(events) == [60.0, 10.0]
+
+
+def test_a_stage_is_a_share_of_the_steps_and_idle_comes_last() -> None:
+    rows = [{"step": 1, "time/step": 10.0, "time/rollout": 4.0, "time/idle_policy": 9.0}] * 2
+    assert [(s.name, s.seconds, s.share) for s in stages(rows)] == [
+        ("rollout", 8.0, 0.4),
+        ("trainer idle", 18.0, 0.9),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.84, "0.8 s"),
+        (9.97, "10 s"),
+        (59.7, "1 min 0 s"),
+        (200, "3 min 20 s"),
+        (3599.8, "1 h 0 min"),
+        (90061, "25 h 1 min"),
+    ],
+)
+def test_times_are_read_easily(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
