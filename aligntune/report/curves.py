@@ -245,7 +245,7 @@ SPEED = (
         "Staleness",
         "versions",
         (("staleness/mean", "mean"), ("staleness/max", "oldest")),
-        "Age of each group's oldest token. It never passes train.staleness.",
+        "Age of each group's oldest token. It never passes train.max_staleness.",
     ),
     _chart(
         "Time of a group",

@@ -69,6 +69,7 @@ class Summary:
     state: str
     sentences: tuple[str, ...]
     headlines: tuple[Headline, ...]
+    warnings: tuple[str, ...]  # that the run gave, the last of each kind
     changes: tuple[Change, ...]
     stages: tuple[Stage, ...]
 
@@ -81,6 +82,7 @@ def summary(run: RunOnDisk) -> Summary:
         state=run.ending.state,
         sentences=tuple(sentence for sentence in sentences if sentence),
         headlines=tuple(_headlines(run, changes)),
+        warnings=tuple(_warnings(run.events)),
         changes=tuple(changes),
         stages=tuple(stages(run.metrics)),
     )
@@ -100,6 +102,16 @@ def _headlines(run: RunOnDisk, changes: Sequence[Change]) -> Iterator[Headline]:
     tokens = [r["throughput/tokens_per_s"] for r in run.metrics if "throughput/tokens_per_s" in r]
     if tokens:
         yield Headline("Tokens", f"{statistics.median(tokens):,.0f}", "per s, median")
+
+
+def _warnings(events: Sequence[Row]) -> list[str]:
+    """What the run said is wrong, and what to try: the last word on each trouble."""
+    told = {
+        str(event.get("name", "")): f"Step {event.get('step', 0):,}: {event.get('advice', '')}"
+        for event in events
+        if event["kind"] == EventKind.TROUBLE
+    }
+    return list(told.values())
 
 
 def last_step(run: RunOnDisk) -> int:

@@ -40,8 +40,6 @@ SHOWN = {
     EventKind.REPORT_FAILED,
 }
 REPORT_SECONDS = 60.0  # a report that takes longer is left behind
-
-
 LONG = 200  # characters of a field that is told once
 
 

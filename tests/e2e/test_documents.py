@@ -231,6 +231,8 @@ def test_every_command_is_right(
             assert Path(config).name == "config.yaml"
         case ["aligntune", "audit", folder] | ["tensorboard", "--logdir", folder]:
             assert folder in written_by_train
+        case ["aligntune", "report" | "samples", folder, *_]:  # also shown in a page of their own
+            assert folder in [c[c.index("--out") + 1] for _, c in COMMANDS if "--out" in c]
         case _:
             pytest.fail(f"{block.document.name} shows {shlex.join(command)}, which nothing checks")
 
@@ -393,6 +395,10 @@ def test_the_readmes_commands_train_a_model_and_the_run_directory_is_as_describe
             assert Path(scored["model"]) == folder / "model"
         elif command[1] == "audit":
             assert run(command[1:], workplace).startswith("8 admitted = 8 trained + 0 filtered")
+        elif command[1] == "report":
+            assert run(command[1:], workplace).endswith("/report.html\n")
+        elif command[1] == "samples":
+            assert "reward" in run(command[1:], workplace)
 
     described = {in_backticks(row[0])[0].rstrip("/"): row[1] for row in run_directory()}
     found = {path.name for path in folder.iterdir()}

@@ -77,6 +77,7 @@ def test_a_finished_run_in_words(tmp_path: Path) -> None:
         "Held-out reward went from 0.300 to 0.900.",
         "Groups: 37 trained on, 1 filtered, 1 quarantined.",
         "A step took 42 s (median)",
+        "The run warned Step 60: 60 % of the groups are constant: take harder or easier data",
         "40 = 37 + 1 + 1 + 1",
         "grpo of models/qwen",
         "decided: no GPU computes here",

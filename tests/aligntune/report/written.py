@@ -175,6 +175,12 @@ def online_run(
         {"kind": "role_started", "role": "rollout-0.0", "engine": "vllm", "node": "127.0.0.1"},
         {"kind": "group_quarantined", "group": 38, "reason": "reward 'format' failed (raised)"},
         {"kind": "replica_lost", "replica": "rollout-0.0", "reason": "its process died"},
+        {
+            "kind": "trouble",
+            "step": steps,
+            "name": "constant_groups",
+            "advice": "60 % of the groups are constant: take harder or easier data",
+        },
         {"kind": "checkpoint_saved", "step": steps},
     ]
     if ended:
