@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from aligntune.errors import UserError
-from aligntune.online.ledger import Books, LedgerError, audit
+from aligntune.runs.books import Books, LedgerError, audit
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import DEFAULTS
 from aligntune.tracking.metrics import EventKind

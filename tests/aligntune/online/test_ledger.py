@@ -11,8 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligntune.online.ledger import (
-    ENDS,
-    MOVES,
     Ledger,
     LedgerError,
     LedgerLog,
@@ -21,6 +19,7 @@ from aligntune.online.ledger import (
     audit,
     is_lost,
 )
+from aligntune.runs.books import ENDS, MOVES
 
 
 def to_trained(ledger: Ledger, group: int, step: int = 1) -> None:
