@@ -1,10 +1,11 @@
 """How a step's rows lie in micro-batches and on ranks: padding, balance and time in step; exact.
 
 Lengths are drawn: prompts lognormal(5, 0.6), responses lognormal(6.2, sigma), groups of 8, a budget
-of 16,384 tokens. Three ways, on the same rows:
+of 16,384 tokens. Four ways, on the same rows:
 
 greedy   whole groups on ranks, micro-batches filled one after the other
 whole    whole groups on ranks, all ranks cut at the same places: what runs
+rows     single rows on ranks, all ranks cut at the same places
 dealt    rows cut before they are dealt out to ranks
 
     python -m tests.bench packing           also as: make bench NAME=packing
@@ -63,17 +64,23 @@ def of_microbatch(batch: Sequence[Row]) -> int:
     return len(batch) * cost(max(row.tokens for row in batch))
 
 
+def cut_alike(shares: Sequence[Sequence[Row]]) -> Parts:
+    """Micro-batches that end at the same places on all ranks."""
+    widths = widest([[row.tokens for row in share] for share in shares])
+    return [list(microbatches(share, BUDGET, False, widths)) for share in shares]
+
+
 def ways(groups: list[list[Row]], ranks: int) -> dict[str, Parts]:
     """The micro-batches of each rank, by way."""
     rows = [row for group in groups for row in group]
     shares = share_out([[row] for row in rows], ranks)
-    widths = widest([[row.tokens for row in share] for share in shares])
-    whole = [list(microbatches(share, BUDGET, False, widths)) for share in shares]
+    single = split([cost(row.tokens) for row in rows], ranks)
     first = microbatches(rows, BUDGET, False)
     dealt = split([of_microbatch(batch) for batch in first], ranks)
     return {
         "greedy": [greedy(share) for share in shares],
-        "whole": whole,
+        "whole": cut_alike(shares),
+        "rows": cut_alike([[rows[index] for index in share] for share in single]),
         "dealt": [[first[index] for index in share] for share in dealt],
     }
 
@@ -122,6 +129,18 @@ def milliseconds(rows: int, packed: bool) -> float:
     return statistics.median(seen) * 1e3
 
 
+def split_milliseconds(groups: int, ranks: int) -> float:
+    """Processor time of sharing groups out, median of 5."""
+    draw = random.Random(0)
+    costs = [int(draw.lognormvariate(9, 0.5)) for _ in range(groups)]
+    seen = []
+    for _ in range(5):
+        began = time.process_time()
+        split(costs, ranks)
+        seen.append(time.process_time() - began)
+    return statistics.median(seen) * 1e3
+
+
 def measure() -> Measured:
     """All cases, and the planner's own time."""
     found: dict[str, float] = {}
@@ -138,6 +157,8 @@ def measure() -> Measured:
         way = "packed" if packed else "padded"
         times = {rows: milliseconds(rows, packed) for rows in SIZES}
         found |= {f"plan_ms/{way}/{rows}": each for rows, each in times.items()}
+    for count, ranks in ((2048, 64), (4096, 512)):
+        found[f"split_ms/{count}_groups/{ranks}_ranks"] = split_milliseconds(count, ranks)
     targets = [
         Target(f"sigma_1.0/{count * GROUP}_rows/{ranks}_ranks/whole/{name}", limit)
         for count, ranks in CASES
