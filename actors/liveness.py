@@ -11,7 +11,7 @@ import asyncio
 import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,19 +95,21 @@ USUAL = Patience(45.0)
 
 
 async def listen(
-    ask: Callable[[], Awaitable[Any]],
+    ask: Callable[[], Any],
     patience: Patience,
-    heard: Callable[[Any], None],
+    heard: Callable[[int], None],
     suspect: Callable[[float], None] = lambda silent: None,
 ) -> str:
     """Ask until there is no answer any more; returns why the actor is lost.
 
-    `heard` gets each answer, `suspect` how long a silence lasts that is longer than it should be.
+    `ask` gives the reference to an answer of `Alive.ping`. `heard` gets how much was done since the
+    answer before, `suspect` how long a silence lasts that is longer than it should be.
     """
     now = asyncio.get_running_loop().time
+    said = 0
     while True:
         await asyncio.sleep(patience.every_s)
-        answer = asyncio.ensure_future(ask())
+        answer = asyncio.wrap_future(ask().future())
         silent, suspected = 0.0, False
         try:
             while not answer.done():
@@ -119,7 +121,9 @@ async def listen(
                 if silent >= patience.suspect_s and not suspected and not answer.done():
                     suspected = True
                     suspect(silent)
-            heard(answer.result())
+            done = answer.result()
+            heard(max(0, done - said))
+            said = done
         except RayError as error:
             return (str(error).strip().splitlines() or ["died"])[0]
         finally:

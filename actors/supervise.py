@@ -207,12 +207,9 @@ class ReplicaSet:
         self, replica: Replica, handle: ActorHandle, ping: Callable[[ActorHandle], Any]
     ) -> None:
         """Ask a replica whether it lives until it does not."""
-        said = 0
 
         def heard(done: int) -> None:
-            nonlocal said
-            self.progress += max(0, done - said)
-            said = done
+            self.progress += done
             if replica.state is State.SUSPECT:
                 self.replicas.move(replica, State.READY)
 
@@ -223,10 +220,7 @@ class ReplicaSet:
                     "replica_silent", role=self.role, replica=replica.name, seconds=round(silent)
                 )
 
-        reason = await listen(
-            lambda: asyncio.wrap_future(ping(handle).future()), self._patience, heard, suspect
-        )
-        self._lost(replica, reason)
+        self._lost(replica, await listen(lambda: ping(handle), self._patience, heard, suspect))
 
     def grow(self, limit: int, room: Callable[[int], bool]) -> None:
         """Bring up replicas beyond the first `size`, `limit` in all, where `room(index)` says that

@@ -70,16 +70,11 @@ class Ranks:
         self, name: str, handle: ActorHandle, ping: Callable[[ActorHandle], Any]
     ) -> None:
         """Ask a rank whether it lives until it does not; then nobody waits for it any more."""
-        said = 0
 
         def heard(done: int) -> None:
-            nonlocal said
-            self.progress += max(0, done - said)
-            said = done
+            self.progress += done
 
-        reason = await listen(
-            lambda: asyncio.wrap_future(ping(handle).future()), self._patience, heard
-        )
+        reason = await listen(lambda: ping(handle), self._patience, heard)
         self.lost = f"{name}: {reason}"
         ray.kill(handle)
         self._on_loss()

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from aligntune.quickstart.tiny import (
     END,
+    WarmUp,
     logits_of,
-    one_thread,
-    supervised_loss,
     tiny_model,
     tiny_tokenizer,
     write_jsonl,
@@ -183,36 +182,18 @@ def warm_up_agent(
     """
     import torch
 
-    rng = random.Random(seed)
-    peak, decay_steps, batch_size = 4e-3, 150, 32
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
     patient, hasty = (_lessons(tokenizer, train, haste) for haste in (False, True))
-    reached = (0.0, 0.0)
-    with one_thread():
-        for step in range(1, max_steps + 1):
-            rate = min(1.0, step / 30, max(0.1, 2 * (1 - step / decay_steps)))
-            for group in optimizer.param_groups:
-                group["lr"] = peak * rate
-            rows = [rng.randrange(len(train)) for _ in range(batch_size)]
-            leaves_out = torch.tensor([train[r].hasty and rng.random() < HASTE for r in rows])
-            batch = [
-                torch.where(leaves_out[:, None], with_haste[rows], without[rows])
-                for without, with_haste in zip(patient, hasty, strict=True)
-            ]
-            loss = supervised_loss(model, *batch)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            if step >= decay_steps * 3 // 4 and step % 20 == 0:
-                reached = greedy_success(model, tokenizer, held_out)
-                if WINDOW[0] <= reached[0] <= WINDOW[1] and reached[1] >= SETTLED:
-                    return reached[0]
-    raise RuntimeError(
-        f"the quickstart's warm-up did not settle in {max_steps} steps with seed {seed}: held-out "
-        f"success {reached[0]:.2f} (wanted {WINDOW[0]} to {WINDOW[1]}), episodes settled "
-        f"{reached[1]:.2f} (wanted {SETTLED}); choose another seed"
-    )
+
+    def batch_of(rng: random.Random) -> list[torch.Tensor]:
+        rows = [rng.randrange(len(train)) for _ in range(32)]
+        leaves_out = torch.tensor([train[r].hasty and rng.random() < HASTE for r in rows])
+        return [
+            torch.where(leaves_out[:, None], with_haste[rows], without[rows])
+            for without, with_haste in zip(patient, hasty, strict=True)
+        ]
+
+    warm = WarmUp(decay_steps=150, every=20, window=WINDOW, settled=SETTLED, max_steps=max_steps)
+    return warm.run(model, batch_of, lambda: greedy_success(model, tokenizer, held_out), seed)
 
 
 def greedy_success(

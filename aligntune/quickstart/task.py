@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aligntune.quickstart.tiny import (
-    one_thread,
-    supervised_loss,
+    WarmUp,
     tiny_model,
     tiny_tokenizer,
     write_jsonl,
@@ -217,38 +216,20 @@ def warm_up(
     """
     import torch
 
-    rng = random.Random(seed)
-    peak, decay_steps, batch_size = 4e-3, 200, 128
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
     lessons = _lessons(tokenizer, task.train)
-    reached = Accuracy(0.0, 0.0)
-    with one_thread():
-        for step in range(1, max_steps + 1):
-            # Up over 30 steps, down to a tenth from the middle of 200: low rates even out the
-            # odds between the two answers, which decide how much there is for RL to find.
-            rate = min(1.0, step / 30, max(0.1, 2 * (1 - step / decay_steps)))
-            for group in optimizer.param_groups:
-                group["lr"] = peak * rate
-            rows = torch.tensor(
-                [
-                    2 * rng.randrange(len(task.train)) + (rng.random() < SLIP_RATE)
-                    for _ in range(batch_size)
-                ]
-            )
-            loss = supervised_loss(model, *(part[rows] for part in lessons))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            if step >= decay_steps * 3 // 4 and step % 10 == 0:
-                reached = accuracy(model, tokenizer, task.held_out)
-                if WINDOW[0] <= reached.right <= WINDOW[1] and reached.settled >= SETTLED:
-                    return reached.right
-    raise RuntimeError(
-        f"the quickstart's warm-up did not settle in {max_steps} steps with seed {seed}: held-out "
-        f"accuracy {reached.right:.2f} (wanted {WINDOW[0]} to {WINDOW[1]}), answers settled "
-        f"{reached.settled:.2f} (wanted {SETTLED}); choose another seed"
-    )
+
+    def batch_of(rng: random.Random) -> list[torch.Tensor]:
+        rows = torch.tensor(
+            [2 * rng.randrange(len(task.train)) + (rng.random() < SLIP_RATE) for _ in range(128)]
+        )
+        return [part[rows] for part in lessons]
+
+    def reached() -> tuple[float, float]:
+        found = accuracy(model, tokenizer, task.held_out)
+        return found.right, found.settled
+
+    warm = WarmUp(decay_steps=200, every=10, window=WINDOW, settled=SETTLED, max_steps=max_steps)
+    return warm.run(model, batch_of, reached, seed)
 
 
 def write_assets(directory: str | Path, seed: int) -> QuickstartAssets:

@@ -6,10 +6,12 @@ Importing this module loads neither torch nor transformers.
 from __future__ import annotations
 
 import json
+import random
 import re
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +108,61 @@ def supervised_loss(
 
     logits = logits_of(model, ids, mask)
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """How long supervised learning goes on, and where it may stop: with something known and
+    something to learn."""
+
+    decay_steps: int
+    every: int  # steps between two looks at what is reached, from three quarters of `decay_steps`
+    window: tuple[float, float]  # held-out greedy success
+    settled: float  # least share of held-out answers that are one of the teacher's
+    max_steps: int
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        batch_of: Callable[[random.Random], Sequence[torch.Tensor]],
+        reached: Callable[[], tuple[float, float]],
+        seed: int,
+    ) -> float:
+        """Learn, in place, from `batch_of`'s ids, masks and targets until `reached` gives a success
+        in the window and a settled share; returns the success. On one thread, so that the weights
+        do not depend on the number of cores.
+
+        Raises:
+            RuntimeError: that point was not reached in `max_steps`.
+        """
+        import torch
+
+        rng = random.Random(seed)
+        peak, last = 4e-3, (0.0, 0.0)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01
+        )
+        with one_thread():
+            for step in range(1, self.max_steps + 1):
+                # Up over 30 steps, down to a tenth from the middle of `decay_steps`: low rates even
+                # out the odds between two answers, which decide how much there is for RL to find.
+                rate = min(1.0, step / 30, max(0.1, 2 * (1 - step / self.decay_steps)))
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * rate
+                loss = supervised_loss(model, *batch_of(rng))
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                if step >= self.decay_steps * 3 // 4 and step % self.every == 0:
+                    last = reached()
+                    if self.window[0] <= last[0] <= self.window[1] and last[1] >= self.settled:
+                        return last[0]
+        raise RuntimeError(
+            f"the quickstart's warm-up did not settle in {self.max_steps} steps with seed {seed}: "
+            f"held-out success {last[0]:.2f} (wanted {self.window[0]} to {self.window[1]}), "
+            f"answers settled {last[1]:.2f} (wanted {self.settled}); choose another seed"
+        )
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:

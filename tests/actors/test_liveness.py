@@ -18,6 +18,7 @@ from actors.replicas import State
 from actors.specs import CriticSpec
 from actors.supervise import ReplicaLost, ReplicaSet
 from aligntune.online.ranks import PolicyLost, Ranks
+from tests.actors.environments.toy import Later
 from tests.actors.stand_in_actors import Actor
 
 QUICK = Patience(0.6)
@@ -140,7 +141,7 @@ def test_a_caller_that_was_stopped_itself_takes_nobody_for_dead() -> None:
             await asyncio.sleep(0.01)
             return 1
 
-        task = asyncio.create_task(listen(ask, Patience(0.3), heard.append))
+        task = asyncio.create_task(listen(lambda: Later(ask()), Patience(0.3), heard.append))
         await until(lambda: len(heard) == 1)
         for _ in range(3):
             time.sleep(0.5)  # noqa: ASYNC251 - what is tried

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
+TURNS = 3
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
 
 class Adding:
     """The sum of two numbers, which a tool knows."""
@@ -36,3 +42,30 @@ def asked(environments: list[Adding], **columns: object) -> list[float]:
 def messages(completions: list[list[dict[str, object]]], **columns: object) -> list[float]:
     """How many messages there were after the prompt."""
     return [float(len(one)) for one in completions]
+
+
+async def adds(data: dict[str, Any], *, base_url: str, api_key: str, http_client: Any) -> float:
+    """An agent that does the sums that the model asks for; how often it was asked."""
+    messages, calls = list(data["prompt"]), 0
+    for _ in range(TURNS):
+        reply = await http_client.post(
+            f"{base_url}/chat/completions",
+            json={"messages": messages, "tools": [ADD]},
+            headers={"Authorization": f"Bearer {api_key}"},
+        )
+        if reply.status_code == 400:  # a limit of the episode
+            break
+        reply.raise_for_status()
+        said = reply.json()["choices"][0]["message"]
+        messages.append(said)
+        if not said.get("tool_calls"):
+            break
+        for call in said["tool_calls"]:
+            calls += 1
+            try:
+                given = json.loads(call["function"]["arguments"])
+                told = str(int(given["a"]) + int(given["b"]))
+            except (ValueError, KeyError, TypeError) as error:
+                told = f"{type(error).__name__}: {error}"
+            messages.append({"role": "tool", "tool_call_id": call["id"], "content": told})
+    return float(calls)
