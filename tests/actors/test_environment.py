@@ -279,22 +279,30 @@ def test_tokens_keep_the_versions_that_made_them_where_a_newer_replica_takes_ove
 def test_an_actor_in_which_nothing_moves_any_more_says_so(
     toy: ToyEpisodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While an episode moves, nobody is taken for stuck, however long the others wait."""
     monkeypatch.setattr(environment, "longest_silence", lambda *_: 0.1)
-    turns = [0]
-
-    async def slowly(number: int, turn: int) -> None:
-        if number == 0:
-            turns[0] += 1
-            await (asyncio.sleep(0.04) if turns[0] < 8 else asyncio.Event().wait())
-        elif number == 1:
-            await asyncio.Event().wait()
-
-    toy.turns = lambda rollout: 20
-    toy.before_turn = slowly
+    toy.before_turn = lambda number, turn: asyncio.Event().wait()
     with pytest.raises(EnvironmentStuck, match=r"no turn was answered .* for 0\.1 s"):
-        run(played(actor(), ToyRollout(), replace(SAMPLING, completions=2)))
-    assert turns[0] == 8
+        run(played(actor(), ToyRollout()))
+
+
+def test_an_actor_in_which_something_moves_is_not_taken_for_stuck(
+    toy: ToyEpisodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long one group takes."""
+    monkeypatch.setattr(environment, "longest_silence", lambda *_: 0.01)
+
+    async def others(made: EnvironmentActor) -> None:
+        while True:
+            made.done += 1
+            await asyncio.sleep(0)
+
+    async def wait() -> None:
+        made = actor()
+        moving = asyncio.create_task(others(made))
+        await made._until_either([asyncio.create_task(asyncio.sleep(0.2))])
+        moving.cancel()
+
+    run(wait())
 
 
 def test_silence_is_bounded_by_the_limits_of_an_episode_and_of_a_turn() -> None:

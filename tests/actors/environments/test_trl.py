@@ -261,6 +261,10 @@ def test_environments_rows_and_rewards_are_those_of_trl(
 LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grpo": ({"name": "grpo"}, {"beta": 0.04}),
     "grpo without KL": ({"name": "grpo", "beta": 0.0}, {}),
+    "grpo on the policy": (
+        {"name": "grpo", "beta": 0.0, "old": "policy", "correction": "none"},
+        {"old_per_token_logps": None},
+    ),
     "dapo": (
         {"name": "dapo", "overlong_shaping": False},
         {"loss_type": "dapo", "epsilon_high": 0.28},
@@ -329,7 +333,7 @@ def step(
 
 
 def settings_of(algorithm: dict[str, Any]) -> RunConfig:
-    """Of a run whose ratios are against the rollouts' log-probs."""
+    """Of a run whose ratios are against the rollouts' log-probs, unless `algorithm` says else."""
     groups = len(SHORT) // 2
     config = load_config(
         {
@@ -390,6 +394,9 @@ def test_the_loss_and_its_gradient_are_those_of_trl(
     (job,) = plan_step(config, 1, config.algorithm, works)["policy"]
     if name == "drgrpo":
         found = {**found, "advantages": found["centred"]}
+    old = "old_per_token_logps"
+    found = {**found, old: settings.get(old, found[old])}
+    settings = {k: v for k, v in settings.items() if k != old}
     loss, wanted = loss_of_trl(trainer, found, settings)
     assert float(wanted.norm()) > 1e-3
     for cut in CUTS:
