@@ -58,7 +58,7 @@ _TUNED: dict[str, dict[str, object]] = {
     },
 }
 
-_BY_AGENT = ("grpo", "drgrpo", "dapo", "gspo")
+_BY_AGENT = ("grpo",)
 _AGENT: dict[str, object] = {
     "train.steps": 12,
     "tools": ["aligntune.quickstart.agent:add"],

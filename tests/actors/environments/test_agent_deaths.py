@@ -6,12 +6,14 @@ The agents are processes of the user's: a function's, and a program's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from actors.environment import EnvironmentActor, EpisodesGroup, RolloutGone
@@ -108,6 +110,22 @@ def test_faults_of_machines_and_of_the_agent_have_budgets_of_their_own(
     record, _, _ = loop(played(actor, prompt, ToyRollout(), completions=1))
     assert record.episodes.figures["retried"] == 2
     assert record.episodes.rewards == {"environment": (1.0,)}
+
+
+def test_where_the_process_that_forks_is_killed_another_takes_its_place(
+    actor: EnvironmentActor, row: Callable[..., Prompt], loop: Any
+) -> None:
+    loop(played(actor, row(), ToyRollout()))
+    (server,) = [one for one in psutil.Process().children() if "environments.server" in said(one)]
+    for process in (*server.children(recursive=True), server):
+        with contextlib.suppress(psutil.NoSuchProcess):  # of an episode that has ended
+            process.kill()
+    record, _, _ = loop(played(actor, row(), ToyRollout()))
+    assert record.episodes.rewards == {"environment": (1.0,) * ROLLOUTS}
+
+
+def said(process: psutil.Process) -> str:
+    return " ".join(process.cmdline())
 
 
 def test_a_rollout_replica_that_dies_under_an_agent_costs_a_turn_and_no_episode(
