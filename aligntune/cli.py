@@ -24,6 +24,7 @@ from aligntune.commands import (
     launch_cli,
     lists_cli,
     look_cli,
+    rewards_cli,
     train_cli,
     usage,
 )
@@ -41,7 +42,7 @@ COMMANDS: tuple[tuple[str, Callable[..., Any] | typer.Typer, str], ...] = (
     ("evaluate", evaluate_cli.evaluate, LOOK),
     ("audit", audit_cli.audit, LOOK),
     ("algorithms", lists_cli.algorithms, LISTS),
-    ("rewards", lists_cli.rewards, LISTS),
+    ("rewards", rewards_cli.app, LISTS),
     ("plan", cluster_cli.plan, CLUSTERS),
     ("doctor", cluster_cli.doctor, CLUSTERS),
     ("submit", jobs_cli.submit_run, CLUSTERS),

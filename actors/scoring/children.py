@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.children.channel import Garbled
 from actors.children.process import Child, ChildEnded, started
-from actors.messages import Conversations, Messages, Prompt
 from actors.scoring.channel import Answer, parse
 from actors.scoring.child import CONCURRENT
 from actors.scoring.criteria import RewardCriterion, RewardFailed, RewardFailure
 from actors.specs import GROUPS_AT_ONCE
+
+if TYPE_CHECKING:  # torch: seconds, which trying a reward need not take
+    from actors.messages import Conversations, Messages, Prompt
 
 IMPORT_SECONDS = 300.0  # a new child's time to import the function, not counted against calls
 GROW_SECONDS = 0.25  # a call waits so long for a child before another one is started

@@ -1,4 +1,4 @@
-"""`aligntune algorithms` and `aligntune rewards`: what there is, by name."""
+"""`aligntune algorithms`: what there is, by name."""
 
 from __future__ import annotations
 
@@ -14,11 +14,3 @@ def algorithms() -> None:
     titles |= {name: algorithm.title for name, algorithm in ALGORITHMS.items()}
     for name, title in titles.items():
         typer.echo(f"{name:12} {title}")
-
-
-def rewards() -> None:
-    """List the registered rewards."""
-    from aligntune.rewards.registry import descriptions
-
-    for name, description in descriptions().items():
-        typer.echo(f"{name:20} {description}")

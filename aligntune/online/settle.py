@@ -16,7 +16,7 @@ from aligntune.config.episodes import ENVIRONMENT, scores_itself
 from aligntune.config.online import RunConfig
 from aligntune.decisions import KEPT, Decision, asked_length
 from aligntune.errors import UserError
-from aligntune.rewards.registry import DEFAULT_FOR_PAIRS
+from aligntune.rewards.catalogue import DEFAULT_FOR_PAIRS
 
 PROMPT, COMPLETION = "rollout.max_prompt_length", "rollout.max_completion_length"
 ROW = "episodes.max_tokens"

@@ -73,6 +73,10 @@ async def code_passes(
 ) -> list[float]:
     """1 where the completion's program passes every test, else 0; `partial`: the share it passes.
 
+    Range: 0 or 1; with `partial` 0 to 1.
+    Formula: tests passed / tests, 1 or 0 unless `partial`.
+    Source: unit tests as in APPS (arXiv:2105.09938) and MBPP (arXiv:2108.07732), run in a sandbox.
+
     The program is the last fenced block of Python, or the whole text without one. A row of the
     column holds asserts (a text, or a list of them), or inputs and outputs of the program:
     [{input, output}, ...] or {inputs: [...], outputs: [...]}, also as JSON text. Outputs are

@@ -50,6 +50,10 @@ def math_equal(
 ) -> list[float]:
     r"""1 where the completion's final answer equals the column's mathematically; else 0.
 
+    Range: 0 or 1.
+    Formula: math-verify's `verify` of the two answers, within a second of processor time.
+    Source: math-verify.
+
     What stands before the last `</think>` and after an open `<think>` is no answer. The answer of
     a completion is in its last `<answer>...</answer>`, else its `\boxed{...}`, else it is what
     follows its last `####` on that line, else what follows the word answer, else the last formula

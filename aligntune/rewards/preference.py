@@ -11,23 +11,22 @@ The data are preference pairs, so the columns `chosen` and `rejected` hold what 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
+from aligntune.rewards.encoder import similarity
 from aligntune.rewards.inputs import Completion, column_of, text_of
-
-WORD = re.compile(r"\w+|[^\w\s]")
-SPARE = 2  # positions that some encoders keep for padding
-CACHED = 64  # answers whose embedding is kept; those of one group come one after the other
+from aligntune.rewards.ngrams import pieces
 
 
 def preference(completions: list[Completion], **columns: Any) -> list[float]:
     """chrF(completion, chosen) - chrF(completion, rejected), each over 100, as sacrebleu has it.
 
-    chrF is the F-score (beta 2: recall counts twice) of character n-grams of 1 to 6, white space
+    Range: -1 to 1.
+    Source: sacrebleu; Popovic 2015, "chrF".
+    Formula: chrF is the F-score (beta 2: recall counts twice) of character n-grams of 1 to 6, white space
     left out. It grows with what a completion has of an answer, so a long completion loses less
     than a short one.
 
@@ -38,16 +37,18 @@ def preference(completions: list[Completion], **columns: Any) -> list[float]:
 
     chrf = CHRF()
 
-    def similarity(text: str, answer: str) -> float:
+    def nearness(text: str, answer: str) -> float:
         return float(chrf.sentence_score(text, [answer]).score) / 100
 
-    return _difference(completions, columns, similarity)
+    return _difference(completions, columns, nearness)
 
 
 def preference_overlap(completions: list[Completion], **columns: Any) -> list[float]:
     """The same with the F1 of words: the harmonic mean of the shares that are common to both.
 
-    Words are runs of letters and digits, and single other characters; case does not count, order
+    Range: -1 to 1.
+    Source: as reward `token_f1`, by other words.
+    Formula: 2 common / (words of both), to the chosen answer minus to the rejected one. Words are runs of letters and digits, and single other characters; case does not count, order
     neither.
 
     Raises:
@@ -61,7 +62,10 @@ def preference_embedding(
 ) -> list[float]:
     """The same with (1 + cosine) / 2 of embeddings: the mean of the last hidden states of `model`.
 
-    A text beyond the model's positions is read in windows, and none of it is left out.
+    Range: -1 to 1.
+    Formula: that of reward `embedding` to the chosen answer minus the same to the rejected one. A
+    text beyond the model's positions is read in windows, and none of it is left out.
+    Source: as `embedding`.
 
     Args:
         model: a local folder or hub name of an encoder, such as
@@ -70,60 +74,21 @@ def preference_embedding(
     Raises:
         ValueError: as `preference`, and where the model cannot be loaded.
     """
-    import torch
-
-    embed = _embedder(model)
-
-    def similarity(text: str, answer: str) -> float:
-        cosine = torch.nn.functional.cosine_similarity(embed(text), embed(answer), dim=0)
-        return (1 + float(cosine)) / 2
-
-    return _difference(completions, columns, similarity)
+    return _difference(completions, columns, partial(similarity, model))
 
 
 def _difference(
-    completions: list[Completion], columns: Any, similarity: Callable[[str, str], float]
+    completions: list[Completion], columns: Any, nearness: Callable[[str, str], float]
 ) -> list[float]:
     chosen, rejected = column_of(columns, "chosen"), column_of(columns, "rejected")
     return [
-        similarity(text_of(completion), text_of(better))
-        - similarity(text_of(completion), text_of(worse))
+        nearness(text_of(completion), text_of(better))
+        - nearness(text_of(completion), text_of(worse))
         for completion, better, worse in zip(completions, chosen, rejected, strict=True)
     ]
 
 
 def _word_f1(text: str, answer: str) -> float:
-    words, wanted = (Counter(WORD.findall(side.casefold())) for side in (text, answer))
+    words, wanted = (Counter(pieces(side, "words")) for side in (text, answer))
     common = (words & wanted).total()
     return 2 * common / (words.total() + wanted.total()) if common else 0.0
-
-
-@lru_cache(maxsize=1)
-def _embedder(name: str) -> Callable[[str], Any]:
-    """A function from a text to its embedding [H], in float32 on the CPU. Raises ValueError."""
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModel.from_pretrained(name, dtype=torch.float32).eval()
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(
-            f"the embedding model {name!r} could not be loaded ({str(error).splitlines()[0]}); "
-            "give option 'model' a local folder or the hub name of an encoder"
-        ) from error
-    window = int(getattr(model.config, "max_position_embeddings", 512)) - SPARE
-
-    @lru_cache(maxsize=CACHED)
-    def embed(text: str) -> Any:
-        windows = tokenizer(
-            [text], truncation=True, max_length=window, return_overflowing_tokens=True
-        )["input_ids"]
-        states = [torch.zeros(1, model.config.hidden_size)]  # where the text has no tokens
-        with torch.no_grad():
-            for ids in windows:
-                if ids:
-                    states.append(model(input_ids=torch.tensor([ids])).last_hidden_state[0])
-        return torch.cat(states[1:] or states).mean(0)
-
-    return embed

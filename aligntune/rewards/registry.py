@@ -1,4 +1,4 @@
-"""The rewards that have a name, and the way from a config entry to what a reward actor runs.
+"""The way from a config entry to what a reward actor runs.
 
 Invariant: what `resolve` returns can be imported here, and takes every option it is given.
 Importing this loads neither torch nor any reward.
@@ -6,10 +6,10 @@ Importing this loads neither torch nor any reward.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -19,76 +19,12 @@ from actors.scoring.criteria import RewardCriterion
 from actors.specs import ModelSpec, RewardFunctionSpec, RewardModelSpec, RewardUrlSpec
 from aligntune.errors import closest
 from aligntune.paths import located
+from aligntune.rewards.catalogue import REWARDS
+from aligntune.rewards.options import check_options
 
 if TYPE_CHECKING:
     from actors.reward import Criterion
     from actors.scoring.model import RewardModelCriterion
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A reward that has a name."""
-
-    target: str  # "module:function"
-    description: str  # one line
-    column: str | None  # the data column it reads unless its option `column` names another
-    reads: tuple[str, ...] = ()  # data columns that it reads under these names alone
-
-
-PAIR = ("chosen", "rejected")
-DEFAULT_FOR_PAIRS = "preference"
-"""What a group algorithm is rewarded by where the data are preferences and no reward is named."""
-
-REWARDS: dict[str, Registered] = {
-    "math": Registered(
-        "aligntune.rewards.math:math_equal",
-        "1 if the final answer equals column 'answer' mathematically (math-verify), else 0",
-        "answer",
-    ),
-    "exact_match": Registered(
-        "aligntune.rewards.text:exact_match",
-        "1 if the completion equals column 'answer', else 0",
-        "answer",
-    ),
-    "contains": Registered(
-        "aligntune.rewards.text:contains",
-        "1 if column 'answer' is in the completion, else 0",
-        "answer",
-    ),
-    "format": Registered(
-        "aligntune.rewards.format:format_match",
-        "1 if the completion matches option 'pattern', a regular expression, else 0",
-        None,
-    ),
-    "code": Registered(
-        "aligntune.rewards.code:code_passes",
-        "1 if the completion's Python passes the tests of column 'tests' in a sandbox, else 0",
-        "tests",
-    ),
-    "length": Registered(
-        "aligntune.rewards.length:length_penalty",
-        "0 at option 'target' characters, falling to -1 with the distance from it",
-        None,
-    ),
-    DEFAULT_FOR_PAIRS: Registered(
-        "aligntune.rewards.preference:preference",
-        "how much nearer to column 'chosen' than to 'rejected', by characters (chrF), -1 to 1",
-        None,
-        PAIR,
-    ),
-    "preference_overlap": Registered(
-        "aligntune.rewards.preference:preference_overlap",
-        "the same by words (F1)",
-        None,
-        PAIR,
-    ),
-    "preference_embedding": Registered(
-        "aligntune.rewards.preference:preference_embedding",
-        "the same by embeddings of option 'model', an encoder (cosine)",
-        None,
-        PAIR,
-    ),
-}
 
 
 def resolve(spec: RewardFunctionSpec) -> RewardCriterion:
@@ -109,7 +45,12 @@ def resolve(spec: RewardFunctionSpec) -> RewardCriterion:
             f"unknown reward {spec.function!r}: {hint}registered are {', '.join(REWARDS)}; "
             "your own is given as package.module:function or path/to/file.py:function"
         )
-    if registered and isinstance(model := spec.options.get("model"), str):
+    if registered and registered.library and not importlib.util.find_spec(registered.library):
+        raise ValueError(
+            f"reward {spec.function!r} needs {registered.package}: pip install {registered.package}"
+        )
+    model = spec.options.get("model")
+    if registered and not registered.remote and isinstance(model, str):
         spec = spec.model_copy(update={"options": {**spec.options, "model": located(model)}})
     target, path = registered.target if registered else spec.function, search_path()
     file, _, function = target.rpartition(":")
@@ -223,8 +164,8 @@ def columns_named(criterion: Criterion) -> dict[str, bool]:
     by_target = {registered.target: registered for registered in REWARDS.values()}
     registered = by_target.get(criterion.target) if isinstance(criterion.target, str) else None
     if registered is not None:
-        column = registered.column
-        own = {criterion.options.get("column", column): True} if column else {}
+        column = criterion.options.get("column", registered.column)
+        own = {column: True} if column else {}
         return own | dict.fromkeys(registered.reads, True)
     named, _ = named_parameters(_function_of(criterion))
     given = {*GIVEN, *criterion.options}
@@ -283,6 +224,7 @@ def _criterion(
         for option, required in named.items():
             if required and option in options and option not in spec.options:
                 raise ValueError(f"reward {name!r} needs option {option!r}")
+        check_options(name, function, spec.options)
     return RewardCriterion(
         name=name,
         target=target,
@@ -310,8 +252,3 @@ def _function_of(criterion: RewardCriterion) -> Callable[..., Any]:
 
     function: Callable[..., Any] = cloudpickle.loads(criterion.target)
     return function
-
-
-def descriptions() -> Mapping[str, str]:
-    """Registered names and what each rewards, one line each."""
-    return {name: registered.description for name, registered in REWARDS.items()}

@@ -6,36 +6,12 @@ whatever else happens is a failure of the call.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
-import os
-import random
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import aiohttp
-
+from aligntune.rewards.service import NoAnswer, ask
 from aligntune.rewards.inputs import Completion
-
-ANSWER_BYTES = 16 * 2**20
-FIRST_PAUSE_S = 0.25  # before the second try; twice as long before each further one
-LONGEST_PAUSE_S = 30.0
-_AGAIN = frozenset((408, 425, 429, 500, 502, 503, 504))  # what another try may mend
-
-_PLACES: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Semaphore]]
-_PLACES = WeakKeyDictionary()
-
-
-class NoAnswer(RuntimeError):
-    """The service gave no scores; the message says what it did."""
-
-
-class _TryAgain(NoAnswer):
-    def __init__(self, text: str, pause_s: float | None = None) -> None:
-        super().__init__(text)
-        self.pause_s = pause_s
-
 
 async def remote_scores(
     prompts: list[Any],
@@ -57,23 +33,15 @@ async def remote_scores(
     Raises:
         NoAnswer: no answer in time after all retries, a refusal, or an answer of another form.
     """
-    body = _body({"prompts": prompts, "completions": completions, "columns": columns})
-    headers = {"Content-Type": "application/json", **_authorised(token_env)}
-    places = _PLACES.setdefault(asyncio.get_running_loop(), {})
-    place = places.setdefault(url, asyncio.Semaphore(concurrency))
-    timeout = aiohttp.ClientTimeout(total=request_timeout_s)
-    for tried in range(retries + 1):
-        try:
-            async with place, aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
-                return scores_of(await _answer(session, url, body), len(completions))
-        except _TryAgain as error:
-            if tried == retries:
-                raise NoAnswer(f"{url}: {error}, in {tried + 1} tries") from error
-            pause = error.pause_s or FIRST_PAUSE_S * 2**tried * random.uniform(0.5, 1.5)
-            await asyncio.sleep(min(pause, LONGEST_PAUSE_S))
-        except NoAnswer as error:
-            raise NoAnswer(f"{url}: {error}") from error
-    raise AssertionError("the last try returns or raises")
+    return await ask(
+        url,
+        {"prompts": prompts, "completions": completions, "columns": columns},
+        lambda answer: scores_of(answer, len(completions)),
+        request_timeout_s=request_timeout_s,
+        retries=retries,
+        concurrency=concurrency,
+        token_env=token_env,
+    )
 
 
 def scores_of(answer: bytes, count: int) -> list[float | None]:
@@ -102,41 +70,3 @@ def _score(value: Any, index: int) -> float | None:
     if not math.isfinite(number):
         raise NoAnswer(f"its score {index} is not finite")
     return number
-
-
-async def _answer(session: aiohttp.ClientSession, url: str, body: bytes) -> bytes:
-    """The body of a good answer. Raises _TryAgain or NoAnswer."""
-    try:
-        async with session.post(url, data=body, allow_redirects=False) as response:
-            if response.status in _AGAIN:
-                wait = response.headers.get("Retry-After", "")
-                pause = float(wait) if wait.isascii() and wait.isdigit() else None
-                raise _TryAgain(f"it answered {response.status}", pause)
-            if response.status != 200:
-                raise NoAnswer(f"it answered {response.status} {response.reason}")
-            answer = b""
-            async for piece in response.content.iter_any():
-                answer += piece
-                if len(answer) > ANSWER_BYTES:
-                    raise NoAnswer(f"its answer has more than {ANSWER_BYTES} bytes")
-            return answer
-    except TimeoutError as error:
-        raise _TryAgain("no answer in time") from error
-    except (aiohttp.ClientError, OSError) as error:
-        raise _TryAgain(" ".join(str(error).split()) or type(error).__name__) from error
-
-
-def _body(message: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(message, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise NoAnswer(f"the group cannot be sent as JSON: {error}") from error
-
-
-def _authorised(token_env: str | None) -> dict[str, str]:
-    if token_env is None:
-        return {}
-    token = os.environ.get(token_env)
-    if not token:
-        raise NoAnswer(f"the variable {token_env} of option token_env is not set in this process")
-    return {"Authorization": f"Bearer {token}"}

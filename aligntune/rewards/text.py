@@ -16,6 +16,10 @@ def exact_match(
 ) -> list[float]:
     """1 where the completion equals the column, white space around both removed; else 0.
 
+    Range: 0 or 1.
+    Formula: text == value; with `ignore_case` as `str.casefold` makes both.
+    Source: Python's `str`.
+
     Values that are not strings are compared as `str` writes them.
 
     Raises:
@@ -36,6 +40,10 @@ def contains(
     **columns: Any,
 ) -> list[float]:
     """1 where the column's text, white space around it removed, is in the completion; else 0.
+
+    Range: 0 or 1.
+    Formula: value in text; with `ignore_case` as `str.casefold` makes both.
+    Source: Python's `str`.
 
     Raises:
         ValueError: there is no such column, or a row is empty in it (every text holds that).

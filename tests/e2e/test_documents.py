@@ -33,7 +33,7 @@ from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.config.preference import ALGORITHMS as PREFERENCE
 from aligntune.quickstart.settings import TASKS
-from aligntune.rewards.registry import REWARDS
+from aligntune.rewards.catalogue import REWARDS
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import IDENTITY
 from aligntune.tracking.metrics import EventKind

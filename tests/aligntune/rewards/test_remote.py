@@ -11,16 +11,17 @@ from aiohttp import web
 
 from aligntune.config.load import load_config
 from aligntune.errors import UserError
-from aligntune.rewards import remote
+from aligntune.rewards import service
+from aligntune.rewards.service import NoAnswer
 from aligntune.rewards.registry import resolve_all
-from aligntune.rewards.remote import NoAnswer, remote_scores
+from aligntune.rewards.remote import remote_scores
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(service, "FIRST_PAUSE_S", 0.0)
 
 
 def asked(handler: Handler, groups: int = 1, **options: Any) -> list[Any]:

@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from actors.scoring.calling import arguments, checked
 from actors.scoring.criteria import RewardFailed, RewardFailure
 from actors.specs import RewardFunctionSpec
+from aligntune.rewards.catalogue import REWARDS
 from aligntune.rewards.format import format_match
 from aligntune.rewards.inputs import text_of
 from aligntune.rewards.length import length_penalty
 from aligntune.rewards.limited import judged
 from aligntune.rewards.math import math_equal
 from aligntune.rewards.registry import (
-    REWARDS,
     check_columns,
     from_callable,
     resolve,

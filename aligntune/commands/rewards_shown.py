@@ -1,0 +1,190 @@
+"""`aligntune rewards`: what there is, what one is, and one tried on texts as a run would call it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from actors.children.code import FunctionNotFound, import_function
+from actors.scoring.criteria import RewardCriterion, RewardFailed
+from actors.specs import RewardFunctionSpec
+from aligntune import loops
+from aligntune.config.tree import parse_override
+from aligntune.data.sources import Rows, load_rows, require_column
+from aligntune.errors import UserError, nearest, shown
+from aligntune.rewards.catalogue import REWARDS, Registered
+from aligntune.rewards.options import options_of
+from aligntune.rewards.registry import check_columns, resolve
+from aligntune.rewards.trial import Group, called, why
+
+TEXT_CHARACTERS = 48  # of a completion in the table of scores
+GIVEN = ("prompts", "completions")
+
+
+def listing() -> list[str]:
+    """A line a reward: name, range, what it is."""
+    name = max(map(len, REWARDS))
+    width = max(len(registered.range) for registered in REWARDS.values())
+    return [
+        f"{key:{name}}  {registered.range:{width}}  {registered.description}"
+        for key, registered in REWARDS.items()
+    ]
+
+
+def markdown() -> str:
+    """The table of all rewards, for the documents."""
+    rows = [
+        "| name | what it measures | range | reads | options |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, registered in REWARDS.items():
+        options = [f"`{o}`" for o in _options(registered).values() if o.name != "column"]
+        rows.append(
+            f"| `{name}` | {registered.description} | {registered.range} | "
+            f"{_reads(registered)} | {', '.join(options)} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def describe(name: str) -> list[str]:
+    """All that there is to know of a registered reward. Raises UserError."""
+    if name not in REWARDS:
+        raise UserError(f"unknown reward {name!r}: {nearest(name, REWARDS)}")
+    registered, options = REWARDS[name], _options(REWARDS[name])
+    width = max((len(str(option)) for option in options.values()), default=0)
+    lines = [f"{name}: {registered.description}", ""]
+    lines += (inspect.getdoc(_function(name)) or "").splitlines()
+    lines += ["", f"Reads: {_reads(registered) or 'no column'}"]
+    if registered.package:
+        lines.append(f"Needs: pip install {registered.package}")
+    lines += ["Options:" if options else "Options: none"]
+    for option in options.values():
+        must = "  (must be given)" if option.required else ""
+        lines.append(f"  {option!s:{width}}  {option.kind}{must}")
+    return lines
+
+
+def _function(name: str) -> Any:
+    try:
+        return import_function(REWARDS[name].target)
+    except FunctionNotFound as error:
+        raise UserError(str(error)) from error
+
+
+def _options(registered: Registered) -> dict[str, Any]:
+    return options_of(import_function(registered.target))
+
+
+def _reads(registered: Registered) -> str:
+    columns = [f"`{column}`" for column in (registered.column, *registered.reads) if column]
+    return ", ".join(columns)
+
+
+def try_reward(
+    name: str,
+    options: Sequence[str],
+    *,
+    data: str | None,
+    rows: int,
+    prompt: str | None,
+    completions: Sequence[str],
+    columns: Sequence[str],
+    completion_column: str,
+    timeout_s: float,
+) -> Iterator[str]:
+    """Lines of a table: a completion and its score each.
+
+    Raises:
+        UserError: the reward, its options, the data or the texts are wrong, or it failed on some;
+            raised when all lines are out.
+    """
+    spec = RewardFunctionSpec(
+        function=name, options=_pairs(options, "option"), timeout_s=timeout_s
+    )
+    try:
+        criterion = resolve(spec)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if data is None:
+        if not completions:
+            raise UserError("give --completion TEXT, or --data FILE with completions to score")
+        groups = [Group(prompt or "", tuple(completions), _pairs(columns, "column"))]
+    else:
+        if prompt is not None or columns:
+            raise UserError("--prompt and --column are for a try without --data; leave one out")
+        groups = _groups(load_rows(data, split=None, max_rows=rows), completion_column, completions)
+    for group in groups:
+        try:
+            check_columns(criterion, [key for key in group.columns if key not in GIVEN])
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    yield from _table(criterion, groups)
+
+
+def _table(criterion: RewardCriterion, groups: Sequence[Group]) -> Iterator[str]:
+    try:
+        said = loops.run(called(criterion, groups))
+    except RewardFailed as failed:
+        raise UserError(str(failed)) from failed
+    yield f"{'row':>4}  {criterion.name:>12}  completion"
+    failed = []
+    for row, (group, scores) in enumerate(zip(groups, said, strict=True)):
+        if isinstance(scores, RewardFailed):
+            failed.append(f"row {row}: {why(criterion, scores)}")
+            scores = ["failed"] * len(group.completions)
+        for text, score in zip(group.completions, scores, strict=True):
+            yield f"{row:>4}  {_number(score):>12}  {_cut(text)}"
+    if failed:
+        more = f"\n({len(failed)} of {len(groups)} rows failed)" if len(failed) > 1 else ""
+        raise UserError(failed[0] + more)
+
+
+def _number(score: Any) -> str:
+    if score is None:
+        return "abstains"
+    return score if isinstance(score, str) else f"{score + 0.0:.6g}"  # no -0
+
+
+def _cut(text: str) -> str:
+    line = " ".join(text.split())
+    return (line if len(line) <= TEXT_CHARACTERS else f"{line[: TEXT_CHARACTERS - 3]}...") or "''"
+
+
+def _groups(rows: Rows, column: str, given: Sequence[str]) -> list[Group]:
+    """The rows of a data set; a run's samples.jsonl too. Raises UserError."""
+    samples = "completions" in rows.columns and "columns" in rows.columns
+    if not samples and not given:
+        require_column(rows, column, "--completions, or give --completion TEXT")
+    groups = []
+    for index in range(len(rows)):
+        row = rows[index]
+        if samples:
+            texts = [c.get("text") for c in row["completions"]]
+            source, others = row.get("prompt"), row["columns"]
+        else:
+            texts = list(given) or _texts(row.pop(column))
+            source, others = row.pop("prompt", ""), row
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise UserError(
+                f"{rows.where(index)}: no text to score but {shown(texts)}; name the column of "
+                "completions by --completions"
+            )
+        groups.append(Group(source or "", tuple(texts), others))
+    return groups
+
+
+def _texts(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _pairs(texts: Sequence[str], what: str) -> Mapping[str, Any]:
+    """KEY=VALUE each, the value as YAML has it. Raises UserError."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        if not text.partition("=")[0].strip() or "=" not in text:
+            raise UserError(f"{what} {text!r}: write it as KEY=VALUE")
+        key, value = parse_override(text)
+        found[key] = value
+    return found

@@ -1,0 +1,114 @@
+"""JSON posted to a service over HTTP, with limits and tries: `ask`.
+
+Invariant: what comes back is what `read` makes of a good answer; whatever else happens is
+`NoAnswer`, and never a value.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import aiohttp
+
+T = TypeVar("T")
+
+ANSWER_BYTES = 16 * 2**20
+FIRST_PAUSE_S = 0.25  # before the second try; twice as long before each further one
+LONGEST_PAUSE_S = 30.0
+_AGAIN = frozenset((408, 425, 429, 500, 502, 503, 504))  # what another try may mend
+
+_PLACES: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Semaphore]]
+_PLACES = WeakKeyDictionary()
+
+
+class NoAnswer(RuntimeError):
+    """The service gave no scores; the message says what it did."""
+
+
+class TryAgain(NoAnswer):
+    """Another try may mend it, after `pause_s` where the service says so."""
+
+    def __init__(self, text: str, pause_s: float | None = None) -> None:
+        super().__init__(text)
+        self.pause_s = pause_s
+
+
+async def ask(
+    url: str,
+    message: Mapping[str, Any],
+    read: Callable[[bytes], T],
+    *,
+    request_timeout_s: float,
+    retries: int,
+    concurrency: int,
+    token_env: str | None,
+) -> T:
+    """What `read` makes of the answer to `message`, which is sent as JSON.
+
+    `token_env` names the variable that holds a bearer token. At most `concurrency` requests of this
+    process to this `url` run at once. `read` may raise NoAnswer, or TryAgain.
+
+    Raises:
+        NoAnswer: no answer in time after all retries, a refusal, or an answer of another form.
+    """
+    body = _body(message)
+    headers = {"Content-Type": "application/json", **_authorised(token_env)}
+    places = _PLACES.setdefault(asyncio.get_running_loop(), {})
+    place = places.setdefault(url, asyncio.Semaphore(concurrency))
+    timeout = aiohttp.ClientTimeout(total=request_timeout_s)
+    for tried in range(retries + 1):
+        try:
+            async with place, aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
+                return read(await _answer(session, url, body))
+        except TryAgain as error:
+            if tried == retries:
+                raise NoAnswer(f"{url}: {error}, in {tried + 1} tries") from error
+            pause = error.pause_s or FIRST_PAUSE_S * 2**tried * random.uniform(0.5, 1.5)
+            await asyncio.sleep(min(pause, LONGEST_PAUSE_S))
+        except NoAnswer as error:
+            raise NoAnswer(f"{url}: {error}") from error
+    raise AssertionError("the last try returns or raises")
+
+
+async def _answer(session: aiohttp.ClientSession, url: str, body: bytes) -> bytes:
+    """The body of a good answer. Raises TryAgain or NoAnswer."""
+    try:
+        async with session.post(url, data=body, allow_redirects=False) as response:
+            if response.status in _AGAIN:
+                wait = response.headers.get("Retry-After", "")
+                pause = float(wait) if wait.isascii() and wait.isdigit() else None
+                raise TryAgain(f"it answered {response.status}", pause)
+            if response.status != 200:
+                raise NoAnswer(f"it answered {response.status} {response.reason}")
+            answer = b""
+            async for piece in response.content.iter_any():
+                answer += piece
+                if len(answer) > ANSWER_BYTES:
+                    raise NoAnswer(f"its answer has more than {ANSWER_BYTES} bytes")
+            return answer
+    except TimeoutError as error:
+        raise TryAgain("no answer in time") from error
+    except (aiohttp.ClientError, OSError) as error:
+        raise TryAgain(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _body(message: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(message, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise NoAnswer(f"the group cannot be sent as JSON: {error}") from error
+
+
+def _authorised(token_env: str | None) -> dict[str, str]:
+    if token_env is None:
+        return {}
+    token = os.environ.get(token_env)
+    if not token:
+        raise NoAnswer(f"the variable {token_env} of option token_env is not set in this process")
+    return {"Authorization": f"Bearer {token}"}

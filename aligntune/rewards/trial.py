@@ -1,0 +1,95 @@
+"""One call of a reward as the run would make it: the same child process, limits and checks.
+
+No Ray. What comes back is one finite number or None per completion, or `RewardFailed`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from actors.sandbox import VARIABLE, Mode
+from actors.scoring.children import FunctionScorer
+from actors.scoring.criteria import RewardCriterion, RewardFailed
+from aligntune import loops
+from aligntune.rewards.catalogue import REWARDS
+
+if TYPE_CHECKING:
+    from actors.messages import Messages
+
+SHOWN_CHARACTERS = 200  # of a completion that is made of a column
+REMOTE = {registered.target for registered in REWARDS.values() if registered.remote} | {
+    "aligntune.rewards.remote:remote_scores"
+}
+"""Rewards that ask another machine: a trial may cost, and may be refused here but not there."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Completions of one prompt, with its data columns."""
+
+    prompt: str | Messages
+    completions: tuple[str, ...]
+    columns: Mapping[str, Any]
+
+
+async def called(
+    criterion: RewardCriterion,
+    groups: Sequence[Group],
+    *,
+    log: str | None = None,
+    sandbox: Mode = "auto",
+) -> list[list[float | None] | RewardFailed]:
+    """What the reward says of each group, one after the other, or why it says nothing.
+
+    `log` is the file for what it prints; default: this process's standard output.
+
+    Raises:
+        RewardFailed: it cannot be imported.
+    """
+    scorer = FunctionScorer(criterion, log, at_once=1, variables={VARIABLE: sandbox})
+    said: list[list[float | None] | RewardFailed] = []
+    try:
+        await scorer.start()
+        for group in groups:
+            try:
+                said.append(await scorer.call(group.prompt, group.completions, group.columns))
+            except RewardFailed as failed:
+                said.append(failed)
+    finally:
+        await scorer.close()
+    return said
+
+
+def called_once(
+    criteria: Mapping[str, RewardCriterion], group: Group, log: str | None, sandbox: Mode
+) -> dict[str, list[float | None] | RewardFailed]:
+    """What each reward says of one group, side by side, by the keys of `criteria`."""
+
+    async def one(criterion: RewardCriterion) -> list[float | None] | RewardFailed:
+        try:
+            return (await called(criterion, [group], log=log, sandbox=sandbox))[0]
+        except RewardFailed as failed:
+            return failed
+
+    async def all_of_them() -> list[list[float | None] | RewardFailed]:
+        return await asyncio.gather(*map(one, criteria.values()))
+
+    return dict(zip(criteria, loops.run(all_of_them()), strict=True))
+
+
+def why(criterion: RewardCriterion, failed: RewardFailed) -> str:
+    """A failure for a person: the user's own frames, or one line where the reward is of ours."""
+    if isinstance(criterion.target, str) and criterion.target.startswith("aligntune.rewards."):
+        last = failed.detail.splitlines()[-1]
+        return f"reward {failed.criterion!r} failed ({failed.reason}): {last}"
+    return str(failed)
+
+
+def short_completions(columns: Mapping[str, Any]) -> tuple[str, ...]:
+    """Two completions for a trial: an empty one, as a model may write, and a short one, the first
+    column's text where there is such."""
+    texts = (value for value in columns.values() if isinstance(value, str) and value.strip())
+    return "", next(texts, "A short answer.")[:SHOWN_CHARACTERS]
