@@ -152,6 +152,11 @@ class RewardFunctionSpec(Spec):
         "started only while groups wait, and each holds what the function imports; default: "
         "reward.max_concurrent_groups",
     )
+    try_first: bool = Field(
+        True,
+        description="call it once on the first prompt before anything starts; false where it works "
+        "on the cluster's nodes alone",
+    )
 
 
 class RewardModelSpec(Spec):

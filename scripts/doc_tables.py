@@ -29,6 +29,7 @@ from actors.specs import (
 )
 from aligntune.algorithms import registry
 from aligntune.algorithms.base import Algorithm
+from aligntune.commands.rewards_shown import markdown as rewards_table
 from aligntune.config.auto import is_auto
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
@@ -97,6 +98,7 @@ def tables() -> dict[str, str]:
         "algorithms": algorithm_table(),
         "defaults": defaults_table(),
         "auto": auto_table(),
+        "rewards": rewards_table(),
     }
 
 

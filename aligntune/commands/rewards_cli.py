@@ -66,7 +66,7 @@ def try_one(
 ) -> None:
     """Score texts as a run would: in the reward's own process, with its time limit and checks.
 
-    For example: aligntune rewards try my_reward.py:correct --completion "It is 4." --column answer=4
+    For example: aligntune rewards try own.py:correct --completion "It is 4." --column answer=4
     """
     from aligntune.commands.rewards_shown import try_reward
 

@@ -1,10 +1,9 @@
-"""`aligntune rewards`: what there is, what one is, and one tried on texts as a run would call it."""
+"""`aligntune rewards`: what there is, what one is, and one tried as a run would call it."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from actors.children.code import FunctionNotFound, import_function
@@ -40,7 +39,11 @@ def markdown() -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for name, registered in REWARDS.items():
-        options = [f"`{o}`" for o in _options(registered).values() if o.name != "column"]
+        options = [
+            f"`{option}`"
+            for option in _options(registered).values()
+            if option.name != "column" or not registered.column  # said once, below the table
+        ]
         rows.append(
             f"| `{name}` | {registered.description} | {registered.range} | "
             f"{_reads(registered)} | {', '.join(options)} |"
@@ -100,9 +103,7 @@ def try_reward(
         UserError: the reward, its options, the data or the texts are wrong, or it failed on some;
             raised when all lines are out.
     """
-    spec = RewardFunctionSpec(
-        function=name, options=_pairs(options, "option"), timeout_s=timeout_s
-    )
+    spec = RewardFunctionSpec(function=name, options=_pairs(options, "option"), timeout_s=timeout_s)
     try:
         criterion = resolve(spec)
     except ValueError as error:
@@ -126,25 +127,25 @@ def try_reward(
 def _table(criterion: RewardCriterion, groups: Sequence[Group]) -> Iterator[str]:
     try:
         said = loops.run(called(criterion, groups))
-    except RewardFailed as failed:
-        raise UserError(str(failed)) from failed
+    except RewardFailed as error:
+        raise UserError(why(criterion, error)) from error
     yield f"{'row':>4}  {criterion.name:>12}  completion"
     failed = []
     for row, (group, scores) in enumerate(zip(groups, said, strict=True)):
         if isinstance(scores, RewardFailed):
             failed.append(f"row {row}: {why(criterion, scores)}")
-            scores = ["failed"] * len(group.completions)
-        for text, score in zip(group.completions, scores, strict=True):
-            yield f"{row:>4}  {_number(score):>12}  {_cut(text)}"
+            shown_scores = ["failed"] * len(group.completions)
+        else:
+            shown_scores = list(map(_number, scores))
+        for text, score in zip(group.completions, shown_scores, strict=True):
+            yield f"{row:>4}  {score:>12}  {_cut(text)}"
     if failed:
         more = f"\n({len(failed)} of {len(groups)} rows failed)" if len(failed) > 1 else ""
         raise UserError(failed[0] + more)
 
 
-def _number(score: Any) -> str:
-    if score is None:
-        return "abstains"
-    return score if isinstance(score, str) else f"{score + 0.0:.6g}"  # no -0
+def _number(score: float | None) -> str:
+    return "abstains" if score is None else f"{score + 0.0:.6g}"  # no -0
 
 
 def _cut(text: str) -> str:

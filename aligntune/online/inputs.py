@@ -31,6 +31,7 @@ from aligntune.data.prompts import (
 from aligntune.decisions import Decision, events, told
 from aligntune.errors import UserError
 from aligntune.online.episodes import UserCode, check_rows
+from aligntune.online.first_prompt import try_rewards
 from aligntune.online.settle import settle_data
 from aligntune.online.settle_resources import settle_resources
 from aligntune.rewards.registry import check_columns, check_names, from_callable, resolve_all
@@ -54,6 +55,7 @@ class RunInputs:
         self.objects = dict(objects or {})
         self._decisions: tuple[Decision, ...] | None = None
         self._notes: list[str] = []  # on the tools
+        self._tried: list[str] | None = None
 
     def settle(self, resume: str = "auto") -> tuple[Decision, ...]:
         """Fill in what the config leaves open, the first time; returns what was decided.
@@ -177,6 +179,19 @@ class RunInputs:
             raise UserError(str(error)) from error
         check_rows(self.config, source)
         return source
+
+    def tried(self, log: Path | None = None) -> list[str]:
+        """What every reward function says of the first prompt, called now, the first time.
+
+        `log` is a file for what it prints; default: standard output. Raises UserError.
+        """
+        if self._tried is None:
+            if log is not None:
+                log.parent.mkdir(parents=True, exist_ok=True)
+            to = None if log is None else str(log)
+            first = self.prompts.prompt_at(0)
+            self._tried = try_rewards(self.config, self.criteria, first, to)
+        return self._tried
 
     @cached_property
     def held_out(self) -> PromptSource | None:

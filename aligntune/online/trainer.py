@@ -158,7 +158,8 @@ class OnlineTrainer:
         self.inputs.settle_resources(resume, mirror.config() if mirror else None)
 
     def summary(self) -> str:
-        """What a run would do, for --dry-run: data, steps and what the roles ask for."""
+        """What a run would do, for --dry-run: data, steps and what the roles ask for, and what the
+        rewards say of the first prompt, on which they are called here. Raises UserError."""
         source, train = self.prompts, self.config.train
         requests = role_requests(self.config)
         asked = totals(requests)
@@ -168,6 +169,7 @@ class OnlineTrainer:
             f"data: {len(source)} prompts, longest {source.longest} tokens; the first one: "
             f"{cut(source.prompt_at(0).text, 200)}",
             *self.inputs.told(),
+            *self.inputs.tried(),
             *(f"{r.role}: {r.replicas} x {r.cpus:g} CPU, {r.gpus:g} GPU" for r in requests),
             f"together: {asked['CPU']:g} CPU, {asked['GPU']:g} GPU",
         ]
@@ -195,6 +197,7 @@ class OnlineTrainer:
             at_end = checkpoint is not None and checkpoint.step == self.total_steps
             if at_end and resume == "auto" and is_over(rundir, self.total_steps):
                 return self._result_of_before(rundir)
+            self.inputs.tried(rundir.file("logs") / "reward.log")
             rundir.describe(self.config)
             after = checkpoint.step if checkpoint else 0
             with recorded(

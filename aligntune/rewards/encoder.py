@@ -31,9 +31,7 @@ class Encoder:
         )  # fmt: skip
         states, special = [torch.zeros(0, self._model.config.hidden_size)], []
         with torch.no_grad():
-            for ids, mask in zip(
-                windows["input_ids"], windows["special_tokens_mask"], strict=True
-            ):
+            for ids, mask in zip(windows["input_ids"], windows["special_tokens_mask"], strict=True):
                 if ids:
                     inputs = torch.tensor([ids])
                     states.append(self._model(input_ids=inputs).last_hidden_state[0])

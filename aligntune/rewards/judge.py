@@ -1,4 +1,4 @@
-"""The reward that a language model gives by a rubric: an LLM judge over an OpenAI-compatible server.
+"""The reward that a language model gives by a rubric, over an OpenAI-compatible server.
 
 Invariant: a number is a score only where the judge has written it as asked, in the range it was
 told; whatever else happens fails the call, and no score is guessed.

@@ -36,10 +36,8 @@ def length_penalty(
         )
     if side not in ("both", "over", "under"):
         raise ValueError(f"reward option 'side' is {side!r}; it can be 'both', 'over' or 'under'")
-    return [
-        -min(1.0, max(0, _distance(_size(text_of(completion), unit), target, side) - tolerance) / target)
-        for completion in completions
-    ]
+    distances = (_distance(_size(text_of(said), unit), target, side) for said in completions)
+    return [-min(1.0, max(0, distance - tolerance) / target) for distance in distances]
 
 
 def _size(text: str, unit: str) -> int:

@@ -46,17 +46,13 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
     }
 
 
-def check_options(
-    name: str, function: Callable[..., Any], given: Mapping[str, Any]
-) -> None:
+def check_options(name: str, function: Callable[..., Any], given: Mapping[str, Any]) -> None:
     """Refuse a value that is not of an option's type, or out of its bounds (ValueError).
 
     Names are checked elsewhere, as those of every function are.
     """
     known = options_of(function)
-    fields: dict[str, Any] = {
-        key: (known[key].annotation, ...) for key in given if key in known
-    }
+    fields: dict[str, Any] = {key: (known[key].annotation, ...) for key in given if key in known}
     config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
     model = create_model("Options", __config__=config, **{f"o_{k}": v for k, v in fields.items()})
     try:

@@ -25,10 +25,10 @@ def preference(completions: list[Completion], **columns: Any) -> list[float]:
     """chrF(completion, chosen) - chrF(completion, rejected), each over 100, as sacrebleu has it.
 
     Range: -1 to 1.
+    Formula: chrF is the F-score (beta 2: recall counts twice) of character n-grams of 1 to 6, white
+    space left out. It grows with what a completion has of an answer, so a long completion loses
+    less than a short one.
     Source: sacrebleu; Popovic 2015, "chrF".
-    Formula: chrF is the F-score (beta 2: recall counts twice) of character n-grams of 1 to 6, white space
-    left out. It grows with what a completion has of an answer, so a long completion loses less
-    than a short one.
 
     Raises:
         ValueError: there is no column `chosen` or `rejected`, or a row has no value in it.
@@ -47,9 +47,9 @@ def preference_overlap(completions: list[Completion], **columns: Any) -> list[fl
     """The same with the F1 of words: the harmonic mean of the shares that are common to both.
 
     Range: -1 to 1.
+    Formula: 2 common / (words of both), to the chosen answer minus to the rejected one. Words are
+    runs of letters and digits, and single other characters; case does not count, order neither.
     Source: as reward `token_f1`, by other words.
-    Formula: 2 common / (words of both), to the chosen answer minus to the rejected one. Words are runs of letters and digits, and single other characters; case does not count, order
-    neither.
 
     Raises:
         ValueError: as `preference`.

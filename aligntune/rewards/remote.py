@@ -10,8 +10,9 @@ import json
 import math
 from typing import Any
 
-from aligntune.rewards.service import NoAnswer, ask
 from aligntune.rewards.inputs import Completion
+from aligntune.rewards.service import NoAnswer, ask
+
 
 async def remote_scores(
     prompts: list[Any],

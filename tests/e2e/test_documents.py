@@ -226,6 +226,8 @@ def test_every_command_is_right(
             assert call(["rewards"]) == 0
             listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
             assert listed == list(REWARDS)
+        case ["aligntune", "rewards", "show" | "try", *_]:
+            assert call(command[1:]) == 0, capsys.readouterr().err
         case ["aligntune", "evaluate", config]:  # run by the slow tests below
             assert str(Path(config).parent) in written_by_train
             assert Path(config).name == "config.yaml"

@@ -54,6 +54,7 @@ def test_failing_rewards_are_retried_then_their_groups_quarantined_and_the_run_g
 
 def test_too_many_quarantined_groups_stop_the_run_with_the_reason(tree: dict[str, Any]) -> None:
     reward(tree, "always_raises")
+    tree["rewards"][0]["try_first"] = False  # which would refuse it before the run
     with pytest.raises(RunFailed, match=r"max_quarantined_fraction=0\.1") as failed:
         create_rl_trainer(config=tree).train()
     assert "this reward is broken" in str(failed.value)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +128,85 @@ def test_a_run_that_goes_on_is_the_same_run_with_the_values_it_had(
     assert again.config == settled
     assert rundir.changed == {}
     assert "as the run in output_dir has it" in again.summary()
+
+
+OWN = """
+import os, time
+def process(completions, **columns):
+    print("called in", os.getpid())
+    return [3, None]
+def broken(completions, **columns):
+    return [1 / len(text) for text in completions]
+def slow(completions, **columns):
+    time.sleep(3600)
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A file with rewards of the user's own."""
+    (tmp_path / "first_row_rewards.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield "first_row_rewards.py"
+    sys.modules.pop("first_row_rewards", None)
+
+
+def test_every_function_is_called_once_on_the_first_prompt_in_a_process_of_its_own(
+    make: Any, own: str, tmp_path: Path
+) -> None:
+    trainer = make("grpo", reward_functions=[f"{own}:process", "preference"])
+    trainer.check()
+    lines = trainer.inputs.tried(tmp_path / "logs" / "reward.log")
+    first = trainer.prompts.prompt_at(0)
+    chosen = first.columns["chosen"]
+    assert lines == [
+        f"reward process: '' -> 3, '{chosen}' -> abstains (row {first.row})",
+        f"reward preference: '' -> 0, '{chosen}' -> 1 (row {first.row})",
+    ]
+    log = (tmp_path / "logs" / "reward.log").read_text()
+    called = re.findall(r"called in (\d+)", log)
+    assert len(called) == 1
+    assert int(called[0]) != os.getpid()
+    assert lines == trainer.inputs.tried(), "once"
+    assert lines[0] in trainer.summary().splitlines()
+
+
+def test_a_function_that_fails_on_the_first_row_is_refused_with_its_own_frames(
+    make: Any, own: str
+) -> None:
+    trainer = make("grpo", reward_functions=["preference", f"{own}:broken"])
+    trainer.check()
+    with pytest.raises(UserError) as refused:
+        trainer.summary()
+    told = str(refused.value)
+    assert told.startswith("rewards.1: reward 'broken' failed (raised)")
+    assert "first_row_rewards.py" in told
+    assert "ZeroDivisionError" in told
+    assert "/actors/" not in told
+    row = trainer.prompts.prompt_at(0).row
+    assert f"row {row} and the completions ['', " in told
+    assert told.endswith("rewards.1.try_first=false leaves this call out.")
+
+
+def test_the_time_limit_of_a_reward_holds_on_the_first_row_and_is_named(
+    make: Any, own: str
+) -> None:
+    trainer = make("grpo", reward_functions=f"{own}:slow", overrides=["rewards.0.timeout_s=0.2"])
+    trainer.check()
+    with pytest.raises(UserError, match=r"no answer within 0\.2 s") as refused:
+        trainer.summary()
+    assert "raise rewards.0.timeout_s" in str(refused.value)
+
+
+def test_what_is_not_to_be_tried_and_what_asks_another_machine_is_not_called(
+    make: Any, own: str
+) -> None:
+    judge = {"url": "http://127.0.0.1:9/v1", "model": "m", "rubric": "r"}
+    rewards = [
+        {"function": f"{own}:broken", "try_first": False},
+        {"function": "judge", "options": judge},
+        {"url": "http://127.0.0.1:9/score"},
+    ]
+    trainer = make("grpo", config={"rewards": rewards})
+    trainer.check()
+    assert trainer.inputs.tried() == []

@@ -12,9 +12,9 @@ from aiohttp import web
 from aligntune.config.load import load_config
 from aligntune.errors import UserError
 from aligntune.rewards import service
-from aligntune.rewards.service import NoAnswer
 from aligntune.rewards.registry import resolve_all
 from aligntune.rewards.remote import remote_scores
+from aligntune.rewards.service import NoAnswer
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

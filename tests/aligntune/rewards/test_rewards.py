@@ -291,8 +291,17 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 class TestRegistry:
     @pytest.mark.parametrize("name", sorted(REWARDS))
     def test_every_registered_name_resolves_and_is_described_in_one_line(self, name: str) -> None:
-        needed = {"format": {"pattern": "a"}, "length": {"target": 3}}
-        options = {**needed, "preference_embedding": {"model": "a/b"}}.get(name, {})
+        model = {"model": "a/b"}
+        needed: dict[str, dict[str, Any]] = {
+            "format": {"pattern": "a"},
+            "tags": {"tags": ["think"]},
+            "length": {"target": 3},
+            "readability": {"low": 5, "high": 9},
+            "language": {"language": "en"},
+            "judge": {**model, "url": "http://127.0.0.1:9/v1", "rubric": "r"},
+            **dict.fromkeys(("embedding", "bertscore", "preference_embedding"), model),
+        }
+        options = needed.get(name, {})
         criterion = resolve(spec(name, options=options, timeout_s=7))
         assert (criterion.name, criterion.target) == (name, REWARDS[name].target)
         assert (criterion.options, criterion.timeout_s) == (options, 7)

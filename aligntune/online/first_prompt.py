@@ -1,0 +1,72 @@
+"""Every reward function called once on the first prompt, before anything starts.
+
+It runs as the run would run it: in its own process, with its time limit, its answer checked. What
+asks another machine is left out, for that may cost, or answer the cluster's nodes alone; so are
+reward models, which want the run's GPUs, and `try_first: false`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from actors.messages import Prompt
+from actors.reward import Criterion
+from actors.scoring.criteria import RewardCriterion, RewardFailed, RewardFailure
+from actors.specs import RewardFunctionSpec
+from aligntune.config.online import RunConfig
+from aligntune.errors import UserError
+from aligntune.rewards.trial import REMOTE, Group, called_once, short_completions, why
+
+TEXT_CHARACTERS = 40  # of a completion, where it is shown
+
+
+def try_rewards(
+    config: RunConfig, criteria: Sequence[Criterion], first: Prompt, log: str | None
+) -> list[str]:
+    """What each reward said of two short completions, a line each, in the order of the config.
+
+    `log` is the file for what they print; default: standard output.
+
+    Raises:
+        UserError: a reward failed; with the user's own frames.
+    """
+    functions: dict[str, RewardCriterion] = {}
+    for index, (spec, criterion) in enumerate(zip(config.rewards, criteria, strict=True)):
+        if (
+            isinstance(spec, RewardFunctionSpec)
+            and isinstance(criterion, RewardCriterion)
+            and spec.try_first
+            and criterion.target not in REMOTE
+        ):
+            functions[f"rewards.{index}"] = criterion
+    group = Group(first.source, short_completions(first.columns), first.columns)
+    # Whether the nodes have what `required` asks for, they say themselves.
+    sandbox = "auto" if config.reward.sandbox == "required" else config.reward.sandbox
+    said = called_once(functions, group, log, sandbox)
+    lines = []
+    for key, criterion in functions.items():
+        scores = said[key]
+        if isinstance(scores, RewardFailed):
+            raise UserError(_told(key, criterion, scores, group, first.row))
+        values = ", ".join(
+            f"{_cut(text)!r} -> {'abstains' if score is None else f'{score:.4g}'}"
+            for text, score in zip(group.completions, scores, strict=True)
+        )
+        lines.append(f"reward {criterion.name}: {values} (row {first.row})")
+    return lines
+
+
+def _told(
+    key: str, criterion: RewardCriterion, failed: RewardFailed, group: Group, row: int
+) -> str:
+    longer = f"raise {key}.timeout_s; " if failed.reason is RewardFailure.TIMEOUT else ""
+    return (
+        f"{key}: {why(criterion, failed)}\n"
+        f"It was called with row {row} and the completions {list(map(_cut, group.completions))} "
+        f"before anything starts; mend it and try it with `aligntune rewards try`. {longer}"
+        f"{key}.try_first=false leaves this call out."
+    )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= TEXT_CHARACTERS else f"{text[: TEXT_CHARACTERS - 3]}..."

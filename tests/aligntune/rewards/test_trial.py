@@ -1,0 +1,200 @@
+"""`aligntune rewards`, options with types, and the call of every reward on the first row."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.specs import RewardFunctionSpec
+from aligntune import cli
+from aligntune.rewards.catalogue import REWARDS
+from aligntune.rewards.registry import resolve
+from aligntune.rewards.trial import short_completions
+
+OWN = """
+def correct(completions, answer, **columns):
+    print("saw", completions)
+    return [float(str(a) in c) for c, a in zip(completions, answer)]
+
+def unsure(completions, **columns):
+    return [None for _ in completions]
+
+def broken(completions, **columns):
+    return [1 / len(c) for c in completions]
+
+def words(completions, **columns):
+    return "good"
+
+async def hangs(completions, **columns):
+    import asyncio
+    await asyncio.sleep(3600)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "own_rewards_tried.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("own_rewards_tried", None)
+
+
+Ran = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def aligntune(capfd: pytest.CaptureFixture[str]) -> Ran:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["rewards", *arguments])
+        return int(ended.value.code or 0), *capfd.readouterr()
+
+    return run
+
+
+def test_every_reward_is_listed_with_its_range(aligntune: Ran) -> None:
+    for arguments in ((), ("list",)):
+        code, out, _ = aligntune(*arguments)
+        assert code == 0
+        assert [line.split()[0] for line in out.splitlines()] == list(REWARDS)
+    assert "-1 to 0  minus the share of its n-grams that repeat an earlier one" in out
+
+
+@pytest.mark.parametrize("name", sorted(REWARDS))
+def test_one_is_shown_with_formula_source_and_options(aligntune: Ran, name: str) -> None:
+    code, out, _ = aligntune("show", name)
+    assert code == 0
+    for part in (REWARDS[name].description, "Formula: ", "Source: ", "Options:"):
+        assert part in out
+
+
+def test_options_are_shown_with_type_bound_and_default(aligntune: Ran) -> None:
+    _, out, _ = aligntune("show", "length")
+    assert "  target           integer > 0  (must be given)" in out
+    assert "  unit=characters  characters or words" in out
+    assert "list of text" in aligntune("show", "tags")[1]
+    assert "did you mean 'length'" in aligntune("show", "lenght")[2]
+
+
+def test_a_registered_reward_scores_texts(aligntune: Ran) -> None:
+    code, out, _ = aligntune(
+        "try", "math", "--completion", "it is 1/2", "--completion", "", "--column", "answer=0.5"
+    )
+    assert code == 0
+    assert [line.split() for line in out.splitlines()] == [
+        ["row", "math", "completion"],
+        ["0", "1", "it", "is", "1/2"],
+        ["0", "0", "''"],
+    ]
+
+
+def test_a_function_of_a_file_scores_rows_in_its_own_process(aligntune: Ran, folder: Path) -> None:
+    rows = [{"prompt": "1+1", "completion": ["2", "3"], "answer": 2},
+            {"prompt": "1+2", "completion": "3", "answer": 3}]  # fmt: skip
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, _ = aligntune("try", "own_rewards_tried.py:correct", "--data", "rows.jsonl")
+    assert code == 0
+    assert "saw ['2', '3']" in out
+    assert out.splitlines()[-3:] == [
+        "   0             1  2",
+        "   0             0  3",
+        "   1             1  3",
+    ]
+    one = aligntune("try", "own_rewards_tried.py:correct", "--data", "rows.jsonl", "-n", "1")[1]
+    assert one.splitlines()[-1].startswith("   0  ")
+
+
+def test_the_samples_of_a_run_are_scored_again(aligntune: Ran, folder: Path) -> None:
+    sample = {"step": 1, "prompt": "p", "columns": {"answer": "4"},
+              "completions": [{"text": "4", "reward": 0}, {"text": "5", "reward": 1}]}  # fmt: skip
+    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    code, out, _ = aligntune("try", "exact_match", "--data", "samples.jsonl")
+    assert code == 0
+    assert [line.split()[1] for line in out.splitlines()[1:]] == ["1", "0"]
+
+
+def test_a_reward_that_abstains_says_so(aligntune: Ran, folder: Path) -> None:
+    assert "abstains" in aligntune("try", "own_rewards_tried.py:unsure", "--completion", "a")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["own_rewards_tried.py:broken"], "failed (raised): File"),
+        (["own_rewards_tried.py:words"], "failed (wrong_count): it returned a str"),
+        (["own_rewards_tried.py:hangs", "--timeout", "0.2"], "no answer within 0.2 s"),
+        (["own_rewards_tried.py:correct"], "needs column 'answer'"),
+        (["own_rewards_tried.py:corect"], "did you mean 'correct'"),
+        (["own_rewards.py:correct"], "there is no file"),
+        (["lenght"], "did you mean 'length'"),
+        (["length"], "needs option 'target'"),
+        (["length", "target=0"], "option 'target' is 0, and integer > 0 is wanted"),
+        (["length", "target"], "option 'target': write it as KEY=VALUE"),
+        (["length", "target=3", "tagret=4"], "takes no option 'tagret'; did you mean 'target'?"),
+        (["required"], "ValueError: reward options: give either phrases or column"),
+        (["json", "--data", "none.jsonl"], "--column are for a try without --data"),
+    ],
+)
+def test_what_is_wrong_ends_with_code_2_and_the_reason(
+    aligntune: Ran, folder: Path, arguments: list[str], told: str
+) -> None:
+    extra = ["--column", "a=1"] if "--data" in arguments else ["--completion", ""]
+    code, _, error = aligntune("try", *arguments, *extra)
+    assert code == 2
+    assert told in error
+    assert error.startswith("aligntune: ")
+    assert ("own_rewards_tried.py" in error) or len(error.splitlines()) == 1
+
+
+def test_trying_a_reward_loads_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys, aligntune.commands.rewards_shown; "
+        "print(sorted({'torch', 'ray', 'transformers', 'datasets'} & sys.modules.keys()))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("length", {"target": "3"}, "option 'target' is '3', and integer > 0 is wanted"),
+        ("length", {"target": True}, "option 'target' is True"),
+        ("length", {"target": 3, "side": "left"}, "both or over or under is wanted"),
+        ("repetition", {"n": 0}, "integer >= 1"),
+        ("required", {"phrases": []}, "list of text"),
+        ("required", {"phrases": "a"}, "option 'phrases' is 'a', and list of text is wanted"),
+        ("readability", {"low": 1, "high": float("nan")}, "option 'high' is nan"),
+        ("exact_match", {"column": 3}, "option 'column' is 3, and text is wanted"),
+        ("json", {"schema": "a.json"}, "mapping is wanted"),
+    ],
+)
+def test_an_option_of_a_wrong_type_or_size_is_refused_before_the_run(
+    name: str, options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match="reward") as refused:
+        resolve(RewardFunctionSpec(function=name, options=options))
+    assert told in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_library_that_is_missing_is_named_with_its_cure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = __import__("importlib").util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "textstat" else found(name)
+    )
+    with pytest.raises(ValueError, match="'readability' needs textstat: pip install textstat"):
+        resolve(RewardFunctionSpec(function="readability", options={"low": 1, "high": 2}))
+
+
+def test_a_short_completion_is_made_of_the_first_text_of_the_row() -> None:
+    assert short_completions({"level": 3, "answer": "4 " * 500}) == ("", ("4 " * 500)[:200])
+    assert short_completions({}) == ("", "A short answer.")
