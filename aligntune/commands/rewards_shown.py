@@ -46,7 +46,7 @@ def markdown() -> str:
         ]
         rows.append(
             f"| `{name}` | {registered.description} | {registered.range} | "
-            f"{_reads(registered)} | {', '.join(options)} |"
+            f"{_reads(registered)} | {', '.join(options) or 'none'} |"
         )
     return "\n".join(rows) + "\n"
 
