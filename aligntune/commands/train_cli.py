@@ -152,8 +152,9 @@ def train(
 
         trainer.check(resume)
         trainer.settle(resume)
+        summary = trainer.summary()  # may yet refuse a reward
         typer.echo(dump(trainer.config))
-        typer.echo(trainer.summary())
+        typer.echo(summary)
         return
     result = trainer.train(resume)
     from aligntune.tracking.ending import ending
