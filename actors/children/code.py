@@ -98,13 +98,19 @@ def search_path() -> tuple[str, ...]:
 
 
 def in_file(file: str, name: str, path: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """`module:name` and search path of what `file.py:name` means. Raises ValueError."""
+    """`module:name` and search path of what `file.py:name` means. Raises ValueError.
+
+    The file's folder is in the path by its place on this machine and, below the current folder, by
+    its place there too: a job's files lie elsewhere on every node, and actors start among them.
+    """
     place = Path(file).absolute()
     if not place.is_file():
         raise ValueError(f"'{file}:{name}': there is no file {place}")
     if not place.stem.isidentifier():
         raise ValueError(f"'{file}:{name}': {place.stem!r} is no name of a module; rename the file")
-    path = tuple(dict.fromkeys((str(place.parent), *path)))
+    here = os.path.relpath(place.parent)
+    below = () if here.startswith(os.pardir) or here == os.curdir else (here,)
+    path = tuple(dict.fromkeys((str(place.parent), *below, *path)))
     with searching(path):
         found = importlib.util.find_spec(place.stem)
     if found is None or found.origin is None or not place.samefile(found.origin):

@@ -202,7 +202,8 @@ async def started(
         "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
         f"from {module} import main; main(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])"
     )
-    path = list(dict.fromkeys((*search_path, *(entry or "." for entry in sys.path))))
+    own = (os.path.abspath(entry) if os.path.isdir(entry) else entry for entry in search_path)
+    path = list(dict.fromkeys((*own, *(entry or "." for entry in sys.path))))
     reader, writer = await asyncio.open_connection(sock=here, limit=answer_bytes)
     try:
         process = await asyncio.create_subprocess_exec(

@@ -291,7 +291,8 @@ def _check_storage(storage: str) -> None:
 
 
 def _named(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(place in the tree, name) of every model and data set that the run reads."""
+    """(place in the tree, name) of every model, data set and file of code that the run reads."""
+    from aligntune.config.code import code_files
     from aligntune.online.role_table import ROLES  # heavy: it knows the algorithms
 
     of_roles = (f"{role.name}.{key}" for role in ROLES.values() for key in role.models)
@@ -302,6 +303,7 @@ def _named(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for index, reward in enumerate(tree.get("rewards") or []):
         if model := reward.get("model"):
             yield f"rewards.{index}.model", model
+    yield from code_files(tree)
 
 
 def _travels(key: str, name: str, package: Package) -> bool:

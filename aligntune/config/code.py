@@ -1,9 +1,9 @@
 """Tools, environments and agents that are given as Python objects: by name in the settings tree,
-themselves by their path in it."""
+themselves by their path in it; and those that are named by their file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from aligntune.errors import UserError, shown
@@ -48,3 +48,20 @@ def named_code(
     if agent is not None and not isinstance(agent, Mapping):
         named["agent"] = name("agent", agent)
     return named, code
+
+
+def code_files(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(place in a settings tree, file) of each reward, tool, environment and agent that is named as
+    `path/to/file.py:name`."""
+    rewards, tools = tree.get("rewards") or [], tree.get("tools") or []
+    named = {f"rewards.{i}.function": reward.get("function") for i, reward in enumerate(rewards)}
+    named |= {f"tools.{i}": tool for i, tool in enumerate(tools)}
+    environment = tree.get("environment")
+    if isinstance(environment, Mapping):
+        named |= {f"environment.{name}": value for name, value in environment.items()}
+    else:
+        named["environment"] = environment
+    named["agent"] = tree.get("agent")
+    for place, text in named.items():
+        if isinstance(text, str) and (file := text.rpartition(":")[0]).endswith(".py"):
+            yield place, file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import signal
@@ -34,6 +35,7 @@ from aligntune.rewards.registry import (
     resolve_all,
 )
 from aligntune.rewards.text import contains, exact_match
+from aligntune.rewards.trial import Group, called
 
 
 def score_math(completion: str, answer: Any) -> float:
@@ -340,6 +342,19 @@ class TestRegistry:
         with pytest.raises(ValueError, match=r"has no 'one' \(did you mean 'ones'"):
             resolve(spec("mine/filed_rewards.py:one"))
         sys.modules.pop("filed_rewards")
+
+    def test_a_file_below_the_current_folder_is_found_where_a_node_has_that_folder(
+        self, module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "head" / "mine").mkdir(parents=True)
+        module("head/mine/noded_rewards", "def ones(completions): return [1.0] * len(completions)")
+        monkeypatch.chdir(tmp_path / "head")
+        criterion = resolve(spec("mine/noded_rewards.py:ones"))
+        (tmp_path / "head").rename(tmp_path / "node")
+        monkeypatch.chdir(tmp_path / "node")  # as a job's actor starts there
+        group = Group("p", ("a", "b"), {})
+        assert asyncio.run(called(criterion, [group])) == [[1.0, 1.0]]
+        sys.modules.pop("noded_rewards")
 
     def test_a_file_that_cannot_be_imported_by_its_name_is_refused(
         self, module: Any, tmp_path: Path

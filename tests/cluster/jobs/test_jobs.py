@@ -549,6 +549,8 @@ def test_a_working_directory_over_the_limit(fail: Fail, project: Path) -> None:
         (("train.stepz=3",), "did you mean 'train.steps'?"),
         (("data.path=../elsewhere.jsonl",), "is outside of the working directory"),
         (("data.path=hidden.jsonl",), "not packed, for .gitignore names it"),
+        (("rewards=[../own.py:f]",), "rewards.0.function ../own.py is outside of the working"),
+        (("tools=[hidden.py:f]",), "tools.0 hidden.py is not packed, for .gitignore names it"),
         (("--env", "NOT_SET_ANYWHERE"), "the variable is not set here"),
         (("--env", "TOKEN=abc"), "write --env TOKEN and set"),
         (("--working-dir", "nowhere"), "is not a folder"),
@@ -559,8 +561,10 @@ def test_what_the_job_could_not_do_is_refused_here(
     fail: Fail, project: Path, change: tuple[str, ...], said: str
 ) -> None:
     (project.parent / "elsewhere.jsonl").write_text("{}\n")
+    (project.parent / "own.py").write_text("")
     (project / "hidden.jsonl").write_text("{}\n")
-    (project / ".gitignore").write_text("hidden.jsonl\n")
+    (project / "hidden.py").write_text("")
+    (project / ".gitignore").write_text("hidden.*\n")
     error = fail("submit", "config.yaml", *change)
     assert said in error
     assert "abc" not in error
