@@ -202,8 +202,7 @@ async def started(
         "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
         f"from {module} import main; main(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])"
     )
-    own = (os.path.abspath(entry) if os.path.isdir(entry) else entry for entry in search_path)
-    path = list(dict.fromkeys((*own, *(entry or "." for entry in sys.path))))
+    path = list(dict.fromkeys((*_here(search_path), *(entry or "." for entry in sys.path))))
     reader, writer = await asyncio.open_connection(sock=here, limit=answer_bytes)
     try:
         process = await asyncio.create_subprocess_exec(
@@ -229,3 +228,8 @@ async def started(
         there.close()
         lifeline.close()
     return Child(reader, writer, mine, parse, process), copy
+
+
+def _here(search_path: Sequence[str]) -> list[str]:
+    """The driver's search path on this node: what is relative, is so to this process's folder."""
+    return [os.path.abspath(entry) if os.path.isdir(entry) else entry for entry in search_path]
