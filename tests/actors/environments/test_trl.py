@@ -34,6 +34,7 @@ from tests.actors.policy_cases import Probe, logprobs_of, one_rank
 pytestmark = pytest.mark.slow  # TRL's trainer takes seconds to be imported and made
 
 TOOLS = ("add", "later")
+ENVIRONMENTS = ("Guess", "Quiet", "Shop")
 BUDGET = 1500  # TRL's max_completion_length: of policy and tools together
 
 
@@ -79,7 +80,7 @@ def trainer_of(
                 ),
                 processing_class=tokenizer.__class__.from_pretrained(chat_model.name),
                 tools=[getattr(user, name) for name in TOOLS],
-                environment_factory={"Guess": user.Guess, "Quiet": user.Quiet}
+                environment_factory={name: getattr(user, name) for name in ENVIRONMENTS}
                 if environments
                 else None,
             )
@@ -172,7 +173,7 @@ def ours(
 
     def run(turns: Sequence[Any], row: dict[str, Any], environments: bool) -> Episode:
         if environments not in kept:
-            names = ("Guess", "Quiet") if environments else ()
+            names = ENVIRONMENTS if environments else ()
             code = EpisodeCode(
                 tuple(f"user_tools:{name}" for name in TOOLS),
                 {name: f"user_tools:{name}" for name in names},
@@ -256,6 +257,37 @@ def test_environments_rows_and_rewards_are_those_of_trl(
         assert (episode.messages[:asked], episode.messages[asked:]) == conversations[i]
         assert episode.rewards["environment"] == pytest.approx(rewards[0][i])
         assert episode.rewards["both"] == pytest.approx(rewards[1][i])
+
+
+def test_an_environment_that_prints_and_is_async_is_as_in_trl(
+    trainer_of: Callable[..., Any], ours: Callable[..., Episode], tokenizer: Any
+) -> None:
+    """Defaults and lists as arguments, answers that are no text, methods and a reward of both
+    kinds, several calls in a turn, a function beside the methods, columns for `reset`."""
+    scripts = [
+        [
+            call_text("prices") + call_text("thank") + ADD,
+            call_text("take", things=["apple", "fig"], count=2) + call_text("has", thing="pear"),
+            call_text("has", thing="apple") + call_text("pair"),
+            "thanks",
+        ],
+        [call_text("take", things=[], gift=True) + call_text("has"), "no"],
+    ]
+    inputs = [
+        {"prompt": user_says("Buy."), "environment": "Shop", "coins": coins, "number": 5}
+        for coins in (3, 4)
+    ]
+    turns = [Script(tokenizer, said).turns for said in scripts]
+    trainer = trainer_of(environments=True)
+    rows, conversations = by_trl(trainer, inputs, turns)
+    rewards = list(trainer._logs["rewards"]["Shop"])[-len(inputs) :]
+    for i, row in enumerate(inputs):
+        episode = ours(turns[i], row, True)
+        assert as_row(episode) == rows[i]
+        asked = episode.prompt_messages
+        assert (episode.messages[:asked], episode.messages[asked:]) == conversations[i]
+        assert episode.rewards == {"environment": pytest.approx(rewards[i]), "both": None}
+    assert rewards == [4.0, 0.0]
 
 
 LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

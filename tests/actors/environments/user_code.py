@@ -238,6 +238,60 @@ def both(completions, environments, number, **kwargs):
     ]
 
 
+class Shop:
+    """Prints, answers with what is no text, has options of its own, and is async where it likes."""
+
+    def __init__(self):
+        print("the shop opens")
+
+    def reset(self, *, coins: int = 10, **row) -> str:
+        print("a customer", row, flush=True)
+        self.coins, self.basket = coins, []
+        return f" You have {coins} coins."
+
+    def prices(self) -> dict[str, float | None]:
+        """Say what things cost."""
+        print("prices", file=sys.stderr)
+        return {"apple": 2.5, "pear": 3, "fig": None}
+
+    def take(self, things: list[str], count: int = 1, gift: bool | None = None) -> int:
+        """Put things into the basket.
+
+        Args:
+            things: What.
+            count: How many of each.
+            gift: Whether to wrap them.
+
+        Returns:
+            How many there are now.
+        """
+        self.basket += things * count
+        return len(self.basket)
+
+    def thank(self) -> None:
+        """Say thanks."""
+        os.write(1, b"thanks\\n")
+
+    async def has(self, thing: Literal["apple", "pear"]) -> bool:
+        """Look into the basket.
+
+        Args:
+            thing: (choices: ["apple", "pear"]) For what.
+        """
+        await asyncio.sleep(0)
+        print("looking")
+        return thing in self.basket
+
+    async def pair(self) -> tuple[int, str]:
+        """Say two things."""
+        return 1, "two"
+
+    async def get_reward(self) -> float:
+        await asyncio.sleep(0)
+        print("done")
+        return float(len(self.basket))
+
+
 class RaisesInReset(Guess):
     def reset(self, **row):
         raise RuntimeError("no board")
