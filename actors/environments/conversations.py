@@ -98,7 +98,7 @@ class Conversation:
         except ValueError as error:
             raise Refused(str(error), "invalid_messages") from error
         number, call = await self._call(ids, max_tokens, how)
-        read = self._tokens.read(ids, _ints(call.sampled.token_ids))
+        read = self._tokens.read(ids, _ints(call.sampled.token_ids), tools)
         self._counts["malformed_calls"] += read.malformed
         message = read.message
         if calls := message.get("tool_calls"):
@@ -198,8 +198,9 @@ class Conversation:
             new, call = messages[length:], self._answers[number].call
             if may_follow(new):
                 cut = call.finish_reason != FinishReason.STOP
+                last = _ints(call.prompt_ids), _ints(call.sampled.token_ids)
                 with contextlib.suppress(ValueError):  # a template that does not append
-                    return _whole(call) + self._tokens.between(new, cut), "extended"
+                    return self._tokens.after(*last, new, tools, cut), "extended"
         ids = self._tokens.prompt(messages, tools)
         return ids, self._place(ids, "realigned")
 

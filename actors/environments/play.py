@@ -109,8 +109,7 @@ class Play:
             if self._clock.call_limit == 0:
                 reason = FinishReason.TIME
                 break
-            sampled = self._calls[-1].sampled.token_ids
-            ids = [*ids, *map(int, sampled), *self._tokens.between(answers)]
+            ids = self._after(ids, answers)
             if len(ids) >= self._limits.max_tokens:
                 reason = FinishReason.CONTEXT
                 break
@@ -126,7 +125,8 @@ class Play:
         segment, finished = await sample(ids, min(left, room), len(self._calls))
         self._calls.append(ModelCall(np.asarray(ids, np.int32), segment, finished))
         self._sampled += len(segment.token_ids)
-        turn = self._tokens.read(ids, [int(token) for token in segment.token_ids])
+        sampled = [int(token) for token in segment.token_ids]
+        turn = self._tokens.read(ids, sampled, self._box.schemas)
         said.append(turn.message)
         if finished is not FinishReason.STOP:
             return FinishReason.LENGTH if left <= room else FinishReason.CONTEXT
@@ -141,6 +141,14 @@ class Play:
         if self._sampled >= self._limits.max_sampled_tokens:
             return FinishReason.LENGTH
         return None
+
+    def _after(self, ids: list[int], answers: Messages) -> list[int]:
+        """The next turn's prompt. Raises EpisodeFailed."""
+        sampled = [int(token) for token in self._calls[-1].sampled.token_ids]
+        try:
+            return self._tokens.after(ids, sampled, answers, self._box.schemas)
+        except ValueError as error:
+            raise EpisodeFailed(f"the tools' answers cannot follow the turn: {error}") from error
 
     async def _answers(self, calls: Sequence[dict[str, Any]], seed: int) -> Messages:
         """What the tools say, in the order of the calls; no calls: the policy's could not be read.

@@ -3,6 +3,7 @@
 Invariant: the ids of a turn's prompt begin with the ids of the last turn, prompt and answer, bit
 for bit. What stands between two answers is cut from a dummy conversation, as TRL does it, with a
 chat template that renders earlier messages the same whatever follows; there is no run with another.
+Models that TRL cannot carry may be known to the renderers library: `actors.environments.rendered`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 from actors.messages import Messages
 from actors.specs import ModelSpec
+
+Tools = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,20 @@ class ChatTokens:
     @classmethod
     def of(cls, model: ModelSpec, tools: bool = True) -> ChatTokens:
         """Those of the model that `model` names. Raises ValueError as `ChatTokens` does."""
+        from actors.environments.rendered import known
         from actors.models.loading import load_tokenizer
 
-        return cls(load_tokenizer(model), f"model {model.name!r}", tools)
+        tokenizer, name = load_tokenizer(model), f"model {model.name!r}"
+        try:
+            tokens = cls(tokenizer, name, tools)
+        except ValueError as error:
+            if (rendered := known(tokenizer, str(error))) is None:
+                raise
+            return rendered
+        why = tokens._without
+        return (None if why is None else known(tokenizer, why)) or tokens
 
-    def prompt(self, messages: Messages, tools: Sequence[dict[str, Any]]) -> list[int]:
+    def prompt(self, messages: Messages, tools: Tools) -> list[int]:
         """The ids of a conversation's beginning, up to where the policy's first turn begins.
 
         Raises:
@@ -117,8 +129,9 @@ class ChatTokens:
                 "the template knows"
             ) from error
 
-    def read(self, prompt_ids: Sequence[int], sampled: Sequence[int]) -> Turn:
-        """The message in the sampled ids, by the tokenizer's response template.
+    def read(self, prompt_ids: Sequence[int], sampled: Sequence[int], tools: Tools = ()) -> Turn:
+        """The message in the sampled ids, by the tokenizer's response template; `tools` are those
+        that the prompt shows.
 
         What it cannot read is text, as in TRL, and `malformed`.
         """
@@ -144,6 +157,18 @@ class ChatTokens:
         """The text of `ids`, special tokens left out."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
+
+    def after(
+        self,
+        prompt_ids: Sequence[int],
+        sampled: Sequence[int],
+        messages: Messages,
+        tools: Tools = (),
+        cut: bool = False,
+    ) -> list[int]:
+        """The ids of the next turn's prompt: those of the last turn, prompt and answer, and what
+        follows it: `messages` of tools or of the user. Raises ValueError as `between`."""
+        return [*prompt_ids, *sampled, *self.between(messages, cut)]
 
     def between(self, messages: Messages, cut: bool = False) -> list[int]:
         """The ids after the end of the policy's turn up to where its next one begins: those of the
