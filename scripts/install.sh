@@ -8,7 +8,8 @@
 #   PYTHON            the interpreter to build .venv from (default: the first of 3.11 to 3.14 on PATH)
 #   ALIGNTUNE_DEVICE  cpu or cuda (default: cuda where nvidia-smi lists a GPU)
 #   TORCH_INDEX_URL   PyTorch's own wheel index, where the usual one lacks the build that is needed
-# pip's own settings (PIP_INDEX_URL, pip.conf) hold as ever.
+# pip's own settings (PIP_INDEX_URL, pip.conf) hold as ever, also where uv does pip's work
+# (scripts/uv_install.py): its resolver takes seconds where pip's takes minutes.
 #
 # Exit codes: 0 done; 1 an installation step failed; 2 something is missing that you must provide.
 set -euo pipefail
@@ -47,6 +48,10 @@ stage() { # what, command...
 
 pip() { "$venv/bin/python" -m pip "$@"; }
 
+install() { # as pip install; by uv where it can be had and does it, else by pip
+  pip install uv && "$venv/bin/python" scripts/uv_install.py "$@" || pip install "$@"
+}
+
 pins() { # requirements of pyproject.toml: an extra's, or "torch"
   "$venv/bin/python" - "$1" <<'PYTHON'
 import sys, tomllib
@@ -59,7 +64,7 @@ else:
 PYTHON
 }
 
-inputs() { cat pyproject.toml scripts/install.sh | sha256sum | cut -d' ' -f1; }
+inputs() { cat pyproject.toml scripts/install.sh scripts/uv_install.py | sha256sum | cut -d' ' -f1; }
 recorded() { sed -n "s/^$1=//p" "$complete" 2>/dev/null || true; }
 has_gpu() { nvidia-smi -L 2>/dev/null | grep -q '^GPU '; }
 
@@ -215,7 +220,7 @@ check_compiler
 "install_torch_$device"
 extras=dev,unsloth-needs
 if [ "$vllm" = yes ]; then extras+=",vllm-$device"; fi
-stage "aligntune and what it needs ($extras)" pip install "${index[@]}" -e ".[$extras]"
+stage "aligntune and what it needs ($extras)" install "${index[@]}" -e ".[$extras]"
 mapfile -t unsloth < <(pins unsloth)
 stage "${unsloth[*]}" pip install --no-deps "${unsloth[@]}"
 mapfile -t renderers < <(pins renderers)
