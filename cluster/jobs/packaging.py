@@ -21,6 +21,7 @@ from pathlib import Path
 from cluster.jobs.private_files import why_private
 
 SHOWN = 5  # files named in a message
+CHECKPOINTS = "/checkpoints/step-"  # in the path of what a run's folder has
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip file can say
 
 
@@ -51,7 +52,12 @@ class Package:
 
     def describe(self) -> str:
         """One line for a person."""
-        return f"{len(self.files)} files of {self.directory}, {mib(self.nbytes)} packed"
+        runs = sorted(
+            {name.rpartition(CHECKPOINTS)[0] for name in self.files if CHECKPOINTS in name}
+        )
+        heavy = f"; with checkpoints of {', '.join(runs[:SHOWN])}: .gitignore can leave them out"
+        packed = f"{len(self.files)} files of {self.directory}, {mib(self.nbytes)} packed"
+        return packed + heavy * bool(runs)
 
 
 def limit_bytes() -> int:

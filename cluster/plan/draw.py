@@ -153,4 +153,6 @@ def _seconds(plan: Plan) -> Table:
 
 
 def _cell(amount: int) -> str:
-    return f"{amount / GIB:.3g}" if amount else ""
+    if not amount:
+        return ""
+    return f"{amount / GIB:.3g}" if amount >= GIB / 100 else "< 0.01"

@@ -224,8 +224,16 @@ def _faster(work: Work, cluster: Cluster, now: Times) -> Iterator[Change]:
 def _notes(work: Work, cluster: Cluster, draft: Draft) -> Iterator[str]:
     """What is assumed of this run in particular."""
     for shape in dict.fromkeys(one.shape for one in work.models):
-        yield f"sizes of {shape.name}: {shape.parameters / 1e9:.3g}B parameters, {shape.source}"
+        yield f"sizes of {shape.name}: {_count(shape.parameters)} parameters, {shape.source}"
     unknown = {use.node for use in draft.uses if use.capacity is None}
     if unknown:
         name = cluster.nodes[min(unknown)].name
         yield f"memory of the host is not known of {len(unknown)} node(s), such as {name}"
+
+
+def _count(parameters: float) -> str:
+    """A number of parameters as it is said: 7.6B, 345K."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if parameters >= size:
+            return f"{parameters / size:.3g}{letter}"
+    return f"{parameters:.0f}"

@@ -58,6 +58,15 @@ def test_what_gitignore_names_stays_here(tmp_path: Path, repository: bool) -> No
     )
 
 
+def test_a_package_says_that_checkpoints_of_runs_are_in_it(tmp_path: Path) -> None:
+    write(tmp_path, "train.py", "runs/a/checkpoints/step-000050/policy.pt", "runs/a/config.yaml")
+    with packed(tmp_path) as package:
+        assert "; with checkpoints of runs/a: .gitignore can leave them out" in package.describe()
+    (tmp_path / ".gitignore").write_text("runs/\n")
+    with packed(tmp_path) as package:
+        assert "checkpoints" not in package.describe()
+
+
 def test_tracked_files_travel_though_ignored_and_removed_ones_do_not(tmp_path: Path) -> None:
     write(tmp_path, "kept.bin", "removed.py", "new.py")
     (tmp_path / ".gitignore").write_text("*.bin\n")
