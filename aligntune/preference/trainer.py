@@ -182,8 +182,7 @@ class PreferenceTrainer:
                     recorder.note(line)
                 job = self._job(self.total_steps, export=storage.export)
                 with self._session(recorder.stage):
-                    workers = self.config.train.workers
-                    recorder.starting({"trainer": (1, f"{workers} workers load the model")})
+                    recorder.starting({"trainer": (1, "the model is loading")})
                     if resume not in ("auto", "never"):
                         storage.rewind(storage.named(resume))
                     PreferenceRun(self.config, job, storage.ray_arguments(), told).follow(

@@ -73,8 +73,6 @@ class Progress:
                 redirect_stderr=False,
             )
             self._live.start()
-        else:
-            threading.Thread(target=self._tick, name="progress", daemon=True).start()
 
     # A start
 
@@ -85,6 +83,8 @@ class Progress:
     def starting(self, waiting: Mapping[str, str]) -> None:
         """Roles start now: each with what it does until it is ready, or nothing."""
         self._waiting, self._stage = dict(waiting), "step 1 is under way"
+        if self._live is None:
+            threading.Thread(target=self._tick, name="progress", daemon=True).start()
 
     def ready(self, role: str, said: str = "") -> None:
         """A role has started, `said` in a few words how."""
