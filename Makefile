@@ -3,7 +3,7 @@
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install quickstart test test-fast test-all bench chaos fuzz histories check format clean
+.PHONY: help install quickstart test test-fast test-all bench chaos fuzz histories torn check format clean
 
 help:
 	@echo "make quickstart   install, then train a tiny model by reinforcement learning"
@@ -12,6 +12,7 @@ help:
 	@echo "make chaos        kill and stop processes of runs, and see that nothing is lost"
 	@echo "make fuzz         try broken configs, data, answers and folders: a result or one line"
 	@echo "make histories    random histories of the loop on a virtual clock: the books balance"
+	@echo "make torn         tear the files of runs in every way, and see that they go on right"
 	@echo "make check        lint, format, types, import contracts"
 	@echo "make format       let ruff put the code in order"
 	@echo "make install      only install, into .venv"
@@ -46,6 +47,9 @@ fuzz: install
 
 histories: install
 	.venv/bin/python -m tests.histories $(ARGS)
+
+torn: install
+	.venv/bin/python -m tests.torn $(ARGS)
 
 check: install
 	.venv/bin/ruff check .

@@ -6,6 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+WRITING = ".writing"  # the name of a file that is not whole yet
+
 
 class Store:
     """A folder or an fsspec URI; what is below it goes by relative names."""
@@ -34,10 +36,17 @@ class Store:
             return content
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file whose folder exists, in place of what was there."""
+        """Write a file whose folder exists, in place of what was there: a reader sees the old or
+        the new content. An object store does that by itself."""
+        from pyarrow.fs import LocalFileSystem
+
         filesystem, path = self._at(name)
-        with filesystem.open_output_stream(path) as file:
+        in_parts = isinstance(filesystem, LocalFileSystem)
+        target = self._at(WRITING)[1] if in_parts else path
+        with filesystem.open_output_stream(target) as file:
             file.write(content)
+        if in_parts:
+            filesystem.move(target, path)
 
     def make_folder(self, name: str) -> None:
         """Make a folder, and those above it, where there is none."""

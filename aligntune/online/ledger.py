@@ -19,17 +19,21 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from aligntune.online.staleness import Cohort
-from aligntune.runs.books import ENDS, Books, LedgerError, State, audit, check
+from aligntune.runs import writer
+from aligntune.runs.books import ENDS, Books, LedgerError, State, audit, check, replay
+from aligntune.runs.disk import Appended, is_full, sync
 from aligntune.runs.jsonl import cut_torn_line
 
-__all__ = ["Books", "Ledger", "LedgerError", "LedgerLog", "State", "adopt", "audit", "is_lost"]
+__all__ = ["Books", "Ledger", "LedgerError", "LedgerLog", "State", "adopt", "audit", "take_up"]
 
 _AGELESS = ENDS | {State.WAITING, State.TRAINING}
 
@@ -176,18 +180,21 @@ class LedgerLog:
     checkpoint complete. A kill takes at most one turn's moves of groups that were still on their
     way, and a resumed run, which starts from a checkpoint, undoes these anyway.
 
-    A line torn by a kill is cut off when the log is opened again. After a failed write every call
-    raises its OSError, so that a run does not go on without its books.
+    A line torn by a kill is cut off when the log is opened again. On a disk without room records
+    wait, up to `writer.SECONDS`, and no checkpoint is complete meanwhile; after any other failed
+    write every call raises its OSError, so that a run does not go on without its books.
     """
 
     def __init__(
         self, path: Path, later: Callable[[Callable[[], None]], None] | None = None
     ) -> None:
         self._seq = cut_torn_line(path)
-        self._file = path.open("ab", buffering=0)
+        self._file = Appended(path)
         self._later = later
+        self._ticking = False
         self._lines: list[str] = []
         self._error: OSError | None = None
+        self._full_since: float | None = None
 
     def __call__(self, record: dict[str, Any]) -> None:
         if self._error is not None:
@@ -198,37 +205,47 @@ class LedgerLog:
             record["event"] == "move" and record["to"] != State.TRAINED
         )
         if self._later is None or not on_its_way:
-            self.flush()
-        elif len(self._lines) == 1:
+            self._flush_or_wait()
+        elif not self._ticking:
+            self._ticking = True
             self._later(self._tick)
 
     def _tick(self) -> None:
+        self._ticking = False
+        with suppress(OSError):  # there is no caller here; the next one hears of it
+            self._flush_or_wait()
+
+    def _flush_or_wait(self) -> None:
         try:
             self.flush()
-        except OSError as error:
-            self._error = error  # there is no caller here; the next one hears of it
+        except OSError:
+            if self._error is not None:
+                raise
 
     def flush(self) -> None:
-        """Hand what was recorded to the operating system."""
+        """Hand what was recorded to the operating system. Raises OSError; what there was no room
+        for is tried again with the next."""
         if self._error is not None:
             raise self._error
-        data = memoryview("".join(self._lines).encode())
-        self._lines.clear()
         try:
-            while data:
-                data = data[self._file.write(data) :]
+            self._file.write("".join(self._lines).encode())
         except OSError as error:
-            self._error = error
+            now = time.monotonic()
+            self._full_since = self._full_since or now
+            if not is_full(error) or now - self._full_since > writer.SECONDS:
+                self._error = error
             raise
+        self._full_since = None
+        self._lines.clear()
 
     def to_disk(self) -> None:
         """Force what was handed over to disk; a thread may do this while records are written."""
-        os.fsync(self._file.fileno())
+        self._file.sync()
 
     def sync(self) -> None:
         """Force everything recorded to disk."""
         self.flush()
-        os.fsync(self._file.fileno())
+        self.to_disk()
 
     def close(self) -> None:
         """Sync and close."""
@@ -245,6 +262,26 @@ def adopt(path: Path, snapshot: dict[str, Any], step: int) -> None:
     log.close()
 
 
-def is_lost(path: Path) -> bool:
-    """Whether the log of a run that has a checkpoint is gone, or empty: its books cannot go on."""
-    return not path.exists() or path.stat().st_size == 0
+def take_up(path: Path, snapshot: dict[str, Any], step: int) -> str | None:
+    """See that a log can go back to the checkpoint of `step`; returns what was wrong with it.
+
+    What comes after a record that cannot be is cut off. Where that takes the mark of `step`, or
+    the log is gone, a new one begins with the checkpoint; the old one is kept as `NAME.damaged`.
+    """
+    if not path.exists() or not path.stat().st_size:
+        if not step:
+            return None
+        adopt(path, snapshot, step)
+        return f"{path} is gone; its books begin with the checkpoint of step {step}"
+    found = replay(path)
+    if step in found.steps:
+        if found.wrong:
+            with path.open("r+b") as file:
+                file.truncate(found.size)
+            sync(path)
+        return found.wrong
+    aside = path.with_name(path.name + ".damaged")
+    os.replace(path, aside)
+    adopt(path, snapshot, step)
+    reason = found.wrong or f"{path} has no checkpoint of step {step}"
+    return f"{reason}; it is kept as {aside.name}, and the books begin with step {step}"

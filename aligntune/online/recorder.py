@@ -104,3 +104,6 @@ class OnlineRecorder(Recorder):
         """Forget what was written of later steps, which will come again."""
         super().truncate_after(step)
         self._evaluated = {known for known in self._evaluated if known <= step}
+        # Samples come before their figures: where a kill came between, they come again.
+        whole = frozenset(self._evaluated)
+        self._writer.do(partial(self._eval_samples.keep, whole.__contains__))

@@ -27,12 +27,13 @@ from aligntune.online.doing import starts
 from aligntune.online.evaluation import evaluate_model
 from aligntune.online.inputs import RunInputs
 from aligntune.online.learner import PolicyLost
-from aligntune.online.ledger import Books, adopt, audit, is_lost
+from aligntune.online.ledger import Books, audit
 from aligntune.online.recorder import OnlineRecorder
 from aligntune.online.role_requests import role_requests
 from aligntune.online.roles import Roles
+from aligntune.online.starting import starting_point
 from aligntune.paths import located_storage
-from aligntune.runs.checkpoint import Checkpoint, Checkpoints
+from aligntune.runs.checkpoint import Checkpoints
 from aligntune.runs.ended import (
     Scored,
     how_it_ended,
@@ -40,13 +41,12 @@ from aligntune.runs.ended import (
     last_figures,
     model_to_score,
     said_by_roles,
-    too_few_steps,
 )
 from aligntune.runs.lifecycle import check_programs, claimed, ray_runs, recorded
 from aligntune.runs.mirror import Mirror
-from aligntune.runs.rundir import RunDir, changes
+from aligntune.runs.rundir import RunDir
 from aligntune.tracking.lines import cut
-from aligntune.tracking.metrics import EventKind, NotFinite
+from aligntune.tracking.metrics import NotFinite
 from cluster.bundles import BadRequest, bundle_sets, totals
 from cluster.placement import DoesNotFit
 from cluster.reservation import reserve
@@ -193,7 +193,16 @@ class OnlineTrainer:
         with claimed(rundir):
             checkpoints = Checkpoints(rundir.file("checkpoints"), self.config.checkpoint.keep_last)
             mirror = self._mirror(rundir)
-            checkpoint, damaged = self._start_from(rundir, checkpoints, mirror, resume)
+            start = starting_point(
+                self.config,
+                rundir,
+                checkpoints,
+                mirror,
+                resume,
+                self.total_steps,
+                self.prompts.fingerprint,
+            )
+            checkpoint = start.checkpoint
             at_end = checkpoint is not None and checkpoint.step == self.total_steps
             if at_end and resume == "auto" and is_over(rundir, self.total_steps):
                 return self._result_of_before(rundir)
@@ -210,8 +219,7 @@ class OnlineTrainer:
                     recorder.event(kind, **fields)
                 for line in [*rundir.told(), *self.inputs.told()]:
                     recorder.note(line)
-                for name in damaged:
-                    recorder.event(EventKind.CHECKPOINT_DAMAGED, path=name)
+                start.tell(recorder)
                 with self._roles(recorder.stage) as roles:
                     recorder.starting(starts(self.config))
                     controller = assemble(
@@ -255,35 +263,6 @@ class OnlineTrainer:
             backend=said_by_roles(rundir, "backend"),
             already=True,
         )
-
-    def _start_from(
-        self, rundir: RunDir, checkpoints: Checkpoints, mirror: Mirror | None, resume: str
-    ) -> tuple[Checkpoint | None, list[str]]:
-        """The checkpoint to start from, if any, and the names of those that are damaged.
-
-        Raises UserError where the run cannot go on from there.
-        """
-        if mirror is not None and mirror.is_ahead_of(checkpoints, resume):
-            rundir.changed = changes(
-                mirror.config(), self.config, f"checkpoint.storage {mirror.uri}"
-            )
-            mirror.fetch()
-        damaged = checkpoints.damaged()
-        checkpoint = rundir.start_from(checkpoints, resume)
-        if checkpoint and checkpoint.step > self.total_steps:
-            raise too_few_steps(self.config.train.steps, self.total_steps, checkpoint.step)
-        if checkpoint and checkpoint.state["prompts"] != self.prompts.fingerprint:
-            raise UserError(
-                f"the prompts, their columns, order or rendering have changed since the "
-                f"checkpoint of step {checkpoint.step}, so the run cannot go on where it was; "
-                "restore the data, or name another output_dir"
-            )
-        ledger = rundir.file("ledger.jsonl")
-        if checkpoint and (checkpoints.is_from_elsewhere(checkpoint) or is_lost(ledger)):
-            adopt(ledger, checkpoint.state["ledger"], checkpoint.step)
-        if checkpoint and resume != "auto":
-            checkpoint = checkpoints.adopt(checkpoint)
-        return checkpoint, damaged
 
     def _mirror(self, rundir: RunDir) -> Mirror | None:
         checkpoint = self.config.checkpoint

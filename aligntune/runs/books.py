@@ -1,16 +1,20 @@
 """What became of every group, read from a run's ledger.jsonl: its states, and its replay.
 
-Invariant: the log alone proves the books, whatever was killed meanwhile. `audit` undoes what a
-restore from a checkpoint undid, and refuses any move that the states do not allow.
+Invariant: the log alone proves the books, whatever was killed meanwhile: it is believed as far as
+every record of it can have happened after those before it. One pass, in memory that goes with open
+groups and checkpoints, and not with groups that have ended.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
+
+CHUNK = 2**16  # bytes of the log that are parsed at once
 
 
 class State(StrEnum):
@@ -36,6 +40,13 @@ MOVES: dict[State, frozenset[State]] = {
     State.TRAINING: frozenset({State.TRAINED, State.READY, State.WAITING}),
 }
 
+# By plain strings, whose hashes are kept: the hash of an enum's member is computed each time.
+_BEFORE = {
+    to.value: frozenset(state.value for state, next_ones in MOVES.items() if to in next_ones)
+    for to in State
+}
+_ENDS = frozenset(state.value for state in ENDS)
+
 
 class LedgerError(RuntimeError):
     """The books do not balance; always a defect of aligntune or a damaged log."""
@@ -57,85 +68,166 @@ class Books:
         return self.admitted == self.trained + self.filtered + self.quarantined + self.open
 
 
+@dataclass(frozen=True)
+class Replay:
+    """A log as far as it can be believed."""
+
+    books: Books
+    steps: frozenset[int]  # whose checkpoints it can go back to
+    size: int  # bytes of it
+    wrong: str | None  # with what comes after, where it is a whole line; with file and line
+
+
 def check(group_id: int, current: State | None, to: State) -> None:
-    """Raises LedgerError where a group, None: one that is not open, may not go to a state."""
+    """Raises LedgerError where a group may not go there."""
     if current is None:
         raise LedgerError(f"group {group_id} is not open and cannot become {to}")
     if to not in MOVES[current]:
         raise LedgerError(f"group {group_id} is {current} and cannot become {to}")
 
 
+@dataclass(frozen=True)
+class _Mark:
+    """The books at a checkpoint."""
+
+    next_group: int
+    open: tuple[int, ...]
+    ended: dict[str, int]
+
+
+class _Reader:
+    """The books so far."""
+
+    def __init__(self) -> None:
+        self.seq = 0
+        self.size = 0
+        self._next = 0
+        self._open: dict[int, str] = {}  # group: State
+        self._ended = dict.fromkeys(_ENDS, 0)
+        self.marks = {0: self._mark()}  # in the order of the log
+
+    def _mark(self) -> _Mark:
+        return _Mark(self._next, tuple(self._open), dict(self._ended))
+
+    @property
+    def books(self) -> Books:
+        return Books(
+            admitted=self._next,
+            trained=self._ended["TRAINED"],
+            filtered=self._ended["FILTERED"],
+            quarantined=self._ended["QUARANTINED"],
+            open=len(self._open),
+        )
+
+    def take(self, records: Iterable[tuple[bytes, Any]]) -> None:
+        """Follow (line, record) in order. Raises LedgerError, or what Python raises where one is
+        no record; `seq` and `size` are of those before it then."""
+        for line, record in records:
+            if record["seq"] != self.seq:
+                raise LedgerError(f"record {record['seq']} where {self.seq} is due")
+            event = record["event"]
+            if event == "move":
+                self._move(record["groups"], record["to"])
+            elif event == "admit":
+                if record["group"] != self._next:
+                    raise LedgerError(f"group {record['group']} out of order")
+                self._open[self._next] = "WAITING"
+                self._next += 1
+            else:
+                self._seldom(event, record)
+            self.seq += 1
+            self.size += len(line)
+
+    def _move(self, groups: list[int], to: str) -> None:
+        states, before = self._open, _BEFORE[to]
+        for group_id in groups:
+            current = states.get(group_id)
+            if current not in before:
+                check(group_id, State(current) if current else None, State(to))
+        if to in _ENDS:
+            if len(groups) > 1 and len(set(groups)) != len(groups):
+                raise LedgerError(f"a group of {groups} cannot become {to} twice")
+            for group_id in groups:
+                del states[group_id]
+            self._ended[to] += len(groups)
+        else:
+            for group_id in groups:
+                states[group_id] = to
+
+    def _seldom(self, event: Any, record: dict[str, Any]) -> None:
+        if event == "checkpoint":
+            step = int(record["step"])
+            self.marks.pop(step, None)
+            self.marks[step] = self._mark()
+        elif event == "restore":
+            step = record["step"]
+            if step not in self.marks:
+                raise LedgerError(f"restored from step {step}, which has no checkpoint in this log")
+            self._back_to(self.marks[step])
+            for later in reversed(list(self.marks)):
+                if later == step:
+                    break
+                del self.marks[later]
+        elif event == "adopt":
+            ended = {state: int(record["ended"][state]) for state in _ENDS}
+            mark = _Mark(int(record["next"]), tuple(map(int, record["open"])), ended)
+            self._back_to(mark)
+            self.marks = {int(record["step"]): mark}
+        else:
+            raise LedgerError(f"unknown event {event!r}")
+
+    def _back_to(self, mark: _Mark) -> None:
+        self._next, self._ended = mark.next_group, dict(mark.ended)
+        self._open = dict.fromkeys(mark.open, "WAITING")
+
+
+def replay(path: Path) -> Replay:
+    """Follow a log as far as it can be believed. Raises OSError where it cannot be read."""
+    reader, wrong = _Reader(), None
+    try:
+        with path.open("rb") as file:
+            while lines := file.readlines(CHUNK):
+                if not lines[-1].endswith(b"\n"):
+                    lines.pop()  # torn by a kill; what it would have said did not happen
+                reader.take(_records(lines))
+    except LedgerError as error:
+        wrong = f"{path}:{reader.seq + 1}: {error}"
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as e:
+        wrong = (
+            f"{path}:{reader.seq + 1}: no record of a ledger ({type(e).__name__}: "
+            f"{' '.join(str(e).split())[:80]}); the file is damaged: restore it from a copy"
+        )
+    return Replay(reader.books, frozenset(reader.marks), reader.size, wrong)
+
+
+def _records(lines: list[bytes]) -> Iterator[tuple[bytes, Any]]:
+    """Each line with what is in it; many lines are parsed at once, which takes a third of the
+    time. Raises what `json` raises for the first that cannot be parsed, when its turn comes."""
+    try:
+        records = json.loads("[" + b",".join(lines).decode() + "]")
+    except (ValueError, RecursionError):
+        records = ()
+    if len(records) == len(lines):
+        yield from zip(lines, records, strict=True)
+    else:
+        for line in lines:
+            yield line, json.loads(line.decode())
+
+
 def audit(path: Path) -> Books:
-    """Replay a ledger log and return its books, those of a run it goes on from among them.
+    """The books that a ledger log says, those of a run it goes on from among them.
 
     Raises LedgerError, with the line, where the log shows a move that cannot happen, a gap, or a
     restore from a checkpoint that was never made, and for a line that is no record.
     """
-    at = [0]
-    try:
-        return _replayed(path, at)
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise LedgerError(
-            f"{path}:{at[0] + 1}: no record of a ledger ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:80]}); the file is damaged: restore it from a copy"
-        ) from error
-
-
-def _replayed(path: Path, at: list[int]) -> Books:
-    """The books; `at` holds the line, counted from 0, that is being read."""
-    open_groups: dict[int, State] = {}
-    ended: dict[int, tuple[int, State]] = {}  # group -> (seq of its end, how)
-    marks: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (-1, 0, ())}  # step: seq, next, open
-    brought = dict.fromkeys(ENDS, 0)  # ended groups of another run
-    next_group = 0
-    with path.open("rb") as file:
-        for seq, line in enumerate(file):
-            if not line.endswith(b"\n"):
-                break  # torn by a kill; what it would have said did not happen
-            at[0] = seq
-            record = json.loads(line)
-            if record["seq"] != seq:
-                raise LedgerError(f"{path}:{seq + 1}: record {record['seq']} where {seq} is due")
-            match record["event"]:
-                case "admit":
-                    if record["group"] != next_group:
-                        raise LedgerError(f"{path}:{seq + 1}: group {record['group']} out of order")
-                    open_groups[next_group] = State.WAITING
-                    next_group += 1
-                case "move":
-                    to = State(record["to"])
-                    for group_id in record["groups"]:
-                        check(group_id, open_groups.get(group_id), to)
-                        if to in ENDS:
-                            del open_groups[group_id]
-                            ended[group_id] = (seq, to)
-                        else:
-                            open_groups[group_id] = to
-                case "checkpoint":
-                    marks[record["step"]] = (seq, next_group, tuple(open_groups))
-                case "restore":
-                    if record["step"] not in marks:
-                        raise LedgerError(
-                            f"{path}:{seq + 1}: restored from step {record['step']}, "
-                            "which has no checkpoint in this log"
-                        )
-                    mark, next_group, still_open = marks[record["step"]]
-                    ended = {g: end for g, end in ended.items() if end[0] < mark}
-                    open_groups = dict.fromkeys(still_open, State.WAITING)
-                    marks = {step: m for step, m in marks.items() if m[0] <= mark}
-                case "adopt":
-                    brought = {state: record["ended"][state] for state in ENDS}
-                    next_group, ended = record["next"], {}
-                    open_groups = dict.fromkeys(record["open"], State.WAITING)
-                    marks = {record["step"]: (seq, next_group, tuple(open_groups))}
-                case event:
-                    raise LedgerError(f"{path}:{seq + 1}: unknown event {event!r}")
-    counts = Counter(brought)
-    counts.update(how for _, how in ended.values())
-    return Books(
-        admitted=next_group,
-        trained=counts[State.TRAINED],
-        filtered=counts[State.FILTERED],
-        quarantined=counts[State.QUARANTINED],
-        open=len(open_groups),
-    )
+    found = replay(path)
+    if found.wrong:
+        raise LedgerError(found.wrong)
+    return found.books

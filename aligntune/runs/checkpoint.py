@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aligntune.runs.disk import make_folder, sync, sync_below
+from aligntune.runs.disk import write_atomically as write_atomically
+
 MANIFEST = "manifest.json"
 STATE = "controller.json"
 POLICY = "policy"
@@ -30,23 +33,6 @@ class Checkpoint:
     step: int
     path: Path
     state: dict[str, Any]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader sees the old or the new text, never a part."""
-    staging = path.with_name(path.name + ".partial")
-    staging.write_text(text, encoding="utf-8")
-    _sync(staging)
-    os.replace(staging, path)
-    _sync(path.parent)
 
 
 NAME = re.compile(r"step-(\d{6,})", re.ASCII)
@@ -73,11 +59,15 @@ def checksum(path: Path) -> int:
 
 
 def intact(folder: Path) -> bool:
-    """Whether every file of a checkpoint has the content that its manifest says; reads them all."""
-    manifest = _manifest(folder)
-    return manifest is not None and all(
-        checksum(folder / name) == entry["crc32"] for name, entry in manifest.items()
-    )
+    """Whether every file of a checkpoint has the content that its manifest says; reads them all.
+    One that the disk does not give back is damaged too."""
+    try:
+        manifest = _manifest(folder)
+        return manifest is not None and all(
+            checksum(folder / name) == entry["crc32"] for name, entry in manifest.items()
+        )
+    except OSError:
+        return False
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, int]] | None:
@@ -117,14 +107,16 @@ class Checkpoints:
         return self.directory / f"step-{step:06d}"
 
     def exists(self, step: int) -> bool:
-        """Whether there is a complete checkpoint of this step."""
-        return self._read(self._folder(step)) is not None
+        """Whether there is a complete checkpoint of this step, down to the last bit."""
+        folder = self._folder(step)
+        return self._read(folder) is not None and self._intact(folder)
 
     def begin(self, step: int) -> Path:
         """A staging folder; policy ranks write into its `policy/`, critic ranks into `critic/`."""
         staging = self._folder(step).with_suffix(".partial")
         if staging.exists():
             shutil.rmtree(staging)
+        make_folder(self.directory)
         (staging / POLICY).mkdir(parents=True)
         return staging
 
@@ -143,13 +135,11 @@ class Checkpoints:
             for p in files
         }
         (staging / MANIFEST).write_text(json.dumps({"files": listed}, indent=1), encoding="utf-8")
-        for path in [*files, staging / MANIFEST, *(p for p in staging.rglob("*") if p.is_dir())]:
-            _sync(path)
-        _sync(staging)
+        sync_below(staging)
         if final.exists():  # a damaged one of the same step; a whole one is never written twice
             shutil.rmtree(final)
         os.rename(staging, final)
-        _sync(self.directory)
+        sync(self.directory)
         write_atomically(self.directory / "latest", final.name + "\n")
         for later in self._folders():
             if _step_of(later) > step:
@@ -178,10 +168,13 @@ class Checkpoints:
         stays = checkpoint.path.resolve() == final.resolve()
         if not stays:
             staging = final.with_suffix(".partial")
+            make_folder(self.directory)
             shutil.copytree(checkpoint.path, staging)
+            sync_below(staging)
             if final.exists():
                 shutil.rmtree(final)
             os.rename(staging, final)
+            sync(self.directory)
         for other in self._folders():
             if other != final and (_step_of(other) > checkpoint.step or not stays):
                 shutil.rmtree(other)
@@ -204,7 +197,10 @@ class Checkpoints:
     @staticmethod
     def _read(folder: Path) -> Checkpoint | None:
         """The checkpoint in a folder where all its files are there in their sizes."""
-        if _manifest(folder) is None:
+        try:
+            if _manifest(folder) is None:
+                return None
+        except OSError:  # the disk does not give it back
             return None
         state = _json(folder / STATE)
         step = state.get("step")
@@ -221,7 +217,10 @@ class Checkpoints:
 
     def _intact(self, folder: Path) -> bool:
         """`intact`, read once as long as no file changes."""
-        files = [(str(p), p.stat()) for p in sorted(folder.rglob("*")) if p.is_file()]
+        try:
+            files = [(str(p), p.stat()) for p in sorted(folder.rglob("*")) if p.is_file()]
+        except OSError:
+            return False
         key = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
         if key not in self._checked:
             self._checked[key] = intact(folder)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from aligntune.errors import UserError
-from aligntune.runs.jsonl import read_lines
+from aligntune.runs.jsonl import readable
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
 
@@ -23,11 +23,10 @@ class Scored:
 
 def finished_at(rundir: RunDir) -> int | None:
     """The last step of the run that ended here well, or None where none did."""
-    events = rundir.file("events.jsonl")
     steps = [
-        int(event["step"])
-        for event in (read_lines(events) if events.is_file() else [])
-        if event["kind"] == EventKind.RUN_FINISHED
+        event["step"]
+        for event in readable(rundir.file("events.jsonl"))
+        if event.get("kind") == EventKind.RUN_FINISHED and type(event.get("step")) is int
     ]
     return steps[-1] if steps else None
 
@@ -55,8 +54,10 @@ def too_few_steps(steps: int | None, total: int, reached: int) -> UserError:
 
 def last_figures(rundir: RunDir) -> dict[str, float]:
     """The figures of the last step, and those of its evaluation."""
-    files = [rundir.file("metrics.jsonl"), rundir.file("evals.jsonl")]
-    steps, evaluations = [read_lines(file) if file.is_file() else [] for file in files]
+    steps, evaluations = [
+        [row for row in readable(rundir.file(name)) if "step" in row]
+        for name in ("metrics.jsonl", "evals.jsonl")
+    ]
     found = dict(steps[-1]) if steps else {"step": 0}
     if evaluations and evaluations[-1]["step"] == found["step"]:
         found |= evaluations[-1]
@@ -65,8 +66,8 @@ def last_figures(rundir: RunDir) -> dict[str, float]:
 
 def said_by_roles(rundir: RunDir, key: str) -> str:
     """What the actors said last of themselves under `key`, such as `engine`."""
-    rows = read_lines(rundir.file("events.jsonl"))
-    said = [row[key] for row in rows if row["kind"] == EventKind.ROLE_STARTED and key in row]
+    rows = readable(rundir.file("events.jsonl"))
+    said = [row[key] for row in rows if row.get("kind") == EventKind.ROLE_STARTED and key in row]
     return str(said[-1]) if said else ""
 
 

@@ -2,7 +2,7 @@
 date with every checkpoint, and fetched where the run directory is empty or behind.
 
 Invariant: what `latest` names there is whole. A checkpoint is copied first and named last, and one
-that is named is removed only after another is.
+that is named is removed only after another is. Damage of the storage's own is passed over.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from aligntune.config.tree import tree_of_a_run
 from aligntune.errors import UserError
 from aligntune.runs.checkpoint import NAME, Checkpoints, intact
 from aligntune.runs.deadline import answered
+from aligntune.runs.disk import make_folder, sync, sync_below, write_atomically
 from aligntune.runs.segments import LogCopy, read_log
 
 CHECKPOINTS = "checkpoints"
@@ -68,33 +69,56 @@ class Mirror:
         content = answered(self.uri, lambda: self._store.read(CONFIG))
         return tree_of_a_run(content or b"{}", f"{CONFIG} in checkpoint.storage {self.uri}")
 
-    def fetch(self) -> None:
-        """Make the run directory what the storage holds: its newest checkpoint, and the logs.
+    def fetch(self, checkpoints: Checkpoints) -> list[str]:
+        """Make the run directory what the storage holds: its newest checkpoint that is whole, and
+        the logs; returns the names of damaged ones that are newer.
 
-        Raises UserError where that fails or takes too long; the next start fetches again.
+        Raises UserError where none is whole and there is none here, or where that fails or takes
+        too long; the next start fetches again.
         """
-        answered(self.uri, self._fetch, self._copy_seconds)
+        here = checkpoints.latest()
+        step = here.step if here else -1
+        return answered(self.uri, lambda: self._fetch(step), self._copy_seconds)
 
-    def _fetch(self) -> None:
-        step = self._latest()
-        assert step is not None, "there is something to fetch"
+    def _fetch(self, here: int) -> list[str]:
+        newest = self._latest()
+        assert newest is not None, "there is something to fetch"
+        there = {f"step-{newest:06d}", *self._store.names(CHECKPOINTS)} - {LATEST}
+        steps = sorted((int(m[1]) for m in map(NAME.fullmatch, there) if m), reverse=True)
+        damaged: list[str] = []
+        for step in steps:
+            if not here < step <= newest:
+                continue
+            if self._fetched(step):
+                return damaged
+            damaged.append(f"{self.uri}/{CHECKPOINTS}/step-{step:06d}")
+        if here < 0:
+            raise OSError(
+                f"{CHECKPOINTS}/step-{newest:06d} there is damaged, with all others: files are "
+                "missing or have not the content they were written with; restore one from a copy"
+            )
+        return damaged
+
+    def _fetched(self, step: int) -> bool:
+        """Whether the checkpoint of `step` was whole and is here now, with the logs."""
         folder = self._rundir / CHECKPOINTS / f"step-{step:06d}"
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
+        make_folder(partial.parent)
         self._store.get(f"{CHECKPOINTS}/{folder.name}", partial)
         if not intact(partial):
             shutil.rmtree(partial)
-            raise OSError(
-                f"{CHECKPOINTS}/{folder.name} there is damaged: a file is missing or has not the "
-                "content it was written with; restore it, or name an older one in "
-                f"{CHECKPOINTS}/{LATEST}"
-            )
+            return False
+        sync_below(partial)
         contents = {name: read_log(self._store, name) for name in LOGS}
+        # The config first: a folder with logs and no config is nobody's run.
         for name, content in {CONFIG: self._store.read(CONFIG), **contents}.items():
             if content is not None:
-                (self._rundir / name).write_bytes(content)
+                write_atomically(self._rundir / name, content)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
+        sync(folder.parent)
+        return True
 
     def push(self, checkpoint: Path) -> None:
         """Copy a checkpoint and the logs, name it the newest, and forget the oldest.
@@ -115,7 +139,13 @@ class Mirror:
         self._push_logs()
 
     def _push_logs(self) -> None:
-        """What is new of the logs, and the config they belong to."""
-        for log in self._logs:
-            log.push()
+        """What is new of the logs, and the config they belong to.
+
+        A run writes samples before the figures that say that they are there. So it is here too,
+        wherever a copy breaks off: sizes are taken in the order of `LOGS`, and logs are copied
+        from the last to the first.
+        """
+        sizes = [log.size() for log in self._logs]
+        for log, size in reversed(list(zip(self._logs, sizes, strict=True))):
+            log.push(size)
         self._store.write(CONFIG, (self._rundir / CONFIG).read_bytes())

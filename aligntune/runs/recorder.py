@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from aligntune.config.online import TrackingSpec
 from aligntune.errors import RunFailed
 from aligntune.runs.deadline import asked
-from aligntune.runs.jsonl import read_lines
+from aligntune.runs.jsonl import read_lines, readable
 from aligntune.runs.rundir import RunDir
 from aligntune.runs.writer import Writer
 from aligntune.tracking.advice import Adviser
@@ -34,6 +34,8 @@ SHOWN = {
     EventKind.POLICY_REBUILT,
     EventKind.CHECKPOINT_FAILED,
     EventKind.CHECKPOINT_DAMAGED,
+    EventKind.LINES_DAMAGED,
+    EventKind.LEDGER_DAMAGED,
     EventKind.FIGURES_OVERFLOWED,
     EventKind.NOT_COPIED,
     EventKind.TRACKER_FAILED,
@@ -45,8 +47,8 @@ LONG = 200  # characters of a field that is told once
 
 def last_step(metrics: Path) -> int:
     """The last step whose figures are in `metrics.jsonl`; -1 where there is none."""
-    rows = read_lines(metrics) if metrics.exists() else []
-    return max((int(row["step"]) for row in rows), default=-1)
+    steps = [row["step"] for row in readable(metrics) if type(row.get("step")) is int]
+    return max(steps, default=-1)
 
 
 class Recorder:
@@ -86,6 +88,9 @@ class Recorder:
         self.ran: dict[str, str] = {}  # the rollout `engine` and `backend` that really run
 
     def __enter__(self) -> Self:
+        for file in (*self._steps, self._events):
+            if file.damaged:
+                self.event(EventKind.LINES_DAMAGED, file=file.path.name, lines=file.damaged)
         return self
 
     def __exit__(self, *exc: object) -> None:

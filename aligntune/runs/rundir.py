@@ -24,8 +24,9 @@ from aligntune.config.auto import AUTO, tree_of
 from aligntune.config.defaults import other_than_default
 from aligntune.config.tree import dump, tree_of_a_run
 from aligntune.errors import UserError
-from aligntune.runs.checkpoint import Checkpoint, Checkpoints, write_atomically
-from aligntune.runs.jsonl import read_lines
+from aligntune.runs.checkpoint import Checkpoint, Checkpoints
+from aligntune.runs.disk import write_atomically
+from aligntune.runs.jsonl import readable
 
 # What makes a run the same run, with what is below each in the tree: its task, its order, and what
 # its checkpoints hold. The rest (steps, learning rate, replicas) may change on resume.
@@ -202,9 +203,8 @@ class RunDir:
 
     def last_step(self) -> int:
         """The last step whose figures are written; 0 where there is none."""
-        metrics = self.file("metrics.jsonl")
-        rows = read_lines(metrics) if metrics.is_file() else []
-        return max((int(row["step"]) for row in rows), default=0)
+        rows = readable(self.file("metrics.jsonl"))
+        return max((row["step"] for row in rows if type(row.get("step")) is int), default=0)
 
     def check_place(self) -> None:
         """Whether there can be a folder of this name. Raises UserError."""

@@ -27,9 +27,13 @@ class LogCopy:
         self._inode = 0
         self._copied = 0  # bytes
 
-    def push(self) -> None:
-        """Copy what is new. Raises OSError where the storage does not take it: then the next push
-        copies it again."""
+    def size(self) -> int:
+        """Bytes of the log as it is now."""
+        return self._path.stat().st_size if self._path.is_file() else 0
+
+    def push(self, size: int) -> None:
+        """Copy what is new of the log's first `size` bytes. Raises OSError where the storage does
+        not take it: then the next push copies it again."""
         if not self._path.is_file():
             return
         with self._path.open("rb") as file:
@@ -37,7 +41,7 @@ class LogCopy:
             anew = status.st_ino != self._inode or status.st_size < self._copied
             start = 0 if self._generation is None or anew else self._copied
             file.seek(start)
-            content = file.read()
+            content = file.read(max(0, size - start))
         content = content[: content.rfind(b"\n") + 1]  # a line that is being written comes later
         older: list[str] = []
         if self._generation is None or anew:

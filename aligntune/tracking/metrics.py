@@ -1,24 +1,24 @@
 """metrics.jsonl, evals.jsonl, samples.jsonl and events.jsonl: figures, samples and events.
 
 Invariant: every complete line is one JSON object any parser reads, so NaN and infinities are
-refused; a line torn by a kill is cut off when the file is opened again; after
-`truncate_after(step)` there is nothing of a later step, so that a resumed run writes each step
-once.
+refused; a line torn by a kill is cut off when the file is opened again, and a damaged one taken
+out; after `truncate_after(step)` there is nothing of a later step, so that a resumed run writes
+each step once.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from aligntune.runs.jsonl import cut_torn_line
+from aligntune.runs.disk import Appended, write_atomically
+from aligntune.runs.jsonl import mend
 
 
 class EventKind(StrEnum):
@@ -43,6 +43,8 @@ class EventKind(StrEnum):
     CHECKPOINT_SAVED = "checkpoint_saved"
     CHECKPOINT_FAILED = "checkpoint_failed"  # the disk did not take it; tried at the next step
     CHECKPOINT_DAMAGED = "checkpoint_damaged"  # it was passed over for an older one
+    LINES_DAMAGED = "lines_damaged"  # so many `lines` of a `file` were no records and are left out
+    LEDGER_DAMAGED = "ledger_damaged"  # where and how, and what became of it
     TRACKER_FAILED = "tracker_failed"  # it is tried again with the next figures
     TROUBLE = "trouble"  # what the figures of the last steps say is wrong, and what to try
     REPORT_FAILED = "report_failed"  # report.html could not be written; `reason` says why
@@ -77,18 +79,22 @@ def held(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 class _Lines:
-    """A JSONL file that grows at its end; an appended line is on disk when `append` returns."""
+    """A JSONL file that grows at its end; an appended line is on disk when `append` returns, and
+    where it raises none of it is. `damaged` lines were no records when it was opened."""
 
     def __init__(self, path: Path) -> None:
-        cut_torn_line(path)
+        path.with_name(path.name + ".partial").unlink(missing_ok=True)
+        self.damaged = mend(path, self._fits)
         self.path = path
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._file = Appended(path)
+
+    @staticmethod
+    def _fits(record: Mapping[str, Any]) -> bool:
+        return isinstance(record.get("kind"), str)
 
     def _write(self, records: Iterable[Mapping[str, Any]]) -> None:
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
-        self._file.writelines(lines)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.append("".join(lines).encode())
 
     def close(self) -> None:
         """Close the file; everything in it is on disk already."""
@@ -98,31 +104,24 @@ class _Lines:
 class StepsFile(_Lines):
     """A JSONL file whose objects have a `step`, ascending."""
 
+    @staticmethod
+    def _fits(record: Mapping[str, Any]) -> bool:
+        return type(record.get("step")) is int
+
     def truncate_after(self, step: int) -> None:
-        """Forget every object of a step after `step`; the file is replaced as a whole."""
-        kept: list[bytes] = []
-        dropped = False
+        """Forget every object of a step after `step`."""
+        self.keep(lambda known: known <= step)
+
+    def keep(self, stays: Callable[[int], bool]) -> None:
+        """Forget every object of another step than those; the file is replaced as a whole."""
         with self.path.open("rb") as file:
-            for line in file:
-                if json.loads(line)["step"] > step:
-                    dropped = True
-                else:
-                    kept.append(line)
-        if not dropped:
+            lines = list(file)
+        kept = [line for line in lines if stays(json.loads(line)["step"])]
+        if len(kept) == len(lines):
             return
+        write_atomically(self.path, b"".join(kept))
         self._file.close()
-        staging = self.path.with_name(self.path.name + ".partial")
-        with staging.open("wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staging, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = Appended(self.path)
 
 
 class MetricsFile(StepsFile):

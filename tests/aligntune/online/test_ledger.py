@@ -17,8 +17,9 @@ from aligntune.online.ledger import (
     State,
     adopt,
     audit,
-    is_lost,
+    take_up,
 )
+from aligntune.runs import writer
 from aligntune.runs.books import ENDS, MOVES
 
 
@@ -185,18 +186,48 @@ def test_a_log_that_cannot_be_written_is_heard_of_at_the_next_move(
     ledger = Ledger(log)
     ledger.admit(0)
 
+    class Broken:
+        def write(self, data: bytes) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+    whole = log._file
+    monkeypatch.setattr(log, "_file", Broken())
+    ticks.turn()
+    monkeypatch.setattr(log, "_file", whole)
+    with pytest.raises(OSError, match="Input/output"):
+        ledger.move([0], State.ROLLING)
+    with pytest.raises(OSError, match="Input/output"):
+        log.sync()
+
+
+def test_records_wait_for_room_on_a_full_disk_and_not_for_ever(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = Ticks()
+    log = LedgerLog(path, ticks)
+    ledger = Ledger(log)
+
     class Full:
-        def write(self, data: bytes) -> int:
+        def write(self, data: bytes) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     whole = log._file
     monkeypatch.setattr(log, "_file", Full())
+    ledger.admit(0)
     ticks.turn()
+    to_trained(ledger, 0)
+    with pytest.raises(OSError, match="No space left"):
+        log.flush()
     monkeypatch.setattr(log, "_file", whole)
+    ledger.admit(0)
+    assert ticks.turn() == 1
+    assert audit(path) == ledger.books
+    monkeypatch.setattr(log, "_file", Full())
+    monkeypatch.setattr(writer, "SECONDS", -1.0)
+    ledger.admit(0)
+    ticks.turn()
     with pytest.raises(OSError, match="No space left"):
-        ledger.move([0], State.ROLLING)
-    with pytest.raises(OSError, match="No space left"):
-        log.sync()
+        ledger.admit(0)
 
 
 @pytest.mark.parametrize("left", [None, b""])
@@ -208,12 +239,11 @@ def test_a_log_that_was_lost_begins_again_with_the_checkpoint(
         first.admit(0)
     to_trained(first, 0)
     snapshot = first.snapshot(step=1)
-    assert not is_lost(path)
+    assert take_up(path, snapshot, step=1) is None
     path.unlink()
     if left is not None:
         path.write_bytes(left)
-    assert is_lost(path)
-    adopt(path, snapshot, step=1)
+    assert "its books begin with the checkpoint of step 1" in str(take_up(path, snapshot, step=1))
     second = Ledger(LedgerLog(path))
     assert second.restore(snapshot, step=1, version=1) == [1, 2]
     to_trained(second, 1, step=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def test_what_was_pushed_is_fetched_into_an_empty_run_directory(
     mirror = Mirror(uri, new, 2, 60)
     assert mirror.is_ahead_of(checkpoints, "auto")
     assert mirror.config() == {"train": {"seed": 3}}
-    mirror.fetch()
+    assert mirror.fetch(checkpoints) == []
     latest = checkpoints.latest()
     assert latest is not None
     assert latest.step == 100
@@ -117,22 +118,33 @@ def test_a_fetch_that_does_not_end_is_given_up_and_the_next_start_fetches_again(
     with monkeypatch.context() as patch:
         patch.setattr(Store, "get", lambda *_: done.wait(60))
         with pytest.raises(UserError, match=r"no answer within 0\.2 s"):
-            mirror.fetch()
+            mirror.fetch(checkpoints)
         done.set()
     assert checkpoints.latest() is None
     assert mirror.is_ahead_of(checkpoints, "auto")
 
 
-def test_a_copy_that_was_damaged_there_is_not_fetched(home: Path, tmp_path: Path) -> None:
+def test_a_copy_that_was_damaged_there_is_passed_over_for_an_older_one_if_there_is_one(
+    home: Path, tmp_path: Path
+) -> None:
     storage = tmp_path / "bucket"
     push(home, Mirror(str(storage), home, 2, 60), 1, 2)
-    weights = storage / "checkpoints" / "step-000002" / "policy" / "weights"
-    content = bytearray(weights.read_bytes())
-    content[50] ^= 4
-    weights.write_bytes(content)
     new = tmp_path / "new"
-    with pytest.raises(UserError, match="step-000002 there is damaged"):
-        Mirror(str(storage), new, 2, 60).fetch()
+    checkpoints = Checkpoints(new / "checkpoints", 2)
+    for step, whole in ((2, 1), (1, None)):
+        weights = storage / "checkpoints" / f"step-{step:06d}" / "policy" / "weights"
+        content = bytearray(weights.read_bytes())
+        content[50] ^= 4
+        weights.write_bytes(content)
+        mirror = Mirror(str(storage), new, 2, 60)
+        if whole:
+            assert mirror.fetch(checkpoints) == [f"{storage}/checkpoints/step-000002"]
+            assert checkpoints.latest().step == whole  # type: ignore[union-attr]
+            assert mirror.is_ahead_of(checkpoints, "auto")
+            assert len(mirror.fetch(checkpoints)) == 1, "and what is here already is left alone"
+            shutil.rmtree(new)
+    with pytest.raises(UserError, match="step-000002 there is damaged, with all others"):
+        Mirror(str(storage), new, 2, 60).fetch(checkpoints)
     assert not list(new.rglob("step-*"))
 
 

@@ -72,7 +72,7 @@ def test_whatever_happens_to_a_log_its_copy_is_what_was_pushed_last(
         else:
             store.broken = action == "break"
             try:
-                copy.push()
+                copy.push(copy.size())
                 content = log.read_bytes()
                 pushed = content[: content.rfind(b"\n") + 1]
             except OSError:
@@ -87,12 +87,13 @@ def test_a_log_is_not_copied_anew_each_time(tmp_path: Path) -> None:
     for _ in range(50):
         with log.open("a") as file:
             file.write("x" * 999 + "\n")
-        copy.push()
+        copy.push(copy.size())
     assert store.written == log.stat().st_size == 50_000
     assert read_log(store, NAME) == log.read_bytes()
 
 
 def test_a_log_that_is_not_there_is_none(tmp_path: Path) -> None:
     store: Any = Store(str(tmp_path / "bucket"))
-    LogCopy(store, tmp_path / NAME).push()
+    copy = LogCopy(store, tmp_path / NAME)
+    copy.push(copy.size())
     assert read_log(store, NAME) is None

@@ -1,0 +1,89 @@
+"""What a process of a run starts from, as the disk was left.
+
+Invariant: a run starts from a checkpoint that is whole, with books that can go back to it. What was
+damaged is passed over, and said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aligntune.config.online import RunConfig
+from aligntune.errors import UserError
+from aligntune.online.ledger import Ledger, adopt, take_up
+from aligntune.runs.checkpoint import Checkpoint, Checkpoints
+from aligntune.runs.ended import too_few_steps
+from aligntune.runs.jsonl import readable
+from aligntune.runs.mirror import Mirror
+from aligntune.runs.recorder import Recorder
+from aligntune.runs.rundir import RunDir, changes
+from aligntune.tracking.metrics import EventKind
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on."""
+
+    checkpoint: Checkpoint | None  # None: at the beginning
+    damaged: tuple[str, ...] = ()  # checkpoints that were passed over
+    ledger: str | None = None  # what was wrong with the books
+    missing: tuple[int, ...] = ()  # steps before it whose figures are gone
+
+    def tell(self, recorder: Recorder) -> None:
+        """Write what was passed over as events."""
+        for name in self.damaged:
+            recorder.event(EventKind.CHECKPOINT_DAMAGED, path=name)
+        if self.ledger is not None:
+            recorder.event(EventKind.LEDGER_DAMAGED, reason=self.ledger)
+        if self.missing:
+            steps = ", ".join(map(str, self.missing[:20]))
+            recorder.event(EventKind.LINES_DAMAGED, file=METRICS, missing=f"steps {steps}")
+
+
+def starting_point(
+    config: RunConfig,
+    rundir: RunDir,
+    checkpoints: Checkpoints,
+    mirror: Mirror | None,
+    resume: str,
+    total_steps: int,
+    fingerprint: str,
+) -> Start:
+    """The checkpoint to start from, once the copy on storage is fetched where it is ahead.
+
+    `fingerprint` is of the prompts. Raises UserError where the run cannot go on from there.
+    """
+    damaged: list[str] = []
+    if mirror is not None and mirror.is_ahead_of(checkpoints, resume):
+        rundir.changed = changes(mirror.config(), config, f"checkpoint.storage {mirror.uri}")
+        damaged += mirror.fetch(checkpoints)
+    damaged += checkpoints.damaged()
+    checkpoint = rundir.start_from(checkpoints, resume)
+    if checkpoint and checkpoint.step > total_steps:
+        raise too_few_steps(config.train.steps, total_steps, checkpoint.step)
+    if checkpoint and checkpoint.state["prompts"] != fingerprint:
+        raise UserError(
+            f"the prompts, their columns, order or rendering have changed since the "
+            f"checkpoint of step {checkpoint.step}, so the run cannot go on where it was; "
+            "restore the data, or name another output_dir"
+        )
+    path = rundir.file("ledger.jsonl")
+    snapshot = checkpoint.state["ledger"] if checkpoint else Ledger.beginning()
+    step = checkpoint.step if checkpoint else 0
+    if checkpoint and checkpoints.is_from_elsewhere(checkpoint):
+        adopt(path, snapshot, step)
+    ledger = take_up(path, snapshot, step)
+    if checkpoint and resume != "auto":
+        checkpoint = checkpoints.adopt(checkpoint)
+    return Start(checkpoint, tuple(damaged), ledger, _missing(rundir, step))
+
+
+def _missing(rundir: RunDir, step: int) -> tuple[int, ...]:
+    """The steps up to `step` that have no figures, though one before them has."""
+    steps = [row.get("step") for row in readable(rundir.file(METRICS))]
+    there = {each for each in steps if isinstance(each, int) and 1 <= each <= step}
+    return tuple(
+        each for each in range(min(there, default=step + 1), step + 1) if each not in there
+    )
