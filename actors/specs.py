@@ -160,7 +160,7 @@ class RewardFunctionSpec(Spec):
 
 
 class RewardModelSpec(Spec):
-    """A reward model as one criterion: a sequence classifier with one label."""
+    """A reward model as one criterion: a sequence classifier with one label, or one label of it."""
 
     model: str = Field(description="a local folder or a hub name")
     name: str | None = Field(None, description="in metrics; default: the last part of its path")
@@ -175,6 +175,16 @@ class RewardModelSpec(Spec):
     )
     max_tokens: Positive | None = Field(
         None, description="of prompt and completion, never cut; default: the model's positions"
+    )
+    label: str | None = Field(
+        None, description="of a classifier with several, by its name: the score is this label's"
+    )
+    output: Literal["logit", "probability"] = Field(
+        "logit", description="probability: 0 to 1, of the label among all, or of the one there is"
+    )
+    reads: Literal["conversation", "completion"] = Field(
+        "conversation",
+        description="completion: its text alone, as classifiers of tone or harm are trained",
     )
     batch_size: Positive = Field(16, description="texts in one forward pass")
     timeout_s: Seconds = Field(120.0, description="for one group")

@@ -82,11 +82,12 @@ def load_causal_lm(spec: ModelSpec, lora: bool = False) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+def load_tokenizer(spec: ModelSpec, writes: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer of `spec`; padding falls back to the end-of-sequence token, which masks cover.
 
     Raises:
-        ModelError: there is no tokenizer, or it has no end-of-sequence token.
+        ModelError: there is no tokenizer, or it has no end-of-sequence token and the model `writes`
+            completions, which only that ends.
     """
     from transformers import AutoTokenizer
 
@@ -100,7 +101,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         raise not_had(
             spec.name, f"the tokenizer of model {spec.name!r} could not be loaded: {error}"
         ) from error
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and writes:
         raise ModelError(
             f"the tokenizer of model {spec.name!r} has no end-of-sequence token, so a completion "
             "could never end; set eos_token in its tokenizer_config.json"

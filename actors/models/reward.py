@@ -19,22 +19,22 @@ from actors.models.loading import (
 from actors.specs import ModelSpec
 
 
-def check_reward_model(spec: ModelSpec) -> None:
+def check_reward_model(spec: ModelSpec, label: str | None = None) -> None:
     """Look at the configuration alone: is this a reward model that can be loaded?
 
     Raises:
-        ModelError: no such model, a causal LM, or another number of labels than one.
+        ModelError: no such model, a causal LM, no such label, or several where none is named.
     """
-    _reward_config(spec)
+    _reward_config(spec, label)
 
 
-def load_reward_model(spec: ModelSpec) -> Any:
+def load_reward_model(spec: ModelSpec, label: str | None = None) -> Any:
     """The complete sequence classifier that `spec` names, in evaluation mode, on CPU.
 
     Raises:
         ModelError: as `check_reward_model`, or a model without the weights of its scoring head.
     """
-    model, missing = _load(spec, _reward_config(spec))
+    model, missing = _load(spec, _reward_config(spec, label))
     if missing:
         raise ModelError(
             f"reward model {spec.name!r} lacks {len(missing)} weights, {missing[0]!r} the first: "
@@ -81,7 +81,8 @@ def _load(spec: ModelSpec, config: Any) -> tuple[Any, list[str]]:
             config=config,
             revision=spec.revision,
             dtype=getattr(torch, spec.dtype),
-            attn_implementation=spec.attention,
+            # sdpa is transformers' own choice wherever an architecture has it; DeBERTa has not
+            attn_implementation=None if spec.attention == "sdpa" else spec.attention,
             trust_remote_code=spec.trust_remote_code,
             output_loading_info=True,
         )
@@ -110,7 +111,20 @@ def _is_classifier(config: Any) -> bool:
     )
 
 
-def _reward_config(spec: ModelSpec) -> Any:
+def score_of(logits: torch.Tensor, config: Any, label: str | None, output: str) -> torch.Tensor:
+    """The score [B] of `label` in a classifier's `logits` [B, L]; of the only label for None.
+
+    A probability is that of the label among all, or by itself where the model was trained so
+    (`problem_type` multi_label_classification) or has one label.
+    """
+    index = 0 if label is None else _indices(config)[label]
+    if output == "logit":
+        return logits[:, index]
+    alone = logits.shape[1] == 1 or config.problem_type == "multi_label_classification"
+    return (logits.sigmoid() if alone else logits.softmax(1))[:, index]
+
+
+def _reward_config(spec: ModelSpec, label: str | None = None) -> Any:
     config = _any_config(spec)
     saved_as = (config.architectures or [type(config).__name__])[0]
     if saved_as.endswith(("ForCausalLM", "LMHeadModel")):
@@ -119,9 +133,22 @@ def _reward_config(spec: ModelSpec) -> Any:
             "scoring head; train a reward model from it with algorithm: reward_model, or give a "
             "sequence classification model with one label"
         )
-    if config.num_labels != 1:
-        raise ModelError(_labels_message(spec, config))
+    if label is not None and label not in _indices(config):
+        raise ModelError(f"model {spec.name!r} has no label {label!r}; it has {_labels(config)}")
+    if label is None and config.num_labels != 1:
+        raise ModelError(
+            f"{_labels_message(spec, config)}, or name one of them by 'label': {_labels(config)}"
+        )
     return config
+
+
+def _indices(config: Any) -> dict[str, int]:
+    return {str(name): int(index) for index, name in config.id2label.items()}
+
+
+def _labels(config: Any) -> str:
+    names = list(map(repr, _indices(config)))
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def _labels_message(spec: ModelSpec, config: Any) -> str:

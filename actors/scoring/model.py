@@ -10,7 +10,7 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from actors.messages import Conversations, Messages, Prompt
 from actors.scoring.criteria import RewardFailed, RewardFailure
@@ -27,6 +27,9 @@ class RewardModelCriterion:
     timeout_s: float  # per call, one group a call; waiting for earlier calls is not counted
     max_tokens: int | None = None  # of prompt and completion; default: the model's positions
     apply_chat_template: bool = True  # False: prompts are text already in the model's format
+    label: str | None = None  # of a classifier with several; None: the only one
+    output: Literal["logit", "probability"] = "logit"
+    reads: Literal["conversation", "completion"] = "conversation"  # or the completion's text alone
 
 
 def scored_text(
@@ -61,8 +64,8 @@ def scored_text(
             "the prompt or completion is messages, but the reward model's tokenizer has no chat "
             "template in use; use a model that has one, or give strings"
         )
-    end = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
-    return prompt + completion + end, True
+    end = tokenizer.eos_token or ""  # encoders may have none, and end texts themselves
+    return prompt + completion.removesuffix(end) + end, True
 
 
 def rendered(tokenizer: Any, messages: Messages, **options: Any) -> str:
@@ -176,8 +179,8 @@ class ModelScorer:
         from actors.models.loading import load_tokenizer
         from actors.models.reward import load_reward_model
 
-        self._tokenizer = load_tokenizer(self._criterion.model)
-        model = load_reward_model(self._criterion.model)
+        self._tokenizer = load_tokenizer(self._criterion.model, writes=False)
+        model = load_reward_model(self._criterion.model, self._criterion.label)
         # The model finds a text's last token by this id; TRL sets the same when it trains one.
         model.config.pad_token_id = self._tokenizer.pad_token_id
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -188,6 +191,8 @@ class ModelScorer:
         self, prompt: Prompt, completions: Sequence[str], conversations: Conversations | None
     ) -> list[tuple[str | Messages, str | Messages]]:
         """What is scored: prompt and completion of each."""
+        if self._criterion.reads == "completion":
+            return [("", completion) for completion in completions]
         if conversations is None or not (
             self._criterion.apply_chat_template and self._tokenizer.chat_template
         ):
@@ -204,7 +209,7 @@ class ModelScorer:
             rows = scored_ids(
                 self._tokenizer,
                 pairs,
-                self._criterion.apply_chat_template,
+                self._criterion.apply_chat_template and self._criterion.reads == "conversation",
                 tools,
             )
         except ValueError as error:
@@ -236,6 +241,8 @@ class ModelScorer:
     def _forward(self, rows: list[list[int]]) -> list[float]:
         import torch
 
+        from actors.models.reward import score_of
+
         # Padding is on the right, where no earlier token sees it.
         batch = self._tokenizer.pad(
             {"input_ids": rows}, padding_side="right", return_tensors="pt"
@@ -244,5 +251,7 @@ class ModelScorer:
             logits = self._model(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
             ).logits
-        scores: list[float] = logits[:, 0].float().cpu().tolist()
+        criterion, config = self._criterion, self._model.config
+        scored = score_of(logits.float(), config, criterion.label, criterion.output)
+        scores: list[float] = scored.cpu().tolist()
         return scores

@@ -85,7 +85,7 @@ def resolve_model(spec: RewardModelSpec) -> RewardModelCriterion:
         dtype=spec.dtype,
         trust_remote_code=spec.trust_remote_code,
     )
-    check_reward_model(model)
+    check_reward_model(model, spec.label)
     return RewardModelCriterion(
         name=spec.name or os.path.basename(os.path.normpath(spec.model)),
         model=model,
@@ -93,6 +93,9 @@ def resolve_model(spec: RewardModelSpec) -> RewardModelCriterion:
         timeout_s=spec.timeout_s,
         max_tokens=spec.max_tokens,
         apply_chat_template=spec.apply_chat_template,
+        label=spec.label,
+        output=spec.output,
+        reads=spec.reads,
     )
 
 

@@ -47,7 +47,10 @@ def before_and_after(rows: Sequence[Row]) -> list[str]:
 def what_next(output_dir: Path, model: Path) -> list[str]:
     """Commands that go on from a run that is done."""
     folder, name = (shlex.quote(_short(path)) for path in (output_dir, model))
+    printed = output_dir / "logs" / "reward.log"  # by rewards, tools and environments
+    wrote = printed.is_file() and printed.stat().st_size > 0
     return [
+        *([f"printed:    {_short(printed)} (what reward functions wrote)"] if wrote else []),
         f"curves:     tensorboard --logdir {folder}",
         f"talk to it: transformers serve, and in another shell: transformers chat {name}",
     ]

@@ -53,3 +53,12 @@ def test_without_two_evaluations_only_the_commands_are_told(tmp_path: Path) -> N
     assert all(": " in line for line in ending(tmp_path, tmp_path))
     write(tmp_path / "evals.jsonl", {"step": 5, "eval/reward/mean": 0.5})
     assert not [line for line in ending(tmp_path, tmp_path) if "->" in line]
+
+
+def test_what_reward_functions_printed_is_pointed_to_where_there_is_some(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "reward.log"
+    log.parent.mkdir()
+    log.write_text("")
+    assert not any("reward.log" in line for line in ending(tmp_path, tmp_path / "model"))
+    log.write_text("seen\n")
+    assert any(str(log) in line for line in ending(tmp_path, tmp_path / "model"))
