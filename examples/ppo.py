@@ -15,9 +15,9 @@ import sys
 from aligntune import create_rl_trainer
 
 
-def no_apology(completions: list[str], **columns: object) -> list[float]:
-    """-1 for a completion that apologises, else 0."""
-    return [-float("sorry" in text.lower()) for text in completions]
+def no_apology(completions: list[list[dict[str, str]]], **columns: object) -> list[float]:
+    """-1 for a completion that apologises, else 0. The prompts are messages, so these are too."""
+    return [-float("sorry" in messages[-1]["content"].lower()) for messages in completions]
 
 
 def main() -> None:
