@@ -52,7 +52,10 @@ class OneKind:
             value = {self.short: value}
         if isinstance(value, Mapping):
             return self.table[self.chosen(value)].model_validate(dict(value))
-        return value
+        if isinstance(value, tuple(self.table.values())):
+            return value
+        kinds = " or ".join(f"{{{kind}: ...}}" for kind in self.table)
+        raise ValueError(f"give a name, or {kinds}, not {value!r:.80}")
 
     def chosen(self, value: Mapping[str, Any]) -> str:
         """Which kind `value` is; the first where it has none of their keys. Raises ValueError."""

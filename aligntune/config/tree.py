@@ -163,6 +163,8 @@ def explain(
         case "value_error":
             reason = first["msg"].removeprefix("Value error, ")
             text = f"{where}: {reason}" if where else reason
+        case "model_type":
+            text = f"{where} is a section of keys, not {shown(first['input'])}"
         case _:
             text = f"{where}: {first['msg']}, got {shown(first['input'])}"
     more = len(problems) - 1
@@ -177,7 +179,7 @@ def _unknown(
     algorithm_options: Callable[[str], Iterable[str]],
 ) -> str:
     """What is wrong with a key that its section does not have."""
-    key, inside = str(path[-1]), where[: where.rfind(".") + 1]
+    key, inside = str(path[-1]), "".join(f"{part}." for part in path[:-1])
     if path[0] == "algorithm":
         chosen = tree["algorithm"]
         name = chosen["name"] if isinstance(chosen, Mapping) else chosen

@@ -19,8 +19,15 @@ def refuse_impossible(tree: Mapping[str, Any]) -> None:
             raise UserError(f"{path}: a text is wanted, not bytes; decode them")
         if isinstance(value, str) and "\0" in value:
             raise UserError(f"{path}: the text has a NUL character in it; take it out")
+        if _halved(path) or (isinstance(value, str) and _halved(value)):
+            raise UserError(f"{path}: the text has half a character in it; write it in UTF-8")
         if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
             raise UserError(f"{path}: the number is too large; {LARGEST} is the largest")
+
+
+def _halved(text: str) -> bool:
+    """Whether it holds a surrogate, which no file takes."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def refuse_truth_for_a_number(given: Any, taken: Any, path: str = "") -> None:

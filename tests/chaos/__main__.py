@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.chaos.same import same_run
 from tests.chaos.trial import VICTIMS, Trial, run_trial
 
 
@@ -25,10 +26,19 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=len(VICTIMS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=sorted(VICTIMS), help="the one victim of every trial")
+    parser.add_argument(
+        "--same", type=int, metavar="DEATHS", help="so many deaths in one run, which ends the same"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"trials-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    if args.same is not None:
+        with tempfile.TemporaryDirectory(prefix="aligntune-chaos-") as folder:
+            result = same_run(Path(folder), args.same, args.seed)
+        (args.out / f"same-{time.strftime('%Y%m%d-%H%M%S')}.json").write_text(json.dumps(result))
+        print(json.dumps(result))
+        return 1 if result["problems"] else 0
     draw = random.Random(args.seed)
     done: list[dict[str, object]] = []
     victims = [args.only] if args.only else draw.sample(sorted(VICTIMS), len(VICTIMS))

@@ -98,16 +98,16 @@ def run_trial(folder: Path, trial: Trial, seed: int) -> dict[str, Any]:
     hit: float | None = None
     recovered: float | None = None
     while len(codes) < 3 and 0 not in codes:
-        process = _launch(folder, path)
+        process = launched(folder, path)
         while process.poll() is None:
             if time.monotonic() - began > DEADLINE_S:
                 problems.append("it had not ended in time")
                 break
             for child in psutil.Process(process.pid).children(recursive=True):
                 seen.setdefault(child.pid, child)
-            steps = len(_lines(run / "metrics.jsonl"))
+            steps = len(lines_of(run / "metrics.jsonl"))
             if hit is None and steps >= trial.at_step:
-                hit = _hit(trial, process, run)
+                hit = hit_one(trial, process, run)
             elif hit is not None and recovered is None and steps > trial.at_step:
                 recovered = time.monotonic() - hit
             time.sleep(0.1)
@@ -139,7 +139,7 @@ def run_trial(folder: Path, trial: Trial, seed: int) -> dict[str, Any]:
     }
 
 
-def _launch(folder: Path, path: Path) -> subprocess.Popen[bytes]:
+def launched(folder: Path, path: Path) -> subprocess.Popen[bytes]:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     with (folder / "output.txt").open("ab") as output:
         return subprocess.Popen(
@@ -150,7 +150,7 @@ def _launch(folder: Path, path: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def _hit(trial: Trial, process: subprocess.Popen[bytes], run: Path) -> float | None:
+def hit_one(trial: Trial, process: subprocess.Popen[bytes], run: Path) -> float | None:
     """When the victim was hit; None where it is not there yet."""
     below = psutil.Process(process.pid).children(recursive=True)
     victim: psutil.Process | None = None
@@ -160,7 +160,7 @@ def _hit(trial: Trial, process: subprocess.Popen[bytes], run: Path) -> float | N
         victim = _first(below, lambda each: each.name() == trial.victim)
     else:
         role = trial.victim.partition(" ")[0]
-        started = [e for e in _lines(run / "events.jsonl") if e["kind"] == "role_started"]
+        started = [e for e in lines_of(run / "events.jsonl") if e["kind"] == "role_started"]
         pids = [e["pid"] for e in started if e["role"].startswith(f"{role}-")]
         victim = _first(below, lambda each: bool(pids) and each.pid == pids[-1])
         if victim is not None and trial.victim == "reward child":
@@ -192,7 +192,7 @@ def _books(run: Path) -> list[str]:
         return [str(error)]
     if not books.balanced or books.open or books.trained != STEPS * GROUPS or books.quarantined:
         problems.append(f"the books: {books}")
-    rows = _lines(run / "metrics.jsonl")
+    rows = lines_of(run / "metrics.jsonl")
     if [row["step"] for row in rows] != list(range(1, STEPS + 1)):
         problems.append(f"steps {[row['step'] for row in rows]}")
     if any(row["staleness/max"] > STALENESS for row in rows):
@@ -202,7 +202,7 @@ def _books(run: Path) -> list[str]:
     return problems
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def lines_of(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a JSONL file, none where there is none yet."""
     return list(read_lines(path)) if path.exists() else []
 

@@ -43,6 +43,7 @@ from aligntune.runs.checkpoint import Checkpoint, Checkpoints
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.lifecycle import recorded
 from aligntune.runs.rundir import RunDir
+from cluster import processes
 from tests.histories.cast import Meeting, Rank, Reference, Reward, Rollout, check, prompt_at
 from tests.histories.clock import VirtualLoop
 from tests.histories.history import Fault, History
@@ -59,6 +60,8 @@ ENDS_WELL = (
 )
 """What a run may end with that lost too much: it says so, and is called again."""
 
+LIMIT_S = 60.0  # of any call: the clock goes on faster where less is asked while it hangs
+SLOW_S = 40.0
 HELD_OUT = 2
 COMPLETIONS = 2
 
@@ -130,8 +133,10 @@ class Process:
         told, history = self.settings, self.history
         critic = history.algorithm == "ppo"
         several = {"ranks": told["ranks"], "strategy": "fsdp" if told["ranks"] > 1 else "torch"}
-        limits = {"update_timeout_s": 300.0, "start_timeout_s": 300.0}
+        start = {"start_timeout_s": LIMIT_S}
+        limits = {"update_timeout_s": LIMIT_S, **start}
         reference = told["beta"] > 0
+        frozen = {"replicas": told["replicas"], "timeout_s": LIMIT_S, **start}
         options: dict[str, Any] = {"name": history.algorithm, "beta": told["beta"]}
         if history.algorithm == "dapo":
             options |= {"overlong_shaping": False, "max_sampling_rounds": 50}
@@ -140,7 +145,7 @@ class Process:
                 "algorithm": options,
                 "model": {"name": "m"},
                 "data": {"path": "d", "eval_path": "e"},
-                "rewards": [{"model": "r"} if critic else "length"],
+                "rewards": [{"model" if critic else "function": "length", "timeout_s": LIMIT_S}],
                 "output_dir": str(self.folder),
                 "train": {
                     "steps": told["steps"],
@@ -158,11 +163,18 @@ class Process:
                 "rollout": {
                     "replicas": told["replicas"],
                     "max_concurrent_groups": told["at_once"],
+                    "generation_timeout_s": LIMIT_S,
+                    "weight_timeout_s": LIMIT_S,
+                    **start,
                     **({"max_replicas": told["replicas"] + 1} if told["grow"] else {}),
                 },
-                "reward": {"replicas": told["replicas"], "max_concurrent_groups": told["at_once"]},
+                "reward": {
+                    "replicas": told["replicas"],
+                    "max_concurrent_groups": told["at_once"],
+                    **start,
+                },
                 **({"critic": {**several, **limits}} if critic else {}),
-                **({"reference": {"replicas": told["replicas"]}} if reference else {}),
+                **({"reference": frozen} if reference else {}),
             }
         )
 
@@ -208,7 +220,7 @@ class Process:
             case "hang":
                 await asyncio.Event().wait()
             case "slow":
-                await asyncio.sleep(100.0)
+                await asyncio.sleep(SLOW_S)
             case "kill another":
                 self.dice.choice(living).kill()
                 await asyncio.sleep(0)
@@ -229,7 +241,7 @@ class Process:
             case "disk":
                 raise OSError(errno.ENOSPC, "No space left on device")
             case "slow":
-                self.late = 100.0
+                self.late = SLOW_S
             case "hang":
                 self.late = None
             case "stop":
@@ -359,6 +371,7 @@ class Process:
             (ranks, "ray", ray),
             (recorders, "Writer", LateWriter),
             (registry, "entry_points", lambda group: []),
+            (processes, "EVERY_S", LIMIT_S),
             (RunDir, "describe", lambda *args: None),
             (os, "fsync", lambda descriptor: None),
         ]
