@@ -183,7 +183,7 @@ class Controller:
         due = self.state.version % self.config.checkpoint.every_steps == 0
         if due or self._keeper.owes:
             with spanned("controller", "checkpoint"):
-                await self._keeper.checkpoint(self._boundary)
+                await self._keeper.checkpoint(self._boundary, self._evaluated)
 
     async def _next_batch(self) -> list[ReadyGroup]:
         """The next step's groups. Raises RunFailed when they do not come in time."""
@@ -245,6 +245,14 @@ class Controller:
         self._seen = now
         self._boundary = Boundary(step, self.ledger.snapshot(step), self.state.algorithm)
 
+    async def _evaluated(self, version: int) -> bool:
+        """Whether a checkpoint of `version` may stand: see `Evaluation.written`. A run that is to
+        stop saves at once and finishes the evaluation after that."""
+        try:
+            return await self._stopping.unless(self._evaluation.written(version))
+        except Interrupted:
+            return True
+
     # Starting, going back and ending
 
     async def _restore(self, checkpoint: Checkpoint | None) -> None:
@@ -294,7 +302,7 @@ class Controller:
         """Keep what was trained, while the last version is evaluated."""
         await self._pipeline.cancel()
         if self.config.checkpoint.at_end:
-            await self._keeper.last(self._boundary)
+            await self._keeper.last(self._boundary, self._evaluated)
         await self._keeper.export()
         await self._handover.ended()
         await self._stopping.unless(self._evaluation.ended())

@@ -138,10 +138,20 @@ class Evaluation:
     async def ended(self) -> None:
         """Wait for the one that runs, if any; it goes on where the wait is cancelled. Raises what
         it raised."""
-        if self._task is not None:
-            await asyncio.wait((self._task,))
-            self._task.result()
-            self._task = None
+        if (task := self._task) is not None:
+            await asyncio.wait((task,))
+            task.result()
+            if self._task is task:  # else another who waited has been here
+                self._task = None
+
+    async def written(self, version: int) -> bool:
+        """Wait for the evaluation of a version before `version`; whether none is lost. Nobody who
+        goes on from a checkpoint of `version` could make it again."""
+        task = self._task
+        if task is None or self._version >= version:
+            return True
+        await asyncio.wait((task,))
+        return not task.cancelled() and task.exception() is None
 
     async def cancel(self) -> None:
         """Drop the one that runs; whoever goes back to its version begins it again."""

@@ -7,6 +7,7 @@ checkpoint of them (forcing files to disk, forgetting old ones) and copies run b
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from aligntune.runs.deadline import asked
 from aligntune.runs.mirror import Mirror
 from aligntune.runs.modes import as_usual
 from aligntune.tracking.metrics import EventKind
+
+Stands = Callable[[int], Awaitable[bool]]  # (step): whether its checkpoint may be complete
 
 MOST_TRIES = 10  # of steps whose checkpoint fails, one after the other
 PAUSES = (0.0, 0.5, 2.0)  # seconds before each try at the end of a run
@@ -89,9 +92,10 @@ class Keeper:
         """Whether the last try to save failed: the next step's end is another."""
         return self._owed is not None
 
-    async def checkpoint(self, boundary: Boundary) -> None:
+    async def checkpoint(self, boundary: Boundary, stands: Stands | None = None) -> None:
         """Save the step that the ranks have just ended, once; returns when the ranks have written.
 
+        It is complete when `stands`, asked beside the loop, says that it may; else it is given up.
         A disk that does not take it is an event, and `owes` is set. Raises RunFailed when that has
         happened `MOST_TRIES` times without a success.
         """
@@ -116,13 +120,13 @@ class Keeper:
             "algorithm": boundary.algorithm.model_dump(mode="json"),
             "prompts": self._fingerprint,
         }
-        self._committing = asyncio.create_task(self._commit(state), name="commit")
+        self._committing = asyncio.create_task(self._commit(state, stands), name="commit")
 
-    async def last(self, boundary: Boundary) -> None:
+    async def last(self, boundary: Boundary, stands: Stands | None = None) -> None:
         """Save the end of a run, and see it on disk. Raises RunFailed where it cannot be."""
         for pause in PAUSES:
             await asyncio.sleep(pause)
-            await self.checkpoint(boundary)
+            await self.checkpoint(boundary, stands)
             await self._committed()
             if not self.owes:
                 return
@@ -132,8 +136,11 @@ class Keeper:
         """A folder for the ranks to write into, or None where the checkpoint is there already."""
         return None if self._checkpoints.exists(step) else self._checkpoints.begin(step)
 
-    async def _commit(self, state: dict[str, Any]) -> None:
+    async def _commit(self, state: dict[str, Any], stands: Stands | None) -> None:
         """Figures and moves of the steps before are on disk when the checkpoint is."""
+        if stands is not None and not await stands(state["step"]):
+            await asyncio.wrap_future(asked(lambda: self._checkpoints.abandon(state["step"])))
+            return
         needed = set() if self._copies is None else self._copies.needed
 
         def commit() -> Checkpoint:

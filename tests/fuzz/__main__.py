@@ -6,6 +6,7 @@ make fuzz ARGS="--kind data --count 2000 --seed 7"
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from aligntune.algorithms import registry
 from tests.fuzz.inputs import KINDS
 from tests.fuzz.trial import TOOK, kind_of, outcome
 
@@ -28,6 +30,7 @@ def main() -> int:
     given = options.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    registry.entry_points = functools.cache(registry.entry_points)  # looks through all packages
     messages: dict[str, str] = {}
     tried = bad = 0
     began = time.monotonic()

@@ -11,7 +11,7 @@ from aligntune.errors import Interrupted
 from aligntune.online.evaluation import evaluation_id
 from aligntune.online.learner import PolicyLost
 from aligntune.online.ledger import audit
-from tests.aligntune.online.world import EVALUATED, STEPS, World, settle
+from tests.aligntune.online.world import EVALUATED, STEPS, World, ahead, settle
 
 
 @pytest.mark.parametrize("stopped_at", range(STEPS + 1))
@@ -186,3 +186,31 @@ def test_a_stop_in_the_last_update_leaves_its_evaluation_to_the_process_that_goe
     world.run()
     assert world.evaluated() == EVALUATED
     assert len(world.updates) == STEPS
+
+
+def test_no_checkpoint_is_complete_before_the_evaluation_of_an_earlier_version_is_written(
+    world: World,
+) -> None:
+    """Rollouts run ahead, so the evaluation of the start goes on beside the first steps; whoever
+    went on from a checkpoint of them could never make it again."""
+    world.configure(train=ahead(3), eval={"every_steps": None})
+    checkpoints = world.folder / "checkpoints"
+    found: list[list[str]] = []
+    updated = asyncio.Event()
+
+    async def evaluate(version: int) -> None:
+        if version == 0:
+            await updated.wait()
+            found.append([path.name for path in checkpoints.glob("step-??????")])
+
+    async def update(step: int) -> None:
+        if step == 2:  # the loop goes on meanwhile
+            await asyncio.sleep(0.1)
+            updated.set()
+
+    world.during = {"evaluate": evaluate, "update": update}
+    world.run()
+    assert found == [[]]
+    assert world.evaluated() == [EVALUATED[0], EVALUATED[-1]]
+    kept = [event["step"] for event in world.events("checkpoint_saved")]
+    assert kept == list(range(1, STEPS + 1))

@@ -24,6 +24,13 @@ FOUND = {
             Fault(process=0, place="policy.export_weights", number=0, kind="kill"),
         ),
     ),
+    "a kill after a checkpoint, while the evaluation of a version before it runs": History(
+        seed=2523,
+        algorithm="ppo",
+        settings={**DEFAULT, "groups": 3, "staleness": 4, "beta": 0.1, "replicas": 1}
+        | {"at_once": 3, "evaluate_every": None},
+        faults=(Fault(process=None, place="critic.values", number=1, kind="kill"),),
+    ),
 }
 
 
