@@ -36,7 +36,14 @@ class Change:
     @property
     def label(self) -> str:
         """Its name for people."""
+        if self.name.endswith("/length_mean"):
+            return "length, tokens"
         return self.name.removeprefix("eval/").removesuffix("/mean").replace("reward/", "", 1)
+
+    @property
+    def has_best(self) -> bool:
+        """Whether more of it, or less, is better."""
+        return not self.name.startswith("eval/completions/")
 
     @property
     def change(self) -> float:
@@ -131,7 +138,7 @@ def _where_it_stands(run: RunOnDisk) -> str:
     of = f" of {total:,}" if total else ""
     match ending.state:
         case "finished":
-            return f"The run finished after {step:,} steps."
+            return f"The run finished after {step:,} step{'' if step == 1 else 's'}."
         case "running":
             return f"The run is going on: step {step:,}{of} is done."
         case "stopped":

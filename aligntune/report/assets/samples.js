@@ -86,7 +86,7 @@ function search() {
   browser.page = 0;
   const completions = browser.shown.reduce((sum, group) => sum + (group.completions || []).length, 0);
   document.getElementById("found").textContent = browser.shown.length
-    ? `${whole(browser.shown.length)} of ${whole(browser.all.length)} groups, ${whole(completions)} completions`
+    ? `${whole(browser.shown.length)} of ${whole(browser.all.length)} groups, ${whole(completions)} completion${completions === 1 ? "" : "s"}`
     : browser.all.length ? "No group is like that: widen the filter." : "No groups were kept here.";
   list();
   choose(browser.shown[0] ?? null);

@@ -31,7 +31,7 @@ def train(path: Path, ends: Exception | None = None) -> RunDir:
 @pytest.mark.parametrize(
     ("ends", "told"),
     [
-        (None, "The run finished after 1 steps"),
+        (None, "The run finished after 1 step."),
         (Interrupted(15), "The run stopped after step 1: stopped by signal 15"),
         (RunFailed("no node is left"), "The run stopped after step 1: no node is left"),
     ],

@@ -327,7 +327,7 @@ def test_ten_thousand_samples_are_there_in_seconds(tmp_path: Path, show: Open, g
     sync_api.expect(found).to_have_text("10,000 of 10,000 groups, 10,000 completions")
     assert page.locator("#groups li").count() == 50
     page.get_by_label("Search").fill("it is 777.")
-    sync_api.expect(found).to_have_text("1 of 10,000 groups, 1 completions")
+    sync_api.expect(found).to_have_text("1 of 10,000 groups, 1 completion")
     page.get_by_label("Search").fill("")
     page.get_by_label("Order").select_option("longest first")
     sync_api.expect(found).to_contain_text("10,000 of")
