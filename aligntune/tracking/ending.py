@@ -51,7 +51,7 @@ def what_next(output_dir: Path, model: Path) -> list[str]:
     wrote = printed.is_file() and printed.stat().st_size > 0
     return [
         *([f"printed:    {_short(printed)} (what reward functions wrote)"] if wrote else []),
-        f"curves:     tensorboard --logdir {folder}",
+        f"answers:    aligntune samples {folder} --worst",
         f"talk to it: transformers serve, and in another shell: transformers chat {name}",
     ]
 

@@ -36,6 +36,7 @@ from aligntune.quickstart.settings import TASKS
 from aligntune.rewards.catalogue import REWARDS
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import IDENTITY
+from aligntune.tracking.advice import CHECKS
 from aligntune.tracking.metrics import EventKind
 from tests.e2e.test_page_examples import PAGE
 from tests.stand_ins import LOCAL, ON_CPU, REPOSITORY, SHORT, write_stand_ins
@@ -521,6 +522,13 @@ def undocumented(metrics: dict[str, Any], criteria: set[str]) -> set[str]:
     known = "|".join(map(re.escape, criteria))
     names = {re.sub(rf"reward/({known})/", "reward/<criterion>/", name) for name in metrics}
     return names - documented()
+
+
+def test_what_a_run_warns_of_is_documented() -> None:
+    rows = rows_of(section_of("docs/architecture.md", "What a run warns of"))
+    assert [in_backticks(row[0])[0] for row in rows] == list(CHECKS)
+    named = {name for row in rows for name in METRIC.findall(row[1])}
+    assert named <= documented()
 
 
 def test_metrics_that_the_code_names_are_documented() -> None:

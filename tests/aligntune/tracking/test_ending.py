@@ -28,7 +28,7 @@ def test_before_and_after_of_each_criterion_and_what_comes_next(tmp_path: Path) 
         "  math 0.250 -> 0.750",
         "  concise 0.500 -> 0.500",
     ]
-    assert f"tensorboard --logdir {tmp_path}" in told[3]
+    assert f"aligntune samples {tmp_path} --worst" in told[3]
     assert f"transformers chat {tmp_path / 'model'}" in told[4]
     assert len(told) == 5
 
