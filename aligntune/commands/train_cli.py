@@ -42,7 +42,7 @@ def quickstart(
     """
     from aligntune.quickstart.run import run_quickstart
 
-    result = run_quickstart(algorithm, out, seed, overrides or [], task)
+    result = run_quickstart(algorithm, out, seed, overrides or [], task, typer.echo)
     typer.echo(
         f"held-out accuracy {result['accuracy_before']:.3f} -> {result['accuracy_after']:.3f} "
         f"after {result['steps']} steps with {result['engine']}, {result['seconds']:.0f} s in all; "

@@ -30,23 +30,31 @@ MADE = ("assets", "reward_model", "run", "result.json")
 
 
 def run_quickstart(
-    algorithm: str, out: Path, seed: int = 0, overrides: Sequence[str] = (), task: str = "sum"
+    algorithm: str,
+    out: Path,
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+    task: str = "sum",
+    say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
     """Make, train, and return what is also in `out`/result.json.
 
     Keys: accuracy_before, accuracy_after (held-out, greedy; of an agent the share of episodes that
     end in the right answer), steps, seconds (in all), engine, algorithm, task, seed; and, where a
     reward model had to be trained first, reward_model_accuracy (its share of held-out pairs ranked
-    rightly). Raises UserError for a wrong name or a folder with something else in it.
+    rightly). `say` hears what is done. Raises UserError for a wrong name or a folder with something
+    else in it.
     """
     started = time.monotonic()
     settings = quickstart_settings(algorithm, task)
     _claim(out, {"algorithm": algorithm, "task": task, "seed": seed})
     made = _agent_assets if task == "agent" else _assets
+    say(f"a tiny model learns to add, carelessly: {out / 'assets'}")
     assets = made(out / "assets", seed)
     ranked: dict[str, float] = {}
     rewards: list[Any] = ["exact_match"]
     if isinstance(assets, QuickstartAssets) and _needs_reward_model(algorithm):
+        say(f"a reward model learns which of two answers is better: {out / 'reward_model'}")
         ranked = {"reward_model_accuracy": _train_reward_model(out, assets, seed)}
         model = {"model": str(out / "reward_model" / "model"), "name": "reward_model"}
         rewards = [model, {"function": "exact_match", "weight": 0.0}]  # shown, not trained on
@@ -59,6 +67,7 @@ def run_quickstart(
     }
     config = load_config(tree, [*_overrides(settings), f"train.seed={seed}", *overrides])
     assert isinstance(config, RunConfig), "the quickstart's algorithms are online"
+    say(f"{config.algorithm_name} trains it: {out / 'run'}")
     trained = OnlineTrainer(config).train()
     rows = read_lines(trained.output_dir / "evals.jsonl")
     accuracy = {row["step"]: row[ACCURACY] for row in rows}
