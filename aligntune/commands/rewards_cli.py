@@ -41,7 +41,8 @@ def try_one(
     reward: Annotated[
         str,
         typer.Argument(
-            metavar="NAME|FILE.py:FUNCTION", help="a registered reward, or one of your own"
+            metavar="NAME|FILE.py:FUNCTION|FOLDER|URL",
+            help="a registered reward, a function of yours, a reward model, or a service",
         ),
     ],
     options: Annotated[

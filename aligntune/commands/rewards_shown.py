@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from actors.children.code import FunctionNotFound, import_function
 from actors.scoring.criteria import RewardCriterion, RewardFailed
-from actors.specs import RewardFunctionSpec
+from actors.specs import RewardFunctionSpec, RewardModelSpec, RewardUrlSpec
 from aligntune import loops
 from aligntune.config.tree import parse_override
 from aligntune.data.sources import Rows, load_rows, require_column
 from aligntune.errors import UserError, nearest, shown
 from aligntune.rewards.catalogue import REWARDS, Registered
 from aligntune.rewards.options import options_of
-from aligntune.rewards.registry import check_columns, resolve
+from aligntune.rewards.registry import check_columns, resolve, resolve_model, resolve_url
 from aligntune.rewards.trial import Group, called, why
+
+if TYPE_CHECKING:
+    from actors.scoring.model import RewardModelCriterion
 
 TEXT_CHARACTERS = 48  # of a completion in the table of scores
 GIVEN = ("prompts", "completions")
@@ -103,11 +109,7 @@ def try_reward(
         UserError: the reward, its options, the data or the texts are wrong, or it failed on some;
             raised when all lines are out.
     """
-    spec = RewardFunctionSpec(function=name, options=_pairs(options, "option"), timeout_s=timeout_s)
-    try:
-        criterion = resolve(spec)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    criterion = _criterion(name, _pairs(options, "option"), timeout_s)
     if data is None:
         if not completions:
             raise UserError("give --completion TEXT, or --data FILE with completions to score")
@@ -124,11 +126,38 @@ def try_reward(
     yield from _table(criterion, groups)
 
 
-def _table(criterion: RewardCriterion, groups: Sequence[Group]) -> Iterator[str]:
+def _criterion(
+    name: str, options: Mapping[str, Any], timeout_s: float
+) -> RewardCriterion | RewardModelCriterion:
+    """A function, a service by its URL, or a reward model by its folder. Raises UserError."""
+    try:
+        if "://" in name:
+            url = {"url": name, "timeout_s": timeout_s, **options}
+            return resolve_url(RewardUrlSpec.model_validate(url))
+        if os.path.isdir(name):
+            model = {"model": name, "timeout_s": timeout_s, **options}
+            return resolve_model(RewardModelSpec.model_validate(model))
+        spec = RewardFunctionSpec(function=name, options=dict(options), timeout_s=timeout_s)
+        return resolve(spec)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{name}: option {key!r}: {first['msg']}") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _table(
+    criterion: RewardCriterion | RewardModelCriterion, groups: Sequence[Group]
+) -> Iterator[str]:
     try:
         said = loops.run(called(criterion, groups))
     except RewardFailed as error:
         raise UserError(why(criterion, error)) from error
+    except ValueError as error:  # ModelError, which to import costs seconds
+        if isinstance(criterion, RewardCriterion):
+            raise
+        raise UserError(str(error)) from error
     yield f"{'row':>4}  {criterion.name:>12}  completion"
     failed = []
     for row, (group, scores) in enumerate(zip(groups, said, strict=True)):
@@ -172,6 +201,8 @@ def _groups(rows: Rows, column: str, given: Sequence[str]) -> list[Group]:
                 f"{rows.where(index)}: no text to score but {shown(texts)}; name the column of "
                 "completions by --completions"
             )
+        if not isinstance(source or "", str | list):
+            raise UserError(f"{rows.where(index)}: its prompt is no text and no list of messages")
         groups.append(Group(source or "", tuple(texts), others))
     return groups
 

@@ -18,6 +18,7 @@ from aligntune.rewards.catalogue import REWARDS
 
 if TYPE_CHECKING:
     from actors.messages import Messages
+    from actors.scoring.model import RewardModelCriterion
 
 SHOWN_CHARACTERS = 200  # of a completion that is made of a column
 REMOTE = {registered.target for registered in REWARDS.values() if registered.remote} | {
@@ -36,7 +37,7 @@ class Group:
 
 
 async def called(
-    criterion: RewardCriterion,
+    criterion: RewardCriterion | RewardModelCriterion,
     groups: Sequence[Group],
     *,
     log: str | None = None,
@@ -44,12 +45,18 @@ async def called(
 ) -> list[list[float | None] | RewardFailed]:
     """What the reward says of each group, one after the other, or why it says nothing.
 
-    `log` is the file for what it prints; default: this process's standard output.
+    A reward model is loaded in this process, and runs on a GPU where there is one. `log` is the
+    file for what a function prints; default: this process's standard output.
 
     Raises:
         RewardFailed: it cannot be imported.
+        ModelError: the reward model cannot be loaded.
     """
-    scorer = FunctionScorer(criterion, log, at_once=1, variables={VARIABLE: sandbox})
+    scorer: FunctionScorer | ModelGroups
+    if isinstance(criterion, RewardCriterion):
+        scorer = FunctionScorer(criterion, log, at_once=1, variables={VARIABLE: sandbox})
+    else:
+        scorer = ModelGroups(criterion)
     said: list[list[float | None] | RewardFailed] = []
     try:
         await scorer.start()
@@ -61,6 +68,27 @@ async def called(
     finally:
         await scorer.close()
     return said
+
+
+class ModelGroups:
+    """A reward model that is called as a function is."""
+
+    def __init__(self, criterion: RewardModelCriterion) -> None:
+        from actors.scoring.model import ModelScorer  # torch: seconds
+
+        self._scorer = ModelScorer(criterion)
+        self.start, self.close = self._scorer.start, self._scorer.close
+
+    async def call(
+        self, source: str | Messages, completions: Sequence[str], columns: Mapping[str, Any]
+    ) -> list[float | None]:
+        """The scores of one group. Raises RewardFailed."""
+        import numpy as np
+
+        from actors.messages import Prompt
+
+        prompt = Prompt(0, source, "", np.zeros(0, np.int32), dict(columns))
+        return [*await self._scorer.score(prompt, completions)]
 
 
 def called_once(
@@ -80,9 +108,10 @@ def called_once(
     return dict(zip(criteria, loops.run(all_of_them()), strict=True))
 
 
-def why(criterion: RewardCriterion, failed: RewardFailed) -> str:
+def why(criterion: RewardCriterion | RewardModelCriterion, failed: RewardFailed) -> str:
     """A failure for a person: the user's own frames, or one line where the reward is of ours."""
-    if isinstance(criterion.target, str) and criterion.target.startswith("aligntune.rewards."):
+    target = criterion.target if isinstance(criterion, RewardCriterion) else None
+    if isinstance(target, str) and target.startswith("aligntune.rewards."):
         last = failed.detail.splitlines()[-1]
         return f"reward {failed.criterion!r} failed ({failed.reason}): {last}"
     return str(failed)

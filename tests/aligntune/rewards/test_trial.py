@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from aligntune import cli
 from aligntune.rewards.catalogue import REWARDS
 from aligntune.rewards.registry import resolve
 from aligntune.rewards.trial import short_completions
+from tests.actors.scoring.test_classifiers import scores as classifier_scores
+from tests.actors.scoring.test_classifiers import write as write_classifier
 
 OWN = """
 def correct(completions, answer, **columns):
@@ -150,6 +154,42 @@ def test_what_is_wrong_ends_with_code_2_and_the_reason(
     assert told in error
     assert error.startswith("aligntune: ")
     assert ("own_rewards_tried.py" in error) or len(error.splitlines()) == 1
+
+
+def test_a_service_is_tried_by_its_url(aligntune: Ran) -> None:
+    class Service(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            scores = [len(text) + asked["columns"]["level"][0] for text in asked["completions"]]
+            body = json.dumps({"scores": scores}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/score"
+        code, out, _ = aligntune("try", url, "--completion", "abc", "--column", "level=2")
+        server.shutdown()
+    assert code == 0
+    assert out.splitlines()[-1].split() == ["0", "5", "abc"]
+    code, _, error = aligntune("try", url, "retrys=1", "--completion", "a")
+    assert code == 2
+    assert "option 'retrys'" in error
+
+
+def test_a_reward_model_is_tried_by_its_folder(aligntune: Ran, tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path / "model", "bert", num_labels=1)
+    given = ("--prompt", "1+1=", "--completion", "2")
+    code, out, _ = aligntune("try", folder, *given)
+    assert code == 0
+    assert float(out.splitlines()[-1].split()[1]) == pytest.approx(
+        classifier_scores(folder, "2")[0], abs=1e-4
+    )
+    code, _, error = aligntune("try", folder, "label=good", *given)
+    assert code == 2
+    assert "has no label 'good'" in error
 
 
 def test_trying_a_reward_loads_neither_torch_nor_ray() -> None:
