@@ -38,11 +38,14 @@ def chat(tokenizer: Any) -> Chat:
 
 
 def interpreter(package: str) -> Path:
-    """That of the environment of `package`; skips where there is none."""
-    found = FOLDER / package / "bin/python"
-    if not found.exists():
-        pytest.skip(f"{package} has no environment of its own: run scripts/install_clients.sh")
-    return found
+    """That of the environment of `package`."""
+    return FOLDER / package / "bin/python"
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    """Skips, before anything is set up, where `package` is not installed."""
+    why = f"{package} has no environment of its own: run scripts/install_clients.sh"
+    return pytest.mark.skipif(not interpreter(package).exists(), reason=why)
 
 
 def run(talk: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -86,6 +89,7 @@ def sampled(answers: Sequence[Answer]) -> list[dict[str, Any]]:
 THOUGHT = f"<think>\nOne and one.\n</think>\n\nAdding.{CALL}"
 
 
+@needs("openenv")
 class TestOpenEnv:
     def test_the_capture_proxy_captures_what_is_trained_on(self, chat: Chat) -> None:
         async def talk() -> None:
@@ -134,6 +138,7 @@ class TestOpenEnv:
         run(talk)
 
 
+@needs("verifiers")
 class TestVerifiers:
     def test_the_train_client_goes_on_from_the_ids_that_are_trained_on(
         self, chat: Chat, chat_model: ModelSpec
