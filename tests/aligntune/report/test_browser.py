@@ -141,11 +141,7 @@ def test_a_theme_that_changes_while_one_reads_redraws_the_pictures(
     swatch = page.locator('[data-chart="reward"] .legend i').first
     before = swatch.evaluate("(e) => e.style.borderTopColor")
     page.emulate_media(color_scheme="dark")
-    page.wait_for_function(
-        "(before) => document.querySelector('[data-chart=reward] .legend i')"
-        ".style.borderTopColor !== before",
-        arg=before,
-    )
+    sync_api.expect(swatch).not_to_have_css("border-top-color", before)
 
 
 def test_by_the_keyboard_alone(report: Path, show: Open) -> None:
