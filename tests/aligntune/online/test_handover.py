@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -10,7 +13,7 @@ from actors.supervise import ObjectsLost
 from aligntune.errors import Interrupted
 from aligntune.online.learner import PolicyLost
 from aligntune.online.ledger import audit
-from tests.aligntune.online.world import STEPS, World, ahead, settle
+from tests.aligntune.online.world import EVALUATED, STEPS, World, ahead, settle
 
 NO_EVALUATION = {"at_start": False, "at_end": False}
 
@@ -116,3 +119,46 @@ def test_a_stop_beside_a_load_ends_in_a_checkpoint_and_the_run_goes_on(world: Wo
     world.during = {}
     world.run()
     assert every_group_is_trained_once(world)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_breaks_off_beside_an_update_every_group_and_evaluation_is_there_once(
+    world: World, seed: int
+) -> None:
+    """Ranks and weights are lost and the run is stopped, at random, at any staleness."""
+    draw = random.Random(seed)
+    world.configure(
+        train=ahead(seed % 3),
+        eval={"every_steps": 1 + seed % 2},
+        checkpoint={"every_steps": draw.choice([1, 2, 1000])},
+        policy={"max_restarts": 50},
+    )
+    left = [4]
+
+    def hook(what: str) -> Callable[..., Awaitable[None]]:
+        async def happens(*_: Any) -> None:
+            for _ in range(draw.choice([0, 0, 1, 3, 20, 80])):
+                await asyncio.sleep(0)
+            if left[0] and draw.random() < 0.15:
+                left[0] -= 1
+                if what == "load_weights" and draw.random() < 0.5:
+                    raise ObjectsLost("an argument of load_weights is lost")
+                if what in ("update", "export") and draw.random() < 0.6:
+                    raise PolicyLost("policy-0: died")
+                world.stop()
+
+        return happens
+
+    world.during = {
+        what: hook(what) for what in ("update", "export", "load_weights", "generate", "evaluate")
+    }
+    for _ in range(6):
+        try:
+            world.run()
+        except Interrupted:
+            continue
+        break
+    assert every_group_is_trained_once(world)
+    assert [row["step"] for row in world.rows()] == list(range(1, STEPS + 1))
+    due = [step for step in range(STEPS + 1) if step % (1 + seed % 2) == 0 or step == STEPS]
+    assert world.evaluated() == [EVALUATED[step] for step in due]
