@@ -14,6 +14,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from aligntune.errors import printable
+
 CHUNK = 2**16  # bytes of the log that are parsed at once
 
 
@@ -50,6 +52,10 @@ _ENDS = frozenset(state.value for state in ENDS)
 
 class LedgerError(RuntimeError):
     """The books do not balance; always a defect of aligntune or a damaged log."""
+
+    def __init__(self, message: str) -> None:
+        """What a damaged log holds is shown as characters that a terminal shows."""
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)
