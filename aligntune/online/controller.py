@@ -154,7 +154,7 @@ class Controller:
             if self._sound:
                 await self._keeper.last(self._boundary)
                 await self._handover.ended()
-                await self._evaluation.stop(self.state.version)
+            await self._evaluation.stop(self.state.version)
         except PolicyLost as lost:
             self._recorder.event(EventKind.POLICY_LOST, reason=str(lost))
         await self._keeper.settled()

@@ -31,6 +31,16 @@ FOUND = {
         | {"at_once": 3, "evaluate_every": None},
         faults=(Fault(process=None, place="critic.values", number=1, kind="kill"),),
     ),
+    "a stop and a lost rank while the evaluation of a version before runs": History(
+        seed=404,
+        algorithm="ppo",
+        settings={**DEFAULT, "steps": 4, "groups": 1, "staleness": 3, "replicas": 3}
+        | {"evaluate_every": None},
+        faults=(
+            Fault(process=None, place="policy.update", number=1, kind="lose its node"),
+            Fault(process=None, place="critic.values", number=1, kind="stop"),
+        ),
+    ),
 }
 
 
