@@ -274,9 +274,7 @@ class Controller:
         open_groups = self.ledger.restore(snapshot, step=version, version=version)
         self._seen = self.ledger.books
         self._boundary = Boundary(version, snapshot, self.state.algorithm)
-        for group_id in open_groups:
-            self._pipeline.start(group_id)
-        self._pipeline.fill()
+        self._pipeline.go_on(open_groups)
         self._evaluation.begin(version)
         if checkpoint and not self._begun:
             self._recorder.event(EventKind.RESUMED, step=version)

@@ -8,7 +8,7 @@ the ledger when the run stops. Token arrays never pass through here, only refere
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -53,6 +53,7 @@ class Pipeline:
         self._event = event
         self._changed = changed
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._held: deque[int] = deque()  # open, WAITING, and not begun
         self._failure: Exception | None = None
         self.ready: dict[int, ReadyGroup] = {}
         self.filtered_scores: Counter[float] = Counter()  # since the last step
@@ -71,10 +72,18 @@ class Pipeline:
             train.max_staleness,
             train.groups_per_step,
             books.trained,
-            self._ledger.in_flight,
+            self._ledger.in_flight - len(self._held),
         )
-        for _ in range(min(free, self._last - books.trained - books.open)):
-            self.start(self._ledger.admit(self._state.served))
+        free = min(free, self._last - books.trained - books.open + len(self._held))
+        for _ in range(free):
+            held = self._held.popleft() if self._held else None
+            self.start(self._ledger.admit(self._state.served) if held is None else held)
+
+    def go_on(self, groups: Iterable[int]) -> None:
+        """Go on with the open groups of a checkpoint: those that there is room for now, the others
+        later. There are such where the run may take fewer steps or older tokens than before."""
+        self._held = deque(groups)
+        self.fill()
 
     def start(self, group_id: int) -> None:
         """Begin the life of a WAITING group."""
@@ -137,6 +146,7 @@ class Pipeline:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self.ready.clear()
+        self._held.clear()
 
     async def _live(self, group_id: int) -> None:
         timeline.about.set(f"group {group_id}")

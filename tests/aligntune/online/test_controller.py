@@ -368,3 +368,46 @@ def test_groups_whose_arrays_are_lost_are_made_again_and_the_policy_stays(
     assert [step for step, _ in world.updates] == [1, 2, 2, 3]
     assert sorted(i for step in world.trained() for i in step) == list(range(2 * STEPS))
     assert audit(world.folder / "ledger.jsonl").balanced
+
+
+def test_a_run_goes_on_with_less_staleness_than_it_had_groups_for(world: World) -> None:
+    """More groups are open than one step may take: the others wait for theirs."""
+    world.configure(train={**ahead(4), "steps": 2 * STEPS})
+
+    def stop(step: int) -> None:
+        if step == 1:
+            world.stop()
+
+    world.during["update"] = stop
+    with pytest.raises(Interrupted):
+        world.run()
+    world.during = {}
+    world.configure(train={**ahead(0), "steps": STEPS})
+    world.run()
+    assert world.trained() == [[0, 1], [2, 3], [4, 5]]
+    assert [row["staleness/max"] for row in world.rows()] == [0.0] * STEPS
+
+
+def test_a_stop_with_a_lost_rank_finishes_the_evaluation_that_nobody_could_make_again(
+    world: World,
+) -> None:
+    world.configure(train=ahead(3), eval={"every_steps": None})
+    lost = asyncio.Event()
+
+    async def evaluate(version: int) -> None:
+        if version == 0:
+            await lost.wait()
+            await settle()
+
+    def lose(step: int) -> None:
+        if step == 2:
+            world.stop()
+            lost.set()
+            raise PolicyLost("policy-0: died")
+
+    world.during = {"evaluate": evaluate, "update": lose}
+    with pytest.raises(Interrupted):
+        world.run()
+    world.during = {}
+    world.run()
+    assert world.evaluated() == [EVALUATED[0], EVALUATED[-1]]

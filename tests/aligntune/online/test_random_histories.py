@@ -31,6 +31,13 @@ FOUND = {
         | {"at_once": 3, "evaluate_every": None},
         faults=(Fault(process=None, place="critic.values", number=1, kind="kill"),),
     ),
+    "a run that goes on with less staleness": History(
+        seed=545,
+        algorithm="grpo",
+        settings={**DEFAULT, "staleness": 4, "ranks": 2},
+        changes=({"staleness": 0},),
+        faults=(Fault(process=None, place="any", number=28, kind="stop"),),
+    ),
     "a stop and a lost rank while the evaluation of a version before runs": History(
         seed=404,
         algorithm="ppo",
