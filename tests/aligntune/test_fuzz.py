@@ -10,6 +10,7 @@ import pytest
 
 from aligntune.errors import UserError, printable
 from tests.fuzz.inputs import KINDS
+from tests.fuzz.leftovers import copied_run, gone_on_with
 from tests.fuzz.trial import NotRight, Refused, kind_of, one_line, outcome
 
 PART = 12  # of each kind
@@ -36,6 +37,11 @@ def test_a_traceback_a_lost_row_and_a_long_message_are_seen(tmp_path: Path) -> N
     for message in ("", "\x1b[2J", "a" * 2000):
         with pytest.raises(NotRight):
             one_line(RuntimeError(message))
+
+
+def test_a_run_directory_that_nothing_happened_to_comes_to_where_ray_starts(tmp_path: Path) -> None:
+    config = copied_run(tmp_path / "run")
+    assert gone_on_with(tmp_path / "run", config, "auto") is None
 
 
 def test_a_message_with_keys_that_no_terminal_shows_is_one_line() -> None:

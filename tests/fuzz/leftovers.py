@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from aligntune.config.online import RunConfig
 from aligntune.errors import RunFailed, UserError
 from aligntune.runs.checkpoint import Checkpoints, intact
 from aligntune.runs.rundir import RunDir
 from tests.fuzz import broken
 from tests.fuzz.trial import NotRight, Refused, one_line
+
+RAY_STARTS = "here Ray would start"
 
 
 @functools.cache
@@ -113,25 +116,38 @@ def checkpoints(dice: random.Random, folder: Path) -> Refused | None:
 
 
 def run_directory(dice: random.Random, folder: Path) -> Refused | None:
-    """A run directory that is gone on with, up to where Ray would start."""
-    from aligntune.online.trainer import OnlineTrainer
-    from tests.histories.history import DEFAULT, History
-    from tests.histories.play import Process, prompt_at
-
+    """A broken run directory that is gone on with."""
     run = folder / "run"
+    config = copied_run(run)
+    kinds = (("*.jsonl",), ("*.jsonl",), ("*.jsonl", "*.yaml"), ("config.yaml",), ("*",))
+    _spoil_files(dice, run, dice.choice(kinds))
+    resume = dice.choice(("auto", "auto", "auto", "never", str(run / "checkpoints/step-000002")))
+    return gone_on_with(run, config, resume)
+
+
+def copied_run(run: Path) -> RunConfig:
+    """A copy of a whole run, and its config, with one step more."""
+    from tests.histories.history import DEFAULT, History
+    from tests.histories.play import Process
+
     shutil.copytree(a_run(), run)
     config = Process(History(0, "grpo", {**DEFAULT, "steps": 4}), 0, run, [])._config()
     RunDir(run).describe(config)
-    _spoil_files(
-        dice, run, dice.choice((("*.jsonl",), ("*.jsonl", "*.yaml"), ("config.yaml",), ("*",)))
-    )
+    return config
+
+
+def gone_on_with(run: Path, config: RunConfig, resume: str) -> Refused | None:
+    """Why a run does not go on, None where it would come to where Ray starts."""
+    from aligntune.online.trainer import OnlineTrainer
+    from tests.histories.play import prompt_at
+
     trainer = OnlineTrainer(config)
     prompts = [prompt_at(position) for position in range(2)]
     source = mock.MagicMock(fingerprint="f", prompt_at=prompt_at)
 
     @contextlib.contextmanager
     def no_roles(*_: Any) -> Iterator[Any]:
-        raise RunFailed("here Ray would start")
+        raise RunFailed(RAY_STARTS)
         yield
 
     def check(self: OnlineTrainer, resume: str = "auto") -> RunDir:
@@ -145,15 +161,16 @@ def run_directory(dice: random.Random, folder: Path) -> Refused | None:
         mock.patch.object(OnlineTrainer, "settle"),
         mock.patch.object(OnlineTrainer, "prompts", source),
         mock.patch.object(OnlineTrainer, "eval_prompts", prompts),
+        mock.patch.object(type(trainer.inputs), "tried", create=True),
         mock.patch.object(type(trainer.inputs), "events", return_value=[]),
         mock.patch.object(type(trainer.inputs), "told", return_value=[]),
         mock.patch("os.fsync"),
     ):
         try:
-            trainer.train(
-                dice.choice(("auto", "auto", "never", str(run / "checkpoints/step-000002")))
-            )
+            trainer.train(resume)
         except (UserError, RunFailed, OSError) as error:  # the last is exit code 1
+            if str(error) == RAY_STARTS:
+                return None
             if "Error" in str(error).split(":")[0] or "traceback" in str(error):
                 raise NotRight(f"an error nobody foresaw: {error}") from error
             return one_line(error)
