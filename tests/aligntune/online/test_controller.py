@@ -395,7 +395,7 @@ def test_a_stop_with_a_lost_rank_finishes_the_evaluation_that_nobody_could_make_
     saved = world.folder / "checkpoints" / "step-000001"
 
     async def evaluate(version: int) -> None:
-        while version == 0 and not saved.exists():
+        while version == 0 and not saved.exists():  # noqa: ASYNC110 - a file tells nobody
             await asyncio.sleep(0.01)
 
     def lose(step: int) -> None:
