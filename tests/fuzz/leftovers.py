@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import random
 import shutil
@@ -165,6 +166,8 @@ def gone_on_with(run: Path, config: RunConfig, resume: str) -> Refused | None:
         mock.patch.object(type(trainer.inputs), "events", return_value=[]),
         mock.patch.object(type(trainer.inputs), "told", return_value=[]),
         mock.patch("os.fsync"),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
     ):
         try:
             trainer.train(resume)
