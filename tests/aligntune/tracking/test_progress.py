@@ -216,9 +216,10 @@ from aligntune.tracking import progress as of
 now = [0.0]
 p = of.Progress(400, now=lambda: now[0])
 def look():
-    p._live.refresh()
-    sys.stderr.write("?"); sys.stderr.flush()
-    sys.stdin.readline()
+    with p._live._lock:  # nothing is drawn while it is looked at
+        p._live.refresh()
+        sys.stderr.write("?"); sys.stderr.flush()
+        sys.stdin.readline()
 now[0] = 12; p.stage("Ray runs on this machine")
 p.starting({{"rollout": "vLLM is loading", "policy": "the model is loading", "reward": ""}})
 now[0] = 31; p.ready("reward")
@@ -257,26 +258,30 @@ def on_a_terminal(columns: int, looks: int) -> list[list[str]]:
     seen: list[list[str]] = []
     deadline = time.monotonic() + 60
 
-    def drain() -> bool:
-        """Take what the terminal was sent; False at its end."""
-        while select.select([ours], [], [], 0)[0]:
+    def take(seconds: float, *others: int) -> list[int]:
+        """Take what the terminal is sent for so long, or until one of `others` has something too;
+        those that have. Always read, for a terminal that is full holds its writer up."""
+        ready, _, _ = select.select([ours, *others], [], [], seconds)
+        if ours in ready:
             try:
-                sent = os.read(ours, 65536)
+                stream.feed(os.read(ours, 65536))
             except OSError:  # Linux's word for the other side's end
-                return False
-            stream.feed(sent)
-        return True
+                return [ours]
+        return [one for one in ready if one != ours]
 
     with run:
+        mark = run.stderr.fileno()
         for _ in range(looks):
-            assert run.stderr.read(1) == b"?", run.stderr.read()
-            drain()
+            while not take(1, mark):
+                assert time.monotonic() < deadline
+            assert os.read(mark, 1) == b"?", run.stderr.read()
+            while select.select([ours], [], [], 0)[0]:
+                take(0)
             seen.append([text.rstrip() for text in screen.display if text.strip()])
             run.stdin.write(b"\n")
             run.stdin.flush()
-        while drain():
+        while take(1) != [ours]:
             assert time.monotonic() < deadline
-            select.select([ours], [], [], 1)
     os.close(ours)
     assert run.returncode == 0
     return [*seen, [text.rstrip() for text in screen.display if text.strip()]]
