@@ -1,10 +1,21 @@
-"""Files that ranks write: what a disk does not take is an OSError, whichever library wrote."""
+"""Files that ranks write: made in memory, written beside their work.
+
+What a disk does not take is an OSError, whichever library wrote.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+Files = Mapping[str, bytes | memoryview]
+"""Content by name, relative to a folder."""
+
+DISK = "disk"
+DISK_GROUP = {DISK: 1}
+"""A thread of an actor that writes while it works."""
 
 SIGNS = ("pytorchstreamwriter", "unexpected pos", "file write failed", "no space left", "i/o error")
 """In the RuntimeErrors of torch and the errors of safetensors, which have no class for it."""
@@ -22,3 +33,24 @@ def writing(folder: str | Path) -> Iterator[None]:
         if type(error).__name__ != "SafetensorError" and not any(s in text.lower() for s in SIGNS):
             raise
         raise OSError(f"{folder}: {text[:200]}") from error
+
+
+def write_files(folder: Path, files: Files) -> None:
+    """Write `files` below `folder`; they are on the disk when this returns. Other ranks may write
+    theirs there meanwhile. Raises OSError."""
+    with writing(folder):
+        places = {folder}
+        for name, content in files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            places.add(path.parent)
+            with path.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for place in places:
+            descriptor = os.open(place, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

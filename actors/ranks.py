@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from actors.disk import writing
+from actors.disk import Files, write_files, writing
 from actors.fetching import ArraysLost, Fetched, fetch_or_lost, of_several_rows
 from actors.figures import Tally, count, describe, join, over_steps, total
 from actors.liveness import Alive
@@ -71,6 +71,7 @@ class TrainedRank(Alive):
         self._total_steps = total_steps
         self._seed = seed
         self._strategy: Strategy
+        self._files: Files = {}  # that are to be written
 
     def _load(self) -> TrainedModel:
         """The model as it starts, checked, on CPU."""
@@ -188,21 +189,37 @@ class TrainedRank(Alive):
             metrics[f"{role}/early_stopped"] = float(stopped)
         return UpdateResult(metrics=metrics, seconds=time.perf_counter() - began)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the complete training state, each rank its part; all ranks together.
+    def snapshot(self) -> int:
+        """Copy the complete training state to the host's memory, for `write`; all ranks together.
 
-        `torch` writes rank-0.pt. `deepspeed` and `fsdp` write layout.json and rng-rank-*.pt, and
-        DeepSpeed's own files or a safetensors file a rank. Everything is on disk when this
-        returns; making `folder` appear at once is the caller's.
+        Takes as many bytes, which it returns, as the files of this rank. `torch` has rank-0.pt;
+        `deepspeed` and `fsdp` have layout.json and rng-rank-*.pt, and DeepSpeed's own files or a
+        safetensors file a rank.
+        """
+        self._files = self._strategy.snapshot()
+        return sum(len(content) for content in self._files.values())
+
+    def write(self, folder: str | Path) -> None:
+        """Write what `snapshot` kept, and forget it; runs beside whatever the ranks do meanwhile,
+        in a thread of the actor's group `DISK`.
+
+        All is on disk when this returns; making `folder` appear at once is the caller's.
 
         Raises:
-            OSError: the disk does not take it; the ranks go on as they were.
+            OSError: the disk does not take it. The other ranks do not know.
         """
-        with writing(folder):
-            self._strategy.save(Path(folder))
+        files, self._files = self._files, {}
+        if not files:  # these are not the ranks that made it
+            raise OSError(f"{folder}: rank {self._rank} keeps no snapshot")
+        write_files(Path(folder), files)
+
+    def save(self, folder: str | Path) -> None:
+        """`snapshot` and `write`; all ranks together."""
+        self.snapshot()
+        self.write(folder)
 
     def load(self, folder: str | Path) -> None:
-        """Take back what `save` wrote; all ranks together.
+        """Take back what was written; all ranks together.
 
         Raises:
             ValueError: it was written with another strategy or stage, or with a number of ranks

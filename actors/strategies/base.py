@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from actors.disk import Files
 from actors.models.wrapped import TrainedModel
 from actors.specs import ModelSpec, RankSpec
 from actors.strategies.state import NamedTensors
@@ -63,11 +64,15 @@ class Strategy(Protocol):
     def adapter_state(self) -> NamedTensors:
         """Whole LoRA weights under PEFT's names; nothing without LoRA."""
 
-    def save(self, folder: Path) -> None:
-        """Write weights, optimiser and RNG state into `folder`, on disk when this returns."""
+    def snapshot(self) -> Files:
+        """This rank's files of weights, optimiser and RNG state, in memory.
+
+        A copy: they are written while weights go on, without any other rank. Touches no disk.
+        """
 
     def load(self, folder: Path) -> None:
-        """Take back what `save` wrote, so that the next update is the one that would have been.
+        """Take back what every rank's `snapshot` made, so that the next update is the one that
+        would have been.
 
         Raises:
             ValueError: the state is of another strategy, or of ranks it cannot be taken from.

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from actors.disk import Files
 from actors.models.wrapped import TrainedModel
 from actors.specs import ModelSpec, RankSpec
 from actors.strategies.base import NonFiniteGradient
@@ -27,7 +27,7 @@ from actors.strategies.specs import DeepSpeedSpec
 from actors.strategies.state import (
     NamedTensors,
     adapter_state,
-    flush,
+    as_file,
     in_place,
     merged_state,
     rng_state,
@@ -37,6 +37,7 @@ from actors.strategies.state import (
 # Weights with fewer elements are kept whole on every rank under ZeRO-3: gathering them costs more.
 WHOLE_BELOW = 100_000
 TAG = "deepspeed"
+NOWHERE = "/nowhere"  # the folder that DeepSpeed takes itself to write to
 
 
 class DeepSpeedStrategy:
@@ -139,20 +140,23 @@ class DeepSpeedStrategy:
         with self._api.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
 
-    def save(self, folder: Path) -> None:
-        """Write DeepSpeed's own files, one set a rank, and the rank's RNG state."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-        torch.save(rng_state(self.device), folder / f"rng-rank-{self.rank}.pt")
+    def snapshot(self) -> Files:
+        """DeepSpeed's own files, one set a rank, and the rank's RNG state."""
+        files: dict[str, memoryview | bytes] = {}
+
+        def keep(state_dict: Any, path: str) -> None:
+            files[path.removeprefix(f"{NOWHERE}/")] = as_file(state_dict)
+
+        engine = self._engine.checkpoint_engine
+        engine.save, engine.makedirs = keep, lambda path, exist_ok=False: None
+        self._engine.save_checkpoint(NOWHERE, tag=TAG, save_latest=False)
+        files[f"rng-rank-{self.rank}.pt"] = as_file(rng_state(self.device))
         if self.rank == 0:
-            (folder / "layout.json").write_text(json.dumps(self._layout()))
-        dist.barrier()
-        if self.rank == 0:
-            flush(folder)
-        dist.barrier()
+            files["layout.json"] = json.dumps(self._layout()).encode()
+        return files
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote with the same stage and number of ranks."""
+        """Read what `snapshot` made with the same stage and number of ranks."""
         path = folder / "layout.json"
         layout = json.loads(path.read_text()) if path.is_file() else None
         if layout != self._layout():

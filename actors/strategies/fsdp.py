@@ -8,10 +8,13 @@ torch's distributed ones, as safetensors: they load on another number of ranks.
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
@@ -27,6 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from actors.disk import Files
 from actors.models.wrapped import TrainedModel
 from actors.specs import ModelSpec, RankSpec
 from actors.strategies.base import NonFiniteGradient
@@ -35,7 +40,7 @@ from actors.strategies.process_group import join, leave, of_every_rank, own_devi
 from actors.strategies.state import (
     NamedTensors,
     adapter_state,
-    flush,
+    as_file,
     merged_state,
     rng_state,
     set_rng_state,
@@ -135,24 +140,21 @@ class FSDPStrategy:
         """LoRA weights, gathered."""
         return adapter_state(self.model, _whole)
 
-    def save(self, folder: Path) -> None:
-        """Write safetensors, one file a rank, with the ranks' RNG states beside them."""
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(
-            self._state(),
-            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
-        )
-        torch.save(rng_state(self.device), folder / f"rng-rank-{self.rank}.pt")
+    def snapshot(self) -> Files:
+        """Safetensors, one file a rank, with the ranks' RNG states beside them."""
+        writer = HuggingFaceStorageWriter("", save_distributed=True)
+        memory = writer.fs = _Memory()
+        writer.sync_files = False
+        checkpoint.save(self._state(), storage_writer=writer)
+        files = {name: buffer.getbuffer() for name, buffer in memory.files.items()}
+        files[f"rng-rank-{self.rank}.pt"] = as_file(rng_state(self.device))
         if self.rank == 0:
             layout = {"strategy": "fsdp", "ranks": self.world, "optimiser_steps": self._steps()}
-            (folder / "layout.json").write_text(json.dumps(layout))
-        dist.barrier()
-        if self.rank == 0:
-            flush(folder)
-        dist.barrier()
+            files["layout.json"] = memoryview(json.dumps(layout).encode())
+        return files
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, on any number of ranks.
+        """Read what `snapshot` made, on any number of ranks.
 
         A rank that was not there draws (LoRA's dropout) as in a new run.
         """
@@ -197,6 +199,21 @@ class FSDPStrategy:
     def close(self) -> None:
         """Leave the process group."""
         leave()
+
+
+class _Memory(FileSystem):
+    """The files that torch writes of a checkpoint, in memory, by name."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, io.BytesIO] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.BytesIO]:
+        """A file."""
+        yield self.files.setdefault(Path(path).name, io.BytesIO())
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        """There are no folders."""
 
 
 def _layers(model: TrainedModel) -> list[nn.Module]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from actors.disk import Files
 from actors.models.wrapped import TrainedModel
 from actors.specs import ModelSpec, RankSpec
 from actors.strategies.base import NonFiniteGradient
@@ -19,7 +20,7 @@ from actors.strategies.optimizer import make_optimizer
 from actors.strategies.state import (
     NamedTensors,
     adapter_state,
-    flush,
+    as_file,
     in_place,
     merged_state,
     rng_state,
@@ -91,17 +92,15 @@ class TorchStrategy:
         """LoRA weights."""
         return adapter_state(self.model, in_place)
 
-    def save(self, folder: Path) -> None:
-        """Write `rank-0.pt`."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def snapshot(self) -> Files:
+        """`rank-0.pt`."""
         state = {
             "strategy": "torch",
             "model": {n: p for n, p in self.model.named_parameters() if p.requires_grad},
             "optimizer": self._optimizer.state_dict(),
             "rng": rng_state(self.device),
         }
-        torch.save(state, folder / "rank-0.pt")
-        flush(folder)
+        return {"rank-0.pt": as_file(state)}
 
     def load(self, folder: Path) -> None:
         """Read `rank-0.pt`."""

@@ -118,7 +118,6 @@ class TrainSpec(Spec):
 class CheckpointSpec(Spec):
     """When the run is saved."""
 
-    every_steps: Positive = Field(50, description="steps between checkpoints")
     keep_last: Positive = Field(3, description="older ones are removed")
     at_end: bool = Field(True, description="one after the last step")
     storage: str | None = Field(
@@ -131,6 +130,14 @@ class CheckpointSpec(Spec):
 class OnlineCheckpointSpec(CheckpointSpec):
     """Those of an online run, which copies them itself."""
 
+    every_steps: Positive | None = Field(
+        50, description="steps between checkpoints; null: by every_minutes alone"
+    )
+    every_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="after so many minutes the end of a step makes one too; default: none",
+    )
     copy_timeout_s: float = Field(
         1800.0, gt=0, description="longest wait for the storage to take, or give, a checkpoint"
     )

@@ -232,6 +232,7 @@ class PreferenceEvalSpec(Spec):
 class PreferenceCheckpointSpec(CheckpointSpec):
     """When and where the job is saved."""
 
+    every_steps: Positive = Field(50, description="steps between checkpoints")
     storage: str | None = Field(
         None, description="a folder all nodes see, or an fsspec URI; default: output_dir"
     )

@@ -180,8 +180,7 @@ class Controller:
         self._mark(groups, figures)
         rows = sample_rows(self.config, shown, await texts, advantages)
         self._recorder.samples(self.state.version, rows)
-        due = self.state.version % self.config.checkpoint.every_steps == 0
-        if due or self._keeper.owes:
+        if self._keeper.due(self.state.version):
             with spanned("controller", "checkpoint"):
                 await self._keeper.checkpoint(self._boundary, self._evaluated)
 

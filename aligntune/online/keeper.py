@@ -1,14 +1,15 @@
 """Keeps what a run has trained: checkpoints, their copies on storage, the final export.
 
-Invariant: nothing here stops the loop. Ranks write their parts while the step waits; what makes a
-checkpoint of them (forcing files to disk, forgetting old ones) and copies run beside the next step.
+Invariant: no disk stops the loop. Ranks copy their parts to memory while the step waits; writing
+them, what makes a checkpoint of them (checksums, forcing files to disk, forgetting old ones) and
+copies run beside the next steps. One checkpoint is written at a time, and it is complete or absent.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from aligntune.algorithms.base import Algorithm
 from aligntune.config.online import RunConfig
 from aligntune.errors import RunFailed, UserError
-from aligntune.online.learner import Learner
+from aligntune.online.learner import Learner, PolicyLost
 from aligntune.online.ledger import LedgerLog
 from aligntune.online.recorder import OnlineRecorder
 from aligntune.runs.checkpoint import Checkpoint, Checkpoints
@@ -61,9 +62,11 @@ class Keeper:
         self._recorder = recorder
         self._rundir = Path(config.output_dir).absolute()
         self._timeout_s = config.policy.update_timeout_s
+        self._when = config.checkpoint
+        self._began = time.monotonic()  # the last one, or the run
         self.copying = False  # to storage, which has a deadline of its own
         self._committing: asyncio.Task[None] | None = None
-        self._writing: Future[Checkpoint] | None = None  # may go on beyond its deadline
+        self._writing: asyncio.Task[Checkpoint] | None = None  # may go on beyond its deadline
         self._owed: tuple[int, str] | None = None  # step and reason of a failure, until a success
         self._tries = 0  # that failed since the last success
         self._copies: Copies | None = None
@@ -92,15 +95,22 @@ class Keeper:
         """Whether the last try to save failed: the next step's end is another."""
         return self._owed is not None
 
+    def due(self, step: int) -> bool:
+        """Whether the end of `step` makes a checkpoint: by steps, by time, or after a failure."""
+        steps, minutes = self._when.every_steps, self._when.every_minutes
+        by_steps = steps is not None and step % steps == 0
+        by_time = minutes is not None and time.monotonic() - self._began >= 60 * minutes
+        return by_steps or by_time or self.owes
+
     async def checkpoint(self, boundary: Boundary, stands: Stands | None = None) -> None:
-        """Save the step that the ranks have just ended, once; returns when the ranks have written.
+        """Save the step that the ranks have just ended, once; returns when it is in their memory.
 
         It is complete when `stands`, asked beside the loop, says that it may; else it is given up.
         A disk that does not take it is an event, and `owes` is set. Raises RunFailed when that has
         happened `MOST_TRIES` times without a success.
         """
         await self._committed()
-        step = boundary.step
+        step, self._began = boundary.step, time.monotonic()
         if self._writing is not None and not self._writing.done():
             self._not_saved(step, "the disk has not taken the one before yet")
             return
@@ -109,18 +119,19 @@ class Keeper:
             if staging is None:
                 self._owed, self._tries = None, 0
                 return
-            await self._learner.save(staging)
+            await self._learner.snapshot()
+            self._log.flush()
         except OSError as error:
             await self._abandoned(step, error)
             return
-        self._log.flush()
         state = {
             "step": step,
             "ledger": boundary.ledger,
             "algorithm": boundary.algorithm.model_dump(mode="json"),
             "prompts": self._fingerprint,
         }
-        self._committing = asyncio.create_task(self._commit(state, stands), name="commit")
+        commit = self._commit(state, staging, stands)
+        self._committing = asyncio.create_task(commit, name="commit")
 
     async def last(self, boundary: Boundary, stands: Stands | None = None) -> None:
         """Save the end of a run, and see it on disk. Raises RunFailed where it cannot be."""
@@ -136,34 +147,49 @@ class Keeper:
         """A folder for the ranks to write into, or None where the checkpoint is there already."""
         return None if self._checkpoints.exists(step) else self._checkpoints.begin(step)
 
-    async def _commit(self, state: dict[str, Any], stands: Stands | None) -> None:
-        """Figures and moves of the steps before are on disk when the checkpoint is."""
-        if stands is not None and not await stands(state["step"]):
-            await asyncio.wrap_future(asked(lambda: self._checkpoints.abandon(state["step"])))
+    async def _commit(self, state: dict[str, Any], staging: Path, stands: Stands | None) -> None:
+        """Make a checkpoint of what the ranks keep, up to the deadline."""
+        step, wanted = state["step"], [True]
+        if stands is not None and not await stands(step):
+            await asyncio.wrap_future(asked(lambda: self._checkpoints.abandon(step)))
             return
-        needed = set() if self._copies is None else self._copies.needed
-
-        def commit() -> Checkpoint:
-            self._recorder.wait()
-            self._log.to_disk()
-            return self._checkpoints.commit(state["step"], state, needed)
-
-        self._writing = asked(commit)
-        try:
-            checkpoint = await asyncio.wait_for(asyncio.wrap_future(self._writing), self._timeout_s)
-        except TimeoutError:
+        self._writing = asyncio.create_task(self._written(state, staging, wanted), name="write")
+        await asyncio.wait((self._writing,), timeout=self._timeout_s)
+        if not self._writing.done():
+            wanted.clear()
             limit = f"policy.update_timeout_s={self._timeout_s:g} s"
-            self._not_saved(state["step"], f"not on the disk within {limit}")
+            self._writing.add_done_callback(lambda late: late.cancelled() or late.exception())
+            self._not_saved(step, f"not on the disk within {limit}")
             return
-        except OSError as error:
-            await self._abandoned(state["step"], error)
+        try:
+            checkpoint = self._writing.result()
+        except (OSError, PolicyLost) as error:
+            await self._abandoned(step, error)
             return
         self._owed, self._tries = None, 0
         self._recorder.event(EventKind.CHECKPOINT_SAVED, step=checkpoint.step)
         if self._copies is not None:
             self._copies.offer(checkpoint.path)
 
-    async def _abandoned(self, step: int, error: OSError) -> None:
+    async def _written(
+        self, state: dict[str, Any], staging: Path, wanted: Sequence[bool]
+    ) -> Checkpoint:
+        """Figures and moves of the steps before are on disk when the checkpoint is. One that is not
+        `wanted` any more is dropped: the run may have gone back before it."""
+        needed = set() if self._copies is None else self._copies.needed
+
+        def commit() -> Checkpoint:
+            self._recorder.wait()
+            self._log.to_disk()
+            if not wanted:
+                self._checkpoints.abandon(state["step"])
+                raise OSError("too late")
+            return self._checkpoints.commit(state["step"], state, needed)
+
+        await self._learner.write(staging)
+        return await asyncio.wrap_future(asked(commit))
+
+    async def _abandoned(self, step: int, error: Exception) -> None:
         """Give the room of a checkpoint that failed back; the one before stays as it is."""
         await asyncio.wrap_future(asked(lambda: self._checkpoints.abandon(step)))
         self._not_saved(step, " ".join(str(error).split()) or type(error).__name__)

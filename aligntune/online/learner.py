@@ -176,11 +176,19 @@ class Learner:
         await sizes
         return objects[0][0]
 
-    async def save(self, directory: Path) -> None:
-        """Write every rank's part of a checkpoint."""
-        await asyncio.gather(
-            *(ranks.all("save", str(directory / name)) for name, ranks in self._parts.items())
-        )
+    async def snapshot(self) -> None:
+        """Have every rank copy its part of a checkpoint to its host's memory."""
+        await asyncio.gather(*(ranks.all("snapshot") for ranks in self._parts.values()))
+
+    async def write(self, directory: Path) -> None:
+        """Write the last snapshot, beside whatever is asked of the ranks; see `Ranks.write`.
+
+        Returns, or raises, when nobody writes any more.
+        """
+        parts = [ranks.write(str(directory / name)) for name, ranks in self._parts.items()]
+        for error in await asyncio.gather(*parts, return_exceptions=True):
+            if error is not None:
+                raise error
 
     async def load(self, directory: Path) -> None:
         """Take a checkpoint's state."""

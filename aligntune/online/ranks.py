@@ -13,10 +13,13 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from actors.disk import DISK
 from actors.liveness import USUAL, Patience, listen
 from actors.specs import RankSpec
 from actors.supervise import ObjectsLost, ReplicaLost, answer
 from actors.together import together
+
+FOR_EVER_S = 10.0**7  # the deadline of a write is its caller's
 
 
 class PolicyLost(RuntimeError):
@@ -88,6 +91,27 @@ class Ranks:
         own code raised."""
         refs = self._call(method, args)
         return await self._answers(method, refs, self.spec.update_timeout_s)
+
+    async def write(self, folder: str) -> None:
+        """Have every rank write its last snapshot beside what it does; returns when all have ended.
+
+        Raises PolicyLost where a rank is lost meanwhile, else the first error of their own: an
+        OSError where one disk did not take it.
+        """
+        handles = self.handles
+        if self.lost is not None or not handles:
+            raise PolicyLost(self.lost or f"the {self.spec.role} ranks are not running")
+        refs = {
+            n: h.write.options(concurrency_group=DISK).remote(folder) for n, h in handles.items()
+        }
+        waits = [answer(ref, name, "write", FOR_EVER_S) for name, ref in refs.items()]
+        found = await asyncio.gather(*waits, return_exceptions=True)
+        errors = [error for error in found if isinstance(error, BaseException)]
+        for error in errors:
+            if isinstance(error, ReplicaLost):
+                raise PolicyLost(str(error)) from error
+        if errors:
+            raise errors[0]
 
     def begin(
         self, method: str, args: Sequence[tuple[Any, ...]], objects: Sequence[int]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import ray
 from ray.actor import ActorHandle
 
+from actors.disk import DISK_GROUP
 from actors.environments.specs import EpisodeCode
 from actors.liveness import HEALTH_GROUP
 from actors.reward import Criterion
@@ -50,7 +51,8 @@ class Roles:
                 options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
             if role.concurrent:
                 options["max_concurrency"] = role.slots(config) * role.calls(config) + SPARE_CALLS
-            remote = ray.remote(max_restarts=0, concurrency_groups=HEALTH_GROUP, **options)
+            groups = HEALTH_GROUP | DISK_GROUP
+            remote = ray.remote(max_restarts=0, concurrency_groups=groups, **options)
             made = remote(getattr(importlib.import_module(module), cls))
             return made.remote(*role.arguments(start))
 

@@ -92,6 +92,7 @@ class Learner(FakeLearner):
     """Ranks whose weights say what they were trained on."""
 
     weights = "as they start"
+    kept = ""
 
     async def start(self) -> list[tuple[str, dict[str, Any]]]:
         self.weights = Learner.weights
@@ -105,9 +106,13 @@ class Learner(FakeLearner):
         self.weights = hashlib.sha256(seen.encode()).hexdigest()
         return UpdateResult({"loss/policy": int(self.weights[:12], 16) / 2**48}, result.seconds)
 
-    async def save(self, folder: Path) -> None:
-        await super().save(folder)
-        (folder / "policy" / "rank-0.pt").write_text(self.weights)
+    async def snapshot(self) -> None:
+        await super().snapshot()
+        self.kept = self.weights
+
+    async def write(self, folder: Path) -> None:
+        await super().write(folder)
+        (folder / "policy" / "rank-0.pt").write_text(self.kept)
 
     async def load(self, folder: Path) -> None:
         await super().load(folder)

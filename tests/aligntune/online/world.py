@@ -212,9 +212,12 @@ class FakeLearner:
         await self._world.happens("export", version)
         return f"weights {version}"
 
-    async def save(self, folder: Path) -> None:
+    async def snapshot(self) -> None:
         self._check()
         await self._world.happens("save")
+
+    async def write(self, folder: Path) -> None:
+        await self._world.happens("write")
         (folder / "policy" / "weights").write_text("x")
 
     async def load(self, _: Path) -> None:
