@@ -147,6 +147,7 @@ class Rank(Worker):
         self._meeting = meeting
         self._staleness = staleness
         self.learned: Learned = {}
+        self.kept: Learned = {}  # a snapshot
 
     async def address(self) -> tuple[str, int]:
         """Where the ranks meet."""
@@ -202,10 +203,15 @@ class Rank(Worker):
         check(version == len(self.learned), f"version {version} is {sorted(self.learned)}")
         return 1, (version, self.learned)
 
-    async def save(self, folder: str) -> None:
-        """Write what it has learned."""
+    async def snapshot(self) -> int:
+        """Keep what it has learned."""
+        self.kept = dict(self.learned)
+        return 1
+
+    async def write(self, folder: str) -> None:
+        """Write what it keeps."""
         os.makedirs(folder, exist_ok=True)
-        (Path(folder) / self.name).write_text(json.dumps(self.learned), encoding="utf-8")
+        (Path(folder) / self.name).write_text(json.dumps(self.kept), encoding="utf-8")
 
     async def load(self, folder: str) -> None:
         """Take what was written."""
@@ -214,4 +220,5 @@ class Rank(Worker):
 
     async def save_model(self, folder: str) -> None:
         """The trained model is what it has learned."""
-        await self.save(folder)
+        await self.snapshot()
+        await self.write(folder)

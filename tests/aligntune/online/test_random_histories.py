@@ -20,7 +20,7 @@ FOUND = {
         | {"save_every": 2, "ranks": 2},
         faults=(
             Fault(process=2, place="policy.update", number=3, kind="stop"),
-            Fault(process=None, place="policy.save", number=3, kind="stop"),
+            Fault(process=None, place="policy.snapshot", number=3, kind="stop"),
             Fault(process=0, place="policy.export_weights", number=0, kind="kill"),
         ),
     ),
