@@ -14,6 +14,7 @@ from tests.bench import report
 BENCHES = {
     "control": "driver CPU time a group, over roles that answer at once",
     "fan_out": "driver CPU a group over bare Ray calls, and with 1 to 64 replicas",
+    "ledger": "audit and restore of the books of a million groups",
     "memory": "what an update keeps beside weights and activations, vocabulary 152,064",
     "overlap_sim": "a step over the best possible under the staleness bound; virtual time",
     "packing": "padding, balance and time in step of a step's rows; exact",

@@ -70,7 +70,7 @@ class Method:
         self._name = name
         self._returns = returns
 
-    def options(self, num_returns: int = 1) -> Method:
+    def options(self, num_returns: int = 1, concurrency_group: str | None = None) -> Method:
         """As Ray's."""
         return Method(self._hand, self._name, num_returns)
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import shutil
+import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from aligntune.errors import RunFailed
+from aligntune.errors import Interrupted, RunFailed
 from aligntune.online import keeper
+from aligntune.online.ledger import audit
 from aligntune.runs import checkpoint as checkpoint_module
+from aligntune.runs import writer
 from aligntune.runs.checkpoint import Checkpoint, Checkpoints
 from aligntune.runs.jsonl import read_lines
 from aligntune.tracking.trackers import SERVICES
@@ -47,6 +54,152 @@ def test_a_checkpoint_comes_to_disk_beside_the_next_step_and_before_the_one_afte
     assert kept == {"latest", "step-000002", "step-000003"}
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - what comes true sets no event
+            await asyncio.sleep(0.01)
+
+
+def test_ranks_write_beside_the_next_update_and_nothing_counts_before_all_is_written(
+    world: World,
+) -> None:
+    updated = asyncio.Event()
+    seen: list[str] = []
+
+    async def write(folder: Path) -> None:
+        if folder.name == "step-000001.partial":
+            await asyncio.wait_for(updated.wait(), 30)
+            seen.extend(path.name for path in (world.folder / "checkpoints").iterdir())
+
+    def update(step: int) -> None:
+        if step == 2:
+            updated.set()
+
+    world.during = {"write": write, "update": update}
+    world.run()
+    assert seen == ["step-000001.partial"]
+    assert [e["step"] for e in world.events("checkpoint_saved")] == [1, 2, 3]
+
+
+def test_a_stop_waits_for_the_checkpoint_that_is_being_written(world: World) -> None:
+    stopped = asyncio.Event()
+
+    async def write(folder: Path) -> None:
+        await asyncio.wait_for(stopped.wait(), 30)
+
+    def update(step: int) -> None:
+        if step == 2:
+            world.stop()
+            asyncio.get_running_loop().call_later(0.05, stopped.set)
+
+    world.during = {"write": write, "update": update}
+    with pytest.raises(Interrupted):
+        world.run()
+    assert [e["step"] for e in world.events("checkpoint_saved")] == [1, 2]
+
+
+def test_a_write_that_ends_after_its_deadline_makes_no_checkpoint(world: World) -> None:
+    """The run may have gone back before its step meanwhile."""
+    late = asyncio.Event()
+
+    async def write(folder: Path) -> None:
+        if folder.name == "step-000001.partial":
+            await late.wait()
+
+    async def update(step: int) -> None:
+        if step == 2:
+            await until(lambda: bool(world.events("checkpoint_failed")))
+            late.set()
+
+    world.configure(policy={"update_timeout_s": 0.2})
+    world.during = {"write": write, "update": update}
+    world.run()
+    assert world.events("checkpoint_failed")[0]["step"] == 1
+    assert 1 not in [e["step"] for e in world.events("checkpoint_saved")]
+    kept = {path.name for path in (world.folder / "checkpoints").iterdir()}
+    assert "step-000001" not in kept
+    assert "step-000003" in kept
+    assert not [name for name in kept if name.endswith(".partial")]
+
+
+def test_checkpoints_are_made_by_time_where_they_are_not_by_steps(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(keeper, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def update(step: int) -> None:
+        now[0] += 31.0
+
+    world.configure(checkpoint={"every_steps": None, "every_minutes": 1.0, "at_end": False})
+    world.during = {"update": update}
+    world.run()
+    assert [e["step"] for e in world.events("checkpoint_saved")] == [2]
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("only root mounts a file system")
+    options = ["-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    made = subprocess.run(["mount", *options], capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def fill(place: Path) -> None:
+    """Take all the room that is left."""
+    with (place / "filler").open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"x" * 1024)
+
+
+@pytest.mark.parametrize("freed", [True, False])
+def test_a_run_survives_a_disk_without_a_byte_of_room(
+    world: World, full_disk: Path, no_pause: None, monkeypatch: pytest.MonkeyPatch, freed: bool
+) -> None:
+    """Full from the second step on. Room is made in the third, or after the process has ended."""
+    world.run()
+    expected = (world.rows(), world.trained(), world.evaluated())
+    world.folder = full_disk / "run"
+    world.folder.mkdir()
+    world.configure()
+    monkeypatch.setattr(writer, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(writer, "SECONDS", 30.0 if freed else 1.0)
+
+    async def update(step: int) -> None:
+        if step == 2:
+            await until((world.folder / "checkpoints" / "step-000001").exists)
+            fill(full_disk)
+        if step == 3 and freed:
+            controller = world.controller
+            await until(lambda: controller is not None and controller._keeper.owes)
+            (full_disk / "filler").unlink()
+
+    world.during = {"update": update}
+    if freed:
+        world.run()
+        (failed,) = world.events("checkpoint_failed")
+        assert failed["step"] == 2
+        assert "No space left" in failed["reason"]
+        assert [e["step"] for e in world.events("checkpoint_saved")] == [1, 3]
+    else:
+        with pytest.raises((RunFailed, OSError), match="No space left") as error:
+            world.run()
+        assert "\n" not in str(error.value)
+        (full_disk / "filler").unlink()
+        world.during = {}
+        world.run()
+    assert (world.rows(), world.trained(), world.evaluated()) == expected
+    assert audit(world.folder / "ledger.jsonl").balanced
+    assert not list(world.folder.rglob("*.partial"))
+
+
 @pytest.fixture
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper, "PAUSES", (0.0, 0.0, 0.0))
@@ -67,7 +220,7 @@ def test_a_checkpoint_that_does_not_come_to_disk_ends_the_run_with_the_reason(
     assert list((world.folder / "checkpoints").iterdir()) == [], "the room was given back"
 
 
-@pytest.mark.parametrize("where", ["begin", "save", "commit", "the name of the newest"])
+@pytest.mark.parametrize("where", ["begin", "save", "write", "commit", "the name of the newest"])
 def test_a_disk_that_is_full_for_a_while_costs_a_try_and_the_last_good_one_stays(
     world: World, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +244,10 @@ def test_a_disk_that_is_full_for_a_while_costs_a_try_and_the_last_good_one_stays
         if where == "save" and world.controller.state.version in broken:
             raise OSError(30, "Read-only file system")
 
+    def write_of_ranks(folder: Path) -> None:
+        if where == "write" and folder.name == "step-000002.partial":
+            raise OSError(28, "No space left on device")
+
     def write(path: Path, text: str) -> None:
         if where == "the name of the newest" and text == "step-000002\n":
             raise OSError(28, "No space left on device")
@@ -98,7 +255,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_try_and_the_last_good_one_stays
 
     real = checkpoint_module.write_atomically
     monkeypatch.setattr(checkpoint_module, "write_atomically", write)
-    world.during["save"] = save
+    world.during |= {"save": save, "write": write_of_ranks}
     world.checkpoints = Full
     world.run()
     (failed,) = world.events("checkpoint_failed")

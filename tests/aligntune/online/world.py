@@ -217,7 +217,7 @@ class FakeLearner:
         await self._world.happens("save")
 
     async def write(self, folder: Path) -> None:
-        await self._world.happens("write")
+        await self._world.happens("write", folder)
         (folder / "policy" / "weights").write_text("x")
 
     async def load(self, _: Path) -> None:

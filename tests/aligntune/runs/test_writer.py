@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 
 import pytest
@@ -40,6 +41,32 @@ def test_a_job_that_fails_is_heard_of_by_the_next_one_and_at_the_end() -> None:
         writer.do(lambda: None)
     with pytest.raises(RunFailed, match=reason):
         writer.close()
+
+
+def test_a_job_without_room_is_tried_again_and_those_after_it_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.0)
+    done: list[str] = []
+    left = [OSError(errno.ENOSPC, "No space left on device")] * 3
+
+    def full() -> None:
+        if left:
+            raise left.pop()
+        done.append("first")
+
+    writer = Writer("the files of run x")
+    writer.do(full)
+    writer.do(lambda: done.append("second"))
+    writer.wait()
+    assert done == ["first", "second"]
+    monkeypatch.setattr(module, "SECONDS", 0.2)
+    left += [OSError(errno.ENOSPC, "No space left on device")] * 10**6
+    writer.do(full)
+    writer.do(lambda: done.append("third"))
+    with pytest.raises(RunFailed, match=r"the files of run x: OSError: .*No space left"):
+        writer.close()
+    assert done == ["first", "second"], "nothing is done after what was not"
 
 
 def test_a_disk_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
