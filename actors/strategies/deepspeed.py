@@ -149,6 +149,7 @@ class DeepSpeedStrategy:
 
         engine = self._engine.checkpoint_engine
         engine.save, engine.makedirs = keep, lambda path, exist_ok=False: None
+        self._engine._copy_recovery_script = lambda path: None  # a program; `load` needs none
         self._engine.save_checkpoint(NOWHERE, tag=TAG, save_latest=False)
         files[f"rng-rank-{self.rank}.pt"] = as_file(rng_state(self.device))
         if self.rank == 0:

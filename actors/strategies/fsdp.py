@@ -201,16 +201,23 @@ class FSDPStrategy:
         leave()
 
 
+class _Kept(io.BytesIO):
+    """A file in memory, which is there after it was closed."""
+
+    def close(self) -> None:
+        """It stays."""
+
+
 class _Memory(FileSystem):
     """The files that torch writes of a checkpoint, in memory, by name."""
 
     def __init__(self) -> None:
-        self.files: dict[str, io.BytesIO] = {}
+        self.files: dict[str, _Kept] = {}
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.BytesIO]:
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[_Kept]:
         """A file."""
-        yield self.files.setdefault(Path(path).name, io.BytesIO())
+        yield self.files.setdefault(Path(path).name, _Kept())
 
     def mkdir(self, path: str | os.PathLike[str]) -> None:
         """There are no folders."""
