@@ -30,6 +30,12 @@ def names() -> list[str]:
     return [*_OURS, *sorted(_installed())]
 
 
+def name_of_ours(algorithm: type[Algorithm]) -> str | None:
+    """The name of an algorithm of ours; None for others. Looks through no installed packages, which
+    takes longer than a step's books."""
+    return next((name for name, ours in _OURS.items() if ours is algorithm), None)
+
+
 def get(name: str) -> type[Algorithm]:
     """The algorithm of that name, alias, or `module:Class` path.
 

@@ -59,6 +59,8 @@ def _parse_algorithm(value: Any) -> Any:
 
 def name_of(algorithm: type[Algorithm]) -> str:
     """The name an algorithm is registered under, or its `module:Class` path."""
+    if (ours := registry.name_of_ours(algorithm)) is not None:
+        return ours
     for name in registry.names():
         if registry.get(name) is algorithm:
             return name
