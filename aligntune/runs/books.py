@@ -7,6 +7,7 @@ groups and checkpoints, and not with groups that have ended.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -190,6 +191,8 @@ class _Reader:
 def replay(path: Path) -> Replay:
     """Follow a log as far as it can be believed. Raises OSError where it cannot be read."""
     reader, wrong = _Reader(), None
+    collects = gc.isenabled()
+    gc.disable()  # records make no cycles, and to look for some takes a fifth of the time
     try:
         with path.open("rb") as file:
             while lines := file.readlines(CHUNK):
@@ -210,6 +213,9 @@ def replay(path: Path) -> Replay:
             f"{path}:{reader.seq + 1}: no record of a ledger ({type(e).__name__}: "
             f"{' '.join(str(e).split())[:80]}); the file is damaged: restore it from a copy"
         )
+    finally:
+        if collects:
+            gc.enable()
     return Replay(reader.books, frozenset(reader.marks), reader.size, wrong)
 
 
