@@ -19,6 +19,7 @@ import typer
 from aligntune.commands import (
     audit_cli,
     cluster_cli,
+    data_cli,
     evaluate_cli,
     jobs_cli,
     launch_cli,
@@ -37,6 +38,7 @@ TRAIN, LOOK, LISTS, CLUSTERS = "Train", "Look at a run", "What there is", "Machi
 COMMANDS: tuple[tuple[str, Callable[..., Any] | typer.Typer, str], ...] = (
     ("quickstart", train_cli.quickstart, TRAIN),
     ("train", train_cli.train, TRAIN),
+    ("data", data_cli.data, TRAIN),
     ("report", look_cli.report, LOOK),
     ("samples", look_cli.samples, LOOK),
     ("evaluate", evaluate_cli.evaluate, LOOK),

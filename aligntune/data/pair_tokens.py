@@ -33,6 +33,8 @@ class PairTokens:
     columns: dict[str, list[list[int]]]  # TRL's: chosen_ids, rejected_ids and, for DPO, prompt_ids
     dropped: Dropped  # what became of the rows that are not used as they are
     longest: int  # tokens of the longest pair that was read
+    rows: list[int]  # of the data set, of each usable pair
+    lengths: list[int]  # tokens of every pair that was read, of whatever length
 
     def __len__(self) -> int:
         return len(self.columns["chosen_ids"])
@@ -58,10 +60,10 @@ class TokenisedPairs:
             DataError: rows that are wrong or longer, where the rules refuse them or they are more
                 than may be dropped.
         """
-        wrong, kept, cut, lengths = dict(self.wrong), [], 0, self.lengths
+        wrong, kept, cut, lengths = dict(self.wrong), {}, 0, self.lengths
         for row, side in self.sides.items():
             if lengths[row] <= max_length:
-                kept.append(side)
+                kept[row] = side
             elif rules.long_rows in ("drop", "error"):
                 wrong[row] = DataError(
                     f"the pair has {lengths[row]} tokens, and data.max_length is {max_length}",
@@ -70,11 +72,13 @@ class TokenisedPairs:
             elif spoiled := _spoiled_by_a_cut(side, max_length, rules.long_rows):
                 wrong[row] = spoiled
             else:
-                kept.append(side)
+                kept[row] = side
                 cut += 1
         dropped = settle_rows(self.rows, wrong, rules, cut=cut)
-        columns = {name: [side[name] for side in kept] for name in kept[0]}
-        return PairTokens(columns, dropped, max(lengths.values()))
+        names = next(iter(kept.values()))
+        columns = {name: [side[name] for side in kept.values()] for name in names}
+        every = [*lengths.values()]
+        return PairTokens(columns, dropped, max(every), [*kept], every)
 
 
 def tokenise_pairs(

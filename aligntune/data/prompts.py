@@ -11,7 +11,7 @@ import hashlib
 import math
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -79,6 +79,16 @@ class PromptSource:
         """Prompts per epoch."""
         return len(self._kept)
 
+    @property
+    def rows(self) -> Rows:
+        """The data set that the prompts are of."""
+        return self._rows.rows
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of every prompt that was read, of whatever length."""
+        return self._rows.lengths
+
     def prompt_at(self, position: int) -> Prompt:
         """The prompt at `position`, counted from 0 since the beginning of training."""
         if position < 0:
@@ -89,6 +99,10 @@ class PromptSource:
     def column(self, name: str) -> Iterator[tuple[int, Any]]:
         """(row, value) of a column in every row that is used; None where a row lacks it."""
         return ((int(row), self._rows.rows[int(row)].get(name)) for row in self._kept)
+
+    def first(self, count: int) -> list[Prompt]:
+        """The first `count` prompts in the order of the data, or all where they are fewer."""
+        return [self._prompt(int(row)) for row in self._kept[:count]]
 
     def epoch_at(self, position: int) -> int:
         """The epoch, counted from 0, that `position` lies in."""

@@ -175,6 +175,13 @@ def columns_named(criterion: Criterion) -> dict[str, bool]:
     return {name: required for name, required in named.items() if name not in given}
 
 
+def takes_every_column(criterion: RewardCriterion) -> bool:
+    """Whether a function of the user's own takes any column, by `**kwargs`."""
+    if criterion.target in {registered.target for registered in REWARDS.values()}:
+        return False
+    return named_parameters(_function_of(criterion))[1]
+
+
 def check_columns(criterion: Criterion, columns: Collection[str]) -> None:
     """Refuse, before anything starts, a criterion that needs a column the data do not have, or
     data with a column that is named as an argument every reward gets. A reward model needs none.

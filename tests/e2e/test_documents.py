@@ -235,6 +235,11 @@ def test_every_command_is_right(
             assert call(["rewards"]) == 0
             listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
             assert listed == list(REWARDS)
+        case ["aligntune", "data", *arguments]:
+            code = call(["data", *arguments, *LOCAL])
+            shown = capsys.readouterr()
+            assert code == 0, shown.err
+            assert shown.out.startswith("Source: ")
         case ["aligntune", "rewards", "show" | "try", *_]:
             assert call(command[1:]) == 0, capsys.readouterr().err
         case ["aligntune", "evaluate", config]:  # run by the slow tests below
