@@ -18,6 +18,7 @@ from actors.environments.channel import Told
 from actors.environments.child import ENVIRONMENT
 from actors.environments.conversations import Conversation
 from actors.environments.processes import Server, answered
+from actors.environments.rendered import chat_tokens
 from actors.environments.sessions import Session, SessionServer, require_free
 from actors.environments.specs import EpisodeCode
 from actors.environments.tokens import ChatTokens
@@ -63,7 +64,7 @@ class AgentEpisodes:
                 return
             try:
                 setup, search_path = setup_of(self._code, self._limits, self._log)
-                self._tokens = await asyncio.to_thread(ChatTokens.of, self._model, tools=False)
+                self._tokens = await asyncio.to_thread(chat_tokens, self._model, tools=False)
             except ValueError as error:
                 raise EpisodeFailed(str(error)) from error
             processes = Server(setup, search_path, self._log)
@@ -177,7 +178,7 @@ def check_agent(code: EpisodeCode, model: ModelSpec, host: str, port: int | None
     Raises:
         ValueError: what cannot be used, in one line.
     """
-    tokens = ChatTokens.of(model, tools=False)
+    tokens = chat_tokens(model, tools=False)
     setup, search_path = setup_of(code, EpisodeLimits(1, 1, 1, 1, 1.0, 1.0, 1), None)
 
     async def load() -> None:

@@ -12,9 +12,25 @@ from typing import Any
 
 from actors.environments.tokens import ChatTokens, Tools, Turn
 from actors.messages import Messages
+from actors.specs import ModelSpec
 
 _DUMMY = [{"role": "user", "content": "dummy"}]
 _ANSWER = [{"role": "tool", "name": "dummy", "content": "dummy"}]
+
+
+def chat_tokens(model: ModelSpec, tools: bool = True) -> ChatTokens:
+    """Those of the model that `model` names. Raises ValueError as `ChatTokens` does."""
+    from actors.models.loading import load_tokenizer
+
+    tokenizer, name = load_tokenizer(model), f"model {model.name!r}"
+    try:
+        tokens = ChatTokens(tokenizer, name, tools)
+    except ValueError as error:
+        if (rendered := known(tokenizer, str(error))) is None:
+            raise
+        return rendered
+    why = tokens.without
+    return (None if why is None else known(tokenizer, why)) or tokens
 
 
 def known(tokenizer: Any, why: str) -> ChatTokens | None:

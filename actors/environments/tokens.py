@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.messages import Messages
-from actors.specs import ModelSpec
 
 Tools = Sequence[dict[str, Any]]
 
@@ -39,7 +38,7 @@ class ChatTokens:
             ValueError: it cannot carry tools, or it cannot chat; one line says what to do.
         """
         self._tokenizer = tokenizer
-        self._without: str | None = None  # why the model is told of no tools
+        self.without: str | None = None  # why the model is told of no tools
         self.notes: list[str] = []  # what a user should know, a line each
         self._template: str | None = None  # of TRL; None: the tokenizer's own
         if not tokenizer.chat_template:
@@ -52,7 +51,7 @@ class ChatTokens:
         except ValueError as error:
             if tools:
                 raise
-            self._without = str(error)
+            self.without = str(error)
             self.notes = [f"an agent that offers tools will be refused: {error}"]
 
     def _settle(self, name: str) -> None:
@@ -95,22 +94,6 @@ class ChatTokens:
                 f"({error}); give the model a template that only appends"
             ) from error
 
-    @classmethod
-    def of(cls, model: ModelSpec, tools: bool = True) -> ChatTokens:
-        """Those of the model that `model` names. Raises ValueError as `ChatTokens` does."""
-        from actors.environments.rendered import known
-        from actors.models.loading import load_tokenizer
-
-        tokenizer, name = load_tokenizer(model), f"model {model.name!r}"
-        try:
-            tokens = cls(tokenizer, name, tools)
-        except ValueError as error:
-            if (rendered := known(tokenizer, str(error))) is None:
-                raise
-            return rendered
-        why = tokens._without
-        return (None if why is None else known(tokenizer, why)) or tokens
-
     def prompt(self, messages: Messages, tools: Tools) -> list[int]:
         """The ids of a conversation's beginning, up to where the policy's first turn begins.
 
@@ -119,8 +102,8 @@ class ChatTokens:
         """
         from jinja2 import TemplateError
 
-        if tools and self._without is not None:
-            raise ValueError(self._without)
+        if tools and self.without is not None:
+            raise ValueError(self.without)
         try:
             return self._rendered(messages, tools=list(tools) or None, add_generation_prompt=True)
         except (TemplateError, TypeError) as error:
@@ -141,7 +124,7 @@ class ChatTokens:
             "role": "assistant",
             "content": self.text(sampled),
         }
-        if self._without is not None:
+        if self.without is not None:
             return Turn(text)
         try:
             meant = self._tokenizer.parse_response(list(sampled), prefix=list(prompt_ids))

@@ -16,6 +16,7 @@ from actors.environments.base import Episode, EpisodeFailed, EpisodeLimits, Samp
 from actors.environments.child import ENVIRONMENT
 from actors.environments.play import Clock, Play, Toolbox
 from actors.environments.processes import EnvironmentProcess, Server, ToolProcesses, described
+from actors.environments.rendered import chat_tokens
 from actors.environments.server import Setup
 from actors.environments.specs import AgentCommand, Code, EpisodeCode
 from actors.environments.tokens import ChatTokens
@@ -54,7 +55,7 @@ class ToolEpisodes:
                 return
             try:
                 setup, search_path = setup_of(self._code, self._limits, self._log)
-                self._tokens = await asyncio.to_thread(ChatTokens.of, self._model)
+                self._tokens = await asyncio.to_thread(chat_tokens, self._model)
             except ValueError as error:
                 raise EpisodeFailed(str(error)) from error
             server = Server(setup, search_path, self._log)
@@ -170,7 +171,7 @@ def check_tools(code: EpisodeCode, model: ModelSpec) -> list[str]:
     Raises:
         ValueError: what cannot be used, in one line.
     """
-    tokens = ChatTokens.of(model)
+    tokens = chat_tokens(model)
     if code.rewards and not code.environments:
         name = next(iter(code.rewards))
         raise ValueError(f"reward {name!r} asks for environments, and there is none")

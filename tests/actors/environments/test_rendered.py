@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.environments.rendered import RenderedTokens, known
+from actors.environments.rendered import RenderedTokens, chat_tokens, known
 from actors.environments.tokens import ChatTokens
 from actors.specs import ModelSpec
 from tests.actors.environments.chat import call_text, make_tokenizer
@@ -129,7 +129,7 @@ class TestChoice:
     def loaded(self, monkeypatch: pytest.MonkeyPatch) -> Any:
         def load(tokenizer: Any, tools: bool = True) -> ChatTokens:
             monkeypatch.setattr("actors.models.loading.load_tokenizer", lambda spec: tokenizer)
-            return ChatTokens.of(ModelSpec(name=tokenizer.name_or_path), tools)
+            return chat_tokens(ModelSpec(name=tokenizer.name_or_path), tools)
 
         return load
 
