@@ -105,5 +105,4 @@ class OnlineRecorder(Recorder):
         super().truncate_after(step)
         self._evaluated = {known for known in self._evaluated if known <= step}
         # Samples come before their figures: where a kill came between, they come again.
-        whole = frozenset(self._evaluated)
-        self._writer.do(partial(self._eval_samples.keep, whole.__contains__))
+        self._writer.do(partial(self._eval_samples.truncate_after, self.last_evaluation))

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -109,14 +109,10 @@ class StepsFile(_Lines):
         return type(record.get("step")) is int
 
     def truncate_after(self, step: int) -> None:
-        """Forget every object of a step after `step`."""
-        self.keep(lambda known: known <= step)
-
-    def keep(self, stays: Callable[[int], bool]) -> None:
-        """Forget every object of another step than those; the file is replaced as a whole."""
+        """Forget every object of a step after `step`; the file is replaced as a whole."""
         with self.path.open("rb") as file:
             lines = list(file)
-        kept = [line for line in lines if stays(json.loads(line)["step"])]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
         if len(kept) == len(lines):
             return
         write_atomically(self.path, b"".join(kept))
