@@ -104,5 +104,6 @@ class OnlineRecorder(Recorder):
         """Forget what was written of later steps, which will come again."""
         super().truncate_after(step)
         self._evaluated = {known for known in self._evaluated if known <= step}
-        # Samples come before their figures: where a kill came between, they come again.
-        self._writer.do(partial(self._eval_samples.truncate_after, self.last_evaluation))
+        if step not in self._evaluated:
+            # Samples come before their figures: where a kill came between, both come again.
+            self._writer.do(partial(self._eval_samples.truncate_after, step - 1))
