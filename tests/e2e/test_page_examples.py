@@ -93,6 +93,13 @@ def test_an_example_of_the_page_trains_as_printed(
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
     events = read(result.output_dir / "events.jsonl")
+    started = [event for event in events if event["kind"] == "role_started"]
+    assert [event["backend"] for event in started if "backend" in event] == [result.backend]
+    plain = "transformers " if online else "trl "
+    assert result.backend.startswith("unsloth " if given["backend"] == "unsloth" else plain)
+    assert (
+        f"# ran with backend: {result.backend}\n" in (result.output_dir / "config.yaml").read_text()
+    )
     (dropped,) = [event for event in events if event["kind"] == "rows_dropped"]
     assert dropped["rows"] == 150
     assert dropped["dropped"].keys() == {"too long", "equal", "empty"}
