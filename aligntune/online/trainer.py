@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,15 +25,17 @@ from aligntune.errors import RunFailed, UserError
 from aligntune.online.assemble import assemble
 from aligntune.online.doing import starts
 from aligntune.online.evaluation import evaluate_model
+from aligntune.online.export import checkpoint_of, export_checkpoint
 from aligntune.online.inputs import RunInputs
 from aligntune.online.learner import PolicyLost
 from aligntune.online.ledger import Books, audit
 from aligntune.online.recorder import OnlineRecorder
 from aligntune.online.role_requests import role_requests
+from aligntune.online.role_table import ROLES
 from aligntune.online.roles import Roles
 from aligntune.online.starting import starting_point
 from aligntune.paths import located_storage
-from aligntune.runs.checkpoint import Checkpoints
+from aligntune.runs.checkpoint import POLICY, Checkpoints
 from aligntune.runs.ended import (
     Scored,
     how_it_ended,
@@ -273,9 +275,12 @@ class OnlineTrainer:
         return Mirror(storage, rundir.path, checkpoint.keep_last, longest)
 
     @contextmanager
-    def _roles(self, stage: Callable[[str], None] = lambda text: None) -> Iterator[Roles]:
-        """A Ray session with every role's place reserved; `stage` hears how far it is."""
-        requests = role_requests(self.config)
+    def _roles(
+        self, stage: Callable[[str], None] = lambda text: None, only: Collection[str] = ROLES
+    ) -> Iterator[Roles]:
+        """A Ray session with the place of every role of `only` reserved; `stage` hears how far it
+        is."""
+        requests = [each for each in role_requests(self.config) if each.role in only]
         asked = totals(requests)
         cluster = self.config.cluster
         try:
@@ -319,6 +324,25 @@ class OnlineTrainer:
         with trainer._roles() as roles:
             work = evaluate_model(config, roles, self.eval_prompts, trainer.criteria)
             return loops.run_until_signal(work)
+
+    def export(self, path: str | Path, step: int | None = None) -> int:
+        """Write the model of a checkpoint to a new folder, and return the checkpoint's step.
+
+        Args:
+            path: the folder to make.
+            step: the step whose checkpoint is meant; None is the newest one.
+
+        Raises UserError where there is no such checkpoint, or the folder is there.
+        """
+        target = Path(path).absolute()
+        if target.exists():
+            raise UserError(f"{target} is there; name a new folder")
+        folder = RunDir(Path(self.config.output_dir).absolute()).file("checkpoints")
+        checkpoint = checkpoint_of(Checkpoints(folder, keep_last=1, to_read=True), step)
+        self.settle()
+        with self._roles(only=(POLICY,)) as roles:
+            loops.run_until_signal(export_checkpoint(self.config, roles, checkpoint, target))
+        return checkpoint.step
 
     def save_model(self, path: str | Path) -> Path:
         """Copy the trained model (safetensors, tokenizer, generation config) to a new folder."""

@@ -96,11 +96,12 @@ def _json(path: Path) -> dict[str, Any]:
 class Checkpoints:
     """The `checkpoints/` folder of a run; it is made when the first one is written."""
 
-    def __init__(self, directory: Path, keep_last: int) -> None:
+    def __init__(self, directory: Path, keep_last: int, *, to_read: bool = False) -> None:
+        """`to_read` leaves alone what another process may be writing there."""
         self.directory = directory
         self.keep_last = keep_last
         self._checked: dict[tuple[tuple[str, int, int], ...], bool] = {}  # by files as they stand
-        for leftover in directory.glob("*.partial"):
+        for leftover in () if to_read else directory.glob("*.partial"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def _folder(self, step: int) -> Path:
@@ -184,6 +185,14 @@ class Checkpoints:
     def _folders(self) -> list[Path]:
         """By step, whole or not; what has another name is not ours."""
         return sorted(filter(_ours, self.directory.glob("step-*")), key=_step_of)
+
+    def steps(self) -> list[int]:
+        """The steps of which there is a whole checkpoint, ascending."""
+        return [_step_of(f) for f in self._folders() if self._read(f) and self._intact(f)]
+
+    def of(self, step: int) -> Checkpoint | None:
+        """The whole checkpoint of a step."""
+        return self._read(self._folder(step)) if self.exists(step) else None
 
     def damaged(self) -> list[str]:
         """The names of the folders that `latest` passes over, newest first."""

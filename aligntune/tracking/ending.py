@@ -52,7 +52,7 @@ def what_next(output_dir: Path, model: Path) -> list[str]:
     return [
         *([f"printed:    {_short(printed)} (what reward functions wrote)"] if wrote else []),
         f"answers:    aligntune samples {folder} --worst",
-        f"talk to it: transformers serve, and in another shell: transformers chat {name}",
+        f"talk to it: aligntune chat {name}",
     ]
 
 

@@ -150,6 +150,16 @@ def test_a_short_quickstart_with_the_transformers_engine_learns(
     trained = create_rl_trainer(config=tmp_path / "run" / "config.yaml")
     assert trained.evaluate()[ACCURACY] == after, "the model that was written is the one trained"
 
+    assert isinstance(trained, OnlineTrainer)
+    assert trained.export(tmp_path / "exported") == 10
+    weights = [
+        folder / "model.safetensors"
+        for folder in (tmp_path / "exported", tmp_path / "run" / "model")
+    ]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    files = [{path.name for path in weight.parent.iterdir()} for weight in weights]
+    assert files[0] == files[1]
+
 
 @pytest.mark.usefixtures("ray_session")
 def test_the_control_with_flipped_advantages_gets_worse(

@@ -29,7 +29,7 @@ def test_before_and_after_of_each_criterion_and_what_comes_next(tmp_path: Path) 
         "  concise 0.500 -> 0.500",
     ]
     assert f"aligntune samples {tmp_path} --worst" in told[3]
-    assert f"transformers chat {tmp_path / 'model'}" in told[4]
+    assert f"aligntune chat {tmp_path / 'model'}" in told[4]
     assert len(told) == 5
 
 

@@ -1,0 +1,81 @@
+"""`aligntune export` and `aligntune chat`: the model of a run, to use and to talk to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aligntune.commands.arguments import note
+from aligntune.commands.look_cli import RunFolder
+
+
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option(help="the folder to make")],
+    step: Annotated[
+        int | None, typer.Option(help="the checkpoint of this step; default: the newest")
+    ] = None,
+) -> None:
+    """Make a model of a checkpoint: safetensors, tokenizer and generation config in one folder.
+
+    The run may be going on, or have ended before its last step.
+
+    Example:
+
+        aligntune export runs/grpo --step 40 --out models/grpo-40
+    """
+    from aligntune.errors import UserError
+    from aligntune.online.trainer import OnlineTrainer
+    from aligntune.runs.reading import open_run
+    from aligntune.trainers import create_rl_trainer
+
+    found = open_run(run)
+    if found.is_preference:
+        raise UserError(
+            f"{run} is a job over pairs: its checkpoints are the trainer's own, and its model is "
+            f"in {run / 'model'} when it has ended"
+        )
+    trainer = create_rl_trainer(
+        config=run / "config.yaml", overrides=[f"output_dir={run.absolute()}"]
+    )
+    assert isinstance(trainer, OnlineTrainer)
+    exported = trainer.export(out, step)
+    note(f"the model of step {exported} is in {out}")
+
+
+def chat(
+    model: Annotated[
+        Path, typer.Argument(metavar="RUN|MODEL", help="a run directory, or a model's folder")
+    ],
+    system: Annotated[str | None, typer.Option(help="what the model is told first")] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 is greedy: the likeliest token each time")
+    ] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="tokens of an answer")] = 256,
+) -> None:
+    """Talk to a trained model on this machine, a line a turn; an empty line starts anew.
+
+    Example:
+
+        aligntune chat runs/quickstart/run
+    """
+    from aligntune.chat import Conversation, model_folder
+
+    folder = model_folder(model)
+    note(f"loading {folder}")
+    conversation = Conversation(folder, system, temperature, max_tokens)
+    note("type a line and Enter; an empty line starts anew, Ctrl-D ends")
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            typer.echo()
+            return
+        if not line.strip():
+            conversation.forget()
+            note("(a new conversation)")
+            continue
+        conversation.answer(line, lambda piece: typer.echo(piece, nl=False))
+        typer.echo()
