@@ -245,6 +245,10 @@ def test_every_command_is_right(
         case ["aligntune", "evaluate", config]:  # run by the slow tests below
             assert str(Path(config).parent) in written_by_train
             assert Path(config).name == "config.yaml"
+        case ["aligntune", "export", folder, "--out", _]:  # run by tests/e2e/test_quickstart.py
+            assert folder in written_by_train
+        case ["aligntune", "chat", model]:  # run by tests/aligntune/test_chat.py
+            assert any(c[1:2] == ["export"] and model in c for _, c in COMMANDS)
         case ["aligntune", "audit", folder] | ["tensorboard", "--logdir", folder]:
             assert folder in written_by_train
         case ["aligntune", "report" | "samples", folder, *_]:  # also shown in a page of their own
