@@ -44,7 +44,7 @@ class Writer:
         done = threading.Event()
         self._jobs.put(done)
         if not done.wait(SECONDS) and self._thread.is_alive():
-            self._raise(self._trouble)
+            self._raise(self._failure or self._trouble)
             raise RunFailed(f"{self._what}: no write has ended within {SECONDS:g} s")
         self._raise(self._failure)
 
@@ -70,15 +70,13 @@ class Writer:
     def _failed(self, job: Job) -> BaseException | None:
         """Why a job has failed for good; None where it is done."""
         deadline = time.monotonic() + SECONDS
-        try:
-            while True:
-                try:
-                    job()
-                    return None
-                except BaseException as error:  # noqa: BLE001 - for whoever gives the next one
-                    if not is_full(error) or time.monotonic() > deadline:
-                        return error
-                    self._trouble = error
-                time.sleep(PAUSE_SECONDS)
-        finally:
-            self._trouble = None
+        while True:
+            try:
+                job()
+                self._trouble = None
+                return None
+            except BaseException as error:  # noqa: BLE001 - for whoever gives the next one
+                if not is_full(error) or time.monotonic() > deadline:
+                    return error
+                self._trouble = error
+            time.sleep(PAUSE_SECONDS)

@@ -2,7 +2,8 @@
 every node, and its Jobs server shows it.
 
 They lie in the head's key-value store from the submission to the end of the run. A hook that Ray
-calls in every process of the job sets them there; only the name of the key is in the environment.
+calls in every worker of the job sets them there, and the session does so in the driver; only the
+name of the key is in the environment.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ def take() -> None:
             "anew; submit it again"
         )
     os.environ.update(json.loads(content))
+
+
+def of_a_job() -> bool:
+    """Whether this process is of a job that has some: they are there once Ray is connected."""
+    return VARIABLE in os.environ
 
 
 def forget() -> None:

@@ -749,7 +749,7 @@ def test_the_slurm_script_names_a_port_that_is_in_use(script: Any, tmp_path: Pat
         (["slurm", "--nodes", "0"], "--nodes is 0"),
         (["slurm", "train.stepz=3"], "did you mean 'train.steps'?"),
         (["slurm", "--out", "/no/such/folder/x"], "no folder /no/such/folder"),
-        (["slrm"], "Did you mean 'slurm'?"),
+        (["slrm"], "did you mean 'slurm'?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
