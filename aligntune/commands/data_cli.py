@@ -1,4 +1,4 @@
-"""`aligntune data`: what the model will see of a config's data. Nothing starts, and no Ray."""
+"""`aligntune data`: what the model will see of a config's data. No run starts, and no Ray."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def data(
 ) -> None:
     """Show what the model will see: rows as tokens, lengths, what is dropped, columns for rewards.
 
-    Nothing starts.
+    No run starts; where rewards form the pairs, they are called in processes of their own.
 
     Examples:
 
