@@ -176,17 +176,8 @@ def session(spec: ClusterSpec, *, cpus: float, gpus: float, last: bool = True) -
             "memory: try again, or end what takes it"
         ) from error
     try:
-        if secrets.of_a_job():
-            _take_secrets()
         yield address
     finally:
         if last:
             secrets.forget()
         ray.shutdown()
-
-
-def _take_secrets() -> None:
-    try:
-        secrets.take()
-    except KeyError as gone:
-        raise ClusterUnreachable(gone.args[0]) from gone

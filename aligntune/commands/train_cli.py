@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from aligntune.commands.arguments import Overrides
+from cluster.jobs import secrets
 
 if TYPE_CHECKING:
     from aligntune.online.trainer import OnlineTrainer
@@ -128,6 +129,8 @@ def train(
             --dataset tasks.jsonl --prompt-column question \\
             --reward my_reward:correct
     """
+    if secrets.of_a_job():  # models and data may need them, and rewards that are tried here
+        take_secrets()
     if profile:
         arguments = [*(arguments or []), "tracking.profile=true"]
     columns = {"data.prompt_column": prompt_column, "data.eval_path": held_out}
@@ -178,3 +181,19 @@ def trainer_of(arguments: list[str], **given: Any) -> OnlineTrainer | Preference
         overrides=[a for a in arguments if "=" in a],
         **given,
     )
+
+
+def take_secrets() -> None:
+    """Set the secrets of the submitted job that this process runs. Raises UserError."""
+    from ray.exceptions import RpcError
+
+    from aligntune.errors import UserError
+
+    try:
+        secrets.take()
+    except KeyError as gone:
+        raise UserError(gone.args[0]) from gone
+    except RpcError as error:
+        raise UserError(
+            f"the head gave no secrets of this job: {error}; submit it again"
+        ) from error

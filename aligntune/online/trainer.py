@@ -50,7 +50,6 @@ from aligntune.runs.rundir import RunDir
 from aligntune.tracking.lines import cut
 from aligntune.tracking.metrics import NotFinite
 from cluster.bundles import BadRequest, bundle_sets, totals
-from cluster.jobs import secrets
 from cluster.placement import DoesNotFit
 from cluster.reservation import reserve
 from cluster.session import ClusterUnreachable, RayTooSlow, session
@@ -209,9 +208,7 @@ class OnlineTrainer:
             at_end = checkpoint is not None and checkpoint.step == self.total_steps
             if at_end and resume == "auto" and is_over(rundir, self.total_steps):
                 return self._result_of_before(rundir)
-            printed = rundir.file("logs") / "reward.log"
-            if not secrets.of_a_job():
-                self.inputs.tried(printed)
+            self.inputs.tried(rundir.file("logs") / "reward.log")
             rundir.describe(self.config)
             after = checkpoint.step if checkpoint else 0
             with recorded(
@@ -226,7 +223,6 @@ class OnlineTrainer:
                     recorder.note(line)
                 start.tell(recorder)
                 with self._roles(recorder.stage) as roles:
-                    self.inputs.tried(printed)  # a job has its secrets now
                     recorder.starting(starts(self.config))
                     controller = assemble(
                         self.config,

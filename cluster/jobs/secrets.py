@@ -2,8 +2,8 @@
 every node, and its Jobs server shows it.
 
 They lie in the head's key-value store from the submission to the end of the run. A hook that Ray
-calls in every worker of the job sets them there, and the session does so in the driver; only the
-name of the key is in the environment.
+calls in every worker of the job sets them there; the driver, which it does not call, takes them by
+itself before all else. Only the name of the key is in the environment.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ def packed(values: Mapping[str, str]) -> bytes:
 
 
 def take() -> None:
-    """Set the job's secrets in this process, which Ray has connected to the cluster.
+    """Set the job's secrets in this process.
 
     Raises KeyError where they are gone from the store.
     """
-    from ray.experimental.internal_kv import _internal_kv_get
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
     key = os.environ[VARIABLE]
-    content = _internal_kv_get(_address(key))
+    store = internal_kv_get_gcs_client() or GcsClient(address=os.environ["RAY_ADDRESS"])
+    content = store.internal_kv_get(_address(key).encode(), None)
     if content is None:
         raise KeyError(
             f"the secrets of this job ({key}) are gone: its run has ended, or the head was started "
@@ -45,7 +47,7 @@ def take() -> None:
 
 
 def of_a_job() -> bool:
-    """Whether this process is of a job that has some: they are there once Ray is connected."""
+    """Whether this process is of a job that has some."""
     return VARIABLE in os.environ
 
 
