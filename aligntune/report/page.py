@@ -14,18 +14,21 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from aligntune.errors import UserError
 from aligntune.report import curves, figures
 from aligntune.report.settings import settings
 from aligntune.report.summary import duration, summary
 from aligntune.runs.reading import RunOnDisk
 
-SCRIPTS = ("uPlot.iife.min.js", "base.js", "charts.js", "diff.js", "samples.js", "page.js")
-STYLES = ("uPlot.min.css", "page.css")
+SCRIPTS = ("base.js", "charts.js", "diff.js", "samples.js", "page.js")
+STYLES = ("page.css",)
 
 SAMPLE_BYTES = 16 * 2**20  # of the samples of all runs of a page, as they stand in their files
 EVENTS = 2000  # that a page shows; of more, the newest
@@ -35,8 +38,9 @@ STARTS = ("role_started", "settled", "run_started")
 
 def page(runs: Sequence[RunOnDisk]) -> str:
     """The report of one run, or of several beside each other."""
-    script = f"/*\n{_asset('uPlot.LICENSE')}*/\n" + "".join(f"{_asset(name)}\n" for name in SCRIPTS)
-    style = "".join(f"{_asset(name)}\n" for name in STYLES)
+    script = f"/*\n{_asset('uPlot.LICENSE')}*/\n{_library('uPlot.iife.js')}\n"
+    script += "".join(f"{_asset(name)}\n" for name in SCRIPTS)
+    style = _library("uPlot.min.css") + "".join(f"{_asset(name)}\n" for name in STYLES)
     drawn = curves.parts({name for run in runs for name in _metrics(run)})
     data, more = _data(runs, drawn)
     template = _environment().from_string(_asset("page.html"))
@@ -159,6 +163,15 @@ def _environment() -> Environment:
 
 def _asset(name: str) -> str:
     return (resources.files("aligntune.report") / "assets" / name).read_text(encoding="utf-8")
+
+
+def _library(name: str) -> str:
+    """A file of the library that draws the curves. Its Python package ships it; that package is not
+    imported, since all it adds is a way to show one chart."""
+    spec = find_spec("uplot")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("a report needs the package uplot-python: pip install uplot-python")
+    return (Path(spec.submodule_search_locations[0]) / "static" / name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:
