@@ -34,6 +34,7 @@ from aligntune.config.auto import is_auto
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.config.preference import ALGORITHMS, PreferenceConfig
+from aligntune.data.spec import SourceSpec
 from aligntune.errors import UserError
 from aligntune.online.settle_resources import settle_resources
 from aligntune.online.work import work_of
@@ -59,6 +60,7 @@ SHARED: dict[type[BaseModel], str] = {
     ModelSpec: "model",
     LoRASpec: "model.lora",
     ClusterSpec: "cluster",
+    SourceSpec: "data.train",
 }
 
 

@@ -204,8 +204,7 @@ def _local(config: RunConfig | PreferenceConfig, storage: str) -> Iterator[str]:
     """Models and data that are folders and files here: nodes need them too."""
     named: dict[str, str | None] = {
         "model.name": config.model.name,
-        "data.path": config.data.path,
-        "data.eval_path": config.data.eval_path,
+        **{f"data.{key}": place for key, place in config.data.places.items()},
     }
     if isinstance(config, RunConfig):
         named |= {

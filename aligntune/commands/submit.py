@@ -300,6 +300,8 @@ def _named(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         section, key = place.split(".")
         if name := (tree.get(section) or {}).get(key):
             yield place, name
+    for index, source in enumerate((tree.get("data") or {}).get("train") or []):
+        yield f"data.train.{index}.path", source["path"]
     for index, reward in enumerate(tree.get("rewards") or []):
         if model := reward.get("model"):
             yield f"rewards.{index}.model", model

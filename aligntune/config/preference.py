@@ -294,6 +294,11 @@ def _check(config: PreferenceConfig) -> None:
         raise UserError(
             f"{name} is trained on pairs and takes no rewards; remove them, or train a reward_model"
         )
+    if config.rewards and any(source.weight for source in data.sources):
+        raise UserError(
+            "data.train gives weights, and rewards form the pairs, of which no source has a share; "
+            "leave the weights out"
+        )
     if not config.rewards and data.completion_column != "completion":
         raise UserError(
             "data.completion_column is for texts that rewards score, and rewards names none"

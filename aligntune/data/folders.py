@@ -6,6 +6,7 @@ together.
 
 from __future__ import annotations
 
+import glob
 import re
 from pathlib import Path
 
@@ -80,9 +81,51 @@ def folder_files(folder: Path, name: str | None, split: str | None) -> list[Path
         )
     if not files:
         raise DataError(f"{folder}: holds no data file ({', '.join(KINDS)})")
+    return _of_one_kind(folder, files)
+
+
+def has_magic(path: str) -> bool:
+    """Whether it is a pattern of names, as in `data/*.jsonl`."""
+    return glob.has_magic(path)
+
+
+def glob_files(pattern: str, name: str | None, split: str | None) -> list[Path]:
+    """The files that a pattern matches, sorted by name, all of one kind and one split.
+
+    Raises: DataError.
+    """
+    found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+    files = [Path(file) for file in sorted(found) if Path(file).is_file()]
+    if not files:
+        raise DataError(
+            f"{pattern}: matches no file here ({Path.cwd()}); ** stands for folders at any depth, "
+            "and what begins with a dot is left out"
+        )
+    splits = sorted({of for file in files if (of := _split_of(Path(file.name))) is not None})
+    if len(splits) > 1:
+        raise DataError(
+            f"{pattern}: matches files of {len(splits)} splits ({', '.join(splits)}); match those "
+            "of one"
+        )
+    if split not in (None, "train", *splits):
+        raise DataError(
+            f"{pattern}: its files are of one split, and it is not {split!r}; take a slice, as in "
+            "train[90%:], or match other files (data.eval_path)"
+        )
+    return _of_one_kind(pattern, [lone_file(file, name, None) for file in files])
+
+
+def saved_folder(folder: Path, name: str | None) -> Path | None:
+    """`folder`, or its subfolder `name`, where it is one that `save_to_disk` has written."""
+    place = folder if name is None else folder / name
+    whole = all((place / file).is_file() for file in ("state.json", "dataset_info.json"))
+    return place if whole or (place / "dataset_dict.json").is_file() else None
+
+
+def _of_one_kind(where: Path | str, files: list[Path]) -> list[Path]:
     kinds = sorted({kind_of(file) for file in files})
     if len(kinds) > 1:
-        raise DataError(f"{folder}: files of {len(kinds)} kinds ({', '.join(kinds)}); keep one")
+        raise DataError(f"{where}: files of {len(kinds)} kinds ({', '.join(kinds)}); keep one")
     return files
 
 

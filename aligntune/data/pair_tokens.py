@@ -33,11 +33,20 @@ class PairTokens:
     columns: dict[str, list[list[int]]]  # TRL's: chosen_ids, rejected_ids and, for DPO, prompt_ids
     dropped: Dropped  # what became of the rows that are not used as they are
     longest: int  # tokens of the longest pair that was read
-    rows: list[int]  # of the data set, of each usable pair
+    rows: list[int]  # of the data set, of each pair; weights may draw one twice, or never
     lengths: list[int]  # tokens of every pair that was read, of whatever length
+    kept: list[int]  # rows that can be used, ascending
 
     def __len__(self) -> int:
         return len(self.columns["chosen_ids"])
+
+    def drawn(self, rows: list[int]) -> PairTokens:
+        """These rows of them, in this order; one may come more than once."""
+        if rows == self.rows:
+            return self
+        at = {row: place for place, row in enumerate(self.rows)}
+        columns = {name: [ids[at[row]] for row in rows] for name, ids in self.columns.items()}
+        return replace(self, columns=columns, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class TokenisedPairs:
         names = next(iter(kept.values()))
         columns = {name: [side[name] for side in kept.values()] for name in names}
         every = [*lengths.values()]
-        return PairTokens(columns, dropped, max(every), [*kept], every)
+        return PairTokens(columns, dropped, max(every), [*kept], every, [*kept])
 
 
 def tokenise_pairs(

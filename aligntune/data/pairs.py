@@ -13,8 +13,10 @@ a prompt that a side repeats counted once and the line ends of a transcript brou
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from actors.messages import Messages
@@ -95,7 +97,11 @@ class PairRows:
             prompt_column = CONVERSATIONS
         self.columns = (prompt_column, chosen_column, rejected_column)
         self._rows = rows
-        self._repeat = prompt_column in rows.columns and self._most_repeat_the_prompt()
+        self._ends: list[int] = getattr(rows, "ends", [len(rows)])
+        self._repeat = [
+            prompt_column in rows.columns and self._most_repeat_the_prompt(range(start, end))
+            for start, end in pairwise([0, *self._ends])
+        ]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -103,7 +109,8 @@ class PairRows:
     def pair(self, row: int) -> Pair:
         """The pair of a row. Raises DataError, with a reason, where it has none."""
         pair = self._as_written(row)
-        if not self._repeat or not isinstance(pair.prompt, str) or pair.split:
+        repeat = self._repeat[bisect_right(self._ends, row)]
+        if not repeat or not isinstance(pair.prompt, str) or pair.split:
             return pair
         if _repeats(pair.prompt, pair.chosen, pair.rejected) < 2:
             raise DataError(
@@ -118,14 +125,14 @@ class PairRows:
         tools = check_tools(values.get(TOOLS))
         return replace(pair, tools=tuple(tools)) if tools else pair
 
-    def _most_repeat_the_prompt(self) -> bool:
-        """Whether most pairs of strings have the prompt in front of their sides.
+    def _most_repeat_the_prompt(self, rows: range) -> bool:
+        """Whether most pairs of strings of a source have the prompt in front of their sides.
 
         Of one row it cannot be told, for an answer may begin with the words of the question, as a
         greeting does; of a column it can.
         """
         plain = repeating = 0
-        for row in range(len(self._rows)):
+        for row in rows:
             try:
                 pair = self._as_written(row)
             except DataError:

@@ -1,8 +1,8 @@
 """Prompts in a seeded order that is a pure function of one integer.
 
-Position p counts prompts since the beginning of training. Epoch p // n goes through the data in a
-permutation drawn from (seed, epoch) alone, so a run that resumes at p continues with exactly the
-prompts it would have seen.
+Position p counts prompts since the beginning of training. Epoch p // n goes through the data in an
+order drawn from (seed, epoch) alone, so a run that resumes at p continues with exactly the prompts
+it would have seen. Without weights that is a permutation; with weights see `mixture`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from actors.messages import Prompt
 from aligntune.data.dropped import RowRules, settle_rows
 from aligntune.data.errors import DataError, Reason
 from aligntune.data.messages import TOOLS, check_tools
+from aligntune.data.mixture import epoch_order, held_out_data, training_data, usable_sizes
 from aligntune.data.prompt_rows import PromptRows
-from aligntune.data.sources import Rows, load_rows
+from aligntune.data.sources import Rows
 from aligntune.data.spec import DataSpec
 
 CACHED = 4096  # tokenised prompts kept, so that epochs over small data tokenise once
@@ -71,6 +72,10 @@ class PromptSource:
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{seed} {shuffle} {max_prompt_length} {prompts.fingerprint}".encode())
         digest.update(self._kept.tobytes())
+        self._sizes = usable_sizes(prompts.rows, self._kept)
+        self._weights: list[float] = getattr(prompts.rows, "weights", [])
+        if self._weights:
+            digest.update(f"{self._sizes} {self._weights}".encode())
         self.fingerprint = digest.hexdigest()
         self._order = lru_cache(maxsize=2)(self._permutation)
         self._prompt = lru_cache(maxsize=CACHED)(self._make)
@@ -96,6 +101,11 @@ class PromptSource:
         epoch, index = divmod(position, len(self))
         return self._prompt(int(self._kept[self._order(epoch)[index]]))
 
+    @property
+    def used(self) -> np.ndarray:
+        """The rows that are used, ascending."""
+        return self._kept
+
     def column(self, name: str) -> Iterator[tuple[int, Any]]:
         """(row, value) of a column in every row that is used; None where a row lacks it."""
         return ((int(row), self._rows.rows[int(row)].get(name)) for row in self._kept)
@@ -119,10 +129,7 @@ class PromptSource:
         return (self.prompt_at(position) for position in range(first, first + len(self)))
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        if not self._shuffle:
-            return np.arange(len(self))
-        seeds = np.random.SeedSequence([self._seed, epoch])
-        return np.random.Generator(np.random.PCG64(seeds)).permutation(len(self))
+        return epoch_order(epoch, self._seed, self._sizes, self._weights, self._shuffle)
 
     def _make(self, row: int) -> Prompt:
         source, text, columns = self._rows.prompt(row)
@@ -145,34 +152,17 @@ def training_rows(spec: DataSpec, tokenizer: Any, environment: bool = False) -> 
 
     With an `environment` rows may lack the prompt. Raises: DataError.
     """
-    rows = load_rows(
-        spec.path,
-        name=spec.name,
-        revision=spec.revision,
-        split=spec.split,
-        max_rows=spec.max_samples,
-    )
-    return _rows(spec, rows, tokenizer, environment)
+    return _rows(spec, training_data(spec), tokenizer, environment)
 
 
 def evaluation_rows(spec: DataSpec, tokenizer: Any, environment: bool = False) -> PromptRows | None:
     """The held-out rows as prompts; None where the config names none.
 
-    `data.name` and `data.revision` are those of `data.path`: another `eval_path` has neither.
-
     Raises: DataError.
     """
     if not spec.evaluates:
         return None
-    same = spec.eval_path is None
-    rows = load_rows(
-        spec.path if spec.eval_path is None else spec.eval_path,
-        name=spec.name if same else None,
-        revision=spec.revision if same else None,
-        split=spec.eval_split,
-        max_rows=spec.eval_samples,
-    )
-    return _rows(spec, rows, tokenizer, environment)
+    return _rows(spec, held_out_data(spec), tokenizer, environment)
 
 
 def _rows(spec: DataSpec, rows: Rows, tokenizer: Any, environment: bool) -> PromptRows:

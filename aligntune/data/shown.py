@@ -14,6 +14,7 @@ from typing import Any
 from rich.cells import cell_len
 
 from aligntune.data.dropped import Dropped
+from aligntune.data.mixture import sources_shown
 from aligntune.data.pair_tokens import PairTokens
 from aligntune.data.prompts import PromptSource
 from aligntune.data.sources import Rows
@@ -49,6 +50,7 @@ def prompts_shown(
 ) -> Iterator[str]:
     """The lines for prompts; `reads` says by the name of a reward what columns it gets."""
     yield _origin(source.rows, source.dropped)
+    yield from sources_shown(source.rows, source.used)
     yield f"Used: {len(source)} prompts"
     yield ""
     first = source.first(count)
@@ -87,6 +89,7 @@ def pairs_shown(
 ) -> Iterator[str]:
     """The lines for pairs; `dropped` by what the rows are for, `reads` as in `prompts_shown`."""
     yield _origin(rows, pairs.dropped)
+    yield from sources_shown(rows, pairs.kept)
     yield f"Used: {len(pairs)} pairs"
     yield ""
     count = min(count, len(pairs))
@@ -141,7 +144,9 @@ def pair_parts(side: Mapping[str, Sequence[int]], bound: Bound) -> list[Part]:
 
 
 def _origin(rows: Rows, dropped: Dropped) -> str:
-    return f"Source: {printable(rows.origin)}, {dropped.rows} rows"
+    parts: Sequence[Rows] = getattr(rows, "parts", ())
+    origin = f"{len(parts)} sources" if parts else printable(rows.origin)
+    return f"Source: {origin}, {dropped.rows} rows"
 
 
 def _dropped(dropped: Mapping[str, Dropped]) -> Iterator[str]:

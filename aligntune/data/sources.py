@@ -15,11 +15,19 @@ from collections.abc import Callable
 from glob import escape
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Never, Protocol
 
 from actors.models.hub import why_silent
 from aligntune.data.errors import DataError
-from aligntune.data.folders import KINDS, folder_files, kind_of, lone_file
+from aligntune.data.folders import (
+    KINDS,
+    folder_files,
+    glob_files,
+    has_magic,
+    kind_of,
+    lone_file,
+    saved_folder,
+)
 from aligntune.data.textfiles import CsvFile, JsonLinesFile, TextFile, open_json
 
 READERS: dict[str, Callable[[Path], TextFile]] = {
@@ -125,7 +133,8 @@ def load_rows(
 ) -> Rows:
     """Open a data set.
 
-    `path` is a file, a folder of files of one kind, or a hub name; `revision` is for the hub.
+    `path` is a file, a glob, a folder of files of one kind or of `save_to_disk`, or a hub name;
+    `revision` is for the hub.
     `split` names a split or a slice of one (`train[:95%]`); None takes the only one there is. A
     lone file is one split: `train`, or what it is named for. In a folder, files or subfolders named
     for a split (`test.jsonl`, `validation-00000.parquet`) belong to it; where none is, all is
@@ -141,11 +150,15 @@ def load_rows(
                 f"{path}: is local, where data.revision (for hub data sets) has no meaning; "
                 "remove it"
             )
-        if local.is_dir():
-            files = folder_files(local, name, wanted)
+        saved = saved_folder(local, name) if local.is_dir() else None
+        if saved is not None:
+            rows = _read_saved(saved, wanted)
+        elif local.is_dir():
+            rows = _read_files(folder_files(local, name, wanted), path)
         else:
-            files = [lone_file(local, name, wanted)]
-        rows = _read_files(files, path)
+            rows = _read_files([lone_file(local, name, wanted)], path)
+    elif has_magic(path):
+        rows = _read_files(glob_files(path, name, wanted), path)
     elif path.startswith((".", "/", "~")) or kind_of(local) in KINDS:
         raise DataError(f"{path}: no such file or folder{_neighbour(local)}")
     else:
@@ -159,9 +172,14 @@ def load_rows(
 
 
 def require_column(rows: Rows, column: str, option: str) -> None:
-    """Raise DataError unless the data set has `column`; `option` is the setting that named it."""
-    if column in rows.columns:
-        return
+    """Raise DataError unless the data set has `column`, and each of its sources where they are
+    several; `option` is the setting that named it."""
+    for part in getattr(rows, "parts", (rows,)):
+        if column not in part.columns:
+            _refuse_column(part, column, option)
+
+
+def _refuse_column(rows: Rows, column: str, option: str) -> Never:
     near = difflib.get_close_matches(column, rows.columns, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise DataError(
@@ -218,6 +236,33 @@ def _read_parquet(files: list[Path], origin: str) -> Rows:
         if not silent:
             datasets.enable_progress_bars()
     return ArrowRows(dataset, origin)
+
+
+def _read_saved(folder: Path, split: str | None) -> Rows:
+    """What `datasets` has saved with `save_to_disk`, read where it lies."""
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{folder}: cannot be read as a folder of save_to_disk ({_first_line(error)}); save it "
+            "anew"
+        ) from error
+    if isinstance(found, datasets.DatasetDict):
+        if split is None and len(found) == 1:
+            split = next(iter(found))
+        if split not in found:
+            asked = f"no split {split!r}" if split else "which split is not said"
+            raise DataError(f"{folder}: {asked}; it has {', '.join(found)}")
+        found = found[split]
+    elif split not in (None, "train", str(found.split)):
+        raise DataError(
+            f"{folder}: holds one split, and it is not {split!r}; take a slice, as in train[90%:]"
+        )
+    if not len(found):
+        raise DataError(f"{folder}: empty, there is no row in it")
+    return ArrowRows(found.with_format(None), str(folder))
 
 
 def _read_hub(path: str, name: str | None, revision: str | None, split: str | None) -> Rows:

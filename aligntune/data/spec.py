@@ -22,13 +22,38 @@ DroppedFraction = Annotated[
 ]
 
 
+WHERE = (
+    "a JSONL, JSON or CSV file, gzipped (.gz) or not, a Parquet file, a glob as in data/*.jsonl, a "
+    "folder of one kind, or of save_to_disk, or a hub name"
+)
+
+
+class SourceSpec(Spec):
+    """One of several sources of the training data."""
+
+    path: str = Field(description=WHERE)
+    name: str | None = Field(None, description="configuration or subfolder, as data.name")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
+    split: str = Field("train", description="a split or a slice of one, as in train[:95%]")
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="its share of what is drawn, of the sum of all weights; give one to every "
+        "source or to none, which draws every row once an epoch",
+    )
+    max_samples: Positive | None = Field(None, description="its first rows")
+    columns: dict[str, str] = Field(
+        {},
+        description="a column's name in the rest of the config: its name here, or column.field of "
+        "what lies in it, as in {prompt: question, answer: reward_model.ground_truth}",
+    )
+
+
 class DatasetSpec(Spec):
     """Where rows come from, for training and held out, and which of them are used."""
 
-    path: str = Field(
-        description="a JSONL, JSON or CSV file, gzipped (.gz) or not, a Parquet file, a folder of "
-        "one kind, or a hub name"
-    )
+    path: str | None = Field(None, description=f"{WHERE}; required, unless train is given")
+    train: list[SourceSpec] | None = Field(None, description="several sources, in place of path")
     name: str | None = Field(
         None,
         description="configuration of a hub data set (as gsm8k's main) or subfolder of path",
@@ -58,6 +83,7 @@ class DatasetSpec(Spec):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
+        self._one_of_path_and_train()
         if self.eval_samples is not None and not self.evaluates:
             raise ValueError(
                 "eval_samples says how many held-out rows to use, but nothing says which: "
@@ -69,6 +95,45 @@ class DatasetSpec(Spec):
                 "set apply_chat_template: true, or write it into the prompts"
             )
         return self
+
+    def _one_of_path_and_train(self) -> None:
+        if self.path is None and not self.train:
+            raise ValueError("path is missing; name the data, or several sources in train")
+        if not self.train:
+            return
+        given = {"path", "name", "revision", "split", "max_samples"} & self.model_fields_set
+        given = {key for key in given if getattr(self, key) != type(self).model_fields[key].default}
+        if given:
+            raise ValueError(
+                f"train names the sources, and {min(given)} is given beside it; say it of a source"
+            )
+        weights = [source.weight for source in self.train]
+        if None in weights and any(weights):
+            raise ValueError(
+                f"train.{weights.index(None)} has no weight and another source has; give one to "
+                "every source, or to none"
+            )
+        if self.eval_split is not None and self.eval_path is None:
+            raise ValueError(
+                "eval_split is of the data in path, and train names several sources; set eval_path"
+            )
+
+    @property
+    def sources(self) -> list[SourceSpec]:
+        """The several sources; none where path names the data."""
+        return self.train or []
+
+    @property
+    def where(self) -> str:
+        """Where the training data lie; of several sources the first."""
+        return self.path or self.sources[0].path
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Where the data lie, by key of this section."""
+        named = {f"train.{number}.path": source.path for number, source in enumerate(self.sources)}
+        named |= {"path": self.path} if self.path else {}
+        return named | ({"eval_path": self.eval_path} if self.eval_path else {})
 
 
 class DataSpec(DatasetSpec):

@@ -1,7 +1,8 @@
 """JSON, JSON Lines and CSV files as rows with random access; what a cell holds is never changed.
 
-A scan checks every row once and remembers where it begins, so that memory holds eight bytes a row
-(a JSON array, and what gzip packed, is held whole). JSON values keep their types even where a
+A scan checks every row once and remembers where it lies, so that memory holds sixteen bytes a row
+(a JSON array is held whole; what gzip packed lies unpacked in the folder for temporary files). JSON
+values keep their types even where a
 column mixes them; CSV cells are the strings that stand in the file. Nothing is guessed, so nothing
 is coerced.
 """
@@ -9,18 +10,22 @@ is coerced.
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import io
 import json
+import shutil
 import zlib
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from tempfile import NamedTemporaryFile, gettempdir
+from typing import IO, Any, BinaryIO
 
 from aligntune.data.errors import DataError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+CHUNK = 2**20  # bytes read at once where a file is only passed through
 LONGEST_CELL = 2**31 - 1  # characters; the csv module refuses cells over 131,072 by default
 
 
@@ -32,7 +37,7 @@ class TextFile:
         self.columns: dict[str, None] = {}  # an ordered set, in order of first appearance
         self._starts = array("q")  # byte offsets
         self._ends = array("q")
-        self._unpacked = unpacked(path)
+        self._unpacked = unpacked(path)  # a file that goes with this object
         try:
             with self._open() as stream:
                 if stream.read(3) != BYTE_ORDER_MARK:
@@ -54,13 +59,24 @@ class TextFile:
                 "that stays as it is"
             ) from error
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_unpacked": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._unpacked = unpacked(self.path)  # the other process has a file of its own
+
     def line(self, index: int) -> int:
         """The line, counted from 1, on which row `index` begins."""
+        left, lines = self._starts[index], 1
         with self._open() as stream:
-            return stream.read(self._starts[index]).count(b"\n") + 1
+            while left and (read := stream.read(min(left, CHUNK))):
+                lines += read.count(b"\n")
+                left -= len(read)
+        return lines
 
     def _open(self) -> BinaryIO:
-        return self.path.open("rb") if self._unpacked is None else io.BytesIO(self._unpacked)
+        return open(self.path if self._unpacked is None else self._unpacked.name, "rb")
 
     def _scan(self, stream: BinaryIO) -> None:
         raise NotImplementedError
@@ -228,8 +244,7 @@ def open_json(path: Path) -> TextFile:
     Raises: DataError.
     """
     try:
-        held = unpacked(path)
-        with path.open("rb") if held is None else io.BytesIO(held) as stream:
+        with unpacked(path) or path.open("rb") as stream:
             head = stream.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()
             first, more, _ = head.partition(b"\n")
             if head.startswith(b"{") and more and not _is_json(first):
@@ -240,17 +255,24 @@ def open_json(path: Path) -> TextFile:
     return JsonArrayFile(path) if head.startswith(b"[") else JsonLinesFile(path)
 
 
-def unpacked(path: Path) -> bytes | None:
-    """What a .gz file holds; None where `path` is another. Raises: DataError."""
+def unpacked(path: Path) -> IO[bytes] | None:
+    """What a .gz file holds, as a file that is gone once it is closed; None where `path` is
+    another. Raises: DataError."""
     if path.suffix != ".gz":
         return None
+    held = NamedTemporaryFile(prefix="aligntune-unpacked-")  # noqa: SIM115  # its user closes it
     try:
         with gzip.open(path) as stream:
-            return stream.read()
+            shutil.copyfileobj(stream, held, CHUNK)
+        held.flush()
+        held.seek(0)
+        return held
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: broken gzip ({error}); pack it again") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cure = f"; {gettempdir()}, where it is unpacked, is full: set TMPDIR" if full else ""
+        raise DataError(f"{path}: cannot be read ({error.strerror}){cure}") from error
 
 
 def _is_json(raw: bytes) -> bool:

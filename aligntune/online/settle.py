@@ -103,7 +103,7 @@ def _rewards(
         )
     command = (
         "aligntune train --algorithm reward_model "
-        f"--model {shlex.quote(config.model.name)} --dataset {shlex.quote(config.data.path)}"
+        f"--model {shlex.quote(config.model.name)} --dataset {shlex.quote(config.data.where)}"
     )
     why = (
         "no reward is named and the data are preferences: how much nearer the text of a completion "

@@ -16,9 +16,10 @@ from actors.models.positions import model_positions
 from actors.scoring.criteria import RewardCriterion
 from aligntune.config.preference import PreferenceConfig
 from aligntune.data.dropped import Dropped
+from aligntune.data.mixture import held_out_data, mixed, training_data
 from aligntune.data.pair_tokens import PairTokens, TokenisedPairs, tokenise_pairs
 from aligntune.data.scored_pairs import ScoredPairs, scored_pairs
-from aligntune.data.sources import Rows, load_rows
+from aligntune.data.sources import Rows
 from aligntune.decisions import Decision, events, told
 from aligntune.errors import UserError
 from aligntune.preference.settle import settle_max_length
@@ -91,14 +92,14 @@ class PairInputs:
     @cached_property
     def rows(self) -> Rows:
         """The training pairs as rows; formed here where they are to be made of scored texts."""
-        data = self.config.data
-        return self._rows(data.path, data.split, data.max_samples, hub=True)
+        return self._rows(training_data(self.config.data))
 
     @cached_property
     def pairs(self) -> PairTokens:
         """The training pairs, all checked. Raises DataError, a UserError."""
         self.settle()
-        return self._tokenised.within(self.max_length, self.config.data.rules)
+        kept = self._tokenised.within(self.max_length, self.config.data.rules)
+        return kept.drawn(mixed(self.rows, kept.rows, self.config.train.seed))
 
     @cached_property
     def eval_pairs(self) -> PairTokens | None:
@@ -107,8 +108,7 @@ class PairInputs:
         data = self.config.data
         if not data.evaluates:
             return None
-        path = data.eval_path or data.path
-        rows = self._rows(path, data.eval_split, data.eval_samples, hub=data.eval_path is None)
+        rows = self._rows(held_out_data(data))
         return self._tokens(rows).within(self.max_length, data.rules)
 
     @property
@@ -146,15 +146,8 @@ class PairInputs:
         except ModelError as error:
             raise UserError(f"model.name: {error}") from error
 
-    def _rows(self, path: str, split: str | None, rows: int | None, hub: bool) -> Rows:
+    def _rows(self, read: Rows) -> Rows:
         data = self.config.data
-        read = load_rows(
-            path,
-            name=data.name if hub else None,
-            revision=data.revision if hub else None,
-            split=split,
-            max_rows=rows,
-        )
         if not self.criteria:
             return read
         given = {*read.columns} - {data.prompt_column, data.completion_column}

@@ -35,6 +35,7 @@ IDENTITY = (
     "model.name",
     "model.lora",
     "data.path",
+    "data.train",
     "data.split",
     "train.seed",
     "train.groups_per_step",

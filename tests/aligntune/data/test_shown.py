@@ -207,6 +207,29 @@ def test_the_command_shows_pairs(
     assert "Columns that rewards get: no reward is called" in out
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
+def test_the_command_shows_every_source_with_its_share(
+    algorithm: str, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _write(tmp_path, tiny_model, [row(f"{n}+1", f"{n}", "0") for n in range(1, 31)])
+    few = tmp_path / "few.jsonl"
+    few.write_text(json.dumps(row("9+9", "18", "9")) + "\n" + json.dumps(row("", "2", "1")) + "\n")
+    weights = [{"path": f"{tmp_path}/row*.jsonl", "weight": 2}, {"path": str(few), "weight": 1}]
+    changed = [f"algorithm={algorithm}", "data.path=null", f"data.train={json.dumps(weights)}"]
+    assert _called([str(config), *changed, "rewards=null"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "Source: 2 sources, 32 rows"
+    assert (
+        out[1] == f"  {tmp_path}/row*.jsonl: 30 rows, 30 used; weight 2, 21 of 31 an epoch (67.7 %)"
+    )
+    assert out[2] == f"  {few}: 2 rows, 1 used; weight 1, 10 of 31 an epoch (32.3 %)"
+    assert "  train: 1 of 32 rows dropped: 1 empty" in out
+    assert _called([str(config), *changed, f"data.train.0.path={tmp_path}/nothing*"]) == 2
+    told = capsys.readouterr()
+    assert (told.out, len(told.err.splitlines())) == ("", 1)
+    assert "nothing*: matches no file here" in told.err
+
+
 def test_a_wrong_column_is_one_line_and_exit_code_2(
     tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
