@@ -3,7 +3,7 @@
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install quickstart test test-fast test-all bench chaos fuzz histories torn check format clean
+.PHONY: help install quickstart test test-fast test-all bench chaos fuzz histories torn check docs format clean
 
 help:
 	@echo "make quickstart   install, then train a tiny model by reinforcement learning"
@@ -13,7 +13,8 @@ help:
 	@echo "make fuzz         try broken configs, data, answers and folders: a result or one line"
 	@echo "make histories    random histories of the loop on a virtual clock: the books balance"
 	@echo "make torn         tear the files of runs in every way, and see that they go on right"
-	@echo "make check        lint, format, types, import contracts"
+	@echo "make check        lint, format, types, import contracts, and the site builds"
+	@echo "make docs         build the documentation site into site/"
 	@echo "make format       let ruff put the code in order"
 	@echo "make install      only install, into .venv"
 	@echo "make clean        remove .venv and caches"
@@ -56,10 +57,17 @@ check: install
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	$(BUILD_SITE)
+
+# Without a network, and a warning is an error; the variable silences an advertisement of the theme's.
+BUILD_SITE := NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+
+docs: install
+	$(BUILD_SITE)
 
 format: install
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -12,6 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -92,12 +93,14 @@ def sections() -> dict[str, type[BaseModel]]:
     return found
 
 
+@cache
 def tables() -> dict[str, str]:
     """Every table by the name that its marker gives it."""
     made = {path: section_table(path, model) for path, model in sections().items()}
     return {
         **made,
         "algorithms": algorithm_table(),
+        **{f"algorithms.{name}": options_table(registry.get(name)) for name in OURS},
         "defaults": defaults_table(),
         "auto": auto_table(),
         "rewards": rewards_table(),
@@ -154,6 +157,22 @@ def algorithm_table() -> str:
         for name, field in fields.items()
     ]
     return _markdown(("option", "type", *classes, "what it is"), rows)
+
+
+def options_table(algorithm: type[Algorithm]) -> str:
+    """Every option of one algorithm, its own before those that all have."""
+    fields = algorithm.model_fields
+    own = [name for name in fields if name not in Algorithm.model_fields]
+    rows = [
+        (
+            f"`{name}`",
+            _type(fields[name].annotation, fields[name].metadata),
+            _default(fields[name]),
+            _first_description(name, Algorithm, algorithm),
+        )
+        for name in [*own, *(name for name in fields if name not in own)]
+    ]
+    return _markdown(("option", "type", "default", "what it is"), rows)
 
 
 def _first_description(option: str, *classes: type[Algorithm]) -> str:

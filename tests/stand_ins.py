@@ -74,6 +74,8 @@ def write_stand_ins(root: Path, tiny_model: Path) -> None:
     for name in PAIRS:
         for split in ("train", "test"):
             _write_rows(root / name / f"{split}.jsonl", pairs)
+    for name in ("pairs", "eval_pairs"):  # what the quickstart leaves beside its model
+        _write_rows(root / "runs/quickstart/assets" / f"{name}.jsonl", pairs)
 
     for name in AGENT_MODELS:
         write_agent_model(root / name)

@@ -32,7 +32,7 @@ from aligntune.config import keywords
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.config.preference import ALGORITHMS as PREFERENCE
-from aligntune.quickstart.settings import TASKS
+from aligntune.quickstart.settings import TASKS, quickstart_settings
 from aligntune.rewards.catalogue import REWARDS
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import IDENTITY
@@ -249,9 +249,21 @@ def test_every_command_is_right(
             assert folder in written_by_train
         case ["aligntune", "chat", model]:  # run by tests/aligntune/test_chat.py
             assert any(c[1:2] == ["export"] and model in c for _, c in COMMANDS)
-        case ["aligntune", "audit", folder] | ["tensorboard", "--logdir", folder]:
+        case ["tensorboard", "--logdir", folder]:
             assert folder in written_by_train
-        case ["aligntune", "report" | "samples", folder, *_]:  # also shown in a page of their own
+        case ["aligntune", "quickstart", "--algorithm", name, "--out", _, *overrides]:
+            options = [f"{path}={json.dumps(v)}" for path, v in quickstart_settings(name).items()]
+            load_config(
+                {
+                    "algorithm": name,
+                    "model": {"name": "models/qwen"},
+                    "data": {"path": "data/sums"},
+                    "rewards": [{"model": "models/reward"}],
+                    "output_dir": "run",
+                },
+                [*options, *overrides],
+            )
+        case ["aligntune", "audit" | "report" | "samples", folder, *_]:  # also in other pages
             assert folder in [c[c.index("--out") + 1] for _, c in COMMANDS if "--out" in c]
         case _:
             pytest.fail(f"{block.document.name} shows {shlex.join(command)}, which nothing checks")

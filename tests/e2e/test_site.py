@@ -1,0 +1,265 @@
+"""What the site says beside its commands: messages, keys of other libraries, curves, notebooks.
+
+The site itself is built by `make docs`, which fails at a link or an anchor that leads nowhere.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from aligntune.algorithms import registry
+from aligntune.config.online import RunConfig
+from aligntune.config.preference import ALGORITHMS as PREFERENCE
+from aligntune.config.preference import PreferenceConfig
+from tests.e2e.test_documents import doc_tables, in_backticks, rows_of, text_of
+from tests.stand_ins import REPOSITORY
+
+NOTEBOOKS = sorted((REPOSITORY / "examples" / "notebooks").glob("*.ipynb"))
+HOLE = "\0"  # stands for what an f-string fills in
+
+
+def script(name: str) -> ModuleType:
+    """A module of scripts/."""
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+# Messages
+
+
+@cache
+def texts_of_the_code() -> str:
+    """Every text that the packages hold, a line each, with holes for what is filled in."""
+    found = set()
+    for package in ("aligntune", "actors", "cluster"):
+        for path in (REPOSITORY / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                match node:
+                    case ast.Constant(value=str(text)):
+                        found.add(text)
+                    case ast.JoinedStr(values=parts):
+                        found.add(
+                            "".join(
+                                str(part.value) if isinstance(part, ast.Constant) else HOLE
+                                for part in parts
+                            )
+                        )
+    return "\n".join(" ".join(text.split()) for text in sorted(found))
+
+
+def is_said(message: str) -> bool:
+    """Whether one text of the code has the message; each `...` is one or more of its holes."""
+    parts = [part.strip() for part in message.split("...")]
+    pattern = f"[^\n]*{HOLE}[^\n]*".join(re.escape(part) for part in parts if part)
+    return re.search(pattern, texts_of_the_code()) is not None
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
+    rows = rows_of(text_of("docs/troubleshooting.md"))
+    messages = [in_backticks(row[0])[0] for row in rows]
+    assert len(messages) > 40
+    assert [message for message in messages if not is_said(message)] == []
+
+
+def test_a_message_that_the_code_does_not_say_is_seen() -> None:
+    assert is_said("no config file at ...")
+    assert not is_said("no config file in ...")
+    assert not is_said("no config ... file at")
+
+
+# Keys
+
+
+@cache
+def fields_of_class(path: Path) -> set[str]:
+    """The annotated fields of all classes of a module, without importing it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    return {
+        item.target.id
+        for of in classes
+        for item in of.body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    }
+
+
+def installed(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def keys_of_trl(*names: str) -> set[str]:
+    """The settings of TRL's trainers, those that all of transformers' share among them."""
+    trainers = installed("trl") / "trainer"
+    shared = fields_of_class(installed("transformers") / "training_args.py")
+    own = (fields_of_class(trainers / f"{name}_config.py") for name in ("base", *names))
+    return shared.union(*own)
+
+
+def our_keys() -> set[str]:
+    """Every key of both trees, by its dotted path."""
+    tables = doc_tables()
+    options = {key for name in registry.names() for key in registry.get(name).model_fields}
+    options |= {key for spec in PREFERENCE.values() for key in spec.model_fields}
+    keys = {f"algorithm.{key}" for key in {"name", *options}}
+    for tree in (RunConfig, PreferenceConfig):
+        keys |= set(tree.model_fields)
+    for path, model in tables.sections().items():
+        section = path.removeprefix("preference.")
+        section = re.sub(r"^rewards\.\w+$", "rewards.0", section)
+        places = {
+            "engine.vllm": ("rollout.engine",),
+            "strategy.deepspeed": ("policy.strategy", "critic.strategy"),
+        }.get(section, (section,))
+        keys |= {f"{place}.{key}" for place in places for key in model.model_fields}
+    return keys
+
+
+def tables_of_moving() -> Iterator[tuple[str, list[list[str]]]]:
+    """The heading and the rows of each table of the page."""
+    for part in text_of("docs/moving.md").split("\n## ")[1:]:
+        heading, _, text = part.partition("\n")
+        yield heading, rows_of(text)
+
+
+def test_the_keys_of_trl_that_are_moved_from_exist() -> None:
+    of = {
+        "TRL: GRPOConfig": keys_of_trl("grpo"),
+        "TRL: what all its trainers share": keys_of_trl(),
+        "TRL: DPOConfig and RewardConfig": keys_of_trl("dpo", "reward"),
+    }
+    shown = dict(tables_of_moving())
+    for heading, known in of.items():
+        named = {key for row in shown[heading] for key in in_backticks(row[0])}
+        assert named, heading
+        assert named - known == set(), heading
+
+
+def test_the_version_of_trl_that_is_moved_from_is_the_installed_one() -> None:
+    from importlib.metadata import version
+
+    assert f"TRL {version('trl')}." in text_of("docs/moving.md")
+
+
+def test_the_keys_that_are_moved_to_exist() -> None:
+    known = our_keys()
+    assert "train.steps" in known
+    assert "train.stepss" not in known
+    for heading, rows in tables_of_moving():
+        for row in rows:
+            named = in_backticks(row[1])
+            assert named or row[1] == "none", f"{heading}: {row}"
+            assert set(named) <= known, f"{heading}: {row}"
+
+
+# Curves and pages
+
+
+def test_curves_and_what_is_said_of_runs_follow_from_the_kept_figures() -> None:
+    runs = script("doc_runs")
+    kept = sorted(path.stem for path in runs.RUNS.glob("*.jsonl"))
+    shown = set()
+    for path in sorted((REPOSITORY / "docs").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        shown |= {match["name"] for match in runs.PLACE.finditer(text)}
+        assert text == runs.rendered(text), f"{path.name}: run scripts/doc_runs.py"
+    assert shown == set(kept)
+    for name in kept:
+        drawn = (runs.RUNS / f"{name}.svg").read_text(encoding="utf-8")
+        assert drawn == runs.drawing(name), f"{name}.svg: run scripts/doc_runs.py"
+
+
+def test_a_page_shows_the_path_of_a_file_and_the_readmes_sections_with_its_own_links() -> None:
+    hooks = script("doc_hooks")
+    page = "```python file=a.py\nx\n```\n```python run\ny\n```\n<!-- readme: Train a model -->\n"
+    made = hooks.on_page_markdown(page, page=None)
+    assert '```python title="a.py"\n' in made
+    assert "```python\ny" in made
+    assert "## Train a model" in made
+    assert "](configuration.md)" in made
+    assert "](docs/" not in made
+    assert "## How it works" not in made
+    with pytest.raises(ValueError, match="no section 'Nothing'"):
+        hooks.on_page_markdown("<!-- readme: Nothing -->", page=None)
+
+
+def test_a_picture_takes_the_colours_of_its_page_and_says_what_it_shows() -> None:
+    made = script("doc_hooks").on_page_markdown("![A <step>](pictures/step.svg)", page=None)
+    assert 'role="img" aria-label="A &lt;step&gt;"' in made
+    assert "<style>" not in made
+    assert "\n\n" not in made
+
+
+# Notebooks
+
+
+def cells(notebook: Path, kind: str = "code") -> list[str]:
+    return [
+        "".join(cell["source"])
+        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == kind
+    ]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_kept_without_what_it_printed(notebook: Path) -> None:
+    kept = json.loads(notebook.read_text(encoding="utf-8"))
+    for cell in kept["cells"]:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
+    assert cells(notebook, "markdown")[0].startswith("# ")
+
+
+def test_the_notebook_of_an_own_reward_has_the_readmes_rows_and_settings() -> None:
+    """What the README's code shows, which tests/e2e/test_documents.py runs, is here too."""
+    from tests.e2e.test_documents import BLOCKS
+
+    (rows,) = [block.body.strip() for block in BLOCKS if block.file == "make_tasks.py"]
+    source = cells(REPOSITORY / "examples" / "notebooks" / "own_reward.ipynb")
+    assert rows in source
+    (made,) = [cell for cell in source if "create_rl_trainer(" in cell]
+    call = next(n for n in ast.walk(ast.parse(made)) if isinstance(n, ast.Call) and n.keywords)
+    assert {k.arg for k in call.keywords} >= {"reward_functions", "overrides"}
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_both_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other in one folder, as their texts say, with fewer steps."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv(
+        "PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    )
+    for name in ("quickstart", "own_reward"):
+        text = (REPOSITORY / "examples" / "notebooks" / f"{name}.ipynb").read_text()
+        for long, short in (("train.steps=30", "train.steps=2"), ("max_steps=20", "max_steps=2")):
+            text = text.replace(long, short)
+        notebook: Any = nbformat.reads(text, as_version=4)
+        client = NotebookClient(
+            notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+        )
+        client.execute()
+    assert (tmp_path / "runs/own-reward/model").is_dir()
