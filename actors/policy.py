@@ -36,7 +36,9 @@ from actors.packing import longest
 from actors.padding import Padding
 from actors.ranks import TrainedRank
 from actors.specs import ModelSpec, PolicySpec
+from actors.transfer.base import Exported
 from actors.transfer.bundle import WeightBundle
+from actors.transfer.delta import Exports, WeightDelta
 
 
 class PolicyActor(TrainedRank):
@@ -56,6 +58,7 @@ class PolicyActor(TrainedRank):
         """Keep the settings; `start` loads. `total_steps` are training steps, for the schedule."""
         super().__init__(model, spec, rank, world, total_steps, seed)
         self._tokens_per_chunk = spec.tokens_per_chunk
+        self._exports = Exports()
         self._own_old: set[Row] = set()  # whose old log-probs their first forward pass gives
 
     def _load(self) -> LogProbModel:
@@ -120,12 +123,28 @@ class PolicyActor(TrainedRank):
 
         Called with `num_returns=2`: the driver waits for the first and never fetches the second.
         """
-        if self._rank == 0:
-            bundle = WeightBundle.pack(version, self._strategy.full_state())
+        if self._rank == 0:  # Ray copies it out before this rank is asked for anything else
+            bundle = WeightBundle.lend(version, self._strategy.full_state())
             return bundle.nbytes, bundle
         for _ in self._strategy.full_state():
             pass
         return 0, None
+
+    def export_changes(
+        self, version: int, since: int | None
+    ) -> tuple[Exported | None, WeightBundle | WeightDelta | None]:
+        """What the weights, as policy `version`, have changed since version `since`, or all of
+        them; on rank 0, all ranks together.
+
+        Called with `num_returns=2` as `export_weights`.
+        """
+        if self._rank == 0:
+            made = self._exports.take(version, self._strategy.full_state(), since)
+            whole = isinstance(made, WeightBundle)
+            return Exported(made.nbytes, whole, self._exports.nbytes), made
+        for _ in self._strategy.full_state():
+            pass
+        return None, None
 
     def _complete(
         self, job: UpdateJob, groups: dict[int, Fetched], first: Sequence[Row]

@@ -29,7 +29,10 @@ from actors.groups import Group, pack_group
 from actors.liveness import Alive
 from actors.messages import Completion, GroupSampling, Prompt
 from actors.specs import ModelSpec, RolloutSpec
+from actors.transfer.base import Refused
 from actors.transfer.bundle import WeightBundle
+from actors.transfer.delta import WeightDelta
+from actors.transfer.held import Held, OtherBase
 from actors.whereabouts import whereabouts
 
 WATCH_SECONDS = 2.0
@@ -81,6 +84,8 @@ class RolloutActor(Alive):
         self._replica = replica
         self._calls: dict[_Key, _Call] = {}
         self._watching: asyncio.Task[None] | None = None
+        self._held = Held()
+        self._loading = asyncio.Lock()
 
     async def start(self) -> dict[str, Any]:
         """Load the model; returns engine name and version, where it runs, policy version, and how
@@ -154,12 +159,21 @@ class RolloutActor(Alive):
         """What the engine has done since its start."""
         return self._engine.work
 
-    async def load_weights(self, bundle: WeightBundle) -> None:
-        """Serve under `bundle` from now on. May be repeated."""
-        try:
-            await self._engine.load_weights(bundle)
-        except EngineDead as error:
-            self._die(error)
+    async def load_weights(self, *weights: WeightBundle | WeightDelta) -> float | Refused:
+        """Serve under what `weights` make, one on top of the other, from now on. May be repeated.
+
+        Returns seconds in which generation stood still, or that it needs a whole version: then
+        nothing has changed.
+        """
+        async with self._loading:
+            try:
+                bundle = await asyncio.to_thread(self._held.take, weights)
+            except OtherBase as other:
+                return Refused(self._replica, str(other))
+            try:
+                return await self._engine.load_weights(bundle)
+            except EngineDead as error:
+                self._die(error)
 
     async def ping(self) -> int:  # type: ignore[override]
         """As every actor's, once the engine's processes have answered too."""
@@ -171,6 +185,7 @@ class RolloutActor(Alive):
         if self._watching is not None:
             self._watching.cancel()
         await self._engine.close()
+        self._held.close()
 
     def _end(self, key: _Key, call: _Call) -> None:
         """Forget a call that nobody waits for; where it still runs, its waiters were cancelled."""

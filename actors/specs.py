@@ -17,6 +17,7 @@ from actors.settings import Positive as Positive
 from actors.settings import Seconds as Seconds
 from actors.settings import Spec as Spec
 from actors.strategies.specs import StrategyField, TorchSpec
+from actors.transfer.specs import FullSpec, WeightSyncField
 
 GROUPS_AT_ONCE = 16  # of a reward actor, where the config does not say
 
@@ -117,6 +118,11 @@ class RolloutSpec(Spec):
     )
     max_concurrent_groups: Positive = Field(32, description="in flight per replica")
     generation_timeout_s: Seconds = Field(600.0, description="longest wait for one group")
+    weight_sync: WeightSyncField = Field(
+        FullSpec(),
+        description="what is sent of each version: full, all weights; delta, those that have "
+        "changed, bit for bit the same, for a copy of the weights in policy and replicas",
+    )
     weight_timeout_s: Seconds = Field(600.0, description="longest wait for it to take new weights")
     start_timeout_s: Seconds = Field(600.0, description="longest wait for a replica to load")
     max_attempts: Positive = Field(

@@ -9,7 +9,7 @@ Which replica gets which call is decided in `replicas`, without Ray.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -349,9 +349,11 @@ class ReplicaSet:
         finally:
             self.replicas.release(replica, company)
 
-    async def broadcast(self, method: str, *args: Any, deadline_s: float) -> list[Any]:
-        """Call `method` on every serving replica, one that is silent for now too; a replica lost at
-        it is replaced, not retried.
+    async def broadcast(
+        self, method: str, *args: Any, deadline_s: float, only: Collection[str] | None = None
+    ) -> list[Any]:
+        """Call `method` on every serving replica (`only`: of these), one that is silent for now
+        too; a replica lost at it is replaced, not retried.
 
         Replicas that are starting are left out: `prepare` brings them up to date. Raises
         ObjectsLost, once all have answered, where an argument is gone.
@@ -367,7 +369,8 @@ class ReplicaSet:
 
         states = (State.READY, State.SUSPECT)
         live = [replica for replica in self.replicas.live if replica.state in states]
-        serving = [(replica, self._handles[replica]) for replica in live]
+        named = live if only is None else [each for each in live if each.name in only]
+        serving = [(replica, self._handles[replica]) for replica in named]
         answers = await asyncio.gather(*(one(*each) for each in serving), return_exceptions=True)
         for given in answers:
             if isinstance(given, BaseException):

@@ -111,8 +111,10 @@ class RolloutEngine(Protocol):
             EngineDead: the engine cannot serve any more.
         """
 
-    async def load_weights(self, bundle: WeightBundle) -> None:
+    async def load_weights(self, bundle: WeightBundle) -> float:
         """Serve under `bundle` from the next token on, with nothing cached from older weights.
+
+        Returns seconds in which generation stood still.
 
         Raises:
             WeightMismatch: the bundle does not fit the model.

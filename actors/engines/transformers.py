@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -117,13 +118,13 @@ class TransformersEngine:
             stop.set()  # a cancelled call's thread ends at the next token
             self._queue.release()
 
-    async def load_weights(self, bundle: WeightBundle) -> None:
+    async def load_weights(self, bundle: WeightBundle) -> float:
         """Copy `bundle` into the model, all of it or nothing; there is no cache to reset.
 
         Raises:
             WeightMismatch: names or shapes are not those of the model.
         """
-        await self._run(lambda: self._load_weights(bundle))
+        return await self._run(lambda: self._load_weights(bundle))
 
     async def check(self) -> None:
         """This engine lives as long as its process."""
@@ -144,10 +145,13 @@ class TransformersEngine:
         self._stops = torch.tensor(stop_token_ids(self._spec), device=self._device)
 
     @torch.no_grad()
-    def _load_weights(self, bundle: WeightBundle) -> None:
+    def _load_weights(self, bundle: WeightBundle) -> float:
+        """Seconds that it takes."""
+        began = time.monotonic()
         for parameter, tensor in matched_parameters(self._model, bundle):
             parameter.copy_(tensor)
         self._version = bundle.version
+        return time.monotonic() - began
 
     def _sample(
         self,

@@ -15,6 +15,7 @@ import difflib
 import logging
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -141,8 +142,8 @@ class VLLMEngine:
             for request in requests:
                 request.cancel()
 
-    async def load_weights(self, bundle: WeightBundle) -> None:
-        """Replace the weights under the requests in flight.
+    async def load_weights(self, bundle: WeightBundle) -> float:
+        """Replace the weights under the requests in flight; seconds in which they stand still.
 
         An update that fails or is cancelled leaves a model in pieces: generation stays frozen, and
         the next `check` or `sample` raises EngineDead.
@@ -156,13 +157,17 @@ class VLLMEngine:
             await self.check()
             try:
                 with _deaths_translated():
-                    where = await asyncio.to_thread(self._weights.write, bundle)
+                    where = bundle.where  # its arrays lie in a file already
+                    if where is None:
+                        where = await asyncio.to_thread(self._weights.write, bundle)
+                    began = time.monotonic()
                     await self._llm.pause_generation(mode="keep", clear_cache=True)
                     await self._llm.start_weight_update()
-                    await self._llm.update_weights(WeightTransferUpdateRequest(where))
+                    await self._llm.update_weights(WeightTransferUpdateRequest(dict(where)))
                     await self._llm.finish_weight_update(weight_version=str(bundle.version))
                     self._version = bundle.version
                     await self._llm.resume_generation()
+                    return time.monotonic() - began
             except BaseException as error:
                 reason = str(error) or type(error).__name__
                 self._broken = f"weights of version {bundle.version} did not load: {reason}"

@@ -15,6 +15,31 @@ class Offer:
     version: int
     payload: Any
     method: str = "load_weights"
+    whole: tuple[Any, ...] = ()
+    """The arguments with which anyone can take them, where `payload` is for those alone who have
+    the version before; empty: `payload` is for anyone."""
+
+    @property
+    def for_anyone(self) -> tuple[Any, ...]:
+        """The arguments for who has whatever weights."""
+        return self.whole or (self.payload,)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """What a rollout actor answers that serves on as it was: it needs the whole of an offer."""
+
+    replica: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a policy rank says of the weights that it has left somewhere."""
+
+    nbytes: int
+    whole: bool  # else they are what has changed since the version that it exported before
+    whole_nbytes: int  # of all its weights
 
 
 class Transport(Protocol):
@@ -22,6 +47,8 @@ class Transport(Protocol):
 
     rereadable: bool
     """Whether an offer can be taken again later, by a replica that was not there."""
+    sent_fraction: float | None
+    """Bytes of the last version that was sent, over those of all its weights; None: always all."""
 
     async def publish(self, version: int, receive: Callable[[Offer], Awaitable[None]]) -> Offer:
         """Send the weights of `version`, the policy's current one.

@@ -2,7 +2,8 @@
 
 A bundle is plain numpy arrays by Hugging Face parameter name, so that it goes into the object store
 once per version and every receiver on a node maps the same memory: nothing is copied by `ray.get`.
-Its arrays never change after `pack`, whatever the optimiser does to the tensors they came from.
+Its arrays never change after `pack`, whatever the optimiser does to the tensors they came from;
+those of `lend` are the tensors' own memory where it can be, for who copies it out at once.
 
 Tied weights appear once, under the name that the model's `named_parameters()` yields: the input
 embedding, so `lm_head.weight` is absent where it is tied to it. A receiver whose model ties them
@@ -14,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +28,22 @@ class WeightBundle:
     """The weights of policy `version`: read-only arrays by parameter name."""
 
     def __init__(
-        self, version: int, arrays: Mapping[str, np.ndarray], dtypes: Mapping[str, str]
+        self,
+        version: int,
+        arrays: Mapping[str, np.ndarray],
+        dtypes: Mapping[str, str],
+        digests: Mapping[str, int] = MappingProxyType({}),
+        where: Mapping[str, Any] | None = None,
     ) -> None:
         """Wrap arrays that nobody else writes to; `pack` is the way to make a bundle from tensors.
 
         `dtypes` names the torch dtype of each array's bits, e.g. "bfloat16" for a uint16 array.
+        `digests` are there where changes to these weights may follow. `where` is what
+        `MemoryFile.write` says of arrays that lie in its file.
         """
         self.version = version
+        self.digests = dict(digests)
+        self.where = where
         self._arrays = dict(arrays)
         self._dtypes = dict(dtypes)
 
@@ -43,6 +54,18 @@ class WeightBundle:
         Raises:
             ValueError: a name comes twice, or there is no tensor at all.
         """
+        return cls._of(version, ((name, _copy(tensor)) for name, tensor in tensors))
+
+    @classmethod
+    def lend(cls, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightBundle:
+        """`tensors` as a bundle, without a copy of those that lie in the host's memory.
+
+        Pickle it before any of them changes: that copies them to where they go. Raises as `pack`.
+        """
+        return cls._of(version, ((name, on_host(tensor)) for name, tensor in tensors))
+
+    @classmethod
+    def _of(cls, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightBundle:
         arrays: dict[str, np.ndarray] = {}
         dtypes: dict[str, str] = {}
         for name, tensor in tensors:
@@ -50,12 +73,8 @@ class WeightBundle:
                 raise ValueError(
                     f"weights of version {version}: {name!r} comes twice; yield each parameter once"
                 )
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            host.copy_(tensor.detach())
-            array = host.view(_CARRIERS.get(tensor.dtype, tensor.dtype)).numpy()
-            array.flags.writeable = False
-            arrays[name] = array
-            dtypes[name] = str(tensor.dtype).removeprefix("torch.")
+            arrays[name] = as_array(tensor)
+            dtypes[name] = dtype_name(tensor)
         if not arrays:
             raise ValueError(f"weights of version {version}: the policy exported no parameter")
         return cls(version, arrays, dtypes)
@@ -85,6 +104,28 @@ class WeightBundle:
 
     def __repr__(self) -> str:
         return f"WeightBundle(version={self.version}, {len(self)} arrays, {self.nbytes} bytes)"
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in the host's memory, in one piece: itself where it lies there so."""
+    return tensor.detach().to("cpu").contiguous()
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    return host.copy_(tensor.detach())
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """Its torch dtype, e.g. "bfloat16"."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """A host tensor's bits as a read-only array, without a copy."""
+    array = tensor.view(_CARRIERS.get(tensor.dtype, tensor.dtype)).numpy()
+    array.flags.writeable = False
+    return array
 
 
 def as_tensor(array: np.ndarray, dtype: str) -> torch.Tensor:

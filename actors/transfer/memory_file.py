@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -33,17 +34,24 @@ class MemoryFile:
         for array in arrays.values():
             offsets.append(size)
             size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-        memory = self._room(size)
+        memory = self._room(max(size, _ALIGNMENT))
         for offset, array in zip(offsets, arrays.values(), strict=True):
             target = np.frombuffer(memory, array.dtype, array.size, offset)
             target[:] = array.reshape(-1)
-            del target  # the map cannot be closed under a view
         return {
             "path": f"/proc/{os.getpid()}/fd/{self._file}",
             "names": list(arrays),
             "dtypes": [bundle.dtypes[name] for name in arrays],
             "shapes": [list(array.shape) for array in arrays.values()],
             "offsets": offsets,
+        }
+
+    def views(self, where: Mapping[str, Any], bundle: WeightBundle) -> dict[str, np.ndarray]:
+        """The arrays that `write(bundle)` put at `where`, to be read and written."""
+        assert self._memory is not None, "nothing was written"
+        return {
+            name: np.frombuffer(self._memory, array.dtype, array.size, offset).reshape(array.shape)
+            for (name, array), offset in zip(bundle.arrays.items(), where["offsets"], strict=True)
         }
 
     def _room(self, size: int) -> mmap.mmap:
@@ -58,6 +66,5 @@ class MemoryFile:
     def close(self) -> None:
         """Let go of the file; one that was never written to has none."""
         if self._memory is not None:
-            self._memory.close()
-            self._memory = None
+            self._memory = None  # unmapped with the last array over it
             os.close(self._file)

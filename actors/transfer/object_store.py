@@ -13,6 +13,7 @@ class ObjectStore:
     which the driver owns."""
 
     rereadable = True
+    sent_fraction: float | None = None
 
     def __init__(self, export: Callable[[int], Awaitable[Any]]) -> None:
         self._export = export

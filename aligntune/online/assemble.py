@@ -9,6 +9,8 @@ from actors.messages import Prompt
 from actors.reward import Criterion
 from actors.supervise import ReplicaSet
 from actors.timeline import Timeline
+from actors.transfer.base import Transport
+from actors.transfer.deltas import Deltas
 from actors.transfer.object_store import ObjectStore
 from aligntune.config.online import RunConfig
 from aligntune.data.prompts import PromptSource
@@ -57,11 +59,12 @@ def assemble(
     learner = learner or Learner(
         config, roles.maker(ROLES["policy"]), roles.maker(ROLES["critic"]), changed.set
     )
-    store = ObjectStore(learner.export)
+    sends = transport(config, learner)
     weights = WeightSync(
-        store,
-        store,
+        sends,
+        sends,
         changed,
+        recorder.event,
         timeout_s=config.rollout.weight_timeout_s,
         rebuild_s=config.rollout.start_timeout_s,
     )
@@ -98,3 +101,10 @@ def assemble(
         watch=Watch(config, recorder, timeline, learner, serving, keeper, ray_processes()),
         changed=changed,
     )
+
+
+def transport(config: RunConfig, learner: Learner) -> Transport:
+    """What `rollout.weight_sync` names."""
+    if config.rollout.weight_sync.name == "delta":
+        return Deltas(learner.export_changes)
+    return ObjectStore(learner.export)

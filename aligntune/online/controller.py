@@ -237,6 +237,7 @@ class Controller:
         step, now, before = self.state.version, self.ledger.books, self._seen
         figures.filtered = now.filtered - before.filtered
         figures.quarantined = now.quarantined - before.quarantined
+        figures.served = self._weights.figures
         row = figures.row(groups, self._timeline.take(BUSY))
         completions = sum(len(group.record.finish_reasons) for group in groups)
         self.state.algorithm = self.state.algorithm.after_step(row, completions)

@@ -19,6 +19,7 @@ WORDS = {
     "prepare": "prepares",
     "update": "updates",
     "export_weights": "gives its weights",
+    "export_changes": "gives its weights",
     "save": "saves",
     "load": "loads the checkpoint",
     "save_model": "writes the model",

@@ -16,12 +16,15 @@ ACTIVITIES = {
     "reference": ("logprobs",),
     "prepare": ("values", "prepare"),
     "update": ("update",),
-    "weight_sync": ("export_weights", "load_weights"),
+    "weight_sync": ("export_weights", "export_changes", "load_weights"),
 }
 """The remote calls that each `time/<activity>` is the time of."""
 
 POLICY = "policy"
-BUSY = {**ACTIVITIES, POLICY: ("values", "prepare", "update", "export_weights")}
+BUSY = {
+    **ACTIVITIES,
+    POLICY: ("values", "prepare", "update", "export_weights", "export_changes"),
+}
 """With those in which the ranks are not idle: replicas load weights without them."""
 
 EPISODE_COUNTS = {
@@ -195,6 +198,7 @@ class StepFigures:
         self._started = time.monotonic()
         self.prepared: dict[str, float] = {}
         self.updated: dict[str, float] = {}
+        self.served: dict[str, float] = {}
         self.filtered = 0  # groups, since the last step
         self.quarantined = 0
 
@@ -209,5 +213,6 @@ class StepFigures:
             **group_metrics(self._config, groups, self._version, ended),
             **self.prepared,
             **self.updated,
+            **self.served,
             **time_metrics(time.monotonic() - self._started, busy, groups),
         }

@@ -21,6 +21,7 @@ from actors.fetching import ArraysLost
 from actors.liveness import Patience, sign_of_life
 from actors.messages import GroupWork, PrepareJob, UpdateResult
 from actors.specs import RankSpec
+from actors.transfer.base import Exported
 from actors.waiting import all_of
 from aligntune.algorithms.base import Algorithm
 from aligntune.config.online import RunConfig
@@ -175,6 +176,16 @@ class Learner:
         sizes, objects = self._policy.begin("export_weights", [(version,)] * ranks, [1] * ranks)
         await sizes
         return objects[0][0]
+
+    async def export_changes(self, version: int, since: int | None) -> tuple[Exported, Any]:
+        """What changed in the weights since version `since`, or all: what rank 0 says of it, and
+        the reference, which the driver owns."""
+        ranks = self._policy.spec.ranks
+        answers, objects = self._policy.begin(
+            "export_changes", [(version, since)] * ranks, [1] * ranks
+        )
+        exported, *_ = await answers
+        return exported, objects[0][0]
 
     async def snapshot(self) -> None:
         """Have every rank copy its part of a checkpoint to its host's memory."""

@@ -14,8 +14,10 @@ from collections.abc import Awaitable, Callable
 from ray.actor import ActorHandle
 
 from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet, answer
-from actors.transfer.base import Offer, Transport
+from actors.transfer.base import Offer, Refused, Transport
+from aligntune.errors import RunFailed
 from aligntune.online.learner import PolicyLost
+from aligntune.tracking.metrics import EventKind
 
 Clear = Callable[[], Awaitable[None]]
 
@@ -28,7 +30,8 @@ class WeightSync:
     """The weights of one run's rollouts.
 
     `late` is a re-readable transport for replicas that join between two versions; it may be the
-    same one. `changed` is set when the policy has to be rebuilt: see `lost`.
+    same one. `changed` is set when the policy has to be rebuilt: see `lost`. `event(kind,
+    **fields)` hears of a replica that could not take what was sent to those who serve.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class WeightSync:
         transport: Transport,
         late: Transport,
         changed: asyncio.Event,
+        event: Callable[..., None] = lambda kind, **fields: None,
         *,
         timeout_s: float,
         rebuild_s: float,
@@ -48,6 +52,8 @@ class WeightSync:
         self._timeout_s = timeout_s
         self._rebuild_s = rebuild_s
         self._changed = changed
+        self._event = event
+        self._paused_s = 0.0  # of the replica that stood still for longest, at the last version
         self._offer: Offer | None = None  # the current one; None: the starting model, version 0
         self._renewed = asyncio.Event()
         self.lost: str | None = None  # why the current weights, and so the policy, are gone
@@ -70,7 +76,7 @@ class WeightSync:
             if left_behind:
                 await clear()
                 self._renew(offer)
-            await rollouts.broadcast(offer.method, offer.payload, deadline_s=self._timeout_s)
+            await self._send(offer, rollouts)
 
         async def keep(offer: Offer) -> None:
             self._renew(offer)
@@ -82,6 +88,35 @@ class WeightSync:
             await self._transport.publish(version, receive)
         except ObjectsLost as lost:  # with the node of the rank that exported them
             raise PolicyLost(f"the weights of version {version}: {lost}") from lost
+
+    async def _send(self, offer: Offer, rollouts: ReplicaSet) -> None:
+        """Have those who serve take `offer`; who has not the version that it follows takes it
+        whole."""
+        call, limit = rollouts.broadcast, self._timeout_s
+        said = await call(offer.method, offer.payload, deadline_s=limit)
+        others = {each.replica: each.reason for each in said if isinstance(each, Refused)}
+        for replica, reason in others.items():
+            self._event(
+                EventKind.WEIGHTS_REFUSED, replica=replica, version=offer.version, reason=reason
+            )
+        if others:
+            again = await call(offer.method, *offer.for_anyone, deadline_s=limit, only=others)
+            for each in again:
+                if isinstance(each, Refused):
+                    raise RunFailed(f"{each.replica} cannot take weights: {each.reason}")
+            said += again
+        self._paused_s = max((each for each in said if isinstance(each, float)), default=0.0)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Of the last version that replicas took; empty before there is one."""
+        if self._offer is None:
+            return {}
+        sent = self._transport.sent_fraction
+        return {
+            "time/rollout_paused": self._paused_s,
+            **({} if sent is None else {"weights/sent_fraction": sent}),
+        }
 
     def _renew(self, offer: Offer) -> None:
         """From now on a replica that starts takes these."""
@@ -97,11 +132,14 @@ class WeightSync:
             assert offer is not None, "weights were published once and are never unset"
             take = getattr(handle, offer.method)
             try:
-                await answer(take.remote(offer.payload), name, offer.method, self._timeout_s)
+                ref = take.remote(*offer.for_anyone)
+                said = await answer(ref, name, offer.method, self._timeout_s)
             except ObjectsLost as lost:
                 if self._offer is offer:
                     await self._after(offer, str(lost), name)
                 continue
+            if isinstance(said, Refused):
+                raise ReplicaLost(name, f"it cannot take weights: {said.reason}")
             taken = offer
 
     async def _after(self, gone: Offer, reason: str, name: str) -> None:

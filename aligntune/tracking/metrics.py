@@ -37,6 +37,7 @@ class EventKind(StrEnum):
     REPLICA_LOST = "replica_lost"
     REPLICA_RESTARTED = "replica_restarted"
     REPLICA_JOINED = "replica_joined"  # beyond rollout.replicas, on what the cluster has to spare
+    WEIGHTS_REFUSED = "weights_refused"  # changes did not go with a replica's; it gets all
     POLICY_LOST = "policy_lost"  # a rank died or hangs; all ranks are started anew
     POLICY_REBUILT = "policy_rebuilt"  # from a checkpoint, to which the run goes back
     STALLED = "stalled"  # nothing moved for `seconds`: for what the run `waits`; more is at `path`

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -43,7 +45,9 @@ from actors.groups import Group, pack_group
 from actors.messages import FinishReason, GroupSampling, Prompt, Sampling
 from actors.rollout import RolloutActor
 from actors.specs import ModelSpec, RolloutSpec
+from actors.transfer.base import Refused
 from actors.transfer.bundle import WeightBundle
+from actors.transfer.delta import Exports
 
 EOS = 1
 TOLERANCE = 1e-4
@@ -192,6 +196,42 @@ def test_greedy_output_after_an_update_is_the_new_models(replica, policies, bund
         for index in range(2):
             assert group[1].token_ids[group[1].completion(index)].tolist() == expected
         assert _worst_error(group, policies, temperature=1.0) < TOLERANCE
+
+
+def test_changed_weights_alone_make_the_new_model_and_are_refused_on_any_other(
+    replica, policies, bundles
+):
+    exports = Exports()
+    whole = exports.take(1, policies[1].named_parameters(), None)
+    replica.get("load_weights", whole)
+    replica.get("load_weights", bundles[0])  # what is held for changes is not what is served
+    same = exports.take(2, policies[1].named_parameters(), 1)
+    assert same.nbytes == 0
+    assert replica.get("load_weights", same) > 0
+    moved = {name: p.detach().clone() for name, p in policies[1].named_parameters()}
+    for name, parameter in policies[2].named_parameters():
+        moved[name].view(-1)[::7] = parameter.detach().view(-1)[::7]
+    delta = pickle.loads(pickle.dumps(exports.take(3, moved.items(), 2)))
+    assert delta.nbytes < 0.4 * whole.nbytes
+    replica.get("load_weights", delta)
+    group = replica.group(_prompt(0), _sampling(group_id=3))
+    assert _labels(group) == {3}
+    model = copy.deepcopy(policies[1])
+    model.load_state_dict(moved, strict=False)
+    assert _worst_error(group, {3: model}, 1.0) < TOLERANCE
+    refused = replica.get("load_weights", _changes_that_nobody_can_take(policies))
+    assert isinstance(refused, Refused)
+    assert "and 3 is held" in refused.reason
+    assert _labels(replica.group(_prompt(0), _sampling(group_id=4))) == {3}
+
+
+def _changes_that_nobody_can_take(policies):
+    exports = Exports()
+    exports.take(4, policies[0].named_parameters(), None)
+    name, parameter = next(iter(policies[0].named_parameters()))
+    moved = dict(policies[0].named_parameters()) | {name: parameter.detach().clone()}
+    moved[name].view(-1)[0] += 1
+    return exports.take(5, moved.items(), 4)
 
 
 def test_a_cached_prefix_does_not_outlive_an_update(replica, policies, bundles):

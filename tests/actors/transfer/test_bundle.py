@@ -46,6 +46,20 @@ def test_an_optimiser_step_after_packing_does_not_change_the_bundle():
     assert torch.equal(packed, torch.zeros(4))
 
 
+def test_a_lent_bundle_is_copied_once_when_it_is_pickled_and_is_its_own_then():
+    weight, turned = torch.arange(6.0), torch.arange(6.0).view(2, 3).t()
+    lent = WeightBundle.lend(1, [("w", weight), ("turned", turned), ("half", weight.bfloat16())])
+    buffers = []
+    data = pickle.dumps(lent, protocol=5, buffer_callback=buffers.append)
+    assert np.shares_memory(np.frombuffer(buffers[0], np.uint8), weight.view(torch.uint8).numpy())
+    arrived = pickle.loads(data, buffers=[bytes(buffer) for buffer in buffers])
+    weight.add_(1)
+    tensors = dict(arrived.items())
+    assert torch.equal(tensors["w"], weight - 1)
+    assert torch.equal(tensors["turned"], turned)
+    assert torch.equal(tensors["half"], (weight - 1).bfloat16())
+
+
 def test_items_are_views_of_read_only_arrays():
     bundle = WeightBundle.pack(1, [("w", torch.arange(6, dtype=torch.bfloat16).view(2, 3))])
     array = bundle.arrays["w"]

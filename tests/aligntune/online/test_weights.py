@@ -12,10 +12,13 @@ import pytest
 from ray.exceptions import ObjectLostError
 
 from actors.supervise import ObjectsLost, ReplicaLost
-from actors.transfer.base import Offer
+from actors.transfer.base import Exported, Offer, Refused
+from actors.transfer.deltas import Deltas
 from actors.transfer.object_store import ObjectStore
+from aligntune.errors import RunFailed
 from aligntune.online.learner import PolicyLost
 from aligntune.online.weights import WeightSync
+from aligntune.tracking.metrics import EventKind
 
 Receive = Callable[[Offer], Awaitable[None]]
 
@@ -24,6 +27,7 @@ class Broadcast:
     """A transport whose two sides meet: neither ends without the other, and nobody reads later."""
 
     rereadable = False
+    sent_fraction = None
 
     def __init__(self) -> None:
         self.meeting: asyncio.Barrier | None = None
@@ -42,11 +46,12 @@ class Rollouts:
         self.transport = transport
         self.taken: list[tuple[str, Any]] = []
 
-    async def broadcast(self, method: str, payload: Any, *, deadline_s: float) -> None:
+    async def broadcast(self, method: str, payload: Any, *, deadline_s: float) -> list[Any]:
         if self.transport is not None:
             assert self.transport.meeting is not None
             await asyncio.wait_for(self.transport.meeting.wait(), deadline_s)
         self.taken.append((method, payload))
+        return []
 
 
 class Joiner:
@@ -169,12 +174,97 @@ def test_weights_that_are_lost_on_their_way_lose_the_policy() -> None:
         weights, _ = sync()
 
         class Far(Rollouts):
-            async def broadcast(self, *_: Any, **__: Any) -> None:
+            async def broadcast(self, *_: Any, **__: Any) -> list[Any]:
                 raise ObjectsLost("an argument of load_weights is lost")
 
         rollouts: Any = Far()
         with pytest.raises(PolicyLost, match="the weights of version 1"):
             await weights.bring(1, rollouts)
+
+    run(main())
+
+
+class Servers(Rollouts):
+    """Replicas of which some refuse what follows another version."""
+
+    def __init__(self, others: set[str], stubborn: bool = False) -> None:
+        super().__init__()
+        self.others = others
+        self.stubborn = stubborn
+        self.whole: list[tuple[set[str], tuple[Any, ...]]] = []
+
+    async def broadcast(  # type: ignore[override]
+        self, method: str, *args: Any, deadline_s: float, only: Any = None
+    ) -> list[Any]:
+        refused = [Refused(name, "it holds 0") for name in sorted(self.others)]
+        if only is None:
+            self.taken.append((method, args))
+            return [0.5, *refused]
+        self.whole.append((set(only), args))
+        return refused if self.stubborn else [0.75] * len(only)
+
+
+def deltas(sizes: list[int], events: list[Any]) -> tuple[WeightSync, list[Any]]:
+    """A sync of changes: the first export is 100 bytes, the next ones as `sizes` say."""
+    asked: list[Any] = []
+
+    async def export_changes(version: int, since: int | None) -> tuple[Exported, str]:
+        asked.append(since)
+        size = 100 if since is None else sizes[version]
+        return Exported(size, since is None, 100), f"{since} to {version}"
+
+    sends = Deltas(export_changes)
+
+    def event(kind: Any, **fields: Any) -> None:
+        events.append((kind, fields))
+
+    return WeightSync(sends, sends, asyncio.Event(), event, timeout_s=30, rebuild_s=30), asked
+
+
+def test_who_serves_takes_what_changed_and_who_has_other_weights_or_is_late_takes_all() -> None:
+    async def main() -> None:
+        events: list[Any] = []
+        weights, _ = deltas([0, 0, 10, 10], events)
+        for version in (1, 2):
+            await weights.bring(version, rollouts := Servers(set()))  # type: ignore[arg-type]
+        assert rollouts.taken == [("load_weights", ("1 to 2",))]
+        assert weights.figures == {"time/rollout_paused": 0.5, "weights/sent_fraction": 0.1}
+        assert events == []
+        servers: Any = Servers({"rollout-1"})
+        await weights.bring(3, servers)
+        assert servers.taken == [("load_weights", ("2 to 3",))]
+        assert servers.whole == [({"rollout-1"}, ("None to 1", "1 to 2", "2 to 3"))]
+        fields = {"replica": "rollout-1", "version": 3, "reason": "it holds 0"}
+        assert events == [(EventKind.WEIGHTS_REFUSED, fields)]
+        assert weights.figures["time/rollout_paused"] == 0.75
+        joiner: Any = Joiner()
+        joiner.load_weights = SimpleNamespace(remote=lambda *args: joiner._load(args))
+        await weights.catch_up(joiner, "rollout-2")
+        assert joiner.taken == [("None to 1", "1 to 2", "2 to 3")]
+
+    run(main())
+
+
+def test_when_the_changes_are_as_much_as_a_whole_version_the_next_one_is_whole() -> None:
+    async def main() -> None:
+        weights, asked = deltas([0, 0, 60, 60, 0, 60], [])
+        rollouts: Any = Servers(set())
+        for version in range(1, 6):
+            await weights.bring(version, rollouts)
+        assert asked == [None, 1, 2, None, 4]
+
+    run(main())
+
+
+def test_a_replica_that_cannot_even_take_all_ends_the_run_or_its_own_start() -> None:
+    async def main() -> None:
+        weights, _ = deltas([0, 0], [])
+        servers: Any = Servers({"rollout-1"}, stubborn=True)
+        with pytest.raises(RunFailed, match="rollout-1 cannot take weights: it holds 0"):
+            await weights.bring(1, servers)
+        joiner: Any = Joiner(lambda payload: Refused("rollout-2", "a bit flips"))
+        with pytest.raises(ReplicaLost, match="a bit flips"):
+            await weights.catch_up(joiner, "rollout-2")
 
     run(main())
 
