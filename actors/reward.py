@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ from actors.scoring.criteria import (
     RewardFailed,
     RewardFailure,
 )
-from actors.scoring.model import ModelScorer, RewardModelCriterion
+from actors.scoring.model import ModelScorer, ModelStuck, RewardModelCriterion
 from actors.specs import GROUPS_AT_ONCE, ModelSpec
 from actors.whereabouts import whereabouts
 
@@ -116,9 +117,13 @@ class RewardActor(Alive):
         self.done += 1
         rows = range(len(tensors.lengths)) if conversations is None else conversations.last_rows
         texts = [self._text(tensors.token_ids[tensors.completion(row)].tolist()) for row in rows]
-        by_criterion = await _all(
-            scorer.score(prompt, texts, conversations) for scorer in self._scorers
-        )
+        try:
+            by_criterion = await _all(
+                scorer.score(prompt, texts, conversations) for scorer in self._scorers
+            )
+        except ModelStuck as stuck:  # a thread cannot be ended; the next actor has the groups
+            print(f"reward actor ends: {stuck}", file=sys.stderr, flush=True)
+            os._exit(1)
         scores = Scores(
             group_id=tensors.group_id,
             criteria=tuple(scorer.name for scorer in self._scorers),

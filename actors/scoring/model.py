@@ -17,6 +17,10 @@ from actors.scoring.criteria import RewardFailed, RewardFailure
 from actors.specs import ModelSpec
 
 
+class ModelStuck(RuntimeError):
+    """A reward model answers no more; only a new process helps."""
+
+
 @dataclass(frozen=True)
 class RewardModelCriterion:
     """One reward model that scores completions, as reward actors get it."""
@@ -150,10 +154,11 @@ class ModelScorer:
 
         Raises:
             RewardFailed: a text over the limit, a score that is not finite, no answer in time.
+            ModelStuck: an earlier group has taken twice the time that it may take.
         """
         async with self._turn:
             if self._running is not None:  # a forward pass that ran out of time cannot be stopped
-                await asyncio.wait({self._running})
+                await self._rest_of(self._running)
             self._running = asyncio.ensure_future(
                 asyncio.to_thread(
                     self._scores, self._pairs(prompt, completions, conversations), prompt.tools
@@ -168,6 +173,13 @@ class ModelScorer:
                     f"{len(completions)}",
                 )
             return self._running.result()
+
+    async def _rest_of(self, running: asyncio.Future[list[float]]) -> None:
+        done, _ = await asyncio.wait({running}, timeout=self._criterion.timeout_s)
+        if not done:
+            raise ModelStuck(
+                f"{self.name}: one group has had the model for {2 * self._criterion.timeout_s:g} s"
+            )
 
     async def close(self) -> None:
         """Let go of the model."""

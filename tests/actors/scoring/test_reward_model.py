@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from actors.models.reward import check_reward_model, load_reward_model, new_rewa
 from actors.scoring.criteria import RewardFailed, RewardFailure
 from actors.scoring.model import (
     ModelScorer,
+    ModelStuck,
     RewardModelCriterion,
     scored_ids,
     scored_text,
@@ -156,6 +158,22 @@ class TestScoring:
             return await scorer.score(prompt(), ["2"])
 
         assert asyncio.run(body()) == score(criterion(), "1+1", "2")
+
+    def test_a_model_that_hangs_is_found_by_the_next_group(
+        self, criterion: Callable[..., RewardModelCriterion]
+    ) -> None:
+        async def body() -> None:
+            scorer = ModelScorer(criterion(timeout_s=0.2))
+            await scorer.start()
+            free = threading.Event()
+            scorer._forward = lambda rows: [float(free.wait(60))]  # type: ignore[method-assign]
+            with pytest.raises(RewardFailed, match="no scores within"):
+                await scorer.score(prompt(), ["2"])
+            with pytest.raises(ModelStuck, match="has had the model for"):
+                await scorer.score(prompt(), ["2"])
+            free.set()
+
+        asyncio.run(body())
 
 
 class TestRefusals:
