@@ -74,7 +74,7 @@ def config(folder: Path, parts: Parts, steps: int, seed: int) -> dict[str, Any]:
         "model": {"name": str(folder / "model")},
         "data": {"path": str(folder / "data.jsonl")},
         "rewards": [
-            {"function": f"{folder / 'judge.py'}:judge", "timeout_s": 20.0},
+            {"function": f"{folder / 'judge.py'}:judge", "timeout_s": 10.0},
             {"model": str(folder / "reward_model")},
         ],
         "output_dir": str(folder / "run"),
@@ -84,7 +84,7 @@ def config(folder: Path, parts: Parts, steps: int, seed: int) -> dict[str, Any]:
             "completions_per_group": 4,
             "max_staleness": STALENESS,
             "seed": seed,
-            "silence_timeout_s": 20.0,
+            "silence_timeout_s": 10.0,
         },
         "rollout": {
             "engine": parts.engine,
