@@ -19,7 +19,13 @@ from actors.messages import GroupWork, Row
 GROUPS_A_RANK = 4  # from here on whole groups balance within 1 %
 EVEN = 0.001  # of the mean; less is no gain
 ATTENTION = 24_576  # tokens of a sequence whose attention costs what all the rest of it costs
-A_MICROBATCH = 256  # tokens that cost what a micro-batch costs whatever is in it
+A_MICROBATCH = 48  # tokens that cost what a micro-batch costs whatever is in it, on a CPU
+ON_A_GPU = 256  # the same where a small micro-batch leaves most of the device idle; an estimate
+
+
+def a_microbatch(device: str) -> int:
+    """What a micro-batch costs beyond its tokens on a device of this type, in tokens."""
+    return A_MICROBATCH if device == "cpu" else ON_A_GPU
 
 
 def cost(tokens: int) -> int:
@@ -129,19 +135,21 @@ def microbatches(
     tokens_per_microbatch: int,
     packed: bool,
     widths: Sequence[int] | None = None,
+    each: int = A_MICROBATCH,
 ) -> tuple[tuple[Row, ...], ...]:
     """Rows cut into micro-batches of at most `tokens_per_microbatch` tokens, longest first.
 
     A padded micro-batch costs its rows times the longest of them, a packed one the sum of its rows.
     A row longer than the budget is a micro-batch of its own. `widths` are those of `widest`, where
-    ranks keep in step: padded rows are cut at the same places on all of them.
+    ranks keep in step: padded rows are cut at the same places on all of them. `each` is what a
+    micro-batch costs beyond its tokens, in tokens (`a_microbatch`).
     """
     if tokens_per_microbatch < 1:
         raise ValueError(f"tokens_per_microbatch must be positive, not {tokens_per_microbatch}")
     ordered = sorted(rows, key=_longest_first)
     if packed:
         return _fill(ordered, tokens_per_microbatch)
-    ends = cut(widths or [row.tokens for row in ordered], tokens_per_microbatch)
+    ends = cut(widths or [row.tokens for row in ordered], tokens_per_microbatch, each)
     batches = (tuple(ordered[start:end]) for start, end in pairwise([0, *ends]))
     return tuple(batch for batch in batches if batch)
 
@@ -152,12 +160,12 @@ def widest(lengths: Sequence[Sequence[int]]) -> list[int]:
     return longest([sorted(own, reverse=True) for own in lengths])
 
 
-def cut(widths: Sequence[int], tokens_per_microbatch: int) -> list[int]:
+def cut(widths: Sequence[int], tokens_per_microbatch: int, each: int = A_MICROBATCH) -> list[int]:
     """Where micro-batches end, for rows of falling `widths`: those cuts within the budget whose
-    padded tokens are fewest, with `A_MICROBATCH` tokens for each micro-batch.
+    padded tokens are fewest, with `each` tokens for each micro-batch.
 
     The best of all cuts, in time that grows with the rows and what a micro-batch can hold: best(j)
-    = min over i of best(i) + (j - i) * widths[i] + A_MICROBATCH.
+    = min over i of best(i) + (j - i) * widths[i] + each.
     """
     width = np.asarray(widths, dtype=np.int64)
     reach = np.arange(len(width)) + np.maximum(1, tokens_per_microbatch // width)
@@ -170,7 +178,7 @@ def cut(widths: Sequence[int], tokens_per_microbatch: int) -> list[int]:
         begin = np.arange(first, end)
         costs = best[begin] + (end - begin) * width[begin]
         begins[end] = first + costs.argmin()
-        best[end] = costs.min() + A_MICROBATCH
+        best[end] = costs.min() + each
     ends = [len(width)]
     while ends[-1] > 0:
         ends.append(int(begins[ends[-1]]))

@@ -26,7 +26,7 @@ from actors.messages import Counts, GroupTensors, GroupWork, Row, UpdateJob, Upd
 from actors.models.loading import load_tokenizer, whole_model
 from actors.models.logprobs import head_calls
 from actors.models.wrapped import TrainedModel
-from actors.packing import longest, microbatches, widest
+from actors.packing import a_microbatch, longest, microbatches, widest
 from actors.specs import ModelSpec, RankSpec
 from actors.strategies.base import NonFiniteGradient, Strategy, make_strategy
 from actors.strategies.optimizer import learning_rate
@@ -305,7 +305,9 @@ class TrainedRank(Alive):
         return self._cut(rows, widest(lengths))
 
     def _cut(self, rows: Sequence[Row], widths: Sequence[int]) -> tuple[tuple[Row, ...], ...]:
-        return microbatches(rows, self._spec.tokens_per_microbatch, self._spec.packing, widths)
+        each = a_microbatch(self._strategy.device.type)
+        budget = self._spec.tokens_per_microbatch
+        return microbatches(rows, budget, self._spec.packing, widths, each)
 
     def _head_calls(
         self, tensors: Mapping[int, GroupTensors], batches: Sequence[Sequence[Row]]

@@ -9,7 +9,7 @@ from actors.liveness import Alive
 from actors.messages import GroupTensors
 from actors.models.loading import load_causal_lm
 from actors.models.logprobs import LogProbModel, check_model, group_logprobs, head_calls, rows_of
-from actors.packing import microbatches
+from actors.packing import a_microbatch, microbatches
 from actors.specs import ModelSpec
 from actors.whereabouts import whereabouts
 
@@ -51,7 +51,9 @@ class ReferenceActor(Alive):
             raise RuntimeError("the reference model is not loaded; call start first")
         groups = {0: tensors}
         self.done += 1
-        batches = microbatches(rows_of(groups), self._tokens_per_microbatch, packed=False)
+        each = a_microbatch(self._device.type)
+        rows, budget = rows_of(groups), self._tokens_per_microbatch
+        batches = microbatches(rows, budget, packed=False, each=each)
         chunks = head_calls(self._model, groups, batches)
         found = group_logprobs(
             self._model, groups, batches, chunks, temperature, False, self._device

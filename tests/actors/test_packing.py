@@ -14,6 +14,7 @@ from actors.messages import Row
 from actors.packing import (
     A_MICROBATCH,
     GROUPS_A_RANK,
+    ON_A_GPU,
     cost,
     cut,
     microbatches,
@@ -144,12 +145,18 @@ def test_a_cut_pads_no_more_than_filling_one_after_the_other(
     assert len(cut(widths, budget)) >= len(greedy)
 
 
-@given(widths=st.lists(st.integers(1, 900), max_size=9), budget=budgets)
-def test_no_other_cut_within_the_budget_costs_less(widths: list[int], budget: int) -> None:
+@given(
+    widths=st.lists(st.integers(1, 900), max_size=9),
+    budget=budgets,
+    each=st.sampled_from([A_MICROBATCH, ON_A_GPU]),
+)
+def test_no_other_cut_within_the_budget_costs_less(
+    widths: list[int], budget: int, each: int
+) -> None:
     widths.sort(reverse=True)
 
     def price(ends: list[int]) -> int:
-        return padded(widths, ends) + A_MICROBATCH * len(ends)
+        return padded(widths, ends) + each * len(ends)
 
     def fits(ends: list[int]) -> bool:
         parts = pairwise([0, *ends])
@@ -160,7 +167,7 @@ def test_no_other_cut_within_the_budget_costs_less(widths: list[int], budget: in
     possible = [
         [*ends, *last] for count in range(len(widths) + 1) for ends in combinations(inner, count)
     ]
-    chosen = cut(widths, budget)
+    chosen = cut(widths, budget, each)
     assert fits(chosen)
     assert price(chosen) == min(price(ends) for ends in possible if fits(ends))
 

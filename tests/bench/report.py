@@ -15,10 +15,19 @@ REPOSITORY = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Target:
-    """`figure` may be at most `limit`."""
+    """`figure` may be at most `limit`, or must be at `least` that."""
 
     figure: str
     limit: float
+    least: bool = False
+
+    def reached(self, value: float) -> bool:
+        """Whether a figure of this value will do."""
+        return value >= self.limit if self.least else value <= self.limit
+
+    def __str__(self) -> str:
+        """As `make bench` prints it."""
+        return f"{self.figure} {'>=' if self.least else '<='} {self.limit:g}"
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class Measured:
     def met(self) -> dict[str, bool]:
         """Whether each target is reached."""
         return {
-            target.figure: self.figures[target.figure] <= target.limit for target in self.targets
+            target.figure: target.reached(self.figures[target.figure]) for target in self.targets
         }
 
 
