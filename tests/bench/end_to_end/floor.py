@@ -52,7 +52,6 @@ def run(work: Work, steps: int) -> Sequence[Step]:
             generation_config="vllm",
         )
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).train()
-        torch.set_num_threads(work.cores)
         optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=work.learning_rate,
