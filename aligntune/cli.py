@@ -45,6 +45,7 @@ COMMANDS: tuple[tuple[str, Callable[..., Any] | typer.Typer, str], ...] = (
     ("chat", model_cli.chat, LOOK),
     ("export", model_cli.export, LOOK),
     ("evaluate", evaluate_cli.evaluate, LOOK),
+    ("compare", evaluate_cli.compare, LOOK),
     ("audit", audit_cli.audit, LOOK),
     ("algorithms", lists_cli.algorithms, LISTS),
     ("rewards", rewards_cli.app, LISTS),

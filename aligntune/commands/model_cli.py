@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -15,17 +17,24 @@ def export(
     run: RunFolder,
     out: Annotated[Path, typer.Option(help="the folder to make")],
     step: Annotated[
-        int | None, typer.Option(help="the checkpoint of this step; default: the newest")
+        str | None,
+        typer.Option(metavar="STEP|best", help="which checkpoint; default: the newest"),
     ] = None,
 ) -> None:
     """Make a model of a checkpoint: safetensors, tokenizer and generation config in one folder.
 
-    The run may be going on, or have ended before its last step.
+    The run may be going on, or have ended before its last step. The best one is there where
+    checkpoint.best was set.
 
     Example:
 
         aligntune export runs/grpo --step 40 --out models/grpo-40
     """
+    note(f"the model of step {exported(run, out, step)} is in {out}")
+
+
+def exported(run: Path, out: Path, which: str | None) -> int:
+    """Make a model of a checkpoint of `run` in the folder `out`; its step. Raises UserError."""
     from aligntune.errors import UserError
     from aligntune.online.trainer import OnlineTrainer
     from aligntune.runs.reading import open_run
@@ -41,14 +50,17 @@ def export(
         config=run / "config.yaml", overrides=[f"output_dir={run.absolute()}"]
     )
     assert isinstance(trainer, OnlineTrainer)
-    exported = trainer.export(out, step)
-    note(f"the model of step {exported} is in {out}")
+    return trainer.export(out, which)
 
 
 def chat(
     model: Annotated[
         Path, typer.Argument(metavar="RUN|MODEL", help="a run directory, or a model's folder")
     ],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(metavar="newest|best|STEP", help="of a run, in place of its exported model"),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="what the model is told first")] = None,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 is greedy: the likeliest token each time")
@@ -63,9 +75,15 @@ def chat(
     """
     from aligntune.chat import Conversation, model_folder
 
-    folder = model_folder(model)
-    note(f"loading {folder}")
-    conversation = Conversation(folder, system, temperature, max_tokens)
+    with ExitStack() as kept:
+        if checkpoint is None:
+            folder = model_folder(model)
+        else:
+            folder = Path(kept.enter_context(TemporaryDirectory())) / "model"
+            which = None if checkpoint == "newest" else checkpoint
+            note(f"made a model of the checkpoint of step {exported(model, folder, which)}")
+        note(f"loading {folder}")
+        conversation = Conversation(folder, system, temperature, max_tokens)
     note("type a line and Enter; an empty line starts anew, Ctrl-D ends")
     while True:
         try:

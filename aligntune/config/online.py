@@ -39,6 +39,7 @@ from aligntune.algorithms.base import Algorithm
 from aligntune.config.auto import without_auto
 from aligntune.config.backends import check_backend
 from aligntune.config.episodes import AgentField, check_episodes
+from aligntune.config.records import EvalSpec, OnlineCheckpointSpec, OnlineTrackingSpec
 from aligntune.config.tree import explain
 from aligntune.data.spec import DataSpec
 from aligntune.errors import UserError, nearest
@@ -114,65 +115,6 @@ class TrainSpec(Spec):
         gt=0,
         description="of one process of the run: then it stops as SIGTERM stops it, with a "
         "checkpoint and exit code 143; default: none",
-    )
-
-
-class CheckpointSpec(Spec):
-    """When the run is saved."""
-
-    keep_last: Positive = Field(3, description="older ones are removed")
-    at_end: bool = Field(True, description="one after the last step")
-    storage: str | None = Field(
-        None,
-        description="a folder that outlives the node, or an fsspec URI: the run is copied there "
-        "with every checkpoint, and fetched from there where output_dir is behind; default: none",
-    )
-
-
-class OnlineCheckpointSpec(CheckpointSpec):
-    """Those of an online run, which copies them itself."""
-
-    every_steps: Positive | None = Field(
-        50, description="steps between checkpoints; null: by every_minutes alone"
-    )
-    every_minutes: float | None = Field(
-        None,
-        gt=0,
-        description="after so many minutes the end of a step makes one too; default: none",
-    )
-    copy_timeout_s: float = Field(
-        1800.0, gt=0, description="longest wait for the storage to take, or give, a checkpoint"
-    )
-
-
-class EvalSpec(Spec):
-    """Evaluation on the eval set, scored by the run's own rewards."""
-
-    every_steps: Positive | None = Field(
-        None, description="steps between evaluations; none: only at the ends"
-    )
-    at_start: bool = Field(True, description="before the first step")
-    at_end: bool = Field(True, description="after the last step")
-    completions: Positive = Field(1, description="per prompt")
-    temperature: float = Field(0.0, ge=0, description="0 is greedy")
-
-
-class TrackingSpec(Spec):
-    """Beyond metrics.jsonl, which is always written."""
-
-    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio", "prometheus"]] = Field(
-        ["tensorboard"], description="where figures go too"
-    )
-    project: str = Field("aligntune", description="its name at W&B, MLflow and Trackio")
-
-
-class OnlineTrackingSpec(TrackingSpec):
-    """What an online run shows besides."""
-
-    profile: bool = Field(False, description="write trace.json, a timeline of every remote call")
-    samples_per_step: int = Field(4, ge=0, description="groups written to samples.jsonl")
-    samples_per_evaluation: int = Field(
-        16, ge=0, description="held-out prompts written to eval_samples.jsonl"
     )
 
 
@@ -343,6 +285,11 @@ def check(config: RunConfig) -> None:
         raise UserError(
             "the eval section is set and there is no held-out data, so it would be ignored; set "
             "data.eval_split (as in train[95%:]) or data.eval_path, or remove it"
+        )
+    if config.checkpoint.best is not None and config.eval.every_steps is None:
+        raise UserError(
+            "checkpoint.best compares the evaluations of a run, and there are none between its "
+            "ends; set eval.every_steps, or remove it"
         )
     if needs.critic and config.critic.learning_rate is None:
         raise UserError(

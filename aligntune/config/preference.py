@@ -23,7 +23,7 @@ from actors.specs import (
 )
 from aligntune.config.auto import without_auto
 from aligntune.config.backends import check_backend
-from aligntune.config.online import CheckpointSpec, TrackingSpec
+from aligntune.config.records import CheckpointSpec, TrackingSpec
 from aligntune.config.tree import explain
 from aligntune.data.dropped import RowRules
 from aligntune.data.spec import DatasetSpec

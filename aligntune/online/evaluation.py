@@ -8,28 +8,75 @@ An evaluation has ids of its own, so that no held-out prompt shares a training g
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 from actors import timeline
 from actors.messages import GroupSampling, Prompt
-from actors.reward import Criterion
 from aligntune.config.online import RunConfig
 from aligntune.errors import RunFailed
 from aligntune.online.attempts import GroupFailed
 from aligntune.online.figures import completion_metrics, episode_metrics, score_metrics
 from aligntune.online.groups import ReadyGroup
 from aligntune.online.recorder import OnlineRecorder
-from aligntune.online.roles import Roles
 from aligntune.online.rolling import Rolling
 from aligntune.online.samples import sample_rows, texts_of
-from aligntune.online.serving import Serving
 from aligntune.tracking.metrics import EventKind
+
+T = TypeVar("T")
 
 
 def evaluation_id(index: int) -> int:
     """The group id of held-out prompt `index`: negative, where those of training are not."""
     return -1 - index
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the completions of an evaluation are drawn; temperature 0 is greedy."""
+
+    completions: int  # a prompt
+    temperature: float
+
+
+async def each_group(
+    config: RunConfig,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    rolling: Rolling,
+    event: Callable[..., None],
+    take: Callable[[ReadyGroup], Awaitable[T]],
+) -> list[T | GroupFailed]:
+    """What `take` makes of the scored group of each prompt, in order, or why it has none.
+
+    A group whose objects are lost while it is taken is made again.
+    """
+    rollout = config.rollout
+    at_once = asyncio.Semaphore(rollout.replicas * rollout.max_concurrent_groups)
+
+    async def one(index: int, prompt: Prompt) -> T | GroupFailed:
+        def retried(reason: str) -> None:
+            event(EventKind.GROUP_RETRIED, evaluation=index, reason=reason)
+
+        sampling = GroupSampling(
+            completions=decoding.completions,
+            max_tokens=rollout.max_completion_length,
+            temperature=decoding.temperature,
+            seed=config.train.seed,
+            group_id=evaluation_id(index),
+        )
+
+        async def made(company: int | None) -> T:
+            return await take(await rolling.roll_and_score(prompt, sampling, company, retried))
+
+        async with at_once:
+            try:
+                return await rolling.again(made, retried)
+            except GroupFailed as failed:
+                return failed
+
+    return await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts)))
 
 
 async def evaluate(
@@ -44,33 +91,15 @@ async def evaluate(
     A prompt that keeps failing is counted in `eval/failed` and left out of the means. Raises
     RunFailed when none could be scored.
     """
-    rollout = config.rollout
-    at_once = asyncio.Semaphore(rollout.replicas * rollout.max_concurrent_groups)
 
-    async def one(index: int, prompt: Prompt) -> ReadyGroup | str:
-        def retried(reason: str) -> None:
-            event(EventKind.GROUP_RETRIED, evaluation=index, reason=reason)
+    async def kept(group: ReadyGroup) -> ReadyGroup:
+        return group
 
-        sampling = GroupSampling(
-            completions=config.eval.completions,
-            max_tokens=rollout.max_completion_length,
-            temperature=config.eval.temperature,
-            seed=config.train.seed,
-            group_id=evaluation_id(index),
-        )
-        async with at_once:
-            try:
-                return await rolling.again(
-                    lambda company: rolling.roll_and_score(prompt, sampling, company, retried),
-                    retried,
-                )
-            except GroupFailed as failed:
-                return str(failed)
-
-    results = await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts)))
+    decoding = Decoding(config.eval.completions, config.eval.temperature)
+    results = await each_group(config, prompts, decoding, rolling, event, kept)
     groups = [result for result in results if isinstance(result, ReadyGroup)]
     if not groups:
-        raise RunFailed(f"not one of {len(prompts)} evaluation prompts was scored: {results[0]}")
+        raise none_scored(results)
     made_by = {s.version for g in groups for spans in g.record.version_spans for s in spans}
     if made_by - {version}:
         raise RunFailed(
@@ -88,6 +117,11 @@ async def evaluate(
         "eval/failed": float(len(results) - len(groups)),
     }
     return figures, groups
+
+
+def none_scored(results: Sequence[object]) -> RunFailed:
+    """Why an evaluation has no figures."""
+    return RunFailed(f"not one of {len(results)} evaluation prompts was scored: {results[0]}")
 
 
 class Evaluation:
@@ -166,23 +200,3 @@ class Evaluation:
         if self._version < version:
             await self.ended()
         await self.cancel()
-
-
-async def evaluate_model(
-    config: RunConfig, roles: Roles, prompts: Sequence[Prompt], criteria: Sequence[Criterion]
-) -> dict[str, float]:
-    """`evaluate` on actors of its own, for a model that is not being trained."""
-
-    def ignore(*_: Any, **__: Any) -> None:
-        """There is no run whose events these could be."""
-
-    serving = Serving(config, roles, ignore, ignore)
-    try:
-        played = [] if serving.environments is None else [serving.environments]
-        sets = [serving.rollouts, serving.rewards, *played]
-        await asyncio.gather(*(replicas.start() for replicas in sets))
-        rolling = Rolling(config, serving.rollouts, serving.rewards, serving.environments, criteria)
-        figures, _ = await evaluate(config, prompts, 0, rolling, ignore)
-        return figures
-    finally:
-        await serving.close()

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from aligntune.config.online import RunConfig
+from aligntune.errors import UserError, nearest
 from aligntune.online.groups import ReadyGroup, compared_scores, raw_scores, truncated
 
 ACTIVITIES = {
@@ -67,6 +68,25 @@ def score_metrics(
     return figures | {
         f"{prefix}reward/{name}/mean": statistics.fmean(v) for name, v in pooled.items() if v
     }
+
+
+def check_best(config: RunConfig, criteria: Sequence[str]) -> None:
+    """Whether evaluations have the figure that says which checkpoint is best; `criteria` are the
+    names of the rewards. Raises UserError, with what was meant."""
+    best = config.checkpoint.best
+    if best is None:
+        return
+    named = [f"reward/{name}/mean" for name in criteria]
+    lengths = [
+        f"completions/{name}" for name in ("length_mean", "length_max", "truncated_fraction")
+    ]
+    played = ["turns/mean", "turns/max", *EPISODE_COUNTS] if config.plays else []
+    known = [f"eval/{name}" for name in ("reward/mean", "reward/std", *named, *lengths, *played)]
+    if best.metric not in known:
+        raise UserError(
+            f"checkpoint.best.metric={best.metric} is no figure of this run's evaluations: "
+            f"{nearest(best.metric, known)}"
+        )
 
 
 def completion_metrics(groups: Sequence[ReadyGroup], prefix: str = "") -> dict[str, float]:

@@ -20,6 +20,7 @@ from aligntune.errors import RunFailed, UserError
 from aligntune.online.learner import Learner, PolicyLost
 from aligntune.online.ledger import LedgerLog
 from aligntune.online.recorder import OnlineRecorder
+from aligntune.runs.best import best_of
 from aligntune.runs.checkpoint import Checkpoint, Checkpoints
 from aligntune.runs.copies import Copies
 from aligntune.runs.deadline import asked
@@ -63,6 +64,8 @@ class Keeper:
         self._rundir = Path(config.output_dir).absolute()
         self._timeout_s = config.policy.update_timeout_s
         self._when = config.checkpoint
+        self._evaluated_every = config.eval.every_steps
+        self._best = best_of(config.checkpoint)
         self._began = time.monotonic()  # the last one, or the run
         self.copying = False  # to storage, which has a deadline of its own
         self._committing: asyncio.Task[None] | None = None
@@ -96,11 +99,14 @@ class Keeper:
         return self._owed is not None
 
     def due(self, step: int) -> bool:
-        """Whether the end of `step` makes a checkpoint: by steps, by time, or after a failure."""
+        """Whether the end of `step` makes a checkpoint: by steps, by time, after a failure, or
+        where it may be the best one."""
         steps, minutes = self._when.every_steps, self._when.every_minutes
         by_steps = steps is not None and step % steps == 0
         by_time = minutes is not None and time.monotonic() - self._began >= 60 * minutes
-        return by_steps or by_time or self.owes
+        every = self._evaluated_every if self._best is not None else None
+        may_be_best = every is not None and step % every == 0
+        return by_steps or by_time or self.owes or may_be_best
 
     async def checkpoint(self, boundary: Boundary, stands: Stands | None = None) -> None:
         """Save the step that the ranks have just ended, once; returns when it is in their memory.
@@ -176,7 +182,7 @@ class Keeper:
     ) -> Checkpoint:
         """Figures and moves of the steps before are on disk when the checkpoint is. One that is not
         `wanted` any more is dropped: the run may have gone back before it."""
-        needed = set() if self._copies is None else self._copies.needed
+        copied = set() if self._copies is None else self._copies.needed
 
         def commit() -> Checkpoint:
             self._recorder.wait()
@@ -184,10 +190,25 @@ class Keeper:
             if not wanted:
                 self._checkpoints.abandon(state["step"])
                 raise OSError("too late")
+            needed = copied | self._beside(state["step"])
             return self._checkpoints.commit(state["step"], state, needed)
 
         await self._learner.write(staging)
         return await asyncio.wrap_future(asked(commit))
+
+    def _beside(self, new: int | None = None) -> set[str]:
+        """The names of the checkpoints to keep beside the newest ones: the best one, and those
+        whose evaluation has not ended. `new` is the step of one that is about to be."""
+        best, every, checkpoints = self._best, self._evaluated_every, self._checkpoints
+        if best is None:
+            return set()
+        rows, steps = self._recorder.evaluations, checkpoints.folders()
+        known = max((row["step"] for row in rows), default=-1)
+        kept = {step for step in steps if step > known and every and step % every == 0}
+        among = steps if new is None else [*steps, new]
+        values = best.values(rows)
+        first = best.among(values, among, lambda step: step == new or checkpoints.exists(step))
+        return {f"step-{step:06d}" for step in (kept if first is None else {*kept, first})}
 
     async def _abandoned(self, step: int, error: Exception) -> None:
         """Give the room of a checkpoint that failed back; the one before stays as it is."""
@@ -240,7 +261,8 @@ class Keeper:
         if self._copies is not None:
             self.copying = True
             await self._copies.model(self._rundir / "model")
-            self._checkpoints.forget_old()
+        if self._copies is not None or self._best is not None:
+            await asyncio.wrap_future(asked(lambda: self._checkpoints.forget_old(self._beside())))
 
     async def close(self) -> None:
         """End what runs beside the loop, whatever ended the run."""

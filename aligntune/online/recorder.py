@@ -35,7 +35,7 @@ class OnlineRecorder(Recorder):
         self._samples = SamplesFile(rundir.file("samples.jsonl"))
         self._eval_samples = SamplesFile(rundir.file("eval_samples.jsonl"))
         self._steps += (self._evals, self._samples, self._eval_samples)
-        self._evaluated = {row["step"] for row in read_lines(self._evals.path)}
+        self._evaluated = {row["step"]: row for row in read_lines(self._evals.path)}
         self._asked: list[str] = []  # a group of the last evaluation, for a person
         self._trace = Trace(rundir.file("trace.json")) if config.tracking.profile else None
 
@@ -55,6 +55,11 @@ class OnlineRecorder(Recorder):
     def last_evaluation(self) -> int:
         """The step of the last evaluation written; -1 where there is none."""
         return max(self._evaluated, default=-1)
+
+    @property
+    def evaluations(self) -> Sequence[Mapping[str, Any]]:
+        """The figures of every evaluation written, with their `step`; any thread may ask."""
+        return [*self._evaluated.values()]
 
     @property
     def last(self) -> dict[str, float]:
@@ -81,7 +86,7 @@ class OnlineRecorder(Recorder):
         """The figures of an evaluation of the weights of `step`."""
         figures = self._held(step, figures)
         self._writer.do(partial(self._evals.append, step, figures, version=step))
-        self._evaluated.add(step)
+        self._evaluated = {**self._evaluated, step: {"step": step, **figures}}
         self._log(step, figures)
         self._progress.evaluation(figures)
         said = {"reward": f"{figures['eval/reward/mean']:.3f}"}
@@ -103,7 +108,7 @@ class OnlineRecorder(Recorder):
     def truncate_after(self, step: int) -> None:
         """Forget what was written of later steps, which will come again."""
         super().truncate_after(step)
-        self._evaluated = {known for known in self._evaluated if known <= step}
+        self._evaluated = {known: row for known, row in self._evaluated.items() if known <= step}
         if step not in self._evaluated:
             # Samples come before their figures: where a kill came between, both come again.
             self._writer.do(partial(self._eval_samples.truncate_after, step - 1))

@@ -58,6 +58,10 @@ class Roles:
 
         return make
 
+    def of_config(self, config: RunConfig) -> Roles:
+        """Roles in the same places by another config, as of another model."""
+        return Roles(config, self._reservation, self._criteria, self._total_steps, self._code)
+
     def room(self, role: Role) -> Callable[[int], bool]:
         """Whether the cluster has a place for replica `index` of a role, beyond those reserved."""
         return lambda index: self._reservation.room(role.name, index)

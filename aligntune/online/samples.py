@@ -79,7 +79,7 @@ def _row(
         "group": record.group_id,
         "row": group.prompt.row,
         "prompt": group.prompt.text,
-        "columns": _plain(group.prompt.columns),
+        "columns": plain(group.prompt.columns),
         "completions": completions,
     }
 
@@ -91,7 +91,7 @@ def _episode(group: ReadyGroup, said: Texts, index: int) -> dict[str, Any]:
     talks = None if said is None else said.conversations
     return {
         "turns": group.record.turns[index],
-        "messages": None if talks is None else _plain(talks.messages[index]),
+        "messages": None if talks is None else plain(talks.messages[index]),
     }
 
 
@@ -103,25 +103,28 @@ def rows_of(rows: Sequence[T], rollouts: Sequence[int]) -> list[list[T]]:
     return gathered
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A data column as JSON holds it: what JSON has no word for as text, NaN as null."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int) else str(value)
 
 
+async def said_of(group: ReadyGroup) -> Said:
+    """What the completions of a group say, fetched. Raises ObjectsLost or ReplicaLost."""
+    texts = await answer(group.texts, "reward", "texts", TEXTS_SECONDS)
+    if group.conversations is None:
+        return Said(texts)
+    talks = await answer(group.conversations, "environment", "conversations", TEXTS_SECONDS)
+    return Said(texts, talks)
+
+
 async def _texts(group: ReadyGroup) -> Texts:
     try:
-        texts = await answer(group.texts, "reward", "texts", TEXTS_SECONDS)
-        if group.conversations is None:
-            return Said(texts)
-        return Said(
-            texts,
-            await answer(group.conversations, "environment", "conversations", TEXTS_SECONDS),
-        )
+        return await said_of(group)
     except (ObjectsLost, ReplicaLost):
         return None

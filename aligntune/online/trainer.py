@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from actors.environments.base import EpisodeFailed
 from actors.messages import Prompt
@@ -22,10 +22,19 @@ from aligntune import loops
 from aligntune.config.online import RunConfig
 from aligntune.data.prompts import PromptSource
 from aligntune.errors import RunFailed, UserError
+from aligntune.evaluation.summary import Row
 from aligntune.online.assemble import assemble
 from aligntune.online.doing import starts
-from aligntune.online.evaluation import evaluate_model
-from aligntune.online.export import checkpoint_of, export_checkpoint
+from aligntune.online.evaluating import (
+    ROLES_OF_AN_EVALUATION,
+    Heard,
+    evaluation_rows,
+    ignore,
+    with_model,
+)
+from aligntune.online.evaluation import Decoding, evaluate
+from aligntune.online.export import export_checkpoint
+from aligntune.online.figures import check_best
 from aligntune.online.inputs import RunInputs
 from aligntune.online.learner import PolicyLost
 from aligntune.online.ledger import Books, audit
@@ -33,15 +42,17 @@ from aligntune.online.recorder import OnlineRecorder
 from aligntune.online.role_requests import role_requests
 from aligntune.online.role_table import ROLES
 from aligntune.online.roles import Roles
+from aligntune.online.rolling import Rolling
 from aligntune.online.starting import starting_point
 from aligntune.paths import located_storage
+from aligntune.runs.best import best_of
 from aligntune.runs.checkpoint import POLICY, Checkpoints
+from aligntune.runs.choice import NEWEST, checkpoint_named, chosen_model
 from aligntune.runs.ended import (
     Scored,
     how_it_ended,
     is_over,
     last_figures,
-    model_to_score,
     said_by_roles,
 )
 from aligntune.runs.lifecycle import check_programs, claimed, ray_runs, recorded
@@ -53,6 +64,8 @@ from cluster.bundles import BadRequest, bundle_sets, totals
 from cluster.placement import DoesNotFit
 from cluster.reservation import reserve
 from cluster.session import ClusterUnreachable, RayTooSlow, session
+
+T = TypeVar("T")
 
 FAILURES = (
     RoleExhausted,
@@ -150,6 +163,7 @@ class OnlineTrainer:
                 check_critic_model(self.config.model, self.config.critic)
             except ModelError as error:
                 raise UserError(f"critic.model: {error}") from error
+        check_best(config, [criterion.name for criterion in self.criteria])
         _ = self.criteria, self.inputs.code, self.prompts, self.eval_prompts
         return rundir
 
@@ -272,7 +286,7 @@ class OnlineTrainer:
             return None
         longest = checkpoint.copy_timeout_s
         storage = located_storage(checkpoint.storage)
-        return Mirror(storage, rundir.path, checkpoint.keep_last, longest)
+        return Mirror(storage, rundir.path, checkpoint.keep_last, longest, best_of(checkpoint))
 
     @contextmanager
     def _roles(
@@ -304,44 +318,77 @@ class OnlineTrainer:
         except (DoesNotFit, ClusterUnreachable) as error:
             raise UserError(str(error)) from error
 
-    def scored(self) -> Scored:
-        """The model that `evaluate` scores. Raises UserError where the run has none of its own."""
-        rundir = RunDir(Path(self.config.output_dir).absolute())
-        return model_to_score(rundir, self.config.model.name)
+    def scored(self, which: str = NEWEST) -> Scored:
+        """The model of the run that `which` means: newest, best, export, start or a step. Raises
+        UserError where there is none."""
+        return chosen_model(
+            self._rundir, self.config.model.name, which, best_of(self.config.checkpoint)
+        )
 
-    def evaluate(self) -> dict[str, float]:
-        """`eval/*` figures of the trained model in `output_dir`, or of the starting model before.
+    @property
+    def _rundir(self) -> RunDir:
+        return RunDir(Path(self.config.output_dir).absolute())
 
-        Raises UserError where the config names no held-out prompts, or the run is not at its end.
+    def evaluate(self, which: str = NEWEST) -> dict[str, float]:
+        """`eval/*` figures of the run's newest model, or of the one `which` means as in `scored`.
+
+        Raises UserError where the config names no held-out prompts, or there is no such model.
         """
-        scored = self.scored()
+
+        async def figures(rolling: Rolling) -> dict[str, float]:
+            found, _ = await evaluate(self.config, self.eval_prompts, 0, rolling, ignore)
+            return found
+
+        return self.using(self.scored(which), figures)
+
+    def evaluated(
+        self,
+        scored: Scored,
+        ways: Mapping[str, Decoding],
+        heard: Heard = ignore,
+        stage: Callable[[str], None] = ignore,
+    ) -> list[Row]:
+        """Every held-out prompt's completions and scores under each decoding. Raises UserError."""
+
+        async def rows(rolling: Rolling) -> list[Row]:
+            return await evaluation_rows(self.config, self.eval_prompts, ways, rolling, heard)
+
+        return self.using(scored, rows, stage)
+
+    def using(
+        self,
+        scored: Scored,
+        work: Callable[[Rolling], Awaitable[T]],
+        stage: Callable[[str], None] = ignore,
+    ) -> T:
+        """What `work` makes with a model that rolls out and is scored. Raises UserError where there
+        are no held-out prompts."""
         if not self.eval_prompts:
             raise UserError("nothing to evaluate on; set data.eval_path or data.eval_split")
         self.settle()
-        model = self.config.model.model_copy(update={"name": scored.model, "lora": None})
-        config = self.config.model_copy(update={"model": model})
-        trainer = OnlineTrainer(config, self.inputs.functions, self.inputs.objects)
-        with trainer._roles() as roles:
-            work = evaluate_model(config, roles, self.eval_prompts, trainer.criteria)
-            return loops.run_until_signal(work)
+        ranks = (POLICY,) if scored.is_checkpoint else ()
+        with self._roles(stage, only=(*ROLES_OF_AN_EVALUATION, *ranks)) as roles:
+            return loops.run_until_signal(
+                with_model(self.config, roles, self.criteria, scored, work, stage)
+            )
 
-    def export(self, path: str | Path, step: int | None = None) -> int:
+    def export(self, path: str | Path, step: int | str | None = None) -> int:
         """Write the model of a checkpoint to a new folder, and return the checkpoint's step.
 
         Args:
             path: the folder to make.
-            step: the step whose checkpoint is meant; None is the newest one.
+            step: the step whose checkpoint is meant, or `best`; None is the newest one.
 
         Raises UserError where there is no such checkpoint, or the folder is there.
         """
         target = Path(path).absolute()
         if target.exists():
             raise UserError(f"{target} is there; name a new folder")
-        folder = RunDir(Path(self.config.output_dir).absolute()).file("checkpoints")
-        checkpoint = checkpoint_of(Checkpoints(folder, keep_last=1, to_read=True), step)
+        which = NEWEST if step is None else str(step)
+        checkpoint, *_ = checkpoint_named(self._rundir, which, best_of(self.config.checkpoint))
         self.settle()
         with self._roles(only=(POLICY,)) as roles:
-            loops.run_until_signal(export_checkpoint(self.config, roles, checkpoint, target))
+            loops.run_until_signal(export_checkpoint(self.config, roles, checkpoint.path, target))
         return checkpoint.step
 
     def save_model(self, path: str | Path) -> Path:

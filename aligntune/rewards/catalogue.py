@@ -17,6 +17,7 @@ class Registered:
     library: str | None = None  # a module that is installed with the extra `rewards` alone
     package: str = ""  # which brings it
     remote: bool = False  # it asks another machine, which may cost: it is not tried before a run
+    answer: str | None = None  # "module:function" that reads the answer out of a completion
 
 
 PAIR = ("chosen", "rejected")
@@ -31,6 +32,7 @@ REWARDS: dict[str, Registered] = {
         "1 if the final answer equals column 'answer' mathematically (math-verify), else 0",
         "0 or 1",
         "answer",
+        answer=_HERE + "math:answer_of",
     ),
     "exact_match": Registered(
         _HERE + "text:exact_match",

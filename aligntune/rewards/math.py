@@ -37,6 +37,8 @@ _ITEM = re.compile(rf"\s*({_NUMBER})\s*")
 _TIGHT_LIST = re.compile(rf"(?<![\w.,/])({_NUMBER}(?:,{_NUMBER})+)(?![\w/]|\.\d|,\d)")
 _LIST = re.compile(rf"(?<![\w.,/])({_NUMBER}(?:\s?,\s?(?:and\s)?{_NUMBER})+)(?![\w/]|\.\d|,\d)")
 _ANY_NUMBER = re.compile(r"\d+")
+_ALONE_NUMBER = re.compile(rf"(?<![\w.]){_NUMBER}")
+_FORMULA = re.compile(r"\$[^$]+\$")
 # A number with nothing near that could make it a part of an expression, a unit or a share.
 _ALONE = re.compile(
     rf"(?<![^\s])(?<![-+*/^\u00d7\u00f7(]\s)[-+]?\$?(?:{_INTEGER})(?:\.\d+)?"
@@ -81,6 +83,32 @@ def answer_place(text: str) -> str:
     if "<answer>" in written:
         written = written.rpartition("<answer>")[2].partition("</answer>")[0].strip()
     return _marked(_final_part(written))
+
+
+def answer_of(text: str) -> str:
+    r"""The answer of a completion as text, to count equal ones: numbers in lowest terms (0.5 and
+    1/2 are one), else the last `\boxed{...}` or formula, else the last number. Empty: none."""
+    place = answer_place(text)
+    numbers = plain_numbers(place)
+    if numbers is None:
+        boxed, last = place.rpartition("\\boxed{")[1:]
+        marks = [_last(_FORMULA, place), _last(_ALONE_NUMBER, place)]
+        there = max(filter(None, marks), key=re.Match.end, default=None)
+        found = _balanced(last) if boxed else there[0] if there else ""
+        numbers = plain_numbers(found.strip("$ "))
+        if numbers is None:
+            return " ".join(found.split())
+    return ", ".join(map(str, sorted(numbers)))
+
+
+def _balanced(text: str) -> str:
+    """`text` up to the brace that closes one that was open before it."""
+    depth = 1
+    for index, character in enumerate(text):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return text[:index]
+    return text
 
 
 def _final_part(text: str) -> str:

@@ -186,6 +186,10 @@ class Checkpoints:
         """By step, whole or not; what has another name is not ours."""
         return sorted(filter(_ours, self.directory.glob("step-*")), key=_step_of)
 
+    def folders(self) -> list[int]:
+        """The steps that have a folder, whole or not, ascending."""
+        return [_step_of(folder) for folder in self._folders()]
+
     def steps(self) -> list[int]:
         """The steps of which there is a whole checkpoint, ascending."""
         return [_step_of(f) for f in self._folders() if self._read(f) and self._intact(f)]

@@ -11,14 +11,22 @@ from aligntune.runs.jsonl import readable
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
 
+Origin = Literal["export", "checkpoint", "best", "start"]
+
 
 @dataclass(frozen=True)
 class Scored:
     """What is scored, said before its figures."""
 
-    model: str  # folder, hub name or URI
+    model: str  # folder, hub name or URI; of a checkpoint its folder, which is to be exported
     step: int  # steps that trained it in this run
-    origin: Literal["export", "start"]
+    origin: Origin
+    why: str = ""  # what else there is to say of it
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether a model is yet to be made of it."""
+        return self.origin in ("checkpoint", "best")
 
 
 def finished_at(rundir: RunDir) -> int | None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, Self, TypeVar
 
 from aligntune.config.backends import Backend, check_installed
-from aligntune.config.online import TrackingSpec
+from aligntune.config.records import TrackingSpec
 from aligntune.errors import Interrupted, RunFailed, UserError
 from aligntune.runs import failure
 from aligntune.runs.rundir import RunDir

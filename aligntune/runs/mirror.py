@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from actors.storage import Store
 from aligntune.config.tree import tree_of_a_run
 from aligntune.errors import UserError
+from aligntune.runs.best import EVALS, Best
 from aligntune.runs.checkpoint import NAME, Checkpoints, intact
 from aligntune.runs.deadline import answered
 from aligntune.runs.disk import make_folder, sync, sync_below, write_atomically
+from aligntune.runs.jsonl import readable
 from aligntune.runs.segments import LogCopy, read_log
 
 CHECKPOINTS = "checkpoints"
@@ -31,12 +34,22 @@ LOGS = tuple(
 class Mirror:
     """The storage of one run; `uri` is `checkpoint.storage`."""
 
-    def __init__(self, uri: str, rundir: Path, keep_last: int, copy_seconds: float) -> None:
-        """`copy_seconds`: the longest that fetching a checkpoint may take."""
+    def __init__(
+        self,
+        uri: str,
+        rundir: Path,
+        keep_last: int,
+        copy_seconds: float,
+        best: Best | None = None,
+    ) -> None:
+        """`copy_seconds`: the longest that fetching a checkpoint may take; `best`: which checkpoint
+        is kept beside the newest ones."""
         self._store = Store(uri)
         self._rundir = rundir
         self._keep_last = keep_last
         self._copy_seconds = copy_seconds
+        self._best = best
+        self._pushed: set[str] = set()  # checkpoints, by this process
         self._logs = [LogCopy(self._store, rundir / name) for name in LOGS]
 
     @property
@@ -90,6 +103,7 @@ class Mirror:
             if not here < step <= newest:
                 continue
             if self._fetched(step):
+                self._fetch_best([other for other in steps if other < step])
                 return damaged
             damaged.append(f"{self.uri}/{CHECKPOINTS}/step-{step:06d}")
         if here < 0:
@@ -99,7 +113,17 @@ class Mirror:
             )
         return damaged
 
-    def _fetched(self, step: int) -> bool:
+    def _fetch_best(self, steps: Sequence[int]) -> None:
+        """Bring the best of the checkpoints of `steps` here, where that is kept and is not here."""
+        if self._best is not None:
+            checkpoints = Checkpoints(self._rundir / CHECKPOINTS, self._keep_last, to_read=True)
+            self._best.among(
+                self._best.values(readable(self._rundir / EVALS)),
+                steps,
+                lambda step: checkpoints.exists(step) or self._fetched(step, logs=False),
+            )
+
+    def _fetched(self, step: int, logs: bool = True) -> bool:
         """Whether the checkpoint of `step` was whole and is here now, with the logs."""
         folder = self._rundir / CHECKPOINTS / f"step-{step:06d}"
         partial = folder.with_name(f"{folder.name}.partial")
@@ -110,28 +134,47 @@ class Mirror:
             shutil.rmtree(partial)
             return False
         sync_below(partial)
-        contents = {name: read_log(self._store, name) for name in LOGS}
-        # The config first: a folder with logs and no config is nobody's run.
-        for name, content in {CONFIG: self._store.read(CONFIG), **contents}.items():
-            if content is not None:
-                write_atomically(self._rundir / name, content)
+        if logs:
+            contents = {name: read_log(self._store, name) for name in LOGS}
+            # The config first: a folder with logs and no config is nobody's run.
+            for name, content in {CONFIG: self._store.read(CONFIG), **contents}.items():
+                if content is not None:
+                    write_atomically(self._rundir / name, content)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
         sync(folder.parent)
         return True
 
     def push(self, checkpoint: Path) -> None:
-        """Copy a checkpoint and the logs, name it the newest, and forget the oldest.
+        """Copy a checkpoint and the logs, name it the newest, see that the best one is there too,
+        and forget the oldest.
 
         Raises OSError where the storage does not take it; what it had before is still named.
         """
         self._store.put(checkpoint, f"{CHECKPOINTS}/{checkpoint.name}")
         self._push_logs()
         self._store.write(f"{CHECKPOINTS}/{LATEST}", checkpoint.name.encode())
+        self._pushed.add(checkpoint.name)
+        best = self._push_best(checkpoint.parent)
         steps = [name for name in self._store.names(CHECKPOINTS) if name.startswith("step-")]
         others = [name for name in steps if name != checkpoint.name]
         for old in others[: max(0, len(steps) - self._keep_last)]:
-            self._store.remove(f"{CHECKPOINTS}/{old}")
+            if old != best:
+                self._store.remove(f"{CHECKPOINTS}/{old}")
+                self._pushed.discard(old)
+
+    def _push_best(self, folder: Path) -> str | None:
+        """The name of the best checkpoint of those in `folder`, which is on the storage now."""
+        if self._best is None:
+            return None
+        checkpoints = Checkpoints(folder, self._keep_last, to_read=True)
+        values = self._best.values(readable(self._rundir / EVALS))
+        step = self._best.among(values, checkpoints.folders(), lambda step: True)
+        name = None if step is None else f"step-{step:06d}"
+        if name is not None and name not in self._pushed:
+            self._store.put(folder / name, f"{CHECKPOINTS}/{name}")
+            self._pushed.add(name)
+        return name
 
     def push_model(self, folder: Path) -> None:
         """Copy the final export and the logs."""

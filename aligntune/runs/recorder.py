@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel
 
-from aligntune.config.online import TrackingSpec
+from aligntune.config.records import TrackingSpec
 from aligntune.errors import RunFailed
 from aligntune.runs.deadline import asked
 from aligntune.runs.jsonl import read_lines, readable

@@ -128,7 +128,7 @@ def test_the_commonest_keys_are_flags(tmp_path: Path, monkeypatch: pytest.Monkey
         ),
         ("train a.yaml -x", "see `aligntune train --help`"),
         ("launch slurn a.yaml", "did you mean 'slurm'?; see `aligntune launch --help`"),
-        ("evaluate", "Missing argument 'CONFIG.yaml'; see `aligntune evaluate --help`"),
+        ("evaluate", "Missing argument 'RUN|CONFIG.yaml|MODEL'; see `aligntune evaluate --help`"),
         ("jobs list", "Missing option '--address' (env var: 'RAY_API_SERVER_ADDRESS')"),
         ("tran a.yaml", "No such command 'tran'; did you mean 'train'?; see"),
     ],

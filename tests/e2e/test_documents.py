@@ -242,9 +242,10 @@ def test_every_command_is_right(
             assert shown.out.startswith("Source: ")
         case ["aligntune", "rewards", "show" | "try", *_]:
             assert call(command[1:]) == 0, capsys.readouterr().err
-        case ["aligntune", "evaluate", config]:  # run by the slow tests below
-            assert str(Path(config).parent) in written_by_train
-            assert Path(config).name == "config.yaml"
+        case ["aligntune", "compare", *_]:
+            pass  # run by tests/aligntune/evaluation
+        case ["aligntune", "evaluate", folder, *_]:  # run by the slow tests below
+            assert folder in written_by_train or "--config" in command
         case ["aligntune", "export", folder, "--out", _]:  # run by tests/e2e/test_quickstart.py
             assert folder in written_by_train
         case ["aligntune", "chat", model]:  # run by tests/aligntune/test_chat.py
@@ -421,9 +422,9 @@ def test_the_readmes_commands_train_a_model_and_the_run_directory_is_as_describe
     assert "done: 2 steps" in run([*train[1:], *LOCAL, *ON_CPU, *SHORT], workplace)
     for command in shown:
         if command[1] == "evaluate":
-            scored = json.loads(run(command[1:], workplace))
-            assert "eval/reward/mean" in scored
-            assert (scored["from"], scored["step"]) == ("export", 2)
+            scored = json.loads(run([*command[1:], "--json"], workplace))
+            assert "pass@4" in scored["decodings"]["sampled"]["figures"]
+            assert (scored["origin"], scored["step"]) == ("export", 2)
             assert Path(scored["model"]) == folder / "model"
         elif command[1] == "audit":
             assert run(command[1:], workplace).startswith("8 admitted = 8 trained + 0 filtered")

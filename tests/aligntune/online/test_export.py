@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from aligntune.errors import UserError
-from aligntune.online.export import checkpoint_of
 from aligntune.runs.checkpoint import POLICY, Checkpoints
+from aligntune.runs.choice import checkpoint_of
 
 
 def save(checkpoints: Checkpoints, step: int) -> None:
@@ -25,7 +25,7 @@ def test_the_newest_whole_one_or_that_of_a_step(tmp_path: Path) -> None:
     assert checkpoint_of(reader, 4).step == 4
     (tmp_path / "step-000006" / POLICY / "weights").write_text("of 7")
     assert checkpoint_of(reader, None).step == 4
-    with pytest.raises(UserError, match=r"--step 6: .* there are those of: 2, 4"):
+    with pytest.raises(UserError, match=r"step 6: .* there are those of: 2, 4"):
         checkpoint_of(reader, 6)
     with pytest.raises(UserError, match="no whole checkpoint"):
         checkpoint_of(Checkpoints(tmp_path / "none", keep_last=1, to_read=True), None)

@@ -1,0 +1,126 @@
+"""What `aligntune evaluate` does: which trainer and model are meant, and what is kept of it."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from aligntune.errors import UserError
+from aligntune.evaluation.answers import reader_of
+from aligntune.evaluation.statistics import CONFIDENCE
+from aligntune.evaluation.store import EVALUATIONS, Decoded, Summary, write_evaluation
+from aligntune.evaluation.summary import figures, judged, read_success
+from aligntune.runs.choice import NEWEST, START
+from aligntune.runs.rundir import RunDir, installed_versions
+from aligntune.trainers import create_rl_trainer
+
+if TYPE_CHECKING:
+    from aligntune.online.trainer import OnlineTrainer
+    from aligntune.preference.trainer import PreferenceTrainer
+
+
+class Told(Protocol):
+    """Who hears how far an evaluation is."""
+
+    def stage(self, text: str) -> None:
+        """Something of the start is done."""
+
+    def heard(self, decoding: str, done: int, total: int) -> None:
+        """`done` of `total` prompts have their completions and scores."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be evaluated."""
+
+    trainer: OnlineTrainer | PreferenceTrainer
+    run: Path | None  # None: a model that is of no run
+    model: str | None = None
+
+
+def target_of(target: str, config: Path | None, overrides: Sequence[str]) -> Target:
+    """A run directory, a config file, or with `config` a model. Raises UserError."""
+    place = Path(target)
+    inside = next((p for p in (place, place / "run") if (p / "config.yaml").is_file()), None)
+    if config is not None:
+        if inside is not None or place.is_file():
+            raise UserError(f"--config goes with a model; {target} has a config of its own")
+        named = [*overrides, f"model.name={target}"]
+        return Target(create_rl_trainer(config=config, overrides=named), None, target)
+    if inside is not None:
+        own = [f"output_dir={inside.absolute()}", *overrides]
+        return Target(create_rl_trainer(config=inside / "config.yaml", overrides=own), inside)
+    if place.is_file():
+        trainer = create_rl_trainer(config=place, overrides=overrides)
+        return Target(trainer, Path(trainer.config.output_dir))
+    raise UserError(
+        f"{target} is neither a run directory nor a config; of a model say with --config which "
+        "data and rewards it is evaluated by"
+    )
+
+
+def evaluated(
+    target: Target,
+    which: str,
+    samples: int | None,
+    temperature: float | None,
+    success: str | None,
+    out: Path | None,
+    told: Told,
+) -> tuple[Summary, Path]:
+    """Evaluate, write it down, and return the summary with its folder. Raises UserError."""
+    from aligntune.online.evaluating import decodings
+    from aligntune.online.trainer import OnlineTrainer
+
+    trainer = target.trainer
+    assert isinstance(trainer, OnlineTrainer)
+    if target.model is not None and which != NEWEST:
+        raise UserError(f"--checkpoint {which} is of a run, and {target.model} is a model")
+    scored = trainer.scored(START if target.model is not None else which)
+    origin = "model" if target.model is not None else scored.origin
+    step = None if target.model is not None else scored.step
+    of = "" if step is None else f", step {step}"
+    told.stage(f"evaluating {scored.model} ({origin}{of}{scored.why and f': {scored.why}'})")
+    passes = read_success(success, [criterion.name for criterion in trainer.criteria])
+    ways = decodings(trainer.config, samples, temperature)
+    began = time.monotonic()
+    rows = trainer.evaluated(scored, ways, told.heard, told.stage)
+    config = trainer.config
+    reader, read = reader_of(config.rewards[0])
+    rows = [judged(row, passes, reader) for row in rows]
+    seed = config.train.seed
+    name = Path(scored.model).name if step is None else f"{origin}-{step:06d}"
+    summary = Summary(
+        name=name,
+        time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        model=scored.model,
+        origin=origin,
+        step=step,
+        run=None if target.run is None else str(target.run.absolute()),
+        data=f"{config.data.eval_path or config.data.path}"
+        + (f" [{config.data.eval_split}]" if config.data.eval_split else ""),
+        prompts=len(trainer.eval_prompts),
+        failed=sum("failed" in row for row in rows),
+        success=passes,
+        answers=read,
+        confidence=CONFIDENCE,
+        seed=seed,
+        seconds=round(time.monotonic() - began, 3),
+        versions=[f"{name} {version}" for name, version in installed_versions().items()],
+        decodings={
+            way: Decoded(
+                completions=decoding.completions,
+                temperature=decoding.temperature,
+                figures=figures([row for row in rows if row["decoding"] == way], seed),
+            )
+            for way, decoding in ways.items()
+        },
+    )
+    own = target.run is not None and RunDir(target.run).config.is_file()
+    parent = (target.run / EVALUATIONS) if own and target.run is not None else Path(EVALUATIONS)
+    folder = write_evaluation(parent if out is None else out, summary, rows)
+    return summary.model_copy(update={"name": folder.name}), folder

@@ -1,0 +1,76 @@
+"""How a run is saved, evaluated and tracked, as its config says."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from actors.specs import Positive, Spec
+
+
+class CheckpointSpec(Spec):
+    """When the run is saved."""
+
+    keep_last: Positive = Field(3, description="older ones are removed")
+    at_end: bool = Field(True, description="one after the last step")
+    storage: str | None = Field(
+        None,
+        description="a folder that outlives the node, or an fsspec URI: the run is copied there "
+        "with every checkpoint, and fetched from there where output_dir is behind; default: none",
+    )
+
+
+class BestSpec(Spec):
+    """Which checkpoint is kept beside the newest ones, as long as none is better."""
+
+    metric: str = Field(description="a figure of evals.jsonl, such as eval/reward/mean")
+    mode: Literal["max", "min"] = Field("max", description="whether the highest or lowest is best")
+
+
+class OnlineCheckpointSpec(CheckpointSpec):
+    """Those of an online run, which copies them itself."""
+
+    every_steps: Positive | None = Field(
+        50, description="steps between checkpoints; null: by every_minutes alone"
+    )
+    every_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="after so many minutes the end of a step makes one too; default: none",
+    )
+    copy_timeout_s: float = Field(
+        1800.0, gt=0, description="longest wait for the storage to take, or give, a checkpoint"
+    )
+    best: BestSpec | None = Field(None, description="see checkpoint.best; default: none is kept")
+
+
+class EvalSpec(Spec):
+    """Evaluation on the eval set, scored by the run's own rewards."""
+
+    every_steps: Positive | None = Field(
+        None, description="steps between evaluations; none: only at the ends"
+    )
+    at_start: bool = Field(True, description="before the first step")
+    at_end: bool = Field(True, description="after the last step")
+    completions: Positive = Field(1, description="per prompt")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+
+
+class TrackingSpec(Spec):
+    """Beyond metrics.jsonl, which is always written."""
+
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio", "prometheus"]] = Field(
+        ["tensorboard"], description="where figures go too"
+    )
+    project: str = Field("aligntune", description="its name at W&B, MLflow and Trackio")
+
+
+class OnlineTrackingSpec(TrackingSpec):
+    """What an online run shows besides."""
+
+    profile: bool = Field(False, description="write trace.json, a timeline of every remote call")
+    samples_per_step: int = Field(4, ge=0, description="groups written to samples.jsonl")
+    samples_per_evaluation: int = Field(
+        16, ge=0, description="held-out prompts written to eval_samples.jsonl"
+    )

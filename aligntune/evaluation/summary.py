@@ -1,0 +1,142 @@
+"""From the rows of an evaluation to its figures. Pure.
+
+A row is one prompt under one decoding, with its completions; one that has none because it could not
+be scored says why in `failed`, and enters no figure. A completion without a score (its reward
+abstained) is neither a pass nor a failure: it is left out of the figures of that criterion.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from actors.messages import FinishReason
+from aligntune.errors import UserError
+from aligntune.evaluation.statistics import (
+    Estimate,
+    bootstrap,
+    majority_at_k,
+    pass_at_k,
+    wilson,
+)
+
+Row = dict[str, Any]
+REWARD = "reward"
+"""The name of the weighted sum of all criteria."""
+
+
+class Success(BaseModel):
+    """When a completion passes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    criterion: str = Field(description="a reward's name, or `reward` for the weighted sum of all")
+    at_least: float
+
+    def __str__(self) -> str:
+        return f"{self.criterion} >= {self.at_least:g}"
+
+    def passes(self, completion: Mapping[str, Any]) -> bool | None:
+        """Whether it passes; None where it has no such score."""
+        score = score_of(completion, self.criterion)
+        return None if score is None else score >= self.at_least
+
+
+def read_success(text: str | None, names: Sequence[str]) -> Success:
+    """`NAME=X` or `X`, of criteria `names`; by default the first of them at 1. Raises UserError."""
+    if text is None:
+        return Success(criterion=names[0], at_least=1.0)
+    name, _, number = text.rpartition("=")
+    name = name.rstrip(">").strip() or names[0]
+    if name not in (*names, REWARD):
+        raise UserError(
+            f"--success {text}: there is no criterion {name!r}; there are {', '.join(names)}, "
+            f"and {REWARD} for the weighted sum"
+        )
+    try:
+        return Success(criterion=name, at_least=float(number))
+    except ValueError as error:
+        raise UserError(f"--success {text}: {number!r} is no number; as in math=1") from error
+
+
+def score_of(completion: Mapping[str, Any], name: str) -> float | None:
+    """A completion's score of a criterion, or its reward."""
+    found = completion[REWARD] if name == REWARD else completion["scores"].get(name)
+    return None if found is None else float(found)
+
+
+def judged(row: Row, success: Success, answer_of: Callable[[str], str]) -> Row:
+    """A row whose completions say whether they passed, and which answer they gave."""
+    if "failed" in row:
+        return row
+    completions = [
+        {
+            **said,
+            "passed": success.passes(said),
+            "answer": None if said["text"] is None else answer_of(said["text"]),
+        }
+        for said in row["completions"]
+    ]
+    return {**row, "completions": completions}
+
+
+def sizes(most: int) -> list[int]:
+    """The k of pass@k and maj@k: powers of two up to the completions of a prompt, and all."""
+    powers = [2**n for n in range(most.bit_length()) if 2**n <= most]
+    return sorted({*powers, most})
+
+
+def figures(rows: Sequence[Row], seed: int = 0) -> dict[str, Estimate]:
+    """The figures of judged rows of one decoding. Means are over prompts, of each prompt's own."""
+    scored = [row["completions"] for row in rows if "failed" not in row]
+    if not scored:
+        return {}
+    names = [REWARD, *(f"{REWARD}/{name}" for name in scored[0][0]["scores"])]
+    found: dict[str, Estimate] = {}
+    for name in names:
+        values = list(_means(scored, name.removeprefix(f"{REWARD}/")))
+        if values:
+            found[name] = bootstrap(values, seed)
+    found |= _passes(scored, seed)
+    for name, value in (
+        ("completions/tokens", lambda said: float(said["tokens"])),
+        ("completions/truncated", lambda said: float(FinishReason(said["finish_reason"]).truncated)),
+    ):
+        found[name] = bootstrap([statistics.fmean(map(value, each)) for each in scored], seed)
+    return found
+
+
+def _means(scored: Sequence[Sequence[Row]], name: str) -> Iterator[float]:
+    for completions in scored:
+        scores = [score for said in completions if (score := score_of(said, name)) is not None]
+        if scores:
+            yield statistics.fmean(scores)
+
+
+def _passes(scored: Sequence[Sequence[Row]], seed: int) -> dict[str, Estimate]:
+    """pass@k and maj@k over the prompts that have k completions with a verdict."""
+    found: dict[str, Estimate] = {}
+    judged = [[said for said in each if said["passed"] is not None] for each in scored]
+    most = max(map(len, scored))
+    for k in sizes(most):
+        those = [each for each in judged if len(each) >= k]
+        if not those:
+            continue
+        if most == 1:
+            found["pass@1"] = wilson(sum(each[0]["passed"] for each in those), len(those))
+            continue
+        found[f"pass@{k}"] = bootstrap(
+            [pass_at_k(len(each), sum(said["passed"] for said in each), k) for each in those], seed
+        )
+        if k > 1 and all(said["answer"] is not None for each in those for said in each):
+            votes = [
+                majority_at_k(
+                    [said["answer"] for said in each], [said["passed"] for said in each], k
+                )
+                for each in those
+            ]
+            found[f"maj@{k}"] = bootstrap(votes, seed)
+    return found

@@ -1,0 +1,107 @@
+"""Two evaluations beside each other: who wins, whether by chance, and what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from aligntune.cli import app
+from aligntune.errors import UserError
+from aligntune.evaluation.compare import Comparison, compared
+from tests.aligntune.report.written import online_run
+
+
+def row(number: int, *rewards: float | None, **more: Any) -> dict[str, Any]:
+    completions = [
+        {
+            "text": f"says {r}",
+            "scores": {"math": r},
+            "reward": r,
+            "passed": None if r is None else r > 0,
+        }
+        for r in rewards
+    ]
+    asked = {"row": number, "prompt": f"<{number}>", "source": f"{number}?"}
+    return {**asked, "decoding": "greedy", "completions": completions, **more}
+
+
+def against(a: list[dict[str, Any]], b: list[dict[str, Any]], **more: Any) -> Comparison:
+    return compared(("A", "B"), (a, b), **more)
+
+
+def test_prompts_are_won_lost_and_tied_by_the_mean_of_their_completions() -> None:
+    first = [row(0, 0.0, 1.0), row(1, 1.0, 1.0), row(2, 0.0, 0.0), row(3, 0.5, 0.5)]
+    second = [row(2, 0.0, 1.0), row(0, 1.0, 1.0), row(3, 1.0, 0.0), row(1, 0.0, 0.0)]
+    found = against(first, second)
+    assert (found.wins, found.losses, found.ties) == (2, 1, 1)
+    assert found.difference.value == pytest.approx((0.5 - 1 + 0.5 + 0) / 4)
+    assert (found.p, found.test) == (1.0, "sign test")
+    assert [pair.row for pair in found.examples] == [1, 0, 2], "the largest difference first"
+    assert found.examples[0].b.text == "says 0.0"
+
+
+def test_what_is_better_on_nearly_all_prompts_is_unlikely_to_be_chance() -> None:
+    first = [row(n, 0.0) for n in range(12)]
+    second = [row(n, float(n > 0)) for n in range(12)]
+    found = against(first, second, metric="passed")
+    assert found.test == "McNemar's exact test"
+    assert found.p == pytest.approx(2 / 2**11)
+    assert found.significant
+    assert found.difference.low is not None
+    assert found.difference.low > 0.5
+    swapped = against(second, first, metric="passed")
+    assert (swapped.p, swapped.losses) == (found.p, found.wins)
+
+
+def test_a_prompt_without_a_score_on_one_side_is_left_out() -> None:
+    failed = {"row": 1, "prompt": "<1>", "source": "1?", "failed": "timeout"}
+    found = against([row(0, 1.0), row(1, 1.0), row(2, None)], [row(0, 0.0), failed, row(2, 1.0)])
+    assert (found.prompts, found.left_out) == (1, 2)
+    with pytest.raises(UserError, match="no prompt of which both have a reward"):
+        against([failed], [row(1, 1.0)])
+
+
+def test_a_question_asked_twice_is_paired_twice() -> None:
+    twice = [row(0, 0.0), row(0, 1.0)]
+    assert against(twice, twice).ties == 2
+
+
+def test_other_prompts_are_refused_with_one_of_them() -> None:
+    said = r"not asked the same prompts: 1 of A's 2 are not in the other, as row 5"
+    with pytest.raises(UserError, match=said):
+        against([row(0, 1.0), row(5, 1.0)], [row(0, 1.0)])
+
+
+def test_a_criterion_that_one_has_not_is_named_with_those_there_are() -> None:
+    with pytest.raises(UserError, match="A has no 'maht': did you mean 'math'"):
+        against([row(0, 1.0)], [row(0, 1.0)], metric="maht")
+
+
+def test_two_runs_are_compared_by_the_last_evaluation_of_their_training(tmp_path: Path) -> None:
+    folders = [online_run(tmp_path / name) for name in ("a", "b")]
+    place = folders[1] / "eval_samples.jsonl"
+    rows = [json.loads(line) for line in place.read_text().splitlines()]
+    for each in rows:
+        for completion in each["completions"]:
+            completion["reward"] += each["row"] % 2
+    place.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    done = CliRunner().invoke(app, ["compare", *map(str, folders), "--json"])
+    assert done.exit_code == 0, done.output
+    found = Comparison.model_validate_json(done.stdout)
+    assert found.b == f"{folders[1]}, evaluation of step 60 in training"
+    assert (found.wins, found.losses, found.ties) == (2, 0, 2)
+    done = CliRunner().invoke(app, ["compare", *map(str, folders)])
+    assert "B better on 2, worse on 0, equal on 2" in done.stdout
+    assert "sign test, two-sided: p = 0.5, which may be chance at 5 %" in done.stdout
+
+
+def test_a_run_without_evaluations_says_how_to_make_one(tmp_path: Path) -> None:
+    folder = online_run(tmp_path / "a")
+    (folder / "eval_samples.jsonl").unlink()
+    done = CliRunner().invoke(app, ["compare", str(folder), str(folder)])
+    assert isinstance(done.exception, UserError)
+    assert str(done.exception).endswith(f"make one: aligntune evaluate {folder}")

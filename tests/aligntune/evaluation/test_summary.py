@@ -1,0 +1,95 @@
+"""From rows to figures: what passes, what is left out, and what majorities count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from actors.specs import RewardFunctionSpec
+from aligntune.errors import UserError
+from aligntune.evaluation.answers import WHOLE_TEXT, reader_of, whole_text
+from aligntune.evaluation.summary import Success, figures, judged, read_success, sizes
+
+MATH = Success(criterion="math", at_least=1.0)
+
+
+def said(math: float | None, text: str = "a", **more: Any) -> dict[str, Any]:
+    scores = {"math": math, "length": 0.5}
+    reward = None if math is None else math + 0.5
+    told = {"text": text, "tokens": 4, "finish_reason": "stop", "scores": scores, "reward": reward}
+    return {**told, **more}
+
+
+def row(number: int, *completions: dict[str, Any]) -> dict[str, Any]:
+    asked = {"row": number, "prompt": f"{number}?", "source": f"{number}?"}
+    return judged({**asked, "completions": list(completions)}, MATH, whole_text)
+
+
+def test_greedy_completions_are_single_trials_with_wilsons_interval() -> None:
+    found = figures([row(n, said(float(n < 6))) for n in range(10)])
+    assert found["pass@1"].value == 0.6
+    assert found["pass@1"].interval == "wilson"
+    assert found["reward"].value == pytest.approx(1.1)
+    assert found["reward/math"].interval == "bootstrap"
+    assert "maj@1" not in found
+
+
+def test_of_several_completions_passes_are_estimated_and_majorities_counted() -> None:
+    rows = [
+        row(0, said(1.0, "x"), said(1.0, " x"), said(0.0, "y"), said(0.0, "z")),
+        row(1, said(1.0, "x"), said(0.0, "y"), said(0.0, "y"), said(0.0, "z")),
+    ]
+    found = figures(rows)
+    assert found["pass@1"].value == pytest.approx((0.5 + 0.25) / 2)
+    assert found["pass@2"].value == pytest.approx((1 - 1 / 6 + 0.5) / 2)
+    assert found["pass@4"].value == 1.0
+    assert found["maj@4"].value == 0.5, "blanks do not divide the votes for x"
+
+
+def test_what_failed_or_has_no_score_enters_no_figure() -> None:
+    failed = judged({"row": 9, "prompt": "9?", "failed": "timeout"}, MATH, whole_text)
+    found = figures([row(0, said(1.0)), row(1, said(None)), failed])
+    assert (found["pass@1"].value, found["pass@1"].prompts) == (1.0, 1)
+    assert (found["reward"].value, found["reward/length"].prompts) == (1.5, 2)
+    assert figures([failed]) == {}
+
+
+def test_the_share_that_was_cut_and_the_length_are_told() -> None:
+    found = figures([row(0, said(1.0, finish_reason="length", tokens=8)), row(1, said(0.0))])
+    assert found["completions/truncated"].value == 0.5
+    assert found["completions/tokens"].value == 6.0
+
+
+def test_what_passes_may_be_chosen() -> None:
+    names = ["math", "length"]
+    assert read_success(None, names) == MATH
+    assert read_success("0.5", names) == Success(criterion="math", at_least=0.5)
+    assert read_success("length=0.25", names) == Success(criterion="length", at_least=0.25)
+    assert read_success("reward>=2", names) == Success(criterion="reward", at_least=2.0)
+    with pytest.raises(UserError, match="no criterion 'maths'; there are math, length, and reward"):
+        read_success("maths=1", names)
+    with pytest.raises(UserError, match="'x' is no number"):
+        read_success("math=x", names)
+
+
+def test_k_goes_by_powers_of_two_up_to_all() -> None:
+    assert [sizes(most) for most in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+
+
+def test_a_majority_counts_what_the_reward_reads() -> None:
+    reader, what = reader_of(RewardFunctionSpec(function="math"))
+    assert what == "the answer that reward 'math' reads"
+    same = [
+        "2+2 is 4. #### 4",
+        "So \\boxed{4}",
+        "The answer is 4.",
+        "<answer>4.0</answer>",
+        "$x = 2$, then the answer: 8/2",
+    ]
+    assert [reader(text) for text in same] == ["4"] * 5
+    assert reader("\\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
+    assert reader("#### 1, 3") == reader("#### 3, 1")
+    assert reader("") == ""
+    reader, what = reader_of(RewardFunctionSpec(function="length"))
+    assert (reader(" a\n b "), what) == ("a b", WHOLE_TEXT)
