@@ -101,12 +101,16 @@ def figures(rows: Sequence[Row], seed: int = 0) -> dict[str, Estimate]:
         if values:
             found[name] = bootstrap(values, seed)
     found |= _passes(scored, seed)
-    for name, value in (
-        ("completions/tokens", lambda said: float(said["tokens"])),
-        ("completions/truncated", lambda said: float(FinishReason(said["finish_reason"]).truncated)),
-    ):
-        found[name] = bootstrap([statistics.fmean(map(value, each)) for each in scored], seed)
-    return found
+    lengths = [statistics.fmean(said["tokens"] for said in each) for each in scored]
+    cut = [statistics.fmean(map(_truncated, each)) for each in scored]
+    return found | {
+        "completions/tokens": bootstrap(lengths, seed),
+        "completions/truncated": bootstrap(cut, seed),
+    }
+
+
+def _truncated(said: Mapping[str, Any]) -> float:
+    return float(FinishReason(said["finish_reason"]).truncated)
 
 
 def _means(scored: Sequence[Sequence[Row]], name: str) -> Iterator[float]:
