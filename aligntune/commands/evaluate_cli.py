@@ -63,8 +63,13 @@ def evaluate(
 
         aligntune evaluate Qwen/Qwen3-0.6B --config runs/grpo/config.yaml
     """
-    from aligntune.commands.evaluations import Target, evaluated, target_of
     from aligntune.errors import UserError
+
+    if config is None and not Path(target).exists():
+        raise UserError(
+            f"{target!r} does not exist; name a run directory or a config, or with --config a model"
+        )
+    from aligntune.commands.evaluations import Target, evaluated, target_of  # torch: seconds
     from aligntune.evaluation.shown import shown
     from aligntune.preference.trainer import PreferenceTrainer
 
