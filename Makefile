@@ -3,11 +3,12 @@
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install quickstart test test-fast test-all bench chaos fuzz histories torn check docs format clean
+.PHONY: help install quickstart test test-fast test-all test-gpu bench chaos fuzz histories torn check docs format clean
 
 help:
 	@echo "make quickstart   install, then train a tiny model by reinforcement learning"
 	@echo "make test         install, then run the tests (test-fast: fewer; test-all: the long ones too)"
+	@echo "make test-gpu     what a machine with a GPU runs first: aligntune doctor --gpu, and the tests of GPUs"
 	@echo "make bench        what can be measured; make bench NAME=control measures it"
 	@echo "make chaos        kill and stop processes of runs, and see that nothing is lost"
 	@echo "make fuzz         try broken configs, data, answers and folders: a result or one line"
@@ -36,6 +37,10 @@ test-fast: install
 
 test-all: install
 	.venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
+
+test-gpu: install
+	.venv/bin/aligntune doctor --gpu
+	.venv/bin/python -m pytest -m gpu $(ARGS)
 
 bench: install
 	.venv/bin/python -m tests.bench $(NAME)

@@ -14,6 +14,7 @@ from actors.models.values import (
     ValueModel,
     asked,
     check_critic_model,
+    check_packing,
     critic_model,
     group_values,
     load_value_model,
@@ -44,7 +45,11 @@ class CriticActor(TrainedRank):
 
     def _load(self) -> ValueModel:
         check_critic_model(self._policy_model, self._critic_spec)
-        return load_value_model(self._model_spec, self._spec.packing)
+        model = load_value_model(self._model_spec)
+        self._settle_packing(model)
+        if self._packing:
+            check_packing(model, self._model_spec.name)
+        return model
 
     def values(self, groups: Sequence[Any]) -> Any:
         """Values of the states of each group (GroupTensors or references to them).
@@ -61,7 +66,7 @@ class CriticActor(TrainedRank):
             tensors,
             batches,
             max(self._strategy.gather(len(batches))),
-            self._spec.packing,
+            self._packing,
             self._strategy.device,
         )
         tokens = sum(len(group.token_ids) for group in tensors.values())
@@ -82,7 +87,7 @@ class CriticActor(TrainedRank):
     ) -> ValueBatch:
         device = self._strategy.device
         tensors = {row.work: groups[row.work].tensors for row in rows}
-        inputs = collate_rows(tensors, rows, self._spec.packing).to(device)
+        inputs = collate_rows(tensors, rows, self._packing).to(device)
         values = self._strategy.forward(**asked(inputs))
         padding = Padding(groups, rows, device)
         targets = padding.of_each("targets", lambda group: group.targets)

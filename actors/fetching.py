@@ -65,7 +65,9 @@ class ArraysLost(RuntimeError):
 
 def fetch_or_lost(works: Sequence[GroupWork]) -> tuple[dict[int, Fetched], tuple[int, ...]]:
     """As `fetch`, and the ids of the groups whose arrays are lost, which are left out."""
-    from ray.exceptions import ObjectLostError  # where arrays may be lost, Ray is there
+    if "ray" not in sys.modules:  # then there is nothing that could be lost
+        return fetch(works), ()
+    from ray.exceptions import ObjectLostError
 
     try:
         return fetch(works), ()

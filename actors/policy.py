@@ -63,7 +63,8 @@ class PolicyActor(TrainedRank):
 
     def _load(self) -> LogProbModel:
         model = LogProbModel(self._causal_lm(), self._tokens_per_chunk)
-        check_model(model, self._spec.packing)
+        self._settle_packing(model)
+        check_model(model, self._packing)
         return model
 
     def _causal_lm(self) -> Any:
@@ -195,7 +196,7 @@ class PolicyActor(TrainedRank):
             batches,
             longest(self._strategy.gather(own)),
             temperature,
-            self._spec.packing,
+            self._packing,
             self._strategy.device,
         )
 
@@ -218,7 +219,7 @@ class PolicyActor(TrainedRank):
     ) -> TokenBatch:
         device = self._strategy.device
         tensors = {row.work: groups[row.work].tensors for row in rows}
-        inputs = collate_rows(tensors, rows, self._spec.packing).to(device)
+        inputs = collate_rows(tensors, rows, self._packing).to(device)
         logp, entropy = self._strategy.forward(
             **vars(inputs), temperature=job.temperature, entropy=True, chunks=chunks
         )

@@ -23,6 +23,7 @@ from actors.fetching import ArraysLost, Fetched, fetch_or_lost, of_several_rows
 from actors.figures import Tally, count, describe, join, over_steps, total
 from actors.liveness import Alive
 from actors.messages import Counts, GroupTensors, GroupWork, Row, UpdateJob, UpdateResult
+from actors.models.attention import settle
 from actors.models.loading import load_tokenizer, whole_model
 from actors.models.logprobs import head_calls
 from actors.models.wrapped import TrainedModel
@@ -30,6 +31,7 @@ from actors.packing import a_microbatch, longest, microbatches, widest
 from actors.specs import ModelSpec, RankSpec
 from actors.strategies.base import NonFiniteGradient, Strategy, make_strategy
 from actors.strategies.optimizer import learning_rate
+from actors.strategies.process_group import own_device
 from actors.strategies.state import flush
 from actors.whereabouts import node_address, whereabouts
 
@@ -72,6 +74,7 @@ class TrainedRank(Alive):
         self._seed = seed
         self._strategy: Strategy
         self._files: Files = {}  # that are to be written
+        self._attention = ""  # how rows attend, for people
 
     def _load(self) -> TrainedModel:
         """The model as it starts, checked, on CPU."""
@@ -99,6 +102,18 @@ class TrainedRank(Alive):
         """A forward pass that counts for nothing; a scalar loss of 0 with a gradient of 0."""
         raise NotImplementedError
 
+    def _settle_packing(self, model: TrainedModel) -> None:
+        """Decide where `packing` is auto, and have `model`, still on CPU, attend accordingly."""
+        packing, self._attention = settle(
+            self._spec.packing, self._model_spec, model.unwrapped, own_device()
+        )
+        self._spec = self._spec.model_copy(update={"packing": packing})
+
+    @property
+    def _packing(self) -> bool:
+        """Whether rows are packed; settled when the model is loaded."""
+        return self._spec.packing is True
+
     def address(self) -> tuple[str, int]:
         """This node's address and a free port; rank 0's is where the ranks meet."""
         host = node_address()
@@ -114,7 +129,8 @@ class TrainedRank(Alive):
         """Load, check and place the model; all ranks together.
 
         Returns:
-            `device`, `rank`, where it runs, and the numbers of `parameters` and `trainable` ones.
+            `device`, `rank`, where it runs, how rows attend (`attention`), and the numbers of
+            `parameters` and `trainable` ones.
 
         Raises:
             ModelError: the model cannot be loaded, or what it says cannot be trusted.
@@ -132,6 +148,7 @@ class TrainedRank(Alive):
             "device": str(self._strategy.device),
             **whereabouts(),
             "rank": self._rank,
+            "attention": self._attention,
             "parameters": sum(size for size, _ in parameters),
             "trainable": sum(size for size, trained in parameters if trained),
         }
@@ -307,7 +324,7 @@ class TrainedRank(Alive):
     def _cut(self, rows: Sequence[Row], widths: Sequence[int]) -> tuple[tuple[Row, ...], ...]:
         each = a_microbatch(self._strategy.device.type)
         budget = self._spec.tokens_per_microbatch
-        return microbatches(rows, budget, self._spec.packing, widths, each)
+        return microbatches(rows, budget, self._packing, widths, each)
 
     def _head_calls(
         self, tensors: Mapping[int, GroupTensors], batches: Sequence[Sequence[Row]]

@@ -302,7 +302,11 @@ class RankSpec(OptimizerSpec):
     tokens_per_microbatch: Positive = Field(
         16384, description="prompt and response, padding too", json_schema_extra=AUTO
     )
-    packing: bool = Field(False, description="rows of a micro-batch in one sequence, no padding")
+    packing: bool | Literal["auto"] = Field(
+        "auto",
+        description="rows of a micro-batch in one sequence, no padding; auto: where attention runs "
+        "by variable length, which is on a GPU in bfloat16",
+    )
     update_timeout_s: Seconds = Field(
         3600.0, description="longest wait for an update, an export or a checkpoint"
     )

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from actors.messages import GroupTensors, Row
+from actors.models.attention import causal_alone, row_arguments, without_mask
 from actors.models.head import chosen
 from actors.models.loading import ModelError
 from actors.models.wrapped import TrainedModel
@@ -35,15 +36,16 @@ class ModelInputs:
     attention_mask: torch.Tensor | None  # [B, W]; None where packed: positions tell sequences apart
     positions: torch.Tensor  # [N] where, in the flattened batch, each response token is predicted
     targets: torch.Tensor  # [N] the response tokens themselves
+    row_ends: torch.Tensor | None = None  # [S + 1] int32 of S packed sequences, 0 first
+    longest: int = 0  # tokens of the longest sequence
 
     def to(self, device: torch.device) -> ModelInputs:
         """The same batch on `device`."""
         return ModelInputs(
-            self.input_ids.to(device),
-            self.position_ids.to(device),
-            None if self.attention_mask is None else self.attention_mask.to(device),
-            self.positions.to(device),
-            self.targets.to(device),
+            **{
+                name: value.to(device) if isinstance(value, torch.Tensor) else value
+                for name, value in vars(self).items()
+            }
         )
 
 
@@ -64,18 +66,47 @@ def collate(sequences: Sequence[tuple[np.ndarray, np.ndarray]], packed: bool) ->
         targets.append(torch.as_tensor(response, dtype=torch.int64))
         rows.append(torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.int64))
         start += len(rows[-1]) if packed else width
+    lengths = torch.tensor([len(row) for row in rows])
+    row_ends = None
     if packed:
         input_ids = torch.cat(rows)[None]
         position_ids = torch.cat([torch.arange(len(row)) for row in rows])[None]
         attention_mask = None
+        row_ends = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     else:
         input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        lengths = torch.tensor([len(row) for row in rows])
         attention_mask = (torch.arange(width)[None] < lengths[:, None]).long()
         position_ids = torch.arange(width).expand(len(rows), width).contiguous()
     return ModelInputs(
-        input_ids, position_ids, attention_mask, torch.cat(positions), torch.cat(targets)
+        input_ids,
+        position_ids,
+        attention_mask,
+        torch.cat(positions),
+        torch.cat(targets),
+        row_ends,
+        width,
     )
+
+
+def decoded(
+    model: Any,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    row_ends: torch.Tensor | None,
+    longest: int,
+) -> torch.Tensor:
+    """Last hidden states [B, W, H] of a transformers model with a decoder."""
+    rows = row_arguments(model, row_ends, longest)
+    with without_mask(rows):
+        states: torch.Tensor = model.base_model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=None if causal_alone(model) else attention_mask,
+            use_cache=False,
+            **rows,
+        ).last_hidden_state
+    return states
 
 
 class LogProbModel(TrainedModel):
@@ -113,6 +144,8 @@ class LogProbModel(TrainedModel):
         temperature: float,
         entropy: bool = False,
         chunks: int | None = None,
+        row_ends: torch.Tensor | None = None,
+        longest: int = 0,
     ) -> tuple[torch.Tensor, None] | torch.Tensor:
         """Log-probs [N] of `targets` at `temperature`, and entropies [N] in nats, float32 or wider.
 
@@ -120,13 +153,9 @@ class LogProbModel(TrainedModel):
         `chunks` fixes the number of head calls: where weights are sharded, every rank has to gather
         the head equally often. A surplus call comes first, on one state, and counts for nothing.
         """
-        causal = self.causal_lm
-        states = causal.base_model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            use_cache=False,
-        ).last_hidden_state.flatten(0, 1)
+        states = decoded(
+            self.causal_lm, input_ids, position_ids, attention_mask, row_ends, longest
+        ).flatten(0, 1)
         hidden = states.index_select(0, positions)  # [N, H]
         needed = self.chunks(len(targets))
         surplus = (chunks or needed) - needed

@@ -17,7 +17,7 @@ from torch import nn
 
 from actors.messages import GroupTensors, Row, StateValues
 from actors.models.loading import ModelError, load_tokenizer
-from actors.models.logprobs import ModelInputs, collate, collate_rows, idle_inputs
+from actors.models.logprobs import ModelInputs, collate, collate_rows, decoded, idle_inputs
 from actors.models.reward import new_reward_model
 from actors.models.wrapped import TrainedModel
 from actors.specs import CriticSpec, ModelSpec
@@ -32,14 +32,11 @@ class ValueModel(TrainedModel):
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         positions: torch.Tensor,
+        row_ends: torch.Tensor | None = None,
+        longest: int = 0,
     ) -> torch.Tensor:
         """Values [N] of the states after the tokens at `positions`, float32 or wider."""
-        hidden = self.unwrapped.base_model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            use_cache=False,
-        ).last_hidden_state
+        hidden = decoded(self.unwrapped, input_ids, position_ids, attention_mask, row_ends, longest)
         hidden = hidden.flatten(0, 1).index_select(0, positions)  # [N, H]
         head = self.unwrapped.score
         # A value in bfloat16 has three digits; where the head's weights have more, use them.
@@ -71,15 +68,14 @@ def check_critic_model(policy: ModelSpec, spec: CriticSpec) -> None:
         )
 
 
-def load_value_model(spec: ModelSpec, packing: bool) -> ValueModel:
+def load_value_model(spec: ModelSpec) -> ValueModel:
     """The critic as it starts, checked, on CPU, dropout off.
 
     From a reward model, values start as its scores of the text so far; from a causal LM the head
     starts as zeros, so every value does.
 
     Raises:
-        ModelError: the model cannot be loaded, has no scalar head, or (with `packing`) sequences
-            packed together see each other.
+        ModelError: the model cannot be loaded or has no scalar head.
     """
     classifier = new_reward_model(spec, seed=0)
     head = getattr(classifier, "score", None)
@@ -93,25 +89,28 @@ def load_value_model(spec: ModelSpec, packing: bool) -> ValueModel:
         nn.init.zeros_(head.weight)
         if head.bias is not None:
             nn.init.zeros_(head.bias)
-    model = ValueModel(classifier)
-    if packing:
-        _check_packing(model, spec.name)
-    return model
+    return ValueModel(classifier)
 
 
 @torch.no_grad()
-def _check_packing(model: ValueModel, name: str) -> None:
-    """Compare hidden states, since values of a zero head are equal whatever it reads."""
+def check_packing(model: ValueModel, name: str) -> None:
+    """Compare hidden states, since values of a zero head are equal whatever it reads.
+
+    Raises:
+        ModelError: sequences packed together see each other.
+    """
     draw = np.random.default_rng(0).integers(0, model.unwrapped.config.vocab_size, size=(2, 9))
     pair = [(draw[0, :4], draw[0, 4:]), (draw[1, :2], draw[1, 2:])]
     packed, padded = (
-        model.unwrapped.base_model(
-            input_ids=inputs.input_ids,
-            position_ids=inputs.position_ids,
-            attention_mask=inputs.attention_mask,
-            use_cache=False,
+        decoded(
+            model.unwrapped,
+            inputs.input_ids,
+            inputs.position_ids,
+            inputs.attention_mask,
+            inputs.row_ends,
+            inputs.longest,
         )
-        .last_hidden_state.flatten(0, 1)
+        .flatten(0, 1)
         .index_select(0, inputs.positions)
         for inputs in (collate(pair, packed=True), collate(pair, packed=False))
     )

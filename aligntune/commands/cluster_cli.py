@@ -57,19 +57,37 @@ def plan(
     draw(made)
 
 
+def _gpu_self_test(as_json: bool) -> int:
+    from aligntune.selftest.run import exit_code, self_test
+
+    outcomes = []
+    for outcome in self_test():
+        outcomes.append(outcome)
+        typer.echo(json.dumps(outcome.as_dict()) if as_json else outcome.line())
+    return exit_code(outcomes)
+
+
 def doctor(
     address: Annotated[
         str | None, typer.Option(help="host:port or auto; default: RAY_ADDRESS, else no cluster")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object a finding")] = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="compute on this machine's GPU instead, for minutes")
+    ] = False,
 ) -> int:
     """Examine this machine, and every node of a cluster; exit code 1 if anything fails.
+
+    With --gpu it measures what the card gives, and tries there what training needs.
 
     Examples:
 
         aligntune doctor
         aligntune doctor --address 10.0.0.1:6379
+        aligntune doctor --gpu
     """
+    if gpu:
+        return _gpu_self_test(as_json)
     from aligntune.commands.doctor import examine
     from cluster.doctor.findings import exit_code, lines
 

@@ -314,7 +314,7 @@ def test_a_model_without_a_head_over_tokens_is_refused(tmp_path: Path) -> None:
     )
     BertForSequenceClassification(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"no linear `score` head.*critic\.model"):
-        load_value_model(ModelSpec(name=str(tmp_path)), packing=False)
+        load_value_model(ModelSpec(name=str(tmp_path)))
 
 
 def test_an_update_without_returns_says_what_is_missing(folder: Path) -> None:

@@ -20,6 +20,7 @@ from tests.bench.end_to_end.parts import LEFT, Options, Unfinished
 BENCHES = {
     "control": "driver CPU time a group, over roles that answer at once",
     "fan_out": "driver CPU a group over bare Ray calls, and with 1 to 64 replicas",
+    "gpu_update": "an update on one GPU: packing, head, checkpointing; skipped without one",
     "ledger": "audit and restore of the books of a million groups",
     "memory": "what an update keeps beside weights and activations, vocabulary 152,064",
     "overlap_sim": "a step over the best possible under the staleness bound; virtual time",
