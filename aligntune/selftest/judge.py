@@ -124,7 +124,8 @@ def speed(figures: Mapping[str, Any], card: Mapping[str, Any] | None) -> Outcome
 def memory(figures: Mapping[str, Any]) -> Outcome:
     """The peak of an update over what `aligntune plan` says."""
     ratio = figures["peak_gib"] / figures["planned_gib"]
-    seen = f"peak {figures['peak_gib']:.2f} GiB, the plan says {figures['planned_gib']:.2f} ({ratio:.2f})"
+    peak, planned = figures["peak_gib"], figures["planned_gib"]
+    seen = f"peak {peak:.2f} GiB, the plan says {planned:.2f} ({ratio:.2f})"
     return _outcome(
         "memory", ratio <= MEMORY, seen, f"above {MEMORY} of the plan: a run that fits may not"
     )

@@ -117,7 +117,7 @@ def single(folder: Path) -> Probe:
 
 @pytest.fixture(scope="module")
 def single_float64(folder: Path) -> Probe:
-    actor = one_rank(folder)
+    actor = one_rank(folder, packing=True)  # by rows, where `single` has a dense mask
     actor._strategy.model.double()
     return Probe(actor)
 

@@ -23,32 +23,15 @@ from typing import Any
 
 from tests.bench.report import REPOSITORY, Measured, Target
 
+NAMES = ("hidden", "layers", "mlp", "heads", "kv_heads", "vocabulary")
 SIZES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden": 64, "layers": 2, "mlp": 96, "heads": 4, "kv_heads": 2, "vocabulary": 512},
-    "0.5B": {
-        "hidden": 896,
-        "layers": 24,
-        "mlp": 4864,
-        "heads": 14,
-        "kv_heads": 2,
-        "vocabulary": 151_936,
-    },
-    "1.5B": {
-        "hidden": 1536,
-        "layers": 28,
-        "mlp": 8960,
-        "heads": 12,
-        "kv_heads": 2,
-        "vocabulary": 151_936,
-    },
-    "3B": {
-        "hidden": 2048,
-        "layers": 36,
-        "mlp": 11008,
-        "heads": 16,
-        "kv_heads": 2,
-        "vocabulary": 151_936,
-    },
+    size: dict(zip(NAMES, numbers, strict=True))
+    for size, numbers in {
+        "tiny": (64, 2, 96, 4, 2, 512),
+        "0.5B": (896, 24, 4864, 14, 2, 151_936),
+        "1.5B": (1536, 28, 8960, 12, 2, 151_936),
+        "3B": (2048, 36, 11008, 16, 2, 151_936),
+    }.items()
 }
 PROMPT, ROWS, LONGEST, BUDGET = 256, 32, 3840, 8192
 CASES: dict[str, dict[str, Any]] = {
