@@ -78,7 +78,7 @@ PANELS: dict[str, tuple[Panel, Panel]] = {
 
 
 def keep(name: str, run: Path) -> None:
-    """Write docs/runs/NAME.jsonl: what ran, then the figures that are drawn, by step."""
+    """Write docs/runs/NAME.jsonl: the figures that are drawn, by step."""
     keys = {line.key for panel in PANELS[name] for line in panel.lines}
     rows: list[dict[str, Any]] = []
     for file in ("metrics.jsonl", "evals.jsonl"):
@@ -88,17 +88,14 @@ def keep(name: str, run: Path) -> None:
             kept = {key: round(row[key], 5) for key in sorted(keys & row.keys())}
             if kept:
                 rows.append({"step": row["step"], **kept})
-    events = [json.loads(text) for text in (run / "events.jsonl").read_text().splitlines()]
-    head = {"seconds": round(events[-1]["time"] - events[0]["time"])}
-    lines = [json.dumps(row) for row in (head, *rows)]
+    lines = [json.dumps(row) for row in rows]
     (RUNS / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def read(name: str) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """What ran, and its rows."""
+def read(name: str) -> list[dict[str, float]]:
+    """The rows of a run that was kept."""
     texts = (RUNS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    head, *rows = map(json.loads, texts)
-    return head, rows
+    return [json.loads(text) for text in texts]
 
 
 def curve(rows: list[dict[str, float]], key: str) -> list[tuple[float, float]]:
@@ -108,7 +105,7 @@ def curve(rows: list[dict[str, float]], key: str) -> list[tuple[float, float]]:
 
 def text_of(name: str) -> str:
     """What stands in the page: the picture, and the ends of its curves in words."""
-    head, rows = read(name)
+    rows = read(name)
     panel = PANELS[name][0]
     said = []
     for line in panel.lines:
@@ -119,14 +116,13 @@ def text_of(name: str) -> str:
     about = f"{panel.title}: {', '.join(said)}"
     return (
         f"![Curves of the run by step. {about[0].upper()}{about[1:]}.](runs/{name}.svg)\n\n"
-        f"{steps} steps in {head['seconds']} s, on two CPU cores that others used too. "
-        f"{about[0].upper()}{about[1:]}.\n"
+        f"The run has {steps} steps. {about[0].upper()}{about[1:]}.\n"
     )
 
 
 def drawing(name: str) -> str:
     """The curves as an SVG."""
-    _, rows = read(name)
+    rows = read(name)
     panels = [_panel(panel, rows, index * (WIDTH + 20)) for index, panel in enumerate(PANELS[name])]
     width = len(panels) * (WIDTH + 20) - 20
     return (

@@ -23,7 +23,14 @@ from aligntune.algorithms import registry
 from aligntune.config.online import RunConfig
 from aligntune.config.preference import ALGORITHMS as PREFERENCE
 from aligntune.config.preference import PreferenceConfig
-from tests.e2e.test_documents import doc_tables, in_backticks, rows_of, text_of
+from tests.e2e.test_documents import (
+    METRIC,
+    doc_tables,
+    in_backticks,
+    rows_of,
+    section_of,
+    text_of,
+)
 from tests.stand_ins import REPOSITORY
 
 NOTEBOOKS = sorted((REPOSITORY / "examples" / "notebooks").glob("*.ipynb"))
@@ -169,6 +176,14 @@ def test_the_keys_that_are_moved_to_exist() -> None:
             named = in_backticks(row[1])
             assert named or row[1] == "none", f"{heading}: {row}"
             assert set(named) <= known, f"{heading}: {row}"
+
+
+def test_figures_that_the_page_of_reading_a_run_explains_are_those_that_runs_have() -> None:
+    known = set(in_backticks(section_of("docs/architecture.md", "Metrics")))
+    text = text_of("docs/report.md")
+    named = {name for name in in_backticks(text) if METRIC.fullmatch(f"`{name}`")}
+    assert len(named) > 20
+    assert named - known == set()
 
 
 # Curves and pages
