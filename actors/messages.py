@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.lean import Lean
+
 Messages = list[dict[str, Any]]
 
 
@@ -48,9 +50,19 @@ class Prompt:
     columns: dict[str, Any] = field(default_factory=dict)  # every other data column
     tools: tuple[dict[str, Any], ...] = ()  # schemas in the row's column `tools`, in `text` too
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As bytes and a letter: an array has more than that around it."""
+        ids = self.token_ids
+        rest = (self.row, self.source, self.text, self.columns, self.tools)
+        return _prompt, (ids.tobytes(), ids.dtype.str, *rest)
+
+
+def _prompt(ids: bytes, dtype: str, row: int, source: Any, text: str, *rest: Any) -> Prompt:
+    return Prompt(row, source, text, np.frombuffer(ids, dtype).copy(), *rest)
+
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Lean):
     """How tokens are drawn. Temperature 0 is greedy."""
 
     max_tokens: int  # the budget of what is sampled, end-of-sequence token included
@@ -67,7 +79,7 @@ class GroupSampling(Sampling):
 
 
 @dataclass(frozen=True)
-class VersionSpan:
+class VersionSpan(Lean):
     """`tokens` consecutive sampled tokens of one row, made by the weights of policy `version`."""
 
     version: int
@@ -96,7 +108,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class ReplicaLoad:
+class ReplicaLoad(Lean):
     """What a rollout replica did while one group was in flight there, that group included."""
 
     tokens_per_s: float  # sampled
@@ -116,7 +128,7 @@ class EpisodesRecord:
 
 
 @dataclass(frozen=True)
-class GroupRecord:
+class GroupRecord(Lean):
     """What the controller knows of a rolled-out group: small, and no token arrays.
 
     The last three are those of one turn of text where they are left out.
@@ -203,7 +215,7 @@ class Conversations:
 
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(Lean):
     """What the reward actors say of one group: one number per rollout and criterion.
 
     The decoded texts are the call's second return, which stays in the object store.
@@ -216,7 +228,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class GroupWork:
+class GroupWork(Lean):
     """One group of an optimiser batch: references to its arrays and its sequence advantages.
 
     The fields typed `Any` are Ray object references when they cross an actor call. A rank is sent
