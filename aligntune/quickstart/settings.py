@@ -58,9 +58,11 @@ _TUNED: dict[str, dict[str, object]] = {
     },
 }
 
-_BY_AGENT = ("grpo",)
 _AGENT: dict[str, object] = {
-    "train.steps": 12,
+    "train.steps": 8,
+    "train.groups_per_step": 16,
+    "train.completions_per_group": 8,
+    "train.groups_per_minibatch": 8,
     "tools": ["aligntune.quickstart.agent:add"],
     "rollout.temperature": 1.0,
     "rollout.max_completion_length": MAX_SAMPLED_TOKENS,
@@ -68,6 +70,7 @@ _AGENT: dict[str, object] = {
     "episodes.max_turns": MAX_TURNS,
     "policy.adam_betas": [0.9, 0.99],
 }
+"""Of an agent, whatever the algorithm, over its learning rate and the like in `_TUNED`."""
 
 REWARD_MODEL: dict[str, object] = {
     "train.steps": 400,
@@ -86,7 +89,7 @@ REWARD_MODEL: dict[str, object] = {
 def quickstart_settings(algorithm: str, task: str = "sum") -> dict[str, object]:
     """What the quickstart sets for `algorithm` or an alias of it, as `key.path: value` of the tree.
 
-    `task` is one of `TASKS`; that of an agent was seen to learn by the algorithms in `_BY_AGENT`.
+    `task` is one of `TASKS`.
 
     Learning rates and steps are those at which this model and task were seen to learn; they say
     nothing about other models.
@@ -102,12 +105,10 @@ def quickstart_settings(algorithm: str, task: str = "sum") -> dict[str, object]:
         chosen = registry.get(algorithm)
     except ValueError as error:
         raise UserError(str(error)) from error
-    names = _BY_AGENT if task == "agent" else tuple(_TUNED)
-    tuned = {registry.get(name): _TUNED[name] for name in names}
+    tuned = {registry.get(name): settings for name, settings in _TUNED.items()}
     if chosen not in tuned:
         raise UserError(
-            f"the quickstart's task {task!r} has no settings for {algorithm!r}; "
-            f"{nearest(algorithm, names)}"
+            f"the quickstart has no settings for {algorithm!r}; {nearest(algorithm, tuple(_TUNED))}"
         )
     if task == "agent":
         return {**tuned[chosen], **_AGENT}

@@ -126,11 +126,18 @@ def test_every_quickstart_learns_with_every_seed(
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("engine", ["vllm", "transformers"])
-def test_an_agent_learns_to_call_its_tool_as_often_as_it_must(tmp_path: Path, engine: str) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "engine"),
+    [("grpo", "transformers"), *((a, "vllm") for a in ("grpo", "drgrpo", "dapo", "gspo", "ppo"))],
+)
+def test_an_agent_learns_to_call_its_tool_as_often_as_it_must(
+    tmp_path: Path, algorithm: str, engine: str
+) -> None:
     out = tmp_path / "agent"
-    result, printed = command(out, "--task", "agent", f"rollout.engine={engine}", timeout=480)
-    assert result["engine"] == engine
+    line = ("--task", "agent", "--algorithm", algorithm, f"rollout.engine={engine}")
+    result, printed = command(out, *line, timeout=590)
+    print(result)
+    assert (result["algorithm"], result["engine"]) == (algorithm, engine)
     assert 0.3 <= result["accuracy_before"] <= 0.6
     assert result["accuracy_after"] >= 0.9
     assert f"{result['accuracy_after']:.3f}" in printed

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.utils import get_json_schema
 
+from aligntune.config.load import load_config
+from aligntune.config.online import RunConfig
 from aligntune.data.formats import render
 from aligntune.errors import UserError
 from aligntune.quickstart import agent
@@ -88,12 +90,25 @@ def test_a_model_that_knows_nothing_succeeds_never(tokenizer: Any) -> None:
     assert greedy_success(model, tokenizer, make_sums(0)[1][:8]) == (0.0, 0.0)
 
 
-def test_tasks_and_algorithms_without_settings_are_named() -> None:
-    assert quickstart_settings("grpo", "agent")["tools"] == ["aligntune.quickstart.agent:add"]
+def test_a_task_without_settings_is_named() -> None:
     with pytest.raises(UserError, match="no task 'agents'"):
         quickstart_settings("grpo", "agents")
-    with pytest.raises(UserError, match="'agent' has no settings for 'ppo'"):
-        quickstart_settings("ppo", "agent")
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "drgrpo", "dapo", "gspo", "ppo"])
+def test_an_agent_is_trained_by_every_algorithm_of_the_quickstart(algorithm: str) -> None:
+    settings = quickstart_settings(algorithm, "agent")
+    tree = {
+        "algorithm": {"name": algorithm},
+        "model": {"name": "m"},
+        "data": {"path": "d"},
+        "rewards": ["exact_match"],
+        "output_dir": "run",
+    }
+    config = load_config(tree, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    assert isinstance(config, RunConfig)
+    assert config.tools == ["aligntune.quickstart.agent:add"]
+    assert config.policy.learning_rate == quickstart_settings(algorithm)["policy.learning_rate"]
 
 
 def test_importing_the_task_loads_neither_torch_nor_transformers() -> None:
