@@ -19,6 +19,7 @@ help:
 	@echo "make format       let ruff put the code in order"
 	@echo "make install      only install, into .venv"
 	@echo "make clean        remove .venv and caches"
+	@echo "make test-clients install OpenEnv and verifiers apart, 1 GB, and test that they speak to us"
 
 install:
 	@bash scripts/install.sh
@@ -76,3 +77,8 @@ format: install
 
 clean:
 	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+.PHONY: test-clients
+test-clients: install
+	bash scripts/install_clients.sh
+	.venv/bin/python -m pytest tests/actors/environments/test_real_clients.py $(ARGS)

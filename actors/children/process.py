@@ -76,6 +76,11 @@ class Child(Generic[A]):
         self._gone = asyncio.create_task(self._wait_for_keeper())
         self._listener = asyncio.create_task(self._listen())
 
+    @property
+    def idle(self) -> bool:
+        """It can be asked, and has answered all that it was."""
+        return self.running and not self._waiting
+
     def ask(
         self, *message: Any, accept: Callable[[A], None] = lambda _: None
     ) -> tuple[str, asyncio.Future[A]]:
@@ -161,6 +166,13 @@ class Child(Generic[A]):
             return f"its process was ended by signal {-code} ({signal.strsignal(-code)})"
         return f"its process ended with exit status {code}"
 
+    def leave(self) -> None:
+        """Ask no more, and have the child end by itself; see `end`."""
+        self.running = False
+        if self._held:
+            with contextlib.suppress(OSError):
+                self._writer.write_eof()
+
     def let_go(self) -> None:
         """Have the keeper end the child and all that it has started."""
         self.running = False
@@ -170,8 +182,11 @@ class Child(Generic[A]):
                 self._lifeline.shutdown(socket.SHUT_WR)
             self._writer.close()
 
-    async def end(self) -> None:
-        """`let_go`, and wait until nothing is left."""
+    async def end(self, patience: float = 0.0) -> None:
+        """`let_go`, after so many seconds in which it may end by itself, and wait until nothing is
+        left."""
+        if patience:
+            await asyncio.wait({self._gone}, timeout=patience)
         self.let_go()
         await asyncio.wait({self._gone}, timeout=KILL_SECONDS)
         if not self._gone.done() and self._process is not None:

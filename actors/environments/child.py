@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import inspect
 import os
 import random
@@ -67,6 +68,7 @@ def serve(channel: int, loaded: Loaded) -> None:
         while (message := receive(stream)) is not None:
             word, what, *rest = message
             getattr(child, what)(word, *rest)
+        child.leave()
 
 
 def _close(channel: int) -> None:
@@ -183,6 +185,11 @@ class _Child:
             return rewards
 
         self._answer(word, work, limit, detailed=True)
+
+    def leave(self) -> None:
+        """Let go of the environment: its `__del__` frees what it holds elsewhere, as in TRL."""
+        self._tools, self._environment = {}, None
+        gc.collect()
 
     async def _together(self, calls: Sequence[tuple[str, Tool, Any]], limit: float | None) -> None:
         async def one(word: str, tool: Tool, given: Any) -> None:

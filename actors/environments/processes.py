@@ -25,6 +25,7 @@ from actors.environments.server import FORK, Setup
 IMPORT_SECONDS = 300.0  # to import the user's code, or to make an environment for its description
 FORK_SECONDS = 60.0  # until a fork answers, on a busy machine
 GRACE_SECONDS = 2.0  # of an environment to end a call that is over its limit, before it is killed
+LEAVE_SECONDS = 10.0  # of an environment to free what it holds, when its episode has ended
 FORKS_AT_A_TIME = 32  # that have not answered yet
 TOOL_PROCESSES = 512  # at most: calls of tools that are under way
 _CHARACTER_BYTES = 12  # of a character in JSON at most
@@ -115,10 +116,15 @@ class Server:
                 raise
             return child
 
-    def retire(self, child: Child[Told]) -> None:
-        """End a fork and all that it has started, soon; `close` waits for it."""
-        child.let_go()
-        task = asyncio.create_task(child.end())
+    def retire(self, child: Child[Told], leaving: bool = False) -> None:
+        """End a fork and all that it has started, soon; `close` waits for it. `leaving`: it holds
+        an environment, which goes first, unless a call is still under way."""
+        leaving = leaving and child.idle
+        if leaving:
+            child.leave()
+        else:
+            child.let_go()
+        task = asyncio.create_task(child.end(LEAVE_SECONDS if leaving else 0.0))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
@@ -226,8 +232,8 @@ class EnvironmentProcess:
         return await self._value(answer, "get_reward")
 
     def end(self) -> None:
-        """End the process and all that it has started, soon."""
-        self._server.retire(self._child)
+        """Let the environment go, and end the process and all that it has started, soon."""
+        self._server.retire(self._child, leaving=True)
 
     async def _value(self, answer: asyncio.Future[Told], doing: str) -> Any:
         told = await answered(answer, self._limit + GRACE_SECONDS, doing)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from pathlib import Path
 from typing import Any
 
 TURNS = 3
@@ -32,6 +34,37 @@ class Adding:
     def get_reward(self) -> float:
         """How often the tool was called."""
         return float(self.calls)
+
+
+class Gated(Adding):
+    """Says in the row's `log` when it begins and when its tool is called and answers, which is not
+    before the row's `gate` is there."""
+
+    def reset(self, *, log: str, gate: str, **row: object) -> None:
+        """Begin."""
+        super().reset()
+        self._log, self._gate = Path(log), Path(gate)
+        self._say("begun")
+
+    def add(self, a: int, b: int) -> int:
+        """Add two numbers.
+
+        Args:
+            a: The first number.
+            b: The second number.
+
+        Returns:
+            Their sum.
+        """
+        self._say("asked")
+        while not self._gate.exists():
+            time.sleep(0.02)
+        self._say("answered")
+        return super().add(a, b)
+
+    def _say(self, what: str) -> None:
+        with self._log.open("a") as log:
+            log.write(what + "\n")
 
 
 def asked(environments: list[Adding], **columns: object) -> list[float]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -99,3 +101,48 @@ def test_a_run_of_episodes_killed_and_resumed_is_bit_identical(
     assert any(not torch.equal(start[name], weights[name]) for name in start), "nothing was trained"
     books = audit(second / "ledger.jsonl")
     assert (books.trained, books.open, books.balanced) == (4 * steps, 0, True)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("playing", ["environment"], indirect=True)
+def test_an_engine_of_vllm_that_is_killed_amid_episodes_costs_their_turns_and_nothing_else(
+    playing: dict[str, Any], tmp_path: Path, launch: Callable[..., Run]
+) -> None:
+    """Its process stops while tools are called, is asked for the turns after them, and is killed;
+    the episodes stay as they are, and another engine answers."""
+    pytest.importorskip("vllm")
+    log, gate = tmp_path / "log", tmp_path / "gate"
+    data = Path(playing["data"]["path"])
+    asked = [json.loads(line) for line in data.read_text().splitlines()]
+    rows = [{**row, "log": str(log), "gate": str(gate)} for row in asked]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    playing["environment"] = "tests.e2e.games:Gated"
+    playing["episodes"]["call_timeout_s"] = 300.0
+    playing["rollout"].update(engine={"name": "vllm", "kv_cache_gib": 0.25})
+    playing["train"].update(steps=2, max_staleness=0)
+
+    def said(what: str) -> int:
+        return log.read_text().split().count(what) if log.exists() else 0
+
+    run = launch()
+    run.wait_for(lambda: said("asked") >= 4, 240.0)
+    replica = next(e for e in run.events("role_started") if e["role"].startswith("rollout"))
+    children = psutil.Process(replica["pid"]).children(recursive=True)
+    (engine,) = [child for child in children if "EngineCore" in child.name()]
+    engine.suspend()
+    gate.touch()
+    run.wait_for(lambda: said("answered") == said("asked"))
+    os.kill(engine.pid, signal.SIGKILL)
+    assert run.finish(400.0) == 0, run.output()
+
+    (lost,) = run.events("replica_lost")
+    assert lost["role"] == "rollout"
+    reasons = [event["reason"] for event in run.events("group_retried")]
+    assert reasons
+    assert all("its episodes go on" in reason for reason in reasons)
+    steps, rows = 2, read(run.output_dir / "metrics.jsonl")
+    assert [row["episodes/retried"] for row in rows] == [0] * steps
+    assert said("begun") == steps * 16, "no episode was begun again"
+    assert said("answered") == said("asked") == sum(row["tools/calls"] for row in rows)
+    books = audit(run.output_dir / "ledger.jsonl")
+    assert (books.trained, books.quarantined, books.open, books.balanced) == (4 * steps, 0, 0, True)

@@ -2,7 +2,8 @@
 each in an environment of its own, which `scripts/install_clients.sh` makes.
 
 OpenEnv's capture proxy has a session as upstream, and is asked in turn by an agent in OpenAI's and
-one in Anthropic's dialect; verifiers' train client sends token ids and wants token ids.
+one in Anthropic's dialect; verifiers' train client sends token ids and wants token ids, by itself
+and within the interception server that stands between an agent and it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def interpreter(package: str) -> Path:
 
 def needs(package: str) -> pytest.MarkDecorator:
     """Skips, before anything is set up, where `package` is not installed."""
-    why = f"{package} has no environment of its own: run scripts/install_clients.sh"
+    why = f"{package} is not in {FOLDER / package}: `make test-clients` installs and tests it"
     return pytest.mark.skipif(not interpreter(package).exists(), reason=why)
 
 
@@ -156,5 +157,26 @@ class TestVerifiers:
                 assert got["token_ids"] == own[-1]["prompt"] + own[-1]["sampled"]
                 assert sum(got["mask"]) == sum(len(turn["sampled"]) for turn in own)
                 assert served.conversation.figures().extended == 2
+
+        run(talk)
+
+    @pytest.mark.parametrize("kind", ["train", "eval"])
+    def test_an_agent_behind_the_interception_server_is_one_row(
+        self, chat: Chat, chat_model: ModelSpec, kind: str
+    ) -> None:
+        async def talk() -> None:
+            async with serving(chat, [THOUGHT, "It is 2."]) as served:
+                got = await client(
+                    "verifiers", "verifiers_intercepted.py", served, kind, chat_model.name
+                )
+                assert got["got"] == ["Adding.", ARGUMENTS, "tool_calls", "It is 2."]
+                assert (got["turns"], got["errors"]) == (2, [])
+                own = sampled(served.conversation.answers)
+                figures = served.conversation.figures()
+                assert (figures.extended, figures.realigned, figures.forked) == (1, 0, 0)
+                if kind == "train":
+                    assert got["token_ids"] == own[-1]["prompt"] + own[-1]["sampled"]
+                    trained = [i for i, is_own in zip(got["token_ids"], got["mask"]) if is_own]
+                    assert trained == [i for turn in own for i in turn["sampled"]]
 
         run(talk)
