@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 from collections.abc import Callable, Coroutine, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ class TestVerifiers:
                 assert (figures.extended, figures.realigned, figures.forked) == (1, 0, 0)
                 if kind == "train":
                     assert got["token_ids"] == own[-1]["prompt"] + own[-1]["sampled"]
-                    trained = [i for i, is_own in zip(got["token_ids"], got["mask"]) if is_own]
+                    trained = list(compress(got["token_ids"], got["mask"]))
                     assert trained == [i for turn in own for i in turn["sampled"]]
 
         run(talk)
