@@ -77,7 +77,8 @@ def test_a_config_with_episodes_is_written_and_read_again() -> None:
 
 def test_the_environment_role_is_asked_for_only_where_rollouts_are_episodes() -> None:
     with_tools = {r.role: r for r in role_requests(config(tools=["a:b"], episodes={"replicas": 3}))}
-    assert (with_tools["environment"].replicas, with_tools["environment"].cpus) == (3, 0.5)
+    asked = with_tools["environment"]
+    assert (asked.replicas, asked.cpus, asked.gpus) == (3, 0.5, 0)
     assert "environment" not in {r.role for r in role_requests(config())}
 
 

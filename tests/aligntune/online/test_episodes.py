@@ -4,6 +4,7 @@ environment and policy, some of which die."""
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,6 +56,19 @@ def test_a_run_of_episodes_trains_evaluates_and_tells_of_turns_tools_and_talk(
     assert [row["version"] for row in evaluated] == list(range(STEPS + 1))
     assert {row["eval/turns/mean"] for row in evaluated} == {1.0}
     assert made.judge.talks[0].answers[0] == [{"role": "assistant", "content": "b"}]
+
+
+def test_all_turns_of_a_group_are_asked_of_the_replica_that_has_its_prefixes_in_its_cache(
+    play: Callable[..., Play],
+) -> None:
+    made = play()
+    made.run()
+    homes = defaultdict(set)
+    for name, rollout in made.rollouts.items():
+        for key in (key for call in rollout.asked for key in call):
+            homes[key.rsplit("/", 2)[0]].add(name)
+    assert {len(names) for names in homes.values()} == {1}
+    assert set.union(*homes.values()) == {"rollout-0.0", "rollout-1.0"}
 
 
 @pytest.mark.parametrize("role", ["rollout", "environment"])
