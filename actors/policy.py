@@ -36,6 +36,7 @@ from actors.packing import longest
 from actors.padding import Padding
 from actors.ranks import TrainedRank
 from actors.specs import ModelSpec, PolicySpec
+from actors.strategies.state import NamedTensors
 from actors.transfer.base import Exported
 from actors.transfer.bundle import WeightBundle
 from actors.transfer.delta import Exports, WeightDelta
@@ -124,10 +125,17 @@ class PolicyActor(TrainedRank):
 
         Called with `num_returns=2`: the driver waits for the first and never fetches the second.
         """
+        return self._lent(version, self._strategy.full_state())
+
+    def export_adapter(self, version: int) -> tuple[int, WeightBundle | None]:
+        """As `export_weights`, of the LoRA adapter alone, under PEFT's names."""
+        return self._lent(version, self._strategy.adapter_state())
+
+    def _lent(self, version: int, tensors: NamedTensors) -> tuple[int, WeightBundle | None]:
         if self._rank == 0:  # Ray copies it out before this rank is asked for anything else
-            bundle = WeightBundle.lend(version, self._strategy.full_state())
+            bundle = WeightBundle.lend(version, tensors)
             return bundle.nbytes, bundle
-        for _ in self._strategy.full_state():
+        for _ in tensors:
             pass
         return 0, None
 

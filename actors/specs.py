@@ -121,7 +121,8 @@ class RolloutSpec(Spec):
     weight_sync: WeightSyncField = Field(
         FullSpec(),
         description="what is sent of each version: full, all weights; delta, those that have "
-        "changed, bit for bit the same, for a copy of the weights in policy and replicas",
+        "changed, bit for bit the same, for a copy of the weights in policy and replicas; adapter, "
+        "that of model.lora alone, which engines do not merge. The first two merge it",
     )
     weight_timeout_s: Seconds = Field(600.0, description="longest wait for it to take new weights")
     start_timeout_s: Seconds = Field(600.0, description="longest wait for a replica to load")

@@ -28,6 +28,7 @@ from actors.engines.base import (
     stop_token_ids,
 )
 from actors.messages import Completion, FinishReason, Sampling, VersionSpan
+from actors.models.adapters import is_adapter
 from actors.models.loading import load_causal_lm
 from actors.specs import ModelSpec, RolloutSpec
 from actors.transfer.bundle import WeightBundle
@@ -56,6 +57,7 @@ class TransformersEngine:
         Its batch is a call's, and each call's draws have a key, so neither of the last two counts.
         """
         self._spec = model.model_copy(update={"gradient_checkpointing": False})
+        self._adapts = spec.weight_sync.name == "adapter"
         self._version = version
         self._work = Work()
         self._waiting = 0  # completions of calls whose turn has not come
@@ -141,14 +143,15 @@ class TransformersEngine:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def _load(self) -> None:
-        self._model = load_causal_lm(self._spec).to(self._device).eval()
+        model = load_causal_lm(self._spec, lora=self._adapts)
+        self._model = model.to(self._device).eval()
         self._stops = torch.tensor(stop_token_ids(self._spec), device=self._device)
 
     @torch.no_grad()
     def _load_weights(self, bundle: WeightBundle) -> float:
         """Seconds that it takes."""
         began = time.monotonic()
-        for parameter, tensor in matched_parameters(self._model, bundle):
+        for parameter, tensor in matched_parameters(self._model, bundle, self._adapts):
             parameter.copy_(tensor)
         self._version = bundle.version
         return time.monotonic() - began
@@ -290,16 +293,18 @@ def draw(
 
 
 def matched_parameters(
-    model: nn.Module, bundle: WeightBundle
+    model: nn.Module, bundle: WeightBundle, adapter: bool = False
 ) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    """(parameter, its new value) for every parameter of `model`; nothing is written.
+    """(parameter, its new value) for every parameter of `model`, or of its `adapter` alone; nothing
+    is written.
 
     Raises:
         WeightMismatch: a parameter that the bundle lacks, a name that the model lacks (but for a
             redundant tied `lm_head.weight`), or a shape that differs.
     """
-    parameters = dict(model.named_parameters())
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(parameters)
+    every = dict(model.named_parameters())
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(every)
+    parameters = {name: p for name, p in every.items() if not adapter or is_adapter(name)}
     new = {name: tensor for name, tensor in bundle.items() if name not in tied}
     for kind, names in (
         ("lacks", sorted(parameters.keys() - new.keys())),

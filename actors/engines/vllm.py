@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ from actors.engines.base import (
     stop_token_ids,
 )
 from actors.engines.specs import VLLMSpec
+from actors.engines.vllm_adapter import AdapterFolder, lora_options
+from actors.engines.vllm_steps import stat_logger
 from actors.messages import Completion, FinishReason, Sampling, VersionSpan
 from actors.specs import ModelSpec, RolloutSpec
 from actors.transfer.bundle import WeightBundle
@@ -56,6 +58,10 @@ _OURS = {
     "skip_tokenizer_init": None,
     "generation_config": None,
     "speculative_config": None,
+    "enable_lora": "rollout.weight_sync",
+    "max_loras": None,
+    "max_cpu_loras": None,
+    "max_lora_rank": "model.lora.r",
 }
 
 
@@ -88,6 +94,7 @@ class VLLMEngine:
         self._weights = MemoryFile()
         self._broken: str | None = None
         self._stops: tuple[int, ...] = ()
+        self._adapter: AdapterFolder | None = None
         self._llm: Any = None
 
     @property
@@ -106,6 +113,8 @@ class VLLMEngine:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest())
+        if self._adapter is not None:
+            await self._llm.add_lora(self._adapter.request(load=True))
         await self._llm.update_weight_version(str(self._version))
 
     @property
@@ -151,20 +160,15 @@ class VLLMEngine:
         Raises:
             WeightMismatch: vLLM could not load the bundle.
         """
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
         async with self._updating:
             await self.check()
             try:
                 with _deaths_translated():
-                    where = bundle.where  # its arrays lie in a file already
-                    if where is None:
-                        where = await asyncio.to_thread(self._weights.write, bundle)
+                    load = await asyncio.to_thread(self._laid_out, bundle)
                     began = time.monotonic()
                     await self._llm.pause_generation(mode="keep", clear_cache=True)
-                    await self._llm.start_weight_update()
-                    await self._llm.update_weights(WeightTransferUpdateRequest(dict(where)))
-                    await self._llm.finish_weight_update(weight_version=str(bundle.version))
+                    await load()
+                    await self._llm.update_weight_version(str(bundle.version))
                     self._version = bundle.version
                     await self._llm.resume_generation()
                     return time.monotonic() - began
@@ -174,6 +178,27 @@ class VLLMEngine:
                 if isinstance(error, Exception) and not isinstance(error, EngineDead):
                     raise WeightMismatch(self._broken) from error
                 raise
+
+    def _laid_out(self, bundle: WeightBundle) -> Callable[[], Awaitable[None]]:
+        """Put weights where vLLM's processes read them; what has them do so."""
+        if (adapter := self._adapter) is not None:
+            adapter.write(bundle)
+
+            async def load_adapter() -> None:
+                if not await self._llm.add_lora(adapter.request(load=True)):
+                    raise WeightMismatch("vLLM did not take the adapter")
+
+            return load_adapter
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        where = bundle.where or self._weights.write(bundle)
+
+        async def load_all() -> None:
+            await self._llm.start_weight_update()
+            await self._llm.update_weights(WeightTransferUpdateRequest(dict(where)))
+            await self._llm.finish_weight_update()
+
+        return load_all
 
     async def check(self) -> None:
         """Raise EngineDead where the engine's processes are gone or its weights are in pieces."""
@@ -194,6 +219,8 @@ class VLLMEngine:
             await asyncio.to_thread(self._llm.shutdown)
             self._llm = None
         self._weights.close()
+        if self._adapter is not None:
+            self._adapter.close()
 
     def _start(self) -> Any:
         """Set up and import vLLM, then build the engine (tens of seconds)."""
@@ -233,6 +260,9 @@ class VLLMEngine:
         if self._vllm.tensor_parallel_size > 1:
             # All shards live beside the actor, on the devices that Ray gave it.
             options.setdefault("distributed_executor_backend", "mp")
+        if self._spec.weight_sync.name == "adapter" and self._model.lora is not None:
+            options |= lora_options(self._model.lora)
+            self._adapter = AdapterFolder(self._model)
         self._stops = stop_token_ids(self._model)
         model = local(self._model)
         arguments = AsyncEngineArgs(
@@ -252,7 +282,7 @@ class VLLMEngine:
             worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
             **options,
         )
-        return AsyncLLM.from_engine_args(arguments, stat_loggers=[_stat_logger(self._observe)])
+        return AsyncLLM.from_engine_args(arguments, stat_loggers=[stat_logger(self._observe)])
 
     async def _request(self, prompt: list[int], sampling: Sampling, name: str) -> Completion:
         """One completion."""
@@ -270,7 +300,10 @@ class VLLMEngine:
         )
         # A call that is made again must not meet the requests of its first try.
         stream = self._llm.generate(
-            {"prompt_token_ids": prompt}, params, request_id=f"{name}-{uuid.uuid4().hex}"
+            {"prompt_token_ids": prompt},
+            params,
+            request_id=f"{name}-{uuid.uuid4().hex}",
+            lora_request=None if self._adapter is None else self._adapter.request(),
         )
         async for result in stream:
             if result.finished:
@@ -278,7 +311,7 @@ class VLLMEngine:
         raise EngineDead(f"completion {name}: vLLM ended a request without a result")
 
     def _observe(self, scheduler: Any, iteration: Any) -> None:
-        """Count one step of vLLM's; see `_stat_logger`."""
+        """Count one step of vLLM's; see `stat_logger`."""
         if scheduler is not None:
             self._work = self._work.after(
                 0 if iteration is None else iteration.num_generation_tokens,
@@ -286,35 +319,6 @@ class VLLMEngine:
                 scheduler.num_waiting_reqs,
                 scheduler.kv_cache_usage,
             )
-
-
-def _stat_logger(observe: Callable[[Any, Any], None]) -> Any:
-    """A factory of vLLM's that hands `observe` the statistics of every step, and does no more.
-
-    It is a Prometheus logger by name alone: without one vLLM makes its own, whose hundreds of
-    figures nobody reads here.
-    """
-    from vllm.v1.metrics.loggers import PrometheusStatLogger
-
-    class StepLogger(PrometheusStatLogger):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            """Nothing of the base class's is made."""
-
-        def record(
-            self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any
-        ) -> None:
-            observe(scheduler_stats, iteration_stats)
-
-        def log_engine_initialized(self) -> None:
-            """Nothing to say."""
-
-        def record_sleep_state(self, *args: Any, **kwargs: Any) -> None:
-            """Nobody asks."""
-
-        def record_admission_rejection(self, reason: str) -> None:
-            """Nothing is rejected: there is no limit."""
-
-    return StepLogger
 
 
 def _completion(name: str, output: Any) -> Completion:

@@ -82,6 +82,20 @@ def load_causal_lm(spec: ModelSpec, lora: bool = False) -> PreTrainedModel:
     return model
 
 
+def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
+    """The model with the adapters of `spec.lora`, as `load_causal_lm` gives it, without weights of
+    its own: call it under `torch.device("meta")`. Raises ModelError."""
+    from transformers import AutoModelForCausalLM
+
+    spec = local(spec)
+    if spec.lora is None:
+        raise ModelError(f"model {spec.name!r}: LoRA was asked for without model.lora settings")
+    model = AutoModelForCausalLM.from_config(
+        _config(spec), trust_remote_code=spec.trust_remote_code
+    )
+    return _wrap_lora(model, spec.lora)
+
+
 def load_tokenizer(spec: ModelSpec, writes: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer of `spec`; padding falls back to the end-of-sequence token, which masks cover.
 

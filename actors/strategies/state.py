@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from actors.models.adapters import is_adapter
 from actors.models.wrapped import TrainedModel
 
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
@@ -107,7 +108,7 @@ def adapter_state(model: TrainedModel, whole: Whole) -> NamedTensors:
     if not hasattr(model.model, "peft_config"):
         return
     for name, parameter in model.model.named_parameters():
-        if "lora_" in name:
+        if is_adapter(name):
             yield name, whole(parameter)
 
 

@@ -17,7 +17,7 @@ import torch
 from actors.transfer.bundle import WeightBundle, as_array, dtype_name, on_host
 from actors.transfer.digest import digest, of_all
 
-_BLOCK = 1 << 19  # elements that are compared at a time: they stay in a core's cache
+_BLOCK = 1 << 19  # elements compared at a time: they stay in a core's cache
 _INDEX = np.dtype(np.uint32)
 
 

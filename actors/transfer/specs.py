@@ -23,5 +23,15 @@ class DeltaSpec(WeightSyncSpec):
     name: Literal["delta"] = "delta"
 
 
-WEIGHT_SYNCS: dict[str, type[WeightSyncSpec]] = {"full": FullSpec, "delta": DeltaSpec}
+class AdapterSpec(WeightSyncSpec):
+    """The LoRA adapter, which engines compute beside the weights that they started with."""
+
+    name: Literal["adapter"] = "adapter"
+
+
+WEIGHT_SYNCS: dict[str, type[WeightSyncSpec]] = {
+    "full": FullSpec,
+    "delta": DeltaSpec,
+    "adapter": AdapterSpec,
+}
 WeightSyncField = Annotated[WeightSyncSpec, OneOf(WEIGHT_SYNCS)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Literal
 
-from actors.specs import ModelSpec, RoleResources
+from actors.specs import ModelSpec, RoleResources, RolloutSpec
 from aligntune.errors import UserError
 
 Backend = Literal["trl", "unsloth"]
@@ -40,6 +40,22 @@ def check_backend(
         raise UserError(
             f"model.attention={model.attention} has no effect with backend=unsloth, which chooses "
             "the attention kernel itself; remove it"
+        )
+
+
+def check_weight_sync(rollout: RolloutSpec, model: ModelSpec) -> None:
+    """Whether what is to be sent of each version is all of what is trained. Raises UserError."""
+    if rollout.weight_sync.name != "adapter":
+        return
+    if model.lora is None:
+        raise UserError(
+            "rollout.weight_sync=adapter sends LoRA adapters and model.lora is not set; set it, or "
+            "use rollout.weight_sync=full or delta"
+        )
+    if model.load_in_4bit:
+        raise UserError(
+            "rollout.weight_sync=adapter leaves the rollouts' frozen weights as they are, and "
+            "model.load_in_4bit rounds the policy's; use rollout.weight_sync=full"
         )
 
 

@@ -105,6 +105,10 @@ def assemble(
 
 def transport(config: RunConfig, learner: Learner) -> Transport:
     """What `rollout.weight_sync` names."""
-    if config.rollout.weight_sync.name == "delta":
-        return Deltas(learner.export_changes)
-    return ObjectStore(learner.export)
+    match config.rollout.weight_sync.name:
+        case "delta":
+            return Deltas(learner.export_changes)
+        case "adapter":
+            return ObjectStore(learner.export_adapter)
+        case _:
+            return ObjectStore(learner.export)

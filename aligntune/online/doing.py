@@ -20,6 +20,7 @@ WORDS = {
     "update": "updates",
     "export_weights": "gives its weights",
     "export_changes": "gives its weights",
+    "export_adapter": "gives its weights",
     "save": "saves",
     "load": "loads the checkpoint",
     "save_model": "writes the model",

@@ -11,20 +11,21 @@ from aligntune.config.online import RunConfig
 from aligntune.errors import UserError, nearest
 from aligntune.online.groups import ReadyGroup, compared_scores, raw_scores, truncated
 
+EXPORTS = ("export_weights", "export_changes", "export_adapter")
 ACTIVITIES = {
     "rollout": ("generate",),
     "reward": ("score",),
     "reference": ("logprobs",),
     "prepare": ("values", "prepare"),
     "update": ("update",),
-    "weight_sync": ("export_weights", "export_changes", "load_weights"),
+    "weight_sync": (*EXPORTS, "load_weights"),
 }
 """The remote calls that each `time/<activity>` is the time of."""
 
 POLICY = "policy"
 BUSY = {
     **ACTIVITIES,
-    POLICY: ("values", "prepare", "update", "export_weights", "export_changes"),
+    POLICY: ("values", "prepare", "update", *EXPORTS),
 }
 """With those in which the ranks are not idle: replicas load weights without them."""
 

@@ -172,20 +172,26 @@ class Learner:
 
     async def export(self, version: int) -> Any:
         """The reference to a `WeightBundle` of `version`; the driver owns the one object."""
-        ranks = self._policy.spec.ranks
-        sizes, objects = self._policy.begin("export_weights", [(version,)] * ranks, [1] * ranks)
-        await sizes
-        return objects[0][0]
+        _, ref = await self._exported("export_weights", version)
+        return ref
+
+    async def export_adapter(self, version: int) -> Any:
+        """As `export`, of the LoRA adapter alone."""
+        _, ref = await self._exported("export_adapter", version)
+        return ref
 
     async def export_changes(self, version: int, since: int | None) -> tuple[Exported, Any]:
         """What changed in the weights since version `since`, or all: what rank 0 says of it, and
         the reference, which the driver owns."""
+        exported: tuple[Exported, Any] = await self._exported("export_changes", version, since)
+        return exported
+
+    async def _exported(self, method: str, *args: Any) -> tuple[Any, Any]:
+        """What rank 0 says, and the reference to what it has exported."""
         ranks = self._policy.spec.ranks
-        answers, objects = self._policy.begin(
-            "export_changes", [(version, since)] * ranks, [1] * ranks
-        )
-        exported, *_ = await answers
-        return exported, objects[0][0]
+        answers, objects = self._policy.begin(method, [args] * ranks, [1] * ranks)
+        said, *_ = await answers
+        return said, objects[0][0]
 
     async def snapshot(self) -> None:
         """Have every rank copy its part of a checkpoint to its host's memory."""

@@ -30,6 +30,7 @@ BENCHES = {
     "systems": "one small work by us, by TRL and by bare vLLM and torch; in parts",
     "vs_floor": "a step over bare vLLM and a bare torch update; in parts",
     "vs_trl": "samples/s and tokens/s over TRL's GRPOTrainer; in parts",
+    "transfer": "a version of the weights to the replicas: bytes, copies, CPU, pause",
     "staleness": "the age of what is trained on, under random times; virtual time",
 }
 IN_PARTS = ("overlap_real", "systems", "vs_floor", "vs_trl")

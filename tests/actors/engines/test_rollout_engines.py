@@ -43,11 +43,13 @@ from actors.engines.specs import AutoEngineSpec, EngineSpec, TransformersSpec, V
 from actors.engines.transformers import draw, uniforms
 from actors.groups import Group, pack_group
 from actors.messages import FinishReason, GroupSampling, Prompt, Sampling
+from actors.models.loading import load_causal_lm
 from actors.rollout import RolloutActor
-from actors.specs import ModelSpec, RolloutSpec
+from actors.specs import LoRASpec, ModelSpec, RolloutSpec
 from actors.transfer.base import Refused
 from actors.transfer.bundle import WeightBundle
 from actors.transfer.delta import Exports
+from actors.transfer.specs import AdapterSpec
 
 EOS = 1
 TOLERANCE = 1e-4
@@ -223,6 +225,63 @@ def test_changed_weights_alone_make_the_new_model_and_are_refused_on_any_other(
     assert isinstance(refused, Refused)
     assert "and 3 is held" in refused.reason
     assert _labels(replica.group(_prompt(0), _sampling(group_id=4))) == {3}
+
+
+LORA = LoRASpec(r=4, alpha=8)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [TransformersSpec(), pytest.param(VLLMSpec(kv_cache_gib=0.25), marks=pytest.mark.long)],
+)
+def test_an_adapter_alone_makes_the_policy_under_requests_in_flight_and_from_a_fresh_cache(
+    folder: Path, loop: asyncio.AbstractEventLoop, engine: EngineSpec
+) -> None:
+    if engine.name == "vllm":
+        pytest.importorskip("vllm")
+    spec = _model_spec(folder).model_copy(update={"lora": LORA})
+    policies = {version: load_causal_lm(spec, lora=True).eval() for version in (0, 1, 2)}
+    adapters = {}
+    for version in (1, 2):
+        ours = {n: p for n, p in policies[version].named_parameters() if "lora_" in n}
+        draw = torch.Generator().manual_seed(version)
+        with torch.no_grad():
+            for parameter in ours.values():
+                parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
+        adapters[version] = WeightBundle.pack(version, ours.items())
+    rollout = _rollout_spec(engine).model_copy(update={"weight_sync": AdapterSpec()})
+    actor = RolloutActor(spec, rollout, "a0", 0, 8, 11)
+
+    def call(method: str, *args: Any) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(getattr(actor, method)(*args), loop)
+
+    replica = Replica(engine.name, call, actor)
+    try:
+        groups = [replica.group(_prompt(0, tokens=300), _sampling())]
+        long = [
+            call("generate", _prompt(row, tokens=300), _sampling(max_tokens=300, group_id=row))
+            for row in (0, 1)
+        ]
+        if engine.name == "vllm":
+            replica.group(_prompt(5), _sampling(max_tokens=16, temperature=0.0))
+        else:
+            _until(lambda: replica.in_flight() == 2)
+        assert replica.get("load_weights", adapters[1]) > 0
+        groups += [each.result(WAIT_S) for each in long]
+        groups.append(replica.group(_prompt(0, tokens=300), _sampling(group_id=3)))
+        replica.get("load_weights", adapters[2])
+        groups.append(replica.group(_prompt(0, tokens=300), _sampling(group_id=4)))
+        errors = [_worst_error(group, policies, 1.0) for group in groups]
+        assert max(errors) < TOLERANCE, errors
+        labels = [_labels(group) for group in groups]
+        assert (labels[0], labels[-2], labels[-1]) == ({0}, {1}, {2})
+        assert 1 in set().union(*labels[1:3])
+        apart = [_worst_error(groups[-1], {2: policies[other]}, 1.0) for other in (0, 1)]
+        assert min(apart) > 100 * TOLERANCE  # or the test could not see a stale adapter
+        with pytest.raises(WeightMismatch, match="policy and rollout must load the same model"):
+            replica.get("load_weights", WeightBundle.pack(3, [("other", torch.ones(1))]))
+    finally:
+        call("close").result(WAIT_S)
 
 
 def _changes_that_nobody_can_take(policies):
