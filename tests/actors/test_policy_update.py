@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from actors.engines.transformers import matched_parameters
 from actors.messages import LossTerms, TokenBatch, TokenTargets, UpdateJob
+from actors.models.adapters import adapters_of
 from actors.models.loading import ModelError, load_causal_lm, load_tokenizer
 from actors.policy import PolicyActor
 from actors.ranks import NonFiniteUpdate
@@ -301,6 +303,24 @@ def test_lora_export_is_the_merged_model_and_leaves_training_weights_alone(
     folder: Path, tmp_path: Path
 ) -> None:
     merges_and_stays(folder, tmp_path, LORA, causal_lm(seed=5))
+
+
+def test_an_exported_adapter_alone_makes_the_policy_of_the_model_it_started_from(
+    folder: Path,
+) -> None:
+    actor = one_rank(folder, LORA)
+    actor.update(job_of_step(1))
+    size, bundle = actor.export_adapter(1)
+    assert bundle is not None
+    assert size == bundle.nbytes < actor.export_weights(1)[0] / 2
+    spec = ModelSpec.model_validate({"name": str(folder), **LORA})
+    engine = load_causal_lm(spec, lora=True).eval()
+    with torch.no_grad():
+        for parameter, tensor in matched_parameters(engine, bundle, adapter=True):
+            parameter.copy_(tensor)
+    live = actor._strategy.model.model
+    torch.testing.assert_close(logits_of(engine), logits_of(live), rtol=0, atol=0)
+    assert set(adapters_of(spec).shapes) == set(bundle.arrays)
 
 
 def test_lora_of_a_mixtures_experts_is_merged_under_the_plain_models_names(

@@ -40,6 +40,13 @@ def tree(algorithm: str) -> dict[str, Any]:
         ("grpo", ["backend=unsloth", "policy.strategy=fsdp"], "policy.strategy=fsdp does not run"),
         ("dpo", ["backend=unsloth", "train.deepspeed={}"], "use backend=trl"),
         ("drgrpo", ["backend=unsloth", "model.attention=eager"], "chooses the attention kernel"),
+        ("grpo", ["rollout.weight_sync=adapter"], "model.lora is not set; set it, or use"),
+        ("grpo", ["rollout.weight_sync=deltas"], "give one of full, delta, adapter"),
+        (
+            "grpo",
+            [*QLORA, "policy.resources.gpus=1", "rollout.weight_sync=adapter"],
+            "use rollout.weight_sync=full",
+        ),
         ("gspo", ["backend=unsloth"], "gspo does not run with backend=unsloth"),
     ],
 )
