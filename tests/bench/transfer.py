@@ -3,12 +3,13 @@
 bytes     of a whole version, of changes of 1 and 99 %, and of an adapter: counted
 copies    hand-overs that do not share memory, with each engine: counted
 cpu       processor milliseconds of rank 0, and of each replica before its engine pauses and while
-          it loads, over Ray: 1 to 500 MB in bfloat16 and 1 to 4 replicas; least of 3 rounds
+          it loads: 1 to 500 MB in bfloat16 and 1 to 4 replicas; least of 3 rounds
 pause     how long vLLM stands still under requests in flight, over its load alone: median of 5
 
-Rank 0's work is the policy's own (`WeightBundle.lend`, `Exports`) and Ray's put, a replica's the
-rollout actor's (`Held`, `MemoryFile`, an adapter's file) and a copy into parameters of its own,
-which stands for an engine's load.
+Rank 0's work is the policy's own (`WeightBundle.lend`, `Exports`), a replica's the rollout actor's
+(`Held`, `MemoryFile`, an adapter's file) and a copy into parameters of its own, which stands for an
+engine's load. In place of Ray's store stands memory that is kept, into which buffers are copied out
+of a pickle as Ray does.
 
     python -m tests.bench transfer          also as: make bench NAME=transfer
 """
@@ -27,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -138,7 +138,6 @@ class Replica:
     """What a rollout actor does with weights, and parameters of its own."""
 
     def __init__(self, megabytes: float) -> None:
-        torch.set_num_threads(1)
         self._parameters = weights(megabytes)
         self._held, self._file = Held(), MemoryFile()
         self._folder = tempfile.TemporaryDirectory()
@@ -170,6 +169,29 @@ class Replica:
         return found
 
 
+class Store:
+    """Memory that is kept, for one object."""
+
+    def __init__(self) -> None:
+        self._memory = bytearray()
+
+    def put(self, thing: Any) -> Callable[[], Any]:
+        """Copy it in; what reads it there, without a copy."""
+        buffers: list[pickle.PickleBuffer] = []
+        data = pickle.dumps(thing, protocol=5, buffer_callback=buffers.append)
+        parts = [each.raw() for each in buffers]
+        size = sum(part.nbytes for part in parts)
+        if size > len(self._memory):
+            self._memory = bytearray(size)
+        views, start, room = [], 0, memoryview(self._memory)
+        for part in parts:
+            end = start + part.nbytes
+            room[start:end] = part
+            views.append(room[start:end].toreadonly())
+            start = end
+        return lambda: pickle.loads(data, buffers=views)
+
+
 def least(rounds: Iterable[dict[str, float]]) -> dict[str, float]:
     """The least disturbed of each."""
     every = list(rounds)
@@ -178,18 +200,15 @@ def least(rounds: Iterable[dict[str, float]]) -> dict[str, float]:
 
 def case(megabytes: int, replicas: int) -> dict[str, float]:
     """Milliseconds of a way of sending: rank 0's, and the mean over replicas."""
-    remote = ray.remote(num_cpus=0)(Replica)
-    handles = [remote.remote(megabytes) for _ in range(replicas)]
+    handles, store = [Replica(megabytes) for _ in range(replicas)], Store()
     tensors, lora, exports = weights(megabytes), adapter(megabytes), Exports()
     version = 1
 
     def send(make: Callable[[], Any], method: str = "take") -> dict[str, float]:
         found: dict[str, float] = {}
         with measured(found, "rank_0"):
-            ref = ray.put(make())
-        began = time.perf_counter()
-        answers = ray.get([getattr(each, method).remote(ref) for each in handles])
-        found["replicas/wall_ms"] = (time.perf_counter() - began) * 1e3
+            read = store.put(make())
+        answers = [getattr(each, method)(read()) for each in handles]
         for name in answers[0]:
             found[name] = statistics.fmean(answer[name] for answer in answers)
         return found
@@ -226,8 +245,6 @@ def case(megabytes: int, replicas: int) -> dict[str, float]:
     figures = {f"{where}/{name}": value for name, value in least(memcpy).items()}
     for name, each in rounds.items():
         figures |= {f"{where}/{name}/{stage}": value for stage, value in least(each).items()}
-    for handle in handles:
-        ray.kill(handle)
     for name in ways:
         cpu = sum(figures[f"{where}/{name}/{s}/cpu_ms"] for s in ("rank_0", "before_pause", "load"))
         figures[f"{where}/{name}/over_memcpy"] = cpu / figures[f"{where}/memcpy/cpu_ms"]
@@ -297,18 +314,8 @@ def measure() -> Measured:
     """All of them."""
     torch.set_num_threads(1)
     figures = {**sizes(24), **copies()}
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=2 * 10**9,
-    )
-    try:
-        for megabytes, replicas in CASES:
-            figures |= case(megabytes, replicas)
-    finally:
-        ray.shutdown()
+    for megabytes, replicas in CASES:
+        figures |= case(megabytes, replicas)
     figures |= asyncio.run(paused())
     figures["delta_1_over_full"] = figures["100_mb/1_replicas/delta_1_over_full"]
     targets = (
