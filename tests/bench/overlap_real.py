@@ -14,7 +14,9 @@ STALENESS = (0, 1, 2)
 
 def measure(options: parts.Options) -> Measured:
     """One thread for the policy and one for vLLM at every staleness."""
-    found = parts.measured([f"core_{bound}" for bound in STALENESS], SIX_MILLION, options)
+    found = parts.measured(
+        [f"core_{bound}" for bound in STALENESS], options.of(SIX_MILLION), options
+    )
     table = parts.figures(found)
     for bound in STALENESS[1:]:
         ratio = table[f"core_{bound}/tokens_a_s"] / table["core_0/tokens_a_s"]
@@ -23,4 +25,4 @@ def measure(options: parts.Options) -> Measured:
         longer = max(table[f"core_{bound}/part_s/{side}"] for side in ("rollout", "update"))
         table[f"core_{bound}/step_over_longer_side"] = step / longer
     target = Target("core_1/tokens_a_s_over_staleness_0", 1.5, least=True)
-    return Measured(table, (target,), parts.more(found))
+    return Measured(table, () if options.prompts else (target,), parts.more(found))

@@ -14,5 +14,5 @@ SYSTEMS = ("trl", "ours_0", "floor")
 
 def measure(options: parts.Options) -> Measured:
     """The small work; nothing to reach, for it is made of start-up and calls."""
-    found = parts.measured(SYSTEMS, SMALL, options)
+    found = parts.measured(SYSTEMS, options.of(SMALL), options)
     return Measured(parts.figures(found), (), parts.more(found))

@@ -14,7 +14,7 @@ OURS = ("ours_0", "ours_1")
 
 def measure(options: parts.Options) -> Measured:
     """Samples, tokens and processor seconds of ours over TRL's."""
-    found = parts.measured(("trl", *OURS), SIX_MILLION, options)
+    found = parts.measured(("trl", *OURS), options.of(SIX_MILLION), options)
     table = parts.figures(found)
     for system in OURS:
         for name in ("samples_a_s", "tokens_a_s"):
@@ -25,4 +25,4 @@ def measure(options: parts.Options) -> Measured:
         Target("ours_0/samples_a_s_over_trl", 7, least=True),
         Target("ours_1/samples_a_s_over_trl", 8, least=True),
     )
-    return Measured(table, targets, parts.more(found))
+    return Measured(table, () if options.prompts else targets, parts.more(found))

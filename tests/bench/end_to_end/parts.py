@@ -43,6 +43,11 @@ class Options(BaseModel):
     steps: int = 2  # of a part, after its warm-up; TRL makes one
     parts: int | None = None  # at most, by this call
     again: bool = False  # measure anew what is there
+    prompts: int | None = None  # of a step: fewer than the work's for a look, without targets
+
+    def of(self, work: Work) -> Work:
+        """The work, or what of it is asked for."""
+        return work.model_copy(update={"prompts": self.prompts or work.prompts})
 
 
 class Part(BaseModel):
