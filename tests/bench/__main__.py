@@ -44,6 +44,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=Options().steps, help="of a part")
     parser.add_argument("--parts", type=int, help="that this call measures, at most")
     parser.add_argument("--prompts", type=int, help="of a step, fewer for a look: no targets then")
+    parser.add_argument("--cores", type=int, help="fewer, for a busy machine: no targets then")
     parser.add_argument("--again", action="store_true", help="measure anew what is there")
     given = vars(parser.parse_args(arguments))
     names = given.pop("names")

@@ -25,4 +25,4 @@ def measure(options: parts.Options) -> Measured:
         longer = max(table[f"core_{bound}/part_s/{side}"] for side in ("rollout", "update"))
         table[f"core_{bound}/step_over_longer_side"] = step / longer
     target = Target("core_1/tokens_a_s_over_staleness_0", 1.5, least=True)
-    return Measured(table, () if options.prompts else (target,), parts.more(found))
+    return Measured(table, (target,) if options.whole else (), parts.more(found))

@@ -21,4 +21,4 @@ def measure(options: parts.Options) -> Measured:
         seconds = [table[f"{s}/part_s/{name}"] / table[f"{s}/tokens_a_sample"] for s in found]
         table[f"ours_0/{name}_a_token_over_floor"] = seconds[1] / seconds[0]
     targets = tuple(Target(f"ours_0/{name}_over_floor", 1.1) for name in names)
-    return Measured(table, () if options.prompts else targets, parts.more(found))
+    return Measured(table, targets if options.whole else (), parts.more(found))

@@ -25,4 +25,4 @@ def measure(options: parts.Options) -> Measured:
         Target("ours_0/samples_a_s_over_trl", 7, least=True),
         Target("ours_1/samples_a_s_over_trl", 8, least=True),
     )
-    return Measured(table, () if options.prompts else targets, parts.more(found))
+    return Measured(table, targets if options.whole else (), parts.more(found))

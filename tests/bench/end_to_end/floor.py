@@ -29,7 +29,7 @@ def run(work: Work, steps: int) -> Sequence[Step]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": str(work.cores),
+        "OMP_NUM_THREADS": str(work.threads),
     }
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -43,11 +43,19 @@ class Options(BaseModel):
     steps: int = 2  # of a part, after its warm-up; TRL makes one
     parts: int | None = None  # at most, by this call
     again: bool = False  # measure anew what is there
-    prompts: int | None = None  # of a step: fewer than the work's for a look, without targets
+    prompts: int | None = None  # of a step: fewer than the work's
+    cores: int | None = None  # fewer than the machine's
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the work that has targets: less is for a look, or for a busy machine."""
+        return self.prompts is None and self.cores is None
 
     def of(self, work: Work) -> Work:
         """The work, or what of it is asked for."""
-        return work.model_copy(update={"prompts": self.prompts or work.prompts})
+        return work.model_copy(
+            update={"prompts": self.prompts or work.prompts, "cores": self.cores or work.cores}
+        )
 
 
 class Part(BaseModel):
@@ -71,7 +79,8 @@ def steps_of(system: str, options: Options) -> int:
 
 def path_of(system: str, round_: int, work: Work, folder: Path) -> Path:
     """The file of a part; works of other sizes have other names."""
-    return folder / f"{work.hidden_size}x{work.layers}-{work.samples}" / f"{round_}-{system}.json"
+    size = f"{work.hidden_size}x{work.layers}-{work.samples}-{work.cores or 'all'}"
+    return folder / size / f"{round_}-{system}.json"
 
 
 def there(path: Path, system: str, work: Work, steps: int) -> Part | None:

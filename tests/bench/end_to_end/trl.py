@@ -15,7 +15,7 @@ from tests.bench.end_to_end.work import Work
 
 
 def run(work: Work, steps: int) -> Sequence[Step]:
-    """A trainer on `work.cores` threads."""
+    """A trainer on `work.threads` threads."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     import torch
     from datasets import Dataset
@@ -24,7 +24,7 @@ def run(work: Work, steps: int) -> Sequence[Step]:
 
     from tests.e2e.rewards import digits
 
-    torch.set_num_threads(work.cores)
+    torch.set_num_threads(work.threads)
     seen: list[Step] = []
     groups: list[Group] = []
     begun: list[tuple[float, float]] = []

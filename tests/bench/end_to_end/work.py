@@ -8,6 +8,7 @@ order in which a system takes them does not matter.
 from __future__ import annotations
 
 import json
+import os
 import random
 import string
 from pathlib import Path
@@ -36,7 +37,12 @@ class Work(BaseModel):
     clip: float = 0.2
     temperature: float = 1.0
     seed: int = 1
-    cores: int = 2
+    cores: int | None = None  # threads of each half; none: all, as ours takes them by default
+
+    @property
+    def threads(self) -> int:
+        """Of whoever has to be told."""
+        return self.cores or os.cpu_count() or 1
 
     @property
     def samples(self) -> int:
@@ -104,6 +110,7 @@ def write(work: Work, folder: Path) -> tuple[Path, Path]:
 
 def ours(work: Work, model: Path, data: Path, folder: Path, steps: int) -> dict[str, Any]:
     """The work as a config of aligntune's; all that it does not say is left to the defaults."""
+    threads = {} if work.cores is None else {"resources": {"threads": work.cores}}
     return {
         "algorithm": {
             "name": "grpo",
@@ -124,12 +131,14 @@ def ours(work: Work, model: Path, data: Path, folder: Path, steps: int) -> dict[
             "seed": work.seed,
         },
         "rollout": {
+            **threads,
             "engine": "vllm",
             "temperature": work.temperature,
             "max_completion_length": work.new_tokens,
             "max_prompt_length": work.prompt_tokens[1],
         },
         "policy": {
+            **threads,
             "learning_rate": work.learning_rate,
             "adam_betas": list(work.adam_betas),
             "weight_decay": work.weight_decay,
