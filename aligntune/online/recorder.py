@@ -14,6 +14,7 @@ from aligntune.runs.recorder import Recorder
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking import lines
 from aligntune.tracking.metrics import EventKind, MetricsFile, SamplesFile, held
+from aligntune.tracking.tables import GROUPS
 from aligntune.tracking.trace import Trace
 
 
@@ -102,6 +103,8 @@ class OnlineRecorder(Recorder):
     def eval_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Groups of an evaluation."""
         self._writer.do(partial(self._eval_samples.append, step, rows))
+        for view in self._views:
+            view.samples(step, rows[:GROUPS])
         # The first prompt of each evaluation: the same one, so that its answers can be compared.
         self._asked = lines.sample(rows[0], self._progress.width) if rows else []
 

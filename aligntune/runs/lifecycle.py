@@ -17,7 +17,7 @@ from aligntune.errors import Interrupted, RunFailed, UserError
 from aligntune.runs import failure
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
-from aligntune.tracking.trackers import TrackerMissing, check_trackers
+from aligntune.tracking.trackers import TrackerMissing, check_settings, check_trackers
 from cluster.session import resolve_address
 from cluster.specs import ClusterSpec
 
@@ -40,6 +40,7 @@ def check_programs(backend: Backend, tracking: TrackingSpec, cluster: ClusterSpe
     """Whether what a run needs beside its model and data is installed. Raises UserError."""
     if resolve_address(cluster) == "local":
         check_installed(backend)
+    check_settings(tracking)
     try:
         check_trackers(tracking.trackers)
     except TrackerMissing as error:

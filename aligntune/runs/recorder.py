@@ -73,9 +73,8 @@ class Recorder:
         self._writer = Writer(f"the files of {rundir.path}")
         self._progress = Progress(total_steps, since=since)
         self._views = open_views(
-            tracking.trackers,
             rundir.path,
-            tracking.project,
+            tracking,
             config.model_dump(mode="json"),
             after_step,
             partial(self.event, EventKind.TRACKER_FAILED),

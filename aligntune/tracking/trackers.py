@@ -16,6 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from aligntune.config.records import TrackingSpec
+from aligntune.errors import UserError
+from aligntune.tracking.tables import markdown, table
+
+Rows = Sequence[Mapping[str, Any]]
+
 
 class TrackerMissing(ValueError):
     """A tracker was asked for whose package is not installed."""
@@ -27,6 +33,9 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """The figures of `step`, all finite."""
 
+    def samples(self, step: int, rows: Rows) -> None:
+        """Groups of an evaluation at `step`, as in samples.jsonl."""
+
     def truncate_after(self, step: int) -> None:
         """Steps after `step` were rolled back and will come again."""
 
@@ -35,6 +44,8 @@ class Tracker(Protocol):
 
 
 MODULES = {"prometheus": "ray.util.metrics"}  # the others are called as their packages are
+EXTRAS = ("wandb", "mlflow", "trackio")  # each is an extra of this package
+NAMED = ("name", "group", "tags", "entity")  # settings that services alone take
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -49,12 +60,28 @@ def check_trackers(names: Sequence[str]) -> None:
         except ImportError as error:
             raise TrackerMissing(
                 f"tracking.trackers asks for {name!r}, which cannot be imported ({error}); "
-                f"pip install {name}, or take it out"
+                f"{_install(name)}, or take it out"
             ) from error
 
 
+def _install(name: str) -> str:
+    """What installs a tracker; the extra names the versions that were tried."""
+    return f"pip install {name} (the extra {name!r})" if name in EXTRAS else f"pip install {name}"
+
+
+def check_settings(tracking: TrackingSpec) -> None:
+    """Refuse settings that no chosen tracker takes. Raises UserError."""
+    for key in NAMED:
+        takers = ("wandb",) if key == "entity" else EXTRAS
+        if getattr(tracking, key) and not {*takers} & {*tracking.trackers}:
+            raise UserError(
+                f"tracking.{key} is for {', '.join(takers)}, and tracking.trackers names none of "
+                "them, so it would be ignored; add one, or remove it"
+            )
+
+
 def open_tracker(
-    name: str, folder: Path, project: str, config: Mapping[str, Any], after_step: int
+    name: str, folder: Path, tracking: TrackingSpec, config: Mapping[str, Any], after_step: int
 ) -> Tracker:
     """Tracker `name`, for the run in `folder`, whose next step is `after_step` + 1.
 
@@ -65,7 +92,7 @@ def open_tracker(
         return TensorBoard(folder / "tensorboard", after_step)
     if name == "prometheus":
         return Prometheus(folder.name)
-    return SERVICES[name](folder, project, config)
+    return SERVICES[name](folder, tracking, config)
 
 
 def tracking_id(folder: Path) -> str:
@@ -93,6 +120,11 @@ class TensorBoard:
         """One scalar a figure."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def samples(self, step: int, rows: Rows) -> None:
+        """A text."""
+        self._writer.add_text("samples", markdown(*table(step, rows)), step)
         self._writer.flush()
 
     def truncate_after(self, step: int) -> None:
@@ -130,6 +162,9 @@ class Prometheus:
                 self._gauges[name] = gauge.set_default_tags({"run": self._run})
             self._gauges[name].set(value)
 
+    def samples(self, step: int, rows: Rows) -> None:
+        """Gauges have no texts."""
+
     def truncate_after(self, step: int) -> None:
         """The next step overwrites."""
 
@@ -140,12 +175,15 @@ class Prometheus:
 class WandB:
     """Weights & Biases. `step` is a figure of its own, as W&B's counter cannot go back."""
 
-    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, tracking: TrackingSpec, config: Mapping[str, Any]) -> None:
         import wandb
 
         self._run = wandb.init(
-            project=project,
-            name=folder.name,
+            entity=tracking.entity,
+            project=tracking.project,
+            name=tracking.name or folder.name,
+            group=tracking.group,
+            tags=tracking.tags or None,
             id=tracking_id(folder),
             resume="allow",
             dir=str(folder),
@@ -156,6 +194,13 @@ class WandB:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One row."""
         self._run.log({**metrics, "step": step})
+
+    def samples(self, step: int, rows: Rows) -> None:
+        """A table of its own each time: W&B keeps them side by side."""
+        import wandb
+
+        columns, lines = table(step, rows)
+        self._run.log({"samples": wandb.Table(columns, lines), "step": step})
 
     def truncate_after(self, step: int) -> None:
         """Rows that were sent stay."""
@@ -168,13 +213,15 @@ class WandB:
 class MLflow:
     """MLflow, at its configured tracking URI. The experiment is the project."""
 
-    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, tracking: TrackingSpec, config: Mapping[str, Any]) -> None:
         from mlflow import MlflowClient
 
         self._client = MlflowClient()
-        experiment = self._client.get_experiment_by_name(project)
+        experiment = self._client.get_experiment_by_name(tracking.project)
         experiment_id = (
-            experiment.experiment_id if experiment else self._client.create_experiment(project)
+            experiment.experiment_id
+            if experiment
+            else self._client.create_experiment(tracking.project)
         )
         name = tracking_id(folder)
         found = self._client.search_runs([experiment_id], f"tags.aligntune_id = '{name}'")
@@ -183,7 +230,13 @@ class MLflow:
             self._client.update_run(self._run_id, status="RUNNING")
             return
         run = self._client.create_run(
-            experiment_id, run_name=folder.name, tags={"aligntune_id": name}
+            experiment_id,
+            run_name=tracking.name or folder.name,
+            tags={
+                "aligntune_id": name,
+                **({"group": tracking.group} if tracking.group else {}),
+                **dict.fromkeys(tracking.tags, "true"),
+            },
         )
         self._run_id = run.info.run_id
         self._client.log_dict(self._run_id, dict(config), "config.json")
@@ -196,6 +249,14 @@ class MLflow:
         figures = [Metric(name, value, now, step) for name, value in metrics.items()]
         self._client.log_batch(self._run_id, metrics=figures)
 
+    def samples(self, step: int, rows: Rows) -> None:
+        """One table that grows."""
+        columns, lines = table(step, rows)
+        # Text in every cell: MLflow reads the table again to append, and a column keeps its kind.
+        cells = [["" if cell is None else str(cell) for cell in line] for line in lines]
+        data = {name: [line[at] for line in cells] for at, name in enumerate(columns)}
+        self._client.log_table(self._run_id, data, "samples.json")
+
     def truncate_after(self, step: int) -> None:
         """Figures that were sent stay."""
 
@@ -207,19 +268,27 @@ class MLflow:
 class Trackio:
     """Trackio, in its local store."""
 
-    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, tracking: TrackingSpec, config: Mapping[str, Any]) -> None:
         import trackio
 
         self._run = trackio.init(
-            project=project,
-            name=f"{folder.name}-{tracking_id(folder)}",
+            project=tracking.project,
+            name=f"{tracking.name or folder.name}-{tracking_id(folder)}",
+            group=tracking.group,
             resume="allow",
-            config=dict(config),
+            config={**config, "tags": tracking.tags} if tracking.tags else dict(config),
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One row."""
         self._run.log(dict(metrics), step=step)
+
+    def samples(self, step: int, rows: Rows) -> None:
+        """A table of the step."""
+        import trackio
+
+        columns, lines = table(step, rows)
+        self._run.log({"samples": trackio.Table(columns=columns, data=lines)}, step=step)
 
     def truncate_after(self, step: int) -> None:
         """Rows that were sent stay."""
@@ -229,7 +298,7 @@ class Trackio:
         self._run.finish()
 
 
-SERVICES: dict[str, Callable[[Path, str, Mapping[str, Any]], Tracker]] = {
+SERVICES: dict[str, Callable[[Path, TrackingSpec, Mapping[str, Any]], Tracker]] = {
     "wandb": WandB,
     "mlflow": MLflow,
     "trackio": Trackio,

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from aligntune.config.records import TrackingSpec
 from aligntune.runs.deadline import THREAD
 from aligntune.tracking.trackers import Tracker, open_tracker
 
@@ -29,8 +30,17 @@ class _Figures:
 
 
 @dataclass(frozen=True)
+class _Samples:
+    step: int
+    rows: list[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
 class _Forget:
     after: int
+
+
+_Given = _Figures | _Samples | _Forget
 
 
 class View:
@@ -45,14 +55,18 @@ class View:
         self._failed = failed
         self._tracker: Tracker | None = None
         self._failing = False
-        self._given: queue.SimpleQueue[_Figures | _Forget | None] = queue.SimpleQueue()
-        self._pending: deque[_Figures | _Forget] = deque(maxlen=KEPT)
+        self._given: queue.SimpleQueue[_Given | None] = queue.SimpleQueue()
+        self._pending: deque[_Given] = deque(maxlen=KEPT)
         self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
         self._thread.start()
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Show the figures of `step`, some time."""
         self._given.put(_Figures(step, dict(figures)))
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show groups of an evaluation at `step`, some time."""
+        self._given.put(_Samples(step, [*rows]))
 
     def truncate_after(self, step: int) -> None:
         """Steps after `step` were rolled back and will come again."""
@@ -87,6 +101,8 @@ class View:
                 match self._pending[0]:
                     case _Figures(step, figures):
                         self._tracker.log(step, figures)
+                    case _Samples(step, rows):
+                        self._tracker.samples(step, rows)
                     case _Forget(after):
                         self._tracker.truncate_after(after)
                 self._pending.popleft()
@@ -102,15 +118,14 @@ class View:
 
 
 def open_views(
-    names: Sequence[str],
     folder: Path,
-    project: str,
+    tracking: TrackingSpec,
     config: Mapping[str, Any],
     after_step: int,
     failed: Callable[..., None],
 ) -> list[View]:
-    """Views of the run in `folder` by the trackers `names`; its next step is `after_step` + 1."""
+    """Views of the run in `folder` by its trackers; its next step is `after_step` + 1."""
     return [
-        View(name, partial(open_tracker, name, folder, project, config, after_step), failed)
-        for name in names
+        View(name, partial(open_tracker, name, folder, tracking, config, after_step), failed)
+        for name in tracking.trackers
     ]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from aligntune.config.records import TrackingSpec
 from aligntune.runs.jsonl import read_lines
 from aligntune.tracking.metrics import (
     EventKind,
@@ -156,7 +156,7 @@ class TestTrackers:
         with pytest.raises(TrackerMissing, match=f"asks for '{name}'.*pip install {name}"):
             check_trackers([name])
         with pytest.raises(TrackerMissing):
-            open_tracker(name, tmp_path, "project", {}, 0)
+            open_tracker(name, tmp_path, TrackingSpec(), {}, 0)
         assert list(tmp_path.iterdir()) == []
 
     def test_the_identity_of_a_run_stays_and_differs_between_runs(self, tmp_path: Path) -> None:
@@ -164,34 +164,3 @@ class TestTrackers:
         (tmp_path / "b").mkdir()
         assert tracking_id(tmp_path / "a") == tracking_id(tmp_path / "a")
         assert tracking_id(tmp_path / "a") != tracking_id(tmp_path / "b")
-
-    @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
-    def test_a_service_gets_the_figures_and_the_same_run_on_resume(
-        self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        pytest.importorskip(name)
-        monkeypatch.setenv("WANDB_MODE", "offline")
-        monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())
-        monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-        folder = tmp_path / "run"
-        folder.mkdir()
-        identities = []
-        for after_step in (0, 2):
-            tracker = open_tracker(name, folder, "project", {"seed": 1}, after_step)
-            for step in (after_step + 1, after_step + 2):
-                tracker.log(step, {"reward/mean": step / 10})
-            tracker.truncate_after(after_step + 1)
-            tracker.close()
-            identities.append(_identity(tracker))
-        assert identities[0] == identities[1]
-        if name == "mlflow":
-            history = tracker._client.get_metric_history(identities[0], "reward/mean")  # type: ignore[attr-defined]
-            assert [(point.step, point.value) for point in history] == [
-                (step, step / 10) for step in (1, 2, 3, 4)
-            ]
-
-
-def _identity(tracker: Any) -> str:
-    run = getattr(tracker, "_run", None)
-    return str(tracker._run_id if run is None else getattr(run, "id", None) or run.name)
