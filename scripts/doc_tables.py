@@ -35,6 +35,7 @@ from aligntune.config.auto import is_auto
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.config.preference import ALGORITHMS, PreferenceConfig
+from aligntune.config.records import HubSpec
 from aligntune.data.spec import SourceSpec
 from aligntune.errors import UserError
 from aligntune.online.settle_resources import settle_resources
@@ -61,6 +62,7 @@ SHARED: dict[type[BaseModel], str] = {
     ModelSpec: "model",
     LoRASpec: "model.lora",
     ClusterSpec: "cluster",
+    HubSpec: "hub",
     SourceSpec: "data.train",
 }
 

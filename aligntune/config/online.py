@@ -39,7 +39,7 @@ from aligntune.algorithms.base import Algorithm
 from aligntune.config.auto import without_auto
 from aligntune.config.backends import check_backend, check_weight_sync
 from aligntune.config.episodes import AgentField, check_episodes
-from aligntune.config.records import EvalSpec, OnlineCheckpointSpec, OnlineTrackingSpec
+from aligntune.config.records import EvalSpec, HubSpec, OnlineCheckpointSpec, OnlineTrackingSpec
 from aligntune.config.tree import explain
 from aligntune.data.spec import DataSpec
 from aligntune.errors import UserError, nearest
@@ -152,6 +152,7 @@ class RunConfig(Spec):
     eval: EvalSpec = EvalSpec()
     checkpoint: OnlineCheckpointSpec = OnlineCheckpointSpec()
     tracking: OnlineTrackingSpec = OnlineTrackingSpec()
+    hub: HubSpec = HubSpec()
     cluster: ClusterSpec = ClusterSpec()
 
     @property

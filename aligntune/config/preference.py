@@ -23,7 +23,7 @@ from actors.specs import (
 )
 from aligntune.config.auto import without_auto
 from aligntune.config.backends import check_backend
-from aligntune.config.records import CheckpointSpec, TrackingSpec
+from aligntune.config.records import CheckpointSpec, HubSpec, TrackingSpec
 from aligntune.config.tree import explain
 from aligntune.data.dropped import RowRules
 from aligntune.data.spec import DatasetSpec
@@ -255,6 +255,7 @@ class PreferenceConfig(Spec):
     eval: PreferenceEvalSpec = PreferenceEvalSpec()
     checkpoint: PreferenceCheckpointSpec = PreferenceCheckpointSpec()
     tracking: TrackingSpec = TrackingSpec()
+    hub: HubSpec = HubSpec()
     cluster: ClusterSpec = ClusterSpec()
 
     @property

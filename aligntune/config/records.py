@@ -45,6 +45,18 @@ class OnlineCheckpointSpec(CheckpointSpec):
     best: BestSpec | None = Field(None, description="see checkpoint.best; default: none is kept")
 
 
+class HubSpec(Spec):
+    """A copy of the trained model on the hub; the token is HF_TOKEN's or a login's."""
+
+    push_to: str | None = Field(
+        None,
+        pattern=r"^[\w.-]+/[\w.-]+$",
+        description="owner/name, made where it is not there; default: nothing is pushed",
+    )
+    private: bool = Field(True, description="whether a new one is seen by its owner alone")
+    timeout_s: float = Field(3600.0, gt=0, description="longest wait; then the run ends without it")
+
+
 class EvalSpec(Spec):
     """Evaluation on the eval set, scored by the run's own rewards."""
 

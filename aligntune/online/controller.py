@@ -306,7 +306,7 @@ class Controller:
         await self._stopping.unless(self._evaluation.ended())
         if self._evaluation.due(self.state.version):  # it was stopped before it could begin
             self._stopping.check()
-        await self._keeper.finish()
+        await self._keeper.finish(self.state.version)
 
     async def _close(self) -> None:
         await self._handover.drop()

@@ -26,6 +26,8 @@ from aligntune.runs.copies import Copies
 from aligntune.runs.deadline import asked
 from aligntune.runs.mirror import Mirror
 from aligntune.runs.modes import as_usual
+from aligntune.runs.publish import write_card_of
+from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
 
 Stands = Callable[[int], Awaitable[bool]]  # (step): whether its checkpoint may be complete
@@ -62,6 +64,7 @@ class Keeper:
         self._checkpoints = checkpoints
         self._recorder = recorder
         self._rundir = Path(config.output_dir).absolute()
+        self._home = RunDir(self._rundir)
         self._timeout_s = config.policy.update_timeout_s
         self._when = config.checkpoint
         self._evaluated_every = config.eval.every_steps
@@ -255,9 +258,11 @@ class Keeper:
                 f"{' '.join(str(error).split())}"
             ) from error
 
-    async def finish(self) -> None:
-        """See all of a finished run on disk, and copied, up to the deadline of copies."""
+    async def finish(self, step: int) -> None:
+        """See all of a finished run on disk with its model's card, and copied, up to the deadline
+        of copies."""
         await self._committed()
+        await asyncio.wrap_future(asked(lambda: write_card_of(self._home, step, self._recorder)))
         if self._copies is not None:
             self.copying = True
             await self._copies.model(self._rundir / "model")

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,26 +36,29 @@ from aligntune.online.export import export_checkpoint
 from aligntune.online.figures import check_best
 from aligntune.online.inputs import RunInputs
 from aligntune.online.learner import PolicyLost
-from aligntune.online.ledger import Books, audit
+from aligntune.online.ledger import audit
 from aligntune.online.recorder import OnlineRecorder
+from aligntune.online.result import TrainResult
 from aligntune.online.role_requests import role_requests
 from aligntune.online.role_table import ROLES
 from aligntune.online.roles import Roles
 from aligntune.online.rolling import Rolling
 from aligntune.online.starting import starting_point
 from aligntune.paths import located_storage
+from aligntune.report.card import write_card
 from aligntune.runs.best import best_of
 from aligntune.runs.checkpoint import POLICY, Checkpoints
 from aligntune.runs.choice import NEWEST, checkpoint_named, chosen_model
 from aligntune.runs.ended import (
     Scored,
-    how_it_ended,
     is_over,
     last_figures,
     said_by_roles,
 )
 from aligntune.runs.lifecycle import check_programs, claimed, ray_runs, recorded
 from aligntune.runs.mirror import Mirror
+from aligntune.runs.publish import check_hub, push
+from aligntune.runs.reading import open_run
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.lines import cut
 from aligntune.tracking.metrics import NotFinite
@@ -77,30 +79,6 @@ FAILURES = (
     NotFinite,
     ArithmeticError,
 )
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run came to."""
-
-    steps: int
-    metrics: dict[str, float]  # of the last step
-    books: Books
-    seconds: float
-    output_dir: Path
-    model: Path  # save_pretrained folder
-    engine: str  # the rollout engine that really ran
-    backend: str  # what really loaded and stepped the policy, with versions
-    already: bool = False  # it had ended before, and nothing was started
-
-    def describe(self) -> str:
-        """One line for a person."""
-        books = self.books
-        return (
-            f"{how_it_ended(self.already)}: {self.steps} steps, {books.trained} groups trained, "
-            f"{books.filtered} filtered, {books.quarantined} quarantined; the model is in "
-            f"{self.model}"
-        )
 
 
 class OnlineTrainer:
@@ -158,6 +136,7 @@ class OnlineTrainer:
             raise UserError(str(error)) from error
         config = self.config
         check_programs(config.backend, config.tracking, config.cluster)
+        check_hub(config.hub)
         if self.config.algorithm.needs.critic:
             try:
                 check_critic_model(self.config.model, self.config.critic)
@@ -256,6 +235,7 @@ class OnlineTrainer:
                         controller.stop(number)
 
                     metrics = loops.run(controller.run(checkpoint), stop)
+                push(rundir, self.config.hub, recorder)
                 return TrainResult(
                     steps=self.total_steps,
                     metrics=metrics,
@@ -389,6 +369,7 @@ class OnlineTrainer:
         self.settle()
         with self._roles(only=(POLICY,)) as roles:
             loops.run_until_signal(export_checkpoint(self.config, roles, checkpoint.path, target))
+        write_card(open_run(self._rundir.path), target, checkpoint.step)
         return checkpoint.step
 
     def save_model(self, path: str | Path) -> Path:

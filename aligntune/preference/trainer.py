@@ -32,6 +32,7 @@ from aligntune.runs.ended import (
 )
 from aligntune.runs.lifecycle import check_programs, claimed, ray_runs, recorded
 from aligntune.runs.modes import as_usual
+from aligntune.runs.publish import check_hub, push, write_card_of
 from aligntune.runs.recorder import Recorder, last_step
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import NotFinite
@@ -111,6 +112,7 @@ class PreferenceTrainer:
         rundir.check(self.config, resume)
         config = self.config
         check_programs(config.backend, config.tracking, config.cluster)
+        check_hub(config.hub)
         storage = self._storage(rundir)
         storage.check(self.config, resume, fresh=not rundir.trained)
         named = None if resume in ("auto", "never") else storage.named(resume)
@@ -190,6 +192,8 @@ class PreferenceTrainer:
                     )
                 storage.fetch(rundir.model)
                 as_usual(rundir.model)
+                write_card_of(rundir, self.total_steps, recorder)
+                push(rundir, self.config.hub, recorder)
                 return PreferenceResult(
                     steps=self.total_steps,
                     metrics=told.last,

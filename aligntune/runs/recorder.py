@@ -40,6 +40,8 @@ SHOWN = {
     EventKind.NOT_COPIED,
     EventKind.TRACKER_FAILED,
     EventKind.REPORT_FAILED,
+    EventKind.CARD_FAILED,
+    EventKind.NOT_PUSHED,
 }
 REPORT_SECONDS = 60.0  # a report that takes longer is left behind
 LONG = 200  # characters of a field that is told once

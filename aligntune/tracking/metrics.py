@@ -48,6 +48,9 @@ class EventKind(StrEnum):
     LEDGER_DAMAGED = "ledger_damaged"  # where and how, and what became of it
     TRACKER_FAILED = "tracker_failed"  # it is tried again with the next figures
     TROUBLE = "trouble"  # what the figures of the last steps say is wrong, and what to try
+    CARD_FAILED = "card_failed"  # the model's README.md could not be written; `reason` says why
+    PUSHED = "pushed"  # the model is on the hub, at `url`
+    NOT_PUSHED = "not_pushed"  # the hub did not take the model; `reason` says why
     REPORT_FAILED = "report_failed"  # report.html could not be written; `reason` says why
     FIGURES_OVERFLOWED = "figures_overflowed"  # `figures` of a step, held at the largest number
     NOT_COPIED = "not_copied"  # checkpoint.storage did not take something; `reason` says why

@@ -200,7 +200,7 @@ class WandB:
         import wandb
 
         columns, lines = table(step, rows)
-        self._run.log({"samples": wandb.Table(columns, lines), "step": step})
+        self._run.log({"samples": wandb.Table([*columns], lines), "step": step})
 
     def truncate_after(self, step: int) -> None:
         """Rows that were sent stay."""

@@ -79,7 +79,8 @@ class View:
         if self._thread.is_alive():
             self._failed(tracker=self.name, reason=f"no end within {CLOSE_SECONDS:g} s")
         elif self._pending:
-            self._failed(tracker=self.name, reason=f"{len(self._pending)} steps were never taken")
+            steps = len([each for each in self._pending if isinstance(each, _Figures)])
+            self._failed(tracker=self.name, reason=f"{steps} steps were never taken")
 
     def _run(self) -> None:
         while (given := self._given.get()) is not None:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -366,6 +366,8 @@ class DyingTracker:
         self._taken += 1
         if self._taken > 1:
             raise ConnectionError("gone")
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
 
     def truncate_after(self, step: int) -> None: ...
 

@@ -61,6 +61,8 @@ def played(name: str, folder: Path) -> list[Tracker]:
         tracker.truncate_after(after + 1)
         tracker.close()
         used.append(tracker)
+        for path in folder.glob("wandb/offline-run-2*"):  # W&B names them by the second
+            path.rename(path.with_name(f"offline-run-after-{after}"))
     return used
 
 

@@ -1,0 +1,193 @@
+"""The model card: README.md in an exported model's folder, from the run directory alone.
+
+It says what the model was made of and by what, what the run measured with intervals, and how to use
+it. Nothing of it is written by hand, and it claims nothing that the run did not measure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import yaml
+
+from aligntune.evaluation.shown import estimated
+from aligntune.evaluation.statistics import CONFIDENCE
+from aligntune.evaluation.store import Summary, evaluations_of, read_summary
+from aligntune.report.settings import settings
+from aligntune.runs.disk import write_atomically
+from aligntune.runs.reading import RunOnDisk
+
+NAME = "README.md"
+METHODS = {
+    "ppo": "PPO",
+    "grpo": "GRPO",
+    "drgrpo": "Dr. GRPO",
+    "dapo": "DAPO",
+    "gspo": "GSPO",
+    "dpo": "DPO",
+    "reward_model": "a Bradley-Terry loss on preference pairs",
+}
+TOLD_ELSEWHERE = ("model.name", "data.", "output_dir", "algorithm.name", "hub.", "cluster.")
+"""Settings that the card has no row for: another part says them, or they are of the machines."""
+
+
+def write_card(run: RunOnDisk, folder: Path, step: int) -> Path:
+    """Write the card of the model in `folder`, of `step`. Raises OSError."""
+    write_atomically(folder / NAME, card(run, step))
+    return folder / NAME
+
+
+def card(run: RunOnDisk, step: int) -> str:
+    """The card of the run's model after `step`, as Markdown with a head of YAML."""
+    base = str(run.config.get("model", {}).get("name", "an unknown model"))
+    public = [name for name in _sources(run) if not _is_local(name)]
+    rewards = run.algorithm == "reward_model"
+    method = METHODS.get(run.algorithm, run.algorithm)
+    head = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification" if rewards else "text-generation",
+        **({} if _is_local(base) else {"base_model": base}),
+        **({"datasets": public} if public else {}),
+        "tags": ["aligntune", run.algorithm.partition(":")[0]],
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {run.name}",
+        f"{_named(base)}, trained by {method} for {step} steps with aligntune.",
+        "## How to use it",
+        _usage(rewards),
+        "## What it was trained on",
+        "\n".join(_data(run)),
+        "## Results",
+        "\n\n".join(_results(run, step)) or "The run evaluated nothing, so nothing is claimed.",
+        "## Settings",
+        _settings(run),
+        "## Versions",
+        "\n".join(f"- {version}" for version in run.versions) or "The run did not write any down.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _usage(rewards: bool) -> str:
+    if rewards:
+        return (
+            "Score texts with it in another run by `rewards: [{model: FOLDER}]`, or load it with\n"
+            "`AutoModelForSequenceClassification.from_pretrained(FOLDER)`; its one label is the\n"
+            "score."
+        )
+    return """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+question = [{"role": "user", "content": "..."}]
+inputs = tokenizer.apply_chat_template(
+    question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+answer = model.generate(**inputs, max_new_tokens=256)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+```
+
+Or talk to it: `aligntune chat FOLDER`. FOLDER is this one, or the model's name on the hub. A
+tokenizer without a chat template takes plain text."""
+
+
+def _is_local(name: str) -> bool:
+    """Whether a model or data set is not one of the hub's `owner/name`, as far as one can tell."""
+    return name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).exists()
+
+
+def _named(name: str) -> str:
+    return f"`{name}`" if _is_local(name) else f"[{name}](https://huggingface.co/{name})"
+
+
+def _sources(run: RunOnDisk) -> list[str]:
+    data = run.config.get("data")
+    data = data if isinstance(data, Mapping) else {}
+    paths = [data.get("path")]
+    more = data.get("train")
+    if isinstance(more, list):
+        paths += [each.get("path") for each in more if isinstance(each, Mapping)]
+    return [str(path) for path in paths if path]
+
+
+def _data(run: RunOnDisk) -> Iterator[str]:
+    data = run.config.get("data")
+    split = data.get("split") if isinstance(data, Mapping) else None
+    for name in _sources(run):
+        yield f"- data: {_named(name)}" + (f", split `{split}`" if split else "")
+    for reward in run.config.get("rewards") or []:
+        if isinstance(reward, Mapping):
+            what = reward.get("function") or reward.get("model") or reward.get("url")
+            yield f"- reward: `{what}`, weight {reward.get('weight', 1)}"
+
+
+def _results(run: RunOnDisk, step: int) -> Iterator[str]:
+    """Those of `aligntune evaluate` of this step, and the run's own first and last."""
+    for folder in evaluations_of(run.path):
+        summary = read_summary(folder)
+        if summary.step == step:
+            yield _evaluated(summary)
+    own = [row for row in run.evals if row["step"] <= step]
+    if own:
+        first, last = own[0], own[-1]
+        names = [n for n in last if n.startswith("eval/") and n.endswith(("reward/mean", "/mean"))]
+        names += [n for n in last if n in ("eval/reward/accuracy", "eval/reward/margin")]
+        rows = [(name.removeprefix("eval/"), _own(first, name), _own(last, name)) for name in names]
+        told = f"On held-out {'pairs' if run.is_preference else 'prompts'}, during training"
+        yield (
+            _table([told, f"step {first['step']}", f"step {last['step']}"], rows)
+            + "\n\nIntervals are 95 % of the mean reward over prompts, by its standard deviation."
+        )
+
+
+def _evaluated(summary: Summary) -> str:
+    ways = summary.decodings
+    heads = [
+        f"{summary.data}, {summary.prompts} prompts",
+        *(
+            name if way.temperature == 0 else f"{way.completions} sampled at {way.temperature:g}"
+            for name, way in ways.items()
+        ),
+    ]
+    names = list(dict.fromkeys(name for way in ways.values() for name in way.figures))
+    rows = [(n, *(estimated(way.figures.get(n)) for way in ways.values())) for n in names]
+    return (
+        f"{_table(heads, rows)}\n\nA completion passes with {summary.success}. Intervals are at "
+        f"{summary.confidence:.0%}: Wilson's for one greedy completion a prompt, else bootstrap "
+        "over prompts."
+    )
+
+
+def _own(row: Mapping[str, Any], name: str) -> str:
+    """A figure of a run's own evaluation; the mean reward with an interval that is never too
+    narrow: the spread of single completions over the number of prompts."""
+    value, spread, prompts = row.get(name), row.get("eval/reward/std"), row.get("eval/prompts")
+    if not isinstance(value, int | float):
+        return "-"
+    if name != "eval/reward/mean" or not spread or not prompts:
+        return f"{value:.4g}"
+    half = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * spread / math.sqrt(prompts)
+    return f"{value:.4g} [{value - half:.4g}, {value + half:.4g}]"
+
+
+def _settings(run: RunOnDisk) -> str:
+    rows = [
+        (f"`{each.path}`", f"`{each.values[0]}`", f"`{each.default}`")
+        for each in settings([run])
+        if each.default is not None and not each.path.startswith(TOLD_ELSEWHERE)
+    ]
+    if not rows:
+        return "All are aligntune's defaults."
+    told = _table(["key", "value", "default"], rows)
+    return f"Those that differ from aligntune's defaults:\n\n{told}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
