@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,8 +62,9 @@ def played(name: str, folder: Path) -> list[Tracker]:
         tracker.truncate_after(after + 1)
         tracker.close()
         used.append(tracker)
-        for path in folder.glob("wandb/offline-run-2*"):  # W&B names them by the second
-            path.rename(path.with_name(f"offline-run-after-{after}"))
+        second = int(time.time())
+        while name == "wandb" and int(time.time()) == second:  # it names folders by the second
+            time.sleep(0.01)
     return used
 
 
