@@ -6,6 +6,8 @@ own, so that a peak is its own. MFU is of a bfloat16 product measured in the sam
 
     python -m tests.bench gpu_update        also as: make bench NAME=gpu_update
     python -m tests.bench.gpu_update CASE SIZE FOLDER [profile]     one case, JSON on the last line
+    python -m tests.bench.gpu_update attention              one layer's attention, by each way
+    python -m tests.bench.gpu_update shared RATIO           a group's prompt once, by flex attention
 """
 
 from __future__ import annotations
