@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.preference.relay import PreferenceJob
+from aligntune import imports
 from aligntune.config.preference import DPOSpec, PreferenceConfig
 from aligntune.data.pair_tokens import PairTokens
 from aligntune.errors import RunFailed, UserError
@@ -238,7 +239,12 @@ class PreferenceTrainer:
         asked = totals(requests)
         try:
             sets = bundle_sets(requests, cluster.colocate)
-            with session(cluster, cpus=asked["CPU"], gpus=asked["GPU"]) as address:
+            with session(
+                cluster,
+                cpus=asked["CPU"],
+                gpus=asked["GPU"],
+                imports=imports.of_preference(self.config),
+            ) as address:
                 stage(ray_runs(address))
                 ensure_possible(sets)
                 yield
