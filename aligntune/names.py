@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-PREFERENCE = ("dpo", "reward_model")
+PREFERENCE = ("dpo", "reward_model", "sft")
 """The algorithms that are Ray Train jobs over TRL; the others are online."""
 
 
@@ -15,7 +15,7 @@ def canonical(name: str) -> str:
 
 
 def preference_name(name: Any) -> str | None:
-    """'dpo' or 'reward_model' for a name of one of the two in any spelling, else None."""
+    """The name of one of PREFERENCE for that name in any spelling, else None."""
     spelled = canonical(name) if isinstance(name, str) else ""
     return next((known for known in PREFERENCE if canonical(known) == spelled), None)
 

@@ -57,7 +57,7 @@ def create_rl_trainer(
     Args:
         model_name: a local folder, a hub name or an fsspec URI.
         dataset_name: a local file or folder, or a hub name.
-        algorithm: ppo, grpo, drgrpo, dapo, gspo, dpo, reward_model, or `module:Class`.
+        algorithm: ppo, grpo, drgrpo, dapo, gspo, dpo, reward_model, sft, or `module:Class`.
         backend: trl or unsloth, what loads and steps the trained model.
         output_dir: the run directory; default `runs/<algorithm>`.
         config: a YAML file, or a mapping of the same form.

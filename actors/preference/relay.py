@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from actors.specs import ModelSpec
 
-Kind = Literal["dpo", "reward_model"]
+Kind = Literal["dpo", "reward_model", "sft"]
 
 ANSWER_SECONDS = 60.0  # for the relay, which only ever keeps a list
 ALIVE_SECONDS = 10.0  # between signs of life
@@ -24,7 +24,7 @@ class PreferenceJob:
     model: ModelSpec
     seed: int
     steps: int  # 0 evaluates the model and ends
-    arguments: dict[str, Any]  # of TRL's DPOConfig or RewardConfig
+    arguments: dict[str, Any]  # of TRL's config for the kind
     scratch: str  # name of the folder that the workers of a node write their checkpoints in
     export: str  # folder or fsspec URI where the trained model is left
     max_length: int  # tokens of the longest text

@@ -65,7 +65,7 @@ def build_trainer(
     train_set = Dataset(InMemoryTable(train))
     eval_set = None if evaluation is None else Dataset(InMemoryTable(evaluation))
     tokenizer = load_tokenizer(job.model)
-    build = _dpo if job.kind == "dpo" else _reward_model
+    build = {"dpo": _dpo, "reward_model": _reward_model, "sft": _sft}[job.kind]
     trainer = build(job, common, train_set, eval_set, tokenizer, alive)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # adapters on a base of fewer bits, and what Unsloth loads
@@ -246,6 +246,53 @@ def _reward_model(
         processing_class=tokenizer,
         peft_config=lora,
     )
+
+
+def _sft(
+    job: PreferenceJob,
+    common: dict[str, Any],
+    train: Any,
+    evaluation: Any,
+    tokenizer: Any,
+    alive: Callable[[], None],
+) -> Any:
+    from trl import SFTConfig, SFTTrainer
+
+    class Trainer(SFTTrainer):
+        """SFTTrainer that does not go on from its last step."""
+
+        def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+            if not _is_finished(self):
+                super()._run_epoch(*args, **kwargs)
+
+    model = _taught_model(job)
+    _give_float_logits(model)
+    trainer = Trainer(
+        model=model,
+        args=SFTConfig(**common),
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+    )
+    if common["padding_free"]:
+        from actors.preference.packed import check_apart
+
+        check_apart(trainer)
+    return trainer
+
+
+def _taught_model(job: PreferenceJob) -> Any:
+    from actors.models.loading import load_causal_lm
+
+    if job.trained is not None:
+        return load_causal_lm(_renamed_model(job))
+    lora = job.model.lora is not None
+    spec = job.model if lora else _with_float_weights(job.model)
+    if job.backend == "unsloth":
+        from actors.models.unsloth import load_unsloth
+
+        return load_unsloth(spec, job.max_length, job.seed)
+    return load_causal_lm(spec, lora=lora)
 
 
 def export_model(trainer: Any, job: PreferenceJob, scratch: Path) -> None:

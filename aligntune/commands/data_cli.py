@@ -57,10 +57,15 @@ def _prompts(inputs: RunInputs, rows: int) -> Iterator[str]:
 
 
 def _pairs(inputs: PairInputs, rows: int) -> Iterator[str]:
-    from aligntune.data.shown import Bound, pairs_shown
+    from aligntune.config.warm_up import SFTSpec
+    from aligntune.data.shown import Bound, pairs_shown, taught_shown
 
     pairs = inputs.pairs
     bound = Bound("data.max_length", inputs.max_length, inputs.config.data.long_rows)
+    if isinstance(inputs.config.algorithm, SFTSpec):
+        packs = len(inputs.table) if inputs.config.algorithm.packing else None
+        tokenizer = inputs.tokenizer
+        return taught_shown(inputs.rows, pairs, packs, tokenizer, bound, rows, inputs.dropped)
     reads = {criterion.name: _read(criterion) for criterion in inputs.criteria}
     return pairs_shown(inputs.rows, pairs, inputs.tokenizer, bound, rows, inputs.dropped, reads)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from aligntune.online.trainer import OnlineTrainer
     from aligntune.preference.trainer import PreferenceTrainer
 
-ALGORITHMS = "grpo, drgrpo, dapo, gspo, ppo, dpo, reward_model, or module:Class"
+ALGORITHMS = "grpo, drgrpo, dapo, gspo, ppo, dpo, reward_model, sft, or module:Class"
 
 
 def quickstart(

@@ -1,4 +1,4 @@
-"""PreferenceConfig: the one typed tree of a DPO or reward-model job.
+"""PreferenceConfig: the one typed tree of a job over a table: DPO, a reward model, or SFT.
 
 Its sections are those of a RunConfig where the two mean the same. A resolved tree says everything
 the job will do; what TRL would ignore is refused here.
@@ -25,6 +25,7 @@ from aligntune.config.auto import without_auto
 from aligntune.config.backends import check_backend
 from aligntune.config.records import CheckpointSpec, HubSpec, TrackingSpec
 from aligntune.config.tree import explain
+from aligntune.config.warm_up import SFTSpec, check_texts
 from aligntune.data.dropped import RowRules
 from aligntune.data.spec import DatasetSpec
 from aligntune.errors import UserError, nearest
@@ -146,9 +147,10 @@ class RewardModelTrainingSpec(Spec):
     )
 
 
-ALGORITHMS: dict[str, type[DPOSpec] | type[RewardModelTrainingSpec]] = {
+ALGORITHMS: dict[str, type[DPOSpec] | type[RewardModelTrainingSpec] | type[SFTSpec]] = {
     "dpo": DPOSpec,
     "reward_model": RewardModelTrainingSpec,
+    "sft": SFTSpec,
 }
 
 
@@ -161,25 +163,35 @@ def _parse_algorithm(value: Any) -> Any:
 
 
 class PreferenceDataSpec(DatasetSpec):
-    """Preference pairs to train on, and optionally held-out ones."""
+    """What to train on, and optionally what is held out."""
 
-    prompt_column: str = Field("prompt", description="may be absent: what the two sides share")
+    prompt_column: str = Field(
+        "prompt", description="of pairs it may be absent: it is what the two sides share"
+    )
     chosen_column: str = Field(
         "chosen", description="the better completion, with or without its prompt"
     )
     completion_column: str = Field(
-        "completion", description="the text that `rewards` score, one a row, where these are given"
+        "completion",
+        description="sft: what follows the prompt; reward_model: the text that `rewards` score, "
+        "one a row, where these are given",
     )
-    system_prompt: str | None = Field(None, description="first message of every prompt; dpo only")
+    messages_column: str = Field(
+        "messages", description="sft: whole conversations; default too: conversations (ShareGPT's)"
+    )
+    text_column: str = Field("text", description="sft: plain text, where there is none of these")
+    system_prompt: str | None = Field(
+        None, description="first message of every prompt or conversation; dpo and sft"
+    )
     apply_chat_template: bool = Field(
         True, description="false: prompt and completion are text already in the model's format"
     )
     long_rows: Literal["drop", "error", "keep_start", "keep_end"] = Field(
-        "drop", description="what becomes of pairs over max_length; keep_* cuts them, dpo only"
+        "drop", description="what becomes of rows over max_length; keep_* cuts them, dpo and sft"
     )
     max_length: Positive | None = Field(
         None,
-        description="tokens of prompt and completion; default: the 95th percentile of the pairs, "
+        description="tokens of prompt and completion; default: the 95th percentile of the rows, "
         "within the model's positions",
     )
 
@@ -197,7 +209,7 @@ class PreferenceTrainSpec(OptimizerSpec):
     )
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
     steps: Positive | None = Field(None, description="optimiser steps; or give epochs")
-    epochs: float | None = Field(None, gt=0, description="passes over the pairs; default 1")
+    epochs: float | None = Field(None, gt=0, description="passes over the data; default 1")
     workers: Positive = Field(1, description="of the Ray Train job", json_schema_extra=AUTO)
     resources: RoleResources = Field(RoleResources(), description="of each worker")
     pairs_per_worker: Positive = Field(
@@ -241,12 +253,14 @@ class PreferenceCheckpointSpec(CheckpointSpec):
 class PreferenceConfig(Spec):
     """Everything a preference job will do."""
 
-    algorithm: Annotated[DPOSpec | RewardModelTrainingSpec, BeforeValidator(_parse_algorithm)]
+    algorithm: Annotated[
+        DPOSpec | RewardModelTrainingSpec | SFTSpec, BeforeValidator(_parse_algorithm)
+    ]
     model: ModelSpec
     data: PreferenceDataSpec
     output_dir: str = Field(description="the run directory")
     backend: Literal["trl", "unsloth"] = Field(
-        "trl", description="unsloth loads the model through Unsloth; dpo only"
+        "trl", description="unsloth loads the model through Unsloth; dpo and sft"
     )
     rewards: list[Annotated[RewardFunctionSpec, OneKind({"function": RewardFunctionSpec})]] = Field(
         [], description="functions that score texts, which makes the pairs; reward_model only"
@@ -260,7 +274,7 @@ class PreferenceConfig(Spec):
 
     @property
     def algorithm_name(self) -> str:
-        """dpo or reward_model."""
+        """dpo, reward_model or sft."""
         return self.algorithm.name
 
 
@@ -293,14 +307,15 @@ def _check(config: PreferenceConfig) -> None:
         raise UserError("train.steps and train.epochs both say how long; give one of them")
     if config.rewards and name != "reward_model":
         raise UserError(
-            f"{name} is trained on pairs and takes no rewards; remove them, or train a reward_model"
+            f"{name} takes no rewards; remove them, or train a reward_model of what they score"
         )
     if config.rewards and any(source.weight for source in data.sources):
         raise UserError(
             "data.train gives weights, and rewards form the pairs, of which no source has a share; "
             "leave the weights out"
         )
-    if not config.rewards and data.completion_column != "completion":
+    check_texts(config)
+    if name != "sft" and not config.rewards and data.completion_column != "completion":
         raise UserError(
             "data.completion_column is for texts that rewards score, and rewards names none"
         )

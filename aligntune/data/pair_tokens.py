@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 from actors.messages import Messages
 from actors.scoring.model import rendered, scored_text, tokens_of
-from aligntune.data.dropped import Dropped, RowRules, settle_rows
+from aligntune.data.dropped import RowRules, settle_rows
 from aligntune.data.errors import DataError, Reason
 from aligntune.data.messages import check_unicode, what_is_lost
 from aligntune.data.pairs import CHOSEN, REJECTED, Pair, PairRows
+from aligntune.data.row_tokens import RowTokens
 from aligntune.data.sources import Rows
 
 BATCH = 512  # pairs tokenised at once
@@ -27,34 +28,11 @@ NO_PLACE_FOR_TOOLS = (
 
 
 @dataclass(frozen=True)
-class PairTokens:
-    """The usable pairs of a data set, tokenised."""
-
-    columns: dict[str, list[list[int]]]  # TRL's: chosen_ids, rejected_ids and, for DPO, prompt_ids
-    dropped: Dropped  # what became of the rows that are not used as they are
-    longest: int  # tokens of the longest pair that was read
-    rows: list[int]  # of the data set, of each pair; weights may draw one twice, or never
-    lengths: list[int]  # tokens of every pair that was read, of whatever length
-    kept: list[int]  # rows that can be used, ascending
-
-    def __len__(self) -> int:
-        return len(self.columns["chosen_ids"])
-
-    def drawn(self, rows: list[int]) -> PairTokens:
-        """These rows of them, in this order; one may come more than once."""
-        if rows == self.rows:
-            return self
-        at = {row: place for place, row in enumerate(self.rows)}
-        columns = {name: [ids[at[row]] for row in rows] for name, ids in self.columns.items()}
-        return replace(self, columns=columns, rows=rows)
-
-
-@dataclass(frozen=True)
 class TokenisedPairs:
     """Every row of a data set as tokens, of whatever length, or with what is wrong with it."""
 
     rows: Rows
-    sides: dict[int, dict[str, list[int]]]  # by row: what PairTokens.columns has of a pair
+    sides: dict[int, dict[str, list[int]]]  # by row: what RowTokens.columns has of a pair
     wrong: dict[int, DataError]
 
     @property
@@ -62,7 +40,7 @@ class TokenisedPairs:
         """Tokens of the prompt and the longer of its answers, by row."""
         return {row: _length(side) for row, side in self.sides.items()}
 
-    def within(self, max_length: int, rules: RowRules) -> PairTokens:
+    def within(self, max_length: int, rules: RowRules) -> RowTokens:
         """The pairs of `max_length` tokens at most.
 
         Raises:
@@ -87,7 +65,7 @@ class TokenisedPairs:
         names = next(iter(kept.values()))
         columns = {name: [side[name] for side in kept.values()] for name in names}
         every = [*lengths.values()]
-        return PairTokens(columns, dropped, max(every), [*kept], every, [*kept])
+        return RowTokens(columns, dropped, max(every), [*kept], every, [*kept])
 
 
 def tokenise_pairs(

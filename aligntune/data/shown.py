@@ -9,15 +9,18 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
+import numpy as np
 from rich.cells import cell_len
 
 from aligntune.data.dropped import Dropped
 from aligntune.data.mixture import sources_shown
-from aligntune.data.pair_tokens import PairTokens
 from aligntune.data.prompts import PromptSource
+from aligntune.data.row_tokens import RowTokens
 from aligntune.data.sources import Rows
+from aligntune.data.taught_tokens import MASKED
 from aligntune.errors import printable, shown
 
 WIDTH = 80
@@ -80,7 +83,7 @@ def prompts_shown(
 
 def pairs_shown(
     rows: Rows,
-    pairs: PairTokens,
+    pairs: RowTokens,
     tokenizer: Any,
     bound: Bound,
     count: int,
@@ -109,8 +112,50 @@ def pairs_shown(
     yield from (f"  reward {printable(name)}: {printable(said)}" for name, said in reads.items())
 
 
+def taught_shown(
+    rows: Rows,
+    taught: RowTokens,
+    packs: int | None,
+    tokenizer: Any,
+    bound: Bound,
+    count: int,
+    dropped: Mapping[str, Dropped],
+) -> Iterator[str]:
+    """The lines for what a model is taught; `packs` sequences hold the rows, where packed."""
+    yield _origin(rows, taught.dropped)
+    yield from sources_shown(rows, taught.kept)
+    yield f"Used: {len(taught)} rows" + (
+        "" if packs is None else f", packed into {packs} sequences"
+    )
+    labels = taught.columns["labels"]
+    trained = sum(int((np.asarray(row) != MASKED).sum()) for row in labels)
+    yield f"Trained: {trained} of {sum(map(len, labels))} tokens"
+    yield ""
+    count = min(count, len(taught))
+    yield f"The first {count} as the model gets them:"
+    yield LEGEND
+    for index in range(count):
+        yield f"  {printable(rows.where(taught.rows[index]))}:"
+        for part in taught_parts(taught.columns["input_ids"][index], labels[index]):
+            yield from _part(part, tokenizer)
+    yield ""
+    yield from _lengths(taught.lengths, "rows", bound)
+    yield ""
+    yield from _dropped(dropped)
+
+
+def taught_parts(ids: Sequence[int], labels: Sequence[int]) -> list[Part]:
+    """What becomes of the tokens of a row that is taught, which are as in `RowTokens.columns`."""
+    parts = []
+    of_them = zip(np.asarray(ids).tolist(), np.asarray(labels).tolist(), strict=True)
+    for is_masked, tokens in groupby(of_them, lambda token: token[1] == MASKED):
+        fate = ("given", "masked, not trained") if is_masked else ("taught", "trained")
+        parts.append(Part(*fate, [token for token, _ in tokens]))
+    return parts
+
+
 def pair_parts(side: Mapping[str, Sequence[int]], bound: Bound) -> list[Part]:
-    """What becomes of the tokens of a pair, which are as in `PairTokens.columns`.
+    """What becomes of the tokens of a pair, which are as in `RowTokens.columns`.
 
     Of a DPO pair the prompt is masked and the rest trained, cut as TRL's collator cuts it. A reward
     model reads the whole of both sides for one score each.

@@ -1,4 +1,4 @@
-"""What a preference job is made of before it starts: its settled config and its tokenised pairs.
+"""What a job over a table is made of before it starts: its settled config and its tokenised rows.
 
 Invariant: nothing reads a setting that the user left open before it is settled, and everything here
 is checked without starting Ray.
@@ -15,11 +15,14 @@ from actors.models.loading import ModelError, check_causal_lm, load_tokenizer
 from actors.models.positions import model_positions
 from actors.scoring.criteria import RewardCriterion
 from aligntune.config.preference import PreferenceConfig
+from aligntune.config.warm_up import SFTSpec
 from aligntune.data.dropped import Dropped
 from aligntune.data.mixture import held_out_data, mixed, training_data
-from aligntune.data.pair_tokens import PairTokens, TokenisedPairs, tokenise_pairs
+from aligntune.data.pair_tokens import TokenisedPairs, tokenise_pairs
+from aligntune.data.row_tokens import RowTokens
 from aligntune.data.scored_pairs import ScoredPairs, scored_pairs
 from aligntune.data.sources import Rows
+from aligntune.data.taught_tokens import Columns, TaughtRows, packed, tokenise_taught
 from aligntune.decisions import Decision, events, told
 from aligntune.errors import UserError
 from aligntune.preference.settle import settle_max_length
@@ -70,7 +73,7 @@ class PairInputs:
     def tokenizer(self) -> Any:
         """The model's tokenizer. Raises UserError."""
         try:
-            if self.config.algorithm_name == "dpo":
+            if self.config.algorithm_name != "reward_model":
                 check_causal_lm(self.config.model)
             return load_tokenizer(self.config.model)
         except ModelError as error:
@@ -94,15 +97,35 @@ class PairInputs:
         """The training pairs as rows; formed here where they are to be made of scored texts."""
         return self._rows(training_data(self.config.data))
 
+    @property
+    def things(self) -> str:
+        """What the rows are, in words."""
+        return "rows" if isinstance(self.config.algorithm, SFTSpec) else "pairs"
+
     @cached_property
-    def pairs(self) -> PairTokens:
-        """The training pairs, all checked. Raises DataError, a UserError."""
+    def pairs(self) -> RowTokens:
+        """The training pairs, or what is taught, all checked. Raises DataError, a UserError."""
         self.settle()
         kept = self._tokenised.within(self.max_length, self.config.data.rules)
         return kept.drawn(mixed(self.rows, kept.rows, self.config.train.seed))
 
     @cached_property
-    def eval_pairs(self) -> PairTokens | None:
+    def table(self) -> RowTokens:
+        """What the workers go over: the rows, or sequences of them where they are packed."""
+        return self._laid_out(self.pairs)
+
+    @cached_property
+    def eval_table(self) -> RowTokens | None:
+        """The same of what is held out."""
+        return None if self.eval_pairs is None else self._laid_out(self.eval_pairs)
+
+    def _laid_out(self, tokens: RowTokens) -> RowTokens:
+        algorithm = self.config.algorithm
+        packing = isinstance(algorithm, SFTSpec) and algorithm.packing
+        return packed(tokens, self.max_length) if packing else tokens
+
+    @cached_property
+    def eval_pairs(self) -> RowTokens | None:
         """The held-out pairs, if the config names any. Raises DataError, a UserError."""
         self.settle()
         data = self.config.data
@@ -136,7 +159,7 @@ class PairInputs:
         return events(self.settle(), self.dropped)
 
     @cached_property
-    def _tokenised(self) -> TokenisedPairs:
+    def _tokenised(self) -> TokenisedPairs | TaughtRows:
         """The training pairs of whatever length."""
         return self._tokens(self.rows)
 
@@ -165,8 +188,22 @@ class PairInputs:
             completion_column=data.completion_column,
         )
 
-    def _tokens(self, rows: Rows) -> TokenisedPairs:
+    def _tokens(self, rows: Rows) -> TokenisedPairs | TaughtRows:
         data = self.config.data
+        if isinstance(self.config.algorithm, SFTSpec):
+            return tokenise_taught(
+                rows,
+                self.tokenizer,
+                columns=Columns(
+                    data.messages_column,
+                    data.prompt_column,
+                    data.completion_column,
+                    data.text_column,
+                ),
+                loss_on=self.config.algorithm.loss_on,
+                apply_chat_template=data.apply_chat_template,
+                system_prompt=data.system_prompt,
+            )
         scored = isinstance(rows, ScoredPairs)
         return tokenise_pairs(
             rows,

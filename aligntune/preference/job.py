@@ -14,7 +14,7 @@ from typing import Any
 from actors.preference.relay import PreferenceJob, Relay, RelaySilent, announcer, answer_of
 from actors.preference.worker import train_worker
 from aligntune.config.preference import PreferenceConfig
-from aligntune.data.pair_tokens import PairTokens
+from aligntune.data.row_tokens import RowTokens
 from aligntune.errors import Interrupted, RunFailed
 from aligntune.loops import STOPPING, stop_signals
 from aligntune.runs.recorder import Recorder
@@ -119,7 +119,7 @@ class PreferenceRun:
         self._signal = 0
         self._error: BaseException | None = None
 
-    def follow(self, train: PairTokens, evaluation: PairTokens | None) -> None:
+    def follow(self, train: RowTokens, evaluation: RowTokens | None) -> None:
         """Run the job and write down what happens. Raises RunFailed, NotFinite or Interrupted."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -144,7 +144,7 @@ class PreferenceRun:
         finally:
             ray.kill(relay)
 
-    def _fit(self, relay: Any, train: PairTokens, evaluation: PairTokens | None) -> None:
+    def _fit(self, relay: Any, train: RowTokens, evaluation: RowTokens | None) -> None:
         import pyarrow
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer

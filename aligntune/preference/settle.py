@@ -23,7 +23,7 @@ def settle_max_length(
     Raises:
         UserError: more tokens than the model has positions for.
     """
-    given = config.data.max_length
+    given, taught = config.data.max_length, config.algorithm_name == "sft"
     if given is not None:
         if positions is not None and given > positions:
             raise UserError(
@@ -35,7 +35,7 @@ def settle_max_length(
     if isinstance(kept, int):
         decision = Decision(MAX_LENGTH, kept, KEPT)
     else:
-        asked, why = asked_length(lengths, "pairs", config.data.long_rows)
+        asked, why = asked_length(lengths, "rows" if taught else "pairs", config.data.long_rows)
         value = asked if positions is None else min(asked, positions)
         if value < asked:
             why = f"the positions that the model has; {asked}, {why}, is more"

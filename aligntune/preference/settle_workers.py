@@ -7,6 +7,7 @@ from typing import Any
 
 from aligntune.config.auto import AUTO, open_settings, settled_tree
 from aligntune.config.preference import DPOSpec, PreferenceConfig, load_preference_config
+from aligntune.config.warm_up import SFTSpec
 from aligntune.decisions import KEPT, Decision
 from aligntune.errors import UserError
 from aligntune.shapes import loaded_shape
@@ -63,7 +64,7 @@ def settled(config: PreferenceConfig, values: Mapping[str, Any]) -> PreferenceCo
 
 def _work(config: PreferenceConfig, longest: int) -> PairWork:
     algorithm, model, train = config.algorithm, config.model, config.train
-    dpo = isinstance(algorithm, DPOSpec)
+    dpo, taught = isinstance(algorithm, DPOSpec), isinstance(algorithm, SFTSpec)
     second = isinstance(algorithm, DPOSpec) and not (
         algorithm.reference_free or algorithm.precompute_reference
     )
@@ -77,7 +78,8 @@ def _work(config: PreferenceConfig, longest: int) -> PairWork:
         checkpointing=model.gradient_checkpointing,
         lora_rank=model.lora.r if model.lora else None,
         four_bit=model.load_in_4bit,
-        logits=dpo,
+        logits=dpo or taught,
+        sides=1 if taught else 2,
         reference=second and model.lora is None,
         fits=train.deepspeed is None,
     )

@@ -1,4 +1,5 @@
-"""PreferenceTrainer: DPO and reward models as one Ray Train job, all checked before it starts."""
+"""PreferenceTrainer: DPO, reward models and SFT as one Ray Train job, all checked before it
+starts."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from typing import Any
 from actors.preference.relay import PreferenceJob
 from aligntune import imports
 from aligntune.config.preference import DPOSpec, PreferenceConfig
-from aligntune.data.pair_tokens import PairTokens
+from aligntune.config.warm_up import SFTSpec
+from aligntune.data.row_tokens import RowTokens
 from aligntune.errors import RunFailed, UserError
 from aligntune.paths import located_model
 from aligntune.preference.inputs import PairInputs
@@ -62,14 +64,15 @@ class PreferenceResult:
 
     def describe(self) -> str:
         """One line for a person."""
-        accuracy = self.metrics.get("eval/reward/accuracy")
-        held_out = "" if accuracy is None else f", held-out accuracy {accuracy:.3f}"
+        names = {"eval/reward/accuracy": "accuracy", "eval/loss": "loss"}
+        known = next((name for name in names if name in self.metrics), None)
+        held_out = "" if known is None else f", held-out {names[known]} {self.metrics[known]:.3f}"
         ended = how_it_ended(self.already)
         return f"{ended}: {self.steps} steps{held_out}; the model is in {self.model}"
 
 
 class PreferenceTrainer:
-    """DPO and reward models."""
+    """DPO, reward models and supervised warm-up."""
 
     def __init__(
         self, config: PreferenceConfig, functions: Mapping[str, Callable[..., Any]] | None = None
@@ -87,12 +90,12 @@ class PreferenceTrainer:
         return RunDir(Path(self.config.output_dir).absolute())
 
     @property
-    def pairs(self) -> PairTokens:
+    def pairs(self) -> RowTokens:
         """The training pairs, all checked. Raises DataError, a UserError."""
         return self.inputs.pairs
 
     @property
-    def eval_pairs(self) -> PairTokens | None:
+    def eval_pairs(self) -> RowTokens | None:
         """The held-out pairs, if the config names any. Raises DataError, a UserError."""
         return self.inputs.eval_pairs
 
@@ -102,7 +105,7 @@ class PreferenceTrainer:
         train = self.config.train
         if train.steps is not None:
             return train.steps
-        passes = math.ceil(len(self.pairs) / train.pairs_per_worker / train.workers)
+        passes = math.ceil(len(self.inputs.table) / train.pairs_per_worker / train.workers)
         return math.ceil((train.epochs or 1.0) * math.ceil(passes / train.accumulation_steps))
 
     def check(self, resume: str = "auto") -> RunDir:
@@ -132,12 +135,15 @@ class PreferenceTrainer:
         """What a job would do, for --dry-run."""
         pairs, train = self.pairs, self.config.train
         held_out = len(self.eval_pairs) if self.eval_pairs else 0
+        things, table = self.inputs.things, self.inputs.table
+        unit = things if table is pairs else "sequences"
+        packs = "" if table is pairs else f", packed into {len(table)} sequences"
         return "\n".join(
             (
                 f"{self.config.algorithm_name}: {self.total_steps} steps of "
-                f"{train.pairs_per_step} pairs with {self.config.backend}",
-                f"data: {len(pairs)} of {pairs.dropped.rows} pairs, longest {pairs.longest} "
-                f"tokens; {held_out} held out",
+                f"{train.pairs_per_step} {unit} with {self.config.backend}",
+                f"data: {len(pairs)} of {pairs.dropped.rows} {things}{packs}, longest "
+                f"{pairs.longest} tokens; {held_out} held out",
                 *self.inputs.told(),
                 f"trainer: {train.workers} x {train.resources.cpus:g} CPU, "
                 f"{train.resources.gpus:g} GPU",
@@ -189,7 +195,7 @@ class PreferenceTrainer:
                     if resume not in ("auto", "never"):
                         storage.rewind(storage.named(resume))
                     PreferenceRun(self.config, job, storage.ray_arguments(), told).follow(
-                        self.pairs, self.eval_pairs
+                        self.inputs.table, self.inputs.eval_table
                     )
                 storage.fetch(rundir.model)
                 as_usual(rundir.model)
@@ -224,7 +230,7 @@ class PreferenceTrainer:
         with self._session(), tempfile.TemporaryDirectory(prefix=f"{name}-") as folder:
             place = {"storage_path": folder, "name": name}
             run = PreferenceRun(self.config, job, place, figures)
-            run.follow(self.pairs, self.eval_pairs)
+            run.follow(self.inputs.table, self.inputs.eval_table)
         return figures.last
 
     def save_model(self, path: str | Path) -> Path:
@@ -281,7 +287,8 @@ class PreferenceTrainer:
 
 
 def _arguments(config: PreferenceConfig) -> dict[str, Any]:
-    """The keyword arguments of TRL's DPOConfig or RewardConfig that the config stands for."""
+    """The keyword arguments of TRL's DPOConfig, RewardConfig or SFTConfig that the config stands
+    for."""
     train, algorithm = config.train, config.algorithm
     arguments: dict[str, Any] = {
         "per_device_train_batch_size": train.pairs_per_worker,
@@ -298,6 +305,13 @@ def _arguments(config: PreferenceConfig) -> dict[str, Any]:
         "deepspeed": None if train.deepspeed is None else _deepspeed(train.deepspeed),
         "max_length": None,
     }
+    if isinstance(algorithm, SFTSpec):
+        return {
+            **arguments,
+            "loss_type": "nll",
+            "padding_free": algorithm.packing,
+            "dataset_kwargs": {"skip_prepare_dataset": True},  # the rows are tokens and labels
+        }
     if not isinstance(algorithm, DPOSpec):
         return {**arguments, "center_rewards_coefficient": algorithm.center_coefficient}
     cut = config.data.long_rows in ("keep_start", "keep_end")

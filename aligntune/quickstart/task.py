@@ -54,8 +54,9 @@ MAX_ANSWER_TOKENS = 8
 POSITIONS = 64
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 _CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% for message in messages %}<|{{ message['role'] }}|>{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 

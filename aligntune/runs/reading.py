@@ -24,8 +24,8 @@ from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import DEFAULTS
 from aligntune.tracking.metrics import EventKind
 
-PREFERENCE = ("dpo", "reward_model")
-"""The algorithms whose jobs have pairs and no groups."""
+PREFERENCE = ("dpo", "reward_model", "sft")
+"""The algorithms whose jobs go over a table and have no groups."""
 
 Row = dict[str, Any]
 

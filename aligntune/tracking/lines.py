@@ -44,7 +44,7 @@ def criteria(metrics: Mapping[str, float], prefix: str = "") -> dict[str, float]
 
 def evaluated(evaluation: Mapping[str, float]) -> float | None:
     """The one figure that says how good the model is."""
-    names = ("eval/accuracy", "eval/reward/accuracy", "eval/reward/mean")
+    names = ("eval/accuracy", "eval/reward/accuracy", "eval/reward/mean", "eval/loss")
     return next((evaluation[name] for name in names if name in evaluation), None)
 
 

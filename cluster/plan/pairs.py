@@ -36,12 +36,13 @@ class PairWork:
     four_bit: bool
     logits: bool  # DPO; a reward model has one score a text
     reference: bool  # a second, frozen model
+    sides: int = 2  # of a pair, which go through at once; 1 of what is taught
     fits: bool = True  # the memory is to be counted; not of weights that DeepSpeed shares out
 
     @property
     def bytes(self) -> int:
-        """Memory of one worker's GPU at the peak of an update: both sides go through at once."""
-        tokens = 2 * self.pairs * self.longest
+        """Memory of one worker's GPU at the peak of an update."""
+        tokens = self.sides * self.pairs * self.longest
         rows = tokens if self.logits else 0
         trained = Trained(
             "policy",

@@ -14,8 +14,9 @@ from actors.scoring.model import scored_ids
 from actors.specs import ModelSpec
 from aligntune.data.dropped import RowRules
 from aligntune.data.errors import DataError
-from aligntune.data.pair_tokens import PairTokens, tokenise_pairs
+from aligntune.data.pair_tokens import tokenise_pairs
 from aligntune.data.pairs import Pair, PairRows, split_transcripts, to_pair, turns
+from aligntune.data.row_tokens import RowTokens
 
 COLUMNS = {"prompt_column": "prompt", "chosen_column": "chosen", "rejected_column": "rejected"}
 
@@ -257,7 +258,7 @@ def tokenizer(tiny_model: Path) -> Any:
     return load_tokenizer(ModelSpec(name=str(tiny_model)))
 
 
-def tokens(tokenizer: Any, kind: Any, *rows: dict[str, Any], **changes: Any) -> PairTokens:
+def tokens(tokenizer: Any, kind: Any, *rows: dict[str, Any], **changes: Any) -> RowTokens:
     rules = RowRules(
         bad_rows=changes.pop("bad_rows", "error"),
         long_rows=changes.pop("long_rows", "error"),

@@ -13,9 +13,10 @@ from rich.cells import cell_len
 
 from aligntune import cli
 from aligntune.data.dropped import RowRules
-from aligntune.data.pair_tokens import PairTokens, tokenise_pairs
+from aligntune.data.pair_tokens import tokenise_pairs
 from aligntune.data.prompt_rows import PromptRows
 from aligntune.data.prompts import PromptSource
+from aligntune.data.row_tokens import RowTokens
 from aligntune.data.shown import (
     WIDTH,
     Bound,
@@ -42,7 +43,7 @@ def prompts(*rows: dict[str, Any], system: str | None = None) -> list[str]:
 
 def pairs(
     *rows: dict[str, Any], most: int = 64, long_rows: Any = "drop", kind: Any = "dpo"
-) -> tuple[PairTokens, Bound, list[str]]:
+) -> tuple[RowTokens, Bound, list[str]]:
     table = Table(*rows)
     rules = RowRules("drop", long_rows, 0.9, "data.max_length")
     read = tokenise_pairs(table, PLAIN, kind, **COLUMNS, apply_chat_template=False)

@@ -1,0 +1,353 @@
+"""Tokens of texts that a model is taught, and which of them are trained; the same on every worker.
+
+Three forms are read: messages (ShareGPT's too), a prompt with its completion, and plain text.
+Answers are marked by the chat template's own `{% generation %}`, or by the form of it that TRL
+knows; what follows a prompt needs no marks.
+
+Invariant: what is shown of a row is what the trainer gets: ids, and labels that are the token where
+it is trained and `MASKED` where it is not. A row's first token is never trained, for nothing comes
+before it; so the tokens that are trained are those that a loss is of.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from actors.messages import Messages
+from actors.scoring.model import rendered, tokens_of
+from aligntune.data.dropped import RowRules, settle_rows
+from aligntune.data.errors import DataError, Reason
+from aligntune.data.formats import check_template, uses_template
+from aligntune.data.messages import (
+    CONVERSATIONS,
+    TOOLS,
+    check_messages,
+    check_tools,
+    check_unicode,
+    what_is_lost,
+)
+from aligntune.data.row_tokens import RowTokens
+from aligntune.data.sources import Rows, require_column
+
+MASKED = -100  # the label of a token that no loss is of
+MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Taught = dict[str, np.ndarray]  # input_ids and labels, int32, of one row
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns are called."""
+
+    messages: str = "messages"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    text: str = "text"
+
+
+@dataclass(frozen=True)
+class TaughtRows:
+    """Every row of a data set as tokens, of whatever length, or with what is wrong with it."""
+
+    rows: Rows
+    taught: dict[int, Taught]
+    wrong: dict[int, DataError]
+
+    @property
+    def lengths(self) -> dict[int, int]:
+        """Tokens by row."""
+        return {row: len(made["input_ids"]) for row, made in self.taught.items()}
+
+    def within(self, max_length: int, rules: RowRules) -> RowTokens:
+        """The rows of `max_length` tokens at most. Raises DataError as `TokenisedPairs` does."""
+        wrong, kept, cut = dict(self.wrong), dict[int, Taught](), 0
+        for row, made in self.taught.items():
+            length = len(made["input_ids"])
+            if length <= max_length:
+                kept[row] = made
+                continue
+            if rules.long_rows in ("drop", "error"):
+                why = f"the row has {length} tokens, and {rules.length_key} is {max_length}"
+                wrong[row] = DataError(why, Reason.TOO_LONG)
+                continue
+            part = (
+                slice(max_length) if rules.long_rows == "keep_start" else slice(-max_length, None)
+            )
+            ids, labels = made["input_ids"][part], _first_masked(made["labels"][part])
+            if (labels == MASKED).all():
+                why = f"cut to {rules.length_key}={max_length}, nothing that is trained is left"
+                wrong[row] = DataError(why, Reason.EMPTY)
+                continue
+            kept[row] = {"input_ids": ids, "labels": labels}
+            cut += 1
+        dropped = settle_rows(self.rows, wrong, rules, cut=cut)
+        columns = {name: [made[name] for made in kept.values()] for name in ("input_ids", "labels")}
+        every = [*self.lengths.values()]
+        return RowTokens(columns, dropped, max(every), [*kept], every, [*kept])
+
+
+def packed(tokens: RowTokens, max_length: int) -> RowTokens:
+    """The rows side by side in sequences of `max_length` tokens at most, none of them cut, by TRL's
+    best fit decreasing; `seq_lengths` has the tokens of each row of a sequence."""
+    import datasets
+    import pyarrow
+    from datasets.table import InMemoryTable
+    from trl.data_utils import pack_dataset
+
+    silent = datasets.utils.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.Dataset(InMemoryTable(pyarrow.table(tokens.columns)))
+        found = pack_dataset(table, max_length, "bfd", {"keep_in_memory": True})
+    finally:
+        if not silent:
+            datasets.enable_progress_bars()
+    names = ("input_ids", "labels", "seq_lengths")
+    return tokens.with_columns({name: found.data.column(name) for name in names})
+
+
+def tokenise_taught(
+    rows: Rows,
+    tokenizer: Any,
+    *,
+    columns: Columns,
+    loss_on: Literal["answers", "all"] | None,
+    apply_chat_template: bool,
+    system_prompt: str | None = None,
+) -> TaughtRows:
+    """Every row of a data set, tokenised.
+
+    Args:
+        loss_on: what is trained; None: the answers, of plain text all of it.
+
+    Raises:
+        DataError: no such columns, a template that does not say which tokens are answers, or a
+            system prompt without a template.
+    """
+    check_template(tokenizer, system_prompt, apply_chat_template)
+    read = _Reader(rows, tokenizer, columns, loss_on, apply_chat_template, system_prompt)
+    taught: dict[int, Taught] = {}
+    wrong: dict[int, DataError] = {}
+    for row in range(len(rows)):
+        try:
+            ids, trained = read(rows[row])
+            labels = _first_masked(np.where(trained, ids, MASKED).astype(np.int32))
+            if (labels == MASKED).all():
+                raise DataError("no token of it is trained", Reason.EMPTY)
+            taught[row] = {"input_ids": ids, "labels": labels}
+        except NoMarks:  # no single row's fault
+            raise
+        except DataError as error:
+            wrong[row] = error
+        except ValueError as error:
+            wrong[row] = DataError(str(error))
+    return TaughtRows(rows, taught, wrong)
+
+
+def _first_masked(labels: np.ndarray) -> np.ndarray:
+    labels = labels.copy()
+    labels[:1] = MASKED
+    return labels
+
+
+class _Reader:
+    """Ids of a row, and which are trained (bool), both [tokens]."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        tokenizer: Any,
+        columns: Columns,
+        loss_on: Literal["answers", "all"] | None,
+        apply_chat_template: bool,
+        system_prompt: str | None,
+    ) -> None:
+        self._tokenizer, self._system = tokenizer, system_prompt
+        self._template = uses_template(tokenizer, apply_chat_template)
+        self._columns = columns
+        self.form, self._column = _form(rows, columns)
+        if self.form == "text" and loss_on == "answers":
+            raise DataError(
+                f"{rows.origin}: algorithm.loss_on is answers, and column {self._column!r} is text "
+                "that does not say which they are; give messages, or a prompt and a completion"
+            )
+        if self.form == "messages" and not self._template:
+            raise DataError(
+                f"{rows.origin}: column {self._column!r} holds messages, but no chat template is "
+                "in use; use a model that has one with data.apply_chat_template: true, or give text"
+            )
+        self._all = loss_on == "all"
+        self._marked: str | None = None
+
+    def __call__(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Raises DataError, or ValueError where the template refuses the row."""
+        if self.form == "text":
+            return self._text(row[self._column])
+        tools = check_tools(row.get(TOOLS))
+        if self.form == "messages":
+            value = row[self._column]
+            if not isinstance(value, list):
+                raise DataError(f"{self._column} is a {type(value).__name__}; give messages")
+            return self._conversation(check_messages(value, "the conversation"), 0, tools)
+        prompt, completion = row[self._columns.prompt], row[self._columns.completion]
+        if isinstance(completion, dict):
+            completion = [completion]
+        for name, value in (("the prompt", prompt), ("the completion", completion)):
+            if value is None or value in ("", []) or (isinstance(value, str) and value.isspace()):
+                raise DataError(f"{name} is empty", Reason.EMPTY)
+            if not isinstance(value, str | list):
+                raise DataError(f"{name} is a {type(value).__name__}; give a string or messages")
+        if not self._template:
+            return self._plain(prompt, completion, tools)
+        asked = _messages(prompt, "user", "the prompt")
+        said = _messages(completion, "assistant", "the completion")
+        return self._conversation([*asked, *said], len(asked), tools)
+
+    def _text(self, text: Any) -> tuple[np.ndarray, np.ndarray]:
+        if not isinstance(text, str):
+            raise DataError(f"{self._column} is a {type(text).__name__}; give a string")
+        if not text.strip():
+            raise DataError("the text is empty", Reason.EMPTY)
+        check_unicode(text, "the text")
+        ids = self._ids(self._ended(text), special=True)
+        return ids, np.ones(len(ids), dtype=bool)
+
+    def _plain(
+        self, prompt: Any, completion: Any, tools: Sequence[Any]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if not isinstance(prompt, str) or not isinstance(completion, str) or tools:
+            raise DataError(
+                "the row has messages or tools, but no chat template is in use; use a model that "
+                "has one with data.apply_chat_template: true, or give strings"
+            )
+        check_unicode(prompt + completion, "the row")
+        ids = self._ids(self._ended(prompt + completion), special=True)
+        return ids, self._after(self._ids(prompt, special=True), ids)
+
+    def _conversation(
+        self, messages: Messages, asked: int, tools: Sequence[dict[str, Any]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`asked` messages are the prompt; of a conversation that is all taught, none."""
+        if not any(message["role"] == "assistant" for message in messages[asked:]):
+            raise DataError("nothing is answered: no message is the assistant's", Reason.EMPTY)
+        if self._system is not None:
+            if messages[0]["role"] in ("system", "developer"):
+                raise DataError(
+                    "the row has a system message and data.system_prompt is set too; remove one"
+                )
+            messages, asked = [{"role": "system", "content": self._system}, *messages], asked + 1
+        alone = asked and all(message["role"] == "assistant" for message in messages[asked:])
+        marked = self._template_with_marks() if not (self._all or alone) else None
+        options = {"tools": [*tools] or None, "chat_template": marked}
+        text = rendered(self._tokenizer, messages, **options)
+        self._check_whole(text, messages, tools, marked)
+        check_unicode(text, "the row")
+        if marked is not None:
+            found = self._tokenizer.apply_chat_template(
+                messages, return_dict=True, return_assistant_tokens_mask=True, **options
+            )
+            ids = np.asarray(found["input_ids"], dtype=np.int32)
+            trained = np.asarray(found["assistant_masks"], dtype=bool)
+        else:
+            ids = self._ids(text, special=False)
+            trained = np.ones(len(ids), dtype=bool)
+        if asked and not self._all:
+            prompt = rendered(
+                self._tokenizer, messages[:asked], add_generation_prompt=True, **options
+            )
+            trained = trained & self._after(self._ids(prompt, special=False), ids)
+        return ids, trained
+
+    def _check_whole(
+        self, text: str, messages: Messages, tools: Sequence[Any], marked: str | None
+    ) -> None:
+        if lost := what_is_lost(text, messages):
+            raise DataError(
+                f"the chat template leaves {lost} out of an answer; use a model whose template "
+                "keeps it, or give text",
+                Reason.NOT_WHOLE,
+            )
+        if tools and text == rendered(self._tokenizer, messages, chat_template=marked):
+            raise DataError(
+                "the chat template leaves out the row's tools; use a model whose template carries "
+                "them, or remove column 'tools'",
+                Reason.NOT_WHOLE,
+            )
+
+    def _template_with_marks(self) -> str:
+        """The chat template in the form that marks what the assistant writes."""
+        if self._marked is None:
+            own = str(self._tokenizer.chat_template)
+            self._marked = own if MARKS.search(own) else _known_to_trl(self._tokenizer)
+        return self._marked
+
+    def _ids(self, text: str, special: bool) -> np.ndarray:
+        return np.asarray(tokens_of(self._tokenizer, [text], special)[0], dtype=np.int32)
+
+    def _ended(self, text: str) -> str:
+        end: str = self._tokenizer.eos_token
+        return text if text.endswith(end) else text + end
+
+    @staticmethod
+    def _after(prompt: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Which of `ids` come after what they share with the prompt; a token that spans its end is
+        the completion's."""
+        shared = min(len(prompt), len(ids))
+        same = np.equal(prompt[:shared], ids[:shared])
+        return np.arange(len(ids)) >= (shared if same.all() else int(np.argmin(same)))
+
+
+def _known_to_trl(tokenizer: Any) -> str:
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        return str(get_training_chat_template(tokenizer))
+    except ValueError as error:
+        raise NoMarks from error
+
+
+class NoMarks(DataError):
+    """The chat template does not say which tokens are answers."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's chat template does not mark what the assistant writes "
+            "({% generation %}), and TRL knows no form of it that does: mark it, give columns "
+            "prompt and completion, or set algorithm.loss_on: all"
+        )
+
+
+def _messages(value: str | list[Any], role: str, what: str) -> Messages:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return check_messages(value, what)
+
+
+def _form(rows: Rows, columns: Columns) -> tuple[Literal["messages", "completion", "text"], str]:
+    """The form of the data, and the column that it is named for: the first that is there of
+    messages, conversations, prompt and completion, text; one that the config names, at once."""
+    usual, there = Columns(), {*rows.columns}
+    if columns.messages != usual.messages or columns.messages in there:
+        require_column(rows, columns.messages, "data.messages_column")
+        return "messages", columns.messages
+    named = (columns.prompt, columns.completion) != (usual.prompt, usual.completion)
+    if named or {columns.prompt, columns.completion} <= there:
+        require_column(rows, columns.prompt, "data.prompt_column")
+        require_column(rows, columns.completion, "data.completion_column")
+        return "completion", columns.completion
+    if columns.text == usual.text and CONVERSATIONS in there:
+        require_column(rows, CONVERSATIONS, "of ShareGPT")
+        return "messages", CONVERSATIONS
+    if columns.text != usual.text or columns.text in there:
+        require_column(rows, columns.text, "data.text_column")
+        return "text", columns.text
+    raise DataError(
+        f"{rows.origin}: has no column {columns.messages!r} or {CONVERSATIONS!r}, nor "
+        f"{columns.prompt!r} with {columns.completion!r}, nor {columns.text!r}; it has "
+        f"{', '.join(rows.columns)}: name yours in data.messages_column, data.prompt_column and "
+        "data.completion_column, or data.text_column"
+    )

@@ -1,0 +1,213 @@
+"""TRL's SFTTrainer as sft jobs build it: the loss is the mean over trained tokens, whatever the rows
+are padded, packed or shared out like; a resumed run goes on to the bit; in this process, no Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from actors.models.loading import ModelError
+from actors.preference.packed import check_apart
+from actors.preference.relay import PreferenceJob
+from actors.preference.trainers import build_trainer, export_model
+from aligntune.config.load import load_config
+from aligntune.config.preference import PreferenceConfig
+from aligntune.data.dropped import Dropped
+from aligntune.data.row_tokens import RowTokens
+from aligntune.data.taught_tokens import MASKED, packed
+from aligntune.preference.trainer import _arguments
+from tests.stand_ins import REPOSITORY
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+ROWS, LONGEST = 8, 24
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """One thread, which is quicker for a model as small; transformers leaves the precision of a
+    trainer in the environment."""
+    before, threads = dict(os.environ), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def rows() -> list[tuple[list[int], list[int]]]:
+    """Ragged rows of ids and labels: a masked beginning, and a masked part in the middle."""
+    rng = random.Random(0)
+    made = []
+    for row in range(ROWS):
+        ids = [rng.randrange(10, 90) for _ in range(6 + 2 * row)]
+        asked = rng.randrange(1, 5)
+        labels = [MASKED] * asked + ids[asked:]
+        labels[-2] = MASKED if row % 2 else labels[-2]
+        made.append((ids, labels))
+    return made
+
+
+def made_of(model: Path, folder: Path, *overrides: str, steps: int = 1) -> Any:
+    """A trainer of a config with the overrides; it has its job as `job`."""
+    config = load_config(
+        {
+            "algorithm": "sft",
+            "model": {"name": str(model)},
+            "data": {"path": "d"},
+            "output_dir": "o",
+            "train": {"learning_rate": 1e-3, "scheduler": "constant"},
+        },
+        overrides,
+    )
+    assert isinstance(config, PreferenceConfig)
+    job = PreferenceJob(
+        kind="sft",
+        backend=config.backend,
+        model=config.model,
+        seed=0,
+        steps=steps,
+        arguments=_arguments(config),
+        scratch="s",
+        export=str(folder / "model"),
+        max_length=LONGEST,
+    )
+    columns = {name: [row[at] for row in rows()] for at, name in enumerate(("input_ids", "labels"))}
+    table = RowTokens(columns, Dropped(), LONGEST, [*range(ROWS)], [], [*range(ROWS)])
+    if job.arguments["padding_free"]:
+        table = packed(table, LONGEST)
+        assert len(table) < ROWS
+    trainer = build_trainer(job, pyarrow.table(dict(table.columns)), None, folder, lambda: None)
+    trainer.job = job
+    return trainer
+
+
+def mean_over_tokens(model: Path) -> tuple[float, float]:
+    """The loss of all rows, each alone in float64, and the norm of its gradient."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).double()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for ids, labels in rows():
+        logps = plain(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        for at, label in enumerate(labels[1:]):
+            if label != MASKED:
+                total, count = total - logps[at, label], count + 1
+    loss = total / count
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in plain.parameters() if p.grad is not None]).norm()
+    return loss.item(), norm.item()
+
+
+def first_step(trainer: Any) -> tuple[float, float]:
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    return entry["loss"], entry["grad_norm"]
+
+
+@pytest.mark.parametrize(
+    "shared_out",
+    [
+        ("train.pairs_per_worker=8",),
+        ("train.pairs_per_worker=2", "train.accumulation_steps=4"),
+        ("train.pairs_per_worker=8", "algorithm.packing=true"),
+        ("train.pairs_per_worker=1", "train.accumulation_steps=8", "algorithm.packing=true"),
+    ],
+    ids=["padded", "accumulated", "packed", "packed-accumulated"],
+)
+def test_the_loss_is_the_mean_over_the_trained_tokens_of_a_step(
+    tiny_model: Path, tmp_path: Path, shared_out: tuple[str, ...]
+) -> None:
+    found = first_step(made_of(tiny_model, tmp_path, "train.max_grad_norm=1e9", *shared_out))
+    assert found == pytest.approx(mean_over_tokens(tiny_model), rel=1e-5)
+
+
+@pytest.mark.long
+def test_two_workers_have_the_loss_of_one(tiny_model: Path, tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from tests.actors.preference.test_sft import first_step, made_of
+trainer = made_of(Path(sys.argv[1]), Path(sys.argv[2]), "train.pairs_per_worker=2",
+                  "train.accumulation_steps=2", "train.max_grad_norm=1e9")
+print(*first_step(trainer))
+"""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tiny_model), str(tmp_path / str(rank))],
+            env={**common, "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [worker.communicate(timeout=200)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0]
+    loss, norm = map(float, said[0].split()[-2:])
+    assert (loss, norm) == pytest.approx(mean_over_tokens(tiny_model), rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [(), ("model.lora.r=2",), ("algorithm.packing=true",)], ids=str)
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(
+    tiny_model: Path, tmp_path: Path, changes: tuple[str, ...]
+) -> None:
+    from transformers import TrainerCallback
+
+    class Saving(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_save = state.global_step == 3
+
+    def made() -> Any:
+        return made_of(tiny_model, tmp_path, "train.pairs_per_worker=2", *changes, steps=5)
+
+    whole = made()
+    whole.add_callback(Saving())
+    whole.train()
+    again = made()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert again.state.global_step == 5
+    weights = dict(whole.model.named_parameters())
+    assert all(torch.equal(weights[name], p) for name, p in again.model.named_parameters())
+
+
+def test_adapters_are_merged_into_what_is_exported(tiny_model: Path, tmp_path: Path) -> None:
+    trainer = made_of(tiny_model, tmp_path, "train.pairs_per_worker=4", "model.lora.r=2", steps=2)
+    trainer.train()
+    export_model(trainer, trainer.job, tmp_path / "scratch")
+    before, after = (load_file(f / "model.safetensors") for f in (tiny_model, tmp_path / "model"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["architectures"]
+
+
+def test_a_model_that_lets_packed_rows_see_each_other_is_refused(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    trainer = made_of(tiny_model, tmp_path, "algorithm.packing=true")
+    inner = trainer.model.get_input_embeddings()
+    mixing = inner.register_forward_hook(lambda _, __, found: found + found.cumsum(1))
+    with pytest.raises(ModelError, match="does not keep the rows of a packed sequence apart"):
+        check_apart(trainer)
+    mixing.remove()
+    check_apart(trainer)

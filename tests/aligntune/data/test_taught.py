@@ -1,0 +1,227 @@
+"""What a model is taught: every form of a row as tokens, what is trained of it, and what is shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aligntune import cli, create_rl_trainer
+from aligntune.data.dropped import RowRules
+from aligntune.data.errors import DataError
+from aligntune.data.row_tokens import RowTokens
+from aligntune.data.shown import taught_parts
+from aligntune.data.taught_tokens import MASKED, Columns, packed, tokenise_taught
+from aligntune.errors import UserError
+from tests.aligntune.data.conftest import TEMPLATE, byte_tokenizer
+from tests.aligntune.data.test_preference import Table
+
+MARKED = byte_tokenizer(
+    template="{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}</>{% endgeneration %}{% else %}{{ m.content }}</>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+UNMARKED, PLAIN = byte_tokenizer(template=TEMPLATE), byte_tokenizer(bos=True, eos=True)
+ASK, SAY = {"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}
+
+
+def taught(
+    tokenizer: Any,
+    *rows: dict[str, Any],
+    most: int = 999,
+    long_rows: Any = "drop",
+    loss_on: Any = None,
+    columns: Columns | None = None,
+    **more: Any,
+) -> RowTokens:
+    rules = RowRules("drop", long_rows, 0.9, "data.max_length")
+    columns, more = columns or Columns(), {"apply_chat_template": True, **more}
+    read = tokenise_taught(Table(*rows), tokenizer, columns=columns, loss_on=loss_on, **more)
+    return read.within(most, rules)
+
+
+def spelled(tokenizer: Any, *rows: dict[str, Any], **more: Any) -> list[str]:
+    """Rows as text, what is trained in [brackets]."""
+    made = taught(tokenizer, *rows, **more)
+    found = []
+    for ids, labels in zip(made.columns["input_ids"], made.columns["labels"], strict=True):
+        assert all(label in (MASKED, token) for token, label in zip(ids, labels, strict=True))
+        parts = taught_parts(ids, labels)
+        texts = [(part.fate, tokenizer.decode(part.ids)) for part in parts]
+        found.append("".join(f"[{t}]" if fate == "trained" else t for fate, t in texts))
+    return found
+
+
+def test_every_form_trains_its_answers_and_their_ends() -> None:
+    turns = [
+        ASK,
+        SAY,
+        {"role": "user", "content": "and 2+2"},
+        {"role": "assistant", "content": "4"},
+    ]
+    whole = "<user>1+1</><assistant>[2</>]<user>and 2+2</><assistant>[4</>]"
+    assert spelled(MARKED, {"messages": turns}) == [whole]
+    sharegpt = [
+        {"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]}
+        for m in turns
+    ]
+    assert spelled(MARKED, {"conversations": sharegpt}) == [whole]
+    one = "<user>1+1</><assistant>[2</>]"
+    assert spelled(MARKED, {"prompt": "1+1", "completion": "2"}) == [one]
+    assert spelled(MARKED, {"prompt": [ASK], "completion": [SAY]}) == [one]
+    assert spelled(MARKED, {"prompt": [ASK], "completion": turns[1:]}) == [whole]
+    assert spelled(MARKED, {"prompt": turns[:3], "completion": turns[3]}) == [
+        whole.replace("[2</>]", "2</>")
+    ]
+    assert spelled(MARKED, {"text": "plain"}) == ["p[lain<eos>]"]
+    assert spelled(MARKED, {"messages": turns}, loss_on="all") == [
+        f"<[{whole[1:].replace('[', '').replace(']', '')}]"
+    ]
+    assert spelled(MARKED, {"messages": [ASK, SAY]}, system_prompt="s") == [f"<system>s</>{one}"]
+
+
+def test_without_a_template_text_is_as_it_stands_and_ends_once() -> None:
+    assert spelled(PLAIN, {"prompt": "1+1=", "completion": "2"}) == ["<bos>1+1=[2<eos>]"]
+    assert spelled(PLAIN, {"prompt": "1+1=", "completion": "2<eos>"}) == ["<bos>1+1=[2<eos>]"]
+    assert spelled(PLAIN, {"text": "so"}) == ["<bos>[so<eos>]"]
+    asked = {"prompt": "a", "completion": "b"}
+    assert spelled(MARKED, asked, apply_chat_template=False) == ["a[b<eos>]"]
+
+
+def test_a_template_without_marks_teaches_what_follows_a_prompt_and_nothing_else() -> None:
+    assert spelled(UNMARKED, {"prompt": "1+1", "completion": "2"}) == [
+        "<user>1+1</user><assistant>[2</assistant>]"
+    ]
+    with pytest.raises(DataError, match="does not mark what the assistant writes") as refused:
+        taught(UNMARKED, {"messages": [ASK, SAY]})
+    assert "\n" not in str(refused.value)
+    assert spelled(UNMARKED, {"messages": [ASK, SAY]}, loss_on="all") == [
+        "<[user>1+1</user><assistant>2</assistant>]"
+    ]
+
+
+def test_a_template_that_trl_knows_gets_its_marks() -> None:
+    from trl.chat_template_utils import qwen2_5_chat_template
+
+    qwen = byte_tokenizer(template=qwen2_5_chat_template)
+    assert "generation %}" not in qwen2_5_chat_template
+    (text,) = spelled(qwen, {"messages": [ASK, SAY]})
+    assert text.endswith("<|im_start|>assistant\n[2<|im_end|>]\n")
+
+
+def test_rows_that_teach_nothing_are_dropped_and_counted_by_reason() -> None:
+    good = {"messages": [ASK, SAY]}
+    made = taught(
+        MARKED,
+        good,
+        good,
+        {"messages": [ASK]},
+        {"messages": []},
+        {"messages": "1+1"},
+        {"messages": [{"role": "narrator", "content": "x"}, SAY]},
+        {"messages": [ASK, {"role": "assistant", "content": "long" * 99}]},
+        most=99,
+    )
+    assert made.rows == [0, 1]
+    assert made.dropped.reasons == {"empty": 2, "unreadable": 2, "too long": 1}
+    completion = taught(
+        MARKED, {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": " "}
+    )
+    assert completion.dropped.reasons == {"empty": 1}
+    assert "row 1: the completion is empty" in completion.dropped.examples["empty"][0]
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "options", "why"),
+    [
+        ({}, {"question": "a"}, {}, "has no column 'messages' or 'conversations'"),
+        ({"completion": "answr"}, {"prompt": "a", "answer": "b"}, {}, "did you mean 'answer'"),
+        ({"messages": "chat"}, {"messages": [ASK, SAY]}, {}, "no column 'chat'"),
+        ({}, {"text": "a"}, {"loss_on": "answers"}, "does not say which they are"),
+        ({}, {"messages": [ASK, SAY]}, {"apply_chat_template": False}, "no chat template is in"),
+    ],
+)
+def test_what_fits_no_form_is_refused_by_name(
+    columns: dict[str, str], row: dict[str, Any], options: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(DataError, match=why):
+        taught(MARKED, row, columns=Columns(**columns), **options)
+
+
+def test_long_rows_are_cut_where_an_answer_is_left() -> None:
+    row, asks = {"prompt": "p", "completion": "xyz"}, {"prompt": "p" * 30, "completion": "xyz"}
+    start = spelled(MARKED, row, asks, most=24, long_rows="keep_start")
+    assert start == ["<user>p</><assistant>[xyz]"]
+    end = spelled(MARKED, row, asks, most=6, long_rows="keep_end")
+    assert end == ["[xyz</>]"[1:].replace("x", "x[", 1)] * 2
+
+
+@given(st.lists(st.integers(2, 12), min_size=1, max_size=30))
+def test_packing_loses_no_token_and_cuts_no_row(sizes: list[int]) -> None:
+    rows = [{"text": "a" * size} for size in sizes]
+    made = taught(PLAIN, *rows, most=16)
+    table = packed(made, 16)
+    found = []
+    for ids, labels, lengths in zip(*(table.columns[n].to_pylist() for n in table.columns)):  # type: ignore[attr-defined]  # noqa: B905
+        assert len(ids) <= 16
+        at = 0
+        for length in lengths:
+            found.append((ids[at : at + length], labels[at : at + length]))
+            at += length
+        assert at == len(ids)
+    wanted = zip(made.columns["input_ids"], made.columns["labels"], strict=True)
+    assert sorted(found) == sorted((ids.tolist(), labels.tolist()) for ids, labels in wanted)
+
+
+def test_the_command_shows_what_the_trainer_gets(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "chats.jsonl"
+    chats = [[ASK, SAY, {"role": "user", "content": f"{n}+1"}, SAY] for n in range(20)]
+    data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    given_: dict[str, Any] = {
+        "algorithm": "sft",
+        "model_name": str(tiny_model),
+        "dataset_name": str(data),
+        "output_dir": str(tmp_path / "run"),
+    }
+    trainer = create_rl_trainer(**given_, overrides=["algorithm.packing=true"])
+    table = trainer.inputs.table.columns  # type: ignore[union-attr]
+    trained = sum(label != MASKED for row in table["labels"].to_pylist() for label in row)
+    assert trained == 20 * 4  # a digit and the end, twice a row
+    config = {
+        "algorithm": {"name": "sft", "packing": True},
+        "model": {"name": str(tiny_model)},
+        "data": {"path": str(data)},
+        "output_dir": str(tmp_path / "run"),
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["data", str(tmp_path / "config.yaml"), "-n", "1"])
+    out = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0
+    assert out[1] == f"Used: 20 rows, packed into {len(table['input_ids'])} sequences"
+    assert out[2].startswith("Trained: 80 of ")
+    at = out.index("  given (masked, not trained), 5 tokens:")
+    assert out[at + 1].strip() == "«<|user|>»·1·+·1·«<|assistant|>»·"
+    assert out[at + 2 : at + 4] == ["  taught (trained), 2 tokens:", "    2·«<|end|>»·"]
+    assert "packed into" in trainer.summary()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["data.chosen_column=a"], "sft ignores it"),
+        (["rewards=[math]"], "sft takes no rewards"),
+        (["algorithm.packing=true", "backend=unsloth"], "does not go with backend=unsloth"),
+        (["algorithm.beta=1"], "unknown key 'algorithm.beta'"),
+        (["algorithm=dpo", "data.text_column=a"], "dpo ignores it"),
+    ],
+)
+def test_settings_that_sft_would_ignore_are_refused(overrides: list[str], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        create_rl_trainer(algorithm="sft", model_name="m", dataset_name="d", overrides=overrides)
