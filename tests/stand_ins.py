@@ -19,6 +19,7 @@ REWARD_MODELS = ("Skywork/Skywork-Reward-V2-Qwen3-0.6B", "models/reward")
 QUESTIONS = ("openai/gsm8k", "data/gsm8k")
 CHATS = ("trl-lib/ultrafeedback-prompt", "data/chats")
 PAIRS = ("trl-lib/ultrafeedback_binarized", "data/pairs")
+CONVERSATIONS = ("trl-lib/Capybara", "data/conversations")
 
 AGENT_MODELS = ("Qwen/Qwen3-0.6B", "models/agent")  # whose template carries tools
 SUMS, SECRETS = "data/sums", "data/secrets"
@@ -76,6 +77,10 @@ def write_stand_ins(root: Path, tiny_model: Path) -> None:
             _write_rows(root / name / f"{split}.jsonl", pairs)
     for name in ("pairs", "eval_pairs"):  # what the quickstart leaves beside its model
         _write_rows(root / "runs/quickstart/assets" / f"{name}.jsonl", pairs)
+
+    for name in CONVERSATIONS:
+        for split in ("train", "test"):
+            _write_rows(root / name / f"{split}.jsonl", [{"messages": p["chosen"]} for p in pairs])
 
     for name in AGENT_MODELS:
         write_agent_model(root / name)

@@ -248,7 +248,11 @@ class _Reader:
         check_unicode(text, "the row")
         if marked is not None:
             found = self._tokenizer.apply_chat_template(
-                messages, return_dict=True, return_assistant_tokens_mask=True, **options
+                messages,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"verbose": False},  # a row over the limit is told by us
+                **options,
             )
             ids = np.asarray(found["input_ids"], dtype=np.int32)
             trained = np.asarray(found["assistant_masks"], dtype=bool)

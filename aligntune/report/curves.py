@@ -77,6 +77,16 @@ LEARNING = (
         share=True,
     ),
     _chart(
+        "Token accuracy",
+        "share",
+        (
+            ("policy/token_accuracy", "training"),
+            ("eval/policy/token_accuracy", "held-out"),
+        ),
+        "Share of trained tokens that the model finds likeliest, in supervised warm-up.",
+        share=True,
+    ),
+    _chart(
         "Margin",
         "reward",
         (("reward/margin", "training"), ("eval/reward/margin", "held-out")),

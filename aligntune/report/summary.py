@@ -19,7 +19,11 @@ LESSONS = ("eval/reward/", "eval/loss", "eval/completions/length_mean")
 """What is told of the evaluations, by the beginning of its name."""
 
 
-MAIN = {"eval/reward/mean": "Held-out reward", "eval/reward/accuracy": "Held-out accuracy"}
+MAIN = {
+    "eval/reward/mean": "Held-out reward",
+    "eval/reward/accuracy": "Held-out accuracy",
+    "eval/policy/token_accuracy": "Held-out token accuracy",
+}
 """The figure that says whether a run has learned, and what people call it."""
 
 

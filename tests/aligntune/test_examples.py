@@ -102,7 +102,9 @@ def test_the_commands_in_a_yaml_example_dry_run(
         assert ended.value.code == 0, shown.err
         assert f"name: {path.stem}" in shown.out
         preference = path.stem in ALGORITHMS
-        assert (" 16 of 16 pairs, longest " if preference else " prompts, longest ") in shown.out
+        things = "rows" if path.stem == "sft" else "pairs"
+        wanted = f" 16 of 16 {things}, longest " if preference else " prompts, longest "
+        assert wanted in shown.out
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)

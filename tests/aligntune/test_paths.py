@@ -92,11 +92,12 @@ def relative_names(value: Any, keys: dict[str, str]) -> set[str]:
     return set(keys.values()) & set(strings(value))
 
 
-@pytest.mark.parametrize("algorithm", ["dpo", "reward_model"])
+@pytest.mark.parametrize("algorithm", ["dpo", "reward_model", "sft"])
 def test_a_preference_job_names_every_folder_absolutely(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
 ) -> None:
-    config = load_config(tree(PREFERENCE, algorithm))
+    columns = ["data.completion_column=chosen"] if algorithm == "sft" else []
+    config = load_config(tree(PREFERENCE, algorithm), columns)
     assert isinstance(config, PreferenceConfig)
     trainer = PreferenceTrainer(config)
     rundir = trainer.check()

@@ -26,8 +26,10 @@ PROMPTS = (
 COMMANDS = {
     "dpo": f"--algorithm dpo {PAIRS} checkpoint.storage=kept",
     "reward_model": f"--algorithm reward_model {PAIRS}",
+    "sft": f"--algorithm sft data.completion_column=chosen algorithm.packing=true {PAIRS}",
     "grpo": f"--algorithm grpo --reward own:digits {PROMPTS}",
 }
+LONG = ("dpo", "sft", "grpo")
 
 
 @pytest.fixture
@@ -70,7 +72,10 @@ def train(folder: Path, kind: str, address: str | None) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    ["reward_model", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("dpo", "grpo"))],
+    [
+        "reward_model",
+        *(pytest.param(kind, marks=pytest.mark.long) for kind in ("dpo", "sft", "grpo")),
+    ],
 )
 def test_relative_names_with_a_given_head(ray_session: None, folder: Path, kind: str) -> None:
     import ray

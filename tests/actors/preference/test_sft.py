@@ -1,5 +1,5 @@
-"""TRL's SFTTrainer as sft jobs build it: the loss is the mean over trained tokens, whatever the rows
-are padded, packed or shared out like; a resumed run goes on to the bit; in this process, no Ray."""
+"""TRL's SFTTrainer as sft jobs build it: the loss is the mean over trained tokens, however rows are
+padded, packed or shared out; a resumed run goes on to the bit; in this process, without Ray."""
 
 from __future__ import annotations
 

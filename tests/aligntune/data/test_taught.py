@@ -1,4 +1,4 @@
-"""What a model is taught: every form of a row as tokens, what is trained of it, and what is shown."""
+"""What a model is taught: every form of a row as tokens, what is trained of it, what is shown."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_template_that_trl_knows_gets_its_marks() -> None:
     qwen = byte_tokenizer(template=qwen2_5_chat_template)
     assert "generation %}" not in qwen2_5_chat_template
     (text,) = spelled(qwen, {"messages": [ASK, SAY]})
-    assert text.endswith("<|im_start|>assistant\n[2<|im_end|>]\n")
+    assert text.endswith("<|im_start|>assistant[\n2<|im_end|>\n]")  # the marks are TRL's
 
 
 def test_rows_that_teach_nothing_are_dropped_and_counted_by_reason() -> None:
