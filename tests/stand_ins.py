@@ -14,7 +14,12 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 
-MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "models/qwen", "runs/quickstart/assets/model")
+MODELS = (
+    "Qwen/Qwen2.5-0.5B-Instruct",
+    "Qwen/Qwen2.5-0.5B",
+    "models/qwen",
+    "runs/quickstart/assets/model",
+)
 REWARD_MODELS = ("Skywork/Skywork-Reward-V2-Qwen3-0.6B", "models/reward")
 QUESTIONS = ("openai/gsm8k", "data/gsm8k")
 CHATS = ("trl-lib/ultrafeedback-prompt", "data/chats")
