@@ -81,7 +81,8 @@ def write_stand_ins(root: Path, tiny_model: Path) -> None:
         for split in ("train", "test"):
             _write_rows(root / name / f"{split}.jsonl", pairs)
     for name in ("pairs", "eval_pairs"):  # what the quickstart leaves beside its model
-        _write_rows(root / "runs/quickstart/assets" / f"{name}.jsonl", pairs)
+        plain = [{"prompt": f"{i}+1", "chosen": f"{i + 1}", "rejected": f"{i}"} for i in range(16)]
+        _write_rows(root / "runs/quickstart/assets" / f"{name}.jsonl", plain)
 
     for name in CONVERSATIONS:
         for split in ("train", "test"):

@@ -1,5 +1,5 @@
-"""The whole way by commands alone, from a folder of the user's: supervised warm-up, a reward model of
-the warmed-up one, and PPO of it under that reward model."""
+"""The whole way by commands alone, from a folder of the user's: supervised warm-up, a reward model
+of what it left, and PPO of the same under that reward model."""
 
 from __future__ import annotations
 

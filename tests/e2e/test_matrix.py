@@ -19,7 +19,7 @@ from tests.e2e.conftest import read
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ONLINE = ("ppo", "grpo", "gspo", "dapo", "drgrpo")
-PREFERENCE = ("dpo", "reward_model")
+PREFERENCE = ("dpo", "reward_model", "sft")
 BACKENDS = ("trl", "unsloth")
 REFUSED = {("gspo", "unsloth"), ("reward_model", "unsloth")}
 IN_EVERY_RUN = {("dpo", "unsloth"), ("grpo", "unsloth")}  # test_page_examples.py has other cells
@@ -66,6 +66,8 @@ def arguments(
             "learning_rate": 1e-3,
             "overrides": ["tracking.trackers=[]"],
         }
+        if algorithm == "sft":
+            given["overrides"].append("data.completion_column=chosen")
         if not online:
             return given
         if algorithm == "ppo":

@@ -74,7 +74,7 @@ def train(folder: Path, kind: str, address: str | None) -> None:
     "kind",
     [
         "reward_model",
-        *(pytest.param(kind, marks=pytest.mark.long) for kind in ("dpo", "sft", "grpo")),
+        *(pytest.param(kind, marks=pytest.mark.long) for kind in LONG),
     ],
 )
 def test_relative_names_with_a_given_head(ray_session: None, folder: Path, kind: str) -> None:
