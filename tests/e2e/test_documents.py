@@ -191,7 +191,7 @@ def test_every_command_is_right(
             code = call(["train", *arguments, *LOCAL, "--dry-run"])
             shown = capsys.readouterr()
             assert code == 0, shown.err
-            assert re.search(r" (prompts|pairs), longest ", shown.out)
+            assert re.search(r" (prompts|pairs|rows), longest ", shown.out)
         case ["source", path]:
             assert path == ".venv/bin/activate"
             assert "\nvenv=.venv\n" in text_of("scripts/install.sh")

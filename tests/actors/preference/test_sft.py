@@ -191,6 +191,39 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(
     assert all(torch.equal(weights[name], p) for name, p in again.model.named_parameters())
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("lora", [(), ("model.lora.r=2",)], ids=["whole", "lora"])
+def test_unsloth_starts_from_the_same_loss_and_moves_all_that_is_trained(
+    tiny_model: Path, tmp_path: Path, lora: tuple[str, ...]
+) -> None:
+    """In a process of its own, which Unsloth patches for good."""
+    script = """
+import sys
+from pathlib import Path
+from actors.models.unsloth import import_unsloth
+import_unsloth()
+from tests.actors.preference.test_sft import first_step, made_of
+trainer = made_of(Path(sys.argv[1]), Path(sys.argv[2]), "train.pairs_per_worker=8",
+                  "backend=unsloth", *sys.argv[3:], steps=2)
+before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+print("first", first_step(trainer)[0])
+print("moved", all(bool((p != before[n]).any()) for n, p in trainer.model.named_parameters()
+                   if n in before), flush=True)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_model), str(tmp_path), *lora],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=REPOSITORY,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "moved True" in ran.stdout
+    first = float(ran.stdout.rpartition("first ")[2].split()[0])
+    assert first == pytest.approx(mean_over_tokens(tiny_model)[0], rel=1e-5)
+
+
 def test_adapters_are_merged_into_what_is_exported(tiny_model: Path, tmp_path: Path) -> None:
     trainer = made_of(tiny_model, tmp_path, "train.pairs_per_worker=4", "model.lora.r=2", steps=2)
     trainer.train()
