@@ -244,7 +244,18 @@ class _Reader:
         marked = self._template_with_marks() if not (self._all or alone) else None
         options = {"tools": [*tools] or None, "chat_template": marked}
         text = rendered(self._tokenizer, messages, **options)
-        self._check_whole(text, messages, tools, marked)
+        if lost := what_is_lost(text, messages if self._all else messages[asked:]):
+            raise DataError(
+                f"the chat template leaves {lost} out of an answer; use a model whose template "
+                "keeps it, or give text",
+                Reason.NOT_WHOLE,
+            )
+        if tools and text == rendered(self._tokenizer, messages, chat_template=marked):
+            raise DataError(
+                "the chat template leaves out the row's tools; use a model whose template carries "
+                "them, or remove column 'tools'",
+                Reason.NOT_WHOLE,
+            )
         check_unicode(text, "the row")
         if marked is not None:
             found = self._tokenizer.apply_chat_template(
@@ -265,22 +276,6 @@ class _Reader:
             )
             trained = trained & self._after(self._ids(prompt, special=False), ids)
         return ids, trained
-
-    def _check_whole(
-        self, text: str, messages: Messages, tools: Sequence[Any], marked: str | None
-    ) -> None:
-        if lost := what_is_lost(text, messages):
-            raise DataError(
-                f"the chat template leaves {lost} out of an answer; use a model whose template "
-                "keeps it, or give text",
-                Reason.NOT_WHOLE,
-            )
-        if tools and text == rendered(self._tokenizer, messages, chat_template=marked):
-            raise DataError(
-                "the chat template leaves out the row's tools; use a model whose template carries "
-                "them, or remove column 'tools'",
-                Reason.NOT_WHOLE,
-            )
 
     def _template_with_marks(self) -> str:
         """The chat template in the form that marks what the assistant writes."""
