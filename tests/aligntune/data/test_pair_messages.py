@@ -8,8 +8,9 @@ import pytest
 
 from aligntune.data.dropped import RowRules
 from aligntune.data.errors import DataError
-from aligntune.data.pair_tokens import PairTokens, tokenise_pairs
+from aligntune.data.pair_tokens import tokenise_pairs
 from aligntune.data.pairs import Pair, to_pair
+from aligntune.data.row_tokens import RowTokens
 from tests.aligntune.data.conftest import byte_tokenizer
 from tests.aligntune.data.test_messages import TOOLS, USER, called, tool
 from tests.aligntune.data.test_preference import COLUMNS, Table, assistant, row, user
@@ -23,7 +24,7 @@ DROPS_THINKING = byte_tokenizer(
 
 def tokens(
     tokenizer: Any, kind: Literal["dpo", "reward_model"], *rows: Any, **rules: Any
-) -> PairTokens:
+) -> RowTokens:
     template = rules.pop("apply_chat_template", True)
     given = {"bad_rows": "error", "long_rows": "error", "max_dropped_fraction": 1.0} | rules
     read = tokenise_pairs(Table(*rows), tokenizer, kind, **COLUMNS, apply_chat_template=template)
