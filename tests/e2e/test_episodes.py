@@ -62,6 +62,7 @@ def playing(
     return tree
 
 
+@pytest.mark.timeout(600)  # three runs
 def test_a_run_of_episodes_killed_and_resumed_is_bit_identical(
     playing: dict[str, Any], tmp_path: Path, launch: Callable[..., Run]
 ) -> None:
