@@ -278,8 +278,12 @@ class OnlineTrainer:
         asked = totals(requests)
         cluster = self.config.cluster
         try:
-            modules = imports.of_online(self.config)
-            with session(cluster, cpus=asked["CPU"], gpus=asked["GPU"], imports=modules) as address:
+            with session(
+                cluster,
+                cpus=asked["CPU"],
+                gpus=asked["GPU"],
+                imports=imports.of_online(self.config),
+            ) as address:
                 stage(ray_runs(address))
                 with reserve(
                     requests,
