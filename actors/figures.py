@@ -24,14 +24,25 @@ class Tally:
         self.sums: dict[str, tuple[float, str]] = {}
         self.maxima: dict[str, float] = {}
 
-    def add(self, terms: LossTerms) -> None:
-        """Take in one micro-batch."""
-        self.loss += float(terms.loss.detach())
-        for name, (value, count) in terms.sums.items():
+    def add(self, terms: LossTerms) -> float:
+        """Take in one micro-batch, whose figures leave the device together; returns its loss."""
+        of_sums = [value for value, _ in terms.sums.values()]
+        loss, *others = numbers([terms.loss, *of_sums, *terms.maxima.values()])
+        self.loss += loss
+        for (name, (_, count)), value in zip(terms.sums.items(), others, strict=False):
             known, _ = self.sums.get(name, (0.0, count))
-            self.sums[name] = (known + float(value.detach()), count)
-        for name, peak in terms.maxima.items():
-            self.maxima[name] = max(self.maxima.get(name, -math.inf), float(peak.detach()))
+            self.sums[name] = (known + value, count)
+        for name, peak in zip(terms.maxima, others[len(of_sums) :], strict=True):
+            self.maxima[name] = max(self.maxima.get(name, -math.inf), peak)
+        return loss
+
+
+def numbers(scalars: Sequence[torch.Tensor]) -> list[float]:
+    """Tensors of one number each as numbers: one copy from the device, so one wait for it."""
+    found: list[float] = torch.stack(
+        [one.detach().double().reshape(()) for one in scalars]
+    ).tolist()
+    return found
 
 
 def join(ranks: Sequence[Tally], counts: Counts) -> dict[str, float]:

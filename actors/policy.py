@@ -23,6 +23,7 @@ from actors.messages import (
     last_rows,
     sum_rows,
 )
+from actors.models.fused import fuse_norms
 from actors.models.loading import load_causal_lm
 from actors.models.logprobs import (
     LogProbModel,
@@ -36,6 +37,7 @@ from actors.packing import longest
 from actors.padding import Padding
 from actors.ranks import TrainedRank
 from actors.specs import ModelSpec, PolicySpec
+from actors.strategies.process_group import own_device
 from actors.transfer.base import Exported
 from actors.transfer.bundle import WeightBundle
 from actors.transfer.delta import Exports, WeightDelta
@@ -69,7 +71,10 @@ class PolicyActor(TrainedRank):
 
     def _causal_lm(self) -> Any:
         """The model that is trained, with adapters where the settings ask for them."""
-        return load_causal_lm(self._model_spec, lora=self._model_spec.lora is not None)
+        model = load_causal_lm(self._model_spec, lora=self._model_spec.lora is not None)
+        if own_device().type == "cuda":
+            fuse_norms(model)
+        return model
 
     def _backend(self) -> str:
         """What loads and steps the model, with its version."""

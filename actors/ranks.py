@@ -348,13 +348,12 @@ class TrainedRank(Alive):
             if rows:
                 batch = self._batch(job, rows, chunks, minibatch.counts, groups)
                 terms = job.loss(batch)
-                if not math.isfinite(float(terms.loss.detach())):
+                self._strategy.backward(terms.loss, last=index == last)
+                # Only now is the device waited for: it has the backward pass to do meanwhile.
+                if not math.isfinite(tally.add(terms)):
                     trouble.append(describe(terms, batch, rows, groups, self._rank))
-                tally.add(terms)
-                loss = terms.loss
             else:  # other ranks have more micro-batches: keep in step with them
-                loss = self._idle_pass(job, chunks)
-            self._strategy.backward(loss, last=index == last)
+                self._strategy.backward(self._idle_pass(job, chunks), last=index == last)
             self.done += 1
         # All ranks hear of trouble, so none waits for one that has given up.
         tallies, troubles = zip(*self._strategy.gather((tally, trouble)), strict=True)

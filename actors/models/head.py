@@ -2,14 +2,17 @@
 
 A piece of logits is all the memory that this takes, forwards and backwards: the logits become
 probabilities, and the probabilities become the gradient. Entropy costs no second piece, and its
-gradient is made only where a loss asks for one.
+gradient is made only where a loss asks for one. On a GPU, Triton's kernels do the same in two
+passes over the piece, in the dtype that it was computed in (head_kernels.py).
 
 Shapes: n rows of the piece, V vocabulary.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,6 +29,11 @@ def chosen(
 
     `logits` are used up: they belong to nobody else, and nothing may read them afterwards.
     """
+    if logits.is_cuda and logits.dtype != torch.float64 and _has_triton():
+        if not logits.is_contiguous():
+            logits = logits.contiguous()
+        fused: tuple[torch.Tensor, torch.Tensor] = _ChosenOnGpu.apply(logits, targets, factor)
+        return fused
     if torch.is_grad_enabled() and logits.requires_grad:
         found: tuple[torch.Tensor, torch.Tensor] = _Chosen.apply(logits, targets, factor)
         return found
@@ -65,6 +73,44 @@ class _Chosen(torch.autograd.Function):
                 p[rows].mul_(-(flow + spread * entropy)[rows, None]).add_(own)
         p.scatter_add_(-1, targets[:, None], flow[:, None])
         return p.to(ctx.dtype), None, None
+
+
+class _ChosenOnGpu(torch.autograd.Function):
+    """As `_Chosen`. The entropy comes with the log-probs, whether it is wanted or not."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, factor: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from actors.models.head_kernels import read
+
+        logp, entropy, norm = read(logits, targets, factor)
+        ctx.save_for_backward(logits, targets, norm, entropy)
+        ctx.factor, ctx.spent = factor, False
+        ctx.set_materialize_grads(False)
+        return logp, entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, of_logp: torch.Tensor | None, of_entropy: torch.Tensor | None
+    ) -> tuple[torch.Tensor, None, None]:
+        from actors.models.head_kernels import write_gradient
+
+        if ctx.spent:
+            raise RuntimeError("log-probs have one backward pass: it uses their memory up")
+        ctx.spent = True
+        logits, targets, norm, entropy = ctx.saved_tensors
+        flow, spread = (
+            torch.zeros_like(norm) if flow is None else (flow * ctx.factor).float().contiguous()
+            for flow in (of_logp, of_entropy)
+        )
+        write_gradient(logits, targets, norm, entropy, flow, spread, ctx.factor)
+        return logits, None, None
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _read(

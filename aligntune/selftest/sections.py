@@ -244,7 +244,7 @@ def run(folder: Path) -> Figures:
     from aligntune.quickstart.run import run_quickstart
 
     began = time.perf_counter()
-    overrides = ["train.steps=2", "model.dtype=bfloat16", "train.groups_per_step=4"]
+    overrides = ["train.steps=2", "model.dtype=bfloat16"]
     result = run_quickstart("grpo", folder / "quickstart", overrides=overrides)
     return {"seconds": time.perf_counter() - began, "engine": result["engine"]}
 

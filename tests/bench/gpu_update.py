@@ -1,23 +1,23 @@
 """A policy update on one GPU: tokens/s, MFU and memory of each choice, and where the time goes.
 
 Qwen2.5 shapes of random weights in bfloat16, ragged rows, one GRPO step a time. The choices are
-padding or packing, a chunked head or whole logits, checkpointing or none; each is a process of its
-own, so that a peak is its own. MFU is of a bfloat16 product measured in the same call.
+padding or packing, a chunked head or whole logits, checkpointing or none, and what is fused; all
+are of one rank, one after the other. MFU is of a bfloat16 product measured in the same call.
 
     python -m tests.bench gpu_update        also as: make bench NAME=gpu_update
-    python -m tests.bench.gpu_update CASE SIZE FOLDER [profile]     one case, JSON on the last line
+    python -m tests.bench.gpu_update CASE,CASE SIZE FOLDER [profile]        JSON on the last line
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,17 @@ SIZES: dict[str, dict[str, int]] = {
     }.items()
 }
 PROMPT, ROWS, LONGEST, BUDGET = 256, 32, 3840, 8192
-CASES: dict[str, dict[str, Any]] = {
-    "packed": {},
-    "padded": {"packing": False},
-    "dense": {"packing": True, "dense": True},  # packed under SDPA's mask, as it was
-    "masked": {"packing": False, "masked": True},  # padded under a dense mask, as it was
-    "whole_logits": {"tokens_per_chunk": BUDGET},
-    "checkpointing": {"checkpointing": True},
+CASES = {
+    "packed": "as it runs: packed rows, attention by variable length, fused head and norms",
+    "plain_norms": "the same with the model's own norms",
+    "plain_head": "the same with the head's plain operations",
+    "plain": "the same with neither",
+    "padded": "padded rows, causal attention without a mask",
+    "masked": "padded rows under a dense mask",
+    "dense": "packed rows under SDPA's dense mask",
+    "whole_logits": "as it runs, all logits of a micro-batch at once",
+    "checkpointing": "as it runs, with gradient checkpointing",
+    "compiled": "as it runs, each layer through torch.compile",
 }
 LIMIT_S = 300
 
@@ -50,25 +54,20 @@ def small() -> dict[str, Any]:
     import torch
 
     on_gpu = torch.cuda.is_available()
-    return {"rows": ROWS, "longest": LONGEST} if on_gpu else {"rows": 16, "longest": 96}
+    return {"rows": ROWS, "longest": LONGEST} if on_gpu else {"rows": 8, "longest": 48}
 
 
-def one(case: str, size: str, folder: str, profiled: bool = False) -> dict[str, Any]:
-    """The figures of one case."""
+def several(cases: Sequence[str], size: str, folder: str, profiled: bool) -> dict[str, Any]:
+    """The figures of each case, by name, of one rank whose ways are changed between them."""
     import torch
 
     from aligntune.selftest import work
-    from aligntune.selftest.sections import ready
 
     chosen, limits = SIZES[size], small()
     path = Path(folder) / size
     if not (path / "config.json").is_file():
         work.make_model(path, chosen, spread=0.02)
-    options = dict(CASES[case])
-    dense, masked = options.pop("dense", False), options.pop("masked", False)
-    model = {"gradient_checkpointing": options.pop("checkpointing", False)}
-    with_mask(dense, masked)
-    rank = work.started(path, model=model, tokens_per_microbatch=BUDGET, **options)
+    rank = work.started(path, tokens_per_microbatch=BUDGET)
     lengths = work.ragged(limits["rows"], limits["longest"] // 3, limits["longest"])
     prompt = min(PROMPT, limits["longest"] // 4)
     groups = [
@@ -76,44 +75,96 @@ def one(case: str, size: str, folder: str, profiled: bool = False) -> dict[str, 
         for index in range(limits["rows"] // 8)
     ]
     rows = [prompt + length for length in lengths]
+    parameters = sum(p.numel() for p in rank._strategy.model.parameters())
+    work_of_all = work.flops_of(parameters, chosen["layers"], chosen["hidden"], rows)
+    found: dict[str, Any] = {}
+    for case in cases:
+        try:
+            with as_in(case, rank):
+                found[case] = timed(rank, lambda step: work.job_of(groups, step), profiled)
+        except (RuntimeError, ValueError, TypeError) as error:  # the others are measured still
+            found[case] = {"error": f"{type(error).__name__}: {error}"[:600]}
+            continue
+        best = found[case]["seconds"]
+        found[case] |= {"tokens_s": sum(rows) / best, "tflops": work_of_all / best / 1e12}
+        profiled = False
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return found | {"tokens": sum(rows), "parameters": parameters, "attention": rank._attention}
+
+
+def timed(rank: Any, job: Any, profiled: bool) -> dict[str, Any]:
+    """The best of three updates after one that does not count, and their peak."""
+    import torch
+
+    from aligntune.selftest.sections import ready
+
     on_gpu = torch.cuda.is_available()
-    took = []
+    took, figures = [], {}
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    figures: dict[str, float] = {}
     for step in range(1, 5):
         ready()
         began = time.perf_counter()
-        figures = rank.update(work.job_of(groups, step)).metrics
+        figures = rank.update(job(step)).metrics
         ready()
         took.append(time.perf_counter() - began)
-    parameters = sum(p.numel() for p in rank._strategy.model.parameters())
-    best = min(took[1:])
-    found = {
-        "attention": rank._attention,
-        "tokens": sum(rows),
-        "seconds": best,
+    return {
+        "seconds": min(took[1:]),
         "first_s": took[0],
-        "tokens_s": sum(rows) / best,
-        "tflops": work.flops_of(parameters, chosen["layers"], chosen["hidden"], rows) / best / 1e12,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
         "loss": figures["loss/total"],
         "grad_norm": figures["policy/grad_norm"],
+        **(profile(lambda: rank.update(job(5))) if profiled else {}),
     }
-    if profiled:
-        found |= profile(lambda: rank.update(work.job_of(groups, 5)))
-    return found
 
 
-def with_mask(dense: bool, masked: bool) -> None:
-    """Have attention be as it was before there was any by variable length, to compare with."""
+@contextmanager
+def as_in(case: str, rank: Any) -> Iterator[None]:
+    """A rank's ways as a case has them; as they were afterwards, but for `compiled`."""
+    import actors.models.fused as fused
+    import actors.models.head as head
     import actors.models.logprobs as logprobs
-    import actors.ranks as ranks
 
-    if masked:
-        logprobs.causal_alone = lambda model: False  # type: ignore[assignment]
-    if dense:
-        ranks.settle = lambda *given: (True, "packed rows, sdpa with a dense mask")
+    spec, model = rank._spec, rank._strategy.model
+    causal, chunk = model.unwrapped, model.tokens_per_chunk
+    attention = causal.config._attn_implementation
+    kept = fused.rms_norm, head._has_triton, logprobs.causal_alone
+    if case in ("plain_norms", "plain"):
+        fused.rms_norm = plain_norm  # type: ignore[assignment]
+    if case in ("plain_head", "plain"):
+        head._has_triton = lambda: False  # type: ignore[assignment]
+    if case in ("padded", "masked"):
+        rank._spec = spec.model_copy(update={"packing": False})
+    if case == "masked":
+        logprobs.causal_alone = lambda model: False
+    if case == "dense":
+        rank._spec = spec.model_copy(update={"packing": True})
+        causal.set_attn_implementation("sdpa")
+    if case == "whole_logits":
+        model.tokens_per_chunk = BUDGET
+    if case == "checkpointing":
+        causal.gradient_checkpointing_enable({"use_reentrant": False})
+    if case == "compiled":
+        for layer in causal.base_model.layers:
+            layer.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        rank._spec, model.tokens_per_chunk = spec, chunk
+        causal.set_attn_implementation(attention)
+        if case == "checkpointing":
+            causal.gradient_checkpointing_disable()
+        fused.rms_norm, head._has_triton, logprobs.causal_alone = kept
+
+
+def plain_norm(hidden: Any, shape: Any, weight: Any, epsilon: float) -> Any:
+    """As transformers' Qwen2 has it."""
+    import torch
+
+    wide = hidden.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * wide.to(hidden.dtype)
 
 
 def profile(work: Any) -> dict[str, Any]:
@@ -322,27 +373,26 @@ def measure() -> Measured:
     figures: dict[str, float] = {}
     details: dict[str, Any] = {"ceilings": launch("ceilings")}
     top = details["ceilings"].get("tflops", math.nan)
-    with tempfile.TemporaryDirectory(prefix="bench-gpu-", dir=os.environ.get("TMPDIR")) as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
         for size, cases in {"1.5B": tuple(CASES), "0.5B": ("packed", "padded")}.items():
+            answer = launch(",".join(cases), size, folder, limit_s=600)
+            details[size] = answer
             for case in cases:
-                found = launch(case, size, folder)
-                details[f"{size}/{case}"] = found
-                if "error" in found:
-                    continue
-                name = f"{size}/{case}"
-                figures |= {
-                    f"{name}/tokens_s": found["tokens_s"],
-                    f"{name}/mfu": found["tflops"] / top,
-                    f"{name}/product_over_update": top / found["tflops"],
-                    f"{name}/peak_gib": found["peak_gib"],
-                }
+                found = answer.get(case, {})
+                if "seconds" in found:
+                    figures |= {
+                        f"{size}/{case}/tokens_s": found["tokens_s"],
+                        f"{size}/{case}/mfu": found["tflops"] / top,
+                        f"{size}/{case}/product_over_update": top / found["tflops"],
+                        f"{size}/{case}/peak_gib": found["peak_gib"],
+                    }
     figures["matmul_tflops"] = top
     targets = (Target("1.5B/packed/product_over_update", 2.5),)
     return Measured(figures, targets, details)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """One case, by name."""
+    """What is named."""
     case, *rest = arguments
     if case == "ceilings":
         found = ceilings()
@@ -351,7 +401,7 @@ def main(arguments: Sequence[str]) -> None:
     elif case == "shared":
         found = shared_prompts(float(rest[0]))
     else:
-        found = one(case, rest[0], rest[1], profiled="profile" in rest)
+        found = several(case.split(","), rest[0], rest[1], profiled="profile" in rest)
     print(json.dumps(found))
 
 
