@@ -214,7 +214,7 @@ class Campaign:
 
     def _nothing_is_left(self) -> None:
         """Wait for the processes of a run that has ended. Raises TimeoutError with those left."""
-        _, left = psutil.wait_procs(list(self.seen.values()), timeout=60)
+        _, left = psutil.wait_procs(list(self.seen.values()), timeout=120)
         self.seen.clear()
         if left:
             raise TimeoutError(f"left behind: {', '.join(f'{p.pid} {p.name()}' for p in left)}")
