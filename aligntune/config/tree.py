@@ -60,6 +60,7 @@ SHORT_FORMS = {
     "policy.strategy": "name",
     "critic.strategy": "name",
     "rollout.engine": "name",
+    "rollout.weight_sync": "name",
     "rewards.*": "function",
 }
 
