@@ -164,8 +164,8 @@ def _evaluated(summary: Summary) -> str:
 
 
 def _own(row: Mapping[str, Any], name: str) -> str:
-    """A figure of a run's own evaluation; the mean reward with an interval that is never too
-    narrow: the spread of single completions over the number of prompts."""
+    """A figure of a run's own evaluation; the mean reward with a normal interval, from the
+    spread of single completions over the number of prompts; too narrow where prompts are few."""
     value, spread, prompts = row.get(name), row.get("eval/reward/std"), row.get("eval/prompts")
     if not isinstance(value, int | float):
         return "-"

@@ -153,7 +153,7 @@ def test_chunked_log_probs_are_the_whole_ones_and_never_hold_the_logits(tmp_path
     assert peaks[1] > whole
 
 
-def test_a_resumed_policy_goes_on_bit_for_bit(
+def test_a_resumed_policy_has_the_same_weights_and_nearly_the_same_next_gradient(
     folder: Path, groups: list[GroupTensors], tmp_path: Path
 ) -> None:
     def weights(actor: PolicyActor) -> dict[str, np.ndarray]:
