@@ -100,17 +100,13 @@ def _dpo(
     from trl import DPOConfig, DPOTrainer
     from trl.models import prepare_deepspeed
 
-    class Trainer(DPOTrainer):
+    class Trainer(_EndsWithItsSteps, DPOTrainer):
         """DPOTrainer on tokens, with reference log-probs of its own where none are kept."""
 
         _precompute_engine: Any
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
-
-        def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-            if not _is_finished(self):
-                super()._run_epoch(*args, **kwargs)
 
         def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
             """`dataset` with the reference's log-probs, on every rank.
@@ -158,9 +154,15 @@ def _dpo(
     )
 
 
-def _is_finished(trainer: Any) -> bool:
-    """Whether the checkpoint that was resumed has all the steps; transformers would train one."""
-    return bool(trainer.state.global_step >= trainer.state.max_steps)
+class _EndsWithItsSteps:
+    """Before a trainer among the bases: where the checkpoint that is resumed has all the steps,
+    nothing is trained; transformers alone would train one more."""
+
+    state: Any
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
 
 def _give_float_logits(model: Any) -> None:
@@ -216,12 +218,8 @@ def _reward_model(
 
     from actors.models.reward import new_reward_model
 
-    class Trainer(RewardTrainer):
+    class Trainer(_EndsWithItsSteps, RewardTrainer):
         """RewardTrainer that does not go on from its last step."""
-
-        def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-            if not _is_finished(self):
-                super()._run_epoch(*args, **kwargs)
 
     spec = job.model if job.trained is None else _renamed_model(job)
     lora = None
@@ -258,12 +256,8 @@ def _sft(
 ) -> Any:
     from trl import SFTConfig, SFTTrainer
 
-    class Trainer(SFTTrainer):
+    class Trainer(_EndsWithItsSteps, SFTTrainer):
         """SFTTrainer that does not go on from its last step."""
-
-        def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-            if not _is_finished(self):
-                super()._run_epoch(*args, **kwargs)
 
     model = _taught_model(job)
     _give_float_logits(model)
