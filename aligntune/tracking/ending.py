@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,11 +50,20 @@ def what_next(output_dir: Path, model: Path) -> list[str]:
     folder, name = (shlex.quote(_short(path)) for path in (output_dir, model))
     printed = output_dir / "logs" / "reward.log"  # by rewards, tools and environments
     wrote = printed.is_file() and printed.stat().st_size > 0
+    samples = (output_dir / "samples.jsonl").is_file()  # jobs on pairs or texts write none
+    look = f"answers:    aligntune samples {folder} --worst"
     return [
         *([f"printed:    {_short(printed)} (what reward functions wrote)"] if wrote else []),
-        f"answers:    aligntune samples {folder} --worst",
-        f"talk to it: aligntune chat {name}",
+        look if samples else f"curves:     aligntune report {folder}",
+        *([f"talk to it: aligntune chat {name}"] if _writes(model) else []),
     ]
+
+
+def _writes(model: Path) -> bool:
+    """Whether a saved model writes text: a reward model, or an adapter alone, does not."""
+    config = model / "config.json"
+    said = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return any("CausalLM" in kind for kind in said.get("architectures") or [])
 
 
 def _short(path: Path) -> str:

@@ -5,11 +5,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from aligntune.tracking.ending import ending
 
 
 def write(path: Path, *rows: dict[str, float]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(autouse=True)
+def model(tmp_path: Path) -> Path:
+    """A saved model that writes text, as far as its config says."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"]}')
+    return folder
 
 
 def test_before_and_after_of_each_criterion_and_what_comes_next(tmp_path: Path) -> None:
@@ -22,6 +33,7 @@ def test_before_and_after_of_each_criterion_and_what_comes_next(tmp_path: Path) 
         last | {"eval/reward/math/mean": 0.75, "eval/reward/concise/mean": 0.5},
     )
     write(tmp_path / "metrics.jsonl", {"step": 1, "eval/reward/mean": 9.0})
+    write(tmp_path / "samples.jsonl")
     told = ending(tmp_path, tmp_path / "model")
     assert told[:3] == [
         "held-out reward 0.500 -> 1.250 (step 0 -> 30)",
@@ -40,19 +52,23 @@ def test_a_preference_job_has_its_evaluations_among_its_steps(tmp_path: Path) ->
         {"step": 1, "loss": 0.7},
         {"step": 2, "loss": 0.6, "eval/reward/accuracy": 0.8},
     )
-    assert ending(tmp_path, tmp_path)[0] == "held-out accuracy 0.500 -> 0.800 (step 0 -> 2)"
+    assert (
+        ending(tmp_path, tmp_path / "model")[0] == "held-out accuracy 0.500 -> 0.800 (step 0 -> 2)"
+    )
 
 
 def test_a_run_that_moved_nothing_says_so(tmp_path: Path) -> None:
     rows = [{"step": step, "eval/reward/mean": 0.595} for step in (0, 5)]
     write(tmp_path / "evals.jsonl", *rows)
-    assert ending(tmp_path, tmp_path)[1].startswith("warning: the held-out figure is exactly")
+    assert ending(tmp_path, tmp_path / "model")[1].startswith(
+        "warning: the held-out figure is exactly"
+    )
 
 
 def test_without_two_evaluations_only_the_commands_are_told(tmp_path: Path) -> None:
-    assert all(": " in line for line in ending(tmp_path, tmp_path))
+    assert all(": " in line for line in ending(tmp_path, tmp_path / "model"))
     write(tmp_path / "evals.jsonl", {"step": 5, "eval/reward/mean": 0.5})
-    assert not [line for line in ending(tmp_path, tmp_path) if "->" in line]
+    assert not [line for line in ending(tmp_path, tmp_path / "model") if "->" in line]
 
 
 def test_what_reward_functions_printed_is_pointed_to_where_there_is_some(tmp_path: Path) -> None:
@@ -62,3 +78,14 @@ def test_what_reward_functions_printed_is_pointed_to_where_there_is_some(tmp_pat
     assert not any("reward.log" in line for line in ending(tmp_path, tmp_path / "model"))
     log.write_text("seen\n")
     assert any(str(log) in line for line in ending(tmp_path, tmp_path / "model"))
+
+
+def test_a_job_without_samples_or_with_a_reward_model_names_no_command_that_refuses_it(
+    tmp_path: Path, model: Path
+) -> None:
+    assert ending(tmp_path, model) == [
+        f"curves:     aligntune report {tmp_path}",
+        f"talk to it: aligntune chat {model}",
+    ]
+    (model / "config.json").write_text('{"architectures": ["Qwen2ForSequenceClassification"]}')
+    assert ending(tmp_path, model) == [f"curves:     aligntune report {tmp_path}"]
