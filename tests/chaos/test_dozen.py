@@ -17,7 +17,7 @@ def test_every_victim_is_hit_before_any_comes_again() -> None:
     assert len(hits) == len(every) + 3
 
 
-@pytest.mark.long  # until it has been seen whole on a quiet machine
+@pytest.mark.long  # seven minutes alone, and it must be alone
 @pytest.mark.timeout(900)
 def test_a_run_is_whole_after_each_of_a_dozen_hits(tmp_path: Path) -> None:
     parts = Parts()
