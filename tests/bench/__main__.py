@@ -27,13 +27,14 @@ BENCHES = {
     "packing": "padding, balance and time in step of a step's rows; exact",
     "store": "bytes of a real step in the object store and through the driver; exact",
     "overlap_real": "tokens/s at staleness 1 and 2 over 0: real engines, a core each; in parts",
+    "startup": "seconds to the first trained step over bare vLLM's start; in parts",
     "systems": "one small work by us, by TRL and by bare vLLM and torch; in parts",
     "vs_floor": "a step over bare vLLM and a bare torch update; in parts",
     "vs_trl": "samples/s and tokens/s over TRL's GRPOTrainer; in parts",
     "transfer": "a version of the weights to the replicas: bytes, copies, CPU, pause",
     "staleness": "the age of what is trained on, under random times; virtual time",
 }
-IN_PARTS = ("overlap_real", "systems", "vs_floor", "vs_trl")
+IN_PARTS = ("overlap_real", "startup", "systems", "vs_floor", "vs_trl")
 
 
 def main(arguments: list[str]) -> int:
