@@ -7,6 +7,7 @@ and a Google docstring; transformers makes its schema. Standard library only unt
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -64,12 +65,16 @@ def schema(name: str, tool: Tool) -> dict[str, Any]:
     Raises:
         ValueError: a parameter without a type or description, no docstring, a type that JSON lacks.
     """
+    from transformers.utils import chat_template_utils
     from transformers.utils.chat_template_utils import (
         DocstringParsingException,
         TypeHintParsingException,
         get_json_schema,
     )
 
+    # It would import torch, which takes seconds, to know a torch.Tensor by sight; where nobody has
+    # imported torch, no parameter is one.
+    chat_template_utils.is_torch_available = lambda: sys.modules.get("torch") is not None
     if not inspect.getdoc(tool):
         raise ValueError(
             f"tool {name!r} has no docstring; write one that says what it does, with an Args "

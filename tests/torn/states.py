@@ -136,8 +136,12 @@ def _below(tree: Tree, folder: str) -> Tree:
 
 
 def _new(seen: set[bytes], told: str, tree: Tree) -> Iterator[Case]:
-    mark = hashlib.sha256(repr(sorted(tree.items())).encode()).digest()
-    if mark not in seen:
+    found = hashlib.sha256()
+    for path, content in sorted(tree.items()):
+        size = None if content is None else len(content)
+        found.update(f"{path!r} {size} ".encode())
+        found.update(content or b"")
+    if (mark := found.digest()) not in seen:
         seen.add(mark)
         yield Case(told, tree)
 

@@ -21,18 +21,21 @@ def fast() -> object:
         yield shown
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_what_a_crash_leaves_as_if_nothing_had_been(tmp_path: Path) -> None:
     seen = list(disks(STORAGE_STOPPED, tmp_path, seed=5, many=6, every=37))
     assert len(seen) > 8
     assert [case for case in seen if case[1]] == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails_costs_no_record_and_no_step(tmp_path: Path) -> None:
     seen = list(bad_disks(PLAIN, tmp_path, every=67))
     assert len(seen) > 5
     assert [case for case in seen if case[1]] == []
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_passed_over_and_said(tmp_path: Path) -> None:
     seen = list(bits(PLAIN, tmp_path, seed=5, each=2, every=3))
     assert len(seen) > 5

@@ -71,14 +71,24 @@ def gone(pid: int) -> bool:
 
 class TestFunctions:
     def test_one_that_does_not_end_is_ended_within_its_limit(
-        self, play: Callable[..., Episode]
+        self, episodes: ToolEpisodes, tokenizer: Any, loop: Any
     ) -> None:
-        hanging = "".join(call_text("misbehave", how=how) for how in HANGING)
+        """Each in an episode of its own, side by side, so that their limits are waited for once."""
+        episodes._limits = replace(BOUND, call_timeout_s=SECONDS)
         fine = call_text("misbehave", how="fine")
-        episode = play(hanging + fine, fine, "x", seconds=SECONDS)
-        assert said(episode) == [*[ENDED] * len(HANGING), "fine", "fine"]
-        assert episode.finish_reason is FinishReason.STOP
-        assert (episode.figures.tools_timed_out, episode.figures.tools_failed) == (len(HANGING), 0)
+
+        async def all_of_them() -> list[Episode]:
+            turns = [[call_text("misbehave", how=how) + fine, fine, "x"] for how in HANGING]
+            row = prompt_of("hi", number=1)
+            plays = [Script(tokenizer, said) for said in turns]
+            return await asyncio.gather(
+                *(episodes.run(row, rollout, 1, policy) for rollout, policy in enumerate(plays))
+            )
+
+        for episode in loop(all_of_them()):
+            assert said(episode) == [ENDED, "fine", "fine"]
+            assert episode.finish_reason is FinishReason.STOP
+            assert (episode.figures.tools_timed_out, episode.figures.tools_failed) == (1, 0)
 
     @pytest.mark.parametrize(
         ("how", "answer"),

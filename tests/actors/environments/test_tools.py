@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,6 @@ from actors.specs import ModelSpec
 @pytest.fixture(scope="module")
 def user(user_folder: Path) -> Iterator[Any]:
     """Things of the user's module, by name."""
-    import sys
-
     with searching((str(user_folder), *sys.path)):
         yield lambda name: import_function(f"user_tools:{name}")
     del sys.modules["user_tools"]
@@ -33,6 +32,13 @@ def test_a_schema_is_transformers_own(user: Any) -> None:
     assert schema("add", user("add")) == get_json_schema(user("add"))
     guess = user("Guess")()
     assert schema("guess", guess.guess) == get_json_schema(guess.guess)
+
+
+def test_a_schema_is_made_without_torch_where_nobody_has_imported_it(
+    user: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails
+    assert schema("add", user("add"))["function"]["name"] == "add"
 
 
 def test_public_methods_are_tools_without_reset_and_get_reward(user: Any) -> None:

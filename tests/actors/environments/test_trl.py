@@ -30,6 +30,7 @@ from aligntune.online.groups import ReadyGroup, group_works
 from aligntune.online.sharing import plan_step
 from tests.actors.environments.chat import LIMITS, Script, call_text, prompt_of
 from tests.actors.policy_cases import Probe, logprobs_of, one_rank
+from tests.trl_without_vllm import grpo_trainer
 
 pytestmark = pytest.mark.slow  # TRL's trainer takes seconds to be imported and made
 
@@ -54,7 +55,8 @@ def trainer_of(
     """TRL's trainer with our tools, made once with and once without environments."""
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM
-    from trl import GRPOConfig, GRPOTrainer
+
+    grpo = grpo_trainer()
 
     kept: dict[bool, Any] = {}
 
@@ -63,10 +65,10 @@ def trainer_of(
 
     def make(environments: bool) -> Any:
         if environments not in kept:
-            kept[environments] = GRPOTrainer(
+            kept[environments] = grpo.GRPOTrainer(
                 model=AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(chat_model.name)),
                 reward_funcs=[user.both] if environments else [reward],
-                args=GRPOConfig(
+                args=grpo.GRPOConfig(
                     output_dir=str(tmp_path_factory.mktemp("trl")),
                     use_cpu=True,
                     report_to=[],

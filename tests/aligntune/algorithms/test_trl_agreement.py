@@ -19,6 +19,7 @@ from aligntune.algorithms.dapo import DAPO
 from aligntune.algorithms.dr_grpo import DrGRPO
 from aligntune.algorithms.grpo import GRPO
 from aligntune.algorithms.gspo import GSPO
+from tests.trl_without_vllm import grpo_trainer
 
 from .batches import counts_of, random_batch
 
@@ -27,8 +28,6 @@ pytestmark = pytest.mark.slow  # importing TRL's trainer takes seconds
 
 def trl_loss(batch: TokenBatch, **settings: Any) -> torch.Tensor:
     """TRL's loss of one batch that is the whole optimiser step on one process."""
-    from trl.trainer.grpo_trainer import GRPOTrainer
-
     s = {
         "loss_type": "grpo", "importance_sampling_level": "token", "beta": 0.0,
         "epsilon_low": 0.2, "epsilon_high": 0.2, "delta": None, "correct": False, "entropy": 0.0,
@@ -81,7 +80,7 @@ def trl_loss(batch: TokenBatch, **settings: Any) -> torch.Tensor:
         "num_items_in_batch": batch.mask.sum(),
         "importance_sampling_ratio": (batch.old - batch.roll).exp().clamp(max=2.0),
     }
-    return GRPOTrainer._compute_loss(trainer, None, inputs)
+    return grpo_trainer().GRPOTrainer._compute_loss(trainer, None, inputs)
 
 
 def without_empty_rows(seed: int, drift: float = 0.4) -> TokenBatch:
