@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from actors.models.auto import import_light
 from actors.models.hub import why_silent
 from actors.models.staging import StagingFailed, on_this_node
 from actors.specs import LoRASpec, ModelSpec
@@ -103,6 +104,7 @@ def load_tokenizer(spec: ModelSpec, writes: bool = True) -> PreTrainedTokenizerB
         ModelError: there is no tokenizer, or it has no end-of-sequence token and the model `writes`
             completions, which only that ends.
     """
+    import_light()
     from transformers import AutoTokenizer
 
     spec = local(spec)
@@ -176,6 +178,7 @@ def _require_all(loading_info: Any, spec: ModelSpec, config: Any) -> None:
 
 
 def _config(spec: ModelSpec) -> Any:
+    import_light()
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     spec = local(spec)

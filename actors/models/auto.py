@@ -1,0 +1,44 @@
+"""transformers' Auto classes, without its generation code before somebody needs that.
+
+`transformers.models.auto` imports it for one function, which completes model classes that come with
+a model as code of their own. The import costs more than all the rest, so it waits for that call.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+FACTORY = "transformers.models.auto.auto_factory"
+
+
+class _Later:
+    """Stands for GenerationMixin while the Auto classes are imported."""
+
+    def __init_subclass__(cls) -> None:
+        raise ImportError(
+            "GenerationMixin was read amid the import of the Auto classes; read again"
+        )
+
+
+def import_light() -> None:
+    """Import the Auto classes. Does nothing where they are there already."""
+    if FACTORY in sys.modules:
+        return
+    from transformers import generation
+
+    names = vars(generation)  # of a lazy module, which looks up anew what is not here
+    names["GenerationMixin"] = _Later
+    try:
+        from transformers.models.auto import auto_factory
+    finally:
+        del names["GenerationMixin"]
+
+    factory: Any = auto_factory
+    complete = factory.add_generation_mixin_to_remote_model
+
+    def add_generation_mixin_to_remote_model(model_class: Any) -> Any:
+        factory.GenerationMixin = generation.GenerationMixin
+        return complete(model_class)
+
+    factory.add_generation_mixin_to_remote_model = add_generation_mixin_to_remote_model
