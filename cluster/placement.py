@@ -51,9 +51,10 @@ class Shortage:
 def place(sets: Sequence[BundleSet], cluster: Cluster, advice: bool = True) -> Placement | Shortage:
     """A place for every replica, or why there is none, with what would fit unless not `advice`.
 
-    Bundles that are hard to place go first (STRICT_PACK, then by GPUs, memory, CPUs). Bin packing
-    has no quick exact answer: where this order finds none, two others are tried, and a `Shortage`
-    that does not follow from the sums is not `certain`.
+    Bundles that are hard to place go first (STRICT_PACK, then by GPUs, memory, CPUs). Those without
+    a GPU go to nodes that have none, and to others where these have no room. Bin packing has no
+    quick exact answer: where this order finds none, two others are tried, each without sparing the
+    GPU nodes too, and a `Shortage` that does not follow from the sums is not `certain`.
     """
     found = _search(sets, cluster)
     if advice and isinstance(found, Shortage):
@@ -81,11 +82,13 @@ def _search(sets: Sequence[BundleSet], cluster: Cluster) -> Placement | Shortage
         lambda item: (-item.bundle.get("CPU", 0.0),),
         lambda item: (-item.replicas * item.bundle.get("GPU", 0.0),),
     )
+    mixed = len({node.gpus > 0 for node in cluster.nodes}) > 1
     for order in orders:
-        found = _greedy(sorted(sets, key=order), cluster)
-        if isinstance(found, Placement):
-            return found
-        first = first or found
+        for spare in (True, False) if mixed else (False,):
+            found = _greedy(sorted(sets, key=order), cluster, spare)
+            if isinstance(found, Placement):
+                return found
+            first = first or found
     assert first is not None
     return first
 
@@ -147,13 +150,17 @@ def _roomiest(nodes: Sequence[Node]) -> str:
     return f"the largest, {best.name}, has {amounts(bundle(best.cpus, best.gpus, memory))}"
 
 
-def _greedy(sets: Sequence[BundleSet], cluster: Cluster) -> Placement | Shortage:
+def _greedy(sets: Sequence[BundleSet], cluster: Cluster, spare: bool) -> Placement | Shortage:
+    """`spare` keeps bundles without a GPU away from nodes with some, as far as there is room."""
     rooms = list(_Room.of(cluster))
     slots: dict[str, tuple[Slot, ...]] = {}
     for item in sets:
         size = _Size.of(item)
         room = [node.capacity(size) for node in rooms]
-        counts = _SPREADS[item.placement](room, item.replicas)
+        counts = None
+        if spare and not item.gpus:
+            counts = _sparing(item, room, [node.gpus > 0 for node in cluster.nodes])
+        counts = counts or _SPREADS[item.placement](room, item.replicas)
         if counts is None:
             return _none_left(item, room, rooms)
         taken = tuple(_take(rooms, counts, size))
@@ -308,6 +315,21 @@ def _take(rooms: Sequence[_Room], counts: Mapping[int, int], size: _Size) -> Ite
         devices = sorted(rooms[index].take(size) for _ in range(counts[index]))
         for chosen in devices:
             yield Slot(index, chosen)
+
+
+def _sparing(
+    item: BundleSet, room: Sequence[int], with_gpus: Sequence[bool]
+) -> dict[int, int] | None:
+    """As many bundles as can be on nodes without GPUs, the rest on the others; None: no place."""
+    divide = _SPREADS[item.placement]
+    plain = [0 if gpus else count for count, gpus in zip(room, with_gpus, strict=True)]
+    if item.placement == "STRICT_PACK":
+        return divide(plain, item.replicas)
+    most = sum(map(bool, plain)) if item.placement == "STRICT_SPREAD" else sum(plain)
+    first = divide(plain, min(most, item.replicas))
+    others = [count if gpus else 0 for count, gpus in zip(room, with_gpus, strict=True)]
+    rest = divide(others, max(0, item.replicas - most))
+    return None if first is None or rest is None else first | rest
 
 
 def _pack(room: Sequence[int], replicas: int) -> dict[int, int] | None:

@@ -1,12 +1,16 @@
 """Reserves what each role asks for on the connected Ray, all before anything starts.
 
 Invariant: a reservation has a deadline, and is released on every way out.
+
+Bundles without a GPU that `cluster.placement` puts on nodes without GPUs are asked for there. Where
+others hold those nodes, or they are lost, any node will do.
 """
 
 from __future__ import annotations
 
+import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,18 +20,26 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.bundles import BundleSet, RoleRequest, amounts, bundle, bundle_sets
-from cluster.placement import DoesNotFit, Shortage, place, placement_order
+from cluster.placement import DoesNotFit, Placement, Shortage, place, placement_order
 from cluster.processes import is_dead, ray_processes
-from cluster.resources import connected, living_nodes
+from cluster.resources import Cluster, connected, from_ray, living_nodes
 
 PREFIX = "aligntune"  # of the names of placement groups: aligntune/RUN/ROLE
+NODE = "ray.io/node-id"  # Ray's label of every node
+SPARING_S = 5.0  # longest wait for nodes without GPUs that an idle cluster would have room on
 
 
 class Reservation:
     """The bundles of every role; replica numbers go up with the address of the node."""
 
-    def __init__(self, groups: Mapping[BundleSet, PlacementGroup], name: str) -> None:
+    def __init__(
+        self,
+        groups: Mapping[BundleSet, PlacementGroup],
+        name: str,
+        sparing: Collection[BundleSet] = (),
+    ) -> None:
         self._name = name
+        self._sparing = sparing  # those that may go to nodes without GPUs alone
         self._places = {
             request.role: (request, item, group, _by_node(group))
             for item, group in groups.items()
@@ -46,8 +58,7 @@ class Reservation:
             self._extra[role, index] = placement_group(
                 [item.bundle], name=f"{self._name}/{role}-{index}"
             )
-        state = placement_group_table(self._extra[role, index])["state"]
-        return bool(state == "CREATED")
+        return _is_given(self._extra[role, index])
 
     def release(self) -> None:
         """Let go of the places beyond those reserved."""
@@ -59,7 +70,9 @@ class Reservation:
         """Actor options that put replica `index` of `role` into its bundle."""
         request, item, group, order = self._places[role]
         bundle_index = order[index] if index < len(order) else 0
-        group = self._extra.get((role, index), group)
+        if index >= len(order) or self._homeless(item, group, bundle_index):
+            self.room(role, index)
+            group, bundle_index = self._extra[role, index], 0
         options: dict[str, Any] = {
             "num_cpus": request.cpus,
             "num_gpus": item.share(role),
@@ -70,6 +83,13 @@ class Reservation:
         if request.memory_bytes:
             options["memory"] = request.memory_bytes
         return options
+
+    def _homeless(self, item: BundleSet, group: PlacementGroup, number: int) -> bool:
+        """Whether the node of a bundle is lost, and no other that it may go to has room."""
+        if item not in self._sparing:
+            return False  # Ray finds it another
+        node = placement_group_table(group)["bundles_to_node_id"].get(number)
+        return node not in {alive["NodeID"] for alive in living_nodes()}
 
 
 def _by_node(group: PlacementGroup) -> list[int]:
@@ -95,21 +115,30 @@ def reserve(
         BadRequest: see `bundle_sets`.
     """
     sets = bundle_sets(requests, colocate)
-    ensure_possible(sets)
+    deadline = time.monotonic() + timeout_s
+    nodes = living_nodes()
+    selectors = selectors_of(sets, _idle(sets, nodes), nodes)
     name = f"{PREFIX}/{run}-{uuid.uuid4().hex[:8]}"
     groups: dict[BundleSet, PlacementGroup] = {}
     reservation: Reservation | None = None
     needed = ray_processes()
     try:
         for item in placement_order(sets):
-            groups[item] = placement_group(
-                [item.bundle] * item.replicas, strategy=item.placement, name=f"{name}/{item.name}"
-            )
-        ready = {group.ready(): item for item, group in groups.items()}
-        done, _ = ray.wait(list(ready), num_returns=len(ready), timeout=timeout_s)
-        if waiting := [item for ref, item in ready.items() if ref not in done]:
+            groups[item] = _ask(item, f"{name}/{item.name}", selectors.get(item))
+        ready = {item: group.ready() for item, group in groups.items()}
+        if selectors:
+            patience = min(SPARING_S, timeout_s)
+            ray.wait(list(ready.values()), num_returns=len(ready), timeout=patience)
+        for item in [item for item in selectors if not _is_given(groups[item])]:
+            remove_placement_group(groups[item])
+            groups[item] = _ask(item, f"{name}/{item.name}-anywhere")
+            ready[item] = groups[item].ready()
+            del selectors[item]
+        left = max(0.0, deadline - time.monotonic())
+        done, _ = ray.wait(list(ready.values()), num_returns=len(ready), timeout=left)
+        if waiting := [item for item, ref in ready.items() if ref not in done]:
             raise DoesNotFit(_why(waiting, timeout_s, name))
-        reservation = Reservation(groups, name)
+        reservation = Reservation(groups, name, selectors)
         yield reservation
     finally:
         if not any(is_dead(process) for process in needed.values()):  # else none would answer
@@ -121,9 +150,51 @@ def reserve(
 
 def ensure_possible(sets: Sequence[BundleSet]) -> None:
     """Raise DoesNotFit where the connected cluster, were it idle, could never hold `sets`."""
-    found = place(sets, connected())
+    _idle(sets, living_nodes())
+
+
+def _idle(sets: Sequence[BundleSet], nodes: Sequence[Mapping[str, Any]]) -> Placement | Shortage:
+    """The places of `sets` on these nodes, were they idle, as a plan has them."""
+    found = place(sets, Cluster(tuple(map(from_ray, nodes)), "Ray"))
     if isinstance(found, Shortage) and found.certain:
         raise DoesNotFit(f"{found}; ask for less or add nodes")
+    return found
+
+
+def selectors_of(
+    sets: Sequence[BundleSet], found: Placement | Shortage, nodes: Sequence[Mapping[str, Any]]
+) -> dict[BundleSet, list[dict[str, str]]]:
+    """Which nodes Ray may take for each bundle of a set, where it must be one without GPUs.
+
+    Of a set without a GPU that a plan puts on such nodes; a bundle that has none there may go
+    anywhere. Sets that may go anywhere altogether are left out.
+    """
+    with_gpus = [node["NodeID"] for node in nodes if node["Resources"].get("GPU")]
+    if isinstance(found, Shortage) or not with_gpus:
+        return {}
+    selectors = {}
+    for item in sets:
+        slots = () if item.gpus else found.slots[item.members[0].role]
+        spared = sum(nodes[slot.node]["NodeID"] not in with_gpus for slot in slots)
+        if spared:
+            apart = {NODE: f"!in({', '.join(with_gpus)})"}
+            selectors[item] = [apart] * spared + [{}] * (item.replicas - spared)
+    return selectors
+
+
+def _ask(
+    item: BundleSet, name: str, selectors: list[dict[str, str]] | None = None
+) -> PlacementGroup:
+    return placement_group(
+        [item.bundle] * item.replicas,
+        strategy=item.placement,
+        name=name,
+        bundle_label_selector=selectors,
+    )
+
+
+def _is_given(group: PlacementGroup) -> bool:
+    return bool(placement_group_table(group)["state"] == "CREATED")
 
 
 def _why(waiting: Sequence[BundleSet], timeout_s: float, own: str) -> str:

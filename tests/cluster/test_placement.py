@@ -170,6 +170,44 @@ def test_what_one_role_takes_the_next_does_not_get() -> None:
     assert nodes_of(found, "reward") == [0, 1, 1, 1, 1]
 
 
+ONE_WITH_GPUS = Cluster((Node("gpu", 32, 8, None, "h100-80gb"), Node("cpu", 8)), "drawn")
+
+
+@pytest.mark.parametrize("placement", STRATEGIES)
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_who_asks_for_no_gpu_goes_to_nodes_that_have_none(
+    placement: Strategy, replicas: int
+) -> None:
+    requests = [
+        RoleRequest("policy", 8, 1, 1),
+        RoleRequest("environment", replicas, 2, placement=placement),
+    ]
+    found = placed(requests, ONE_WITH_GPUS)
+    spared = [1] * replicas if placement != "STRICT_SPREAD" else [1, 0][:replicas]
+    assert nodes_of(found, "environment") == sorted(spared)
+    assert set(nodes_of(found, "policy")) == {0}
+
+
+def test_who_finds_no_room_there_goes_to_the_others() -> None:
+    found = placed([RoleRequest("environment", 6, 2)], ONE_WITH_GPUS)
+    assert nodes_of(found, "environment") == [0, 0, 1, 1, 1, 1]
+    whole = placed([RoleRequest("environment", 6, 2, placement="STRICT_PACK")], ONE_WITH_GPUS)
+    assert nodes_of(whole, "environment") == [0] * 6
+
+
+def test_nodes_with_gpus_are_not_spared_where_a_role_would_have_no_place() -> None:
+    large = RoleRequest("reward", 1, 3, memory_bytes=20 * 2**30)
+    small = RoleRequest("environment", 4, 4)
+    cluster = Cluster(
+        (Node("gpu", 16, 8, 10 * 2**30, "h100-80gb"), Node("cpu", 16, 0, 40 * 2**30)), "drawn"
+    )
+    found = placed([small, large], cluster)
+    assert nodes_of(found, "reward") == [1]
+    assert Counter(nodes_of(found, "environment")) == {0: 1, 1: 3}
+    strict = RoleRequest("environment", 4, 4, placement="STRICT_PACK")
+    assert nodes_of(placed([strict, large], cluster), "environment") == [0] * 4
+
+
 def test_pack_fills_a_node_before_the_next_and_spread_takes_turns() -> None:
     cluster = described(4, 8, "h100-80gb")
     packed = placed([RoleRequest("policy", 12, 1, 1)], cluster)

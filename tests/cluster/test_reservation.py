@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from cluster import reservation
-from cluster.bundles import RoleRequest
-from cluster.placement import DoesNotFit
-from cluster.reservation import Reservation, reserve
+from cluster.bundles import RoleRequest, bundle_sets
+from cluster.placement import DoesNotFit, place
+from cluster.reservation import NODE, Reservation, reserve, selectors_of
+from cluster.resources import Cluster, from_ray
 
 
 def wait_until(condition: Callable[[], Any], deadline_s: float = 20.0) -> None:
@@ -38,6 +39,53 @@ def test_ranks_go_up_with_the_address_of_their_node(monkeypatch: pytest.MonkeyPa
         reservation, "placement_group_table", lambda group: {"bundles_to_node_id": where}
     )
     assert reservation._by_node(object()) == [1, 3, 2, 0]
+
+
+def entry(name: str, cpus: float, gpus: float = 0.0) -> dict[str, Any]:
+    """A node as `ray.nodes()` has it."""
+    resources = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+    return {"NodeID": name, "NodeManagerAddress": name, "Resources": resources, "Alive": True}
+
+
+def test_bundles_without_a_gpu_are_asked_for_where_the_plan_has_them() -> None:
+    nodes = [entry("a", 16, 2), entry("b", 4), entry("c", 16, 2)]
+    requests = [
+        RoleRequest("policy", 2, 1, 1),
+        RoleRequest("environment", 3, 2),
+        RoleRequest("reward", 1, 1),
+    ]
+    sets = bundle_sets(requests)
+    cluster = Cluster(tuple(map(from_ray, nodes)), "Ray")
+    spared = selectors_of(sets, place(sets, cluster), nodes)
+    apart = {NODE: "!in(a, c)"}
+    assert {item.name: asked for item, asked in spared.items()} == {
+        "environment": [apart, apart, {}]
+    }
+    alike = [entry("a", 16, 2), entry("c", 16, 2)]
+    cluster = Cluster(tuple(map(from_ray, alike)), "Ray")
+    assert selectors_of(sets, place(sets, cluster), alike) == {}, "no node is without GPUs"
+
+
+def test_a_bundle_whose_node_is_lost_finds_another_though_none_without_gpus_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (item,) = bundle_sets([RoleRequest("environment", 1, 1)])
+    alive, asked = [entry("gpu", 8, 2), entry("cpu", 8)], []
+    where = {"bundles_to_node_id": {0: "cpu"}, "state": "CREATED"}
+    monkeypatch.setattr(reservation, "living_nodes", lambda: alive)
+    monkeypatch.setattr(reservation, "placement_group_table", lambda group: where)
+    monkeypatch.setattr(reservation, "placement_group", lambda *a, **k: asked.append((a, k)) or "x")
+    places = Reservation({item: "own"}, "run", [item])  # type: ignore[dict-item]
+
+    def group() -> Any:
+        return places.options("environment", 0)["scheduling_strategy"].placement_group
+
+    assert group() == "own"
+    del alive[1]
+    assert group() == "x"
+    assert asked == [(([item.bundle],), {"name": "run/environment-0"})], "of any node"
+    alive.append(entry("cpu", 8))
+    assert group() == "own", "there is room for its own place again"
 
 
 @pytest.mark.slow
@@ -90,7 +138,7 @@ def test_runs_of_one_name_do_not_meet(ray_session: None) -> None:
     assert all(name.startswith("aligntune/same-") for name in names)
 
 
-THREE_NODES = """
+FOUR_NODES = """
 import json, ray
 from ray.cluster_utils import Cluster
 from cluster.bundles import RoleRequest
@@ -100,6 +148,7 @@ from cluster.resources import connected, living_nodes
 made = Cluster()
 for index in range(3):
     made.add_node(num_cpus=4, num_gpus=2, object_store_memory=100 * 2**20)
+made.add_node(num_cpus=2, num_gpus=0, object_store_memory=100 * 2**20)
 made.wait_for_nodes()
 ray.init(address=made.address, log_to_driver=False)
 
@@ -112,11 +161,15 @@ order = [node["NodeID"] for node in living_nodes()]
 requests = [
     RoleRequest("policy", 4, 1, 1, "SPREAD"),
     RoleRequest("rollout", 4, 1, 1, "SPREAD"),
+    RoleRequest("environment", 3, 1),
 ]
-with reserve(requests, 30, [["policy", "rollout"]], "three") as places:
+with reserve(requests, 30, [["policy", "rollout"]], "four") as places:
     actors = {
-        role: [Where.options(**places.options(role, index)).remote() for index in range(4)]
-        for role in ("policy", "rollout")
+        one.role: [
+            Where.options(**places.options(one.role, index)).remote()
+            for index in range(one.replicas)
+        ]
+        for one in requests
     }
     found = {
         role: [
@@ -125,25 +178,31 @@ with reserve(requests, 30, [["policy", "rollout"]], "three") as places:
         ]
         for role, of_role in actors.items()
     }
-print(json.dumps({"found": found, "nodes": len(connected().nodes)}))
+plain = [index for index, node in enumerate(connected().nodes) if not node.gpus]
+print(json.dumps({"found": found, "nodes": len(order), "plain": plain}))
 ray.shutdown()
 made.shutdown()
 """
 
 
 @pytest.mark.slow
-def test_on_three_nodes_ranks_are_in_order_and_colocated_roles_are_on_one_gpu() -> None:
+def test_on_nodes_with_gpus_and_one_without_ranks_are_in_order_and_each_is_where_it_should() -> (
+    None
+):
     done = subprocess.run(
-        [sys.executable, "-c", THREE_NODES], capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", FOUR_NODES], capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
-    assert answer["nodes"] == 3
+    assert answer["nodes"] == 4
+    (plain,) = answer["plain"]
     policy, rollout = answer["found"]["policy"], answer["found"]["rollout"]
     assert policy == rollout
     assert policy == sorted(policy), "ranks go up with node and device"
-    assert {node for node, _ in policy} == {0, 1, 2}
+    assert {node for node, _ in policy} == {0, 1, 2, 3} - {plain}
     assert all(len(devices) == 1 for _, devices in policy)
+    environments = [node for node, _ in answer["found"]["environment"]]
+    assert environments.count(plain) == 2, "the third has no room there"
 
 
 def test_options_of_a_role_that_is_not_reserved_are_an_error() -> None:
