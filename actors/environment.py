@@ -48,6 +48,7 @@ from actors.whereabouts import whereabouts
 
 EpisodesGroup = tuple[GroupRecord, GroupTensors, Conversations]
 ENVIRONMENT = "environment"  # the criterion that an environment or agent scores itself by
+LOOKS = 10  # at whether anything has moved, in the time after which nothing counts as stuck
 
 
 class RolloutGone(RuntimeError):
@@ -151,17 +152,17 @@ class EnvironmentActor(Alive):
 
     async def _until_either(self, tasks: Sequence[asyncio.Task[Any]]) -> None:
         """Wait for the first of `tasks`. Raises EnvironmentStuck."""
-        while True:
-            before = self.done
+        seen, still = self.done, 0
+        while still < LOOKS:
             ended, _ = await asyncio.wait(
-                tasks, timeout=self._silence_s, return_when=asyncio.FIRST_COMPLETED
+                tasks, timeout=self._silence_s / LOOKS, return_when=asyncio.FIRST_COMPLETED
             )
             if ended:
                 return
-            if self.done == before:
-                raise EnvironmentStuck(
-                    f"no turn was answered and no episode ended for {self._silence_s:g} s"
-                )
+            seen, still = self.done, still + 1 if self.done == seen else 0
+        raise EnvironmentStuck(
+            f"no turn was answered and no episode ended for {self._silence_s:g} s"
+        )
 
     async def end(self, life: str) -> None:
         """Forget a life; episodes that still run are ended."""

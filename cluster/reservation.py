@@ -177,7 +177,8 @@ def selectors_of(
         slots = () if item.gpus else found.slots[item.members[0].role]
         spared = sum(nodes[slot.node]["NodeID"] not in with_gpus for slot in slots)
         if spared:
-            apart = {NODE: f"!in({', '.join(with_gpus)})"}
+            # Ray takes a space after a comma for a part of the name.
+            apart = {NODE: f"!in({','.join(with_gpus)})"}
             selectors[item] = [apart] * spared + [{}] * (item.replicas - spared)
     return selectors
 

@@ -17,6 +17,7 @@ from actors.environments.specs import EpisodeCode, EpisodesSpec
 from actors.messages import GroupSampling, VersionSpan
 from actors.specs import ModelSpec
 from tests.actors.environments.toy import PROMPT, ToyEpisodes, ToyRollout, failing
+from tests.histories.clock import VirtualLoop
 
 LIMITS = EpisodeLimits(8, 8, 64, 128, 1.0, 5.0, 1000)
 SAMPLING = GroupSampling(64, 1.0, completions=6, seed=7, group_id=3)
@@ -303,6 +304,23 @@ def test_an_actor_in_which_something_moves_is_not_taken_for_stuck(
         moving.cancel()
 
     run(wait())
+
+
+def test_the_last_movement_is_what_silence_is_counted_from(
+    toy: ToyEpisodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the window that it fell into: the actor is replaced before the run counts as stalled."""
+    monkeypatch.setattr(environment, "longest_silence", lambda *_: 1000.0)
+    loop = VirtualLoop()
+
+    async def stuck() -> None:
+        made = actor()
+        loop.call_later(10.0, setattr, made, "done", 1)
+        with pytest.raises(EnvironmentStuck):
+            await made._until_either([asyncio.create_task(asyncio.Event().wait())])
+
+    loop.run(stuck())
+    assert 1000.0 < loop.now < 1000.0 * (1 + 1 / environment.LOOKS) + 10.0
 
 
 def test_silence_is_bounded_by_the_limits_of_an_episode_and_of_a_turn() -> None:

@@ -57,7 +57,7 @@ def test_bundles_without_a_gpu_are_asked_for_where_the_plan_has_them() -> None:
     sets = bundle_sets(requests)
     cluster = Cluster(tuple(map(from_ray, nodes)), "Ray")
     spared = selectors_of(sets, place(sets, cluster), nodes)
-    apart = {NODE: "!in(a, c)"}
+    apart = {NODE: "!in(a,c)"}
     assert {item.name: asked for item, asked in spared.items()} == {
         "environment": [apart, apart, {}]
     }

@@ -6,17 +6,20 @@ can say what they were trained on."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ray.exceptions import ObjectLostError
 
+from actors.engines.base import Turn, Work, completion
 from actors.fetching import ArraysLost
 from actors.messages import (
+    Completion,
     FinishReason,
     GroupRecord,
     GroupSampling,
@@ -26,6 +29,7 @@ from actors.messages import (
     VersionSpan,
 )
 
+SERIAL = itertools.count(100)
 Learned = dict[int, list[list[int]]]  # step -> (group, completion) of each row, ascending
 
 
@@ -53,13 +57,18 @@ class Worker:
         """Nowhere."""
         return ""
 
+    def killed(self) -> None:
+        """The process is gone."""
+
 
 class Rollout(Worker):
     """A rollout replica: its tokens say which versions made them."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, meets: Callable[[int], Awaitable[None]]) -> None:
+        """`meets(group)` is what a group does to the replica before it is made."""
         self.name = name
         self.version = 0
+        self._meets = meets
 
     async def start(self) -> dict[str, Any]:
         """It is ready, with the starting model."""
@@ -75,12 +84,25 @@ class Rollout(Worker):
     async def generate(self, prompt: Prompt, sampling: GroupSampling) -> tuple[Any, ...]:
         """A group whose completions are by the weights that it has now."""
         group = sampling.group_id
+        await self._meets(group)
         check(group < 0 or prompt.row == group, f"group {group} has the prompt {prompt.row}")
         spans = ((VersionSpan(self.version, 1),),) * sampling.completions
         ends = (FinishReason.STOP,) * sampling.completions
         ones = (1,) * sampling.completions
         record = GroupRecord(group, 1, ones, ends, spans, 0.1, self.name)
-        return record, {"group": group, "version": self.version}
+        rows = sampling.completions
+        return record, {"group": group, "version": self.version, "rows": rows}
+
+    async def sample(self, turns: Sequence[Turn]) -> list[Completion]:
+        """Answers to turns of episodes, each a token that no other has."""
+        for turn in turns:
+            await self._meets(int(turn.key.split("/")[1]))
+        spans = (VersionSpan(self.version, 1),)
+        return [completion([next(SERIAL)], [-1.0], FinishReason.STOP, spans) for _ in turns]
+
+    async def work(self) -> Work:
+        """Nothing that anybody counts."""
+        return Work()
 
 
 class Reward(Worker):
@@ -94,10 +116,13 @@ class Reward(Worker):
         """It is ready."""
         return {}
 
-    async def score(self, prompt: Prompt, tensors: Any) -> tuple[Any, ...]:
+    async def score(self, prompt: Prompt, tensors: Any, *said: Any) -> tuple[Any, ...]:
         """Held-out completions are worth what their version is."""
         made = tensors.read()
         group = made["group"]
+        for talks in said:
+            of = {talk[0]["content"] for talk in talks.read().messages}
+            check(of == {f"{prompt.row}"}, f"{group} has the conversations of {of}")
         values = (0.5 + made["version"] / 10,) if group < 0 else self._scores(group)
         texts = tuple(f"{group}{index}" for index in range(len(values)))
         return Scores(group, ("length",), tuple((value,) for value in values), 0.1), texts
@@ -183,6 +208,7 @@ class Rank(Worker):
                 lost.append(work.group_id)
                 continue
             check(made["group"] == work.group_id, f"{work.group_id} is {made}")
+            check(made["rows"] == len(work.lengths), f"{made} has the rows {work.lengths}")
             age = job.step - 1 - made["version"]
             check(0 <= age <= self._staleness, f"step {job.step}: {made} is {age} versions old")
             groups.append(work.group_id)

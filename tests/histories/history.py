@@ -37,7 +37,15 @@ KINDS = {
     "disk.commit": ("disk", "slow", "hang", "stop", "kill"),
     "any": ("stop", "kill", "kill another", "lose arrays", "wedge", "lose its node"),
 }
-"""Where something may break, by role and method, and how. `disk` is the driver's own."""
+OF_EPISODES = {
+    "environment.start": OF_AN_ACTOR,
+    "environment.generate": tuple(kind for kind in OF_AN_ACTOR if kind != "hang"),
+    "rollout.sample": OF_AN_ACTOR,
+    "episode.tool": ("die", "lose its node", "hang", "slow", "kill another", "stop", "kill")
+    + ("fail", "fail by the machine") * 2,
+}
+"""Where something may break, by role and method, and how. `disk` is the driver's own; `episode` is
+what runs in an environment actor."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class History:
     constant: tuple[int, ...] = ()  # every 7th group from these on scores the same throughout
     unscored: tuple[int, ...] = ()  # groups that no reward function can score
     poison: tuple[int, ...] = ()  # groups that kill the rollout replica they are made on
+    unplayable: tuple[int, ...] = ()  # groups whose episodes come to no end
     torn: bool = False  # a kill leaves half a line in files
 
     @property
@@ -85,6 +94,8 @@ DEFAULT: dict[str, Any] = {
     "evaluate_every": 1,
     "ranks": 1,
     "samples": 4,
+    "environments": 0,
+    "lockstep": False,
 }
 
 
@@ -128,7 +139,7 @@ def drawn(number: int) -> History:
         for _ in range(dice.choice((0, 0, 1, 2)))
     ]
     faults = tuple(_fault(dice, places) for _ in range(count))
-    return History(
+    history = History(
         seed=number,
         algorithm=algorithm,
         settings=settings,
@@ -139,13 +150,29 @@ def drawn(number: int) -> History:
         poison=tuple(dice.sample(range(12), dice.choice((0, 0, 0, 0, 1)))),
         torn=dice.random() < 0.5,
     )
+    return _with_episodes(history, random.Random(f"{number} episodes"))
+
+
+def _with_episodes(history: History, dice: random.Random) -> History:
+    """The history, in two of five with episodes, and with what may break of them."""
+    if dice.random() < 0.6:
+        return history
+    faults = tuple(_fault(dice, list(OF_EPISODES)) for _ in range(dice.choice((0, 1, 2, 4, 6))))
+    return replace(
+        history,
+        settings=history.settings
+        | {"environments": dice.randint(1, 2), "lockstep": dice.random() < 0.5},
+        faults=history.faults + faults,
+        unplayable=tuple(dice.sample(range(12), dice.choice((0, 0, 0, 1)))),
+    )
 
 
 def _fault(dice: random.Random, places: list[str]) -> Fault:
     place = dice.choice(places)
-    most = 60 if place == "any" else 8 if place.split(".")[1] in ("generate", "score") else 3
+    often = ("generate", "score", "sample", "tool")
+    most = 60 if place == "any" else 8 if place.split(".")[1] in often else 3
     process = None if place.endswith(".load") else dice.choice((0, 0, None, None, 1, 2))
-    return Fault(process, place, dice.randint(0, most), dice.choice(KINDS[place]))
+    return Fault(process, place, dice.randint(0, most), dice.choice((KINDS | OF_EPISODES)[place]))
 
 
 def smaller(history: History) -> Iterator[History]:
@@ -154,13 +181,13 @@ def smaller(history: History) -> Iterator[History]:
         yield replace(history, faults=history.faults[:index] + history.faults[index + 1 :])
     for index in range(len(history.changes)):
         yield replace(history, changes=history.changes[:index] + history.changes[index + 1 :])
-    for name in ("constant", "unscored", "poison"):
+    for name in ("constant", "unscored", "poison", "unplayable"):
         if getattr(history, name):
             yield replace(history, **{name: ()})
     if history.torn:
         yield replace(history, torn=False)
     for key, usual in DEFAULT.items():
-        if history.settings[key] != usual:
+        if history.settings.get(key, usual) != usual:
             yield replace(history, settings={**history.settings, key: usual})
     for index, fault in enumerate(history.faults):
         if fault.number:

@@ -25,7 +25,10 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from actors.scoring.criteria import RewardFailed, RewardFailure
+from actors import environment as environments
+from actors.environments.base import EpisodeFailed
+from actors.environments.specs import EpisodeCode
+from actors.scoring.criteria import EpisodeCriterion, RewardFailed, RewardFailure
 from actors.supervise import ReplicaSet
 from aligntune.algorithms import registry
 from aligntune.config.load import load_config
@@ -36,6 +39,7 @@ from aligntune.online.assemble import assemble
 from aligntune.online.controller import Controller
 from aligntune.online.ledger import audit
 from aligntune.online.recorder import OnlineRecorder
+from aligntune.online.role_table import limits_of
 from aligntune.online.trainer import FAILURES
 from aligntune.runs import copies
 from aligntune.runs import recorder as recorders
@@ -46,7 +50,8 @@ from aligntune.runs.rundir import RunDir
 from cluster import processes
 from tests.histories.cast import Meeting, Rank, Reference, Reward, Rollout, check, prompt_at
 from tests.histories.clock import VirtualLoop
-from tests.histories.history import Fault, History
+from tests.histories.episodes import Environment, Played, owners_of
+from tests.histories.history import DEFAULT, Fault, History
 from tests.histories.stage import Actor
 
 ENDS_WELL = (
@@ -60,6 +65,10 @@ ENDS_WELL = (
 )
 """What a run may end with that lost too much: it says so, and is called again."""
 
+CRITERIA: Any = (
+    SimpleNamespace(name="length"),
+    EpisodeCriterion("environment", "environment"),
+)
 LIMIT_S = 60.0  # of any call: the clock goes on faster where less is asked while it hangs
 SLOW_S = 40.0
 HELD_OUT = 2
@@ -118,7 +127,7 @@ class Process:
         self.folder = folder
         self.faults = faults
         self.fired: list[Fault] = []
-        self.settings = dict(history.settings)
+        self.settings = {**DEFAULT, **history.settings}
         for change in history.changes[:number]:
             self.settings |= change
         self.dice = random.Random(f"{history.seed} {number}")
@@ -136,7 +145,8 @@ class Process:
         several = {"ranks": told["ranks"], "strategy": "fsdp" if told["ranks"] > 1 else "torch"}
         start = {"start_timeout_s": LIMIT_S}
         limits = {"update_timeout_s": LIMIT_S, **start}
-        reference = told["beta"] > 0
+        reference, plays = told["beta"] > 0, told["environments"] > 0
+        rewards = [{"model" if critic else "function": "length", "timeout_s": LIMIT_S}]
         frozen = {"replicas": told["replicas"], "timeout_s": LIMIT_S, **start}
         options: dict[str, Any] = {"name": history.algorithm, "beta": told["beta"]}
         if history.algorithm == "dapo":
@@ -146,7 +156,7 @@ class Process:
                 "algorithm": options,
                 "model": {"name": "m"},
                 "data": {"path": "d", "eval_path": "e"},
-                "rewards": [{"model" if critic else "function": "length", "timeout_s": LIMIT_S}],
+                "rewards": [*rewards, *(["environment"] if plays else [])],
                 "output_dir": str(self.folder),
                 "train": {
                     "steps": told["steps"],
@@ -165,6 +175,7 @@ class Process:
                     "replicas": told["replicas"],
                     "max_concurrent_groups": told["at_once"],
                     "generation_timeout_s": LIMIT_S,
+                    "max_prompt_length": 16,
                     "weight_timeout_s": LIMIT_S,
                     **start,
                     **({"max_replicas": told["replicas"] + 1} if told["grow"] else {}),
@@ -174,6 +185,14 @@ class Process:
                     "max_concurrent_groups": told["at_once"],
                     **start,
                 },
+                **(
+                    {
+                        "environment": "m:E",
+                        "episodes": {"replicas": told["environments"], **start},
+                    }
+                    if plays
+                    else {}
+                ),
                 **({"critic": {**several, **limits}} if critic else {}),
                 **({"reference": frozen} if reference else {}),
             }
@@ -225,6 +244,10 @@ class Process:
             case "kill another":
                 self.dice.choice(living).kill()
                 await asyncio.sleep(0)
+            case "fail" if place == "episode.tool":
+                raise EpisodeFailed("by chance")
+            case "fail by the machine":
+                raise EpisodeFailed("by chance", infrastructure=True)
             case "fail":
                 raise RewardFailed("length", RewardFailure.RAISED, "by chance")
             case "disk":
@@ -303,14 +326,45 @@ class Process:
         """As `Roles.room`."""
         return lambda index: self.dice.random() < 0.5
 
+    def _actor(self, name: str) -> Actor:
+        return next(actor for actor in self.actors if actor.name == name)
+
     def _worker(self, role: str, name: str) -> Any:
         if role == "rollout":
-            return Rollout(name)
+
+            async def meets(group: int) -> None:
+                if group in self.history.poison:
+                    self._actor(name).kill()
+                    await asyncio.sleep(0)
+
+            return Rollout(name, meets)
+        if role == "environment":
+            return self._environment(name)
         if role == "reward":
             return Reward(name, self.scores)
         if role == "reference":
             return Reference(name)
         return Rank(name, self.settings["staleness"], self.meetings[role])
+
+    def _environment(self, name: str) -> Environment:
+        async def breaks() -> None:
+            await asyncio.sleep(self.dice.choice((0.0, 0.1, 1.0)))
+            if (kind := self.due("episode.tool")) is not None:
+                await self._breaks(self._actor(name), "episode.tool", kind)
+
+        played = Played(self.history.unplayable, breaks)
+        with mock.patch.object(environments, "episodes_of", return_value=played):
+            made = Environment(
+                self.config.model,
+                self.config.episodes,
+                EpisodeCode(),
+                limits_of(self.config),
+                name,
+                LIMIT_S,
+                self.settings["lockstep"],
+            )
+        made.name = name
+        return made
 
     def _around_of(self, role: str) -> Any:
         async def around(actor: Actor, method: str) -> None:
@@ -350,6 +404,7 @@ class Process:
                     rundir,
                     checkpoints,
                     recorder,
+                    criteria=CRITERIA if self.settings["environments"] else (),
                     replica_set=functools.partial(
                         ReplicaSet, kill=lambda hand: hand.kill(), drop=lambda ref: ref.drop()
                     ),
@@ -460,8 +515,10 @@ def _check_whole(process: Process, run: Path, cut_short: bool) -> None:
     check(sorted(trained) == list(range(1, steps + 1)), f"trained are {trained}")
     check(all(len(groups) == per_step for groups in trained.values()), f"trained are {trained}")
     learned = learned_by(run / "model")
+    plays = settings["environments"] > 0
     rows = {
-        s: [[g, c] for g in sorted(of) for c in range(COMPLETIONS)] for s, of in trained.items()
+        step: [[group, row] for group in sorted(of) for row in range(rows_of(group, plays))]
+        for step, of in trained.items()
     }
     check(learned == rows, f"the weights learned {learned}, the ledger says {trained}")
     figures = _records(run, "metrics.jsonl")
@@ -522,9 +579,9 @@ def surviving(run: Path) -> dict[int, Any]:
     return ended
 
 
-def rows_of(groups: list[int]) -> list[list[int]]:
-    """(group, completion) of every completion of some groups."""
-    return [[group, index] for group in sorted(groups) for index in range(COMPLETIONS)]
+def rows_of(group: int, plays: bool) -> int:
+    """How many rows a group has: one a completion, more where histories are written anew."""
+    return len(owners_of(group, COMPLETIONS)) if plays else COMPLETIONS
 
 
 def learned_by(folder: Path) -> dict[int, list[list[int]]]:

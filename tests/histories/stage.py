@@ -19,6 +19,9 @@ class Worker(Protocol):
     name: str
     done: int
 
+    def killed(self) -> None:
+        """The process is gone."""
+
 
 Around = Callable[["Actor", str], Any]  # awaited when a method is called, before its work
 
@@ -114,7 +117,13 @@ class Actor:
         for ref in refs:
             ref.task = task
         self._running.add(task)
-        task.add_done_callback(self._running.discard)
+
+        def over(task: asyncio.Task[None]) -> None:
+            self._running.discard(task)
+            for ref in refs:  # of one that was ended before it began
+                ref.settle(None, ActorDiedError())
+
+        task.add_done_callback(over)
 
     async def _run(self, name: str, args: tuple[Any, ...], refs: list[Ref]) -> None:
         error: Exception | None = None
@@ -140,6 +149,7 @@ class Actor:
     def kill(self) -> None:
         """The process is gone, and no answer of it comes any more."""
         self.dead = True
+        self.worker.killed()
         for task in list(self._running):
             task.cancel()
 

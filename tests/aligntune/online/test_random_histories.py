@@ -3,6 +3,7 @@ time, and those that once showed a fault."""
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,12 @@ FOUND = {
             Fault(process=None, place="critic.values", number=1, kind="stop"),
         ),
     ),
+    "episodes that hang soon after others have ended": History(
+        seed=23,
+        algorithm="dapo",
+        settings={**DEFAULT, "environments": 1},
+        faults=(Fault(process=0, place="episode.tool", number=0, kind="hang"),),
+    ),
 }
 
 
@@ -91,6 +98,14 @@ def test_a_wait_without_end_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     with pytest.raises(Wrong, match=r"had no batch within|nothing has moved"):
         play(History(0, "grpo", dict(DEFAULT)), tmp_path)
+
+
+def test_episodes_of_one_group_that_are_taken_for_those_of_another_are_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aligntune.online.playing.uuid.uuid4", lambda: uuid.UUID(int=0))
+    with pytest.raises(Wrong, match=r"group \d+ has the prompt \d+"):
+        play(History(0, "grpo", {**DEFAULT, "environments": 1}), tmp_path)
 
 
 def test_a_history_is_the_same_each_time(tmp_path: Path) -> None:
