@@ -133,7 +133,7 @@ class Learner:
         prepared, targets = self._policy.begin(
             "prepare", [(job,) for job in jobs], [len(s) for s in shares]
         )
-        (figures, *_), *_ = await asyncio.gather(prepared, *valued)
+        (figures, *_), *_ = await all_of(prepared, *valued)
         found = _by_group(shares, targets)
         made = [replace(work, targets=found[i], values=None) for i, work in enumerate(works)]
         return made, figures
@@ -147,7 +147,7 @@ class Learner:
         """
         plans = plan_step(self._config, step, algorithm, groups)
         with self._with_critic():
-            answers = await asyncio.gather(
+            answers = await all_of(
                 *(
                     ranks.each("update", [(job,) for job in plans[name]])
                     for name, ranks in self._parts.items()
@@ -195,7 +195,7 @@ class Learner:
 
     async def snapshot(self) -> None:
         """Have every rank copy its part of a checkpoint to its host's memory."""
-        await asyncio.gather(*(ranks.all("snapshot") for ranks in self._parts.values()))
+        await all_of(*(ranks.all("snapshot") for ranks in self._parts.values()))
 
     async def write(self, directory: Path) -> None:
         """Write the last snapshot, beside whatever is asked of the ranks; see `Ranks.write`.
@@ -209,7 +209,7 @@ class Learner:
 
     async def load(self, directory: Path) -> None:
         """Take a checkpoint's state."""
-        await asyncio.gather(
+        await all_of(
             *(ranks.all("load", str(directory / name)) for name, ranks in self._parts.items())
         )
 

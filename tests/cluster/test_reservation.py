@@ -186,9 +186,7 @@ made.shutdown()
 
 
 @pytest.mark.slow
-def test_on_nodes_with_gpus_and_one_without_ranks_are_in_order_and_each_is_where_it_should() -> (
-    None
-):
+def test_on_four_nodes_ranks_are_in_order_and_environments_on_the_one_without_gpus() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FOUR_NODES], capture_output=True, text=True, timeout=200
     )
