@@ -119,6 +119,7 @@ def _trained(
         four_bit=model.load_in_4bit and policy,
         scores=model.attention == "eager",
         has_four_bit=config.backend == "unsloth" and policy,
+        sends_changes=policy and config.rollout.weight_sync.name == "delta",
     )
 
 
@@ -174,6 +175,7 @@ def _rollout(config: RunConfig, shape: ModelShape, dtype_bytes: int) -> Rollout:
         kv_cache_bytes=cache,
         gpus_as_set=spec.resources.gpus,
         most_replicas=spec.max_replicas,
+        takes_changes=spec.weight_sync.name == "delta",
     )
 
 

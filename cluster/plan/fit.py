@@ -97,6 +97,8 @@ def _uses(
     hosts: dict[int, list[tuple[str, int]]] = {}
     filled: dict[int, int] = {}
     bundle = work.policy.shape.parameters * work.policy.dtype_bytes
+    versions = 2 if work.rollout.takes_changes else 1  # a whole one, and changes up to as much
+    trained = {one.role for one in work.trained}
     peaks = {role: needs.peak for role, needs in memory.items()}
     for role in (request.role for request in work.requests):
         slots, needs = placement.slots[role], memory.get(role)
@@ -105,17 +107,15 @@ def _uses(
                 on.setdefault((node, device), []).append((role, index))
             if needs is None:
                 here = 0
-            elif devices:
-                here = needs.host_bytes
-                if role == "policy" and index > 0:  # rank 0 alone packs the weights
-                    here -= needs.host.get("transfer", 0)
             else:
-                here = peaks[role]
+                here = needs.host_bytes if devices else peaks[role]
+                if role in trained and index > 0:
+                    here -= needs.of_rank_0
             if here or not devices:
                 hosts.setdefault(node, []).append((role, index))
             filled[node] = filled.get(node, 0) + here
     for node in _stores(placement):
-        filled[node] = filled.get(node, 0) + bundle
+        filled[node] = filled.get(node, 0) + versions * bundle
         hosts.setdefault(node, [])
     for (node, device), occupants in sorted(on.items()):
         kind = cluster.nodes[node].gpu

@@ -22,8 +22,13 @@ KINDS = (
     "logits",
     "KV cache",
     "transfer",
+    "last weights",
+    "checkpoint",
+    "model file",
     "framework",
 )
+OF_RANK_0 = ("transfer", "last weights", "model file")
+"""What rank 0 of those that train has in the host's memory and the others have not."""
 GPU_FRAMEWORK = 1.25 * GIB  # CUDA context, NCCL buffers, what the allocator cannot use
 CPU_FRAMEWORK = 0.6 * GIB  # Python with torch and transformers
 VLLM_CPU_FRAMEWORK = 1.5 * GIB  # the same, and vLLM with its engine in a process of its own
@@ -63,6 +68,11 @@ class Memory:
         """Host memory beside the device's."""
         return sum(self.host.values())
 
+    @property
+    def of_rank_0(self) -> int:
+        """What other ranks than the first have less in the host's memory."""
+        return sum((self.host if self.on_gpu else self.device).get(kind, 0) for kind in OF_RANK_0)
+
 
 def trained_parameters(work: Trained) -> tuple[int, int]:
     """(T, frozen ones): LoRA trains adapters of every linear layer and freezes the rest."""
@@ -94,13 +104,16 @@ def trained_memory(work: Trained, on_gpu: bool) -> Memory:
     rows, copies = min(work.head_rows, work.tokens), 6 if work.plain_loss else 1
     device["logits"] = logits(work.shape, rows, _compute(work), copies)
     device["framework"] = int(GPU_FRAMEWORK if on_gpu else CPU_FRAMEWORK)
+    host |= _saved(work, trained, frozen)
     if work.head_rows:  # the policy: rank 0 copies its weights out, one tensor after the other
         one = work.shape.vocabulary * work.shape.hidden * work.dtype_bytes
         bundle = work.shape.parameters * work.dtype_bytes
         device["transfer"] = one if on_gpu else bundle
         if on_gpu:
             host["transfer"] = bundle
-    if not on_gpu and host:  # what is offloaded from the host's memory stays in it
+        if work.sends_changes:
+            host["last weights"] = bundle
+    if not on_gpu:  # what is offloaded from the host's memory stays in it
         for kind, amount in host.items():
             device[kind] = device.get(kind, 0) + amount
         host = {}
@@ -143,6 +156,19 @@ def _kept(work: Trained, trained: int, frozen: int) -> tuple[dict[str, int], dic
         optimiser = 0
         gradients -= share if sharding.gradients else 0
     return {"weights": weights, "gradients": gradients, "optimiser": optimiser}, host
+
+
+def _saved(work: Trained, trained: int, frozen: int) -> dict[str, int]:
+    """A rank's part of a checkpoint, copied to the host and written beside the next updates.
+
+    Trained weights and two moments in float32: 12T, of ranks that share them each its own. ZeRO 1
+    and 2 have rank 0 write the model too, as it computes, with what is frozen.
+    """
+    sharding = work.sharding
+    saved = {"checkpoint": 3 * FLOAT * trained // (work.ranks if sharding.optimiser else 1)}
+    if sharding.master and not sharding.weights:
+        saved["model file"] = work.dtype_bytes * (trained + frozen)
+    return saved
 
 
 def _reduced(work: Trained, trained: int, frozen: int) -> int:
@@ -235,7 +261,14 @@ def rollout_memory(work: Rollout, step: Step, gpu: GpuType | None) -> Memory:
         taken = weights + device["activations"] + device["logits"]
         left = int(work.memory_share * gpu.memory_bytes) - taken - device["framework"]
         cache = work.kv_cache_bytes if work.kv_cache_bytes is not None else max(0, left)
-    return Memory({**device, "KV cache": cache}, on_gpu=gpu is not None)
+    return _with_last_weights(work, {**device, "KV cache": cache}, gpu is not None)
+
+
+def _with_last_weights(work: Rollout, device: dict[str, int], on_gpu: bool) -> Memory:
+    """A replica that takes changes keeps a version to put them on, whole, in the host's memory."""
+    kept = work.shape.parameters * work.dtype_bytes if work.takes_changes else 0
+    host = {"last weights": kept} if kept else {}
+    return Memory(device, host) if on_gpu else Memory({**device, **host}, on_gpu=False)
 
 
 def _transformers_memory(work: Rollout, step: Step, on_gpu: bool) -> Memory:
@@ -246,7 +279,8 @@ def _transformers_memory(work: Rollout, step: Step, on_gpu: bool) -> Memory:
     """
     shape, b = work.shape, work.dtype_bytes
     cache = step.completions * step.longest * kv_bytes(work)
-    return Memory(
+    return _with_last_weights(
+        work,
         {
             "weights": shape.parameters * b,
             "activations": step.prompt_tokens * layer_activations(shape, b, step.longest, False),
@@ -255,7 +289,7 @@ def _transformers_memory(work: Rollout, step: Step, on_gpu: bool) -> Memory:
             "transfer": 0 if on_gpu else shape.parameters * b,  # mapped from the object store
             "framework": int(GPU_FRAMEWORK if on_gpu else CPU_FRAMEWORK),
         },
-        on_gpu=on_gpu,
+        on_gpu,
     )
 
 

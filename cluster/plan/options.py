@@ -70,6 +70,8 @@ def _other_frozen(work: Work, frozen: Frozen, **changes: Any) -> Work:
 
 def _smaller_rank(work: Work, trained: Trained) -> Iterator[Option]:
     role = trained.role
+    if trained.sends_changes:
+        yield _whole_versions(work)
     if not trained.checkpointing:
         yield Option(
             {"model.gradient_checkpointing": "true"}, _all_trained(work, checkpointing=True)
@@ -140,7 +142,17 @@ def _instead(work: Work, trained: Trained, other: Other, **changes: Any) -> Opti
     return Option(settings, _one(work, trained, sharding=other.sharding, **changes))
 
 
+def _whole_versions(work: Work) -> Option:
+    """Nobody keeps a version for changes of it."""
+    policy = replace(work.policy, sends_changes=False)
+    rollout = replace(work.rollout, takes_changes=False)
+    settings = {"rollout.weight_sync": "object_store"}
+    return Option(settings, replace(work, policy=policy, rollout=rollout))
+
+
 def _smaller_rollout(work: Work, rollout: Rollout) -> Iterator[Option]:
+    if rollout.takes_changes:
+        yield _whole_versions(work)
     if rollout.dtype_bytes == 4:
         yield from _bfloat16(work)
     if rollout.engine != "vllm":

@@ -137,7 +137,8 @@ def make_plan(work: Work, cluster: Cluster) -> Plan:
 def _explain(short: Short, draft: Draft, work: Work, cluster: Cluster) -> str:
     use, role = short.use, short.roles[0]
     memory = draft.memory[role]
-    kinds = {k: v for k, v in memory.device.items() if v > 0.02 * memory.peak}
+    held = memory.host if use.device is None and memory.on_gpu else memory.device
+    kinds = {kind: v for kind, v in held.items() if v > 0.02 * sum(held.values())}
     parts = ", ".join(
         f"{kind} {gib(v)}" for kind, v in sorted(kinds.items(), key=lambda item: -item[1])
     )

@@ -83,6 +83,7 @@ class Trained:
     four_bit: bool = False  # frozen weights in 4 bits (model.load_in_4bit)
     scores: bool = False  # attention keeps its matrix of scores (model.attention: eager)
     has_four_bit: bool = False  # the backend has 4 bits to offer: Unsloth
+    sends_changes: bool = False  # rank 0 keeps the weights that it has sent last
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Rollout:
     named: bool = True  # the config names the engine; its options need that
     gpus_as_set: float = 1.0  # rollout.resources.gpus: 1 is each shard's, else of all shards
     most_replicas: int | None = None  # rollout.max_replicas
+    takes_changes: bool = False  # a replica keeps the weights that changes are put on
     role: str = "rollout"
 
 

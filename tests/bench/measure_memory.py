@@ -77,7 +77,8 @@ def mark() -> int:
 def policy(
     folder: str, strategy: str, stage: str, ranks: str, rank: str, port: str, checkpointing: str
 ) -> int:
-    """A rank from before its model is loaded to the second update and an export."""
+    """A rank from before its model is loaded to the second update and an export, beside which the
+    copy of a checkpoint lies."""
     import torch
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
@@ -111,6 +112,8 @@ def policy(
         size, bundle = actor.export_weights(step)
         assert (size > 0) == (int(rank) == 0)
         del bundle
+        if step == 1:
+            print(json.dumps({"checkpoint": actor.snapshot()}), flush=True)
     return memory("VmHWM") - before
 
 

@@ -177,6 +177,51 @@ def test_offload_moves_the_optimiser_to_the_host_and_stays_there_without_a_gpu()
     assert here.device["optimiser"] == away.host["optimiser"]
 
 
+def test_a_checkpoint_is_copied_to_the_host_by_each_rank_its_share() -> None:
+    """12 bytes a trained parameter; ZeRO 1 and 2 write the model beside, by rank 0."""
+    policy = work_of(ranks=4).policy
+    parameters = policy.shape.parameters
+    for strategy, share, model in (
+        (TorchSpec(), 12 * parameters, 0),
+        (FSDPSpec(), 12 * parameters // 4, 0),
+        (DeepSpeedSpec(stage=2), 12 * parameters // 4, 2 * parameters),
+        (DeepSpeedSpec(stage=3), 12 * parameters // 4, 0),
+    ):
+        memory = trained_memory(replace(policy, **keeping(strategy)), on_gpu=True)
+        assert memory.host["checkpoint"] == share
+        assert memory.host.get("model file", 0) == model
+        here = trained_memory(replace(policy, **keeping(strategy)), on_gpu=False)
+        assert here.device["checkpoint"] == share, "without a GPU it lies beside the rest"
+        assert memory.of_rank_0 == here.of_rank_0 == model + 2 * parameters
+    adapter = trained_memory(replace(policy, lora_rank=8, **keeping(FSDPSpec())), on_gpu=True)
+    assert adapter.host["checkpoint"] < 0.02 * 12 * parameters // 4
+
+
+def test_who_sends_and_takes_changes_keeps_a_whole_version_on_the_host() -> None:
+    work = work_of(ranks=2, replicas=2)
+    delta = replace(
+        work,
+        policy=replace(work.policy, sends_changes=True),
+        rollout=replace(work.rollout, takes_changes=True),
+    )
+    bundle = 2 * work.policy.shape.parameters
+    cluster = described(1, 8, "h100-80gb")
+
+    def host(what: Work) -> int:
+        return next(use.bytes for use in make_plan(what, cluster).uses if use.device is None)
+
+    # Rank 0's own, one of each replica, and changes up to as much beside it in the object store.
+    assert host(delta) - host(work) == (1 + 2 + 1) * bundle
+    plans = [make_plan(what, cluster).memory for what in (work, delta)]
+    for role in ("policy", "rollout"):
+        assert plans[0][role].device == plans[1][role].device, "no GPU holds more"
+        assert plans[1][role].host["last weights"] == bundle
+    tight = host(delta) - bundle
+    small = tuple(node._replace(memory_bytes=tight) for node in cluster.nodes)
+    with pytest.raises(DoesNotFit, match=r"host .*last weights.*rollout\.weight_sync=object_store"):
+        make_plan(delta, replace(cluster, nodes=small))
+
+
 def test_vllm_takes_its_share_of_a_gpu_and_shards_divide_the_weights() -> None:
     step, work = work_of().step, work_of(LARGE).rollout
     one, two = (rollout_memory(replace(work, tensor_parallel=n), step, H100) for n in (1, 2))
@@ -366,7 +411,7 @@ def test_what_does_not_fit_into_the_hosts_memory_may_stay_on_the_gpus() -> None:
     work = work_of(LARGE, ranks=8)
     away = replace(work, policy=replace(work.policy, **zero(3, offload=True)))
     cluster = described(2, 8, "h200-141gb")
-    small = tuple(node._replace(memory_bytes=64 * 2**30) for node in cluster.nodes)
+    small = tuple(node._replace(memory_bytes=128 * 2**30) for node in cluster.nodes)
     with pytest.raises(DoesNotFit, match=r"host .*policy\.strategy\.offload=false"):
         make_plan(away, replace(cluster, nodes=small))
 
