@@ -41,6 +41,7 @@ from actors.messages import (
     Prompt,
     last_rows,
 )
+from actors.sandbox import in_force
 from actors.specs import ModelSpec
 from actors.supervise import ObjectsLost, ReplicaLost, answer
 from actors.waiting import all_of
@@ -116,6 +117,7 @@ class EnvironmentActor(Alive):
         await self._episodes.start()
         return {
             "replica": self._replica,
+            "sandbox": await asyncio.to_thread(in_force, self._spec.sandbox, "episodes.sandbox"),
             **whereabouts(),
             "seconds": time.monotonic() - started,
         }
@@ -270,7 +272,7 @@ def episodes_of(
         return AgentEpisodes(code, limits, model, log, spec.host, spec.port)
     from actors.environments.tool_episodes import ToolEpisodes
 
-    return ToolEpisodes(code, limits, model, log)
+    return ToolEpisodes(code, limits, model, log, spec.sandbox)
 
 
 def log_file(log: str | None) -> str | None:

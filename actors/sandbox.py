@@ -1,4 +1,5 @@
-"""Programs that nobody has read, such as a model's, run where they can do little: `run`.
+"""Programs that nobody has read, such as a model's, run where they can do little: `run`; and
+processes of the user's code, where the user wants that: `held`.
 
 With bubblewrap: no network, a read-only root without home folders, a scratch folder, its own
 process numbers. Without it: limits alone. Either way the environment holds no secret, CPU time,
@@ -37,7 +38,8 @@ START_SECONDS = 10.0  # for the runner beside the program's own time
 
 
 class SandboxMissing(RuntimeError):
-    """`required`, and bubblewrap is not here or may not work; the message says why."""
+    """There can be no sandbox as it is wanted: `required`, and bubblewrap is not here or may not
+    work, or it would hide nothing. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +96,51 @@ def bubblewrap() -> tuple[str | None, str]:
     return program, ""
 
 
-def in_force(mode: Mode) -> str:
-    """What holds programs in `mode` on this machine, for a person. Raises SandboxMissing."""
+def in_force(mode: Mode, key: str = "reward.sandbox") -> str:
+    """What holds programs in `mode` on this machine, for a person; `key` is the mode's setting.
+
+    Raises SandboxMissing.
+    """
     if mode == "off":
         return "off"
     program, why = bubblewrap()
     if program is not None:
         return "bubblewrap"
     if mode == "required":
-        raise SandboxMissing(f"reward.sandbox is required, and {why}; install it, or set auto")
+        raise SandboxMissing(f"{key} is required, and {why}; install it, or set auto")
     return f"limits alone ({why})"
+
+
+@dataclass(frozen=True)
+class Held:
+    """How a process is started: what stands before its command, and its environment."""
+
+    before: tuple[str, ...] = ()
+    environment: Mapping[str, str] | None = None  # None: that of this process
+
+
+def held(mode: Mode, key: str, scratch: str, imports: Sequence[str], log: str | None) -> Held:
+    """A process that runs the user's code as `run` runs programs, without its limits. It sees the
+    folders that it `imports` from too, and writes to `scratch` and `log`.
+
+    Raises SandboxMissing.
+    """
+    in_force(mode, key)
+    if mode == "off":
+        return Held()
+    program = bubblewrap()[0]
+    if program is None:
+        return Held((), _environment(scratch))
+    shown = [os.path.abspath(place) for place in (*imports, str(Path(__file__).parents[1]))]
+    home = Path(_OUTSIDE)
+    if whole := [place for place in shown if home.is_relative_to(place)]:
+        raise SandboxMissing(
+            f"{key} is {mode}, and {whole[0]}, which the user's code is imported from, holds the "
+            "home folder, which would be seen whole; start in a folder of the project's own"
+        )
+    if log is not None:
+        Path(log).touch()
+    return Held(tuple(_wrapped(program, scratch, shown, log)), _environment(scratch))
 
 
 async def run(
@@ -226,13 +263,16 @@ def _environment(scratch: str) -> dict[str, str]:
     }
 
 
-def _wrapped(program: str, scratch: str) -> list[str]:
-    """The beginning of a command that runs under bubblewrap."""
+def _wrapped(
+    program: str, scratch: str, shown: Sequence[str] = (), log: str | None = None
+) -> list[str]:
+    """The beginning of a command that runs under bubblewrap, and sees `shown` too."""
     hidden = [place for place in dict.fromkeys((*_HIDDEN, _OUTSIDE)) if os.path.isdir(place)]
-    needed = dict.fromkeys((sys.prefix, sys.base_prefix, sys.exec_prefix))
+    needed = sorted({sys.prefix, sys.base_prefix, sys.exec_prefix, *filter(os.path.exists, shown)})
     inside = [
         p for p in needed if any(p.startswith(f"{h}/") for h in (*hidden, "/tmp", "/var/tmp"))
     ]
+    written = [scratch] if log is None else [scratch, log]
     return [
         program,
         "--unshare-all",
@@ -246,7 +286,7 @@ def _wrapped(program: str, scratch: str) -> list[str]:
         "--tmpfs", "/var/tmp",
         *(part for place in hidden for part in ("--tmpfs", place)),
         *(part for place in inside for part in ("--ro-bind", place, place)),
-        "--bind", scratch, scratch,
+        *(part for place in written for part in ("--bind", place, place)),
         "--chdir", scratch,
         "--",
     ]  # fmt: skip

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from actors.children.channel import ANSWER_BYTES, Garbled, request
+from actors.sandbox import Held
 
 EXIT_SECONDS = 2.0  # between a closed channel and the exit status that explains it
 KILL_SECONDS = 10.0  # of a child's keeper, to end what the child has started
@@ -202,11 +203,13 @@ async def started(
     log: str | None,
     answer_bytes: int = ANSWER_BYTES,
     variables: Mapping[str, str] | None = None,
+    held: Held | None = None,
 ) -> tuple[Child[A], socket.socket]:
     """A process that runs `main(channel, lifeline, log)` of `module`, and a copy of its channel.
 
     It has imported nothing of the user's yet. Its output goes to file `log`; `variables` are added
-    to its environment. The copy is for what a stream cannot send; close it.
+    to its environment, and `held` is the sandbox around it. The copy is for what a stream cannot
+    send; close it.
     """
     here, there = socket.socketpair()
     mine, lifeline = socket.socketpair()
@@ -217,10 +220,13 @@ async def started(
         "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
         f"from {module} import main; main(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])"
     )
-    path = list(dict.fromkeys((*_here(search_path), *(entry or "." for entry in sys.path))))
+    path = import_path(search_path)
     reader, writer = await asyncio.open_connection(sock=here, limit=answer_bytes)
     try:
+        held = held or Held()
+        own = os.environ if held.environment is None else held.environment
         process = await asyncio.create_subprocess_exec(
+            *held.before,
             sys.executable,
             "-u",  # what the user prints is in the log when the child is killed
             "-c",
@@ -232,7 +238,7 @@ async def started(
             stdin=subprocess.DEVNULL,
             pass_fds=(there.fileno(), lifeline.fileno()),
             start_new_session=True,
-            env={**os.environ, **(variables or {})},
+            env={**own, **(variables or {})},
         )
     except BaseException:
         mine.close()
@@ -243,6 +249,11 @@ async def started(
         there.close()
         lifeline.close()
     return Child(reader, writer, mine, parse, process), copy
+
+
+def import_path(search_path: Sequence[str]) -> list[str]:
+    """Where such a process looks for what it imports."""
+    return list(dict.fromkeys((*_here(search_path), *(entry or "." for entry in sys.path))))
 
 
 def _here(search_path: Sequence[str]) -> list[str]:

@@ -10,17 +10,20 @@ from __future__ import annotations
 import asyncio
 import resource
 import secrets
+import shutil
 import socket
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from actors.children.channel import clean
-from actors.children.process import Child, ChildEnded, started
+from actors.children.process import Child, ChildEnded, import_path, started
 from actors.environments.base import EpisodeFailed
 from actors.environments.channel import Told, parse
 from actors.environments.child import OBSERVATION_CHARACTERS
 from actors.environments.server import FORK, Setup
+from actors.sandbox import Held, Mode, SandboxMissing, held
 
 IMPORT_SECONDS = 300.0  # to import the user's code, or to make an environment for its description
 FORK_SECONDS = 60.0  # until a fork answers, on a busy machine
@@ -51,8 +54,12 @@ class ToolCall:
 class Server:
     """The process that has the user's code, and forks."""
 
-    def __init__(self, setup: Setup, search_path: Sequence[str], log: str | None) -> None:
+    def __init__(
+        self, setup: Setup, search_path: Sequence[str], log: str | None, sandbox: Mode = "off"
+    ) -> None:
         self._setup = setup
+        self._sandbox = sandbox
+        self._scratch: str | None = None  # the folder that a sandbox may write to
         self._search_path = search_path
         self._log = log
         self._child: Child[Told] | None = None
@@ -82,6 +89,7 @@ class Server:
                 self._search_path,
                 self._log,
                 variables={"PYTHONHASHSEED": "0"},  # sets are in one order in every run
+                held=await asyncio.to_thread(self._held),
             )
             told = await answered(
                 self._child.ask(self._setup)[1], IMPORT_SECONDS, "importing tools and environments"
@@ -89,6 +97,17 @@ class Server:
             if told.error is not None:
                 await self._stop()
                 raise EpisodeFailed(told.error)
+
+    def _held(self) -> Held:
+        """The sandbox around it and its forks. Raises EpisodeFailed."""
+        if self._sandbox == "off":
+            return Held()
+        self._scratch = self._scratch or tempfile.mkdtemp(prefix="aligntune-episodes-")
+        imports = import_path(self._search_path)
+        try:
+            return held(self._sandbox, "episodes.sandbox", self._scratch, imports, self._log)
+        except SandboxMissing as missing:
+            raise EpisodeFailed(str(missing)) from missing
 
     async def fork(self) -> Child[Told]:
         """A new process with the user's code, which answers. Raises EpisodeFailed."""
@@ -134,6 +153,9 @@ class Server:
             await self._stop()
         if self._ending:
             await asyncio.wait(self._ending)
+        if self._scratch is not None:
+            await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
+            self._scratch = None
 
     async def _stop(self) -> None:
         if self._control is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from actors.sandbox import Mode
 from actors.settings import Positive, Seconds, Spec
 from actors.specs import RoleResources
 
@@ -37,6 +38,11 @@ class EpisodesSpec(Spec):
     )
     memory_gib: float | None = Field(
         None, gt=0, description="of one environment's process; default: not limited"
+    )
+    sandbox: Mode = Field(
+        "off",
+        description="around tools and environments: auto, bubblewrap where it works, else limits "
+        "and an empty environment; required: the run ends where it does not work",
     )
     discount: float = Field(
         1.0, gt=0, le=1, description="of a turn's reward a turn later, in group algorithms"

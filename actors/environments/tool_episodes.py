@@ -21,6 +21,7 @@ from actors.environments.server import Setup
 from actors.environments.specs import AgentCommand, Code, EpisodeCode
 from actors.environments.tokens import ChatTokens
 from actors.messages import Messages, Prompt
+from actors.sandbox import Mode
 from actors.specs import ModelSpec
 
 EVERY_ROW = ""  # the name of an environment that is every row's
@@ -30,9 +31,15 @@ class ToolEpisodes:
     """Runs episodes whose tools and environments are the user's code in child processes."""
 
     def __init__(
-        self, code: EpisodeCode, limits: EpisodeLimits, model: ModelSpec, log: str | None
+        self,
+        code: EpisodeCode,
+        limits: EpisodeLimits,
+        model: ModelSpec,
+        log: str | None,
+        sandbox: Mode = "off",
     ) -> None:
         """`log`: a file for what the user's code prints; default: this process's output."""
+        self._sandbox = sandbox
         self._code = code
         self._limits = limits
         self._model = model
@@ -58,7 +65,7 @@ class ToolEpisodes:
                 self._tokens = await asyncio.to_thread(chat_tokens, self._model)
             except ValueError as error:
                 raise EpisodeFailed(str(error)) from error
-            server = Server(setup, search_path, self._log)
+            server = Server(setup, search_path, self._log, self._sandbox)
             try:
                 self._take(await described(server))
             except BaseException:

@@ -76,7 +76,7 @@ def check_episodes(config: RunConfig) -> None:
             f"episodes.port={episodes.port} is one port and episodes.replicas="
             f"{episodes.replicas}; leave the port out, and each replica takes a free one"
         )
-    of_agents, of_tools = ("host", "port"), ("call_timeout_s", "max_output_characters")
+    of_agents, of_tools = ("host", "port"), ("call_timeout_s", "max_output_characters", "sandbox")
     ignored = of_agents if config.agent is None else of_tools
     for key in ignored:
         if getattr(episodes, key) != getattr(EpisodesSpec(), key):
