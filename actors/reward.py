@@ -25,7 +25,7 @@ from actors.scoring.criteria import (
     RewardFailure,
 )
 from actors.scoring.model import ModelScorer, ModelStuck, RewardModelCriterion
-from actors.specs import GROUPS_AT_ONCE, ModelSpec
+from actors.specs import MAX_CONCURRENT_GROUPS, ModelSpec
 from actors.whereabouts import whereabouts
 
 Criterion = RewardCriterion | RewardModelCriterion | EpisodeCriterion
@@ -57,13 +57,13 @@ class RewardActor(Alive):
         criteria: tuple[RewardCriterion | RewardModelCriterion, ...],
         tokenizer_spec: ModelSpec,
         log: str | None = None,
-        at_once: int = GROUPS_AT_ONCE,
+        max_concurrent_groups: int = MAX_CONCURRENT_GROUPS,
         sandbox: Mode = "auto",
     ) -> None:
         """`log`: the file in the run directory for what functions print. Where this node does not
-        see that directory it goes to the actor's own output, which Ray keeps. `at_once`: groups
-        that it is given at a time; a slow function may have as many processes. `sandbox` is for
-        programs that functions run by `actors.sandbox`."""
+        see that directory it goes to the actor's own output, which Ray keeps.
+        `max_concurrent_groups`: groups that it is given at a time; a slow function may have as many
+        processes. `sandbox` is for programs that functions run by `actors.sandbox`."""
         self._sandbox = sandbox
         if log is not None:
             folder = os.path.dirname(log)
@@ -75,7 +75,7 @@ class RewardActor(Alive):
         self._tokenizer: Any = None
         self._ends: frozenset[int] = frozenset()  # tokens that are no part of what was written
         self._scorers: tuple[Scorer, ...] = tuple(
-            FunctionScorer(c, log, at_once, {VARIABLE: sandbox})
+            FunctionScorer(c, log, max_concurrent_groups, {VARIABLE: sandbox})
             if isinstance(c, RewardCriterion)
             else ModelScorer(c)
             for c in criteria

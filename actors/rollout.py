@@ -99,7 +99,7 @@ class RolloutActor(Alive):
             "engine_version": _installed_version(self._package),
             **whereabouts(),
             "version": self._engine.version,
-            "groups_at_once": self._engine.groups_at_once,
+            "max_concurrent_groups": self._engine.max_concurrent_groups,
             "seconds": time.monotonic() - started,
         }
 

@@ -19,7 +19,7 @@ from actors.settings import Spec as Spec
 from actors.strategies.specs import StrategyField, TorchSpec
 from actors.transfer.specs import FullSpec, WeightSyncField
 
-GROUPS_AT_ONCE = 16  # of a reward actor, where the config does not say
+MAX_CONCURRENT_GROUPS = 16  # of a reward actor, where the config does not say
 
 
 class LoRASpec(Spec):
@@ -245,7 +245,9 @@ class RewardActorSpec(Spec):
         "alone; required: the run ends where it does not work; off: limits of time alone",
     )
     max_attempts: Positive = Field(3, description="tries per group before it is quarantined")
-    max_concurrent_groups: Positive = Field(GROUPS_AT_ONCE, description="in flight per replica")
+    max_concurrent_groups: Positive = Field(
+        MAX_CONCURRENT_GROUPS, description="in flight per replica"
+    )
     start_timeout_s: Seconds = Field(300.0, description="longest wait for a replica to start")
     max_restarts: int = Field(
         10,

@@ -83,7 +83,7 @@ class RolloutEngine(Protocol):
         `sequences` completions may be in flight at a time; `seed` is this replica's.
         """
 
-    groups_at_once: int
+    max_concurrent_groups: int
     """How many calls it may be given at a time. A call's time limit begins when it is given, so an
     engine that works on them one by one says few."""
 

@@ -47,7 +47,7 @@ class TransformersEngine:
     outside of it, so an update of the weights comes right after the call that is running.
     """
 
-    groups_at_once = 2  # one that runs and one that waits, so that it is never idle
+    max_concurrent_groups = 2  # one that runs and one that waits, so that it is never idle
 
     def __init__(
         self, model: ModelSpec, spec: RolloutSpec, version: int, sequences: int, seed: int

@@ -87,7 +87,7 @@ class VLLMEngine:
         self._vllm = VLLMSpec.model_validate(spec.engine)
         self._sequences = sequences
         self._seed = seed
-        self.groups_at_once = spec.max_concurrent_groups  # they are batched together
+        self.max_concurrent_groups = spec.max_concurrent_groups  # they are batched together
         self._version = version
         self._work = Work()
         self._updating = asyncio.Lock()

@@ -15,7 +15,7 @@ from actors.children.process import Child, ChildEnded, started
 from actors.scoring.channel import Answer, parse
 from actors.scoring.child import CONCURRENT
 from actors.scoring.criteria import RewardCriterion, RewardFailed, RewardFailure
-from actors.specs import GROUPS_AT_ONCE
+from actors.specs import MAX_CONCURRENT_GROUPS
 
 if TYPE_CHECKING:  # torch: seconds, which trying a reward need not take
     from actors.messages import Conversations, Messages, Prompt
@@ -42,19 +42,19 @@ class FunctionScorer:
         self,
         criterion: RewardCriterion,
         log: str | None = None,
-        at_once: int = GROUPS_AT_ONCE,
+        max_concurrent_groups: int = MAX_CONCURRENT_GROUPS,
         variables: Mapping[str, str] | None = None,
     ) -> None:
         """`log`: a file for what the function prints; default: this process's standard output.
-        `at_once`: children at most where the criterion does not say, as many as calls may come.
-        `variables` are added to the children's environment."""
+        `max_concurrent_groups`: children at most where the criterion does not say, as many as calls
+        may come. `variables` are added to the children's environment."""
         self._variables = variables
         self.name = criterion.name
         self._criterion = criterion
         self._log = log
         self._children: set[Child[Answer]] = set()
         self._idle: asyncio.LifoQueue[Child[Answer]] = asyncio.LifoQueue()
-        self._places = asyncio.Semaphore(criterion.workers or at_once)
+        self._places = asyncio.Semaphore(criterion.workers or max_concurrent_groups)
         self._starting = asyncio.Lock()
         self._shared: Child[Answer] | None = None
         self._ending: set[asyncio.Future[None]] = set()  # calls whose callers have left

@@ -43,7 +43,8 @@ class Role:
     ranks: bool = False
     needed: Callable[[RunConfig], bool] = lambda config: True
     resources: Callable[[RunConfig], RoleResources] | None = None  # default: those of its section
-    slots: Callable[[RunConfig], int] = lambda config: 1  # groups given to a replica at a time
+    # Groups given to a replica at a time: so many slots it has.
+    max_concurrent_groups: Callable[[RunConfig], int] = lambda config: 1
     concurrent: bool = False  # whether it works on all of them at once
     calls: Callable[[RunConfig], int] = lambda config: 1  # at a time, of a group
     key: str = ""  # of its section; default: its name
@@ -175,7 +176,7 @@ ROLES: dict[str, Role] = {
             lambda config: "actors.rollout:RolloutActor",
             _rollout,
             resources=_of_all_shards,
-            slots=lambda config: config.rollout.max_concurrent_groups,
+            max_concurrent_groups=lambda config: config.rollout.max_concurrent_groups,
             concurrent=True,
             calls=lambda config: completions_of(config) if config.plays else 1,
         ),
@@ -184,7 +185,7 @@ ROLES: dict[str, Role] = {
             lambda config: "actors.environment:EnvironmentActor",
             _environment,
             needed=lambda config: config.plays,
-            slots=lambda config: config.episodes.max_concurrent_groups,
+            max_concurrent_groups=lambda config: config.episodes.max_concurrent_groups,
             concurrent=True,
             key="episodes",
         ),
@@ -192,7 +193,7 @@ ROLES: dict[str, Role] = {
             "reward",
             lambda config: "actors.reward:RewardActor",
             _reward,
-            slots=lambda config: config.reward.max_concurrent_groups,
+            max_concurrent_groups=lambda config: config.reward.max_concurrent_groups,
             concurrent=True,
         ),
         Role(
@@ -200,7 +201,7 @@ ROLES: dict[str, Role] = {
             lambda config: "actors.reference:ReferenceActor",
             _reference,
             needed=lambda config: config.algorithm.needs.reference,
-            slots=lambda config: 2,  # the next group is there when one is done
+            max_concurrent_groups=lambda config: 2,  # the next group is there when one is done
             models=("model",),
         ),
         Role(

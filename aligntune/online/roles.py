@@ -50,7 +50,9 @@ class Roles:
             if threads is not None:  # else Ray sets it to the CPUs that are reserved
                 options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
             if role.concurrent:
-                options["max_concurrency"] = role.slots(config) * role.calls(config) + SPARE_CALLS
+                options["max_concurrency"] = (
+                    role.max_concurrent_groups(config) * role.calls(config) + SPARE_CALLS
+                )
             groups = HEALTH_GROUP | DISK_GROUP
             remote = ray.remote(max_restarts=0, concurrency_groups=groups, **options)
             made = remote(getattr(importlib.import_module(module), cls))

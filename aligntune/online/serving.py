@@ -57,14 +57,14 @@ class Serving:
             self._said(name, info)
             if catch_up is not None:
                 await catch_up(handle, name)
-            return info.get("groups_at_once")
+            return info.get("max_concurrent_groups")
 
         return self._replica_set(
             role.name,
             role.size(self._config),
             make,
             start,
-            slots=role.slots(self._config),
+            slots=role.max_concurrent_groups(self._config),
             max_restarts=section.max_restarts,
             ping=sign_of_life(role.concurrent),
             patience=Patience(self._config.train.silence_timeout_s),

@@ -15,7 +15,7 @@ from aligntune.online.role_requests import role_requests
 from aligntune.online.role_table import ROLES
 from aligntune.shapes import known_shape
 from cluster.plan.shapes import ModelShape
-from cluster.plan.work import Frozen, Other, Rollout, Sharding, Step, Trained, Work
+from cluster.plan.work import Frozen, Kept, Other, Rollout, Step, Trained, Work
 
 PROMPT_TOKENS = 512  # where rollout.max_prompt_length is open: a plan reads no data
 REWARD_TEXT_TOKENS = 512  # of a text, where neither its limit nor the rollouts' is longer
@@ -107,7 +107,7 @@ def _trained(
         role=spec.role,
         shape=shape,
         ranks=spec.ranks,
-        sharding=sharding_of(spec.strategy),
+        kept=kept_of(spec.strategy),
         dtype_bytes=_bytes(model.dtype),
         tokens=_microbatch(spec.tokens_per_microbatch, rows, step.longest),
         longest=step.longest,
@@ -127,9 +127,9 @@ def _head_rows(config: RunConfig, shape: ModelShape) -> int:
     return config.policy.tokens_per_chunk or rows_at_once(shape.vocabulary, shape.hidden)
 
 
-def sharding_of(strategy: StrategySpec) -> Sharding:
+def kept_of(strategy: StrategySpec) -> Kept:
     """What ranks keep under `strategy`."""
-    return Sharding(**vars(strategy.sharding))
+    return Kept(**vars(strategy.sharding))
 
 
 def others_of(now: StrategySpec) -> tuple[Other, ...]:
@@ -145,7 +145,7 @@ def others_of(now: StrategySpec) -> tuple[Other, ...]:
         settings = {f"strategy.{key}": json.dumps(value) for key, value in changed.items()}
         if other.name != now.name:
             settings = {"strategy": other.name, **settings}
-        others.append(Other(settings, sharding_of(other)))
+        others.append(Other(settings, kept_of(other)))
     return tuple(others)
 
 
@@ -168,7 +168,7 @@ def _rollout(config: RunConfig, shape: ModelShape, dtype_bytes: int) -> Rollout:
         replicas=spec.replicas,
         engine="vllm" if vllm else "transformers",
         dtype_bytes=dtype_bytes,
-        groups_at_once=spec.max_concurrent_groups,
+        max_concurrent_groups=spec.max_concurrent_groups,
         named=spec.engine.name != "auto",
         tensor_parallel=engine.shards,
         memory_share=(vllm or VLLMSpec()).gpu_memory_utilization,

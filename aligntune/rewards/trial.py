@@ -54,7 +54,9 @@ async def called(
     """
     scorer: FunctionScorer | ModelGroups
     if isinstance(criterion, RewardCriterion):
-        scorer = FunctionScorer(criterion, log, at_once=1, variables={VARIABLE: sandbox})
+        scorer = FunctionScorer(
+            criterion, log, max_concurrent_groups=1, variables={VARIABLE: sandbox}
+        )
     else:
         scorer = ModelGroups(criterion)
     said: list[list[float | None] | RewardFailed] = []

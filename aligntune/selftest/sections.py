@@ -146,7 +146,7 @@ def update(
     folder: Path, sizes: dict[str, int] | None = None, rows: int = 64, longest: int = 3072
 ) -> Figures:
     """Tokens a second of a policy update and what it keeps in memory, beside the plan's figure."""
-    from aligntune.online.work import sharding_of
+    from aligntune.online.work import kept_of
     from cluster.plan.memory import GPU_FRAMEWORK, trained_memory
     from cluster.plan.shapes import from_folder
     from cluster.plan.work import Trained
@@ -177,7 +177,7 @@ def update(
         "policy",
         from_folder(folder, "measured"),
         1,
-        sharding=sharding_of(rank._spec.strategy),
+        kept=kept_of(rank._spec.strategy),
         dtype_bytes=2,
         tokens=budget,
         longest=longest,

@@ -253,7 +253,7 @@ def _of_model(work: Work, search: Search | None) -> Iterator[Decided]:
 
 def _strategy(trained: Trained) -> Any:
     """What the config says of an open strategy: another with its options, or torch."""
-    other = next((one for one in trained.others if one.sharding == trained.sharding), None)
+    other = next((one for one in trained.others if one.kept == trained.kept), None)
     if other is None:
         return "torch"
     options = {
@@ -265,9 +265,9 @@ def _strategy(trained: Trained) -> Any:
 
 
 def _why_sharded(trained: Trained) -> str:
-    if not trained.sharding.level:
+    if not trained.kept.level:
         return "one rank holds the model"
-    if trained.sharding.offload:
+    if trained.kept.offload:
         return "the GPUs hold the model with its optimiser in the hosts' memory"
     return f"{trained.ranks} ranks share the model"
 

@@ -179,10 +179,10 @@ def update_seconds(work: Trained, step: Step, rates: Rates, spans: int) -> float
     if n > 1:
         ring = (n - 1) / n * moved / (rates.link if spans == 1 else rates.network)
         micro = math.ceil(step.tokens / (n * work.tokens))
-        sharded = work.sharding.weights
+        sharded = work.kept.weights
         times_moved = 3 * max(micro, step.updates) if sharded else 2 * step.updates
         talk = step.passes * times_moved * ring
-    if work.sharding.offload and rates.is_gpu:
+    if work.kept.offload and rates.is_gpu:
         # float32 gradients down and weights up once an optimiser step, AdamW in the host's memory.
         share = 4 * moved / work.dtype_bytes / n
         offloaded = step.passes * step.updates * (2 * share / HOST_LINK + 7 * share / CPU_BANDWIDTH)
@@ -234,7 +234,7 @@ def concurrency(work: Rollout, step: Step, memory: Memory) -> int:
     if work.engine == "transformers":
         return step.completions
     fit = memory.device.get("KV cache", 0) // max(1, kv_bytes(work) * step.longest)
-    return max(1, min(fit, work.groups_at_once * step.completions, VLLM_SEQUENCES))
+    return max(1, min(fit, work.max_concurrent_groups * step.completions, VLLM_SEQUENCES))
 
 
 def transfer_seconds(work: Work, policy: Rates, rollout: Rates, far: int) -> float:

@@ -127,34 +127,34 @@ def _compute(work: Trained | Rollout | Frozen) -> int:
 
 def _kept(work: Trained, trained: int, frozen: int) -> tuple[dict[str, int], dict[str, int]]:
     """Weights, gradients and optimiser state of a rank: on its device, and offloaded."""
-    b, n, sharding = work.dtype_bytes, work.ranks, work.sharding
+    b, n, kept = work.dtype_bytes, work.ranks, work.kept
     low = b < FLOAT
-    weights = (b if sharding.master else FLOAT) * trained
+    weights = (b if kept.master else FLOAT) * trained
     weights += int((FOUR_BIT if work.four_bit else b) * frozen)
-    optimiser = (3 if sharding.master else 2) * FLOAT * trained
+    optimiser = (3 if kept.master else 2) * FLOAT * trained
     gradients = share = FLOAT * trained
-    if sharding.optimiser:
+    if kept.optimiser:
         optimiser //= n
-    if sharding.gradients:
+    if kept.gradients:
         gradients = share = FLOAT * trained // n
-    elif sharding.master and low:
+    elif kept.master and low:
         gradients += b * trained  # as they were computed
     gradients += _reduced(work, trained, frozen)
     host: dict[str, int] = {}
-    if sharding.weights:
+    if kept.weights:
         weights //= n
-        if sharding.offload:
+        if kept.offload:
             host["weights"] = weights
             weights = 0
-        if n > 1 or sharding.offload:
+        if n > 1 or kept.offload:
             weights += _gathered(work, trained + frozen)
-    elif low and not sharding.master:
+    elif low and not kept.master:
         weights += b * trained  # autocast keeps a copy of each for backward
-    if sharding.offload:
+    if kept.offload:
         host["optimiser"] = optimiser
         host["gradients"] = FLOAT * trained // n
         optimiser = 0
-        gradients -= share if sharding.gradients else 0
+        gradients -= share if kept.gradients else 0
     return {"weights": weights, "gradients": gradients, "optimiser": optimiser}, host
 
 
@@ -173,17 +173,17 @@ def _saved(work: Trained, trained: int, frozen: int) -> dict[str, int]:
 
 def _reduced(work: Trained, trained: int, frozen: int) -> int:
     """What gradients are reduced in: a bucket, or those of one layer or of the largest matrix."""
-    if work.sharding.bucket:
-        return work.dtype_bytes * min(work.sharding.bucket, trained)
-    if not work.sharding.gradients or work.ranks == 1 or trained <= frozen:
+    if work.kept.bucket:
+        return work.dtype_bytes * min(work.kept.bucket, trained)
+    if not work.kept.gradients or work.ranks == 1 or trained <= frozen:
         return 0
     return FLOAT * max(_layer(work.shape), work.shape.vocabulary * work.shape.hidden)
 
 
 def _gathered(work: Trained, parameters: int) -> int:
     """Sharded weights that are whole at one time."""
-    if work.sharding.live:
-        return work.dtype_bytes * min(work.sharding.live, parameters)
+    if work.kept.live:
+        return work.dtype_bytes * min(work.kept.live, parameters)
     table = work.shape.vocabulary * work.shape.hidden
     return (2 * _layer(work.shape) + table) * work.dtype_bytes
 

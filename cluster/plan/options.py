@@ -102,16 +102,16 @@ def _smaller_rank(work: Work, trained: Trained) -> Iterator[Option]:
 
 def _sharded(work: Work, trained: Trained) -> Iterator[Option]:
     """Share out more, offload, more ranks."""
-    now = trained.sharding
-    kept = [(other, other.sharding) for other in trained.others]
+    now = trained.kept
+    ways = [(other, other.kept) for other in trained.others]
     if trained.ranks > 1 and now.level:
-        for other, then in kept:
+        for other, then in ways:
             if then.level > now.level and then.offload == now.offload:
                 yield _instead(work, trained, other)
-    for other, then in kept:
+    for other, then in ways:
         if then == replace(now, offload=not now.offload):  # true spares the GPU, false the host
             yield _instead(work, trained, other)
-    for other, then in kept:
+    for other, then in ways:
         if then.weights and then.offload and not (now.weights and now.offload):
             yield _instead(work, trained, other)
     if work.colocate:
@@ -127,11 +127,11 @@ def _sharded(work: Work, trained: Trained) -> Iterator[Option]:
 
 def _sharing_weights(trained: Trained) -> Other | None:
     """What the ranks have, where that shares out weights, else what they could have that does."""
-    now = trained.sharding
+    now = trained.kept
     if now.weights:
         return Other({}, now)
     for other in trained.others:
-        if other.sharding.weights and other.sharding.offload == now.offload:
+        if other.kept.weights and other.kept.offload == now.offload:
             return other
     return None
 
@@ -139,7 +139,7 @@ def _sharing_weights(trained: Trained) -> Other | None:
 def _instead(work: Work, trained: Trained, other: Other, **changes: Any) -> Option:
     """`other` in place of what the ranks run with."""
     settings = {f"{trained.role}.{key}": value for key, value in other.settings.items()}
-    return Option(settings, _one(work, trained, sharding=other.sharding, **changes))
+    return Option(settings, _one(work, trained, kept=other.kept, **changes))
 
 
 def _whole_versions(work: Work) -> Option:
@@ -200,15 +200,19 @@ def to_be_faster(work: Work) -> Iterator[Option]:
         yield Option(
             {"model.gradient_checkpointing": "false"}, _all_trained(work, checkpointing=False)
         )
-    now = policy.sharding
+    now = policy.kept
     for other in policy.others:
-        on_device = now.offload and other.sharding == replace(now, offload=False)
-        whole = now.weights and other.sharding == replace(now, weights=False)
+        on_device = now.offload and other.kept == replace(now, offload=False)
+        whole = now.weights and other.kept == replace(now, weights=False)
         if on_device or whole:
             yield _instead(work, policy, other)
     if rollout.engine == "vllm":
-        changed = replace(work, rollout=replace(rollout, groups_at_once=2 * rollout.groups_at_once))
-        yield Option({"rollout.max_concurrent_groups": str(2 * rollout.groups_at_once)}, changed)
+        changed = replace(
+            work, rollout=replace(rollout, max_concurrent_groups=2 * rollout.max_concurrent_groups)
+        )
+        yield Option(
+            {"rollout.max_concurrent_groups": str(2 * rollout.max_concurrent_groups)}, changed
+        )
     if work.colocate:
         return  # replicas of roles that share places change together
     roles = dict.fromkeys(one.role for one in work.models)

@@ -15,7 +15,7 @@ from cluster.plan.auto import HEADROOM, Decided
 from cluster.plan.fit import gib
 from cluster.plan.memory import frozen_memory, trained_memory
 from cluster.plan.shapes import ModelShape
-from cluster.plan.work import Frozen, Sharding, Trained
+from cluster.plan.work import Frozen, Kept, Trained
 from cluster.resources import Cluster, gpu_type
 
 SHARED_OUT = ("train.workers", "train.pairs_per_worker", "train.accumulation_steps")
@@ -48,7 +48,7 @@ class PairWork:
             "policy",
             self.shape,
             1,
-            Sharding(),
+            Kept(),
             self.dtype_bytes,
             tokens,
             self.longest,

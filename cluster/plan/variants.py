@@ -105,19 +105,19 @@ def _sharded(work: Work, open_: frozenset[str], offload: bool) -> Iterator[Work]
             other
             for other in (opened[0].others if opened else ())
             if other.settings.get("strategy") == STRATEGY
-            and other.sharding.level >= LEAST_SHARED
-            and (offload or not other.sharding.offload)
+            and other.kept.level >= LEAST_SHARED
+            and (offload or not other.kept.offload)
         ),
     ]
     for way in ways:
         changed = work
         for one in opened if way else ():
             assert way is not None
-            changed = _trained(changed, replace(one, sharding=way.sharding, several=True))
+            changed = _trained(changed, replace(one, kept=way.kept, several=True))
         if any(one.ranks > 1 and not one.several for one in changed.trained):
             continue
         alone = all(one.ranks == 1 for one in opened)
-        if way is not None and alone and not way.sharding.offload:
+        if way is not None and alone and not way.kept.offload:
             continue  # one rank shares nothing out
         yield changed
 

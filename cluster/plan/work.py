@@ -38,8 +38,8 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Sharding:
-    """How ranks keep what they train. True: each rank has its share of it alone."""
+class Kept:
+    """What a rank keeps of what it trains. True: its share of it alone."""
 
     optimiser: bool = False
     gradients: bool = False
@@ -60,7 +60,7 @@ class Other:
     """What ranks could run with instead: settings below the role's section, and what they keep."""
 
     settings: Mapping[str, str]
-    sharding: Sharding
+    kept: Kept
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Trained:
     role: str
     shape: ModelShape
     ranks: int
-    sharding: Sharding
+    kept: Kept
     dtype_bytes: int  # of model.dtype
     tokens: int  # of one micro-batch of one rank
     longest: int  # tokens of its longest row
@@ -94,7 +94,7 @@ class Rollout:
     replicas: int
     engine: str  # vllm or transformers
     dtype_bytes: int
-    groups_at_once: int  # in flight in one replica
+    max_concurrent_groups: int  # in flight in one replica
     tensor_parallel: int = 1
     memory_share: float = 0.85  # of a GPU, for vLLM
     kv_cache_bytes: int | None = None  # None: what the share leaves

@@ -95,7 +95,7 @@ class Actor:
         return Method(getattr(self, f"_{name}"))
 
     def _start(self, *_: Any) -> dict[str, Any]:
-        return {"groups_at_once": 32}
+        return {"max_concurrent_groups": 32}
 
     def _address(self) -> tuple[str, int]:
         return "", 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from actors.strategies.specs import STRATEGIES
-from aligntune.online.work import sharding_of
+from aligntune.online.work import kept_of
 from cluster.plan.memory import CPU_FRAMEWORK, Memory, rollout_memory, trained_memory
 from cluster.plan.shapes import from_folder
 from cluster.plan.work import Rollout, Step, Trained
@@ -100,7 +100,7 @@ def test_the_memory_of_a_policy_rank_is_as_predicted(
         "policy",
         from_folder(model, "measured"),
         ranks,
-        sharding=sharding_of(choice),
+        kept=kept_of(choice),
         dtype_bytes=4,
         tokens=ROWS * STEP.longest,
         longest=STEP.longest,
@@ -119,7 +119,7 @@ def test_the_memory_of_a_policy_rank_is_as_predicted(
 def test_the_memory_of_a_rollout_replica_is_as_predicted(model: Path) -> None:
     measured = json.loads(finish(start("rollout", str(model))).splitlines()[-1])["bytes"]
     shape = from_folder(model, "measured")
-    work = Rollout(shape, 1, "transformers", dtype_bytes=4, groups_at_once=1)
+    work = Rollout(shape, 1, "transformers", dtype_bytes=4, max_concurrent_groups=1)
     compare("rollout", rollout_memory(work, STEP, None), [measured])
 
 
@@ -127,5 +127,5 @@ def test_the_memory_of_a_rollout_replica_is_as_predicted(model: Path) -> None:
 def test_the_memory_of_a_vllm_replica_is_as_predicted(model: Path) -> None:
     measured = json.loads(finish(start("vllm", str(model))).splitlines()[-1])["bytes"]
     shape = from_folder(model, "measured")
-    work = Rollout(shape, 1, "vllm", dtype_bytes=4, groups_at_once=1, kv_cache_bytes=2**30)
+    work = Rollout(shape, 1, "vllm", dtype_bytes=4, max_concurrent_groups=1, kv_cache_bytes=2**30)
     compare("vllm", rollout_memory(work, STEP, None), [measured], there_before=0)

@@ -72,7 +72,7 @@ class Rollout(Worker):
 
     async def start(self) -> dict[str, Any]:
         """It is ready, with the starting model."""
-        return {"engine": "stand-in", "groups_at_once": 4}
+        return {"engine": "stand-in", "max_concurrent_groups": 4}
 
     async def load_weights(self, weights: Any) -> float:
         """Take newer weights."""

@@ -38,7 +38,7 @@ class EchoSpec(EngineSpec):
 class EchoEngine:
     """See `RolloutEngine`."""
 
-    groups_at_once = 4
+    max_concurrent_groups = 4
     work = Work()
 
     def __init__(

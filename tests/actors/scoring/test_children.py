@@ -138,7 +138,7 @@ def scorer(folder: Path) -> Callable[..., Any]:
         timeout_s: float = 60.0,
         log: Path | None = None,
         workers: int | None = None,
-        at_once: int = RewardActorSpec().max_concurrent_groups,
+        max_concurrent_groups: int = RewardActorSpec().max_concurrent_groups,
         **options: Any,
     ) -> AsyncIterator[FunctionScorer]:
         criterion = RewardCriterion(
@@ -149,7 +149,7 @@ def scorer(folder: Path) -> Callable[..., Any]:
             search_path=(str(folder),),
             workers=workers,
         )
-        made = FunctionScorer(criterion, str(log) if log else None, at_once)
+        made = FunctionScorer(criterion, str(log) if log else None, max_concurrent_groups)
         try:
             yield made
         finally:
@@ -201,7 +201,8 @@ class TestSideBySide:
         run(body)
 
     @pytest.mark.parametrize(
-        "limit", [{"workers": 3}, {"at_once": 3}, {"workers": 3, "at_once": 9}]
+        "limit",
+        [{"workers": 3}, {"max_concurrent_groups": 3}, {"workers": 3, "max_concurrent_groups": 9}],
     )
     def test_no_more_processes_are_started_than_calls_wait_for_or_than_are_allowed(
         self, scorer: Any, limit: dict[str, int]

@@ -228,7 +228,7 @@ def test_a_replica_that_starts_with_lost_weights_has_the_policy_rebuilt(world: W
         """A rollout actor."""
 
         def __init__(self) -> None:
-            said = Reference({"groups_at_once": 7})
+            said = Reference({"max_concurrent_groups": 7})
             self.start = SimpleNamespace(remote=lambda: said)
             self.load_weights = SimpleNamespace(remote=self.load)
 

@@ -39,7 +39,7 @@ JUDGE = Role(
     lambda config: f"{__name__}:Judge",
     lambda start: (start.name, start.config.model.name),
     needed=lambda config: config.algorithm_name == "grpo",
-    slots=lambda config: 3,
+    max_concurrent_groups=lambda config: 3,
     concurrent=True,
 )
 
@@ -116,7 +116,7 @@ def test_a_slow_reward_may_have_as_many_processes_as_its_actor_has_groups(
     changed = load_config(config.model_dump(mode="json") | {"reward": {"max_concurrent_groups": 7}})
     assert isinstance(changed, RunConfig)
     *_, at_once, _ = ROLES["reward"].arguments(Start(changed, 0, "name", 1, ()))
-    assert at_once == ROLES["reward"].slots(changed) == 7
+    assert at_once == ROLES["reward"].max_concurrent_groups(changed) == 7
 
 
 def test_every_role_names_a_class_that_is_there_and_takes_its_arguments(config: RunConfig) -> None:

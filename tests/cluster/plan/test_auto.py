@@ -16,7 +16,7 @@ from cluster.plan.auto import HEADROOM, Choice, choose
 from cluster.plan.fit import shortest, times_of, try_draft
 from cluster.plan.memory import kv_bytes
 from cluster.plan.shapes import from_table, model_names
-from cluster.plan.work import Frozen, Rollout, Sharding, Step, Trained, Work
+from cluster.plan.work import Frozen, Kept, Rollout, Step, Trained, Work
 from cluster.resources import Cluster, UnknownName, described, gpu_names, gpu_type
 
 SMALL, MIDDLE, LARGE = "Qwen/Qwen3-0.6B", "Qwen/Qwen2.5-7B", "meta-llama/Llama-3.1-70B"
@@ -54,7 +54,7 @@ def work_of(
         "policy",
         shape,
         1,
-        Sharding(),
+        Kept(),
         4,
         21 * 768,
         768,
@@ -97,7 +97,7 @@ def values(work: Work) -> dict[str, object]:
     }
     for one in work.trained:
         found[f"{one.role}.ranks"] = one.ranks
-        found[f"{one.role}.strategy"] = one.sharding
+        found[f"{one.role}.strategy"] = one.kept
     for frozen in work.frozen:
         found[f"{frozen.role}.replicas"] = frozen.replicas
         if frozen.role == "reward":
@@ -192,7 +192,7 @@ def test_one_gpu_is_shared_by_all_and_rollouts_have_what_the_others_leave() -> N
     work = choose(work_of(reference=True), OPEN, described(1, 1, "h100-80gb"), cores=8).work
     assert work.colocate == (("policy", "rollout", "reference"),)
     assert work.policy.ranks == work.rollout.replicas == 1
-    assert not work.policy.sharding.level
+    assert not work.policy.kept.level
     draft = try_draft(work, described(1, 1, "h100-80gb"))
     assert draft is not None
     filled = max(use.bytes for use in draft.uses if use.device == 0)
@@ -212,14 +212,14 @@ def test_stale_rollouts_have_gpus_of_their_own_and_work_about_as_long_as_the_pol
 
 def test_a_model_that_one_gpu_does_not_hold_is_shared_by_ranks() -> None:
     work = choose(work_of(LARGE), OPEN, described(16, 8, "h100-80gb"), cores=8).work
-    assert work.policy.sharding.weights
-    assert not work.policy.sharding.offload
+    assert work.policy.kept.weights
+    assert not work.policy.kept.offload
     assert work.rollout.tensor_parallel > 1
 
 
 def test_the_optimiser_goes_to_the_host_only_where_nothing_else_fits() -> None:
     def offloads(gpu: str) -> bool:
-        return choose(work_of(MIDDLE), OPEN, described(1, 1, gpu), 8).work.policy.sharding.offload
+        return choose(work_of(MIDDLE), OPEN, described(1, 1, gpu), 8).work.policy.kept.offload
 
     assert offloads("h100-80gb")
     assert not offloads("mi300x-192gb")

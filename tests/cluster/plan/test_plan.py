@@ -22,7 +22,7 @@ from rich.console import Console
 from actors.strategies.specs import DeepSpeedSpec, FSDPSpec, StrategySpec, TorchSpec
 from aligntune.cli import main
 from aligntune.config.load import load_config
-from aligntune.online.work import others_of, sharding_of
+from aligntune.online.work import kept_of, others_of
 from aligntune.online.work import work_of as work_from
 from cluster.bundles import RoleRequest
 from cluster.placement import DoesNotFit
@@ -48,7 +48,7 @@ H100 = gpu_type("h100-80gb")
 def keeping(strategy: StrategySpec) -> dict[str, Any]:
     """What `Trained` says of a strategy."""
     return {
-        "sharding": sharding_of(strategy),
+        "kept": kept_of(strategy),
         "others": others_of(strategy),
         "several": strategy.several,
     }
@@ -355,7 +355,7 @@ def test_two_replicas_on_one_gpu_are_no_faster_than_one() -> None:
         rollout = replace(
             work.rollout,
             replicas=replicas,
-            groups_at_once=8,
+            max_concurrent_groups=8,
             memory_share=0.4,
             kv_cache_bytes=2**33,
         )
