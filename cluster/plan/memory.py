@@ -164,9 +164,9 @@ def _saved(work: Trained, trained: int, frozen: int) -> dict[str, int]:
     Trained weights and two moments in float32: 12T, of ranks that share them each its own. ZeRO 1
     and 2 have rank 0 write the model too, as it computes, with what is frozen.
     """
-    sharding = work.sharding
-    saved = {"checkpoint": 3 * FLOAT * trained // (work.ranks if sharding.optimiser else 1)}
-    if sharding.master and not sharding.weights:
+    kept = work.kept
+    saved = {"checkpoint": 3 * FLOAT * trained // (work.ranks if kept.optimiser else 1)}
+    if kept.master and not kept.weights:
         saved["model file"] = work.dtype_bytes * (trained + frozen)
     return saved
 
