@@ -6,12 +6,13 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import ray
 
 from cluster import local, proxies
+from cluster.forks import owner
 from cluster.jobs import secrets
 from cluster.specs import ClusterSpec
 
@@ -129,12 +130,20 @@ def check_head(address: str) -> None:
 
 
 @contextmanager
-def session(spec: ClusterSpec, *, cpus: float, gpus: float, last: bool = True) -> Iterator[str]:
+def session(
+    spec: ClusterSpec,
+    *,
+    cpus: float,
+    gpus: float,
+    last: bool = True,
+    imports: Sequence[str] = (),
+) -> Iterator[str]:
     """A Ray session; yields the address. What it starts it stops.
 
     A Ray started here offers at least `cpus` logical processors, so that a laptop's roles can take
-    turns on two cores; on a cluster that others share the reservation decides. The secrets of a job
-    are forgotten with its `last` session.
+    turns on two cores; on a cluster that others share the reservation decides. Its workers are
+    forked from one process that has the modules `imports` already. The secrets of a job are
+    forgotten with its `last` session.
 
     Raises ClusterUnreachable where nothing answers at the address.
     """
@@ -145,6 +154,19 @@ def session(spec: ClusterSpec, *, cpus: float, gpus: float, last: bool = True) -
     check_head(address)
     if address == "local" and (trouble := local.socket_trouble()):
         raise ClusterUnreachable(trouble)
+    with owner.server(imports if address == "local" else ()):
+        _connect(address, spec, max(os.cpu_count() or 1, math.ceil(cpus)), forks=bool(imports))
+        try:
+            yield address
+        finally:
+            if last:
+                secrets.forget()
+            ray.shutdown()
+
+
+def _connect(address: str, spec: ClusterSpec, cpus: int, forks: bool) -> None:
+    """Connect to the Ray at `address`, or start one with `cpus` logical processors where that is
+    'local'. Raises ClusterUnreachable."""
     logging.getLogger("ray").setLevel(logging.WARNING)
     # That a token is asked for is as it should be, and no warning to a person.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
@@ -153,10 +175,10 @@ def session(spec: ClusterSpec, *, cpus: float, gpus: float, last: bool = True) -
         if address == "local":
             store = spec.object_store_gib
             local.keep_token_private()
-            with local.alone():
+            with local.alone(forks=forks):
                 ray.init(
                     address="local",
-                    num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+                    num_cpus=cpus,
                     include_dashboard=False,
                     object_store_memory=int(store * 2**30) if store else None,
                     **common,
@@ -175,9 +197,3 @@ def session(spec: ClusterSpec, *, cpus: float, gpus: float, last: bool = True) -
             f"Ray did not start on this machine in time ({error}); it is overloaded or short of "
             "memory: try again, or end what takes it"
         ) from error
-    try:
-        yield address
-    finally:
-        if last:
-            secrets.forget()
-        ray.shutdown()

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from aligntune import imports
+from cluster.forks import owner
 
 # A suite that passed passes again, on a busy machine too; new examples are looked for with
 # --hypothesis-profile=search.
@@ -41,6 +45,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return RunsAfterwards(config, log)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """One process imports for the workers of every Ray of the tests, once one asks for it."""
+    if not hasattr(config, "workerinput"):
+        forks = ExitStack()
+        forks.enter_context(owner.server(("later", *imports.EVERYTHING)))
+        config.add_cleanup(forks.close)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is long is slow too: `-m "not slow"` takes the place of `-m "not long"`."""
@@ -63,13 +75,16 @@ def ray_session() -> Iterator[None]:
     """A Ray of this test session, with more logical CPUs than the machine need have."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=16,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=512 * 2**20,
-    )
+    from cluster import local
+
+    with local.alone(forks=True):
+        ray.init(
+            address="local",
+            num_cpus=16,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=512 * 2**20,
+        )
     yield
     ray.shutdown()
 

@@ -17,7 +17,7 @@ from actors.models.values import check_critic_model
 from actors.reward import Criterion
 from actors.scoring.criteria import RewardFailed
 from actors.supervise import ReplicaLost, RoleExhausted
-from aligntune import loops
+from aligntune import imports, loops
 from aligntune.config.online import RunConfig
 from aligntune.data.prompts import PromptSource
 from aligntune.errors import RunFailed, UserError
@@ -278,7 +278,12 @@ class OnlineTrainer:
         asked = totals(requests)
         cluster = self.config.cluster
         try:
-            with session(cluster, cpus=asked["CPU"], gpus=asked["GPU"]) as address:
+            with session(
+                cluster,
+                cpus=asked["CPU"],
+                gpus=asked["GPU"],
+                imports=imports.of_online(self.config),
+            ) as address:
                 stage(ray_runs(address))
                 with reserve(
                     requests,

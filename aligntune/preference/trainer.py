@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.preference.relay import PreferenceJob
+from aligntune import imports
 from aligntune.config.preference import DPOSpec, PreferenceConfig
 from aligntune.config.warm_up import SFTSpec
 from aligntune.data.row_tokens import RowTokens
@@ -244,7 +245,12 @@ class PreferenceTrainer:
         asked = totals(requests)
         try:
             sets = bundle_sets(requests, cluster.colocate)
-            with session(cluster, cpus=asked["CPU"], gpus=asked["GPU"]) as address:
+            with session(
+                cluster,
+                cpus=asked["CPU"],
+                gpus=asked["GPU"],
+                imports=imports.of_preference(self.config),
+            ) as address:
                 stage(ray_runs(address))
                 ensure_possible(sets)
                 yield

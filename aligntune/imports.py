@@ -1,0 +1,62 @@
+"""The modules that the workers of a run import: one process does it for all of them.
+
+Only what is slow to import and the same for every worker. What is missing here is imported by the
+workers themselves, as before. Pure.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aligntune.config.online import RunConfig
+    from aligntune.config.preference import PreferenceConfig
+
+MODELS = (
+    "numpy",
+    "torch",
+    "transformers.modeling_utils",
+    "transformers.generation.utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "safetensors.torch",
+)
+WORKERS = ("ray._private.workers.default_worker", "ray.actor")
+ROLES = ("actors.policy", "actors.reward", "actors.rollout", "actors.engines.transformers")
+DEEPSPEED = ("deepspeed",)
+FSDP = ("torch.distributed.fsdp", "torch.distributed.checkpoint")
+LORA = ("peft",)
+TRL = ("datasets", "accelerate", "trl", "ray.train.torch")
+VLLM = (
+    "vllm.model_executor.layers.linear",
+    "vllm.model_executor.model_loader",
+    "vllm.model_executor.models",
+    "vllm.v1.core.sched.scheduler",
+    "vllm.v1.sample.sampler",
+    "vllm.engine.arg_utils",
+)
+
+
+EVERYTHING = (*MODELS, *LORA, *TRL, *DEEPSPEED, *FSDP, *VLLM, *WORKERS, *ROLES)
+
+
+def of_online(config: RunConfig) -> tuple[str, ...]:
+    """What the actors of an online run import."""
+    if config.backend == "unsloth":  # it changes modules that must not be imported before
+        return ()
+    strategies = {config.policy.strategy.name, config.critic.strategy.name}
+    modules = MODELS
+    if config.rollout.engine.name == "vllm":
+        modules += VLLM
+    if "deepspeed" in strategies:
+        modules += DEEPSPEED
+    if "fsdp" in strategies:
+        modules += FSDP
+    if config.model.lora is not None:
+        modules += LORA
+    return modules + WORKERS + ROLES
+
+
+def of_preference(config: PreferenceConfig) -> tuple[str, ...]:
+    """What the workers of a preference job import."""
+    return () if config.backend == "unsloth" else MODELS + LORA + TRL + WORKERS

@@ -1,0 +1,45 @@
+"""Whether a process that has imported already stands for one that would import now. Pure.
+
+What a module read from the environment when it was imported holds for all that is forked from it.
+So every variable must agree, but for those that no import reads, and those that are applied anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# Of shells, terminals and test runners: read by nothing, or each time it is used.
+_NEVER_READ = {"_", "PWD", "OLDPWD", "SHLVL", "TERM", "COLUMNS", "LINES", "ALIGNTUNE_FORKS"}
+_NEVER_READ_PREFIXES = ("PYTEST_",)
+# Ray's own are read by `import ray`, which a branch of the server does for each set of them.
+OF_RAY = ("RAY_", "SPT_", "PYTHONBREAKPOINT")
+# Applied to the fork: by `threads.limit`.
+_APPLIED = {"OMP_NUM_THREADS"}
+
+
+def differing(there: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """The variables in which the server's environment is another than the process is to have."""
+    return sorted(
+        name
+        for name in there.keys() | wanted.keys()
+        if there.get(name) != wanted.get(name) and _counts(name)
+    )
+
+
+def of_ray(wanted: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """What `import ray` reads, or may: who has the same may be forked from the same branch."""
+    return tuple(sorted((n, v) for n, v in wanted.items() if n.startswith(OF_RAY)))
+
+
+def environment(
+    wanted: dict[str, str], before: Mapping[str, str], after: Mapping[str, str]
+) -> dict[str, str]:
+    """The environment of a fork: what it is to have, with what imports have set meanwhile."""
+    changed = {name: value for name, value in after.items() if before.get(name) != value}
+    return wanted | {n: v for n, v in changed.items() if wanted.get(n) == before.get(n)}
+
+
+def _counts(name: str) -> bool:
+    return not (
+        name in _NEVER_READ or name in _APPLIED or name.startswith((*_NEVER_READ_PREFIXES, *OF_RAY))
+    )

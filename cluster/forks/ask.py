@@ -1,0 +1,72 @@
+"""Asks the fork server for a process like one that would start here. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+from typing import Any
+
+from cluster.forks import wire
+
+# A server that still imports is worth waiting for: who imports alone would not be there sooner.
+WAIT_S = 90.0
+SEND_S = 5.0
+LIMITS = ("RLIMIT_NOFILE", "RLIMIT_CORE", "RLIMIT_AS", "RLIMIT_NPROC", "RLIMIT_STACK")
+
+
+class Refused(OSError):
+    """The server started nothing; the message says why."""
+
+
+def fork(path: str, command: list[str], environment: dict[str, str], *, ray: bool) -> int:
+    """Start `command`, a Python command line without its interpreter, and return its process id.
+
+    It has this process's open files, working directory, limits and signals. Once this returns it
+    runs; where this raises OSError nothing runs, nor will.
+    """
+    files = _open_files()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.settimeout(SEND_S)
+        server.connect(path)
+        wire.send(server, _request(command, environment, files, ray), files)
+        server.settimeout(WAIT_S)
+        try:
+            answer = wire.line(server)
+        except TimeoutError as error:
+            raise Refused(f"the fork server has not answered for {WAIT_S:g} s") from error
+        if not answer.startswith(wire.READY):
+            raise Refused(answer.decode().strip() or "the fork server has closed")
+        server.sendall(wire.GO)
+        return int(answer.split()[1])
+
+
+def _request(
+    command: list[str], environment: dict[str, str], files: list[int], ray: bool
+) -> dict[str, Any]:
+    umask = os.umask(0)
+    os.umask(umask)
+    return {
+        "command": command,
+        "environment": environment,
+        "folder": os.getcwd(),
+        "umask": umask,
+        "nice": os.getpriority(os.PRIO_PROCESS, 0),
+        "limits": {name: resource.getrlimit(getattr(resource, name)) for name in LIMITS},
+        "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
+        "files": files,
+        "ray": ray,
+    }
+
+
+def _open_files() -> list[int]:
+    """The descriptors that a program started by `exec` here would have."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.get_inheritable(int(name)):
+                found.append(int(name))
+        except OSError:
+            continue  # that of the listing
+    return sorted(found)

@@ -1,0 +1,220 @@
+"""A process that has imported what workers import, and forks one for each that asks.
+
+Run as a script: `python server.py SOCKET MODULES MODULES-WITH-RAY`, lists with commas. It ends with
+its standard input, which its owner holds. The server itself never imports Ray, which reads at its
+import which raylet it belongs to: for each set of Ray's variables it forks a branch that does.
+
+Invariant: nothing is forked from a process with threads that a fork would lose, nor from one that
+has touched a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from cluster.forks import agree, threads, wire  # noqa: E402
+from cluster.forks.become import PLACE, Become, prepare  # noqa: E402
+
+sys.path[0] = PLACE
+
+LATER = "later"  # in place of a module: import when the first process is asked for
+REQUEST_S = 5.0  # longest wait for the rest of a request
+BRANCH_EVERY_S = 5.0  # how often a branch looks whether its raylet still runs
+
+
+@contextlib.contextmanager
+def or_end() -> Iterator[None]:
+    """A fork that fails ends: it must never go on as what it was forked from."""
+    try:
+        yield
+    except Exception:  # noqa: BLE001 - printed, and said by the end
+        traceback.print_exc()
+        os._exit(1)
+
+
+class Server:
+    """One process of the tree: it imports, hears requests and forks."""
+
+    def __init__(self, of_ray: list[str]) -> None:
+        self._of_ray = of_ray
+        self._pid = os.getpid()
+        self._before = dict(os.environ)
+        self._own: list[Any] = []  # descriptors that no fork is to have
+        self._branches: dict[tuple[tuple[str, str], ...], socket.socket] = {}
+        self._ended, self._ending = os.pipe()
+        self._own += [self._ended, self._ending]
+        os.set_blocking(self._ending, False)
+        os.set_blocking(self._ended, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._ending, warn_on_full_buffer=False)
+
+    def load(self, modules: list[str]) -> None:
+        """Import what can be imported; the rest is the workers' own affair."""
+        for name in filter(None, modules):
+            try:
+                importlib.import_module(name)
+            except Exception as error:  # noqa: BLE001 - a module may raise anything; workers say it
+                print(f"not imported here: {name}: {error}", flush=True)
+        gc.collect()
+        gc.freeze()
+
+    def serve(self, listener: socket.socket, owner: int, modules: list[str]) -> None:
+        """Answer until the owner is gone. Raises Become in a fork that is to be a program.
+
+        With LATER among the modules, they are imported when the first process is asked for.
+        """
+        self._own += [listener, owner]
+        trouble, loaded = None, False
+        if LATER not in modules:
+            trouble, loaded = self._loaded(modules), True
+        while True:
+            ready, _, _ = select.select([listener, owner, self._ended], [], [])
+            self._reap()
+            if owner in ready and not os.read(owner, 64):
+                os._exit(0)
+            if listener in ready:
+                connection, _ = listener.accept()
+                if not loaded:
+                    trouble, loaded = self._loaded(modules), True
+                self._answer(connection, trouble)
+
+    def _loaded(self, modules: list[str]) -> str | None:
+        """Import; why nothing may be forked from what came of it, or None."""
+        self.load([name for name in modules if name != LATER])
+        if "ray" in sys.modules:
+            return "what it was told to import has imported Ray"
+        return threads.trouble()
+
+    def _answer(self, connection: socket.socket, trouble: str | None) -> None:
+        files: list[int] = []
+        try:
+            connection.settimeout(REQUEST_S)
+            heard = wire.receive(connection)
+            if heard is None:
+                return
+            request, files = heard
+            if refusal := trouble or self._refusal(request):
+                connection.sendall(f"{refusal}\n".encode())
+            elif request["ray"]:
+                self._branch(request, connection, files)
+            else:
+                self._fork(request, files, connection)
+        except (OSError, ValueError, KeyError) as error:
+            print(f"a request was not served: {error}", flush=True)
+        finally:
+            self._done_with(connection, files)
+
+    def _done_with(self, connection: socket.socket, files: list[int]) -> None:
+        """Close what came with a request; a fork has put it elsewhere already."""
+        if os.getpid() == self._pid:
+            connection.close()
+            for file in files:
+                os.close(file)
+
+    def _refusal(self, request: dict[str, Any]) -> str | None:
+        differing = agree.differing(self._before, request["environment"])
+        if differing:
+            return f"it has not the environment of the imports: {', '.join(differing)} differ"
+        if request["nice"] < os.getpriority(os.PRIO_PROCESS, 0):
+            return "it has a higher priority than the fork server"
+        return None
+
+    def _fork(self, request: dict[str, Any], files: list[int], connection: socket.socket) -> None:
+        if os.fork() == 0:
+            after = dict(os.environ)
+            request["environment"] = agree.environment(request["environment"], self._before, after)
+            prepare(request, files, connection, self._own)
+
+    def _branch(self, request: dict[str, Any], asker: socket.socket, files: list[int]) -> None:
+        """Hand a request over to the branch that has its variables of Ray."""
+        key = agree.of_ray(request["environment"])
+        if key not in self._branches:
+            ours, theirs = socket.socketpair()
+            if os.fork() == 0:
+                with or_end():
+                    self._become_branch(theirs, [asker.fileno(), *files], dict(key))
+            theirs.close()
+            self._branches[key] = ours
+            self._own.append(ours)
+        try:
+            wire.send(self._branches[key], request, [asker.fileno(), *files])
+        except OSError:
+            ended = self._branches.pop(key)
+            self._own.remove(ended)
+            ended.close()
+            raise
+
+    def _become_branch(
+        self, requests: socket.socket, files: list[int], of_ray: dict[str, str]
+    ) -> NoReturn:
+        """Serve those whose variables of Ray are `of_ray`, until their raylet ends."""
+        for file in (*files, *(own for own in self._own[2:] if isinstance(own, int))):
+            if file > 2:
+                os.close(file)
+        for one in self._own[2:]:
+            if not isinstance(one, int):
+                one.close()
+        self._pid, self._own, self._branches = os.getpid(), [*self._own[:2], requests], {}
+        os.environ.update(of_ray)
+        self._before |= of_ray
+        self.load(self._of_ray)
+        threads.follow_ray()
+        trouble = threads.trouble()
+        raylet = of_ray.get("RAY_RAYLET_PID")
+        while True:
+            ready, _, _ = select.select([requests, self._ended], [], [], BRANCH_EVERY_S)
+            self._reap()
+            if raylet is not None and not os.path.exists(f"/proc/{raylet}"):
+                os._exit(0)
+            if requests in ready:
+                heard = wire.receive(requests)
+                if heard is None:
+                    os._exit(0)
+                request, (asker, *files) = heard
+                connection = socket.socket(fileno=asker)
+                try:
+                    connection.settimeout(REQUEST_S)
+                    if trouble:
+                        connection.sendall(f"{trouble}\n".encode())
+                    else:
+                        self._fork(request, files, connection)
+                except OSError as error:
+                    print(f"a request was not served: {error}", flush=True)
+                finally:
+                    self._done_with(connection, files)
+
+    def _reap(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._ended, 4096)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                pass
+
+
+def main(path: str, modules: str, of_ray: str) -> Callable[[], None]:
+    """Serve; in a process that was forked to become a program, return that program."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(128)
+        try:
+            server = Server(of_ray.split(","))
+            server.serve(listener, owner=0, modules=modules.split(","))
+        except Become as become:
+            return become.run
+    raise AssertionError("a server serves until it ends")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])()
