@@ -45,7 +45,7 @@ def of_online(config: RunConfig) -> tuple[str, ...]:
     if config.backend == "unsloth":  # it changes modules that must not be imported before
         return ()
     strategies = {config.policy.strategy.name, config.critic.strategy.name}
-    modules = MODELS
+    modules: tuple[str, ...] = MODELS
     if config.rollout.engine.name == "vllm":
         modules += VLLM
     if "deepspeed" in strategies:

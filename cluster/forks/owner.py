@@ -14,7 +14,9 @@ from pathlib import Path
 from cluster.forks import wire
 
 SERVER = Path(__file__).with_name("server.py")
-SCRIPT = Path(__file__).with_name("setup_worker.py")
+SCRIPT = Path(__file__).with_name(
+    "start_worker.py"
+)  # Ray leaves out what is called setup_worker.py
 IMPORT_RAY = {"ray", "actors", "aligntune", "vllm.v1.engine.core", "vllm.v1.engine.async_llm"}
 END_S = 5.0
 

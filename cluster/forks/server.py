@@ -80,7 +80,8 @@ class Server:
         if LATER not in modules:
             trouble, loaded = self._loaded(modules), True
         while True:
-            ready, _, _ = select.select([listener, owner, self._ended], [], [])
+            watched: list[Any] = [listener, owner, self._ended]
+            ready, _, _ = select.select(watched, [], [])
             self._reap()
             if owner in ready and not os.read(owner, 64):
                 os._exit(0)
@@ -174,7 +175,8 @@ class Server:
         trouble = threads.trouble()
         raylet = of_ray.get("RAY_RAYLET_PID")
         while True:
-            ready, _, _ = select.select([requests, self._ended], [], [], BRANCH_EVERY_S)
+            watched: list[Any] = [requests, self._ended]
+            ready, _, _ = select.select(watched, [], [], BRANCH_EVERY_S)
             self._reap()
             if raylet is not None and not os.path.exists(f"/proc/{raylet}"):
                 os._exit(0)

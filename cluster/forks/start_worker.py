@@ -18,7 +18,7 @@ from cluster.forks import ask, wire  # noqa: E402
 
 _CONTEXT = "--serialized-runtime-env-context="
 _LANGUAGE = "--language="
-PLAIN = {"command_prefix": [], "override_worker_entrypoint": None}
+PLAIN: dict[str, object] = {"command_prefix": [], "override_worker_entrypoint": None}
 
 
 class NotForked(Exception):
