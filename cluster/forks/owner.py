@@ -14,9 +14,9 @@ from pathlib import Path
 from cluster.forks import wire
 
 SERVER = Path(__file__).with_name("server.py")
-SCRIPT = Path(__file__).with_name(
-    "start_worker.py"
-)  # Ray leaves out what is called setup_worker.py
+# Its name is not that of Ray's own, setup_worker.py, which a raylet leaves out where it can.
+SCRIPT = Path(__file__).with_name("start_worker.py")
+# So they do, and read then which raylet they belong to.
 IMPORT_RAY = {"ray", "actors", "aligntune", "vllm.v1.engine.core", "vllm.v1.engine.async_llm"}
 END_S = 5.0
 
