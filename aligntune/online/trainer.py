@@ -278,12 +278,8 @@ class OnlineTrainer:
         asked = totals(requests)
         cluster = self.config.cluster
         try:
-            with session(
-                cluster,
-                cpus=asked["CPU"],
-                gpus=asked["GPU"],
-                imports=imports.of_online(self.config),
-            ) as address:
+            modules = imports.of_online(self.config)
+            with session(cluster, cpus=asked["CPU"], gpus=asked["GPU"], imports=modules) as address:
                 stage(ray_runs(address))
                 with reserve(
                     requests,
