@@ -107,8 +107,11 @@ def _apply(request: dict[str, Any]) -> None:
         threads.limit(int(number))
     tempfile.tempdir = None
     multiprocessing.process.current_process().authkey = os.urandom(32)
+    # Python's own is seeded anew at a fork; forks must not draw the same numbers.
     if numpy := sys.modules.get("numpy"):
-        numpy.random.seed()  # Python's own and torch's are as in a new process
+        numpy.random.seed()
+    if torch := sys.modules.get("torch"):
+        torch.default_generator.seed()
     unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))
     sys.stdin = sys.__stdin__ = open(0, closefd=False)  # type: ignore[misc]  # noqa: SIM115
     sys.stdout = sys.__stdout__ = _output(1, unbuffered)  # type: ignore[misc]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -75,11 +74,13 @@ class Trained:
     def where(self) -> tuple[int, list[str]]:
         return os.getpid(), psutil.Process(os.getppid()).cmdline()
 
-    def figures(self, model: str) -> list[float]:
-        """Losses of a few steps, and the threads that they are computed in."""
+    def figures(self, model: str) -> tuple[list[float], float]:
+        """Losses of a few steps and their threads; a number drawn without a seed."""
         import torch
         from transformers import AutoModelForCausalLM
 
+        drawn = torch.rand(1).item()
+        torch.manual_seed(0)
         made = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2)
         tokens = torch.randint(0, 16, (8, 32))
@@ -90,7 +91,7 @@ class Trained:
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        return [*losses, torch.rand(1).item(), self._threads, torch.get_num_threads()]
+        return [*losses, self._threads, torch.get_num_threads()], drawn
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -99,15 +100,18 @@ def test_a_forked_worker_computes_what_another_does_bit_for_bit(
 ) -> None:
     import ray
 
-    figures, forked = [], []
-    for socket in (None, "off"):
+    figures, forked, drawn = [], [], []
+    for socket in (None, None, "off"):
         variables = {"OMP_NUM_THREADS": str(threads)} | ({wire.SOCKET: socket} if socket else {})
         worker = ray.remote(Trained).options(runtime_env={"env_vars": variables}).remote()
-        figures.append(json.dumps(ray.get(worker.figures.remote(str(tiny_model)))))
+        computed, number = ray.get(worker.figures.remote(str(tiny_model)))
+        figures.append(computed)
+        drawn.append(number)
         forked.append(str(owner.SERVER) in ray.get(worker.where.remote())[1])
         ray.kill(worker)
-    assert forked == [True, False]
-    assert figures[0] == figures[1]
+    assert forked == [True, True, False]
+    assert figures[0] == figures[1] == figures[2]
+    assert len(set(drawn)) == 3
 
 
 def test_ray_hears_of_the_death_of_a_forked_worker_and_starts_another(ray_session: None) -> None:
