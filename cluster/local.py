@@ -11,8 +11,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from cluster.forks import owner
-
 MOST_BYTES = 103 if sys.platform == "darwin" else 107  # of the path of a Unix socket
 # What Ray puts below its folder for temporary files; the process id may have 7 digits.
 SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
@@ -58,27 +56,18 @@ def keep_token_private() -> None:
 
 
 @contextmanager
-def alone(*, forks: bool = False) -> Iterator[None]:
-    """Ray starts on loopback, as it does on a Mac, and packs no working directory; with `forks`,
-    its workers are forked where there is a fork server.
+def alone() -> Iterator[None]:
+    """Ray starts on loopback, as it does on a Mac, and packs no working directory.
 
     Under `uv run` it would send the current folder to its workers, which are in it already.
     """
     from ray._private import ray_constants
 
-    changed: dict[str, object] = {
-        "ENABLE_RAY_CLUSTER": False,
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": False,
-    }
-    if forks and owner.running():
-        # Joined to a folder of Ray's, as an absolute path it stays what it is.
-        changed["SETUP_WORKER_FILENAME"] = str(owner.SCRIPT)
-        # A worker may have to wait until the server has imported.
-        os.environ.setdefault("RAY_worker_register_timeout_seconds", "180")
-    before = {name: getattr(ray_constants, name) for name in changed}
+    off = ("ENABLE_RAY_CLUSTER", "RAY_ENABLE_UV_RUN_RUNTIME_ENV")
+    before = {name: getattr(ray_constants, name) for name in off}
     try:
-        for name, value in changed.items():
-            setattr(ray_constants, name, value)
+        for name in off:
+            setattr(ray_constants, name, False)
         yield
     finally:
         for name, value in before.items():

@@ -155,7 +155,7 @@ def session(
     if address == "local" and (trouble := local.socket_trouble()):
         raise ClusterUnreachable(trouble)
     with owner.server(imports if address == "local" else ()):
-        _connect(address, spec, max(os.cpu_count() or 1, math.ceil(cpus)), forks=bool(imports))
+        _connect(address, spec, max(os.cpu_count() or 1, math.ceil(cpus)))
         try:
             yield address
         finally:
@@ -164,7 +164,7 @@ def session(
             ray.shutdown()
 
 
-def _connect(address: str, spec: ClusterSpec, cpus: int, forks: bool) -> None:
+def _connect(address: str, spec: ClusterSpec, cpus: int) -> None:
     """Connect to the Ray at `address`, or start one with `cpus` logical processors where that is
     'local'. Raises ClusterUnreachable."""
     logging.getLogger("ray").setLevel(logging.WARNING)
@@ -175,7 +175,7 @@ def _connect(address: str, spec: ClusterSpec, cpus: int, forks: bool) -> None:
         if address == "local":
             store = spec.object_store_gib
             local.keep_token_private()
-            with local.alone(forks=forks):
+            with local.alone(), owner.workers():
                 ray.init(
                     address="local",
                     num_cpus=cpus,

@@ -75,9 +75,7 @@ def ray_session() -> Iterator[None]:
     """A Ray of this test session, with more logical CPUs than the machine need have."""
     import ray
 
-    from cluster import local
-
-    with local.alone(forks=True):
+    with owner.workers():
         ray.init(
             address="local",
             num_cpus=16,

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-# Of shells, terminals and test runners: read by nothing, or each time it is used.
-_NEVER_READ = {"_", "PWD", "OLDPWD", "SHLVL", "TERM", "COLUMNS", "LINES", "ALIGNTUNE_FORKS"}
+# Of shells, terminals and test runners, read by no import; and those that imports set themselves,
+# which are read each time they are used.
+_NEVER_READ = {"_", "PWD", "OLDPWD", "SHLVL", "TERM", "COLUMNS", "LINES", "ALIGNTUNE_FORKS"} | {
+    "PYTORCH_NVML_BASED_CUDA_CHECK",
+    "TORCHINDUCTOR_CACHE_DIR",
+}
 _NEVER_READ_PREFIXES = ("PYTEST_",)
 # Ray's own are read by `import ray`, which a branch of the server does for each set of them.
 OF_RAY = ("RAY_", "SPT_", "PYTHONBREAKPOINT")

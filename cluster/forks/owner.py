@@ -26,9 +26,23 @@ def with_ray(module: str) -> bool:
     return module.partition(".")[0] in IMPORT_RAY or module in IMPORT_RAY
 
 
-def running() -> bool:
-    """Whether workers of a Ray that is started now can be forked."""
-    return os.environ.get(wire.SOCKET, "off") != "off"
+@contextmanager
+def workers() -> Iterator[None]:
+    """A Ray that starts in here has its workers forked, where there is a fork server."""
+    if os.environ.get(wire.SOCKET, "off") == "off":
+        yield
+        return
+    from ray._private import ray_constants
+
+    # A worker may have to wait until the server has imported.
+    os.environ.setdefault("RAY_worker_register_timeout_seconds", "180")
+    before = ray_constants.SETUP_WORKER_FILENAME
+    # Joined to a folder of Ray's, as an absolute path it stays what it is.
+    ray_constants.SETUP_WORKER_FILENAME = str(SCRIPT)
+    try:
+        yield
+    finally:
+        ray_constants.SETUP_WORKER_FILENAME = before
 
 
 @contextmanager

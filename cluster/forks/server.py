@@ -107,6 +107,7 @@ class Server:
                 return
             request, files = heard
             if refusal := trouble or self._refusal(request):
+                print(f"refused: {refusal}", flush=True)
                 connection.sendall(f"{refusal}\n".encode())
             elif request["ray"]:
                 self._branch(request, connection, files)
