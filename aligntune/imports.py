@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cluster.forks import wire
+
 if TYPE_CHECKING:
     from aligntune.config.online import RunConfig
     from aligntune.config.preference import PreferenceConfig
@@ -41,9 +43,7 @@ EVERYTHING = (*MODELS, *LORA, *TRL, *DEEPSPEED, *FSDP, *VLLM, *WORKERS, *ROLES)
 
 
 def of_online(config: RunConfig) -> tuple[str, ...]:
-    """What the actors of an online run import."""
-    if config.backend == "unsloth":  # it changes modules that must not be imported before
-        return ()
+    """What the actors of an online run import; a policy through Unsloth starts by itself."""
     strategies = {config.policy.strategy.name, config.critic.strategy.name}
     modules: tuple[str, ...] = MODELS
     if config.rollout.engine.name == "vllm":
@@ -60,3 +60,10 @@ def of_online(config: RunConfig) -> tuple[str, ...]:
 def of_preference(config: PreferenceConfig) -> tuple[str, ...]:
     """What the workers of a preference job import."""
     return () if config.backend == "unsloth" else MODELS + LORA + TRL + WORKERS
+
+
+def variables_of(threads: int | None, by_itself: bool) -> dict[str, str]:
+    """The variables of a worker that computes in `threads` threads; without, Ray sets them to the
+    CPUs that are reserved. `by_itself`: it changes modules that must not be imported before."""
+    limited = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    return limited | ({wire.SOCKET: "off"} if by_itself else {})

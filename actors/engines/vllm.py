@@ -245,6 +245,8 @@ class VLLMEngine:
         from actors.engines.vllm_transfer import BACKEND, OWNER_ENV, WorkerExtension
         from actors.models.loading import local
 
+        # Where vLLM was imported before this, it has read another level.
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
         os.environ[OWNER_ENV] = str(os.getpid())
         options = dict(self._vllm.options)
         check_engine_options(options, {field.name for field in dataclasses.fields(AsyncEngineArgs)})

@@ -13,6 +13,7 @@ from actors.environments.specs import EpisodeCode
 from actors.liveness import HEALTH_GROUP
 from actors.reward import Criterion
 from aligntune.config.online import RunConfig
+from aligntune.imports import variables_of
 from aligntune.online.role_table import ROLES, Role, Start
 from aligntune.paths import located, located_model
 from cluster.reservation import Reservation
@@ -47,8 +48,8 @@ class Roles:
             module, _, cls = role.actor(config).partition(":")
             options = self._reservation.options(role.name, index)
             threads = role.section(config).resources.threads
-            if threads is not None:  # else Ray sets it to the CPUs that are reserved
-                options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
+            if variables := variables_of(threads, by_itself="unsloth" in module):
+                options["runtime_env"] = {"env_vars": variables}
             if role.concurrent:
                 options["max_concurrency"] = (
                     role.max_concurrent_groups(config) * role.calls(config) + SPARE_CALLS

@@ -16,6 +16,7 @@ from actors.preference.worker import train_worker
 from aligntune.config.preference import PreferenceConfig
 from aligntune.data.row_tokens import RowTokens
 from aligntune.errors import Interrupted, RunFailed
+from aligntune.imports import variables_of
 from aligntune.loops import STOPPING, stop_signals
 from aligntune.runs.recorder import Recorder
 from aligntune.tracking.metrics import EventKind, NotFinite
@@ -155,6 +156,8 @@ class PreferenceRun:
             resources["GPU"] = spec.resources.gpus
         if spec.resources.memory_gib:
             resources["memory"] = spec.resources.memory_gib * 2**30
+        unsloth = self._config.backend == "unsloth"
+        variables = variables_of(spec.resources.threads, by_itself=unsloth)
         tables = [
             None if pairs is None else pyarrow.table(pairs.columns) for pairs in (train, evaluation)
         ]
@@ -175,7 +178,7 @@ class PreferenceRun:
                 ),
                 run_config=RunConfig(
                     **self._storage,
-                    worker_runtime_env=_environment(spec.resources.threads),
+                    worker_runtime_env={"env_vars": variables} if variables else {},
                     callbacks=[announcer(relay)],
                     failure_config=FailureConfig(max_failures=spec.max_failures),
                     checkpoint_config=CheckpointConfig(
@@ -247,11 +250,6 @@ def _halved_ties(metrics: Mapping[str, float]) -> dict[str, float]:
         if metrics.get(f"{prefix}reward/accuracy") == metrics.get(f"{prefix}reward/margin") == 0.0
     }
     return {**metrics, **halved}
-
-
-def _environment(threads: int | None) -> dict[str, Any]:
-    """The workers' environment; without `threads` Ray sets them to the CPUs of a worker."""
-    return {} if threads is None else {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
 
 
 def _answer(call: Any) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 # Of shells, terminals and test runners, read by no import; and those that imports set themselves,
 # which are read each time they are used.
 _NEVER_READ = {"_", "PWD", "OLDPWD", "SHLVL", "TERM", "COLUMNS", "LINES", "ALIGNTUNE_FORKS"} | {
+    "PYGAME_HIDE_SUPPORT_PROMPT",
     "PYTORCH_NVML_BASED_CUDA_CHECK",
     "TORCHINDUCTOR_CACHE_DIR",
 }
