@@ -84,6 +84,7 @@ class Server:
             ready, _, _ = select.select(watched, [], [])
             self._reap()
             if owner in ready and not os.read(owner, 64):
+                _leave_nothing(listener.getsockname())
                 os._exit(0)
             if listener in ready:
                 connection, _ = listener.accept()
@@ -204,6 +205,16 @@ class Server:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG) != (0, 0):
                 pass
+
+
+def _leave_nothing(path: str) -> None:
+    """Remove the socket and the folder around it, which an owner that was killed leaves behind."""
+    folder = os.path.dirname(path)
+    for name in (path, os.path.join(folder, "log")):
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
 
 
 def main(path: str, modules: str, of_ray: str) -> Callable[[], None]:

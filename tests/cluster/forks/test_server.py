@@ -144,10 +144,11 @@ def test_a_server_ends_with_its_owner_though_it_is_killed() -> None:
         [sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
         assert process.stdout is not None
-        process.stdout.readline()
+        folder = Path(process.stdout.readline().strip()).parent
         (started,) = psutil.Process(process.pid).children()
         process.kill()
     until(lambda: gone(started.pid), "the end of the server")
+    assert not folder.exists()
 
 
 def test_what_is_no_request_is_not_served_and_the_next_is(server: str, tmp_path: Path) -> None:
