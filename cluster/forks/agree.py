@@ -10,12 +10,12 @@ from collections.abc import Mapping
 
 # Of shells, terminals and test runners, read by no import; and those that imports set themselves,
 # which are read each time they are used.
-_NEVER_READ = {"_", "PWD", "OLDPWD", "SHLVL", "TERM", "COLUMNS", "LINES", "ALIGNTUNE_FORKS"} | {
+_NEVER_READ = {"_", "PWD", "OLDPWD", "SHLVL", "TERM", "COLUMNS", "LINES"} | {
     "PYGAME_HIDE_SUPPORT_PROMPT",
     "PYTORCH_NVML_BASED_CUDA_CHECK",
     "TORCHINDUCTOR_CACHE_DIR",
 }
-_NEVER_READ_PREFIXES = ("PYTEST_",)
+_NEVER_READ_PREFIXES = ("PYTEST_", "ALIGNTUNE_")
 # Ray's own are read by `import ray`, which a branch of the server does for each set of them.
 OF_RAY = ("RAY_", "SPT_", "PYTHONBREAKPOINT")
 # Applied to the fork: by `threads.limit`.
