@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -21,15 +22,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from pydantic import BaseModel, ConfigDict
 
 from tests.bench.end_to_end.parts import FOLDER, Options, Unfinished
-from tests.bench.end_to_end.seen import cpu_seconds
 from tests.bench.report import REPOSITORY, Measured, Target, commit
 
 KINDS = tuple((system, caches) for caches in ("cold", "warm") for system in ("bare", "ours"))
 LIMIT_S = 540.0
+Seen = tuple[float, dict[str, float], dict[str, float]]
+"""Wall seconds, processor seconds by process, and stages."""
 LONGEST = 40  # tokens of prompt and answer, as the quickstart has them
 
 
@@ -43,7 +46,7 @@ class Start(BaseModel):
     commit: str
     load: float  # of the machine, before
     wall_s: float
-    cpu_s: float  # of all its processes
+    cpu_s: dict[str, float]  # by whose process it was; those that have ended too
     stages: dict[str, float]  # when each was over
 
 
@@ -83,7 +86,10 @@ def joined(found: Mapping[tuple[str, str], Sequence[Start]]) -> Measured:
     for (system, caches), starts in found.items():
         name = f"{caches}/{system}"
         table[f"{name}/wall_s"] = statistics.median(start.wall_s for start in starts)
-        table[f"{name}/cpu_s"] = statistics.median(start.cpu_s for start in starts)
+        table[f"{name}/cpu_s"] = statistics.median(sum(start.cpu_s.values()) for start in starts)
+        for whose in sorted({whose for start in starts for whose in start.cpu_s}):
+            each = [start.cpu_s.get(whose, 0.0) for start in starts]
+            table[f"{name}/cpu_s/{whose}"] = statistics.median(each)
         for stage in starts[0].stages:
             each = [start.stages[stage] for start in starts]
             table[f"{name}/until_s/{stage}"] = statistics.median(each)
@@ -145,8 +151,8 @@ def write(folder: Path) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
 
 
-def bare(folder: Path, environment: Mapping[str, str]) -> tuple[float, float, dict[str, float]]:
-    """Wall and processor seconds, and stages, of bare vLLM."""
+def bare(folder: Path, environment: Mapping[str, str]) -> Seen:
+    """Bare vLLM."""
     output = folder / "output.txt"
     command = [sys.executable, "-m", "tests.bench.bare_vllm", str(folder / "model"), str(LONGEST)]
 
@@ -158,8 +164,8 @@ def bare(folder: Path, environment: Mapping[str, str]) -> tuple[float, float, di
     return wall_s, cpu_s, {stage: at - began for stage, at in said.items()}
 
 
-def ours(folder: Path, environment: Mapping[str, str]) -> tuple[float, float, dict[str, float]]:
-    """The same of a run to its first trained step."""
+def ours(folder: Path, environment: Mapping[str, str]) -> Seen:
+    """A run to its first trained step."""
     from aligntune.quickstart.settings import quickstart_settings
 
     settings = {**quickstart_settings("grpo"), "train.steps": 1}
@@ -177,10 +183,10 @@ def ours(folder: Path, environment: Mapping[str, str]) -> tuple[float, float, di
 
 def watched(
     command: Sequence[str], environment: Mapping[str, str], output: Path, done: Callable[[], bool]
-) -> tuple[float, float, float]:
+) -> tuple[float, float, dict[str, float]]:
     """Run it to its end: when it began, by time.monotonic, and the wall and processor seconds
     until it was `done`. Raises RuntimeError where it fails or takes too long."""
-    wall_s = cpu_s = 0.0
+    wall_s, cpu_s = 0.0, {}
     with output.open("wb") as file:
         began = time.monotonic()
         process = subprocess.Popen(
@@ -189,7 +195,7 @@ def watched(
         try:
             while process.poll() is None and time.monotonic() < began + LIMIT_S:
                 if not wall_s and done():
-                    wall_s, cpu_s = time.monotonic() - began, cpu_seconds(process.pid)
+                    wall_s, cpu_s = time.monotonic() - began, spent(psutil.Process(process.pid))
                 time.sleep(0.05)
         finally:
             if process.poll() is None:
@@ -198,6 +204,33 @@ def watched(
     if process.returncode or not wall_s:
         raise RuntimeError(f"{' '.join(command)}: {output.read_text()[-3000:]}")
     return began, wall_s, cpu_s
+
+
+def spent(process: psutil.Process, whose: str = "main") -> dict[str, float]:
+    """Processor seconds of a process and its descendants by whose they are: an actor's by its
+    class, vLLM's engine's, Ray's own, or those of the process above."""
+    found: dict[str, float] = {}
+    try:
+        whose = owner(" ".join(process.cmdline()), whose)
+        times = process.cpu_times()
+        children = process.children()
+    except psutil.NoSuchProcess:
+        return found
+    found[whose] = times.user + times.system + times.children_user + times.children_system
+    for child in children:
+        for name, seconds in spent(child, whose).items():
+            found[name] = found.get(name, 0.0) + seconds
+    return found
+
+
+def owner(title: str, above: str) -> str:
+    """Whose a process of this title is, under one of `above`."""
+    if actor := re.match(r"ray::(\w+)", title):
+        own = actor[1]
+        return "Ray" if own.endswith("Agent") or own == "IDLE" else own
+    if title.startswith("VLLM::"):
+        return title.partition(" ")[0]
+    return "Ray" if above == "main" and "site-packages/ray/" in title else above
 
 
 def stages(trace: Iterable[Mapping[str, Any]], began: float) -> dict[str, float]:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.bench import startup
 from tests.bench.report import commit
-from tests.bench.startup import KINDS, Start, joined, stages, there
+from tests.bench.startup import KINDS, Start, joined, owner, stages, there
 
 
 def call(name: str, role: str, start: float, end: float) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def start(system: str, caches: str, wall_s: float, **changes: Any) -> Start:
         commit=commit(),
         load=0.0,
         wall_s=wall_s,
-        cpu_s=2 * wall_s,
+        cpu_s={"main": wall_s, "Ray": wall_s},
         stages={"engine": wall_s - 1},
     )
     return made.model_copy(update=changes)
@@ -63,6 +63,8 @@ def test_ours_is_told_over_bare_of_the_same_caches_by_medians() -> None:
     assert measured.figures["cold/wall_over_bare"] == 2
     assert measured.figures["warm/wall_over_bare"] == 1.25
     assert measured.figures["warm/ours/until_s/engine"] == 24
+    assert measured.figures["warm/ours/cpu_s"] == 50
+    assert measured.figures["warm/ours/cpu_s/Ray"] == 25
     assert measured.met() == {"cold/wall_over_bare": False, "warm/wall_over_bare": True}
 
 
@@ -76,6 +78,24 @@ def test_a_start_of_ours_counts_for_its_commit_and_one_of_bare_vllm_for_all(tmp_
     assert there(path, "ours") is not None
 
 
+@pytest.mark.parametrize(
+    ("title", "above", "whose"),
+    [
+        ("python -m aligntune.cli train config.yaml", "main", "main"),
+        ("python -u /v/site-packages/ray/dashboard/dashboard.py", "main", "Ray"),
+        ("/v/site-packages/ray/core/src/ray/raylet/raylet --raylet_socket", "main", "Ray"),
+        ("ray::DashboardAgent", "Ray", "Ray"),
+        ("ray::RolloutActor.start", "Ray", "RolloutActor"),
+        ("VLLM::EngineCore", "RolloutActor", "VLLM::EngineCore"),
+        ("python -u -c import json", "RewardActor", "RewardActor"),
+    ],
+)
+def test_a_process_is_its_actors_vllms_rays_or_of_the_one_above(
+    title: str, above: str, whose: str
+) -> None:
+    assert owner(title, above) == whose
+
+
 @pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("system", ["bare", "ours"])
@@ -84,7 +104,8 @@ def test_a_start_tells_its_stages_in_order(
 ) -> None:
     monkeypatch.setattr(startup, "FOLDER", tmp_path)
     found = startup.begun(system, "cold")
-    assert found.cpu_s > 0
+    assert found.cpu_s["main"] > 0
+    assert (system == "ours") == ("PolicyActor" in found.cpu_s)
     times = list(found.stages.values())
     assert max(times) <= found.wall_s
     if system == "bare":

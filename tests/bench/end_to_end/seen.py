@@ -64,11 +64,10 @@ def expected_loss(groups: Sequence[Group], epsilon: float) -> float:
     return -total / tokens
 
 
-def cpu_seconds(pid: int | None = None) -> float:
-    """Processor seconds of this process, or that of `pid`, and all its descendants, those that
-    ended among them."""
+def cpu_seconds() -> float:
+    """Processor seconds of this process and all its descendants, those that ended among them."""
     found = 0.0
-    this = psutil.Process(pid)
+    this = psutil.Process()
     for process in [this, *this.children(recursive=True)]:
         try:
             times = process.cpu_times()
