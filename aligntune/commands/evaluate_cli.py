@@ -25,14 +25,18 @@ def evaluate(
         str,
         typer.Argument(
             metavar="RUN|CONFIG.yaml|MODEL",
-            help="a run directory, its config, or a model's folder or hub name with --config",
+            help="a run directory, its config, or with --config a model's folder or hub name",
         ),
     ],
     overrides: Overrides = None,
     checkpoint: Checkpoint = "newest",
     config: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="data and rewards for a MODEL"),
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="data and rewards for a MODEL, or a DPO or SFT run",
+        ),
     ] = None,
     samples: Annotated[
         int | None,
@@ -62,6 +66,8 @@ def evaluate(
         aligntune evaluate runs/grpo --checkpoint best
 
         aligntune evaluate Qwen/Qwen3-0.6B --config runs/grpo/config.yaml
+
+        aligntune evaluate runs/dpo --config runs/grpo/config.yaml
     """
     from aligntune.errors import UserError
 
@@ -82,7 +88,10 @@ def evaluate(
         }
         given |= {"--out": out, "--checkpoint": None if checkpoint == "newest" else checkpoint}
         if odd := [name for name, value in given.items() if value is not None]:
-            raise UserError(f"{odd[0]} is of runs that sample; a job over pairs has no completions")
+            raise UserError(
+                f"{odd[0]} is of runs that sample, and this job samples nothing; "
+                "--config CONFIG.yaml with prompts and rewards scores what a DPO or SFT model says"
+            )
         scored = found.trainer.scored()
         note(f"scoring {scored.model} ({scored.origin}, step {scored.step})")
         said = {"model": scored.model, "step": scored.step, "from": scored.origin}

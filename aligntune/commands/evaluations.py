@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import datetime
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from aligntune.config.tree import load_tree
 from aligntune.errors import UserError
 from aligntune.evaluation.answers import reader_of
 from aligntune.evaluation.statistics import CONFIDENCE
 from aligntune.evaluation.store import EVALUATIONS, Decoded, Summary, write_evaluation
 from aligntune.evaluation.summary import figures, judged, read_success
+from aligntune.names import algorithm_of, preference_name
 from aligntune.runs.choice import NEWEST, START
+from aligntune.runs.ended import Scored, model_to_score
 from aligntune.runs.rundir import RunDir, installed_versions
 from aligntune.trainers import create_rl_trainer
 
@@ -40,17 +44,21 @@ class Target:
     trainer: OnlineTrainer | PreferenceTrainer
     run: Path | None  # None: a model that is of no run
     model: str | None = None
+    written: Scored | None = None  # by a job over a table, whose model the trainer's config names
 
 
 def target_of(target: str, config: Path | None, overrides: Sequence[str]) -> Target:
-    """A run directory, a config file, or with `config` a model. Raises UserError."""
+    """A run directory, a config file, or with `config` a model or the run of a job over a table.
+    Raises UserError."""
     place = Path(target)
     inside = next((p for p in (place, place / "run") if (p / "config.yaml").is_file()), None)
     if config is not None:
-        if inside is not None or place.is_file():
+        if inside is not None:
+            written = _written_by_job(inside)
+            return Target(_sampling(config, written.model, overrides), inside, written=written)
+        if place.is_file():
             raise UserError(f"--config goes with a model; {target} has a config of its own")
-        named = [*overrides, f"model.name={target}"]
-        return Target(create_rl_trainer(config=config, overrides=named), None, target)
+        return Target(_sampling(config, target, overrides), None, target)
     if inside is not None:
         own = [f"output_dir={inside.absolute()}", *overrides]
         return Target(create_rl_trainer(config=inside / "config.yaml", overrides=own), inside)
@@ -61,6 +69,37 @@ def target_of(target: str, config: Path | None, overrides: Sequence[str]) -> Tar
         f"{target} is neither a run directory nor a config; of a model say with --config which "
         "data and rewards it is evaluated by"
     )
+
+
+def _written_by_job(run: Path) -> Scored:
+    """The language model that a DPO or SFT job has written. Raises UserError."""
+    tree = load_tree(run / "config.yaml")
+    kind = preference_name(algorithm_of(tree))
+    if kind is None:
+        raise UserError(
+            f"--config goes with a model; {run} has data and rewards of its own. Take its model by "
+            f"{run / 'model'}"
+        )
+    if kind == "reward_model":
+        raise UserError(
+            f"{run} has a reward model, which writes no completions; without --config it is "
+            "evaluated by its pairs"
+        )
+    return model_to_score(RunDir(run.absolute()), tree["model"]["name"])
+
+
+def _sampling(config: Path, model: str, overrides: Sequence[str]) -> OnlineTrainer:
+    """The trainer of a config with prompts and rewards, for another model. Raises UserError."""
+    from aligntune.online.trainer import OnlineTrainer
+
+    named = [*overrides, f"model.name={json.dumps(model)}"]
+    trainer = create_rl_trainer(config=config, overrides=named)
+    if not isinstance(trainer, OnlineTrainer):
+        raise UserError(
+            f"{config} is of a job over a table, and --config is to say which prompts and rewards; "
+            f"of its table: aligntune evaluate {config} model.name={model} output_dir=NEW"
+        )
+    return trainer
 
 
 def evaluated(
@@ -80,7 +119,9 @@ def evaluated(
     assert isinstance(trainer, OnlineTrainer)
     if target.model is not None and which != NEWEST:
         raise UserError(f"--checkpoint {which} is of a run, and {target.model} is a model")
-    scored = trainer.scored(START if target.model is not None else which)
+    if target.written is not None and which != NEWEST:
+        raise UserError(f"--checkpoint {which}: a job over a table has one model, the last one")
+    scored = target.written or trainer.scored(START if target.model is not None else which)
     origin = "model" if target.model is not None else scored.origin
     step = None if target.model is not None else scored.step
     of = "" if step is None else f", step {step}"

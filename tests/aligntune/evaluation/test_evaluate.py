@@ -169,3 +169,63 @@ def test_the_best_one_the_start_and_another_model_and_what_is_there_stays(
     assert (mine / COMPLETIONS).is_file()
     summary = read_summary(mine)
     assert (summary.origin, summary.step, summary.run) == ("model", None, None)
+
+
+def job(folder: Path, algorithm: str, model: Path) -> Path:
+    """The directory of a job over a table that has ended at step 2 and written `model`."""
+    folder.mkdir()
+    tree = {
+        "algorithm": {"name": algorithm},
+        "model": {"name": "start"},
+        "data": {"path": "p.jsonl"},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    (folder / "metrics.jsonl").write_text('{"step": 2}\n')
+    (folder / "events.jsonl").write_text(
+        '{"kind": "run_started"}\n{"kind": "run_finished", "step": 2}\n'
+    )
+    shutil.copytree(model, folder / "model")
+    return folder
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("algorithm", ["dpo", "sft"])
+def test_the_model_of_a_job_over_a_table_is_evaluated_by_the_prompts_and_rewards_of_a_config(
+    algorithm: str, run: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    trained = job(tmp_path / algorithm, algorithm, tiny_model)
+    evaluate(trained, "--config", run / "config.yaml")
+    summary = read_summary(trained / "evaluations" / "export-000002")
+    assert (summary.model, summary.origin, summary.step) == (str(trained / "model"), "export", 2)
+    assert summary.run == str(trained)
+    assert summary.prompts == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("reward_model --config run/config.yaml", "a reward model, which writes no completions"),
+        ("dpo --config run/config.yaml --checkpoint 2", "has one model, the last one"),
+        ("run --config run/config.yaml", "has data and rewards of its own"),
+        ("start --config dpo/config.yaml", "dpo/config.yaml is of a job over a table"),
+        ("dpo --samples 2", "--config CONFIG.yaml with prompts and rewards scores"),
+    ],
+)
+def test_what_cannot_be_evaluated_so_is_refused_with_what_can(
+    line: str,
+    said: str,
+    run: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for algorithm in ("reward_model", "dpo"):
+        job(tmp_path / algorithm, algorithm, tiny_model)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate", *line.split()])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1, error
