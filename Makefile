@@ -27,7 +27,7 @@ install:
 quickstart: install
 	.venv/bin/aligntune quickstart $(ARGS)
 
-# Two workers, each with a Ray of its own; tests/conftest.py says what goes first.
+# Two workers, each with a Ray of its own; tests/conftest.py says what goes after what.
 SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: install

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -28,8 +29,21 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # as engines set it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and their tensors are tiny
 
 
-# Minutes long: no worker is to be alone with one at the end.
-FIRST = ("tests/cluster/test_three_nodes.py", "tests/e2e/test_quickstart.py", "tests/e2e/")
+WHOLE_RUNS = "tests/e2e/"
+FIRST = "tests/cluster/test_three_nodes.py"  # minutes long: no worker is to be alone with it
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Two workers take whole files; the whole runs, each of which keeps both cores busy, are one
+    worker's, after all else."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class RunsAfterwards(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return WHOLE_RUNS if nodeid.startswith(WHOLE_RUNS) else super()._split_scope(nodeid)
+
+    return RunsAfterwards(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: [not item.nodeid.startswith(name) for name in FIRST])
+    items.sort(key=lambda item: (item.nodeid.startswith(WHOLE_RUNS), FIRST not in item.nodeid))
 
 
 @pytest.fixture(autouse=True)

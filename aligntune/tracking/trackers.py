@@ -103,6 +103,9 @@ def tracking_id(folder: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
+_EVENTS = "events.out.tfevents."  # how TensorBoard begins a file's name
+
+
 class TensorBoard:
     """Event files in `folder`."""
 
@@ -113,6 +116,10 @@ class TensorBoard:
     def _open(self, after_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
+        # Files are read in the order of their names: the second, then a count as text, 10 before 9.
+        newest = max((path.name for path in self._folder.glob(f"{_EVENTS}*")), default="")
+        while newest.startswith(f"{_EVENTS}{int(time.time()):010d}."):
+            time.sleep(0.02)
         # purge_step: TensorBoard hides what earlier files hold of this step and later ones.
         return SummaryWriter(str(self._folder), purge_step=after_step + 1)
 

@@ -366,7 +366,10 @@ class TestRegistry:
             with pytest.raises(ValueError, match=reason):
                 resolve(spec(f"{name}.py:f"))
 
-    def test_a_missing_module_says_where_it_looked(self, module: Any) -> None:
+    def test_a_missing_module_says_where_it_looked(
+        self, module: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delitem(sys.modules, "my_reward", raising=False)  # of another test
         module("my_rewards", "")
         with pytest.raises(
             ValueError, match=r"no module 'my_reward' \(did you mean 'my_rewards"

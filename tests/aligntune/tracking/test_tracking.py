@@ -134,8 +134,12 @@ def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
 
 class TestTrackers:
     def test_tensorboard_shows_each_step_once_after_a_resume_and_a_rollback(
-        self, tmp_path: Path
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        from tensorboard.summary.writer import event_file_writer as of_tensorboard
+
+        # The second file of this process has the number 10, which sorts before the first's 9.
+        monkeypatch.setattr(of_tensorboard, "_global_uid", of_tensorboard.AtomicCounter(9))
         first = TensorBoard(tmp_path, after_step=0)
         for step in (1, 2, 3):
             first.log(step, {"reward/mean": float(step)})
