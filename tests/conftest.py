@@ -28,6 +28,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # as engines set it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and their tensors are tiny
 
+STARTED = dict(os.environ)  # before anything is imported that sets variables of its own
+
 
 WHOLE_RUNS = "tests/e2e/"
 FIRST = "tests/cluster/test_three_nodes.py"  # minutes long: no worker is to be alone with it
@@ -73,10 +75,16 @@ def _search_path() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """A Ray of this test session, with more logical CPUs than the machine need have."""
+    """A Ray of this test session, with more logical CPUs than the machine need have. It starts in
+    the environment of the fork server's imports, or none of its workers would be forked."""
     import ray
 
-    with owner.workers():
+    with pytest.MonkeyPatch.context() as patch, owner.workers():
+        for name in os.environ.keys() - STARTED.keys():
+            if not name.startswith(("RAY_", "ALIGNTUNE_")):
+                patch.delenv(name)
+        for name, value in STARTED.items():
+            patch.setenv(name, value)
         ray.init(
             address="local",
             num_cpus=16,

@@ -111,8 +111,8 @@ class Server:
 
     async def fork(self) -> Child[Told]:
         """A new process with the user's code, which answers. Raises EpisodeFailed."""
-        await self.start()
         async with self._forks:
+            await self.start()
             assert self._control is not None, "start has made it"
             here, there = socket.socketpair()
             mine, lifeline = socket.socketpair()
@@ -122,6 +122,8 @@ class Server:
             except OSError as error:
                 here.close()
                 mine.close()
+                async with self._starting:  # it is gone, and its end not heard of: the next is new
+                    await self._stop()
                 raise EpisodeFailed(f"no process could be started: {error}", True) from error
             finally:
                 there.close()
