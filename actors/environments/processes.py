@@ -112,22 +112,27 @@ class Server:
     async def fork(self) -> Child[Told]:
         """A new process with the user's code, which answers. Raises EpisodeFailed."""
         async with self._forks:
-            await self.start()
-            assert self._control is not None, "start has made it"
-            here, there = socket.socketpair()
-            mine, lifeline = socket.socketpair()
-            mine.setblocking(False)
-            try:
-                socket.send_fds(self._control, [FORK], [there.fileno(), lifeline.fileno()])
-            except OSError as error:
-                here.close()
-                mine.close()
-                async with self._starting:  # it is gone, and its end not heard of: the next is new
-                    await self._stop()
-                raise EpisodeFailed(f"no process could be started: {error}", True) from error
-            finally:
-                there.close()
-                lifeline.close()
+            for last in (False, True):
+                await self.start()
+                assert self._control is not None, "start has made it"
+                here, there = socket.socketpair()
+                mine, lifeline = socket.socketpair()
+                mine.setblocking(False)
+                try:
+                    socket.send_fds(self._control, [FORK], [there.fileno(), lifeline.fileno()])
+                    break
+                except OSError as error:
+                    here.close()
+                    mine.close()
+                    if last:
+                        raise EpisodeFailed(
+                            f"no process could be started: {error}", True
+                        ) from error
+                    async with self._starting:  # it has ended, which was not heard of yet
+                        await self._stop()
+                finally:
+                    there.close()
+                    lifeline.close()
             reader, writer = await asyncio.open_connection(sock=here, limit=self._answer_bytes)
             child = Child(reader, writer, mine, parse)
             try:
@@ -150,10 +155,13 @@ class Server:
         task.add_done_callback(self._ending.discard)
 
     async def close(self) -> None:
-        """End the server and every fork."""
+        """End the server and every fork: first those that end by themselves, since none outlives
+        the server."""
+        if self._ending:
+            await asyncio.wait(self._ending)
         async with self._starting:
             await self._stop()
-        if self._ending:
+        if self._ending:  # of a call that came to its end meanwhile
             await asyncio.wait(self._ending)
         if self._scratch is not None:
             await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)

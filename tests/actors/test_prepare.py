@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -322,7 +323,11 @@ def test_a_lost_critic_is_a_lost_policy(folder: Path, tmp_path: Path, ray_sessio
         try:
             await learner.start()
             assert learner._critic is not None
-            ray.kill(learner._critic._handles[0])
+            critic = learner._critic._handles[0]
+            ray.kill(critic)
+            with contextlib.suppress(ray.exceptions.RayActorError):
+                while True:  # it may answer until it has ended
+                    await critic.__ray_ready__.remote()
             await learner.prepare(1, config.algorithm, works)
         finally:
             learner.kill()

@@ -26,6 +26,7 @@ MODULES = ("environments.factory", "models.task.task", "models.trial.config")
 MODULES += ("models.trial.paths", "verifier.factory")
 
 STAND_IN = '''
+import asyncio
 import os
 import subprocess
 from pathlib import Path
@@ -58,6 +59,7 @@ class Sandbox:
         pass
 
     async def stop(self, delete):
+        await asyncio.sleep(0.5)  # as of a container
         with ENDED.open("a") as ended:
             ended.write(self.folder.name + "\\n")
 
