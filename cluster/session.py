@@ -16,6 +16,7 @@ from cluster.forks import owner
 from cluster.jobs import secrets
 from cluster.specs import ClusterSpec
 
+HIGHEST_PORT = 65535
 ANSWER_S = 5.0  # longest wait for a head to take a connection
 
 
@@ -45,9 +46,14 @@ def check_answers(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return
+    if int(port) > HIGHEST_PORT:  # a connection would go to what is left of it without its 17th bit
+        raise ClusterUnreachable(
+            f"{address!r} names port {port}, and {HIGHEST_PORT} is the highest there is; correct "
+            "cluster.address or RAY_ADDRESS"
+        )
     try:
         socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ClusterUnreachable(
             f"nothing answers at {address!r}: {error}. Start a head there with `ray start --head "
             f"--port={port}`, or correct cluster.address or RAY_ADDRESS"

@@ -86,9 +86,13 @@ def test_auto_without_any_ray_says_how_to_get_one(monkeypatch: pytest.MonkeyPatc
         check_head("auto")
 
 
-def test_a_port_that_cannot_be_is_refused() -> None:
-    with pytest.raises(ClusterUnreachable):
-        check_answers("127.0.0.1:99999")
+def test_a_port_that_cannot_be_is_refused_though_one_listens_at_its_low_bits() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        port = listener.getsockname()[1] + 2**16
+        with pytest.raises(
+            ClusterUnreachable, match=f"names port {port}, and 65535 is the highest"
+        ):
+            check_answers(f"127.0.0.1:{port}")
 
 
 @pytest.mark.parametrize("address", ["local", "head.example"])
