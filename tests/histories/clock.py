@@ -4,6 +4,7 @@ for ever is found."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import selectors
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -37,16 +38,57 @@ class _Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
         return []
 
 
+class _Task(asyncio.Task[Any]):
+    """Its hash is its number, so that sets of tasks have the same order in each play."""
+
+    def __init__(self, *args: Any, number: int, **kwargs: Any) -> None:
+        self._number = number  # asked for amid what follows
+        super().__init__(*args, **kwargs)
+
+    def __hash__(self) -> int:
+        return self._number
+
+
+class _Future(asyncio.Future[Any]):
+    """As `_Task`."""
+
+    def __init__(self, *, number: int, loop: asyncio.AbstractEventLoop) -> None:
+        self._number = number
+        super().__init__(loop=loop)
+
+    def __hash__(self) -> int:
+        return self._number
+
+
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Its time starts at 0 and goes to the next timer at once. Nothing in it may use threads."""
+    """Its time starts at 0 and goes to the next timer at once. What is given to a thread is done at
+    once, so that all comes in the same order each time."""
 
     def __init__(self) -> None:
         self.now = 0.0
+        self._numbers = itertools.count()
         selector = _Selector()
         selector.loop = self
         super().__init__(selector)
         self.unheard: list[str] = []  # errors that nobody was told of
         self.set_exception_handler(self._hear)
+        self.set_task_factory(self._task)
+
+    def _task(self, loop: asyncio.AbstractEventLoop, of: Any, **named: Any) -> _Task:
+        return _Task(of, loop=loop, number=next(self._numbers), **named)
+
+    def create_future(self) -> _Future:
+        """A future of this loop."""
+        return _Future(number=next(self._numbers), loop=self)
+
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
+        """A future of what `func` gives."""
+        done = self.create_future()
+        try:
+            done.set_result(func(*args))
+        except Exception as error:  # noqa: BLE001 - it is the caller's
+            done.set_exception(error)
+        return done
 
     def time(self) -> float:
         """Seconds."""

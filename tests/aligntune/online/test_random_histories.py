@@ -68,6 +68,18 @@ def test_whatever_breaks_every_group_ends_once_and_nothing_waits_for_ever(
         play(drawn(number), folder)
 
 
+@pytest.mark.parametrize("number", [17, 31, 48, 59])  # with episodes, some on two ranks
+def test_a_history_is_the_same_each_time(number: int, tmp_path: Path) -> None:
+    books = []
+    for time in range(2):
+        folder = tmp_path / str(time)
+        folder.mkdir()
+        play(drawn(number), folder)
+        kept = [folder / "run" / name for name in ("ledger.jsonl", "evals.jsonl")]
+        books.append([path.read_text(encoding="utf-8") for path in kept if path.exists()])
+    assert books[0] == books[1]
+
+
 @pytest.mark.parametrize("history", FOUND.values(), ids=FOUND)
 def test_a_history_that_once_showed_a_fault(history: History, tmp_path: Path) -> None:
     assert play(history, tmp_path)[-1] == "finished"
