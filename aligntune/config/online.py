@@ -234,6 +234,24 @@ def resolve(config: RunConfig) -> RunConfig:
     return resolved
 
 
+def _check_waits(config: RunConfig) -> None:
+    """Refuse a call that was given more time than a run in which nothing moves has (UserError)."""
+    of_episodes = "episode_timeout_s" if config.agent is not None else "call_timeout_s"
+    calls: list[tuple[str, Spec, str]] = [
+        *((f"rewards.{index}", reward, "timeout_s") for index, reward in enumerate(config.rewards)),
+        ("episodes", config.episodes, of_episodes),
+    ]
+    limit = config.train.stall_timeout_s
+    for section, spec, key in calls:
+        seconds = getattr(spec, key)
+        if seconds >= limit and key in spec.model_fields_set:
+            raise UserError(
+                f"{section}.{key}={seconds:g} lets one call take as long as "
+                f"train.stall_timeout_s={limit:g}, which ends a run in which nothing moves; raise "
+                f"train.stall_timeout_s above it, or lower {section}.{key}"
+            )
+
+
 def check(config: RunConfig) -> None:
     """Refuse a resolved tree that cannot be run, before anything starts (UserError)."""
     name, needs, train = config.algorithm_name, config.algorithm.needs, config.train
@@ -251,6 +269,7 @@ def check(config: RunConfig) -> None:
             f"train.groups_per_step={train.groups_per_step}"
         )
     check_episodes(config)
+    _check_waits(config)
     scored = any(isinstance(r, RewardModelSpec) for r in config.rewards)
     if needs.reward_model and not scored and not config.plays:
         raise UserError(

@@ -50,6 +50,18 @@ def config(**changes: Any) -> RunConfig:
         ({"tools": ["a:b"], "episodes": {"host": "0.0.0.0"}}, "there is no agent"),
         ({"agent": "a:b", "episodes": {"call_timeout_s": 3}}, "an agent has its own"),
         ({"agent": "a:b", "episodes": {"max_output_characters": 9}}, "an agent has its own"),
+        (
+            {"agent": "a:b", "episodes": {"episode_timeout_s": 7200}},
+            r"raise train\.stall_timeout_s above it, or lower episodes\.episode_timeout_s",
+        ),
+        (
+            {"tools": ["a:b"], "episodes": {"call_timeout_s": 1800}},
+            r"or lower episodes\.call_timeout_s",
+        ),
+        (
+            {"rewards": ["length", {"url": "http://x/score", "timeout_s": 3600}]},
+            r"rewards\.1\.timeout_s=3600 lets one call take as long",
+        ),
         ({"agent": {"comand": ["x"]}}, "did you mean 'agent.command'"),
         ({"agent": {"command": []}}, r"agent\.command"),
         ({"tools": "a:b"}, "tools"),
