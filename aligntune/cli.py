@@ -7,7 +7,6 @@ Exit codes: 0 done; 2 the input is wrong; 1 the run failed; 130 or 143 stopped b
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import shlex
@@ -17,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from aligntune import cycles
 from aligntune.commands import (
     audit_cli,
     cluster_cli,
@@ -128,7 +128,7 @@ def _fail(code: int, message: str) -> NoReturn:
 
 def console() -> None:
     """`main` as the process: it ends at once, also while a storage or tracker has not answered."""
-    gc.set_threshold(100_000, 20, 50)  # looking for cycles amid imports is a fifth of their time
+    cycles.seldom()
     try:
         main()
     finally:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, Self, TypeVar
 
+from aligntune import cycles
 from aligntune.config.backends import Backend, check_installed
 from aligntune.config.records import TrackingSpec
 from aligntune.errors import Interrupted, RunFailed, UserError
@@ -74,6 +75,7 @@ def recorded(
         Interrupted, UserError: as they came.
         RunFailed: for anything else.
     """
+    cycles.as_usual()
     with records:
         changed = {path: now for path, (_, now) in rundir.changed.items()}
         records.event(EventKind.RUN_STARTED, changed=changed)
