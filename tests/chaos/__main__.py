@@ -20,6 +20,7 @@ from typing import Any
 
 from tests.chaos.campaign import Campaign, Parts, draw
 from tests.chaos.same import same_run
+from tests.chaos.soak import soak
 from tests.chaos.trial import VICTIMS
 
 
@@ -35,6 +36,9 @@ def main() -> int:
     parser.add_argument(
         "--same", type=int, metavar="DEATHS", help="so many deaths in one run, which ends the same"
     )
+    parser.add_argument(
+        "--soak", type=float, metavar="MINUTES", help="of a run with a death a minute"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -44,6 +48,12 @@ def main() -> int:
             result = same_run(Path(folder), args.same, args.seed)
         (args.out / f"same-{now}.json").write_text(json.dumps(result))
         print(json.dumps(result))
+        return 1 if result["problems"] else 0
+    if args.soak is not None:
+        with tempfile.TemporaryDirectory(prefix="aligntune-soak-") as folder:
+            result = soak(Path(folder), args.soak, args.seed)
+        (args.out / f"soak-{now}.json").write_text(json.dumps(result))
+        print(json.dumps(result, indent=1))
         return 1 if result["problems"] else 0
     parts = Parts(args.engine, args.strategy)
     victims = [args.only] if args.only else parts.victims(sorted(VICTIMS))
