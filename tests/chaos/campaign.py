@@ -37,6 +37,7 @@ from tests.chaos.trial import (
 
 GROUPS, STALENESS = 4, 1
 BETWEEN = 2  # steps that a run makes after a hit, before it counts as overcome
+IN_A_PAUSE = 60  # steps at most, as the others go on while one stands still
 DEADLINE_S = 240.0  # for a hit to be overcome, a run to start, and what it leaves to be gone
 
 JUDGE = """\
@@ -106,7 +107,8 @@ class Campaign:
     def __init__(self, folder: Path, parts: Parts, hits: list[Hit], seed: int) -> None:
         """Writes the run's config into `folder`."""
         self.folder, self.run, self.hits, self.seed = folder, folder / "run", hits, seed
-        self.steps = (len(hits) + 1) * (BETWEEN + 2)
+        pauses = sum(hit.pauses for hit in hits)
+        self.steps = (len(hits) + 1) * (BETWEEN + 2) + pauses * IN_A_PAUSE
         self.dice = random.Random(seed)
         self.seen: dict[int, psutil.Process] = {}
         self.path = folder / "config.yaml"
