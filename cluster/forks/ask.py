@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.forks import wire
@@ -20,17 +21,30 @@ class Refused(OSError):
     """The server started nothing; the message says why."""
 
 
-def fork(path: str, command: list[str], environment: dict[str, str], *, ray: bool) -> int:
+def fork(
+    path: str,
+    command: list[str],
+    environment: dict[str, str],
+    *,
+    ray: bool,
+    files: Mapping[int, int] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+) -> int:
     """Start `command`, a Python command line without its interpreter, and return its process id.
 
-    It has this process's open files, working directory, limits and signals. Once this returns it
-    runs; where this raises OSError nothing runs, nor will.
+    It has this process's open files, working directory, limits and signals; `files` gives it
+    others, ours by their numbers there, and `folder` another working directory. Once this returns
+    it runs; where this raises OSError nothing runs, nor will.
     """
-    files = _open_files()
+    if files is None:
+        files = {number: number for number in _open_files()}
     with socket.socket(socket.AF_UNIX) as server:
         server.settimeout(SEND_S)
         server.connect(path)
-        wire.send(server, _request(command, environment, files, ray), files)
+        request = _request(command, environment, list(files), ray)
+        if folder is not None:
+            request["folder"] = os.fspath(folder)
+        wire.send(server, request, list(files.values()))
         server.settimeout(WAIT_S)
         try:
             answer = wire.line(server)

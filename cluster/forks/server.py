@@ -5,7 +5,7 @@ its standard input, which its owner holds. The server itself never imports Ray, 
 import which raylet it belongs to: for each set of Ray's variables it forks a branch that does.
 
 Invariant: nothing is forked from a process with threads that a fork would lose, nor from one that
-has touched a GPU.
+has touched a GPU, nor from one whose forks would draw the same ids of Ray.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from cluster.forks import agree, threads, wire  # noqa: E402
+from cluster.forks import agree, ids, threads, wire  # noqa: E402
 from cluster.forks.become import PLACE, Become, prepare  # noqa: E402
 
 sys.path[0] = PLACE
@@ -172,9 +172,10 @@ class Server:
         self._pid, self._own, self._branches = os.getpid(), [*self._own[:2], requests], {}
         os.environ.update(of_ray)
         self._before |= of_ray
-        self.load(self._of_ray)
+        with ids.of_the_system():
+            self.load(self._of_ray)
         threads.follow_ray()
-        trouble = threads.trouble()
+        trouble = threads.trouble() or ids.trouble()
         raylet = of_ray.get("RAY_RAYLET_PID")
         while True:
             watched: list[Any] = [requests, self._ended]
