@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -28,24 +27,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # as engines set it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and their tensors are tiny
 
+# Programs that tests start in other folders find this repository, and their workers are forked.
+os.environ.setdefault("PYTHONPATH", str(Path(__file__).parents[1]))
+
 STARTED = dict(os.environ)  # before anything is imported that sets variables of its own
 
-
 WHOLE_RUNS = "tests/e2e/"
-FIRST = "tests/cluster/test_three_nodes.py"  # minutes long: no worker is to be alone with it
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Two workers take whole files; the whole runs, each of which keeps both cores busy, are one
-    worker's, after all else."""
-    from xdist.scheduler import LoadFileScheduling
-
-    class RunsAfterwards(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return WHOLE_RUNS if nodeid.startswith(WHOLE_RUNS) else super()._split_scope(nodeid)
-
-    return RunsAfterwards(config, log)
+# Minutes long: no worker is to be alone with one at the end.
+FIRST = ("tests/cluster/test_three_nodes.py",)
+FIRST_OF_WHOLE_RUNS = tuple(
+    f"{WHOLE_RUNS}test_{name}.py" for name in ("recovery", "quickstart", "documents", "storage")
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,7 +54,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: (item.nodeid.startswith(WHOLE_RUNS), FIRST not in item.nodeid))
+    items.sort(key=lambda item: _turn(item.nodeid.partition("::")[0]))
+
+
+def _turn(file: str) -> tuple[bool, int]:
+    """Whole runs go after all else, whose modules they leave behind; of each, the longest first."""
+    whole = file.startswith(WHOLE_RUNS)
+    longest = FIRST_OF_WHOLE_RUNS if whole else FIRST
+    return whole, longest.index(file) if file in longest else len(longest)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment() -> None:
+    """Variables that imports have set are gone, or no worker of the Rays that a module's tests
+    start would be forked: an import may have read them."""
+    for name in _set_meanwhile():
+        del os.environ[name]
+
+
+def _set_meanwhile() -> list[str]:
+    ours = ("RAY_", "ALIGNTUNE_", "PYTEST_")
+    return [name for name in os.environ.keys() - STARTED.keys() if not name.startswith(ours)]
 
 
 @pytest.fixture(autouse=True)
@@ -80,9 +92,8 @@ def ray_session() -> Iterator[None]:
     import ray
 
     with pytest.MonkeyPatch.context() as patch, owner.workers():
-        for name in os.environ.keys() - STARTED.keys():
-            if not name.startswith(("RAY_", "ALIGNTUNE_")):
-                patch.delenv(name)
+        for name in _set_meanwhile():
+            patch.delenv(name)
         for name, value in STARTED.items():
             patch.setenv(name, value)
         ray.init(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -146,9 +147,10 @@ from cluster.reservation import reserve
 from cluster.resources import connected, living_nodes
 
 made = Cluster()
+small = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
 for index in range(3):
-    made.add_node(num_cpus=4, num_gpus=2, object_store_memory=100 * 2**20)
-made.add_node(num_cpus=2, num_gpus=0, object_store_memory=100 * 2**20)
+    made.add_node(num_cpus=4, num_gpus=2, **small)
+made.add_node(num_cpus=2, num_gpus=0, **small)
 made.wait_for_nodes()
 ray.init(address=made.address, log_to_driver=False)
 
@@ -188,7 +190,11 @@ made.shutdown()
 @pytest.mark.slow
 def test_on_four_nodes_ranks_are_in_order_and_environments_on_the_one_without_gpus() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", FOUR_NODES], capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", FOUR_NODES],
+        env=os.environ | {"RAY_prestart_worker_first_driver": "0"},  # most would never be used
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
+
+from tests import drivers
+from tests.drivers import Forked
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +56,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 class Run:
     """`aligntune train` in a process of its own."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     output_dir: Path
 
     def events(self, kind: str) -> list[dict[str, Any]]:
@@ -92,7 +94,7 @@ def launch(tree: dict[str, Any], tmp_path: Path, ray_session: None) -> Iterator[
     """
     import ray
 
-    running: list[subprocess.Popen[bytes]] = []
+    running: list[subprocess.Popen[bytes] | Forked] = []
     shared = ray.get_runtime_context().gcs_address
 
     def start(*overrides: str, alone: bool = False) -> Run:
@@ -100,10 +102,9 @@ def launch(tree: dict[str, Any], tmp_path: Path, ray_session: None) -> Iterator[
         config.write_text(yaml.safe_dump(tree), encoding="utf-8")
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         with (tmp_path / "output.txt").open("ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "aligntune.cli", "train", str(config), *overrides],
-                stdout=output,
-                stderr=output,
+            process = drivers.start(
+                ["-m", "aligntune.cli", "train", str(config), *overrides],
+                output=output,
                 cwd=Path(__file__).parents[2],
                 env=environment | ({} if alone else {"RAY_ADDRESS": shared}),
             )

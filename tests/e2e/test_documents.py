@@ -38,6 +38,7 @@ from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import IDENTITY
 from aligntune.tracking.advice import CHECKS
 from aligntune.tracking.metrics import EventKind
+from tests import drivers
 from tests.e2e.test_page_examples import PAGE
 from tests.stand_ins import LOCAL, ON_CPU, REPOSITORY, SHORT, write_stand_ins
 
@@ -409,7 +410,13 @@ def load_tree_name(path: Path) -> str:
 
 def run(arguments: list[str], workplace: Path) -> str:
     """`aligntune ARGUMENTS`; what it printed."""
-    return python(["-m", "aligntune.cli", *arguments], workplace)
+    import ray
+
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    line = ["-m", "aligntune.cli", *arguments]
+    done = drivers.run(line, cwd=workplace, env=environment, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from aligntune.runs.jsonl import read_lines
+from tests import drivers
 from tests.stand_ins import REPOSITORY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -52,14 +51,8 @@ def train(folder: Path, kind: str, address: str | None) -> None:
     environment.pop("RAY_ADDRESS", None)
     if address is not None:
         environment["RAY_ADDRESS"] = address
-    done = subprocess.run(
-        [sys.executable, "-m", "aligntune", "train", *COMMANDS[kind].split(), "--out", "runs/own"],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    line = ["-m", "aligntune", "train", *COMMANDS[kind].split(), "--out", "runs/own"]
+    done = drivers.run(line, cwd=folder, env=environment, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     run = folder / "runs/own"
     assert (run / "model" / "model.safetensors").is_file()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from aligntune.quickstart.run import run_quickstart
 from aligntune.quickstart.settings import quickstart_settings
 from aligntune.quickstart.task import QuickstartAssets, write_assets
 from aligntune.trainers import create_rl_trainer
+from tests import drivers
 from tests.e2e.conftest import read
 
 pytestmark = pytest.mark.slow
@@ -34,8 +34,8 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> QuickstartAssets:
 
 def command(out: Path, *arguments: str, timeout: float = 280) -> tuple[dict[str, Any], str]:
     """`aligntune quickstart` in a process of its own; returns result.json and what it printed."""
-    line = [sys.executable, "-m", "aligntune.cli", "quickstart", "--out", str(out), *arguments]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=timeout)
+    line = ["-m", "aligntune.cli", "quickstart", "--out", str(out), *arguments]
+    done = drivers.run(line, env=os.environ, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((out / "result.json").read_text()), done.stdout
 
