@@ -47,25 +47,31 @@ def run_quickstart(
     """
     started = time.monotonic()
     settings = quickstart_settings(algorithm, task)
+    ranks = task != "agent" and _needs_reward_model(algorithm)
+    reward_model = {"model": str(out / "reward_model" / "model"), "name": "reward_model"}
+    shown = {"function": "exact_match", "weight": 0.0}  # shown, not trained on
+    tree = {
+        "algorithm": {"name": algorithm},
+        "model": {"name": str(out / "assets" / "model")},
+        "data": {
+            "path": str(out / "assets" / "train.jsonl"),
+            "eval_path": str(out / "assets" / "eval.jsonl"),
+        },
+        "rewards": [reward_model, shown] if ranks else ["exact_match"],
+        "output_dir": str(out / "run"),
+    }
+    told = [*_overrides(settings), f"train.seed={seed}", *overrides]
+    load_config(tree, told)  # what is wrong is said before anything is made
     _claim(out, {"algorithm": algorithm, "task": task, "seed": seed})
     made = _agent_assets if task == "agent" else _assets
     say(f"a tiny model learns to add, carelessly: {out / 'assets'}")
     assets = made(out / "assets", seed)
     ranked: dict[str, float] = {}
-    rewards: list[Any] = ["exact_match"]
-    if isinstance(assets, QuickstartAssets) and _needs_reward_model(algorithm):
+    if ranks:
+        assert isinstance(assets, QuickstartAssets)
         say(f"a reward model learns which of two answers is better: {out / 'reward_model'}")
         ranked = {"reward_model_accuracy": _train_reward_model(out, assets, seed)}
-        model = {"model": str(out / "reward_model" / "model"), "name": "reward_model"}
-        rewards = [model, {"function": "exact_match", "weight": 0.0}]  # shown, not trained on
-    tree = {
-        "algorithm": {"name": algorithm},
-        "model": {"name": str(assets.model)},
-        "data": {"path": str(assets.train), "eval_path": str(assets.eval)},
-        "rewards": rewards,
-        "output_dir": str(out / "run"),
-    }
-    config = load_config(tree, [*_overrides(settings), f"train.seed={seed}", *overrides])
+    config = load_config(tree, told)
     assert isinstance(config, RunConfig), "the quickstart's algorithms are online"
     say(f"{config.algorithm_name} trains it: {out / 'run'}")
     trained = OnlineTrainer(config).train()

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,12 @@ from actors.specs import CriticSpec, ModelSpec, PolicySpec
 from actors.strategies.base import Strategy
 from actors.strategies.deepspeed import DeepSpeedStrategy
 from actors.strategies.specs import StrategySpec
+from aligntune import imports
 
 VOCABULARY = 61
-WAIT_S = 240.0  # ranks import torch and DeepSpeed first, on a machine that may be busy
+WAIT_S = 240.0  # one process imports torch and DeepSpeed first, on a machine that may be busy
+IMPORTED = ("tests.actors.policy_cases", *imports.MODELS, *imports.LORA, *imports.DEEPSPEED)
+IMPORTED += (*imports.FSDP, "transformers.models.qwen3.modeling_qwen3")
 
 
 def causal_lm(family: str = "Qwen3", seed: int = 0, **options: Any) -> Any:
@@ -251,6 +255,14 @@ class Probe:
         return seen, metrics
 
 
+def forks() -> ForkServerContext:
+    """Makes processes that have imported what ranks import: forks of one that has."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*IMPORTED])
+    return context
+
+
 class RankDied(RuntimeError):
     """A rank's process ended amid a call, with this exit code; below 0 it is a signal's."""
 
@@ -292,9 +304,7 @@ class Ranks:
         critic: CriticSpec | None = None,
         **settings: Any,
     ) -> None:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["actors.policy", "deepspeed", "peft"])
+        context = forks()
         with closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

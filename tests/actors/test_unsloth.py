@@ -7,6 +7,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from actors.policy import PolicyActor
 from actors.specs import LoRASpec, ModelSpec
 from tests.actors.policy_cases import (
     causal_lm,
+    forks,
     logprobs_of,
     make_group,
     make_jobs,
@@ -44,8 +46,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 class Process:
     """A process of its own that functions of this module are called in."""
 
-    def __init__(self) -> None:
-        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    def __init__(self, context: BaseContext) -> None:
+        self._pool = ProcessPoolExecutor(1, context)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         return self._pool.submit(function, *args).result(WAIT_S)
@@ -57,15 +59,15 @@ class Process:
 @pytest.fixture(scope="module")
 def unsloth() -> Iterator[Process]:
     """A process in which Unsloth is imported first."""
-    process = Process()
+    process = Process(multiprocessing.get_context("spawn"))
     yield process
     process.close()
 
 
 @pytest.fixture
 def process() -> Iterator[Process]:
-    """A new process."""
-    process = Process()
+    """A new process, which has imported transformers."""
+    process = Process(forks())
     yield process
     process.close()
 
@@ -197,8 +199,7 @@ def without_unsloth(model: ModelSpec) -> str:
 
 
 def with_transformers_first(model: ModelSpec) -> str:
-    import transformers  # noqa: F401
-
+    assert "transformers" in sys.modules
     return start_only(model)
 
 

@@ -144,50 +144,65 @@ def test_a_slip_is_told_with_what_was_meant_and_where_the_help_is(
 
 
 LIGHT = """
-import sys
+import os, sys
 from aligntune.cli import main
-try:
-    main(sys.argv[1:])
-finally:
-    heavy = [name for name in ("torch", "ray", "transformers", "vllm") if name in sys.modules]
-    assert not heavy, f"loaded {heavy}"
+for number, arguments in enumerate(sys.argv[1:]):
+    child = os.fork()  # each is as if it were the first, and the program is imported once
+    if child == 0:
+        os.dup2(os.open(f"{number}.err", os.O_WRONLY | os.O_CREAT), 2)
+        try:
+            main(arguments.split())
+        finally:
+            heavy = [name for name in ("torch", "ray", "transformers", "vllm") if name in sys.modules]
+            assert not heavy, f"loaded {heavy}"
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+SLIPS = [
+    ("train nowhere.yaml", "no config file at nowhere.yaml"),
+    ("train", "give a config file, or --algorithm, --model and --dataset"),
+    ("train a.yaml b.yaml", "one config file, not 2: a.yaml, b.yaml"),
+    ("train --algorythm grpo", "No such option: --algorythm"),
+    ("launch ray-up good.yaml", "ray-up needs --storage"),
+    ("train twice.yaml", "twice.yaml:2: not valid YAML: 'model' stands twice"),
+    ("train empty.yaml train", "one config file, not 2"),
+    ("train good.yaml train.steps=[", "the value of train.steps"),
+    ("train --algorithm dpo --model m --dataset d --reward math", "dpo has no argument"),
+    ("evaluate nowhere.yaml", "'nowhere.yaml' does not exist"),
+    ("plan nowhere.yaml", "'nowhere.yaml' does not exist"),
+    ("submit nowhere.yaml --address head:8265", "'nowhere.yaml' does not exist"),
+    ("nosuch", "No such command 'nosuch'; see `aligntune --help`"),
+]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ("train nowhere.yaml", "no config file at nowhere.yaml"),
-        ("train", "give a config file, or --algorithm, --model and --dataset"),
-        ("train a.yaml b.yaml", "one config file, not 2: a.yaml, b.yaml"),
-        ("train --algorythm grpo", "No such option: --algorythm"),
-        ("launch ray-up good.yaml", "ray-up needs --storage"),
-        ("train twice.yaml", "twice.yaml:2: not valid YAML: 'model' stands twice"),
-        ("train empty.yaml train", "one config file, not 2"),
-        ("train good.yaml train.steps=[", "the value of train.steps"),
-        ("train --algorithm dpo --model m --dataset d --reward math", "dpo has no argument"),
-        ("evaluate nowhere.yaml", "'nowhere.yaml' does not exist"),
-        ("plan nowhere.yaml", "'nowhere.yaml' does not exist"),
-        ("submit nowhere.yaml --address head:8265", "'nowhere.yaml' does not exist"),
-        ("nosuch", "No such command 'nosuch'; see `aligntune --help`"),
-    ],
-)
-def test_a_slip_is_told_before_anything_heavy_is_loaded(
-    tmp_path: Path, arguments: str, said: str
-) -> None:
-    (tmp_path / "twice.yaml").write_text("model: {name: a}\nmodel: {name: b}\n")
-    (tmp_path / "good.yaml").write_text("algorithm: grpo\n")
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """The exit code of each slip's command and what it says, each in a process of its own."""
+    folder = tmp_path_factory.mktemp("called-in")
+    (folder / "twice.yaml").write_text("model: {name: a}\nmodel: {name: b}\n")
+    (folder / "good.yaml").write_text("algorithm: grpo\n")
     done = subprocess.run(
-        [sys.executable, "-c", LIGHT, *arguments.split()],
-        cwd=tmp_path,
+        [sys.executable, "-c", LIGHT, *(arguments for arguments, _ in SLIPS)],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert done.returncode == 2, done.stderr
-    assert said in done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.returncode == 0, done.stderr
+    codes = map(int, done.stdout.split())
+    said = [(folder / f"{number}.err").read_text() for number in range(len(SLIPS))]
+    return dict(zip([a for a, _ in SLIPS], zip(codes, said, strict=True), strict=True))
+
+
+@pytest.mark.parametrize(("arguments", "said"), SLIPS)
+def test_a_slip_is_told_before_anything_heavy_is_loaded(
+    told: dict[str, tuple[int, str]], arguments: str, said: str
+) -> None:
+    code, error = told[arguments]
+    assert code == 2, error
+    assert said in error
+    assert len(error.splitlines()) == 1, error
 
 
 @pytest.mark.parametrize(
@@ -249,6 +264,7 @@ def test_places_and_numbers_that_cannot_be(
         main(arguments)
     assert ended.value.code == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not any(tmp_path.iterdir()), "it is said before anything is made"
 
 
 def test_a_disk_that_takes_nothing_ends_a_command_in_one_line_and_how_to_go_on(

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ class TestSideBySide:
 
         async def body() -> None:
             async with scorer(
-                "one_of_them", timeout_s=1.5 if reason == "timeout" else 60.0
+                "one_of_them", timeout_s=1.0 if reason == "timeout" else 60.0
             ) as reward:
                 bad = asyncio.ensure_future(reward.call(what, ["0"], {"answer": "wait"}))
                 others = [
@@ -356,19 +357,25 @@ class TestEnds:
     def test_daemons_of_the_user_s_code_end_with_its_process(
         self, scorer: Any, tmp_path: Path, what: str
     ) -> None:
-        async def body() -> None:
-            limit = 5.0 if what == "hang" else 60.0  # to begin with, the daemon has to be there
+        async def body(limit: float) -> None:
             async with scorer("leave_a_daemon", timeout_s=limit, folder=str(tmp_path)) as reward:
                 if what == "close":
                     assert await reward.call("fine", ["a"], {}) == [1.0]
-                    assert not gone(int((tmp_path / "pid").read_text()))
+                    assert not gone(pid())
                 else:
                     with pytest.raises(RewardFailed):
                         await reward.call(what, ["a"], {})
-                    assert gone(int((tmp_path / "pid").read_text())), "when the caller hears of it"
+                    assert not there() or gone(pid()), "when the caller hears of it"
 
-        run(body)
-        assert gone(int((tmp_path / "pid").read_text()))
+        def pid() -> int:
+            return int((tmp_path / "pid").read_text())
+
+        there = (tmp_path / "pid").exists
+        for limit in (0.5, 2.0, 8.0, 60.0) if what == "hang" else (60.0,):
+            run(partial(body, limit))
+            if there():  # on a busy machine it takes longer to be
+                break
+        assert gone(pid())
 
     def test_what_is_printed_goes_to_the_log_until_it_is_too_much(
         self, scorer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
