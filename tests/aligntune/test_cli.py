@@ -153,7 +153,7 @@ for number, arguments in enumerate(sys.argv[1:]):
         try:
             main(arguments.split())
         finally:
-            heavy = [name for name in ("torch", "ray", "transformers", "vllm") if name in sys.modules]
+            heavy = {"torch", "ray", "transformers", "vllm"} & sys.modules.keys()
             assert not heavy, f"loaded {heavy}"
         sys.exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
