@@ -182,14 +182,17 @@ def _summary(
     looks: Mapping[tuple[str, int], Sequence[Look]],
 ) -> dict[str, Any]:
     run = folder / "quickstart" / "run"
+    problems = []
+    if code != 143:  # as the time limit ends a run
+        said = (folder / "output.txt").read_text(errors="replace")[-2000:]
+        problems.append(f"exit code {code}: {said}")
+    if not (run / "ledger.jsonl").exists():
+        return {"minutes": minutes, "seed": seed, "problems": problems}
     lives = [life for (role, _), seen in looks.items() if (life := lived(role, seen))]
     accuracies = [row[ACCURACY] for row in lines_of(run / "evals.jsonl")]
     steps = len(lines_of(run / "metrics.jsonl"))
     books = audit(run / "ledger.jsonl")
-    problems = grown(lives)
-    if code != 143:  # as the time limit ends a run
-        said = (folder / "output.txt").read_text(errors="replace")[-2000:]
-        problems.append(f"exit code {code}: {said}")
+    problems += grown(lives)
     if not accuracies or accuracies[-1] < TARGET:
         problems.append(f"held-out accuracy {accuracies[-3:]}, not {TARGET}")
     if not books.balanced or books.quarantined:
