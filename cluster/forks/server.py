@@ -147,6 +147,7 @@ class Server:
             ours, theirs = socket.socketpair()
             if os.fork() == 0:
                 with or_end():
+                    ours.close()  # held here too, it would never say that the server has ended
                     self._become_branch(theirs, [asker.fileno(), *files], dict(key))
             theirs.close()
             self._branches[key] = ours

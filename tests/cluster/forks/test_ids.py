@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.forks import ask, owner, wire
-from tests.cluster.forks.test_server import until
+from tests.cluster.forks.test_server import gone, until
 
 SEEN = """
 import json, ray
@@ -65,5 +66,11 @@ def test_forks_draw_ids_of_their_own_in_every_thread_though_an_import_has_made_a
             ask.fork(server, ["-c", DRAW, str(file)], dict(os.environ), ray=True)
             until(file.exists, "an answer")
             drawn += file.read_text().split()
+        this = psutil.Process().children()
+        branches = [
+            branch for child in this for branch in child.children() if server in branch.cmdline()
+        ]
     assert len(drawn) == 4
     assert len(set(drawn)) == 4
+    assert len(branches) == 1
+    until(lambda: gone(branches[0].pid), "the end of the branch, as the server has ended")
