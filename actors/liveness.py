@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import RayError
-
 HEALTH = "health"
 HEALTH_GROUP = {HEALTH: 2}
 """Threads of an actor beside its work: an event loop that is blocked does not hold them up."""
@@ -47,6 +45,7 @@ def all_stacks() -> str:
 
 async def stacks_of(handles: Mapping[str, Any], seconds: float = 10.0) -> list[tuple[str, str]]:
     """(name, where its threads are) of every `Alive` actor; of one that hangs, that it does."""
+    from ray.exceptions import RayError
 
     async def one(name: str, handle: Any) -> tuple[str, str]:
         ref = handle.stacks.options(concurrency_group=HEALTH).remote()
@@ -105,6 +104,8 @@ async def listen(
     `ask` gives the reference to an answer of `Alive.ping`. `heard` gets how much was done since the
     answer before, `suspect` how long a silence lasts that is longer than it should be.
     """
+    from ray.exceptions import RayError
+
     now = asyncio.get_running_loop().time
     said = 0
     while True:

@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from actors.lean import Lean
+
+if TYPE_CHECKING:
+    import torch
 
 Messages = list[dict[str, Any]]
 
@@ -290,8 +292,7 @@ class TokenInputs:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of an optimiser batch: `work` indexes its job's groups, `completion` that group's
-    rows."""
+    """A row of an optimiser batch: `work` indexes a job's groups, `completion` a group's rows."""
 
     work: int
     completion: int

@@ -26,14 +26,14 @@ def loaded_shape(model: ModelSpec, name: str) -> ModelShape:
 
     Raises UserError where there is none.
     """
-    from transformers import AutoConfig
-
-    from actors.models.hub import ask_once
-    from actors.models.loading import ModelError, local, no_configuration
-
     try:
         return known_shape(name)
     except UnknownName:
+        from transformers import AutoConfig
+
+        from actors.models.hub import ask_once
+        from actors.models.loading import ModelError, local, no_configuration
+
         own = name == model.name
         try:
             spec = local(model.model_copy(update={"name": name}))

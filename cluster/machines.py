@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.resources import Cluster, connected, host_cpus, this_machine
-from cluster.session import resolve_address, session
+from cluster.session import connected_already, resolve_address, session
 from cluster.specs import ClusterSpec
 
 PLENTY = 10_000.0  # logical CPUs: a Ray started for a run has as many as the run asks for
@@ -25,9 +25,7 @@ def machines(spec: ClusterSpec) -> Machines:
 
     Raises ClusterUnreachable where a cluster is named and does not answer.
     """
-    import ray
-
-    if not ray.is_initialized() and resolve_address(spec) == "local":
+    if not connected_already() and resolve_address(spec) == "local":
         return Machines(this_machine(PLENTY), host_cpus(), here=True)
     with session(spec, cpus=0, gpus=0, last=False):
         cluster = connected()

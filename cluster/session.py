@@ -6,10 +6,9 @@ import logging
 import math
 import os
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-
-import ray
 
 from cluster import local, proxies
 from cluster.forks import owner
@@ -26,6 +25,12 @@ class ClusterUnreachable(RuntimeError):
 
 class RayTooSlow(ClusterUnreachable):
     """Ray did not start on this machine in time: that is no fault of what it was asked for."""
+
+
+def connected_already() -> bool:
+    """Whether this process has a Ray session; one that has not imported Ray has none."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def resolve_address(spec: ClusterSpec) -> str:
@@ -154,9 +159,11 @@ def session(
     Raises ClusterUnreachable where nothing answers at the address.
     """
     address = resolve_address(spec)
-    if ray.is_initialized():
+    if connected_already():
         yield address  # the caller's own session, which stays the caller's
         return
+    import ray
+
     check_head(address)
     if address == "local" and (trouble := local.socket_trouble()):
         raise ClusterUnreachable(trouble)
@@ -173,6 +180,8 @@ def session(
 def _connect(address: str, spec: ClusterSpec, cpus: int) -> None:
     """Connect to the Ray at `address`, or start one with `cpus` logical processors where that is
     'local'. Raises ClusterUnreachable."""
+    import ray
+
     logging.getLogger("ray").setLevel(logging.WARNING)
     # That a token is asked for is as it should be, and no warning to a person.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)

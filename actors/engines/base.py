@@ -11,14 +11,16 @@ import hashlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from actors.engines.specs import EngineSpec, TransformersSpec, VLLMSpec
 from actors.messages import Completion, FinishReason, ReplicaLoad, Sampling, Segment, VersionSpan
 from actors.specs import ModelSpec, RolloutSpec
-from actors.transfer.bundle import WeightBundle
+
+if TYPE_CHECKING:
+    from actors.transfer.bundle import WeightBundle
 
 
 class EngineDead(RuntimeError):

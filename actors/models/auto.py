@@ -6,6 +6,7 @@ a model as code of their own. The import costs more than all the rest, so it wai
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from typing import Any
 
@@ -21,11 +22,32 @@ class _Later:
         )
 
 
+class _Distributions(dict[str, list[str]]):
+    """Stands for the table of distributions by module, which transformers makes as it is imported.
+
+    Reading every distribution's files takes half a second, so the table is filled when it is asked
+    for a module whose distribution may have another name.
+    """
+
+    SAME_NAME = ("torch", "accelerate", "mistral_common")  # transformers tries a module's own name
+
+    def get(self, module: str, default: Any = None) -> Any:
+        """The distributions that have `module`, if any."""
+        if not self and module not in self.SAME_NAME:
+            self.update(importlib.metadata.packages_distributions())
+        return super().get(module, default)
+
+
 def import_light() -> None:
     """Import the Auto classes. Does nothing where they are there already."""
     if FACTORY in sys.modules:
         return
-    from transformers import generation
+    read_all = importlib.metadata.packages_distributions
+    importlib.metadata.packages_distributions = _Distributions
+    try:
+        from transformers import generation
+    finally:
+        importlib.metadata.packages_distributions = read_all
 
     names = vars(generation)  # of a lazy module, which looks up anew what is not here
     names["GenerationMixin"] = _Later

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf, nan
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 STD_EPSILON = 1e-6
 WHITEN_EPSILON = 1e-8
 CONSTANT_TOLERANCE = 1e-12
 
-AllSum = Callable[[torch.Tensor], torch.Tensor]
+AllSum = Callable[["torch.Tensor"], "torch.Tensor"]
 """Sums a small float64 CPU vector over all ranks; every rank calls it equally often."""
 
 
@@ -33,18 +36,22 @@ def is_constant(x: torch.Tensor) -> torch.Tensor:
     max - min <= 1e-12 relative to the largest magnitude, and at least 1e-12 absolute.
     """
     absent = x.isnan()
-    spread = x.masked_fill(absent, -torch.inf).amax(-1) - x.masked_fill(absent, torch.inf).amin(-1)
+    spread = x.masked_fill(absent, -inf).amax(-1) - x.masked_fill(absent, inf).amin(-1)
     return spread <= CONSTANT_TOLERANCE * x.nan_to_num(0.0).abs().amax(-1).clamp(min=1.0)
 
 
 def centre(x: torch.Tensor) -> torch.Tensor:
     """x - mean over the last axis of [..., G]; exactly 0 where it is constant (Dr. GRPO)."""
+    import torch
+
     flat = is_constant(x)[..., None] | x.isnan()
     return torch.where(flat, 0.0, x - x.nanmean(-1, keepdim=True))
 
 
 def standardise(x: torch.Tensor) -> torch.Tensor:
     """(x - mean) / (std_ddof1 + 1e-6) over the last axis of [..., G]; 0 where it is constant."""
+    import torch
+
     if x.shape[-1] < 2:
         return torch.zeros_like(x)
     centred = centre(x)
@@ -70,7 +77,7 @@ def weighted_sum(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         raise ValueError("a reward or a weight is not finite; its group must be quarantined")
     absent = rewards.isnan()
     total = (rewards.masked_fill(absent, 0.0) * weights).sum(-1)
-    return total.masked_fill(absent.all(-1), torch.nan)
+    return total.masked_fill(absent.all(-1), nan)
 
 
 def decoupled(groups: Sequence[torch.Tensor], weights: torch.Tensor) -> list[torch.Tensor]:
@@ -79,11 +86,13 @@ def decoupled(groups: Sequence[torch.Tensor], weights: torch.Tensor) -> list[tor
     Each criterion is standardised within its group, the weighted sum over the rollouts of all
     groups.
     """
+    import torch
+
     combined = []
     for rewards in groups:
         unscored = weighted_sum(rewards, weights).isnan()  # and the same checks
         total = standardise(rewards.double().T).T @ weights.double()
-        combined.append(total.masked_fill(unscored, torch.nan))
+        combined.append(total.masked_fill(unscored, nan))
     if not combined:
         return []
     return list(standardise(torch.cat(combined)).split([len(group) for group in combined]))
@@ -103,6 +112,8 @@ def gae(
     token: interior zeros of `mask` are stepped over. `final_values` [B] stand after the last one:
     0 where the completion ended, the critic's value of the final state where it was cut.
     """
+    import torch
+
     next_value, next_advantage = final_values, torch.zeros_like(final_values)
     columns: list[torch.Tensor] = []
     for t in reversed(range(values.shape[1])):
@@ -136,6 +147,8 @@ def moments(local: torch.Tensor, all_sum: AllSum = on_one_rank) -> Moments:
 
     The second pass sums squared distances from the global mean, so a large mean costs no digits.
     """
+    import torch
+
     local = local.double().flatten()
     count, total = all_sum(
         torch.stack([torch.tensor(float(local.numel()), dtype=torch.float64), local.sum()])

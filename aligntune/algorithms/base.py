@@ -3,15 +3,16 @@
 An algorithm is a frozen bag of its hyperparameters with a few pure functions. The controller asks
 it what it needs and for sequence advantages; policy ranks call its loss, which never sees where a
 micro-batch ends: every denominator is in `TokenBatch.counts`.
+
+Reading a config needs names and fields alone, so torch is imported by what computes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, final
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from actors.messages import LossTerms, TokenBatch, TokenInputs, TokenTargets, ValueBatch
@@ -20,7 +21,9 @@ from aligntune.algorithms.advantages import AllSum, on_one_rank, weighted_sum
 from aligntune.algorithms.filters import named, varies
 from aligntune.algorithms.kl import Estimator, estimate
 from aligntune.algorithms.losses import Aggregation, Correction, OldPolicy
-from aligntune.algorithms.tokens import TokenRows
+
+if TYPE_CHECKING:
+    import torch
 
 SCORE = "score"
 """In `Algorithm.keep`, the weighted sum of a group's criteria, before shaping."""
@@ -181,6 +184,8 @@ class Algorithm(BaseModel):
 
     def length_reward(self, lengths: torch.Tensor, budget: int) -> torch.Tensor:
         """What is added to the rewards [G] of a group for its sampled `lengths` [G], float64."""
+        import torch
+
         return torch.zeros_like(lengths, dtype=torch.float64)
 
     @final
@@ -226,6 +231,8 @@ class Algorithm(BaseModel):
         abstain from is NaN. Where criteria are normalised one by one, shaping is one more criterion
         of weight 1, carried apart: a difference of scores would lose its digits.
         """
+        import torch
+
         raw = [weighted_sum(rewards, weights) for rewards in groups]
         added = [self.length_reward(n, budget) for n in lengths]
         scores = [self.shape(r, n, budget) for r, n in zip(raw, lengths, strict=True)]
@@ -245,6 +252,10 @@ class Algorithm(BaseModel):
 
         Here, the KL in the reward of a rollout: R' = R - beta * sum_t k_t, then advantages.
         """
+        import torch
+
+        from aligntune.algorithms.tokens import TokenRows
+
         rows = TokenRows.of(groups)
         kl = rows.kl(self.kl_estimator)
         penalised = rows.scores - self.beta * kl.sum(1)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
-import torch
 from pydantic import Field, model_validator
 
 from aligntune.algorithms.base import SCORE, Defaults
@@ -13,6 +12,9 @@ from aligntune.algorithms.filters import named
 from aligntune.algorithms.grpo import GRPO
 from aligntune.algorithms.losses import Aggregation
 from aligntune.algorithms.shaping import soft_overlong
+
+if TYPE_CHECKING:
+    import torch
 
 
 class DAPO(GRPO):
@@ -58,6 +60,8 @@ class DAPO(GRPO):
 
     def check_run(self, criteria: Sequence[str], budget: int, completions: int) -> None:
         """Raises ValueError on a metric that is no criterion and a cache beyond the budget."""
+        import torch
+
         if self.dynamic_sampling:
             if SCORE in criteria:
                 raise ValueError(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 from pydantic import Field, field_validator
 
 from aligntune.algorithms.advantages import centre, weighted_sum
 from aligntune.algorithms.base import Defaults
 from aligntune.algorithms.grpo import GRPO
 from aligntune.algorithms.losses import Aggregation
+
+if TYPE_CHECKING:
+    import torch
 
 
 class DrGRPO(GRPO):

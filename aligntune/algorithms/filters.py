@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from aligntune.algorithms.advantages import is_constant
 
 
 def varies(scores: Sequence[float]) -> bool:
     """Whether a group's scores are not constant, up to rounding: it has something to compare."""
+    import torch
+
     return len(scores) > 0 and not bool(is_constant(torch.tensor(scores, dtype=torch.float64)))
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import Field
 
 from actors.messages import LossTerms, TokenBatch
 from aligntune.algorithms.advantages import decoupled, standardise, weighted_sum
 from aligntune.algorithms.base import Algorithm, Defaults
 from aligntune.algorithms.losses import Aggregation, clipped_surrogate, log_ratio
+
+if TYPE_CHECKING:
+    import torch
 
 
 class GRPO(Algorithm):

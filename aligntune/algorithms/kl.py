@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, assert_never
+from typing import TYPE_CHECKING, Literal, assert_never
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Estimator = Literal["k1", "k2", "k3"]
 
@@ -16,6 +17,8 @@ def estimate(d: torch.Tensor, estimator: Estimator) -> torch.Tensor:
     Schulman 2020: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d. No clamp, plain autograd. Masked
     positions must hold 0 beforehand, or exp may overflow there.
     """
+    import torch
+
     match estimator:
         case "k1":
             return d

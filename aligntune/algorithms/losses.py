@@ -8,11 +8,12 @@ which is a row unless `rollouts` says otherwise. Shapes: [B, T] unless said othe
 
 from __future__ import annotations
 
-from typing import Literal, assert_never
-
-import torch
+from typing import TYPE_CHECKING, Literal, assert_never
 
 from actors.messages import Counts, LossTerms, RolloutRows, TokenBatch, ValueBatch
+
+if TYPE_CHECKING:
+    import torch
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 Correction = Literal["none", "token", "sequence", "icepop"]
@@ -21,11 +22,15 @@ OldPolicy = Literal["policy", "rollout"]
 
 def wide(x: torch.Tensor) -> torch.Tensor:
     """At least float32: differences of log-probs do not survive bf16."""
+    import torch
+
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def masked_difference(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """a - b in float32 or wider, 0 where masked."""
+    import torch
+
     return torch.where(mask, wide(a) - wide(b), 0.0)
 
 
@@ -48,6 +53,8 @@ def rollout_sum(
     x: torch.Tensor, mask: torch.Tensor, rollouts: RolloutRows | None = None
 ) -> torch.Tensor:
     """Sum over the valid tokens of each row's rollout, [B]; all rows of a rollout must be here."""
+    import torch
+
     of_rows = torch.where(mask, x, 0.0).sum(1)
     if rollouts is None:
         return of_rows
@@ -78,6 +85,8 @@ def clipped_surrogate(
     where it counts, so a ratio that overflows beyond the clip makes no 0 * inf; nor does one of a
     token whose rollout weight is 0, where `weights` are given: such a token is dropped.
     """
+    import torch
+
     a = torch.where(mask, wide(advantages.detach()), 0.0)
     ceiling = float("inf") if dual_clip is None else dual_clip
     upper = torch.where(a > 0, 1.0 + clip_high, torch.full_like(log_ratio, ceiling))
@@ -103,6 +112,8 @@ def rollout_weights(
     `token` min(q, cap); `sequence` min(prod q, cap) along the rollout; `icepop` q where
     1/cap <= q <= cap and 0 elsewhere; `none` 1.
     """
+    import torch
+
     log_q = masked_difference(old.detach(), roll.detach(), mask)
     match correction:
         case "none":
@@ -126,6 +137,8 @@ def numerator(
     rollouts: RolloutRows | None = None,
 ) -> tuple[torch.Tensor, str]:
     """This share's part of agg(x) before the global division, and the `Counts` field it needs."""
+    import torch
+
     x = torch.where(mask, x, 0.0)
     match how:
         case "token_mean":
@@ -152,11 +165,15 @@ def aggregate(
 
 def masked_max(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The largest non-negative x on valid tokens; 0 where there is none."""
+    import torch
+
     return torch.cat([x[mask], x.new_zeros(1)]).max()
 
 
 def value_loss(batch: ValueBatch, clip: float | None, how: Aggregation = "token_mean") -> LossTerms:
     """0.5 * agg(max((V-R)^2, (V_old + clip(V-V_old, -c, c) - R)^2)); `clip` None leaves (V-R)^2."""
+    import torch
+
     mask = batch.mask
     old = torch.where(mask, wide(batch.old.detach()), 0.0)
     returns = torch.where(mask, wide(batch.returns.detach()), 0.0)

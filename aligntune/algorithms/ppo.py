@@ -7,9 +7,8 @@ the same whatever the ranks, because all moments are of the whole step.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from actors.messages import LossTerms, TokenBatch, TokenInputs, TokenTargets, ValueBatch
@@ -24,7 +23,9 @@ from aligntune.algorithms.advantages import (
 from aligntune.algorithms.base import Algorithm, Defaults, Needs
 from aligntune.algorithms.kl import AdaptiveKL, Estimator
 from aligntune.algorithms.losses import Aggregation, clipped_surrogate, log_ratio, value_loss
-from aligntune.algorithms.tokens import TokenRows
+
+if TYPE_CHECKING:
+    import torch
 
 
 class PPO(Algorithm):
@@ -135,6 +136,8 @@ class PPO(Algorithm):
         self, scores: torch.Tensor, truncated: torch.Tensor, k: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """rho_t = -beta * k_t + [t = last valid] * score, [B, T]; scores and truncated are [B]."""
+        import torch
+
         if self.score_clip is not None:
             scores = scores.clamp(-self.score_clip, self.score_clip)
         scores = scores - self.missing_eos_penalty * truncated
@@ -150,6 +153,10 @@ class PPO(Algorithm):
         Raises ValueError where a group has no critic values, or no reference with a KL in the
         reward. `ppo/explained_variance` is left out where all returns are equal, up to rounding.
         """
+        import torch
+
+        from aligntune.algorithms.tokens import TokenRows
+
         rows = TokenRows.of(groups)
         mask = rows.mask
         in_reward = self.kl_in == "reward" and self.beta > 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def soft_overlong(lengths: torch.Tensor, budget: int, cache: int) -> torch.Tensor:

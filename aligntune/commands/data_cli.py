@@ -31,13 +31,15 @@ def data(
     """
     from aligntune.config.load import load_config
     from aligntune.config.online import RunConfig
-    from aligntune.online.inputs import RunInputs
-    from aligntune.preference.inputs import PairInputs
 
     read = load_config(config, overrides or [])
     if isinstance(read, RunConfig):
+        from aligntune.online.inputs import RunInputs
+
         lines = _prompts(RunInputs(read, {}), rows)
     else:
+        from aligntune.preference.inputs import PairInputs
+
         lines = _pairs(PairInputs(read, {}), rows)
     for line in lines:
         typer.echo(line)

@@ -75,11 +75,12 @@ def evaluate(
         raise UserError(
             f"{target!r} does not exist; name a run directory or a config, or with --config a model"
         )
-    from aligntune.commands.evaluations import Target, evaluated, target_of  # torch: seconds
+    from aligntune.commands.evaluations import Target, evaluated, target_of
     from aligntune.evaluation.shown import shown
-    from aligntune.preference.trainer import PreferenceTrainer
 
     found: Target = target_of(target, config, overrides or [])
+    from aligntune.preference.trainer import PreferenceTrainer  # torch: seconds
+
     if isinstance(found.trainer, PreferenceTrainer):
         given: dict[str, object] = {
             "--samples": samples,

@@ -36,9 +36,7 @@ def export(
 def exported(run: Path, out: Path, which: str | None) -> int:
     """Make a model of a checkpoint of `run` in the folder `out`; its step. Raises UserError."""
     from aligntune.errors import UserError
-    from aligntune.online.trainer import OnlineTrainer
     from aligntune.runs.reading import open_run
-    from aligntune.trainers import create_rl_trainer
 
     found = open_run(run)
     if found.is_preference:
@@ -46,6 +44,9 @@ def exported(run: Path, out: Path, which: str | None) -> int:
             f"{run} is a job over pairs: its checkpoints are the trainer's own, and its model is "
             f"in {run / 'model'} when it has ended"
         )
+    from aligntune.online.trainer import OnlineTrainer  # torch: seconds
+    from aligntune.trainers import create_rl_trainer
+
     trainer = create_rl_trainer(
         config=run / "config.yaml", overrides=[f"output_dir={run.absolute()}"]
     )

@@ -4,45 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from actors.environments.base import EpisodeFailed
 from actors.messages import Prompt
 from actors.models.loading import ModelError
 from actors.models.values import check_critic_model
-from actors.reward import Criterion
-from actors.scoring.criteria import RewardFailed
-from actors.supervise import ReplicaLost, RoleExhausted
-from aligntune import imports, loops
+from aligntune import loops
 from aligntune.config.online import RunConfig
 from aligntune.data.prompts import PromptSource
-from aligntune.errors import RunFailed, UserError
-from aligntune.evaluation.summary import Row
-from aligntune.online.assemble import assemble
+from aligntune.errors import UserError
 from aligntune.online.doing import starts
-from aligntune.online.evaluating import (
-    ROLES_OF_AN_EVALUATION,
-    Heard,
-    evaluation_rows,
-    ignore,
-    with_model,
-)
-from aligntune.online.evaluation import Decoding, evaluate
-from aligntune.online.export import export_checkpoint
 from aligntune.online.figures import check_best
 from aligntune.online.inputs import RunInputs
-from aligntune.online.learner import PolicyLost
 from aligntune.online.ledger import audit
 from aligntune.online.recorder import OnlineRecorder
 from aligntune.online.result import TrainResult
 from aligntune.online.role_requests import role_requests
 from aligntune.online.role_table import ROLES
-from aligntune.online.roles import Roles
-from aligntune.online.rolling import Rolling
 from aligntune.online.starting import starting_point
 from aligntune.paths import located_storage
 from aligntune.report.card import write_card
@@ -55,30 +37,27 @@ from aligntune.runs.ended import (
     last_figures,
     said_by_roles,
 )
-from aligntune.runs.lifecycle import check_programs, claimed, ray_runs, recorded
+from aligntune.runs.lifecycle import check_programs, claimed, recorded
 from aligntune.runs.mirror import Mirror
 from aligntune.runs.publish import check_hub, push
 from aligntune.runs.reading import open_run
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.lines import cut
-from aligntune.tracking.metrics import NotFinite
 from cluster.bundles import BadRequest, bundle_sets, totals
-from cluster.placement import DoesNotFit
-from cluster.reservation import reserve
-from cluster.session import ClusterUnreachable, RayTooSlow, session
+
+if TYPE_CHECKING:
+    from actors.reward import Criterion
+    from aligntune.evaluation.summary import Row
+    from aligntune.online.evaluating import Heard
+    from aligntune.online.evaluation import Decoding
+    from aligntune.online.roles import Roles
+    from aligntune.online.rolling import Rolling
 
 T = TypeVar("T")
 
-FAILURES = (
-    RoleExhausted,
-    ReplicaLost,
-    PolicyLost,
-    EpisodeFailed,
-    ModelError,
-    RewardFailed,
-    NotFinite,
-    ArithmeticError,
-)
+
+def ignore(*_: Any) -> None:
+    """Nobody hears how far it is."""
 
 
 class OnlineTrainer:
@@ -181,6 +160,9 @@ class OnlineTrainer:
             RunFailed: the run cannot go on; what was trained is in its last checkpoint.
             Interrupted: SIGINT or SIGTERM; what was trained is in a checkpoint.
         """
+        from aligntune.online.assemble import assemble
+        from aligntune.online.running import FAILURES
+
         started = time.monotonic()
         rundir = self.check(resume)
         self.settle(resume)
@@ -268,36 +250,12 @@ class OnlineTrainer:
         storage = located_storage(checkpoint.storage)
         return Mirror(storage, rundir.path, checkpoint.keep_last, longest, best_of(checkpoint))
 
-    @contextmanager
     def _roles(
-        self, stage: Callable[[str], None] = lambda text: None, only: Collection[str] = ROLES
-    ) -> Iterator[Roles]:
-        """A Ray session with the place of every role of `only` reserved; `stage` hears how far it
-        is."""
-        requests = [each for each in role_requests(self.config) if each.role in only]
-        asked = totals(requests)
-        cluster = self.config.cluster
-        try:
-            modules = imports.of_online(self.config)
-            with session(cluster, cpus=asked["CPU"], gpus=asked["GPU"], imports=modules) as address:
-                stage(ray_runs(address))
-                with reserve(
-                    requests,
-                    cluster.placement_timeout_s,
-                    cluster.colocate,
-                    Path(self.config.output_dir).name,
-                ) as reservation:
-                    yield Roles(
-                        self.config,
-                        reservation,
-                        self.criteria,
-                        self.total_steps,
-                        self.inputs.code,
-                    )
-        except RayTooSlow as error:
-            raise RunFailed(str(error)) from error
-        except (DoesNotFit, ClusterUnreachable) as error:
-            raise UserError(str(error)) from error
+        self, stage: Callable[[str], None] = ignore, only: Collection[str] = ROLES
+    ) -> AbstractContextManager[Roles]:
+        from aligntune.online.running import reserved
+
+        return reserved(self.config, self.criteria, self.total_steps, self.inputs.code, stage, only)
 
     def scored(self, which: str = NEWEST) -> Scored:
         """The model of the run that `which` means: newest, best, export, start or a step. Raises
@@ -316,6 +274,8 @@ class OnlineTrainer:
         Raises UserError where the config names no held-out prompts, or there is no such model.
         """
 
+        from aligntune.online.evaluation import evaluate
+
         async def figures(rolling: Rolling) -> dict[str, float]:
             found, _ = await evaluate(self.config, self.eval_prompts, 0, rolling, ignore)
             return found
@@ -331,6 +291,8 @@ class OnlineTrainer:
     ) -> list[Row]:
         """Every held-out prompt's completions and scores under each decoding. Raises UserError."""
 
+        from aligntune.online.evaluating import evaluation_rows
+
         async def rows(rolling: Rolling) -> list[Row]:
             return await evaluation_rows(self.config, self.eval_prompts, ways, rolling, heard)
 
@@ -344,6 +306,8 @@ class OnlineTrainer:
     ) -> T:
         """What `work` makes with a model that rolls out and is scored. Raises UserError where there
         are no held-out prompts."""
+        from aligntune.online.evaluating import ROLES_OF_AN_EVALUATION, with_model
+
         if not self.eval_prompts:
             raise UserError("nothing to evaluate on; set data.eval_path or data.eval_split")
         self.settle()
@@ -362,6 +326,8 @@ class OnlineTrainer:
 
         Raises UserError where there is no such checkpoint, or the folder is there.
         """
+        from aligntune.online.export import export_checkpoint
+
         target = Path(path).absolute()
         if target.exists():
             raise UserError(f"{target} is there; name a new folder")

@@ -41,7 +41,6 @@ from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import NotFinite
 from cluster.bundles import BadRequest, bundle_sets, totals
 from cluster.placement import DoesNotFit
-from cluster.reservation import ensure_possible
 from cluster.session import ClusterUnreachable, RayTooSlow, session
 
 FILLED_IN = dict.fromkeys(
@@ -240,6 +239,8 @@ class PreferenceTrainer:
     @contextmanager
     def _session(self, stage: Callable[[str], None] = lambda text: None) -> Iterator[None]:
         """A Ray that can hold the job; `stage` hears of it. Raises UserError where none can."""
+        from cluster.reservation import ensure_possible
+
         train, cluster = self.config.train, self.config.cluster
         requests = [role_request("trainer", train.workers, train.resources)]
         asked = totals(requests)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -143,17 +144,37 @@ def test_a_slip_is_told_with_what_was_meant_and_where_the_help_is(
     assert said in line
 
 
+GOOD = """
+algorithm: grpo
+model: {name: Qwen/Qwen2.5-0.5B-Instruct}
+data: {path: tasks.jsonl}
+rewards: [math]
+output_dir: run
+rollout: {engine: transformers}
+"""
+TINY = {
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 128,
+}
+
 LIGHT = """
 import os, sys
 from aligntune.cli import main
 for number, arguments in enumerate(sys.argv[1:]):
     child = os.fork()  # each is as if it were the first, and the program is imported once
     if child == 0:
+        os.dup2(os.open(f"{number}.out", os.O_WRONLY | os.O_CREAT), 1)
         os.dup2(os.open(f"{number}.err", os.O_WRONLY | os.O_CREAT), 2)
         try:
             main(arguments.split())
         finally:
-            heavy = {"torch", "ray", "transformers", "vllm"} & sys.modules.keys()
+            heavy = {"torch", "ray", "transformers", "vllm", "trl", "datasets", "pyarrow"}
+            heavy &= sys.modules.keys()
             assert not heavy, f"loaded {heavy}"
         sys.exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -168,41 +189,71 @@ SLIPS = [
     ("train empty.yaml train", "one config file, not 2"),
     ("train good.yaml train.steps=[", "the value of train.steps"),
     ("train --algorithm dpo --model m --dataset d --reward math", "dpo has no argument"),
+    ("train good.yaml train.stpes=5", "unknown key 'train.stpes'; did you mean 'train.steps'?"),
+    ("train good.yaml algorithm.bata=0", "unknown key 'algorithm.bata'"),
+    ("train good.yaml train.groups_per_step=0", "train.groups_per_step"),
+    ("train good.yaml algorithm=gpro", "unknown algorithm 'gpro': did you mean 'grpo'?"),
+    ("train good.yaml algorithm=dpo rewards=null train.stpes=5", "unknown key 'train.stpes'"),
+    ("plan good.yaml train.stpes=5", "unknown key 'train.stpes'; did you mean 'train.steps'?"),
+    ("data good.yaml train.stpes=5", "unknown key 'train.stpes'; did you mean 'train.steps'?"),
+    ("evaluate good.yaml train.stpes=5", "unknown key 'train.stpes'; did you mean"),
     ("evaluate nowhere.yaml", "'nowhere.yaml' does not exist"),
     ("plan nowhere.yaml", "'nowhere.yaml' does not exist"),
     ("submit nowhere.yaml --address head:8265", "'nowhere.yaml' does not exist"),
     ("nosuch", "No such command 'nosuch'; see `aligntune --help`"),
 ]
+LOOKS = [
+    ("--help", "quickstart"),
+    ("train --help", "--dry-run"),
+    ("algorithms", "grpo"),
+    ("plan good.yaml --nodes 2 --gpus-per-node 8 --gpu h100-80gb", "node-0"),
+    ("plan good.yaml model.name=tiny", "this machine"),
+]
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """The exit code of each slip's command and what it says, each in a process of its own."""
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
+    """The exit code of each command, its errors and what it says, each in a process of its own."""
+    commands = [arguments for arguments, _ in SLIPS + LOOKS]
     folder = tmp_path_factory.mktemp("called-in")
     (folder / "twice.yaml").write_text("model: {name: a}\nmodel: {name: b}\n")
-    (folder / "good.yaml").write_text("algorithm: grpo\n")
+    (folder / "good.yaml").write_text(GOOD)
+    (folder / "tiny").mkdir()
+    (folder / "tiny" / "config.json").write_text(json.dumps(TINY))
     done = subprocess.run(
-        [sys.executable, "-c", LIGHT, *(arguments for arguments, _ in SLIPS)],
+        [sys.executable, "-c", LIGHT, *commands],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "RAY_ADDRESS": "local"},
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
     codes = map(int, done.stdout.split())
-    said = [(folder / f"{number}.err").read_text() for number in range(len(SLIPS))]
-    return dict(zip([a for a, _ in SLIPS], zip(codes, said, strict=True), strict=True))
+    errors, said = (
+        [(folder / f"{number}.{name}").read_text() for number in range(len(commands))]
+        for name in ("err", "out")
+    )
+    return dict(zip(commands, zip(codes, errors, said, strict=True), strict=True))
 
 
 @pytest.mark.parametrize(("arguments", "said"), SLIPS)
 def test_a_slip_is_told_before_anything_heavy_is_loaded(
-    told: dict[str, tuple[int, str]], arguments: str, said: str
+    told: dict[str, tuple[int, str, str]], arguments: str, said: str
 ) -> None:
-    code, error = told[arguments]
+    code, error, _ = told[arguments]
     assert code == 2, error
     assert said in error
     assert len(error.splitlines()) == 1, error
+
+
+@pytest.mark.parametrize(("arguments", "said"), LOOKS)
+def test_what_looks_at_names_and_sizes_alone_loads_nothing_heavy(
+    told: dict[str, tuple[int, str, str]], arguments: str, said: str
+) -> None:
+    code, error, answer = told[arguments]
+    assert code == 0, error
+    assert said in answer
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ from aligntune.online.controller import Controller
 from aligntune.online.ledger import audit
 from aligntune.online.recorder import OnlineRecorder
 from aligntune.online.role_table import limits_of
-from aligntune.online.trainer import FAILURES
+from aligntune.online.running import FAILURES
 from aligntune.runs import copies
 from aligntune.runs import recorder as recorders
 from aligntune.runs.checkpoint import Checkpoint, Checkpoints

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 HEAVY = (
+    "ray",
     "torch._dynamo",
     "torch.distributed.tensor",
     "sympy",
@@ -32,6 +33,13 @@ for config in ("grpo.yaml", "dpo.yaml", "sft.yaml", "reward_model.yaml"):
         assert ended.code == 0, config
 loaded = [name for name in {HEAVY!r} if name in sys.modules]
 assert not loaded, loaded
+
+# What is installed is read when somebody asks for what has another name, and then as it is.
+from importlib.metadata import packages_distributions
+from transformers.utils.import_utils import PACKAGE_DISTRIBUTION_MAPPING as distributions
+assert not distributions and distributions.get("torch") is None and not distributions
+assert distributions.get("yaml") == ["PyYAML"]
+assert dict(distributions) == packages_distributions()
 
 # A model class of a model's own code, as older ones are: it generates without its mixin.
 from torch import nn

@@ -44,7 +44,7 @@ def train(
 
             def stop(self, number: int) -> None: ...
 
-        monkeypatch.setattr(trainers, "assemble", Broken)
+        monkeypatch.setattr("aligntune.online.assemble.assemble", Broken)
         monkeypatch.setattr(trainers.OnlineTrainer, "_roles", roles)
         arguments = ["--algorithm", "grpo", "--model", str(tiny_model), "--dataset", str(data)]
         with pytest.raises(SystemExit) as stopped:
@@ -79,7 +79,7 @@ def test_a_ray_that_is_too_slow_is_no_fault_of_the_input(
         raise RayTooSlow("Ray did not start on this machine in time")
         yield
 
-    monkeypatch.setattr(trainers, "session", slow)
+    monkeypatch.setattr("aligntune.online.running.session", slow)
     code, said = train(KeyError("never raised"), trainers.OnlineTrainer._roles)
     assert code == 1
     assert "Ray did not start on this machine in time" in said
