@@ -20,6 +20,17 @@ _NEVER_READ_PREFIXES = ("PYTEST_", "ALIGNTUNE_")
 OF_RAY = ("RAY_", "SPT_", "PYTHONBREAKPOINT")
 # Applied to the fork: by `threads.limit`.
 _APPLIED = {"OMP_NUM_THREADS"}
+# What Ray and vLLM set in a worker before it starts a process of its own. Each is read when it is
+# used, or, as vLLM's level, handed over to the process and applied there.
+_LATER = {
+    "CUDA_VISIBLE_DEVICES",
+    "RAY_ADDRESS",
+    "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "VLLM_LOGGING_LEVEL",
+    "VLLM_NO_USAGE_STATS",
+    "VLLM_WORKER_MULTIPROC_METHOD",
+}
 
 
 def differing(there: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
@@ -28,6 +39,18 @@ def differing(there: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
         name
         for name in there.keys() | wanted.keys()
         if there.get(name) != wanted.get(name) and _counts(name)
+    )
+
+
+def changed(was: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What a fork has changed of its environment since, and an import in a process that it starts
+    would read: such a process is not to be forked. Ray's own variables count here."""
+    return sorted(
+        name
+        for name in was.keys() | now.keys()
+        if was.get(name) != now.get(name)
+        and name not in _LATER
+        and (_counts(name) or name.startswith(OF_RAY))
     )
 
 

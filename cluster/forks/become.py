@@ -12,10 +12,12 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from cluster.forks import threads, wire
+from cluster.forks import spawned, threads, wire
+from cluster.forks.ask import BADNESS, badness
 
 PLACE = "the folder of the script"  # stands in `sys.path` for it, until there is one
 _SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP)
@@ -34,20 +36,24 @@ def prepare(
     files: Sequence[int],
     asker: socket.socket,
     own: Sequence[Any],
+    modules: Collection[str],
 ) -> NoReturn:
     """Put everything in place as the request says, and raise Become once the asker says go.
 
-    `own` are the server's descriptors.
+    `own` are the server's descriptors, `modules` what it imports.
     """
     try:
-        asker_file = _in_place(files, request["files"], asker, own)
+        asker_file = _in_place(files, request, asker, own)
         os.setsid()
         _apply(request)
+        spawned.follow(request["of_ray"], modules)
         with socket.socket(fileno=asker_file) as answered:
             answered.settimeout(30.0)
             answered.sendall(b"%s %d\n" % (wire.READY, os.getpid()))
             if wire.line(answered) != wire.GO:
                 os._exit(0)  # it was too late: the asker has started the program by itself
+            if request["spawned"]:
+                answered.detach()  # it closes with this process
     except BaseException as error:  # noqa: BLE001 - a half-made process must never run on
         with contextlib.suppress(BaseException):
             print(f"a fork was given up: {type(error).__name__}: {error}", flush=True)
@@ -56,9 +62,10 @@ def prepare(
 
 
 def _in_place(
-    files: Sequence[int], wanted: Sequence[int], asker: socket.socket, own: Sequence[Any]
+    files: Sequence[int], request: dict[str, Any], asker: socket.socket, own: Sequence[Any]
 ) -> int:
     """Give each received file its number, close the server's, and return the asker's new number."""
+    wanted = request["files"]
     above = max([*files, *wanted, asker.fileno()]) + 1
     moved = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, above) for file in files]
     answered = fcntl.fcntl(asker.fileno(), fcntl.F_DUPFD_CLOEXEC, above)
@@ -69,9 +76,11 @@ def _in_place(
         else:
             file.close()
     for number, file in zip(wanted, moved, strict=True):
-        if number <= 2 or not _is_open(number):
+        if number <= 2 or not _is_open(number) or os.path.sameopenfile(number, file):
             os.dup2(file, number, inheritable=True)
             os.close(file)
+        elif request["spawned"]:  # it is told of its files by their numbers
+            raise OSError(f"an import holds file {number}")
         else:  # an import holds that number: the file stays open under another one
             os.set_inheritable(file, True)
     return answered
@@ -98,6 +107,10 @@ def _apply(request: dict[str, Any]) -> None:
             resource.setrlimit(kind, tuple(limits))
     if request["nice"] != os.getpriority(os.PRIO_PROCESS, 0):
         os.setpriority(os.PRIO_PROCESS, 0, request["nice"])
+    if request["processors"] != sorted(os.sched_getaffinity(0)):
+        os.sched_setaffinity(0, request["processors"])
+    if request["badness"] > badness():
+        Path(BADNESS).write_text(str(request["badness"]))
     os.chdir(request["folder"])
     was = os.environ.get("OMP_NUM_THREADS")
     os.environ.clear()

@@ -17,10 +17,11 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -44,6 +45,18 @@ def or_end() -> Iterator[None]:
         os._exit(1)
 
 
+class Asker(NamedTuple):
+    """Who hears of the end of a process, and ends it by ending."""
+
+    hears: socket.socket
+    alive: int  # readable once it is not
+
+    @classmethod
+    def of(cls, connection: socket.socket) -> Asker:
+        who = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return cls(connection.dup(), os.pidfd_open(struct.unpack("3i", who)[0]))
+
+
 class Server:
     """One process of the tree: it imports, hears requests and forks."""
 
@@ -52,6 +65,8 @@ class Server:
         self._pid = os.getpid()
         self._before = dict(os.environ)
         self._own: list[Any] = []  # descriptors that no fork is to have
+        self._modules: set[str] = set()
+        self._askers: dict[int, Asker] = {}  # by the process that was forked for each
         self._branches: dict[tuple[tuple[str, str], ...], socket.socket] = {}
         self._ended, self._ending = os.pipe()
         self._own += [self._ended, self._ending]
@@ -63,6 +78,7 @@ class Server:
     def load(self, modules: list[str]) -> None:
         """Import what can be imported; the rest is the workers' own affair."""
         for name in filter(None, modules):
+            self._modules.add(name)
             try:
                 importlib.import_module(name)
             except Exception as error:  # noqa: BLE001 - a module may raise anything; workers say it
@@ -80,9 +96,10 @@ class Server:
         if LATER not in modules:
             trouble, loaded = self._loaded(modules), True
         while True:
-            watched: list[Any] = [listener, owner, self._ended]
+            watched: list[Any] = [listener, owner, self._ended, *self._alive()]
             ready, _, _ = select.select(watched, [], [])
             self._reap()
+            self._end_with_askers(ready)
             if owner in ready and not os.read(owner, 64):
                 _leave_nothing(listener.getsockname())
                 os._exit(0)
@@ -110,7 +127,7 @@ class Server:
             if refusal := trouble or self._refusal(request):
                 print(f"refused: {refusal}", flush=True)
                 connection.sendall(f"{refusal}\n".encode())
-            elif request["ray"]:
+            elif request["of_ray"] is not None:
                 self._branch(request, connection, files)
             else:
                 self._fork(request, files, connection)
@@ -127,7 +144,9 @@ class Server:
                 os.close(file)
 
     def _refusal(self, request: dict[str, Any]) -> str | None:
-        differing = agree.differing(self._before, request["environment"])
+        # Who was forked itself has agreed then, and looks itself what has changed since.
+        spawned = request["spawned"]
+        differing = [] if spawned else agree.differing(self._before, request["environment"])
         if differing:
             return f"it has not the environment of the imports: {', '.join(differing)} differ"
         if request["nice"] < os.getpriority(os.PRIO_PROCESS, 0):
@@ -135,14 +154,19 @@ class Server:
         return None
 
     def _fork(self, request: dict[str, Any], files: list[int], connection: socket.socket) -> None:
-        if os.fork() == 0:
+        asker = Asker.of(connection) if request["spawned"] else None
+        self._own += asker or ()
+        pid = os.fork()
+        if pid == 0:
             after = dict(os.environ)
             request["environment"] = agree.environment(request["environment"], self._before, after)
-            prepare(request, files, connection, self._own)
+            prepare(request, files, connection, self._own, self._modules)
+        if asker is not None:
+            self._askers[pid] = asker
 
     def _branch(self, request: dict[str, Any], asker: socket.socket, files: list[int]) -> None:
         """Hand a request over to the branch that has its variables of Ray."""
-        key = agree.of_ray(request["environment"])
+        key = tuple(sorted(request["of_ray"].items()))
         if key not in self._branches:
             ours, theirs = socket.socketpair()
             if os.fork() == 0:
@@ -171,6 +195,7 @@ class Server:
             if not isinstance(one, int):
                 one.close()
         self._pid, self._own, self._branches = os.getpid(), [*self._own[:2], requests], {}
+        self._askers = {}
         os.environ.update(of_ray)
         self._before |= of_ray
         with ids.of_the_system():
@@ -179,9 +204,10 @@ class Server:
         trouble = threads.trouble() or ids.trouble()
         raylet = of_ray.get("RAY_RAYLET_PID")
         while True:
-            watched: list[Any] = [requests, self._ended]
+            watched: list[Any] = [requests, self._ended, *self._alive()]
             ready, _, _ = select.select(watched, [], [], BRANCH_EVERY_S)
             self._reap()
+            self._end_with_askers(ready)
             if raylet is not None and not os.path.exists(f"/proc/{raylet}"):
                 os._exit(0)
             if requests in ready:
@@ -205,8 +231,31 @@ class Server:
         with contextlib.suppress(BlockingIOError):
             os.read(self._ended, 4096)
         with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG) != (0, 0):
-                pass
+            while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
+                self._tell(*ended)
+
+    def _tell(self, pid: int, status: int) -> None:
+        """Have who asked for a process know how it has ended."""
+        if asker := self._askers.get(pid):
+            with contextlib.suppress(OSError):
+                asker.hears.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+            self._forget(pid)
+
+    def _alive(self) -> list[int]:
+        return [asker.alive for asker in self._askers.values()]
+
+    def _end_with_askers(self, ready: list[Any]) -> None:
+        """End what was forked for those that have ended; it is still this process's to reap."""
+        for pid, asker in list(self._askers.items()):
+            if asker.alive in ready:
+                os.kill(pid, signal.SIGKILL)
+                self._forget(pid)
+
+    def _forget(self, pid: int) -> None:
+        asker = self._askers.pop(pid)
+        self._own = [one for one in self._own if one not in asker]
+        asker.hears.close()
+        os.close(asker.alive)
 
 
 def _leave_nothing(path: str) -> None:

@@ -81,7 +81,13 @@ class Replica:
 
 
 class Overwritten(RolloutActor):
-    """A rollout actor of vLLM whose memory file can be written to outside an update."""
+    """A rollout actor of vLLM whose memory file can be written to outside an update, and which
+    says what its engine's process is."""
+
+    async def engine_process(self) -> int:
+        engine: Any = self._engine
+        (process,) = engine._llm.engine_core.resources.engine_manager.processes
+        return int(process.pid)
 
     async def write_over(self, bundle: WeightBundle) -> None:
         engine: Any = self._engine
@@ -147,9 +153,15 @@ def transformers_replica(folder: Path, loop: asyncio.AbstractEventLoop) -> Itera
 @pytest.fixture(scope="module")
 def vllm_replica(folder: Path, ray_session: None) -> Iterator[Replica]:
     pytest.importorskip("vllm")
+    with _vllm_actor(folder) as replica:
+        yield replica
+
+
+@contextlib.contextmanager
+def _vllm_actor(folder: Path, **variables: str) -> Iterator[Replica]:
     handle = (
         ray.remote(Overwritten)
-        .options(num_cpus=1, max_concurrency=64)
+        .options(num_cpus=1, max_concurrency=64, runtime_env={"env_vars": variables})
         .remote(_model_spec(folder), _rollout_spec(VLLMSpec(kv_cache_gib=0.25)), "v0", 0, 8, 11)
     )
     yield Replica("vllm", lambda method, *args: getattr(handle, method).remote(*args).future())
@@ -655,16 +667,27 @@ def test_a_process_tied_to_another_ends_when_that_one_is_killed():
     owner.wait(WAIT_S)
 
 
+@pytest.mark.long
+def test_an_engine_that_is_forked_computes_what_another_does_bit_for_bit(
+    vllm_replica, folder, bundles
+):
+    found = []
+    with _vllm_actor(folder, ALIGNTUNE_FORKS="off") as other:
+        for replica in (vllm_replica, other):
+            parent = psutil.Process(replica.get("engine_process")).parent()
+            replica.get("load_weights", bundles[0])
+            sampling = _sampling(completions=1, max_tokens=64, temperature=0.0)
+            tensors = replica.group(_prompt(0), sampling)[1]
+            found.append((tensors.token_ids.tolist(), tensors.logprobs.tobytes()))
+            assert (parent.pid == replica.pid) == (replica is other)
+    assert found[0] == found[1]
+
+
 @pytest.mark.slow
 def test_a_dead_engine_takes_its_actor_with_it(vllm_replica):
     """Last of the module: it ends the shared vLLM replica."""
     pid = vllm_replica.pid
-    below = psutil.Process(pid).children()
-    lines = {p.pid: " ".join([p.name(), *p.cmdline()]) for p in below}
-    # Its title may be cut, or not be set yet: vLLM spawns no other process here.
-    engines = [p for p, line in lines.items() if "EngineCor" in line or "spawn_main" in line]
-    assert engines, lines
-    os.kill(engines[0], signal.SIGKILL)
+    os.kill(vllm_replica.get("engine_process"), signal.SIGKILL)
     with pytest.raises(ray.exceptions.RayActorError):
         vllm_replica.group(_prompt(0), _sampling())
     _until(lambda: not psutil.pid_exists(pid))
