@@ -12,9 +12,9 @@ import os
 import socket
 import sys
 from collections.abc import Collection, Mapping
-from multiprocessing import popen_spawn_posix, resource_tracker, spawn, util
+from multiprocessing import popen_spawn_posix, reduction, resource_tracker, spawn, util
 from multiprocessing.connection import wait
-from multiprocessing.context import reduction, set_spawning_popen
+from multiprocessing.context import set_spawning_popen
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
@@ -65,14 +65,14 @@ class Popen(popen_spawn_posix.Popen):
     def _launch(self, process: BaseProcess) -> None:
         target = getattr(process, "_target", None)
         if _origin is None or getattr(target, "__module__", None) not in _origin.modules:
-            super()._launch(process)
+            super()._launch(process)  # type: ignore[misc]
             return
         try:
             data, to_child = self._forked(process, _origin)
         except (NotForked, OSError) as why:
             print(f"{process.name} imports for itself: {why}", file=sys.stderr, flush=True)
             self._fds: list[int] = []
-            super()._launch(process)
+            super()._launch(process)  # type: ignore[misc]
             return
         with open(to_child, "wb", closefd=False) as file:
             file.write(data)
@@ -80,6 +80,7 @@ class Popen(popen_spawn_posix.Popen):
     def _forked(self, process: BaseProcess, origin: Origin) -> tuple[bytes, int]:
         """Have it forked; what to say to it, and where. Raises where nothing runs then."""
         tracker = resource_tracker.getfd()
+        assert tracker is not None, "it runs now"
         data = io.BytesIO()
         set_spawning_popen(self)
         try:
@@ -113,7 +114,7 @@ class Popen(popen_spawn_posix.Popen):
 
     def _send_signal(self, sig: int) -> None:
         if self._end is None or self.poll() is None:
-            super()._send_signal(sig)
+            super()._send_signal(sig)  # type: ignore[misc]
 
 
 def _closed(end: socket.socket, to_child: int) -> None:

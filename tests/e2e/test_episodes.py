@@ -128,8 +128,10 @@ def test_an_engine_of_vllm_that_is_killed_amid_episodes_costs_their_turns_and_no
     run = launch()
     run.wait_for(lambda: said("asked") >= 4, 240.0)
     replica = next(e for e in run.events("role_started") if e["role"].startswith("rollout"))
-    children = psutil.Process(replica["pid"]).children(recursive=True)
-    (engine,) = [child for child in children if "EngineCore" in child.name()]
+    process = psutil.Process(replica["pid"])
+    # It is forked as the replica is, or the replica spawns it.
+    near = [*process.parent().children(), *process.children(recursive=True)]
+    (engine,) = [each for each in near if "EngineCore" in each.name()]
     engine.suspend()
     gate.touch()
     run.wait_for(lambda: said("answered") == said("asked"))

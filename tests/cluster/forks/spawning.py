@@ -1,7 +1,4 @@
-"""What tests of spawned processes run in a fork: its `main` starts processes and says what it saw.
-
-python -m tests.cluster.forks.spawning FILE
-"""
+"""What tests of spawned processes run in a fork: `main` starts processes and says what it saw."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ CONTEXT = multiprocessing.get_context("spawn")
 def answer(to: Connection, lock: Lock, code: int) -> None:
     """Say where this runs, with what, and end with `code`."""
     with lock:
-        files = {n: os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")[:-1]}
+        files = {n: os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")}
         to.send(
             {
                 "parent": os.getppid(),
@@ -39,7 +36,8 @@ def answer(to: Connection, lock: Lock, code: int) -> None:
 def started(code: int = 0) -> tuple[dict[str, Any], Any]:
     """What a process says, and the process, which has ended then."""
     here, there = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=answer, args=(there, CONTEXT.Lock(), code), name="told")
+    lock = CONTEXT.Lock()
+    process = CONTEXT.Process(target=answer, args=(there, lock, code), name="told")
     process.start()
     there.close()
     said = here.recv()
@@ -59,7 +57,8 @@ def main(file: str) -> None:
 
     sleeper = CONTEXT.Process(target=time.sleep, args=(600,))
     sleeper.start()
-    saw["before"] = (sleeper.exitcode, sleeper.is_alive(), sleeper.join(0), sleeper.exitcode)
+    sleeper.join(0)
+    saw["before"] = (sleeper.exitcode, sleeper.is_alive(), sleeper.exitcode)
     saw["sleeper_parent"] = int(open(f"/proc/{sleeper.pid}/stat").read().split()[3])  # noqa: SIM115
     sleeper.terminate()
     sleeper.join(20)
@@ -88,9 +87,3 @@ def main(file: str) -> None:
         json.dump(saw, whole)
     os.rename(f"{file}.part", file)
     last.join()
-
-
-if __name__ == "__main__":
-    from tests.cluster.forks import spawning  # so that targets are not of `__main__`
-
-    spawning.main(sys.argv[1])
