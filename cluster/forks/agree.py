@@ -20,15 +20,22 @@ _NEVER_READ_PREFIXES = ("PYTEST_", "ALIGNTUNE_")
 OF_RAY = ("RAY_", "SPT_", "PYTHONBREAKPOINT")
 # Applied to the fork: by `threads.limit`.
 _APPLIED = {"OMP_NUM_THREADS"}
-# What Ray and vLLM set in a worker before it starts a process of its own. Each is read when it is
-# used, or, as vLLM's level, handed over to the process and applied there.
+# What Ray and vLLM set in a worker before it starts vLLM's engine. Each is read when it is used;
+# but vLLM hands its level over to the engine, which applies it, and two are `threads.follow`'s.
 _LATER = {
     "CUDA_VISIBLE_DEVICES",
+    "LD_PRELOAD",
+    "LOCAL_WORLD_SIZE",
+    "NUMEXPR_MAX_THREADS",
+    "PYTHONBREAKPOINT",
     "RAY_ADDRESS",
+    "TORCHINDUCTOR_CPP_DYNAMIC_THREADS",
     "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_DISABLE_SHARED_EXPERTS_STREAM",
     "VLLM_ENABLE_V1_MULTIPROCESSING",
     "VLLM_LOGGING_LEVEL",
     "VLLM_NO_USAGE_STATS",
+    "VLLM_SSM_CONV_STATE_LAYOUT",
     "VLLM_WORKER_MULTIPROC_METHOD",
 }
 

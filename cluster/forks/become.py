@@ -118,6 +118,8 @@ def _apply(request: dict[str, Any]) -> None:
     number = os.environ.get("OMP_NUM_THREADS")
     if number is not None and number != was:
         threads.limit(int(number))
+    if request["spawned"]:
+        threads.follow(os.environ)
     tempfile.tempdir = None
     multiprocessing.process.current_process().authkey = os.urandom(32)
     # Python's own is seeded anew at a fork; forks must not draw the same numbers.

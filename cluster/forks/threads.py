@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 # Its library starts it anew in a fork.
@@ -50,6 +51,19 @@ def limit(number: int) -> None:
             if hasattr(library, name):
                 getattr(library, name)(number)
                 break
+
+
+def follow(environment: Mapping[str, str]) -> None:
+    """Have hold for what is imported what vLLM sets for its engine's imports. Raises OSError where
+    a library is to be loaded first, and is not: for torch's OpenMP, which is, vLLM asks."""
+    loaded = {line.split()[-1] for line in _maps()}
+    for path in environment.get("LD_PRELOAD", "").replace(":", " ").split():
+        if os.path.realpath(path) not in loaded:
+            raise OSError(f"{path} is to be loaded first")
+    if config := sys.modules.get("torch._inductor.config"):
+        dynamic = environment.get("TORCHINDUCTOR_CPP_DYNAMIC_THREADS", "0") == "1"
+        if config.cpp.dynamic_threads != dynamic:
+            config.cpp.dynamic_threads = dynamic
 
 
 def _maps() -> list[str]:

@@ -71,6 +71,9 @@ def find(victim: str, driver: psutil.Process, run: Path) -> psutil.Process | Non
     process = _of_role(role, run)
     if process is None or victim == role:
         return process
+    if victim == "engine":  # forked as its replica is, or spawned by it
+        near = [*process.parents()[0].children(), *process.children()]
+        return next((each for each in near if "EngineCor" in each.name()), None)
     return next(iter(process.children(recursive=True)), None)
 
 
