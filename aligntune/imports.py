@@ -36,6 +36,7 @@ VLLM = (
     "vllm.v1.core.sched.scheduler",
     "vllm.v1.sample.sampler",
     "vllm.engine.arg_utils",
+    "vllm.v1.worker.gpu_worker",  # most of the one for CPUs too
     "vllm.v1.engine.core",  # that the engine's process runs, which is forked then
     "vllm.v1.engine.async_llm",
 )

@@ -270,6 +270,8 @@ def _leave_nothing(path: str) -> None:
 
 def main(path: str, modules: str, of_ray: str) -> Callable[[], None]:
     """Serve; in a process that was forked to become a program, return that program."""
+    with contextlib.suppress(ImportError):  # what titles vLLM's processes: once variables are set,
+        importlib.import_module("setproctitle").getproctitle()  # it finds no more where they lie
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(128)

@@ -1,10 +1,11 @@
-"""What tests of spawned processes run in a fork: `main` starts processes and says what it saw."""
+"""What tests of spawned processes run in a fork: it starts processes and writes what it saw."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from multiprocessing.connection import Connection, wait
@@ -87,3 +88,17 @@ def main(file: str) -> None:
         json.dump(saw, whole)
     os.rename(f"{file}.part", file)
     last.join()
+
+
+def without_server(file: str) -> None:
+    """A process goes on when what forked it is killed, and its end is seen, if not its code."""
+    sleeper = CONTEXT.Process(target=time.sleep, args=(600,))
+    sleeper.start()
+    os.kill(os.getppid(), signal.SIGKILL)
+    sleeper.join(0.3)
+    saw = [sleeper.is_alive()]
+    sleeper.kill()
+    sleeper.join(20)
+    with open(f"{file}.part", "w") as whole:
+        json.dump([*saw, sleeper.is_alive(), sleeper.exitcode], whole)
+    os.rename(f"{file}.part", file)

@@ -47,7 +47,7 @@ def test_a_command_line_is_pythons_own_without_the_interpreter(
         origin.command(WAS, tracker_fd=4, pipe_handle=7)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def server() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(wire.SOCKET, raising=False)
@@ -58,6 +58,12 @@ def server() -> Iterator[str]:
             yield path
 
 
+def running(what: str, server: str, folder: Path) -> int:
+    code = f"import sys; from tests.cluster.forks import spawning; spawning.{what}(sys.argv[1])"
+    command = ["-c", code, str(folder / "saw")]
+    return ask.fork(server, command, dict(os.environ), ray=False)
+
+
 def test_a_spawned_process_is_forked_and_is_as_any_other_to_its_parent(
     server: str, tmp_path: Path
 ) -> None:
@@ -65,9 +71,7 @@ def test_a_spawned_process_is_forked_and_is_as_any_other_to_its_parent(
     before = os.dup(2)
     os.dup2(output.fileno(), 2)
     try:
-        code = "import sys; from tests.cluster.forks import spawning; spawning.main(sys.argv[1])"
-        command = ["-c", code, str(tmp_path / "saw")]
-        pid = ask.fork(server, command, dict(os.environ), ray=False)
+        pid = running("main", server, tmp_path)
     finally:
         os.dup2(before, 2)
         os.close(before)
@@ -100,6 +104,14 @@ def test_a_spawned_process_is_forked_and_is_as_any_other_to_its_parent(
     assert not gone(saw["last"])
     os.kill(pid, signal.SIGKILL)
     until(lambda: gone(saw["last"]), "the end of what the killed process had started")
+
+
+def test_where_the_server_is_killed_a_process_goes_on_and_its_end_is_seen(
+    server: str, tmp_path: Path
+) -> None:
+    running("without_server", server, tmp_path)
+    until((tmp_path / "saw").exists, "an answer")
+    assert json.loads((tmp_path / "saw").read_text()) == [True, False, spawned.UNKNOWN]
 
 
 def test_where_the_server_has_ended_a_process_is_spawned(
