@@ -50,7 +50,7 @@ def main(file: str) -> None:
     saw: dict[str, Any] = {"pid": os.getpid(), "parent": os.getppid()}
     os.environ["VLLM_NO_USAGE_STATS"] = "1"  # as an engine sets it
     with open("/proc/self/oom_score_adj", "w") as badness:
-        badness.write("500")
+        badness.write("1000")
     os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
     saw["said"], process = started(code=7)
     saw["code"] = (process.exitcode, process.is_alive(), bool(wait([process.sentinel], 0)))
