@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,16 @@ EXAMPLES = REPOSITORY / "examples"
 YAMLS = sorted(EXAMPLES.glob("*.yaml"))
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 DATA_AND_MODEL = ("data.path", "model.name")
+ALIKE = (
+    "dapo",
+    "drgrpo",
+    "gspo",
+)  # their rewards are grpo's, tried in a process that imports sympy
+
+
+def tried(examples: list[Path]) -> list[Any]:
+    """The examples, those whose dry run does what another's does marked slow."""
+    return [pytest.param(p, marks=pytest.mark.slow) if p.stem in ALIKE else p for p in examples]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +97,7 @@ def test_an_example_shows_itself_by_hub_name_and_by_local_folder(path: Path) -> 
     assert overrides.issuperset(DATA_AND_MODEL)
 
 
-@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", tried(YAMLS), ids=lambda p: p.name)
 def test_the_commands_in_a_yaml_example_dry_run(
     path: Path,
     workplace: Path,
@@ -107,7 +118,7 @@ def test_the_commands_in_a_yaml_example_dry_run(
         assert wanted in shown.out
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", tried(SCRIPTS), ids=lambda p: p.name)
 def test_the_commands_in_a_python_example_dry_run(
     path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

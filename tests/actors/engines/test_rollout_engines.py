@@ -242,6 +242,7 @@ def test_changed_weights_alone_make_the_new_model_and_are_refused_on_any_other(
 LORA = LoRASpec(r=4, alpha=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "engine",
     [TransformersSpec(), pytest.param(VLLMSpec(kv_cache_gib=0.25), marks=pytest.mark.long)],
@@ -355,6 +356,7 @@ def test_completions_of_a_group_differ_and_so_do_groups(replica, bundles):
     assert len(seen) == 8
 
 
+@pytest.mark.slow
 def test_tokens_made_while_an_update_arrives_carry_the_label_of_their_weights(
     replica, policies, bundles
 ):

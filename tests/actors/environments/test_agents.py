@@ -224,6 +224,7 @@ def test_an_agent_that_is_there_passes_the_check(chat_model: ModelSpec, folder: 
     assert len(notes) == 1  # the training template of TRL
 
 
+@pytest.mark.slow  # two processes that import OpenAI's client
 def test_a_model_that_carries_no_tools_serves_agents_that_offer_none(
     tiny_model: Path, folder: Path, loop: Any
 ) -> None:

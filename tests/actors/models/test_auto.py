@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HEAVY = (
     "ray",
     "torch._dynamo",
@@ -57,6 +59,7 @@ assert whole.__mro__[1:3] == (Own, nn.Module) and real in whole.__mro__, whole._
 """
 
 
+@pytest.mark.slow  # its imports are what is looked at
 def test_a_dry_run_loads_no_models_code_and_a_models_own_class_still_generates(
     tmp_path: Path, tiny_model: Path
 ) -> None:

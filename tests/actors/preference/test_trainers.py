@@ -25,7 +25,9 @@ from actors.preference.trainers import build_trainer, export_model
 from aligntune.config.load import load_config
 from aligntune.config.preference import SMOOTHED, Loss, PreferenceConfig
 from aligntune.preference.trainer import _arguments
-from tests.forked import said_by
+from cluster.forks import wire
+from tests.conftest import STARTED
+from tests.drivers import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -423,14 +425,18 @@ export_model(trainer, trainer.job, Path(sys.argv[2]) / "scratch")
 optimizer = trainer.model_wrapped.optimizer
 flat = "single_partition_of_fp32_groups" if sys.argv[3] == "2" else "fp32_partitioned_groups_flat"
 print("kept in", {weight.dtype for weight in getattr(optimizer, flat)})
-print("first", next(e["loss"] for e in trainer.state.log_history if "loss" in e))
+print("first", next(e["loss"] for e in trainer.state.log_history if "loss" in e), flush=True)
+os._exit(0)
 """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
-    said = said_by(script, str(tiny_model), str(tmp_path), str(stage), port)
-    assert "kept in {torch.float32}" in said
-    first = float(said.rpartition("first ")[2].split()[0])
+    env = {**STARTED, wire.SOCKET: os.environ.get(wire.SOCKET, "off")}
+    line = ["-c", script, str(tiny_model), str(tmp_path), str(stage), port]
+    ran = run(line, env=env, timeout=240)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "kept in {torch.float32}" in ran.stdout
+    first = float(ran.stdout.rpartition("first ")[2])
     assert first == pytest.approx(math.log(2), abs=1e-6)
     written = load_file(tmp_path / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
