@@ -85,6 +85,15 @@ def _search_path() -> Iterator[None]:
     sys.path[:] = before
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _disk() -> Iterator[None]:
+    """No test of this process waits for a real disk; what a disk holds after a crash is played in
+    tests/torn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A Ray of this test session, with more logical CPUs than the machine need have. It starts in

@@ -11,26 +11,8 @@ import pytest
 from aligntune.errors import UserError
 from aligntune.online.trainer import OnlineTrainer
 from aligntune.trainers import create_rl_trainer
+from tests.aligntune.online.user_code import Quiet, nod
 from tests.stand_ins import write_agent_model
-
-
-class Quiet:
-    """An environment that asks in the row's stead."""
-
-    def reset(self, **row: Any) -> str:
-        return "1+1"
-
-    def nod(self) -> str:
-        """Nod."""
-        return "yes"
-
-    def get_reward(self) -> float:
-        return 1.0
-
-
-def nod() -> str:
-    """Nod."""
-    return "yes"
 
 
 @pytest.fixture(scope="module")
