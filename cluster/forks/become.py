@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import multiprocessing.process
+import multiprocessing.util
 import os
 import resource
 import runpy
@@ -12,6 +13,7 @@ import signal
 import socket
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -58,7 +60,8 @@ def prepare(
         with contextlib.suppress(BaseException):
             print(f"a fork was given up: {type(error).__name__}: {error}", flush=True)
         os._exit(1)
-    raise Become(lambda: _run(request["command"]))
+    run = _spawned if request["spawned"] else _run
+    raise Become(lambda: run(request["command"]))
 
 
 def _in_place(
@@ -137,6 +140,21 @@ def _output(number: int, line_buffering: bool) -> Any:
     file = open(number, "w", closefd=False, errors="backslashreplace" if number == 2 else None)  # noqa: SIM115
     file.reconfigure(line_buffering=line_buffering or os.isatty(number))
     return file
+
+
+def _spawned(command: list[str]) -> None:
+    """Run what multiprocessing spawns, and end as its own forks do: it has cleaned up then, and to
+    take down what was imported for all would cost seconds."""
+    code = 1
+    try:
+        _run(command)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:  # noqa: BLE001 - printed, and said by the end
+        traceback.print_exc()
+    finally:
+        multiprocessing.util._flush_std_streams()  # type: ignore[attr-defined]
+        os._exit(code)
 
 
 def _run(command: list[str]) -> None:
