@@ -81,10 +81,8 @@ def start(
         with open(os.devnull, "rb") as nothing:
             files = {0: (given or nothing).fileno(), 1: output.fileno(), 2: errors.fileno()}
             try:
-                pid = ask.fork(
-                    env[wire.SOCKET], list(line), dict(env), ray=True, files=files, folder=cwd
-                )
-                return Forked(pid)
+                own = {"files": files, "folder": cwd, "exact": True}
+                return Forked(ask.fork(env[wire.SOCKET], list(line), dict(env), ray=True, **own))
             except OSError as why:
                 print(f"a program imports for itself: {why}")
     return subprocess.Popen(

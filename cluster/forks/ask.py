@@ -30,17 +30,19 @@ def fork(
     ray: bool,
     files: Mapping[int, int] | None = None,
     folder: str | os.PathLike[str] | None = None,
+    exact: bool = False,
 ) -> int:
     """Start `command`, a Python command line without its interpreter, and return its process id.
 
     It has this process's open files, working directory, limits and signals; `files` gives it
-    others, ours by their numbers there, and `folder` another working directory. Once this returns
-    it runs; where this raises OSError nothing runs, nor will.
+    others, ours by their numbers there, and `folder` another working directory. What the imports of
+    the server have set is in its environment too, unless that is `exact`. Once this returns it
+    runs; where this raises OSError nothing runs, nor will.
     """
     if files is None:
         files = {number: number for number in _open_files()}
     of_ray = dict(agree.of_ray(environment)) if ray else None
-    request = _request(command, environment, list(files), of_ray)
+    request = _request(command, environment, list(files), of_ray) | {"exact": exact}
     if folder is not None:
         request["folder"] = os.fspath(folder)
     with socket.socket(socket.AF_UNIX) as server:
@@ -93,6 +95,7 @@ def _request(
     os.umask(umask)
     return {
         "spawned": False,
+        "exact": False,
         "of_ray": None if of_ray is None else dict(of_ray),
         "command": command,
         "environment": environment,

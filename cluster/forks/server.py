@@ -158,8 +158,9 @@ class Server:
         self._own += asker or ()
         pid = os.fork()
         if pid == 0:
-            after = dict(os.environ)
-            request["environment"] = agree.environment(request["environment"], self._before, after)
+            wanted, after = request["environment"], dict(os.environ)
+            if not request["exact"]:
+                request["environment"] = agree.environment(wanted, self._before, after)
             prepare(request, files, connection, self._own, self._modules)
         if asker is not None:
             self._askers[pid] = asker

@@ -95,6 +95,23 @@ def test_a_variable_that_an_import_may_have_read_is_named_and_nothing_starts(
         shown(server, tmp_path / "a", HF_HOME="/elsewhere")
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_imports_have_set_is_in_the_environment_unless_that_is_exact(
+    exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sets_a_variable.py").write_text("import os; os.environ['SET_BY_IMPORT'] = 'x'")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
+    monkeypatch.delenv(wire.SOCKET, raising=False)
+    with owner.server(["sets_a_variable"]):
+        path, file = os.environ[wire.SOCKET], tmp_path / "shown"
+        until(lambda: os.path.exists(path), "a socket")
+        wanted = dict(os.environ)
+        ask.fork(path, ["-c", SHOW, str(file)], wanted, ray=False, exact=exact)
+        until(file.exists, "an answer")
+    set_by_import = {} if exact else {"SET_BY_IMPORT": "x"}
+    assert json.loads(file.read_text())["environment"] == wanted | set_by_import
+
+
 def test_a_server_that_answers_too_late_starts_nothing(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
