@@ -1,0 +1,56 @@
+"""A program that is forked for a test ends, prints and is told of as one that Python starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.forks import owner, wire
+from tests import drivers
+from tests.cluster.forks.test_server import until
+
+ENDS = "import os, sys; print(os.getcwd(), input()); print('aside', file=sys.stderr); sys.exit(3)"
+
+
+@pytest.fixture(params=["forked", "started"])
+def environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
+    monkeypatch.delenv(wire.SOCKET, raising=False)
+    if request.param == "started":
+        yield dict(os.environ)
+        return
+    if not drivers._tells_exit_codes():
+        pytest.skip("Linux tells exit codes to parents alone here")
+    with owner.server(["statistics"]):
+        until(lambda: os.path.exists(os.environ[wire.SOCKET]), "a socket")
+        yield dict(os.environ)
+
+
+def test_a_program_ends_with_its_code_and_what_it_printed(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    done = drivers.run(["-c", ENDS], env=environment, timeout=60, cwd=tmp_path, given="hello\n")
+    assert (done.returncode, done.stdout, done.stderr) == (3, f"{tmp_path} hello\n", "aside\n")
+
+
+def test_a_program_that_is_killed_says_so_and_one_that_runs_is_waited_for(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    with (tmp_path / "output").open("wb") as output:
+        process = drivers.start(
+            ["-c", "import time; time.sleep(600)"], env=environment, output=output
+        )
+        forked = wire.SOCKET in environment
+        assert isinstance(process, drivers.Forked if forked else subprocess.Popen)
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == process.poll() == -signal.SIGTERM
+    finally:
+        process.kill()
