@@ -9,9 +9,10 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """The user's input is wrong. One line: what, where, what to do. The CLI exits 2 with it."""
 
-    def __init__(self, message: str) -> None:
-        """Characters that no terminal shows, of keys and paths of the user's, are escaped."""
-        super().__init__(printable(message))
+    def __init__(self, message: str, below: str = "") -> None:
+        """Characters that no terminal shows, of keys and paths of the user's, are escaped. The
+        lines of `below` stay lines, such as those of the user's own code that failed."""
+        super().__init__("\n".join(map(printable, (message, *below.splitlines()))))
 
 
 class RunFailed(RuntimeError):

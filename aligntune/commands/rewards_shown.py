@@ -153,24 +153,26 @@ def _table(
     try:
         said = loops.run(called(criterion, groups))
     except RewardFailed as error:
-        raise UserError(why(criterion, error)) from error
+        raise UserError(*why(criterion, error)) from error
     except ValueError as error:  # ModelError, which to import costs seconds
         if isinstance(criterion, RewardCriterion):
             raise
         raise UserError(str(error)) from error
     yield f"{'row':>4}  {criterion.name:>12}  completion"
-    failed = []
+    failed: list[tuple[str, str]] = []
     for row, (group, scores) in enumerate(zip(groups, said, strict=True)):
         if isinstance(scores, RewardFailed):
-            failed.append(f"row {row}: {why(criterion, scores)}")
+            reason, frames = why(criterion, scores)
+            failed.append((f"row {row}: {reason}", frames))
             shown_scores = ["failed"] * len(group.completions)
         else:
             shown_scores = list(map(_number, scores))
         for text, score in zip(group.completions, shown_scores, strict=True):
             yield f"{row:>4}  {score:>12}  {_cut(text)}"
     if failed:
-        more = f"\n({len(failed)} of {len(groups)} rows failed)" if len(failed) > 1 else ""
-        raise UserError(failed[0] + more)
+        reason, frames = failed[0]
+        more = f"({len(failed)} of {len(groups)} rows failed)" if len(failed) > 1 else ""
+        raise UserError(reason, frames + more)
 
 
 def _number(score: float | None) -> str:

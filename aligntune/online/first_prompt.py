@@ -47,7 +47,7 @@ def try_rewards(
     for key, criterion in functions.items():
         scores = said[key]
         if isinstance(scores, RewardFailed):
-            raise UserError(_told(key, criterion, scores, group, first.row))
+            raise UserError(*_told(key, criterion, scores, group, first.row))
         values = ", ".join(
             f"{_cut(text)!r} -> {'abstains' if score is None else f'{score:.4g}'}"
             for text, score in zip(group.completions, scores, strict=True)
@@ -58,12 +58,14 @@ def try_rewards(
 
 def _told(
     key: str, criterion: RewardCriterion, failed: RewardFailed, group: Group, row: int
-) -> str:
+) -> tuple[str, str]:
+    """What a failed trial says: its first line, and those below."""
     longer = f"raise {key}.timeout_s; " if failed.reason is RewardFailure.TIMEOUT else ""
-    return (
-        f"{key}: {why(criterion, failed)}\n"
-        f"It was called with row {row} and the completions {list(map(_cut, group.completions))} "
-        f"before anything starts; mend it and try it with `aligntune rewards try`. {longer}"
+    reason, frames = why(criterion, failed)
+    return f"{key}: {reason}", (
+        f"{frames}It was called with row {row} and the completions "
+        f"{list(map(_cut, group.completions))} before anything starts; mend it and try it with "
+        f"`aligntune rewards try`. {longer}"
         f"{key}.try_first=false leaves this call out."
     )
 

@@ -110,13 +110,15 @@ def called_once(
     return dict(zip(criteria, loops.run(all_of_them()), strict=True))
 
 
-def why(criterion: RewardCriterion | RewardModelCriterion, failed: RewardFailed) -> str:
-    """A failure for a person: the user's own frames, or one line where the reward is of ours."""
+def why(criterion: RewardCriterion | RewardModelCriterion, failed: RewardFailed) -> tuple[str, str]:
+    """A failure for a person: one line, and the lines of the user's own code below it; none where
+    the reward is of ours."""
     target = criterion.target if isinstance(criterion, RewardCriterion) else None
     if isinstance(target, str) and target.startswith("aligntune.rewards."):
         last = failed.detail.splitlines()[-1]
-        return f"reward {failed.criterion!r} failed ({failed.reason}): {last}"
-    return str(failed)
+        return f"reward {failed.criterion!r} failed ({failed.reason}): {last}", ""
+    first, *below = str(failed).splitlines()
+    return first, "".join(f"{line}\n" for line in below)
 
 
 def short_completions(columns: Mapping[str, Any]) -> tuple[str, ...]:

@@ -70,3 +70,43 @@ def test_a_run_with_vllm_is_evaluated_as_it_evaluated_itself_and_so_is_a_job_ove
 
     found = json.loads(call(tmp_path, "compare", "sft", "run", "--json"))
     assert found["prompts"] == 8
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_what_the_model_of_a_dpo_job_writes_is_scored_by_the_config_of_a_run_that_samples(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": str(i + 2), "answer": str(i + 1)}
+        for i in range(16)
+    ]
+    (tmp_path / "sums.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    job = {
+        "algorithm": "dpo",
+        "model": {"name": str(tiny_model)},
+        "data": {"path": "sums.jsonl", "max_length": 32},
+        "output_dir": "dpo",
+        "train": {"steps": 2, "pairs_per_worker": 4},
+    }
+    online = {
+        "algorithm": "grpo",
+        "model": {"name": "of/another-run"},
+        "data": {"path": "sums.jsonl", "eval_split": "train[8:]"},
+        "rewards": ["exact_match"],
+        "output_dir": "online",
+        "rollout": {"engine": "transformers", "max_completion_length": 6, "max_prompt_length": 16},
+    }
+    for name, tree in {"dpo": job, "online": online}.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+    call(tmp_path, "train", "dpo.yaml")
+    said = call(tmp_path, "evaluate", "dpo", "--config", "online.yaml")
+    model = str(tmp_path / "dpo" / "model")
+    assert said.startswith(f"export-000002: {model} (export, step 2), 8 prompts")
+    kept = tmp_path / "dpo" / "evaluations" / "export-000002"
+    assert (read_summary(kept).model, read_summary(kept).step) == (model, 2)
+    assert [(row["source"], len(row["completions"])) for row in read_rows(kept)] == [
+        (row["prompt"], 1) for row in rows[8:]
+    ]
+    assert not (tmp_path / "online").exists()
