@@ -234,10 +234,11 @@ class VLLMEngine:
                 # On CPU this only says that the worker may live in the engine's process: one less
                 # that imports vLLM.
                 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        eager = on_cpu and shutil.which("g++") is None
-        if eager:
-            log.warning("no g++ on PATH: vLLM compiles nothing and runs slower; install g++")
+        options = dict(self._vllm.options)
+        if on_cpu and shutil.which("g++") is None:
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
+            if options.get("enforce_eager") is False:
+                log.warning("no g++ on PATH: vLLM compiles nothing; install g++")
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -248,7 +249,6 @@ class VLLMEngine:
         # Where vLLM was imported before this, it has read another level.
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
         os.environ[OWNER_ENV] = str(os.getpid())
-        options = dict(self._vllm.options)
         check_engine_options(options, {field.name for field in dataclasses.fields(AsyncEngineArgs)})
         if self._vllm.kv_cache_gib is not None or on_cpu:
             gib = self._vllm.kv_cache_gib or _CPU_KV_CACHE_GIB
@@ -257,7 +257,8 @@ class VLLMEngine:
         most = AsyncEngineArgs.get_batch_defaults(self._vllm.tensor_parallel_size)
         most_tokens, most_sequences = (limits[UsageContext.LLM_CLASS] for limits in most)
         options = batch_limits(self._spec, self._sequences, most_sequences, most_tokens, options)
-        if eager:
+        if on_cpu:
+            # Compiling takes seconds of each start there, and tokens take as long with it.
             options.setdefault("enforce_eager", True)
         if self._vllm.tensor_parallel_size > 1:
             # All shards live beside the actor, on the devices that Ray gave it.
