@@ -29,7 +29,8 @@ VICTIMS = ("rollout", "reward", "reward child", "reference", "policy")
 WATCHED = ("rollout", "reward", "reference", "policy")
 EVERY_S = 5.0  # between two looks at memory
 PER_DEATH_S = 60.0
-WARM_S = 90.0  # of a life, in which memory may grow
+WARM_S = {"driver": 600.0}  # of a life, in which memory may grow: all has been done once then
+WARM_ACTOR_S = 90.0
 WINDOW_S = 60.0  # whose median is compared
 GROWTH = 1.05
 FILES = 2  # more open files than before
@@ -39,6 +40,7 @@ SETTINGS = {
     "rollout.engine": "transformers",
     "eval.every_steps": 100,
     "checkpoint.every_steps": 25,
+    "reward.max_concurrent_groups": 2,  # or more processes of rewards come as groups wait
     "train.steps": 1_000_000,
     **{f"{role}.max_restarts": 1000 for role in ("rollout", "reward", "reference", "policy")},
 }
@@ -49,7 +51,7 @@ class Look:
     """At one process, `age` seconds after its start."""
 
     age: float
-    memory: int  # bytes that are its own alone
+    memory: int  # bytes that are resident; a fork shares some with the others
     files: int
 
 
@@ -65,9 +67,10 @@ class Life:
 
 def lived(role: str, looks: Sequence[Look]) -> Life | None:
     """What a process held when it was warm, and at its end; None where it had no time for both."""
-    if not looks or looks[-1].age < WARM_S + 2 * WINDOW_S:
+    warm = WARM_S.get(role, WARM_ACTOR_S)
+    if not looks or looks[-1].age < warm + 2 * WINDOW_S:
         return None
-    first = [look for look in looks if WARM_S <= look.age < WARM_S + WINDOW_S]
+    first = [look for look in looks if warm <= look.age < warm + WINDOW_S]
     last = [look for look in looks if look.age > looks[-1].age - WINDOW_S]
     return Life(
         role,
@@ -168,7 +171,7 @@ def _look(looks: list[Look], pid: int) -> None:
     try:
         process = psutil.Process(pid)
         age = time.time() - process.create_time()
-        looks.append(Look(age, process.memory_full_info().uss, process.num_fds()))
+        looks.append(Look(age, process.memory_info().rss, process.num_fds()))
     except psutil.Error:  # it has just ended
         pass
 
@@ -207,5 +210,16 @@ def _summary(
             role: [_told(life) for life in lives if life.role == role]
             for role in sorted({life.role for life in lives})
         },
+        "driver, MiB by minute": [
+            by_minute(seen) for (role, _), seen in looks.items() if role == "driver"
+        ],
         "problems": problems,
     }
+
+
+def by_minute(looks: Sequence[Look]) -> list[int]:
+    """The memory of a process in MiB, at the first look of each minute of its life."""
+    minutes: dict[int, int] = {}
+    for look in looks:
+        minutes.setdefault(int(look.age // 60), look.memory // 2**20)
+    return list(minutes.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.chaos.soak import Look, grown, lived
+from tests.chaos.soak import Look, by_minute, grown, lived
 
 MIB = 2**20
 
@@ -43,6 +43,11 @@ def test_a_role_must_not_grow_from_process_to_process() -> None:
 
 def test_open_files_are_counted() -> None:
     before, after = looks(100, 100)[:60], looks(100, 100, files=23)[60:]
-    life = lived("driver", before + after)
+    life = lived("reward", before + after)
     assert life is not None
     assert len(grown([life])) == 1
+
+
+def test_a_drivers_memory_is_told_minute_by_minute() -> None:
+    assert by_minute(looks(100, 150)) == [100, 100, 100, 115, 145, 150, 150]
+    assert lived("driver", looks(100, 150)) is None  # it is not warm yet
