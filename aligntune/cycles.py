@@ -14,7 +14,6 @@ def seldom() -> None:
 
 
 def as_usual() -> None:
-    """Look as often as before `seldom`, at what has come since: imports are kept for ever."""
+    """Look as often as before `seldom`."""
     if _usual:
-        gc.freeze()
         gc.set_threshold(*_usual.pop())

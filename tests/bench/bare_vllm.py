@@ -1,6 +1,7 @@
 """Bare vLLM in a process of its own: imported, its engine made, and a token sampled.
 
-python -m tests.bench.bare_vllm MODEL TOKENS     prints one JSON object: time.monotonic() at each
+python -m tests.bench.bare_vllm MODEL TOKENS [eager]    prints one JSON object: time.monotonic() at
+each; `eager` compiles nothing, as a run on a CPU.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 import time
 
 
-def main(model: str, longest: int) -> None:
+def main(model: str, longest: int, eager: bool) -> None:
     """In the quickest way it has: all in one process, with as much memory as a run gives it."""
     os.environ |= {
         "VLLM_NO_USAGE_STATS": "1",
@@ -22,7 +23,14 @@ def main(model: str, longest: int) -> None:
     from vllm import LLM, SamplingParams
 
     at = {"imported": time.monotonic()}
-    llm = LLM(model, dtype="float32", max_model_len=longest, kv_cache_memory_bytes=2**30, seed=1)
+    llm = LLM(
+        model,
+        dtype="float32",
+        max_model_len=longest,
+        kv_cache_memory_bytes=2**30,
+        seed=1,
+        enforce_eager=eager,
+    )
     at["engine"] = time.monotonic()
     llm.generate(
         [{"prompt_token_ids": [5, 6, 7]}], SamplingParams(max_tokens=1, logprobs=0), use_tqdm=False
@@ -32,4 +40,4 @@ def main(model: str, longest: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:] == ["eager"])

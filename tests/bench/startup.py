@@ -1,9 +1,9 @@
 """Seconds to the first trained step, over those of bare vLLM to its first token.
 
 The quickstart's model and settings, without held-out data. A start is a process of its own: `bare`
-is tests/bench/bare_vllm.py, `ours` is `aligntune train`. Cold ones find no cache of what vLLM and
-torch compile, and leave one to the warm ones of their system. All four take turns, round by round;
-each is a file, as in tests/bench/end_to_end/parts.py.
+is tests/bench/bare_vllm.py, `eager` the same without compiling, `ours` is `aligntune train`. Cold
+ones find no cache of what vLLM and torch compile, and leave one to the warm ones of their system.
+All take turns, round by round; each is a file, as in tests/bench/end_to_end/parts.py.
 
 python -m tests.bench startup [--rounds 3] [--parts 1] [--again]
 """
@@ -29,7 +29,8 @@ from pydantic import BaseModel, ConfigDict
 from tests.bench.end_to_end.parts import FOLDER, Options, Unfinished
 from tests.bench.report import REPOSITORY, Measured, Target, commit
 
-KINDS = tuple((system, caches) for caches in ("cold", "warm") for system in ("bare", "ours"))
+SYSTEMS = ("bare", "eager", "ours")
+KINDS = tuple((system, caches) for caches in ("cold", "warm") for system in SYSTEMS)
 LIMIT_S = 540.0
 Seen = tuple[float, dict[str, float], dict[str, float]]
 """Wall seconds, processor seconds by process, and stages."""
@@ -77,7 +78,7 @@ def there(path: Path, system: str) -> Start | None:
     if not path.exists():
         return None
     start = Start.model_validate_json(path.read_text())
-    return start if system == "bare" or start.commit == commit() else None
+    return start if system != "ours" or start.commit == commit() else None
 
 
 def joined(found: Mapping[tuple[str, str], Sequence[Start]]) -> Measured:
@@ -95,8 +96,9 @@ def joined(found: Mapping[tuple[str, str], Sequence[Start]]) -> Measured:
             table[f"{name}/until_s/{stage}"] = statistics.median(each)
     for caches in ("cold", "warm"):
         for what in ("wall", "cpu"):
-            ours, bare = (table[f"{caches}/{system}/{what}_s"] for system in ("ours", "bare"))
+            bare, eager, ours = (table[f"{caches}/{system}/{what}_s"] for system in SYSTEMS)
             table[f"{caches}/{what}_over_bare"] = ours / bare
+            table[f"{caches}/{what}_over_eager"] = ours / eager
     targets = tuple(Target(f"{caches}/wall_over_bare", 1.3) for caches in ("cold", "warm"))
     loads = {"/".join(kind): [start.load for start in starts] for kind, starts in found.items()}
     return Measured(table, targets, {"load": loads})
@@ -116,8 +118,10 @@ def begun(system: str, caches: str) -> Start:
         "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor"),
     }
     load = os.getloadavg()[0]
-    of = bare if system == "bare" else ours
-    wall_s, cpu_s, stages = of(home, environment)
+    if system == "ours":
+        wall_s, cpu_s, stages = ours(home, environment)
+    else:
+        wall_s, cpu_s, stages = bare(home, environment, system)
     return Start(
         system=system,
         caches=caches,
@@ -151,10 +155,11 @@ def write(folder: Path) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
 
 
-def bare(folder: Path, environment: Mapping[str, str]) -> Seen:
+def bare(folder: Path, environment: Mapping[str, str], system: str) -> Seen:
     """Bare vLLM."""
     output = folder / "output.txt"
     command = [sys.executable, "-m", "tests.bench.bare_vllm", str(folder / "model"), str(LONGEST)]
+    command += [system] if system == "eager" else []
 
     def done() -> bool:
         return output.read_text().endswith("}\n")

@@ -57,11 +57,12 @@ def test_stages_are_when_the_last_of_a_role_is_there_and_the_first_of_each_work_
 def test_ours_is_told_over_bare_of_the_same_caches_by_medians() -> None:
     found = {
         kind: [start(*kind, wall_s=seconds) for seconds in (times, times, 99.0)]
-        for kind, times in zip(KINDS, (30.0, 60.0, 20.0, 25.0), strict=True)
+        for kind, times in zip(KINDS, (30.0, 20.0, 60.0, 20.0, 10.0, 25.0), strict=True)
     }
     measured = joined(found)
     assert measured.figures["cold/wall_over_bare"] == 2
     assert measured.figures["warm/wall_over_bare"] == 1.25
+    assert measured.figures["warm/wall_over_eager"] == 2.5
     assert measured.figures["warm/ours/until_s/engine"] == 24
     assert measured.figures["warm/ours/cpu_s"] == 50
     assert measured.figures["warm/ours/cpu_s/Ray"] == 25
