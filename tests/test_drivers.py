@@ -54,3 +54,27 @@ def test_a_program_that_is_killed_says_so_and_one_that_runs_is_waited_for(
         assert process.wait(30) == process.poll() == -signal.SIGTERM
     finally:
         process.kill()
+
+
+LATE = """
+import atexit, threading, time
+atexit.register(print, "last")
+threading.Thread(target=lambda: (time.sleep(0.1), print("its thread"))).start()
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "printed", "said"),
+    [
+        ("import sys; sys.exit('it is over')", 1, "", "it is over\n"),
+        ("1 / 0", 1, "", "ZeroDivisionError: division by zero\n"),
+        ("import os; os.kill(os.getpid(), 2)", -signal.SIGINT, "", "KeyboardInterrupt\n"),
+        (LATE, 0, "its thread\nlast\n", ""),
+    ],
+)
+def test_each_end_is_that_of_python(
+    environment: dict[str, str], program: str, code: int, printed: str, said: str
+) -> None:
+    done = drivers.run(["-c", program], env=environment, timeout=60)
+    assert (done.returncode, done.stdout) == (code, printed)
+    assert done.stderr.endswith(said)

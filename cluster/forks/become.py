@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import multiprocessing.process
@@ -13,7 +14,7 @@ import signal
 import socket
 import sys
 import tempfile
-import traceback
+import threading
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -60,8 +61,7 @@ def prepare(
         with contextlib.suppress(BaseException):
             print(f"a fork was given up: {type(error).__name__}: {error}", flush=True)
         os._exit(1)
-    run = _spawned if request["spawned"] else _run
-    raise Become(lambda: run(request["command"]))
+    raise Become(lambda: _to_its_end(request["command"], request["spawned"]))
 
 
 def _in_place(
@@ -142,19 +142,38 @@ def _output(number: int, line_buffering: bool) -> Any:
     return file
 
 
-def _spawned(command: list[str]) -> None:
-    """Run what multiprocessing spawns, and end as its own forks do: it has cleaned up then, and to
-    take down what was imported for all would cost seconds."""
+def _to_its_end(command: list[str], spawned: bool) -> NoReturn:
+    """Run a program, and end as Python does, but for what was imported for all: to take that down
+    costs seconds, and a library whose threads stayed with the server would wait for them for ever.
+    What multiprocessing has `spawned` has waited for its threads and cleaned up by then.
+    """
     code = 1
+    try:
+        code = _code_of(command)
+        if not spawned:
+            threading._shutdown()  # type: ignore[attr-defined]
+            atexit._run_exitfuncs()
+    finally:
+        multiprocessing.util._flush_std_streams()  # type: ignore[attr-defined]
+        if code < 0:
+            signal.signal(-code, signal.SIG_DFL)
+            os.kill(os.getpid(), -code)
+        os._exit(code & 0xFF)
+
+
+def _code_of(command: list[str]) -> int:
+    """Run it; its exit code, less than 0 where it ends by a signal."""
     try:
         _run(command)
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    except BaseException:  # noqa: BLE001 - printed, and said by the end
-        traceback.print_exc()
-    finally:
-        multiprocessing.util._flush_std_streams()  # type: ignore[attr-defined]
-        os._exit(code)
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException as error:  # noqa: BLE001 - printed, and said by the end
+        sys.excepthook(type(error), error, error.__traceback__)
+        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    return 0
 
 
 def _run(command: list[str]) -> None:
