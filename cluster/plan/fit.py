@@ -102,15 +102,12 @@ def _uses(
     peaks = {role: needs.peak for role, needs in memory.items()}
     for role in (request.role for request in work.requests):
         slots, needs = placement.slots[role], memory.get(role)
+        beside = needs.host_bytes if needs else 0
+        fewer = needs.of_rank_0 if needs and role in trained else 0
         for index, (node, devices) in enumerate(slots):
             for device in devices:
                 on.setdefault((node, device), []).append((role, index))
-            if needs is None:
-                here = 0
-            else:
-                here = needs.host_bytes if devices else peaks[role]
-                if role in trained and index > 0:
-                    here -= needs.of_rank_0
+            here = (beside if devices else peaks.get(role, 0)) - (fewer if index else 0)
             if here or not devices:
                 hosts.setdefault(node, []).append((role, index))
             filled[node] = filled.get(node, 0) + here

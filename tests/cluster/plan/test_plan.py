@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -596,18 +595,22 @@ def test_more_ranks_have_fewer_rows_each() -> None:
 # Size
 
 
-def test_planning_for_1024_nodes_takes_less_than_two_seconds() -> None:
-    work = work_of(LARGE, ranks=1024, replicas=7000)
-    work = replace(work, policy=replace(work.policy, **zero(3)))
-    cluster = described(1024, 8, "h100-80gb")
+def test_planning_takes_time_in_proportion_to_nodes_and_little_of_it() -> None:
+    """1.2 s of CPU for 1,024 nodes where it was measured; what is asserted holds on slow machines
+    and in a full memory too: a plan that compared nodes with each other would take 8 times."""
 
-    def seconds() -> float:
+    def seconds(nodes: int) -> float:
+        work = work_of(LARGE, ranks=nodes, replicas=7 * nodes - 168)
+        work = replace(work, policy=replace(work.policy, **zero(3)))
+        cluster = described(nodes, 8, "h100-80gb")
         started = time.process_time()  # of this process, so that a busy machine does not count
         plan = make_plan(work, cluster)
-        assert len(plan.placement.slots["rollout"]) == 7000
+        assert len(plan.placement.slots["rollout"]) == 7 * nodes - 168
         return time.process_time() - started
 
-    assert statistics.median(seconds() for _ in range(3)) < 2
+    few, many = (min(seconds(nodes) for _ in range(3)) for nodes in (128, 1024))
+    assert many / 1024 < 3 * few / 128
+    assert many < 10
 
 
 @pytest.mark.parametrize("gpus", [0, 8])
