@@ -24,6 +24,13 @@ KL = 1.0  # nats per token, from the starting model
 DISAGREE = 0.05  # nats per token, engine against trainer
 MOVED = 1e-7  # nats per token
 
+CONTRAST = (
+    "where all fail, take easier prompts or a reward that gives parts of a point; where all "
+    "succeed, harder prompts. Try train.completions_per_group higher, rollout.temperature higher, "
+    "or algorithm=dapo, which draws other prompts"
+)
+"""What to try where the completions of a group have one reward."""
+
 
 def troubles(rows: Sequence[Row]) -> dict[str, str]:
     """What is wrong in the last rows of `metrics.jsonl`, by a short name: a sentence that says what
@@ -66,11 +73,15 @@ def _constant(rows: Sequence[Row]) -> str:
         return ""
     return (
         f"{statistics.fmean(shares):.0%} of the groups had one reward for all their completions in "
-        f"the last {RECENT} steps, and such a group teaches nothing. Look at samples.jsonl: where "
-        "all fail, take easier prompts or a reward that gives parts of a point; where all succeed, "
-        "harder prompts. Try train.completions_per_group higher, rollout.temperature higher, or "
-        "algorithm=dapo, which draws other prompts"
+        f"the last {RECENT} steps, and such a group teaches nothing. Look at samples.jsonl: "
+        f"{CONTRAST}"
     )
+
+
+def _all_constant(rows: Sequence[Row]) -> bool:
+    """Whether no group of these steps had two rewards: whatever the learning rate, none teaches."""
+    shares = [row.get("groups/constant_fraction", 0.0) for row in rows]
+    return bool(shares) and min(shares) == 1.0
 
 
 def _truncated(rows: Sequence[Row]) -> str:
@@ -140,6 +151,11 @@ def _still(rows: Sequence[Row]) -> str:
         key = "policy.learning_rate"
     else:
         return ""
+    if _all_constant(rows[-STILL:]):
+        return (
+            f"nothing has moved in {STILL} steps, for no group had two different rewards: "
+            f"{CONTRAST}"
+        )
     return (
         f"nothing has moved in {STILL} steps: the model is what it was. Try {key} higher (full "
         "fine-tuning takes about 1e-6, LoRA 1e-5 to 1e-4, tiny models more), and see that the "
@@ -157,11 +173,14 @@ CHECKS: dict[str, Callable[[Sequence[Row]], str]] = {
 }
 
 
-def unmoved(before: float | None, after: float | None) -> str:
-    """What to try where a run's first evaluation and its last are the same figure."""
+def unmoved(before: float | None, after: float | None, steps: Sequence[Row]) -> str:
+    """What to try where a run's first evaluation and its last are the same figure.
+
+    `steps` are the rows of `metrics.jsonl`; they say whether the rewards are the cause.
+    """
     if before is None or after is None or before != after:
         return ""
-    return (
-        "the held-out figure is exactly what it was before training: try more steps, or "
-        "a higher learning rate"
-    )
+    same = "the held-out figure is exactly what it was before training"
+    if _all_constant(steps):
+        return f"{same}: in no step had a group two different rewards; {CONTRAST}"
+    return f"{same}: try more steps, or a higher learning rate"

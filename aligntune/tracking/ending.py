@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from aligntune.runs.jsonl import read_lines
+from aligntune.runs.jsonl import read_lines, readable
 from aligntune.tracking import lines
 from aligntune.tracking.advice import unmoved
 
@@ -16,7 +16,8 @@ Row = Mapping[str, float]
 
 def ending(output_dir: Path, model: Path) -> list[str]:
     """What is told below the last line of a run in `output_dir`."""
-    return [*before_and_after(evaluations(output_dir)), *what_next(output_dir, model)]
+    steps = [row for row in readable(output_dir / "metrics.jsonl") if row.get("step")]
+    return [*before_and_after(evaluations(output_dir), steps), *what_next(output_dir, model)]
 
 
 def evaluations(output_dir: Path) -> list[Row]:
@@ -27,9 +28,10 @@ def evaluations(output_dir: Path) -> list[Row]:
     return [row for row in rows if lines.evaluated(row) is not None]
 
 
-def before_and_after(rows: Sequence[Row]) -> list[str]:
+def before_and_after(rows: Sequence[Row], steps: Sequence[Row]) -> list[str]:
     """The held-out figure of the first evaluation and of the last, and of each criterion where
-    there are several; nothing where there were no two."""
+    there are several; nothing where there were no two. `steps` are the figures of the steps, which
+    say why nothing changed."""
     if len(rows) < 2:
         return []
     first, last = rows[0], rows[-1]
@@ -42,7 +44,7 @@ def before_and_after(rows: Sequence[Row]) -> list[str]:
     for criterion, value in lines.criteria(first, "eval/").items():
         if criterion in now:
             told.append(f"  {criterion} {value:.3f} -> {now[criterion]:.3f}")
-    return told + [f"warning: {said}" for said in [unmoved(before, after)] if said]
+    return told + [f"warning: {said}" for said in [unmoved(before, after, steps)] if said]
 
 
 def what_next(output_dir: Path, model: Path) -> list[str]:

@@ -73,6 +73,16 @@ def test_a_preference_job_that_stands_still_names_its_own_key() -> None:
     assert "train.learning_rate" in troubles(rows)["still"]
 
 
+@pytest.mark.parametrize("name", ["policy/grad_norm", "kl/reference"])
+def test_where_no_group_had_two_rewards_the_learning_rate_is_not_blamed(name: str) -> None:
+    flat = GOOD | {name: 0.0, "groups/constant_fraction": 1.0}
+    said = troubles([flat] * STILL)["still"]
+    assert "no group had two different rewards" in said
+    assert "learning_rate" not in said
+    one = flat | {"groups/constant_fraction": 0.875}
+    assert "policy.learning_rate" in troubles([one, *[flat] * (STILL - 1)])["still"]
+
+
 @given(st.lists(st.dictionaries(st.sampled_from(sorted(GOOD)), st.floats(allow_nan=False))))
 def test_whatever_the_figures_advice_never_fails(rows: list[dict[str, float]]) -> None:
     troubles(rows)

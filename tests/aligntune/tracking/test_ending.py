@@ -57,12 +57,25 @@ def test_a_preference_job_has_its_evaluations_among_its_steps(tmp_path: Path) ->
     )
 
 
-def test_a_run_that_moved_nothing_says_so(tmp_path: Path) -> None:
-    rows = [{"step": step, "eval/reward/mean": 0.595} for step in (0, 5)]
+@pytest.mark.parametrize(
+    ("shares", "cause"),
+    [
+        ([], "a higher learning rate"),
+        ([1.0, 0.75, 1.0], "a higher learning rate"),
+        ([1.0, 1.0, 1.0], "in no step had a group two different rewards"),
+    ],
+)
+def test_a_run_that_moved_nothing_says_so_and_names_the_cause_that_its_figures_show(
+    tmp_path: Path, shares: list[float], cause: str
+) -> None:
+    rows = [{"step": step, "eval/reward/mean": 0.595} for step in (0, 3)]
     write(tmp_path / "evals.jsonl", *rows)
-    assert ending(tmp_path, tmp_path / "model")[1].startswith(
-        "warning: the held-out figure is exactly"
-    )
+    steps = [{"step": n, "groups/constant_fraction": x} for n, x in enumerate(shares, start=1)]
+    write(tmp_path / "metrics.jsonl", {"step": 0, "eval/reward/mean": 0.595}, *steps)
+    said = ending(tmp_path, tmp_path / "model")[1]
+    assert said.startswith("warning: the held-out figure is exactly")
+    assert cause in said
+    assert ("learning rate" in said) == (cause == "a higher learning rate")
 
 
 def test_without_two_evaluations_only_the_commands_are_told(tmp_path: Path) -> None:
