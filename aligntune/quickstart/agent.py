@@ -12,6 +12,7 @@ trained on. Importing this module loads neither torch nor transformers.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from aligntune.quickstart.tiny import (
     END,
+    Assets,
     WarmUp,
     logits_of,
     tiny_model,
     tiny_tokenizer,
     write_jsonl,
 )
+from aligntune.runs.disk import write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -119,16 +122,6 @@ class Sum:
         return self.third % 10 >= HIGH
 
 
-@dataclass(frozen=True)
-class AgentAssets:
-    """What `write_agent_assets` left on disk."""
-
-    model: Path  # folder in Hugging Face format
-    train: Path  # JSONL: prompt (messages), answer
-    eval: Path  # the same of the held-out questions
-    success: float  # held-out, greedy, after the warm-up
-
-
 def make_sums(seed: int) -> tuple[list[Sum], list[Sum]]:
     """Questions to train on and held out, without a common one; every sum has two digits."""
     numbers = range(10, 33)
@@ -210,20 +203,18 @@ def greedy_success(
     return float(patient.float().mean()), float((patient | hasty).float().mean())
 
 
-def write_agent_assets(directory: Path, seed: int) -> AgentAssets:
+def write_agent_assets(directory: Path, seed: int) -> Assets:
     """Make the task and the warmed-up model and write both under `directory`.
 
     Raises:
         RuntimeError: see `warm_up_agent`; nothing of the model is written then.
     """
+    assets = Assets(directory)
     directory.mkdir(parents=True, exist_ok=True)
     train, held_out = make_sums(seed)
     tokenizer = make_agent_tokenizer()
     model = tiny_model(seed, tokenizer, POSITIONS)
     success = warm_up_agent(model, tokenizer, train, held_out, seed)
-    assets = AgentAssets(
-        directory / "model", directory / "train.jsonl", directory / "eval.jsonl", success
-    )
     for path, questions in ((assets.train, train), (assets.eval, held_out)):
         write_jsonl(
             path,
@@ -234,6 +225,7 @@ def write_agent_assets(directory: Path, seed: int) -> AgentAssets:
         )
     model.save_pretrained(assets.model)
     tokenizer.save_pretrained(assets.model)
+    write_atomically(assets.accuracy, json.dumps(success))
     return assets
 
 

@@ -17,9 +17,10 @@ from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
 from aligntune.online.trainer import OnlineTrainer
-from aligntune.quickstart.agent import AgentAssets, write_agent_assets
+from aligntune.quickstart.agent import write_agent_assets
 from aligntune.quickstart.settings import REWARD_MODEL, quickstart_settings
-from aligntune.quickstart.task import QuickstartAssets, write_assets
+from aligntune.quickstart.task import write_assets
+from aligntune.quickstart.tiny import Assets
 from aligntune.runs.checkpoint import write_atomically
 from aligntune.runs.jsonl import read_lines
 from aligntune.trainers import create_rl_trainer
@@ -47,32 +48,28 @@ def run_quickstart(
     """
     started = time.monotonic()
     settings = quickstart_settings(algorithm, task)
+    assets = Assets(out / "assets")
     ranks = task != "agent" and _needs_reward_model(algorithm)
     reward_model = {"model": str(out / "reward_model" / "model"), "name": "reward_model"}
     shown = {"function": "exact_match", "weight": 0.0}  # shown, not trained on
     tree = {
         "algorithm": {"name": algorithm},
-        "model": {"name": str(out / "assets" / "model")},
-        "data": {
-            "path": str(out / "assets" / "train.jsonl"),
-            "eval_path": str(out / "assets" / "eval.jsonl"),
-        },
+        "model": {"name": str(assets.model)},
+        "data": {"path": str(assets.train), "eval_path": str(assets.eval)},
         "rewards": [reward_model, shown] if ranks else ["exact_match"],
         "output_dir": str(out / "run"),
     }
     told = [*_overrides(settings), f"train.seed={seed}", *overrides]
-    load_config(tree, told)  # what is wrong is said before anything is made
+    config = load_config(tree, told)  # what is wrong is said before anything is made
+    if not isinstance(config, RunConfig):
+        raise UserError(f"the quickstart has no {config.algorithm_name}; name an online algorithm")
     _claim(out, {"algorithm": algorithm, "task": task, "seed": seed})
-    made = _agent_assets if task == "agent" else _assets
-    say(f"a tiny model learns to add, carelessly: {out / 'assets'}")
-    assets = made(out / "assets", seed)
+    say(f"a tiny model learns to add, carelessly: {assets.root}")
+    _make(assets, write_agent_assets if task == "agent" else write_assets, seed)
     ranked: dict[str, float] = {}
     if ranks:
-        assert isinstance(assets, QuickstartAssets)
         say(f"a reward model learns which of two answers is better: {out / 'reward_model'}")
         ranked = {"reward_model_accuracy": _train_reward_model(out, assets, seed)}
-    config = load_config(tree, told)
-    assert isinstance(config, RunConfig), "the quickstart's algorithms are online"
     say(f"{config.algorithm_name} trains it: {out / 'run'}")
     trained = OnlineTrainer(config).train()
     rows = read_lines(trained.output_dir / "evals.jsonl")
@@ -102,7 +99,7 @@ def _needs_reward_model(algorithm: str) -> bool:
     return registry.get(algorithm).model_validate({}).needs.reward_model
 
 
-def _train_reward_model(out: Path, assets: QuickstartAssets, seed: int) -> float:
+def _train_reward_model(out: Path, assets: Assets, seed: int) -> float:
     """Train a reward model on the task's pairs, in `out`/reward_model, unless a complete one is
     there; returns its accuracy on the held-out pairs."""
     home = out / "reward_model"
@@ -145,41 +142,16 @@ def _claim(out: Path, what: dict[str, Any]) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _assets(root: Path, seed: int) -> QuickstartAssets:
-    """The assets of the sum's task in `root`."""
-    return QuickstartAssets(
-        model=root / "model",
-        train=root / "train.jsonl",
-        eval=root / "eval.jsonl",
-        pairs=root / "pairs.jsonl",
-        eval_pairs=root / "eval_pairs.jsonl",
-        accuracy=_made(root, lambda: write_assets(root, seed).accuracy),
-    )
+def _make(assets: Assets, write: Callable[[Path, int], Assets], seed: int) -> None:
+    """Write the assets, unless an interrupted quickstart left them complete."""
+    if assets.accuracy.is_file():
+        return
+    if assets.root.exists():
+        shutil.rmtree(assets.root)
+    from transformers.utils.logging import disable_progress_bar
 
-
-def _agent_assets(root: Path, seed: int) -> AgentAssets:
-    """The assets of the agent's task in `root`."""
-    return AgentAssets(
-        model=root / "model",
-        train=root / "train.jsonl",
-        eval=root / "eval.jsonl",
-        success=_made(root, lambda: write_agent_assets(root, seed).success),
-    )
-
-
-def _made(root: Path, write: Callable[[], float]) -> float:
-    """Write the assets into `root`, unless an interrupted quickstart left them complete; returns
-    what the warm-up reached."""
-    done = root / "accuracy.json"
-    if not done.is_file():
-        if root.exists():
-            shutil.rmtree(root)
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # of writing a model that takes no time
-        try:
-            reached = write()
-        except RuntimeError as error:
-            raise UserError(str(error)) from error
-        write_atomically(done, json.dumps(reached))
-    return float(json.loads(done.read_text(encoding="utf-8")))
+    disable_progress_bar()  # of writing a model that takes no time
+    try:
+        write(assets.root, seed)
+    except RuntimeError as error:
+        raise UserError(str(error)) from error

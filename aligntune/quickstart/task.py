@@ -11,6 +11,7 @@ trained on. Importing this module loads neither torch nor transformers.
 
 from __future__ import annotations
 
+import json
 import random
 import string
 from collections.abc import Sequence
@@ -19,11 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aligntune.quickstart.tiny import (
+    Assets,
     WarmUp,
     tiny_model,
     tiny_tokenizer,
     write_jsonl,
 )
+from aligntune.runs.disk import write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -99,18 +102,6 @@ class Accuracy:
 
     right: float
     settled: float  # right, or wrong as the teacher is and in no other way
-
-
-@dataclass(frozen=True)
-class QuickstartAssets:
-    """What `write_assets` left on disk."""
-
-    model: Path  # folder in Hugging Face format
-    train: Path  # JSONL: prompt, answer
-    eval: Path  # JSONL: prompt, answer
-    pairs: Path  # JSONL: prompt, chosen, rejected; of the training questions
-    eval_pairs: Path  # the same of the held-out questions
-    accuracy: float  # held-out, greedy, after the warm-up
 
 
 def make_task(seed: int) -> Task:
@@ -233,30 +224,23 @@ def warm_up(
     return warm.run(model, batch_of, reached, seed)
 
 
-def write_assets(directory: str | Path, seed: int) -> QuickstartAssets:
+def write_assets(directory: str | Path, seed: int) -> Assets:
     """Make the task and the warmed-up model and write both under `directory`.
 
     Raises:
         RuntimeError: see `warm_up`; nothing of the model is written then.
     """
-    root = Path(directory)
-    root.mkdir(parents=True, exist_ok=True)
+    assets = Assets(Path(directory))
+    assets.root.mkdir(parents=True, exist_ok=True)
     task, tokenizer, model = make_task(seed), make_tokenizer(), make_model(seed)
     reached = warm_up(model, tokenizer, task, seed)
-    assets = QuickstartAssets(
-        model=root / "model",
-        train=root / "train.jsonl",
-        eval=root / "eval.jsonl",
-        pairs=root / "pairs.jsonl",
-        eval_pairs=root / "eval_pairs.jsonl",
-        accuracy=reached,
-    )
     write_jsonl(assets.train, [{"prompt": q.prompt, "answer": q.answer} for q in task.train])
     write_jsonl(assets.eval, [{"prompt": q.prompt, "answer": q.answer} for q in task.held_out])
     write_jsonl(assets.pairs, preference_pairs(task.train, seed))
     write_jsonl(assets.eval_pairs, preference_pairs(task.held_out, seed))
     model.save_pretrained(assets.model)
     tokenizer.save_pretrained(assets.model)
+    write_atomically(assets.accuracy, json.dumps(reached))
     return assets
 
 

@@ -23,6 +23,43 @@ PAD, END, UNKNOWN = "<|pad|>", "<|end|>", "<|unknown|>"
 VOCABULARY_SIZE = 128  # a multiple of 64, to which vLLM pads anyway
 
 
+@dataclass(frozen=True)
+class Assets:
+    """The files of a quickstart's task under `root`, by their one name."""
+
+    root: Path
+
+    @property
+    def model(self) -> Path:
+        """Folder in Hugging Face format."""
+        return self.root / "model"
+
+    @property
+    def train(self) -> Path:
+        """JSONL: prompt (the agent's are messages), answer."""
+        return self.root / "train.jsonl"
+
+    @property
+    def eval(self) -> Path:
+        """As `train`, of the held-out questions."""
+        return self.root / "eval.jsonl"
+
+    @property
+    def pairs(self) -> Path:
+        """JSONL: prompt, chosen, rejected; of the training questions. The agent has none."""
+        return self.root / "pairs.jsonl"
+
+    @property
+    def eval_pairs(self) -> Path:
+        """As `pairs`, of the held-out questions."""
+        return self.root / "eval_pairs.jsonl"
+
+    @property
+    def accuracy(self) -> Path:
+        """JSON: held-out, greedy, after the warm-up. It is written last: where it is, all is."""
+        return self.root / "accuracy.json"
+
+
 def tiny_tokenizer(
     special: Sequence[str], chat_template: str, positions: int, pieces: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:

@@ -16,7 +16,8 @@ from aligntune.errors import UserError
 from aligntune.online.trainer import OnlineTrainer
 from aligntune.quickstart.run import run_quickstart
 from aligntune.quickstart.settings import quickstart_settings
-from aligntune.quickstart.task import QuickstartAssets, write_assets
+from aligntune.quickstart.task import write_assets
+from aligntune.quickstart.tiny import Assets
 from aligntune.trainers import create_rl_trainer
 from tests import drivers
 from tests.e2e.conftest import read
@@ -27,7 +28,7 @@ ACCURACY = "eval/reward/exact_match/mean"
 
 
 @pytest.fixture(scope="module")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> QuickstartAssets:
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
     """The task and the warmed-up model."""
     return write_assets(tmp_path_factory.mktemp("quickstart"), seed=0)
 
@@ -40,7 +41,7 @@ def command(out: Path, *arguments: str, timeout: float = 280) -> tuple[dict[str,
     return json.loads((out / "result.json").read_text()), done.stdout
 
 
-def run(assets: QuickstartAssets, out: Path, algorithm: str, *overrides: str) -> list[Any]:
+def run(assets: Assets, out: Path, algorithm: str, *overrides: str) -> list[Any]:
     """Train on the quickstart's task with its settings; rows of metrics.jsonl and evals.jsonl."""
     settings = quickstart_settings(algorithm if algorithm.isalpha() else "grpo")
     tree = {
@@ -86,7 +87,7 @@ def test_the_command_learns_with_vllm_and_says_so(tmp_path: Path) -> None:
     "algorithm",
     [pytest.param(name, marks=pytest.mark.long) for name in ("grpo", "drgrpo", "dapo", "gspo")],
 )
-def test_each_algorithm_learns(assets: QuickstartAssets, tmp_path: Path, algorithm: str) -> None:
+def test_each_algorithm_learns(assets: Assets, tmp_path: Path, algorithm: str) -> None:
     rows = run(assets, tmp_path / "run", algorithm)
     before, after = accuracies(rows)
     assert 0.3 <= before <= 0.7
@@ -147,7 +148,7 @@ def test_an_agent_learns_to_call_its_tool_as_often_as_it_must(
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_short_quickstart_with_the_transformers_engine_learns(
-    assets: QuickstartAssets, tmp_path: Path
+    assets: Assets, tmp_path: Path
 ) -> None:
     rows = run(assets, tmp_path / "run", "grpo", "train.steps=10")
     before, after = accuracies(rows)
@@ -169,9 +170,7 @@ def test_a_short_quickstart_with_the_transformers_engine_learns(
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_the_control_with_flipped_advantages_gets_worse(
-    assets: QuickstartAssets, tmp_path: Path
-) -> None:
+def test_the_control_with_flipped_advantages_gets_worse(assets: Assets, tmp_path: Path) -> None:
     rows = run(assets, tmp_path / "run", "tests.e2e.algorithms:FlippedGRPO", "train.steps=10")
     before, after = accuracies(rows)
     assert after < before - 0.1

@@ -197,7 +197,7 @@ def test_written_assets_load_and_have_the_accuracy_they_say(tmp_path: Path) -> N
     model = AutoModelForCausalLM.from_pretrained(assets.model)
     tokenizer = AutoTokenizer.from_pretrained(assets.model)
     measured = quickstart.accuracy(model, tokenizer, task.held_out)
-    assert measured.right == assets.accuracy
+    assert measured.right == json.loads(assets.accuracy.read_text())
     assert 0.3 <= measured.right <= 0.7
     assert measured.settled >= quickstart.SETTLED
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
