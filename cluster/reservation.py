@@ -48,17 +48,21 @@ class Reservation:
         self._extra: dict[tuple[str, int], PlacementGroup] = {}
 
     def room(self, role: str, index: int) -> bool:
-        """Whether there is a place for replica `index` of `role`, one beyond those reserved.
+        """Whether there is a place for replica `index` of `role`, one beyond those reserved."""
+        return _is_given(self._beyond(role, index))
 
-        The first call asks Ray for it. Until it is there the request stands, so that an autoscaler
-        sees what is wanted and a node that joins is taken.
+    def _beyond(self, role: str, index: int) -> PlacementGroup:
+        """The place of a replica beyond those reserved; the first call asks Ray for it.
+
+        Until it is given the request stands, so that an autoscaler sees what is wanted and a node
+        that joins is taken.
         """
         if (role, index) not in self._extra:
             _, item, *_ = self._places[role]
             self._extra[role, index] = placement_group(
                 [item.bundle], name=f"{self._name}/{role}-{index}"
             )
-        return _is_given(self._extra[role, index])
+        return self._extra[role, index]
 
     def release(self) -> None:
         """Let go of the places beyond those reserved."""
@@ -71,8 +75,7 @@ class Reservation:
         request, item, group, order = self._places[role]
         bundle_index = order[index] if index < len(order) else 0
         if index >= len(order) or self._homeless(item, group, bundle_index):
-            self.room(role, index)
-            group, bundle_index = self._extra[role, index], 0
+            group, bundle_index = self._beyond(role, index), 0
         options: dict[str, Any] = {
             "num_cpus": request.cpus,
             "num_gpus": item.share(role),

@@ -25,8 +25,9 @@ class _Later:
 class _Distributions(dict[str, list[str]]):
     """Stands for the table of distributions by module, which transformers makes as it is imported.
 
-    Reading every distribution's files takes half a second, so the table is filled when it is asked
-    for a module whose distribution may have another name.
+    Reading every distribution's files takes 1.4 s of CPU time (the import 7.6 s with it, 6.2 s
+    without: medians of nine fresh processes each, on a busy machine), so the table is filled when
+    it is asked for a module whose distribution may have another name.
     """
 
     SAME_NAME = ("torch", "accelerate", "mistral_common")  # transformers tries a module's own name

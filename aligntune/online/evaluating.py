@@ -18,6 +18,7 @@ from aligntune.online.attempts import GroupFailed
 from aligntune.online.evaluation import Decoding, each_group, none_scored
 from aligntune.online.export import export_checkpoint
 from aligntune.online.groups import ReadyGroup
+from aligntune.online.ignoring import ignore
 from aligntune.online.roles import Roles
 from aligntune.online.rolling import Rolling
 from aligntune.online.samples import plain, said_of, sample_rows
@@ -47,10 +48,6 @@ def decodings(
     heat = temperature if temperature is not None else own.temperature or config.rollout.temperature
     greedy = {"greedy": Decoding(1, 0.0)}
     return greedy | ({"sampled": Decoding(samples, heat)} if samples else {})
-
-
-def ignore(*_: Any, **__: Any) -> None:
-    """There is no run whose events these could be."""
 
 
 @asynccontextmanager

@@ -25,6 +25,7 @@ from actors.transfer.base import Exported
 from actors.waiting import all_of
 from aligntune.algorithms.base import Algorithm
 from aligntune.config.online import RunConfig
+from aligntune.online.ignoring import ignore
 from aligntune.online.ranks import PolicyLost as PolicyLost
 from aligntune.online.ranks import Ranks
 from aligntune.online.sharing import plan_step, whole_groups
@@ -39,7 +40,7 @@ class Learner:
         config: RunConfig,
         make_policy: Callable[[int, str], ActorHandle],
         make_critic: Callable[[int, str], ActorHandle],
-        on_loss: Callable[[], None] = lambda: None,
+        on_loss: Callable[[], None] = ignore,
     ) -> None:
         """`on_loss` is called where a rank is lost that nothing was asked of; see `lost`."""
 

@@ -18,6 +18,7 @@ from actors.liveness import USUAL, Patience, listen
 from actors.specs import RankSpec
 from actors.supervise import ObjectsLost, ReplicaLost, answer
 from actors.together import together
+from aligntune.online.ignoring import ignore
 
 FOR_EVER_S = 10.0**7  # the deadline of a write is its caller's
 
@@ -39,7 +40,7 @@ class Ranks:
         make: Callable[[int, str], ActorHandle],
         ping: Callable[[ActorHandle], Any] | None = None,
         patience: Patience = USUAL,
-        on_loss: Callable[[], None] = lambda: None,
+        on_loss: Callable[[], None] = ignore,
     ) -> None:
         self.spec = spec
         self.lost: str | None = None  # why a rank was killed

@@ -19,6 +19,7 @@ from aligntune.data.prompts import PromptSource
 from aligntune.errors import UserError
 from aligntune.online.doing import starts
 from aligntune.online.figures import check_best
+from aligntune.online.ignoring import ignore
 from aligntune.online.inputs import RunInputs
 from aligntune.online.ledger import audit
 from aligntune.online.recorder import OnlineRecorder
@@ -54,10 +55,6 @@ if TYPE_CHECKING:
     from aligntune.online.rolling import Rolling
 
 T = TypeVar("T")
-
-
-def ignore(*_: Any) -> None:
-    """Nobody hears how far it is."""
 
 
 class OnlineTrainer:

@@ -16,6 +16,7 @@ from ray.actor import ActorHandle
 from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet, answer
 from actors.transfer.base import Offer, Refused, Transport
 from aligntune.errors import RunFailed
+from aligntune.online.ignoring import ignore
 from aligntune.online.learner import PolicyLost
 from aligntune.tracking.metrics import EventKind
 
@@ -39,7 +40,7 @@ class WeightSync:
         transport: Transport,
         late: Transport,
         changed: asyncio.Event,
-        event: Callable[..., None] = lambda kind, **fields: None,
+        event: Callable[..., None] = ignore,
         *,
         timeout_s: float,
         rebuild_s: float,
