@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +165,13 @@ TINY = {
 }
 
 LIGHT = """
-import os, sys
+import os, signal, sys
 from aligntune.cli import main
-for number, arguments in enumerate(sys.argv[1:]):
+for number, arguments in enumerate(sys.stdin):
     child = os.fork()  # each is as if it were the first, and the program is imported once
     if child == 0:
+        signal.alarm(int(sys.argv[1]))
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(os.open(f"{number}.out", os.O_WRONLY | os.O_CREAT), 1)
         os.dup2(os.open(f"{number}.err", os.O_WRONLY | os.O_CREAT), 2)
         try:
@@ -179,6 +183,8 @@ for number, arguments in enumerate(sys.argv[1:]):
         sys.exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+DEADLINE_S = 60  # of one command; the slowest takes about 2 s on two idle cores
+Told = Callable[[str], tuple[int, str, str]]
 SLIPS = [
     ("train nowhere.yaml", "no config file at nowhere.yaml"),
     ("train", "give a config file, or --algorithm, --model and --dataset"),
@@ -212,36 +218,42 @@ LOOKS = [
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
-    """The exit code of each command, its errors and what it says, each in a process of its own."""
-    commands = [arguments for arguments, _ in SLIPS + LOOKS]
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
+    """Calls a command in a process of its own: its exit code, its errors and what it says."""
     folder = tmp_path_factory.mktemp("called-in")
     (folder / "twice.yaml").write_text("model: {name: a}\nmodel: {name: b}\n")
     (folder / "good.yaml").write_text(GOOD)
     (folder / "tiny").mkdir()
     (folder / "tiny" / "config.json").write_text(json.dumps(TINY))
-    done = subprocess.run(
-        [sys.executable, "-c", LIGHT, *commands],
+    numbers = itertools.count()
+    with subprocess.Popen(
+        [sys.executable, "-c", LIGHT, str(DEADLINE_S)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "RAY_ADDRESS": "local"},
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    codes = map(int, done.stdout.split())
-    errors, said = (
-        [(folder / f"{number}.{name}").read_text() for number in range(len(commands))]
-        for name in ("err", "out")
-    )
-    return dict(zip(commands, zip(codes, errors, said, strict=True), strict=True))
+    ) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        asked, answers = program.stdin, program.stdout
+
+        def call(arguments: str) -> tuple[int, str, str]:
+            print(arguments, file=asked, flush=True)
+            code, number = answers.readline(), next(numbers)
+            assert code, "the program has ended"
+            error, said = ((folder / f"{number}.{name}").read_text() for name in ("err", "out"))
+            return int(code), error, said
+
+        yield call
+        asked.close()
 
 
 @pytest.mark.parametrize(("arguments", "said"), SLIPS)
 def test_a_slip_is_told_before_anything_heavy_is_loaded(
-    told: dict[str, tuple[int, str, str]], arguments: str, said: str
+    told: Told, arguments: str, said: str
 ) -> None:
-    code, error, _ = told[arguments]
+    code, error, _ = told(arguments)
     assert code == 2, error
     assert said in error
     assert len(error.splitlines()) == 1, error
@@ -249,9 +261,9 @@ def test_a_slip_is_told_before_anything_heavy_is_loaded(
 
 @pytest.mark.parametrize(("arguments", "said"), LOOKS)
 def test_what_looks_at_names_and_sizes_alone_loads_nothing_heavy(
-    told: dict[str, tuple[int, str, str]], arguments: str, said: str
+    told: Told, arguments: str, said: str
 ) -> None:
-    code, error, answer = told[arguments]
+    code, error, answer = told(arguments)
     assert code == 0, error
     assert said in answer
 

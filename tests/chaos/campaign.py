@@ -228,15 +228,15 @@ class Campaign:
         return len(lines_of(self.run / "metrics.jsonl"))
 
     def _launched(self) -> subprocess.Popen[bytes]:
-        return launched(self.folder, self.path)
+        return launched(self.folder, "train", str(self.path))
 
 
-def launched(folder: Path, path: Path) -> subprocess.Popen[bytes]:
-    """The command that trains, with its output in `folder`."""
+def launched(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """`aligntune` with these arguments, on a Ray of its own, with its output in `folder`."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     with (folder / "output.txt").open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "aligntune.cli", "train", str(path)],
+            [sys.executable, "-m", "aligntune.cli", *arguments],
             stdout=output,
             stderr=output,
             env=environment | {"HF_HUB_OFFLINE": "1"},

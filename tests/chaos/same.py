@@ -46,7 +46,7 @@ def same_run(folder: Path, deaths: int, seed: int) -> dict[str, Any]:
         victims = list(chain(*several))[: deaths if name == "killed" else 0]
         end = time.monotonic() + DEADLINE_S
         while 0 not in codes[name] and len(codes[name]) <= victims.count("driver") + 1:
-            process = launched(folder, path)
+            process = launched(folder, "train", str(path))
             while process.poll() is None:
                 if time.monotonic() > end:
                     process.kill()

@@ -9,8 +9,6 @@ over. A minute after the last a process of another role gets SIGKILL; the driver
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,6 +21,7 @@ import psutil
 
 from aligntune.online.ledger import audit
 from aligntune.quickstart.run import ACCURACY
+from tests.chaos.campaign import launched
 from tests.chaos.trial import KILL, find, lines_of
 
 VICTIMS = ("rollout", "reward", "reward child", "reference", "policy")
@@ -109,7 +108,12 @@ def _told(life: Life) -> str:
 def soak(folder: Path, minutes: float, seed: int) -> dict[str, Any]:
     """Run for so long; what became of it. `problems` is empty where all held."""
     settings = {**SETTINGS, "train.time_limit_s": 60 * minutes}
-    process = _launched(folder, seed, settings)
+    process = launched(
+        folder,
+        *("quickstart", "--algorithm", "grpo", "--seed", str(seed)),
+        *("--out", str(folder / "quickstart")),
+        *(f"{key}={value}" for key, value in settings.items()),
+    )
     run, dice = folder / "quickstart" / "run", random.Random(seed)
     deaths: list[str] = []
     looks: dict[tuple[str, int], list[Look]] = {}
@@ -134,17 +138,6 @@ def soak(folder: Path, minutes: float, seed: int) -> dict[str, Any]:
                 deaths.append(victims.pop())
                 due = now + PER_DEATH_S
     return _summary(folder, process.returncode, minutes, seed, deaths, looks)
-
-
-def _launched(folder: Path, seed: int, settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
-    overrides = [f"{key}={value}" for key, value in settings.items()]
-    command = ["-m", "aligntune.cli", "quickstart", "--algorithm", "grpo", "--seed", str(seed)]
-    with (folder / "output.txt").open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, *command, "--out", str(folder / "quickstart"), *overrides],
-            stdout=output,
-            stderr=output,
-        )
 
 
 def _processes(driver: int, run: Path) -> dict[str, int]:
