@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.timeline import Span
 from aligntune.config.online import RunConfig
-from aligntune.runs.jsonl import read_lines
+from aligntune.runs.jsonl import last_row, read_lines
 from aligntune.runs.recorder import Recorder
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking import lines
@@ -66,10 +66,10 @@ class OnlineRecorder(Recorder):
     def last(self) -> dict[str, float]:
         """The figures of the last step, and those of its evaluation; for the end of a run."""
         self.wait()
-        steps, evaluations = read_lines(self._metrics.path), read_lines(self._evals.path)
-        found = dict(steps[-1]) if steps else {"step": 0}
-        if evaluations and evaluations[-1]["step"] == found["step"]:
-            found |= evaluations[-1]
+        found = last_row(self._metrics.path) or {"step": 0}
+        evaluated = last_row(self._evals.path)
+        if evaluated and evaluated["step"] == found["step"]:
+            found |= evaluated
         return {name: value for name, value in found.items() if "/" in name}
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -82,7 +82,7 @@ def starting_point(
 
 def _missing(rundir: RunDir, step: int) -> tuple[int, ...]:
     """The steps up to `step` that have no figures, though one before them has."""
-    steps = [row.get("step") for row in readable(rundir.file(METRICS))]
+    steps = (row.get("step") for row in readable(rundir.file(METRICS)))
     there = {each for each in steps if isinstance(each, int) and 1 <= each <= step}
     return tuple(
         each for each in range(min(there, default=step + 1), step + 1) if each not in there

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+PIECE = 2**20  # bytes that are read at once of a file that may be large
 
 
 def is_full(error: BaseException) -> bool:
@@ -45,6 +46,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file so that a reader sees the old or the new content, never a part."""
     staging = path.with_name(path.name + ".partial")
     staging.write_bytes(content.encode() if isinstance(content, str) else content)
+    sync(staging)
+    os.replace(staging, path)
+    sync(path.parent)
+
+
+def shorten_atomically(path: Path, size: int) -> None:
+    """Replace a file by its first `size` bytes, a piece at a time: it may be larger than memory."""
+    staging = path.with_name(path.name + ".partial")
+    with path.open("rb") as old, staging.open("wb") as new:
+        for start in range(0, size, PIECE):
+            new.write(old.read(min(PIECE, size - start)))
     sync(staging)
     os.replace(staging, path)
     sync(path.parent)

@@ -3,11 +3,13 @@ of it an evaluation scores."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from aligntune.errors import UserError
-from aligntune.runs.jsonl import readable
+from aligntune.runs.jsonl import Row, readable
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
 
@@ -62,14 +64,19 @@ def too_few_steps(steps: int | None, total: int, reached: int) -> UserError:
 
 def last_figures(rundir: RunDir) -> dict[str, float]:
     """The figures of the last step, and those of its evaluation."""
-    steps, evaluations = [
-        [row for row in readable(rundir.file(name)) if "step" in row]
+    found, evaluated = [
+        _last(row for row in readable(rundir.file(name)) if "step" in row)
         for name in ("metrics.jsonl", "evals.jsonl")
     ]
-    found = dict(steps[-1]) if steps else {"step": 0}
-    if evaluations and evaluations[-1]["step"] == found["step"]:
-        found |= evaluations[-1]
+    found = dict(found or {"step": 0})
+    if evaluated and evaluated["step"] == found["step"]:
+        found |= evaluated
     return {name: value for name, value in found.items() if name not in ("step", "version")}
+
+
+def _last(rows: Iterable[Row]) -> Row | None:
+    found = deque(rows, maxlen=1)
+    return found[0] if found else None
 
 
 def said_by_roles(rundir: RunDir, key: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,30 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Row | None]]:
             yield line, record if isinstance(record, dict) else None
 
 
-def readable(path: Path) -> list[Row]:
-    """The objects of a JSONL file, without those in damaged lines; none where there is no file."""
-    return [row for _, row in _lines(path) if row is not None] if path.is_file() else []
+def readable(path: Path) -> Iterator[Row]:
+    """The objects of a JSONL file, one at a time and without those in damaged lines; none where
+    there is no file. A long run's may be larger than memory."""
+    if path.is_file():
+        yield from (row for _, row in _lines(path) if row is not None)
+
+
+def last_row(path: Path) -> Row | None:
+    """The last object of a JSONL file; None where there is none."""
+    return next((row for _, row in lines_from_end(path)), None)
+
+
+def lines_from_end(path: Path) -> Iterator[tuple[int, Row]]:
+    """The objects of a JSONL file, the last first, with the byte at which each starts. No more of
+    the file is read than is asked for; a torn last line is left out."""
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            return
+        with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            end = content.rfind(b"\n") + 1
+            while end:
+                start = content.rfind(b"\n", 0, end - 1) + 1
+                yield start, json.loads(content[start:end])
+                end = start
 
 
 def read_lines(path: Path) -> list[Row]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from aligntune.config.records import TrackingSpec
 from aligntune.errors import RunFailed
 from aligntune.runs.deadline import asked
-from aligntune.runs.jsonl import read_lines, readable
+from aligntune.runs.jsonl import lines_from_end, readable
 from aligntune.runs.rundir import RunDir
 from aligntune.runs.writer import Writer
 from aligntune.tracking.advice import Adviser
@@ -49,7 +49,7 @@ LONG = 200  # characters of a field that is told once
 
 def last_step(metrics: Path) -> int:
     """The last step whose figures are in `metrics.jsonl`; -1 where there is none."""
-    steps = [row["step"] for row in readable(metrics) if type(row.get("step")) is int]
+    steps = (row["step"] for row in readable(metrics) if type(row.get("step")) is int)
     return max(steps, default=-1)
 
 
@@ -218,8 +218,10 @@ class Recorder:
     def written(self, step: int) -> dict[str, float]:
         """The figures of `step` as they are on disk; none where there are none."""
         self.wait()
-        rows = {row.pop("step"): row for row in read_lines(self._metrics.path)}
-        return rows.get(step, {})
+        for _, row in lines_from_end(self._metrics.path):
+            if row["step"] == step:
+                return {name: value for name, value in row.items() if name != "step"}
+        return {}
 
     def truncate_after(self, step: int) -> None:
         """Forget what was written of later steps, which will come again."""

@@ -9,11 +9,17 @@ newest generation that has a beginning, and its segments in order as far as they
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from mmap import ACCESS_READ, mmap
+from os.path import samestat
 from pathlib import Path
+from typing import BinaryIO
+from weakref import finalize
 
 from actors.storage import Store
 
 FOLDER = "logs"
+PIECE = 2**26  # bytes of a segment at most: a long run's samples are larger than memory
 
 
 class LogCopy:
@@ -23,9 +29,10 @@ class LogCopy:
         self._store = store
         self._path = path
         self._folder = f"{FOLDER}/{path.name}"
-        self._generation: int | None = None  # None: the storage was not looked at yet
-        self._inode = 0
+        self._generation = 0
         self._copied = 0  # bytes
+        self._held: int | None = None  # the file that they are of
+        self._let_go: Callable[[], object] = lambda: None
 
     def size(self) -> int:
         """Bytes of the log as it is now."""
@@ -37,23 +44,49 @@ class LogCopy:
         if not self._path.is_file():
             return
         with self._path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            anew = status.st_ino != self._inode or status.st_size < self._copied
-            start = 0 if self._generation is None or anew else self._copied
-            file.seek(start)
-            content = file.read(max(0, size - start))
-        content = content[: content.rfind(b"\n") + 1]  # a line that is being written comes later
-        older: list[str] = []
-        if self._generation is None or anew:
-            self._store.make_folder(self._folder)
-            older = self._store.names(self._folder)
-            self._generation = max((int(name.partition("-")[0]) for name in older), default=0) + 1
-        elif not content:
-            return
-        self._store.write(f"{self._folder}/{self._generation:04d}-{start:015d}", content)
-        self._inode, self._copied = status.st_ino, start + len(content)
+            older = self._push(file, size)
         for name in older:
             self._store.remove_file(f"{self._folder}/{name}")
+
+    def _push(self, file: BinaryIO, size: int) -> list[str]:
+        """The segments that are of no use any more."""
+        status = os.fstat(file.fileno())
+        same = self._held is not None and samestat(status, os.fstat(self._held))
+        anew = not same or status.st_size < self._copied
+        start = 0 if anew else self._copied
+        end = _complete(file, start, size)  # a line that is being written comes later
+        older: list[str] = []
+        if anew:
+            self._hold(None)
+            self._store.make_folder(self._folder)
+            older = self._store.names(self._folder)
+            numbers = (int(name.partition("-")[0]) for name in older)
+            self._generation = max(numbers, default=0) + 1
+        # The first piece last: without it the others are not read.
+        for at in reversed(range(start, end, PIECE) or [0] * anew):
+            file.seek(at)
+            content = file.read(min(PIECE, end - at))
+            self._store.write(f"{self._folder}/{self._generation:04d}-{at:015d}", content)
+        self._copied = end
+        if anew:
+            self._hold(os.dup(file.fileno()))
+        return older
+
+    def _hold(self, descriptor: int | None) -> None:
+        """Keep the file that was copied open, so that no other gets its number on the disk."""
+        self._let_go()
+        self._held = descriptor
+        if descriptor is not None:
+            self._let_go = finalize(self, os.close, descriptor)
+
+
+def _complete(file: BinaryIO, start: int, size: int) -> int:
+    """Where the last complete line of a file's first `size` bytes ends; `start` where none does."""
+    length = min(size, os.fstat(file.fileno()).st_size)
+    if length <= start:
+        return start
+    with mmap(file.fileno(), length, access=ACCESS_READ) as content:
+        return max(start, content.rfind(b"\n", start) + 1)
 
 
 def read_log(store: Store, name: str) -> bytes | None:

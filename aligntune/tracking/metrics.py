@@ -17,8 +17,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from aligntune.runs.disk import Appended, write_atomically
-from aligntune.runs.jsonl import mend
+from aligntune.runs.disk import Appended, shorten_atomically
+from aligntune.runs.jsonl import lines_from_end, mend
 
 
 class EventKind(StrEnum):
@@ -113,13 +113,16 @@ class StepsFile(_Lines):
         return type(record.get("step")) is int
 
     def truncate_after(self, step: int) -> None:
-        """Forget every object of a step after `step`; the file is replaced as a whole."""
-        with self.path.open("rb") as file:
-            lines = list(file)
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        if len(kept) == len(lines):
+        """Forget every object of a step after `step`; the file is replaced as a whole. It may be
+        larger than the driver's memory."""
+        end: int | None = None
+        for start, row in lines_from_end(self.path):
+            if row["step"] <= step:
+                break
+            end = start
+        if end is None:
             return
-        write_atomically(self.path, b"".join(kept))
+        shorten_atomically(self.path, end)
         self._file.close()
         self._file = Appended(self.path)
 

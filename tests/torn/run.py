@@ -204,7 +204,7 @@ class Whole:
 def what_it_came_to(world: World) -> Whole:
     """What is in the run's folder."""
     names = ("evals", "samples", "eval_samples")
-    evals, *files = [readable(world.folder / f"{name}.jsonl") for name in names]
+    evals, *files = [list(readable(world.folder / f"{name}.jsonl")) for name in names]
     return Whole(world.rows(), evals, world.trained(), *files)
 
 
@@ -234,7 +234,7 @@ def go_on(
     """
     (base / RUN).mkdir(parents=True)
     write(tree, base)
-    events = readable(base / RUN / "events.jsonl")
+    events = list(readable(base / RUN / "events.jsonl"))
     problems: list[str] = []
     world = make_world(base, storage, every_steps)
     try:
@@ -247,7 +247,7 @@ def go_on(
         return [] if mine and "\n" not in str(refused) else [f"refused: {refused}"]
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what was looked for
         return [f"{type(error).__name__}: {error}"]
-    now = readable(base / RUN / "events.jsonl")
+    now = list(readable(base / RUN / "events.jsonl"))
     saved = [event["step"] for event in events if event.get("kind") == "checkpoint_saved"]
     told = {Path(e["path"]).name for e in now if e["kind"] == "checkpoint_damaged"}
     if flipped is None and started < max(saved, default=0):
@@ -268,7 +268,7 @@ def _records(world: World, whole: Whole, flipped: str | None, may_be_lost: int) 
     """How the run's records differ from those of the whole run."""
     problems = []
     found = what_it_came_to(world)
-    events = readable(world.folder / "events.jsonl")
+    events = list(readable(world.folder / "events.jsonl"))
     damaged = {event["file"] for event in events if event["kind"] == "lines_damaged"}
     for name in ("rows", "evaluated", "trained", "samples", "eval_samples"):
         has, due = getattr(found, name), getattr(whole, name)

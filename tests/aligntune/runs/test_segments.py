@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from actors.storage import Store
@@ -18,12 +19,16 @@ NAME = "metrics.jsonl"
 class Flaky(Store):
     """A storage that counts the bytes it is given, and sometimes takes none."""
 
-    broken = False
+    takes: int | None = None  # writes that it takes before it breaks
     written = 0
+    largest = 0
 
     def write(self, name: str, content: bytes) -> None:
-        if self.broken:
+        if self.takes == 0:
             raise OSError("no connection")
+        if self.takes is not None:
+            self.takes -= 1
+        self.largest = max(self.largest, len(content))
         self.written += len(content)
         super().write(name, content)
 
@@ -34,19 +39,26 @@ ACTIONS = st.lists(
         st.tuples(st.just("tear"), st.just(0)),
         st.tuples(st.just("forget"), st.integers(0, 10)),
         st.tuples(st.just("push"), st.just(0)),
-        st.tuples(st.just("break"), st.just(0)),
+        st.tuples(st.just("break"), st.integers(0, 3)),
         st.tuples(st.just("restart"), st.just(0)),
     ),
     max_size=30,
 )
 
 
-@settings(max_examples=60, deadline=None)
-@given(ACTIONS)
+@settings(max_examples=100, deadline=None)
+@given(ACTIONS, st.sampled_from([7, 40, 2**26]))
+@example([("append", 1), ("push", 0), ("forget", 0), ("forget", 0), ("append", 1), ("push", 0)], 7)
 def test_whatever_happens_to_a_log_its_copy_is_what_was_pushed_last(
-    tmp_path_factory: pytest.TempPathFactory, actions: list[tuple[str, int]]
+    tmp_path_factory: pytest.TempPathFactory, actions: list[tuple[str, int]], piece: int
 ) -> None:
-    folder = tmp_path_factory.mktemp("run")
+    with mock.patch("aligntune.runs.segments.PIECE", piece):
+        store = played(tmp_path_factory.mktemp("run"), actions)
+    assert store.largest <= piece
+
+
+def played(folder: Path, actions: list[tuple[str, int]]) -> Flaky:
+    """Does the actions; after each the copy is that of the last push that went well."""
     log, store = folder / NAME, Flaky(str(folder / "bucket"))
     log.write_bytes(b"")
     copy, pushed, line = LogCopy(store, log), None, 0
@@ -70,15 +82,16 @@ def test_whatever_happens_to_a_log_its_copy_is_what_was_pushed_last(
         elif action == "restart":
             copy = LogCopy(store, log)
         else:
-            store.broken = action == "break"
+            store.takes = number if action == "break" else None
             try:
                 copy.push(copy.size())
                 content = log.read_bytes()
                 pushed = content[: content.rfind(b"\n") + 1]
             except OSError:
                 pass
-            store.broken = False
+            store.takes = None
         assert read_log(store, NAME) == pushed
+    return store
 
 
 def test_a_log_is_not_copied_anew_each_time(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from aligntune.config.records import TrackingSpec
-from aligntune.runs.jsonl import read_lines
+from aligntune.runs.jsonl import last_row, read_lines
 from aligntune.tracking.metrics import (
     EventKind,
     EventsFile,
@@ -76,6 +77,22 @@ class TestMetricsFile:
         file.append(99, {})
         assert steps(path)[-1] == 99
         assert [entry.name for entry in path.parent.iterdir()] == ["metrics.jsonl"]
+
+    def test_a_file_that_is_larger_than_memory_is_truncated_and_its_end_read(
+        self, path: Path
+    ) -> None:
+        file = SamplesFile(path)
+        for step in range(1, 41):
+            file.append(step, [{"text": "x" * 2**19}, {"text": "y" * 2**19}])
+        tracemalloc.start()
+        try:
+            file.truncate_after(37)
+            assert last_row(path) == {"step": 37, "text": "y" * 2**19}
+            most = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert most < 6 * 2**20  # of 40 MiB: a piece, and a line as bytes and as an object
+        assert steps(path) == [step for step in range(1, 38) for _ in range(2)]
 
     def test_a_line_torn_by_a_kill_is_cut_off_when_the_run_goes_on(self, path: Path) -> None:
         MetricsFile(path).append(1, {"x": 1.0})
