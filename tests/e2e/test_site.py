@@ -224,6 +224,61 @@ def test_a_picture_takes_the_colours_of_its_page_and_says_what_it_shows() -> Non
     assert "\n\n" not in made
 
 
+# Equations
+
+
+def site_config() -> Any:
+    from mkdocs.config import load_config
+
+    return load_config(str(REPOSITORY / "mkdocs.yml"))
+
+
+def pages_of_algorithms() -> list[str]:
+    (pages,) = (each["Algorithms"] for each in site_config().nav if "Algorithms" in each)
+    return [page if isinstance(page, str) else next(iter(page.values())) for page in pages]
+
+
+def rendered(text: str) -> str:
+    """A page's own part, as the site has it."""
+    import markdown
+
+    config, hooks = site_config(), script("doc_hooks")
+    engine = markdown.Markdown(
+        extensions=config.markdown_extensions, extension_configs=config.mdx_configs
+    )
+    made = engine.convert(hooks.on_page_markdown(text, page=None))
+    return str(hooks.on_page_content(made, page=None))
+
+
+def test_every_equation_of_an_algorithms_page_is_mathml() -> None:
+    pages = pages_of_algorithms()
+    assert {"algorithms.md", "grpo.md", "ppo.md", "dpo.md"} < set(pages)
+    for page in pages:
+        text = text_of(f"docs/{page}")
+        blocks = re.findall(r"^\$\$\n.+?\n\$\$$", text, re.DOTALL | re.MULTILINE)
+        inline = re.findall(r"(?<!\$)\$(?!\s)[^$\n]+?(?<!\s)\$(?!\$)", text)
+        made = rendered(text)
+        assert blocks, page
+        assert made.count('display="block"') == len(blocks), page
+        assert made.count('display="inline"') == len(inline), page
+        assert "$" not in re.sub(r"<code.*?</code>", "", made, flags=re.DOTALL), page
+        assert "arithmatex" not in made, page
+
+
+def test_an_equation_is_mathml_with_the_names_of_functions_apart() -> None:
+    made = rendered("So $a \\lt \\log b$ holds:\n\n$$\n\\frac{1}{2}\n$$\n")
+    assert "<mi>a</mi><mo>&#x0003C;</mo>" in made
+    assert 'rspace="0.17em">log</mo>' in made
+    assert '<div class="equation"><math' in made
+    assert "<mfrac>" in made
+
+
+@pytest.mark.parametrize("latex", [r"\frac{1}{", r"\nosuch{x}", r"\left( x"])
+def test_latex_that_is_not_known_ends_the_build(latex: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(latex)):
+        rendered(f"$$\n{latex}\n$$")
+
+
 # Notebooks
 
 

@@ -1,4 +1,5 @@
-"""The built site in a real browser: nothing is fetched from elsewhere, overflows or complains."""
+"""The built site in a real browser: nothing is fetched from elsewhere, overflows or complains, and
+equations are drawn."""
 
 from __future__ import annotations
 
@@ -81,6 +82,32 @@ def test_every_page_is_quiet_fits_and_asks_nobody_else(
             wrong.append(f"{name} is wider than {width}")
     context.close()
     assert wrong == []
+
+
+SIZES = """() => [...document.querySelectorAll("math")].map(math => {
+    const box = math.getBoundingClientRect(), frame = math.closest(".equation");
+    const hidden = frame === null ? 0 : frame.scrollWidth - frame.clientWidth;
+    return {said: math.textContent, height: box.height, width: box.width, hidden};
+})"""
+
+
+def test_equations_have_a_height_and_stay_within_a_phone(
+    site: tuple[str, list[str]], browser: Any
+) -> None:
+    address, pages = site
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    drawn = 0
+    for name in pages:
+        page.goto(address + name)
+        sizes = page.evaluate(SIZES)
+        drawn += len(sizes)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
+        for one in sizes:
+            assert one["height"] > 4, (name, one)
+            assert one["width"] > 4, (name, one)
+            assert one["hidden"] == 0, (name, one)
+    assert drawn > 80
+    page.close()
 
 
 def test_the_search_finds_a_word(site: tuple[str, list[str]], browser: Any) -> None:
