@@ -2,6 +2,9 @@
 # Options go in ARGS, as in: make quickstart ARGS="--algorithm dapo"; make test ARGS="-k ledger"
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Modules are compiled once, also where the environment says that Python keeps nothing: tests start
+# hundreds of processes, and to compile what each imports takes longer than to import it.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help install quickstart test test-fast test-all test-gpu bench chaos fuzz histories torn check docs format clean
 

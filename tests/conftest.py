@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from aligntune import imports
+from aligntune import cycles, imports
 from cluster.forks import owner
+
+cycles.seldom()  # collection imports all that tests need
 
 # A suite that passed passes again, on a busy machine too; new examples are looked for with
 # --hypothesis-profile=search.
@@ -55,6 +58,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: _turn(item.nodeid.partition("::")[0]))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay until the end: to look for cycles among them again and again would
+    take a part of every test's time."""
+    cycles.as_usual()
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """What is frozen at the end would be told as leaked."""
+    gc.unfreeze()
 
 
 def _turn(file: str) -> tuple[bool, int]:
