@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from actors.messages import Prompt
 from actors.reward import Criterion
 from actors.supervise import ReplicaSet
+from actors.waiting import all_of
 from aligntune.config.online import RunConfig
 from aligntune.evaluation.summary import Row
 from aligntune.online.attempts import GroupFailed
@@ -63,7 +64,7 @@ async def served(
     try:
         played = [] if serving.environments is None else [serving.environments]
         sets = [serving.rollouts, serving.rewards, *played]
-        await asyncio.gather(*(replicas.start() for replicas in sets))
+        await all_of(*(replicas.start() for replicas in sets))
         yield Rolling(config, serving.rollouts, serving.rewards, serving.environments, criteria)
     finally:
         await serving.close()

@@ -35,6 +35,7 @@ FAILURES = (
     NotFinite,
     ArithmeticError,
 )
+"""Errors whose message is written for people: a traceback of ours would only bury it."""
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def reserved(
     """A Ray session with the place of every role of `only` reserved; `stage` hears how far it is.
 
     Raises UserError where the cluster cannot be had or is too small, and RunFailed where a Ray of
-    this machine was too slow.
+    this machine was too slow or one of `FAILURES` ended the work, with its one line.
     """
     requests = [each for each in role_requests(config) if each.role in only]
     asked = totals(requests)
@@ -65,6 +66,8 @@ def reserved(
                 Path(config.output_dir).name,
             ) as reservation:
                 yield Roles(config, reservation, criteria, total_steps, code)
+    except FAILURES as told:
+        raise RunFailed(str(told)) from None
     except RayTooSlow as error:
         raise RunFailed(str(error)) from error
     except (DoesNotFit, ClusterUnreachable) as error:
