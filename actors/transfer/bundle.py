@@ -32,17 +32,17 @@ class WeightBundle:
         version: int,
         arrays: Mapping[str, np.ndarray],
         dtypes: Mapping[str, str],
-        digests: Mapping[str, int] = MappingProxyType({}),
+        digest: int | None = None,
         where: Mapping[str, Any] | None = None,
     ) -> None:
         """Wrap arrays that nobody else writes to; `pack` is the way to make a bundle from tensors.
 
         `dtypes` names the torch dtype of each array's bits, e.g. "bfloat16" for a uint16 array.
-        `digests` are there where changes to these weights may follow. `where` is what
+        `digest` is there where changes to these weights may follow. `where` is what
         `MemoryFile.write` says of arrays that lie in its file.
         """
         self.version = version
-        self.digests = dict(digests)
+        self.digest = digest
         self.where = where
         self._arrays = dict(arrays)
         self._dtypes = dict(dtypes)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from actors.transfer.bundle import WeightBundle
-from actors.transfer.delta import WeightDelta, put
-from actors.transfer.digest import digest, of_all
+from actors.transfer.delta import WeightDelta, of_changes, put
+from actors.transfer.digest import of_all, of_part
 from actors.transfer.memory_file import MemoryFile
 
 
@@ -35,12 +35,13 @@ class Held:
         already is not put on it again.
 
         Raises:
-            OtherBase: they do not go with what is held, or do not become what they should.
+            OtherBase: they do not go with what is held, did not arrive as they were sent, or memory
+                that is held has changed by itself; that is found within `PARTS` versions.
         """
         for each in weights:
             if isinstance(each, WeightDelta):
                 self._bundle = self._changed(each)
-            elif each.digests:
+            elif each.digest is not None:
                 self._bundle = self._written(each)
             else:
                 return each
@@ -51,31 +52,29 @@ class Held:
         self._bundle = None
         where = self._file.write(bundle)
         self._arrays = self._file.views(where, bundle)
-        for name in self._arrays:
-            self._check(name, bundle.dtypes[name], bundle.digests[name], bundle.version)
-        return WeightBundle(bundle.version, self._arrays, bundle.dtypes, bundle.digests, where)
+        if of_all(self._arrays, bundle.dtypes) != bundle.digest:
+            raise OtherBase(f"version {bundle.version} did not arrive as it was sent")
+        return WeightBundle(bundle.version, self._arrays, bundle.dtypes, bundle.digest, where)
 
     def _changed(self, delta: WeightDelta) -> WeightBundle:
         held = self._bundle
-        if held is None:
+        if held is None or held.digest is None:
             raise OtherBase(f"version {delta.version} changes {delta.base}, and none is held")
-        digests = {**held.digests, **delta.digests}
-        if held.version == delta.version and digests == held.digests:
+        if held.version == delta.version and held.digest == delta.digest:
             return held
-        if of_all(held.digests) != delta.base_digest:
+        if held.digest != delta.base_digest:
             raise OtherBase(
                 f"version {delta.version} changes {delta.base}, and {held.version} is held"
                 + (", of other bits" if held.version == delta.base else "")
             )
+        if of_changes(held.digest, delta.changes) != delta.digest:
+            raise OtherBase(f"version {delta.version}: changes did not arrive as they were sent")
         self._bundle = None  # in pieces until the end
         for name, change in delta.changes.items():
             put(change, self._arrays[name])
-            self._check(name, held.dtypes[name], digests[name], delta.version)
-        return WeightBundle(delta.version, self._arrays, held.dtypes, digests, held.where)
-
-    def _check(self, name: str, dtype: str, wanted: int, version: int) -> None:
-        if digest(name, self._arrays[name], dtype) != wanted:
-            raise OtherBase(f"version {version}: {name!r} did not become what was sent")
+        if of_part(self._arrays, delta.part) != delta.part_digest:
+            raise OtherBase(f"version {delta.version}: part {delta.part} is not what it should be")
+        return WeightBundle(delta.version, self._arrays, held.dtypes, delta.digest, held.where)
 
     def close(self) -> None:
         """Let go of the memory."""

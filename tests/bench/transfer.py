@@ -3,7 +3,9 @@
 bytes     of a whole version, of changes of 1 and 99 %, and of an adapter: counted
 copies    hand-overs that do not share memory, with each engine: counted
 cpu       processor milliseconds of rank 0, and of each replica before its engine pauses and while
-          it loads: 1 to 500 MB in bfloat16 and 1 to 4 replicas; least of 3 rounds
+          it loads: 1 to 500 MB in bfloat16 and 1 to 4 replicas; median of 7 rounds, ways by turns
+parts     what changes of 1 % cost both sides, apart, and the least that finding them can: a pass
+          that compares both versions and keeps nothing; 100 and 500 MB, as above
 pause     how long vLLM stands still under requests in flight, over its load alone: median of 5
 
 Rank 0's work is the policy's own (`WeightBundle.lend`, `Exports`), a replica's the rollout actor's
@@ -22,7 +24,7 @@ import pickle
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,15 +33,18 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from actors.transfer.bundle import WeightBundle, as_tensor
-from actors.transfer.delta import Exports, WeightDelta, bits
+from actors.transfer.bundle import WeightBundle, as_array, as_tensor
+from actors.transfer.delta import Change, Exports, WeightDelta, of_changes, put, words
+from actors.transfer.delta import update as become
+from actors.transfer.digest import of_all, of_part
 from actors.transfer.held import Held
 from actors.transfer.memory_file import MemoryFile
 from tests.bench.report import Measured, Target
 
 MB = 10**6
 CASES = ((1, 1), (24, 1), (100, 1), (100, 2), (100, 4), (500, 1))  # megabytes, replicas
-ROUNDS = 3
+ROUNDS = 7
+COMPARED = 1 << 15  # words of 8 bytes at a time, so that their flags stay in a core's cache
 PIECE = 4 * MB  # elements of a parameter
 ADAPTER = 0.036  # bytes over the model's: rank 16 on all linear layers of Qwen2.5-0.5B, in float32
 
@@ -62,7 +67,7 @@ def update(tensors: Tensors, fraction: float, seed: int) -> None:
     """Set about this fraction of elements to another number, in place."""
     draw = np.random.default_rng(seed)
     for tensor in tensors.values():
-        raw = bits(tensor.view(torch.uint16).numpy())
+        raw = tensor.view(-1).view(torch.uint16).numpy()
         raw[draw.random(raw.size, dtype=np.float32) < fraction] ^= 1
 
 
@@ -103,11 +108,11 @@ def copies(megabytes: float = 1) -> dict[str, float]:
     views = file.views(file.write(arrived), arrived)
     name = next(iter(tensors))
     places = {
-        "parameter": bits(tensors[name].view(torch.uint16).numpy()),
+        "parameter": tensors[name].view(torch.uint16).numpy(),
         "pickled": np.frombuffer(buffers[0], np.uint16),
         "store": np.frombuffer(stored[0], np.uint16),
-        "arrived": bits(arrived.arrays[name]),
-        "file": bits(views[name]),
+        "arrived": arrived.arrays[name],
+        "file": views[name],
     }
     read = next(iter(dict(arrived.items()).values())).view(torch.uint16).numpy()  # by an engine
 
@@ -192,10 +197,53 @@ class Store:
         return lambda: pickle.loads(data, buffers=views)
 
 
-def least(rounds: Iterable[dict[str, float]]) -> dict[str, float]:
-    """The least disturbed of each."""
-    every = list(rounds)
-    return {name: min(each[name] for each in every) for name in every[0]}
+def median(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of each figure."""
+    return {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+
+
+def compared(old: np.ndarray, new: np.ndarray, flags: np.ndarray) -> None:
+    """The least that finding what has changed can cost: read both once, keep nothing."""
+    for start in range(0, new.size, COMPARED):
+        before, after = old[start : start + COMPARED], new[start : start + COMPARED]
+        np.not_equal(before, after, out=flags[: after.size])
+
+
+def parts(megabytes: int) -> dict[str, float]:
+    """Processor milliseconds of what changes of 1 % are made of."""
+    new = {name: as_array(tensor) for name, tensor in weights(megabytes).items()}
+    dtypes = dict.fromkeys(new, "bfloat16")
+    old, held, target = ({name: each.copy() for name, each in new.items()} for _ in range(3))
+    flags = np.empty(COMPARED, bool)
+    changes: dict[str, Change] = {}
+
+    def found() -> None:
+        each = {name: become(words(old[name]), words(new[name])) for name in new}
+        changes.update({name: change for name, change in each.items() if change is not None})
+
+    work: dict[str, Callable[[], object]] = {
+        "memcpy": lambda: [np.copyto(target[name], new[name]) for name in new],
+        "compare": lambda: [
+            compared(old[name].view(np.uint64), new[name].view(np.uint64), flags) for name in new
+        ],
+        "find": found,
+        "digest_changes": lambda: of_changes(0, changes),
+        "digest_part": lambda: of_part(old, 0),
+        "put": lambda: [put(change, held[name]) for name, change in changes.items()],
+        "digest_all": lambda: of_all(new, dtypes),
+    }
+    rounds = []
+    for number in range(ROUNDS + 1):
+        moved = {name: as_tensor(array.copy(), "bfloat16") for name, array in new.items()}
+        update(moved, 0.01, number)
+        new = {name: as_array(tensor) for name, tensor in moved.items()}
+        taken: dict[str, float] = {}
+        for name, run in work.items():
+            with measured(taken, name):
+                run()
+        rounds.append(taken)
+    figures = median(rounds[1:])  # the first touches fresh memory
+    return {f"{megabytes}_mb/parts/{name}": value for name, value in figures.items()}
 
 
 def case(megabytes: int, replicas: int) -> dict[str, float]:
@@ -242,15 +290,15 @@ def case(megabytes: int, replicas: int) -> dict[str, float]:
                 target[name].copy_(tensor)
         memcpy.append(found)
     where = f"{megabytes}_mb/{replicas}_replicas"
-    figures = {f"{where}/{name}": value for name, value in least(memcpy).items()}
+    figures = {f"{where}/{name}": value for name, value in median(memcpy).items()}
     for name, each in rounds.items():
-        figures |= {f"{where}/{name}/{stage}": value for stage, value in least(each).items()}
+        figures |= {f"{where}/{name}/{stage}": value for stage, value in median(each).items()}
     for name in ways:
         cpu = sum(figures[f"{where}/{name}/{s}/cpu_ms"] for s in ("rank_0", "before_pause", "load"))
         figures[f"{where}/{name}/over_memcpy"] = cpu / figures[f"{where}/memcpy/cpu_ms"]
     sent = {
         name: figures[f"{where}/{name}/rank_0/cpu_ms"]
-        + figures[f"{where}/{name}/before_pause/cpu_ms"]
+        + replicas * figures[f"{where}/{name}/before_pause/cpu_ms"]
         for name in ways
     }
     figures[f"{where}/delta_1_over_full"] = sent["delta_1"] / sent["full"]
@@ -316,8 +364,13 @@ def measure() -> Measured:
     figures = {**sizes(24), **copies()}
     for megabytes, replicas in CASES:
         figures |= case(megabytes, replicas)
+    for megabytes in (100, 500):
+        figures |= parts(megabytes)
     figures |= asyncio.run(paused())
     figures["delta_1_over_full"] = figures["100_mb/1_replicas/delta_1_over_full"]
+    figures["compare_over_full"] = figures["100_mb/parts/compare/cpu_ms"] / (
+        2 * figures["100_mb/parts/memcpy/cpu_ms"]
+    )
     targets = (
         Target("vllm/pause_over_load", 2.0),
         Target("bytes/delta_1", 0.2),
