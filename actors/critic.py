@@ -9,7 +9,8 @@ import torch
 
 from actors.fetching import Fetched, objects
 from actors.messages import Counts, GroupTensors, Row, UpdateJob, ValueBatch
-from actors.models.logprobs import collate_rows, idle_inputs, rows_of
+from actors.models.inputs import collate_rows, idle_inputs
+from actors.models.logprobs import rows_of
 from actors.models.values import (
     ValueModel,
     asked,
@@ -60,7 +61,7 @@ class CriticActor(TrainedRank):
         """
         tensors: dict[int, GroupTensors] = dict(enumerate(objects(groups)))
         self._strategy.model.eval()
-        batches = self._together(rows_of(tensors))
+        batches = self._together(rows_of(tensors), tensors)
         found = group_values(
             self._strategy.forward,
             tensors,

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby, pairwise
+from typing import TypeVar
 
 import numpy as np
 
 from actors.messages import GroupWork, Row
 
+T = TypeVar("T")
 GROUPS_A_RANK = 4  # from here on whole groups balance within 1 %
 EVEN = 0.001  # of the mean; less is no gain
 ATTENTION = 24_576  # tokens of a sequence whose attention costs what all the rest of it costs
@@ -136,19 +138,23 @@ def microbatches(
     packed: bool,
     widths: Sequence[int] | None = None,
     each: int = A_MICROBATCH,
+    prompts: Mapping[int, int] | None = None,
 ) -> tuple[tuple[Row, ...], ...]:
     """Rows cut into micro-batches of at most `tokens_per_microbatch` tokens, longest first.
 
     A padded micro-batch costs its rows times the longest of them, a packed one the sum of its rows.
     A row longer than the budget is a micro-batch of its own. `widths` are those of `widest`, where
     ranks keep in step: padded rows are cut at the same places on all of them. `each` is what a
-    micro-batch costs beyond its tokens, in tokens (`a_microbatch`).
+    micro-batch costs beyond its tokens, in tokens (`a_microbatch`). `prompts` are the tokens of the
+    groups' prompts, by `Row.work`, where a pack holds a prompt once.
     """
     if tokens_per_microbatch < 1:
         raise ValueError(f"tokens_per_microbatch must be positive, not {tokens_per_microbatch}")
     ordered = sorted(rows, key=_longest_first)
+    if prompts is not None:
+        return _by_prompt(ordered, tokens_per_microbatch, prompts)
     if packed:
-        return _fill(ordered, tokens_per_microbatch)
+        return _fill([(row.tokens, row) for row in ordered], tokens_per_microbatch)
     ends = cut(widths or [row.tokens for row in ordered], tokens_per_microbatch, each)
     batches = (tuple(ordered[start:end]) for start, end in pairwise([0, *ends]))
     return tuple(batch for batch in batches if batch)
@@ -185,19 +191,35 @@ def cut(widths: Sequence[int], tokens_per_microbatch: int, each: int = A_MICROBA
     return ends[-2::-1]
 
 
-def _fill(rows: Sequence[Row], room: int) -> tuple[tuple[Row, ...], ...]:
-    """Rows, longest first, each into the fullest batch that has room for it, else a new one."""
-    batches: list[list[Row]] = []
+def _by_prompt(
+    rows: Sequence[Row], room: int, prompts: Mapping[int, int]
+) -> tuple[tuple[Row, ...], ...]:
+    """Rows, longest first, in packs that hold a prompt once: a group stays whole where it fits,
+    else it is cut into parts that each have the prompt."""
+    parts: list[tuple[int, tuple[Row, ...]]] = []
+    for work, group in groupby(sorted(rows, key=lambda row: row.work), key=lambda row: row.work):
+        prompt = prompts[work]
+        responses = [(row.tokens - prompt, row) for row in group]
+        for part in _fill(responses, room - prompt):
+            parts.append((prompt + sum(row.tokens - prompt for row in part), part))
+    parts.sort(key=lambda part: -part[0])
+    return tuple(tuple(row for part in pack for row in part) for pack in _fill(parts, room))
+
+
+def _fill(items: Sequence[tuple[int, T]], room: int) -> tuple[tuple[T, ...], ...]:
+    """(tokens, item) pairs, longest first, each into the fullest batch that has room for it, else a
+    new one."""
+    batches: list[list[T]] = []
     free: list[tuple[int, int]] = []  # (tokens left, batch), ascending
-    for row in rows:
-        place = bisect_left(free, (row.tokens, -1))
+    for tokens, item in items:
+        place = bisect_left(free, (tokens, -1))
         if place < len(free):
             left, batch = free.pop(place)
-            batches[batch].append(row)
+            batches[batch].append(item)
         else:
             left, batch = room, len(batches)
-            batches.append([row])
-        insort(free, (left - row.tokens, batch))
+            batches.append([item])
+        insort(free, (left - tokens, batch))
     return tuple(tuple(batch) for batch in batches)
 
 

@@ -23,13 +23,13 @@ from actors.messages import (
     last_rows,
     sum_rows,
 )
+from actors.models.inputs import collate_rows, idle_inputs
 from actors.models.loading import load_causal_lm
 from actors.models.logprobs import (
     LogProbModel,
     check_model,
-    collate_rows,
+    check_shared,
     group_logprobs,
-    idle_inputs,
     rows_of,
 )
 from actors.packing import longest
@@ -59,6 +59,7 @@ class PolicyActor(TrainedRank):
         """Keep the settings; `start` loads. `total_steps` are training steps, for the schedule."""
         super().__init__(model, spec, rank, world, total_steps, seed)
         self._tokens_per_chunk = spec.tokens_per_chunk
+        self._shared = spec.shared_prompts
         self._exports = Exports()
         self._own_old: set[Row] = set()  # whose old log-probs their first forward pass gives
 
@@ -79,7 +80,11 @@ class PolicyActor(TrainedRank):
 
     def start(self, master_address: str, master_port: int) -> dict[str, Any]:
         """As every rank's, with the `backend` that really runs."""
-        return {**super().start(master_address, master_port), "backend": self._backend()}
+        started = super().start(master_address, master_port)
+        if self._shared:
+            strategy = self._strategy
+            check_shared(strategy.forward, strategy.model, self._model_spec, strategy.device)
+        return {**started, "backend": self._backend()}
 
     def prepare(self, job: PrepareJob) -> Any:
         """Token-level targets of this rank's groups; all ranks together, even without a group.
@@ -196,7 +201,7 @@ class PolicyActor(TrainedRank):
     ) -> dict[int, np.ndarray]:
         """Log-probs [N] of each group, for `rows`; all ranks together."""
         self._strategy.model.eval()
-        batches = self._together(rows)
+        batches = self._together(rows, tensors)
         own = self._head_calls(tensors, batches)
         return group_logprobs(
             self._strategy.forward,
@@ -206,6 +211,7 @@ class PolicyActor(TrainedRank):
             temperature,
             self._packing,
             self._strategy.device,
+            self._shared,
         )
 
     def _idle_pass(self, job: UpdateJob, chunks: int) -> torch.Tensor:
@@ -227,7 +233,7 @@ class PolicyActor(TrainedRank):
     ) -> TokenBatch:
         device = self._strategy.device
         tensors = {row.work: groups[row.work].tensors for row in rows}
-        inputs = collate_rows(tensors, rows, self._packing).to(device)
+        inputs = collate_rows(tensors, rows, self._packing, self._shared).to(device)
         logp, entropy = self._strategy.forward(
             **vars(inputs), temperature=job.temperature, entropy=True, chunks=chunks
         )

@@ -75,6 +75,7 @@ class TrainedRank(Alive):
         self._strategy: Strategy
         self._files: Files = {}  # that are to be written
         self._attention = ""  # how rows attend, for people
+        self._shared = False  # whether a pack holds the prompt of a group once
 
     def _load(self) -> TrainedModel:
         """The model as it starts, checked, on CPU."""
@@ -105,7 +106,7 @@ class TrainedRank(Alive):
     def _settle_packing(self, model: TrainedModel) -> None:
         """Decide where `packing` is auto, and have `model`, still on CPU, attend accordingly."""
         packing, self._attention = settle(
-            self._spec.packing, self._model_spec, model.unwrapped, own_device()
+            self._spec.packing, self._model_spec, model.unwrapped, own_device(), self._shared
         )
         self._spec = self._spec.model_copy(update={"packing": packing})
 
@@ -304,7 +305,10 @@ class TrainedRank(Alive):
         own = []
         for index, rows in enumerate(job.minibatches):
             widths = widest([plan[index] for plan in lengths])
-            batches = (*self._cut(free[index], widths), *map(tuple, apart[index].values()))
+            batches = (
+                *self._cut(free[index], widths, tensors),
+                *map(tuple, apart[index].values()),
+            )
             own.append(Minibatch(batches, self._head_calls(tensors, batches), count(rows, groups)))
         shared = self._strategy.gather([(m.chunks, m.counts) for m in own])
         return [
@@ -316,15 +320,21 @@ class TrainedRank(Alive):
             for minibatch, parts in zip(own, zip(*shared, strict=True), strict=True)
         ]
 
-    def _together(self, rows: Sequence[Row]) -> tuple[tuple[Row, ...], ...]:
+    def _together(
+        self, rows: Sequence[Row], tensors: Mapping[int, GroupTensors]
+    ) -> tuple[tuple[Row, ...], ...]:
         """Micro-batches of `rows`, cut with all ranks' rows in view; all ranks together."""
         lengths = self._strategy.gather([row.tokens for row in rows])
-        return self._cut(rows, widest(lengths))
+        return self._cut(rows, widest(lengths), tensors)
 
-    def _cut(self, rows: Sequence[Row], widths: Sequence[int]) -> tuple[tuple[Row, ...], ...]:
+    def _cut(
+        self, rows: Sequence[Row], widths: Sequence[int], tensors: Mapping[int, GroupTensors]
+    ) -> tuple[tuple[Row, ...], ...]:
         each = a_microbatch(self._strategy.device.type)
         budget = self._spec.tokens_per_microbatch
-        return microbatches(rows, budget, self._packing, widths, each)
+        prompts = {work: len(group.prompt_ids) for work, group in tensors.items()}
+        shared = prompts if self._shared else None
+        return microbatches(rows, budget, self._packing, widths, each, shared)
 
     def _head_calls(
         self, tensors: Mapping[int, GroupTensors], batches: Sequence[Sequence[Row]]

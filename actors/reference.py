@@ -7,8 +7,16 @@ import torch
 
 from actors.liveness import Alive
 from actors.messages import GroupTensors
+from actors.models.attention import settle
 from actors.models.loading import load_causal_lm
-from actors.models.logprobs import LogProbModel, check_model, group_logprobs, head_calls, rows_of
+from actors.models.logprobs import (
+    LogProbModel,
+    check_model,
+    check_shared,
+    group_logprobs,
+    head_calls,
+    rows_of,
+)
 from actors.packing import a_microbatch, microbatches
 from actors.specs import ModelSpec
 from actors.whereabouts import whereabouts
@@ -18,11 +26,16 @@ class ReferenceActor(Alive):
     """One replica of the frozen model, on a GPU where it was given one."""
 
     def __init__(
-        self, model: ModelSpec, tokens_per_microbatch: int, tokens_per_chunk: int | None
+        self,
+        model: ModelSpec,
+        tokens_per_microbatch: int,
+        tokens_per_chunk: int | None,
+        shared_prompts: bool,
     ) -> None:
         self._spec = model
         self._tokens_per_microbatch = tokens_per_microbatch
         self._tokens_per_chunk = tokens_per_chunk
+        self._shared = shared_prompts
         self._model: LogProbModel | None = None
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -38,8 +51,13 @@ class ReferenceActor(Alive):
         model = LogProbModel(load_causal_lm(self._spec), self._tokens_per_chunk)
         model.requires_grad_(False)
         model.eval()
-        check_model(model, packing=False)
-        self._model = model.to(self._device)
+        if self._shared:
+            settle("auto", self._spec, model.unwrapped, self._device, shared=True)
+        check_model(model, packing=self._shared)
+        model.to(self._device)
+        if self._shared:
+            check_shared(model, model, self._spec, self._device)
+        self._model = model
         return {"device": str(self._device), **whereabouts()}
 
     def logprobs(self, tensors: GroupTensors, temperature: float) -> tuple[int, np.ndarray]:
@@ -53,9 +71,17 @@ class ReferenceActor(Alive):
         self.done += 1
         each = a_microbatch(self._device.type)
         rows, budget = rows_of(groups), self._tokens_per_microbatch
-        batches = microbatches(rows, budget, packed=False, each=each)
+        prompts = {0: len(tensors.prompt_ids)} if self._shared else None
+        batches = microbatches(rows, budget, packed=False, each=each, prompts=prompts)
         chunks = head_calls(self._model, groups, batches)
         found = group_logprobs(
-            self._model, groups, batches, chunks, temperature, False, self._device
+            self._model,
+            groups,
+            batches,
+            chunks,
+            temperature,
+            False,
+            self._device,
+            self._shared,
         )
         return len(found[0]), found[0]

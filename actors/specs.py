@@ -329,6 +329,11 @@ class PolicySpec(RankSpec):
         description="rows of the logits matrix at once; default: as many as take the memory of the "
         "output head's weights, and 64 MiB at least",
     )
+    shared_prompts: bool = Field(
+        False,
+        description="a micro-batch has a group's prompt once, in the reference's passes too; rows "
+        "are packed then",
+    )
     max_restarts: int = Field(
         3,
         ge=0,

@@ -4,7 +4,10 @@ On a GPU in bfloat16 this is torch's attention by variable length, whose kernels
 elsewhere it is SDPA, row by row. Both cost the sum of the rows' squares; a dense mask costs the
 square of the pack. Rows that are padded instead go through SDPA as ever.
 
-Shapes: L tokens of a pack, S rows in it, d width of a head.
+Where a pack holds a group's prompt once, its rows are pieces: the prompt, and each completion. The
+keys and values of a completion are the prompt's and then its own; its queries are its own.
+
+Shapes: L tokens of a pack, S rows or pieces in it, d width of a head.
 """
 
 from __future__ import annotations
@@ -13,12 +16,15 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from actors.models.loading import ModelError
 from actors.specs import ModelSpec
 
 PACKED_ROWS = "packed_rows"  # among the attention implementations of transformers
@@ -26,21 +32,62 @@ FLASH = "flash_attention"  # how the names of those begin that read row ends the
 LAYERS = {"full_attention", "sliding_attention"}
 AMPERE = (8, 0)  # compute capability from which the kernels run
 WIDEST = 256  # d that they take
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How a pack is cut where prompts are shared: a piece sees itself, and the piece before it."""
+
+    lengths: tuple[int, ...]  # [S] tokens
+    after: tuple[int | None, ...]  # [S] the piece of a completion's prompt; None: of a prompt
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        """[S] tokens that the last token of each piece sees, itself included."""
+        return tuple(
+            length + (0 if before is None else self.lengths[before])
+            for length, before in zip(self.lengths, self.after, strict=True)
+        )
+
+    def with_prompts(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """[S] keys or values [1, heads, `seen`, d] of each piece, from those [1, heads, L, d] of
+        the pack. Splitting and joining gives a gradient in a fixed order of sums."""
+        own = tensor.split(self.lengths, dim=2)
+        return [
+            piece if before is None else torch.cat([own[before], piece], dim=2)
+            for piece, before in zip(own, self.after, strict=True)
+        ]
+
+
 _maskless: ContextVar[bool] = ContextVar("maskless", default=False)
 
 
 def settle(
-    packing: bool | Literal["auto"], spec: ModelSpec, model: Any, device: torch.device
+    packing: bool | Literal["auto"],
+    spec: ModelSpec,
+    model: Any,
+    device: torch.device,
+    shared: bool = False,
 ) -> tuple[bool, str]:
     """Whether rows of `model` (transformers', not yet on its `device`) are packed, and one line on
     how they attend. Where they are, and it can be, the model attends by rows from here on.
 
-    `auto` packs where a kernel by variable length runs.
+    `auto` packs where a kernel by variable length runs, and where prompts are to be `shared`.
+
+    Raises:
+        ModelError: prompts are to be shared, which this model's attention cannot do.
     """
     attention = spec.attention
     against = unfit(model, attention)
     kernel = _kernel(device, spec.dtype)
     own = attention.startswith(FLASH)
+    if shared:
+        if against is not None:
+            raise ModelError(
+                f"policy.shared_prompts does not go with model {spec.name!r}: {against}; set it to "
+                "false"
+            )
+        packing = True
     if packing == "auto":
         packing = own or (against is None and kernel is not None)
     if not packing:
@@ -51,7 +98,8 @@ def settle(
         return True, f"packed rows, {attention} with a dense mask: {against}"
     _register()
     model.set_attn_implementation(PACKED_ROWS)
-    return True, f"packed rows, {kernel or 'sdpa row by row'}"
+    prompts = ", prompts shared" if shared else ""
+    return True, f"packed rows, {kernel or 'sdpa row by row'}{prompts}"
 
 
 def unfit(model: Any, attention: str) -> str | None:
@@ -94,18 +142,31 @@ def causal_alone(model: Any) -> bool:
     return model.config._attn_implementation in ("sdpa", "eager", PACKED_ROWS)
 
 
-def row_arguments(model: Any, row_ends: torch.Tensor | None, longest: int) -> dict[str, Any]:
+def row_arguments(
+    model: Any, row_ends: torch.Tensor | None, longest: int, pieces: Pieces | None = None
+) -> dict[str, Any]:
     """What `model`, from transformers, is told of the rows of a pack; nothing where it looks at the
-    positions instead. `row_ends` [S + 1] int32 begins with 0, `longest` is in tokens."""
+    positions instead. `row_ends` [S + 1] int32 begins with 0, `longest` is in tokens.
+
+    Raises:
+        ValueError: prompts are shared, and the model has an attention that knows nothing of it.
+    """
     used = model.config._attn_implementation
+    if pieces is not None and used != PACKED_ROWS:
+        raise ValueError(f"a pack with shared prompts was given to a model with {used} attention")
     if row_ends is None or not (used == PACKED_ROWS or used.startswith(FLASH)):
         return {}
-    return {
+    told: dict[str, Any] = {
         "cu_seq_lens_q": row_ends,
         "cu_seq_lens_k": row_ends,
         "max_length_q": longest,
         "max_length_k": longest,
     }
+    if pieces is not None:
+        ends = [0, *accumulate(pieces.seen)]
+        told["cu_seq_lens_k"] = torch.tensor(ends, dtype=torch.int32, device=row_ends.device)
+        told["pieces"] = pieces
+    return told
 
 
 @contextmanager
@@ -142,7 +203,9 @@ def attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int = 0,
+    pieces: Pieces | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers' layers call it: query [1, heads, L, d], key and value with as many
@@ -170,27 +233,33 @@ def attend(
         low = torch.get_autocast_dtype("cuda")
         query, key, value = query.to(low), key.to(low), value.to(low)
     if query.device.type == "cuda" and query.dtype != torch.float32:
-        return _by_length(query, key, value, cu_seq_lens_q, max_length_q, scaling, window), None
-    return _row_by_row(query, key, value, cu_seq_lens_q, scaling, window), None
+        key_ends = cu_seq_lens_q
+        if pieces is not None:
+            assert cu_seq_lens_k is not None
+            key_ends = cu_seq_lens_k
+            key, value = (torch.cat(pieces.with_prompts(part), dim=2) for part in (key, value))
+        ends = (cu_seq_lens_q, key_ends)
+        return _by_length(query, key, value, ends, max_length_q, scaling, window), None
+    return _row_by_row(query, key, value, cu_seq_lens_q, scaling, window, pieces), None
 
 
 def _by_length(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    row_ends: torch.Tensor,
+    ends: tuple[torch.Tensor, torch.Tensor],
     longest: int,
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
+    """`ends` [S + 1] int32 are those of queries and of keys; the last query sees the last key."""
     from torch.nn.attention.varlen import varlen_attn
 
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [L, heads, d]
     left = -1 if window is None else window - 1  # a token sees itself and `window` - 1 before it
     found: torch.Tensor = varlen_attn(
         *flat,
-        row_ends,
-        row_ends,
+        *ends,
         longest,
         longest,
         scale=scaling,
@@ -216,27 +285,33 @@ def _row_by_row(
     row_ends: torch.Tensor,
     scaling: float | None,
     window: int | None,
+    pieces: Pieces | None = None,
 ) -> torch.Tensor:
-    lengths = row_ends.diff().tolist()
-    rows = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    fewer = key.shape[1] != query.shape[1]
-    found = [
-        scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=_band(q.shape[2], window, q.device) if window else None,
-            is_causal=not window,
-            scale=scaling,
-            enable_gqa=fewer,
+    if pieces is None:
+        lengths = row_ends.diff().tolist()
+        pieces = Pieces(tuple(lengths), (None,) * len(lengths))
+    queries = query.split(pieces.lengths, dim=2)
+    found = []
+    for q, k, v in zip(queries, pieces.with_prompts(key), pieces.with_prompts(value), strict=True):
+        count, seen = q.shape[2], k.shape[2]
+        causal = window is None and count == seen
+        found.append(
+            scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=None if causal else _band(count, seen, window, q.device),
+                is_causal=causal,
+                scale=scaling,
+                enable_gqa=k.shape[1] != q.shape[1],
+            )
         )
-        for q, k, v in rows
-    ]
     return torch.cat(found, dim=2).transpose(1, 2).contiguous()
 
 
-def _band(tokens: int, window: int, device: torch.device) -> torch.Tensor:
-    """[tokens, tokens] bool: itself and the `window` - 1 tokens before it."""
-    place = torch.arange(tokens, device=device)
-    back = place[:, None] - place[None]
-    return (back >= 0) & (back < window)
+def _band(count: int, seen: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[count, seen] bool, of the last `count` of `seen` tokens: itself and the tokens before it, of
+    which it sees `window` - 1."""
+    place = torch.arange(seen, device=device)
+    back = place[seen - count :, None] - place[None]
+    return back >= 0 if window is None else (back >= 0) & (back < window)

@@ -11,7 +11,6 @@ Shapes: B rows, W padded width, N response tokens of the batch, H hidden size, V
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,72 +19,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from actors.messages import GroupTensors, Row
-from actors.models.attention import causal_alone, row_arguments, without_mask
+from actors.models.attention import Pieces, causal_alone, row_arguments, without_mask
 from actors.models.head import chosen
+from actors.models.inputs import collate, collate_rows, idle_inputs
 from actors.models.loading import ModelError
 from actors.models.wrapped import TrainedModel
-from actors.specs import rows_at_once
-
-
-@dataclass(frozen=True)
-class ModelInputs:
-    """A micro-batch for the model: padded [B, W] with a mask, or packed [1, sum of lengths]."""
-
-    input_ids: torch.Tensor  # [B, W] or [1, L] int64
-    position_ids: torch.Tensor  # like input_ids; restarts at 0 with every packed sequence
-    attention_mask: torch.Tensor | None  # [B, W]; None where packed: positions tell sequences apart
-    positions: torch.Tensor  # [N] where, in the flattened batch, each response token is predicted
-    targets: torch.Tensor  # [N] the response tokens themselves
-    row_ends: torch.Tensor | None = None  # [S + 1] int32 of S packed sequences, 0 first
-    longest: int = 0  # tokens of the longest sequence
-
-    def to(self, device: torch.device) -> ModelInputs:
-        """The same batch on `device`."""
-        return ModelInputs(
-            **{
-                name: value.to(device) if isinstance(value, torch.Tensor) else value
-                for name, value in vars(self).items()
-            }
-        )
-
-
-def collate(sequences: Sequence[tuple[np.ndarray, np.ndarray]], packed: bool) -> ModelInputs:
-    """A batch from (prompt ids [P], response ids [n]) pairs; response tokens stay in row order.
-
-    Raises:
-        ValueError: a prompt is empty, so its first response token is predicted by nothing.
-    """
-    rows, positions, targets = [], [], []
-    width = max(len(prompt) + len(response) for prompt, response in sequences)
-    start = 0
-    for index, (prompt, response) in enumerate(sequences):
-        if len(prompt) == 0:
-            raise ValueError(f"sequence {index} of a batch has an empty prompt")
-        first = start + len(prompt) - 1  # the last prompt token predicts the first response token
-        positions.append(torch.arange(first, first + len(response)))
-        targets.append(torch.as_tensor(response, dtype=torch.int64))
-        rows.append(torch.as_tensor(np.concatenate([prompt, response]), dtype=torch.int64))
-        start += len(rows[-1]) if packed else width
-    lengths = torch.tensor([len(row) for row in rows])
-    row_ends = None
-    if packed:
-        input_ids = torch.cat(rows)[None]
-        position_ids = torch.cat([torch.arange(len(row)) for row in rows])[None]
-        attention_mask = None
-        row_ends = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    else:
-        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        attention_mask = (torch.arange(width)[None] < lengths[:, None]).long()
-        position_ids = torch.arange(width).expand(len(rows), width).contiguous()
-    return ModelInputs(
-        input_ids,
-        position_ids,
-        attention_mask,
-        torch.cat(positions),
-        torch.cat(targets),
-        row_ends,
-        width,
-    )
+from actors.specs import ModelSpec, rows_at_once
 
 
 def decoded(
@@ -95,9 +34,10 @@ def decoded(
     attention_mask: torch.Tensor | None,
     row_ends: torch.Tensor | None,
     longest: int,
+    pieces: Pieces | None = None,
 ) -> torch.Tensor:
     """Last hidden states [B, W, H] of a transformers model with a decoder."""
-    rows = row_arguments(model, row_ends, longest)
+    rows = row_arguments(model, row_ends, longest, pieces)
     with without_mask(rows):
         states: torch.Tensor = model.base_model(
             input_ids=input_ids,
@@ -146,6 +86,7 @@ class LogProbModel(TrainedModel):
         chunks: int | None = None,
         row_ends: torch.Tensor | None = None,
         longest: int = 0,
+        pieces: Pieces | None = None,
     ) -> tuple[torch.Tensor, None] | torch.Tensor:
         """Log-probs [N] of `targets` at `temperature`, and entropies [N] in nats, float32 or wider.
 
@@ -154,7 +95,7 @@ class LogProbModel(TrainedModel):
         the head equally often. A surplus call comes first, on one state, and counts for nothing.
         """
         states = decoded(
-            self.causal_lm, input_ids, position_ids, attention_mask, row_ends, longest
+            self.causal_lm, input_ids, position_ids, attention_mask, row_ends, longest, pieces
         ).flatten(0, 1)
         hidden = states.index_select(0, positions)  # [N, H]
         needed = self.chunks(len(targets))
@@ -253,6 +194,49 @@ def check_model(model: LogProbModel, packing: bool, training: bool = False) -> N
 
 
 @torch.no_grad()
+def check_shared(
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    model: LogProbModel,
+    spec: ModelSpec,
+    device: torch.device,
+) -> None:
+    """Compare packs that hold prompts once with packs that repeat them, by `forward` of `model` on
+    `device`, whose kernels may be others than a CPU's; all ranks together.
+
+    Raises:
+        ModelError: the log-probs differ.
+    """
+    model.eval()
+    vocabulary = model.causal_lm.config.get_text_config().vocab_size
+    draw = np.random.default_rng(0).integers(0, vocabulary, size=60)
+    groups = {
+        work: GroupTensors(
+            group_id=work,
+            prompt_ids=draw[:prompt],
+            lengths=lengths,
+            token_ids=draw[prompt : prompt + sum(lengths)],
+            logprobs=np.zeros(sum(lengths), np.float32),
+            mask=np.ones(sum(lengths), bool),
+        )
+        for work, (prompt, lengths) in enumerate([(7, (9, 4, 12)), (3, (1, 20))])
+    }
+    rows = rows_of(groups)
+    once, repeated = (
+        forward(**vars(collate_rows(groups, rows, True, shared).to(device)), temperature=1.0)[0]
+        for shared in (True, False)
+    )
+    gap = float((once - repeated).abs().max())
+    digits = max(1e-4, 4 * torch.finfo(getattr(torch, spec.dtype)).eps)
+    allowed = 4 * digits * max(1.0, float(repeated.abs().max()))
+    if not gap <= allowed:
+        raise ModelError(
+            f"model {spec.name!r} gives completions behind a shared prompt other log-probs than "
+            f"behind one of their own (difference {gap:.3g}, allowed {allowed:.3g}): set "
+            "policy.shared_prompts to false"
+        )
+
+
+@torch.no_grad()
 def group_logprobs(
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
     groups: Mapping[int, GroupTensors],
@@ -261,6 +245,7 @@ def group_logprobs(
     temperature: float,
     packed: bool,
     device: torch.device,
+    shared: bool = False,
 ) -> dict[int, np.ndarray]:
     """Log-probs [N] float32 of each group, for the rows in `batches`; NaN where a row is in none.
 
@@ -274,7 +259,7 @@ def group_logprobs(
     }
     for index, count in enumerate(chunks):
         rows = batches[index] if index < len(batches) else ()
-        inputs = (collate_rows(groups, rows, packed) if rows else idle_inputs()).to(device)
+        inputs = (collate_rows(groups, rows, packed, shared) if rows else idle_inputs()).to(device)
         logp, _ = forward(**vars(inputs), temperature=temperature, chunks=count)
         values = logp.float().cpu().numpy()
         start = 0
@@ -283,23 +268,6 @@ def group_logprobs(
             found[row.work][cut] = values[start : start + cut.stop - cut.start]
             start += cut.stop - cut.start
     return found
-
-
-def collate_rows(
-    groups: Mapping[int, GroupTensors], rows: Sequence[Row], packed: bool
-) -> ModelInputs:
-    """The model inputs of `rows`, in their order."""
-    sequences = []
-    for row in rows:
-        group = groups[row.work]
-        sequences.append((group.prompt_ids, group.token_ids[group.completion(row.completion)]))
-    return collate(sequences, packed)
-
-
-def idle_inputs() -> ModelInputs:
-    """One prompt and one response token, for a pass whose only use is to keep in step."""
-    token = np.zeros(1, dtype=np.int64)
-    return collate([(token, token)], packed=False)
 
 
 def rows_of(groups: Mapping[int, GroupTensors]) -> list[Row]:

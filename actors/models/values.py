@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from actors.messages import GroupTensors, Row, StateValues
+from actors.models.inputs import ModelInputs, collate, collate_rows, idle_inputs
 from actors.models.loading import ModelError, load_tokenizer
-from actors.models.logprobs import ModelInputs, collate, collate_rows, decoded, idle_inputs
+from actors.models.logprobs import decoded
 from actors.models.reward import new_reward_model
 from actors.models.wrapped import TrainedModel
 from actors.specs import CriticSpec, ModelSpec
@@ -124,8 +125,10 @@ def check_packing(model: ValueModel, name: str) -> None:
 
 
 def asked(inputs: ModelInputs) -> dict[str, Any]:
-    """The arguments of `ValueModel.forward`: no value depends on what the next token is."""
-    return {name: value for name, value in vars(inputs).items() if name != "targets"}
+    """The arguments of `ValueModel.forward`: no value depends on what the next token is, and packs
+    of a critic have a prompt a row."""
+    unasked = ("targets", "pieces")
+    return {name: value for name, value in vars(inputs).items() if name not in unasked}
 
 
 def state_inputs(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Literal
 
-from actors.specs import ModelSpec, RoleResources, RolloutSpec
+from actors.specs import ModelSpec, PolicySpec, RoleResources, RolloutSpec
 from aligntune.errors import UserError
 
 Backend = Literal["trl", "unsloth"]
@@ -40,6 +40,21 @@ def check_backend(
         raise UserError(
             f"model.attention={model.attention} has no effect with backend=unsloth, which chooses "
             "the attention kernel itself; remove it"
+        )
+
+
+def check_shared_prompts(backend: Backend, policy: PolicySpec) -> None:
+    """Whether the settings let a group's prompt be computed once. Raises UserError."""
+    if not policy.shared_prompts:
+        return
+    if policy.packing is False:
+        raise UserError(
+            "policy.shared_prompts packs rows and policy.packing is false; remove one of the two"
+        )
+    if backend == "unsloth":
+        raise UserError(
+            "policy.shared_prompts has no effect with backend=unsloth, which chooses the attention "
+            "kernel itself; remove it, or use backend=trl"
         )
 
 

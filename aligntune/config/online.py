@@ -37,7 +37,7 @@ from actors.strategies.specs import STRATEGIES
 from aligntune.algorithms import registry
 from aligntune.algorithms.base import Algorithm
 from aligntune.config.auto import without_auto
-from aligntune.config.backends import check_backend, check_weight_sync
+from aligntune.config.backends import check_backend, check_shared_prompts, check_weight_sync
 from aligntune.config.episodes import AgentField, check_episodes
 from aligntune.config.records import EvalSpec, HubSpec, OnlineCheckpointSpec, OnlineTrackingSpec
 from aligntune.config.tree import explain
@@ -289,6 +289,7 @@ def check(config: RunConfig) -> None:
         "policy",
         f"policy.strategy={policy.strategy.name}" if policy.strategy.several else None,
     )
+    check_shared_prompts(config.backend, policy)
     rollout = config.rollout
     check_weight_sync(rollout, config.model)
     if rollout.max_replicas is not None:

@@ -148,7 +148,12 @@ def _reference_model(config: RunConfig) -> ModelSpec:
 def _reference(start: Start) -> tuple[Any, ...]:
     policy = start.config.policy
     model = _reference_model(start.config)
-    return (model, policy.tokens_per_microbatch, policy.tokens_per_chunk)
+    return (
+        model,
+        policy.tokens_per_microbatch,
+        policy.tokens_per_chunk,
+        policy.shared_prompts,
+    )
 
 
 def _policy_actor(config: RunConfig) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cProfile
 import random
+from collections.abc import Sequence
 from itertools import combinations, pairwise
 
 import pytest
@@ -210,6 +211,37 @@ def test_cutting_costs_a_row_no_more_where_there_are_many(packed: bool) -> None:
         return sum(entry.callcount for entry in profile.getstats()) / count
 
     assert calls(4096) <= 1.5 * calls(256)
+
+
+def in_a_pack(rows: Sequence[Row], prompts: dict[int, int]) -> int:
+    """Tokens of a pack that holds each prompt once."""
+    of_prompts = sum(prompts[work] for work in {row.work for row in rows})
+    return of_prompts + sum(row.tokens - prompts[row.work] for row in rows)
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(1, 30), max_size=6))),
+    budget=st.integers(1, 120),
+)
+def test_packs_with_shared_prompts_keep_the_budget_and_count_a_prompt_once(
+    shapes: list[tuple[int, list[int]]], budget: int
+) -> None:
+    prompts = {work: prompt for work, (prompt, _) in enumerate(shapes)}
+    rows = [
+        Row(work, completion, prompt + length)
+        for work, (prompt, lengths) in enumerate(shapes)
+        for completion, length in enumerate(lengths)
+    ]
+    batches = microbatches(rows, budget, packed=True, prompts=prompts)
+    assert keys(batches) == keys([rows])
+    for batch in batches:
+        assert batch
+        assert len(batch) == 1 or in_a_pack(batch, prompts) <= budget
+    for work in prompts:
+        own = [row for row in rows if row.work == work]
+        if in_a_pack(own, prompts) <= budget:
+            assert sum(work in {row.work for row in batch} for batch in batches) <= 1
+    assert microbatches(rows[::-1], budget, packed=True, prompts=prompts) == batches
 
 
 def test_a_row_longer_than_the_budget_is_alone() -> None:

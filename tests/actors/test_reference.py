@@ -18,8 +18,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model_folder(tmp_path_factory.mktemp("reference"))
 
 
-def reference(folder: Path, tokens_per_microbatch: int = 64, **model: object) -> ReferenceActor:
-    actor = ReferenceActor(ModelSpec(name=str(folder), **model), tokens_per_microbatch, 16)
+def reference(
+    folder: Path, tokens_per_microbatch: int = 64, shared_prompts: bool = False, **model: object
+) -> ReferenceActor:
+    spec = ModelSpec(name=str(folder), **model)
+    actor = ReferenceActor(spec, tokens_per_microbatch, 16, shared_prompts)
     actor.start()
     return actor
 
@@ -50,6 +53,21 @@ def test_micro_batches_do_not_matter(folder: Path) -> None:
     np.testing.assert_allclose(whole, singly, atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens_per_microbatch", [1, 20, 10_000])
+def test_a_prompt_that_is_computed_once_gives_the_same_log_probs(
+    folder: Path, tokens_per_microbatch: int
+) -> None:
+    group = make_group(0, 5, [3, 9, 1, 4], holes=True)
+    _, wanted = reference(folder).logprobs(group, 0.9)
+    _, found = reference(folder, tokens_per_microbatch, True).logprobs(group, 0.9)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_reference_that_cannot_share_prompts_says_so(folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.attention is eager; set it to false"):
+        reference(folder, 64, True, attention="eager")
+
+
 def test_lora_settings_of_the_policy_leave_the_reference_alone(folder: Path) -> None:
     group = make_group(0, 5, [3, 9])
     _, plain = reference(folder).logprobs(group, 1.0)
@@ -63,6 +81,6 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_asking_before_start_says_so(folder: Path) -> None:
-    actor = ReferenceActor(ModelSpec(name=str(folder)), 64, 16)
+    actor = ReferenceActor(ModelSpec(name=str(folder)), 64, 16, False)
     with pytest.raises(RuntimeError, match="call start first"):
         actor.logprobs(make_group(0, 5, [3]), 1.0)

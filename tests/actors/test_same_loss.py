@@ -123,6 +123,12 @@ def single_float64(folder: Path) -> Probe:
 
 
 @pytest.fixture(scope="module")
+def sharing(folder: Path) -> Probe:
+    """In float32, with each prompt once in a micro-batch."""
+    return Probe(one_rank(folder, shared_prompts=True))
+
+
+@pytest.fixture(scope="module")
 def three(folder: Path) -> list[Probe]:
     """Three actors in float64, to be ranks of one policy."""
     actors = [one_rank(folder) for _ in range(3)]
@@ -160,6 +166,35 @@ def test_on_one_rank_whatever_the_microbatches(
     )
     wanted, exact = (p.gradient(job, WHOLE, WHOLE, False) for p in (single, single_float64))
     assert_same(single.gradient(job, *cut), wanted, exact=exact)
+
+
+@settings(
+    deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES)
+@given(shapes=batches, cut=cuts, recompute_old=st.booleans())
+def test_a_prompt_that_is_computed_once_gives_the_same_loss(
+    single: Probe,
+    single_float64: Probe,
+    sharing: Probe,
+    loss: str,
+    recompute_old: bool,
+    shapes: Any,
+    cut: Any,
+) -> None:
+    """Of episodes of several rows, too: all rows of a group begin with its prompt."""
+    (job,) = make_jobs(
+        groups_of(shapes),
+        LOSSES[loss],
+        recompute_old=recompute_old,
+        trained=leave_some_out,
+        with_reference=True,
+        rollouts=some_joined,
+        whole_rollouts=loss == "gspo",
+    )
+    wanted, exact = (p.gradient(job, WHOLE, WHOLE, False) for p in (single, single_float64))
+    assert_same(sharing.gradient(job, *cut), wanted, exact=exact)
 
 
 @settings(deadline=None, max_examples=25)

@@ -25,6 +25,7 @@ BENCHES = {
     "memory": "what an update keeps beside weights and activations, vocabulary 152,064",
     "overlap_sim": "a step over the best possible under the staleness bound; virtual time",
     "packing": "padding, balance and time in step of a step's rows; exact",
+    "shared_prompts": "an update whose groups' prompts are computed once, over padded rows",
     "store": "bytes of a real step in the object store and through the driver; exact",
     "overlap_real": "tokens/s at staleness 1 and 2 over 0: real engines, a core each; in parts",
     "startup": "seconds to the first trained step over bare vLLM's start; in parts",

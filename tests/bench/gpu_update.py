@@ -7,7 +7,7 @@ own, so that a peak is its own. MFU is of a bfloat16 product measured in the sam
     python -m tests.bench gpu_update        also as: make bench NAME=gpu_update
     python -m tests.bench.gpu_update CASE SIZE FOLDER [profile]     one case, JSON on the last line
     python -m tests.bench.gpu_update attention              one layer's attention, by each way
-    python -m tests.bench.gpu_update shared RATIO           a group's prompt once, by flex attention
+    python -m tests.bench.gpu_update shared RATIO           a group's prompt once, or repeated
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def ceilings() -> dict[str, Any]:
 def attention_alone(sizes: dict[str, int] | None = None) -> dict[str, float]:
     """Seconds of one layer's attention, forwards and backwards, over a pack of ragged rows of
     `BUDGET` tokens: by variable length, row by row, and under a dense mask; and what sharing a
-    group's prompt would give, with flex attention, for prompts of 0.25, 1 and 4 completions."""
+    group's prompt gives, for prompts of 0.25, 1 and 4 completions."""
     import torch
 
     from actors.models.attention import attend
@@ -219,24 +220,16 @@ def shared_prompts(ratio: float, group: int = 8, tokens: int = 512) -> dict[str,
     The pack is the prompt, then the completions; a completion sees the prompt and itself.
     """
     import torch
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    from actors.models.attention import attend
+    from actors.models.attention import Pieces, attend
     from aligntune.selftest.sections import seconds
 
     device, heads, kv, width = "cuda", 12, 2, 128
     prompt = int(ratio * tokens)
-    pieces = [prompt] + [tokens] * group
-    total = sum(pieces)
-    owner = torch.repeat_interleave(
-        torch.arange(group + 1, device=device), torch.tensor(pieces, device=device)
-    )
-
-    def sees(b: Any, h: Any, q: Any, k: Any) -> Any:
-        return (q >= k) & ((owner[q] == owner[k]) | (owner[k] == 0))
-
-    compiled = torch.compile(flex_attention, dynamic=False)
-    block = create_block_mask(sees, None, None, total, total, device=device)
+    pieces = Pieces((prompt,) + (tokens,) * group, (None,) + (0,) * group)
+    total = sum(pieces.lengths)
+    own = torch.tensor([0, *accumulate(pieces.lengths)], device=device, dtype=torch.int32)
+    seen = torch.tensor([0, *accumulate(pieces.seen)], device=device, dtype=torch.int32)
     row = prompt + tokens
     ends = torch.arange(0, (group + 1) * row, row, device=device, dtype=torch.int32)
 
@@ -267,13 +260,21 @@ def shared_prompts(ratio: float, group: int = 8, tokens: int = 512) -> dict[str,
         ]
 
     def shared(parts: list[Any]) -> Any:
-        return compiled(*parts, block_mask=block, enable_gqa=True)
+        return attend(
+            None,
+            *parts,
+            None,
+            cu_seq_lens_q=own,
+            cu_seq_lens_k=seen,
+            max_length_q=row,
+            pieces=pieces,
+        )[0]
 
     def apart(parts: list[Any]) -> Any:
         return attend(None, *parts, None, cu_seq_lens_q=ends, max_length_q=row)[0]
 
     exact = drawn(torch.float32)
-    one = shared(exact)[0].transpose(0, 1)[prompt:].reshape(group, tokens, heads, width)
+    one = shared(exact)[0][prompt:].reshape(group, tokens, heads, width)
     each = apart(repeated(exact))[0].reshape(group, row, heads, width)[:, prompt:]
     low = drawn(torch.bfloat16)
     many = repeated(low)

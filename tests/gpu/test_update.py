@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from actors.messages import GroupTensors, Sampling
+from actors.models.inputs import collate
 from actors.models.loading import load_causal_lm
-from actors.models.logprobs import LogProbModel, collate, rows_of
+from actors.models.logprobs import LogProbModel, rows_of
 from actors.policy import PolicyActor
 from actors.specs import ModelSpec, RolloutSpec
 from aligntune.selftest.work import group_of, job_of, make_model, ragged, sampled_group, started
@@ -125,6 +126,52 @@ def test_attention_by_length_is_that_of_each_row_alone(tmp_path: Path, window: i
     pairs = [(got, wanted), *((p.grad, e.grad) for p, e in zip(parts, exact, strict=True))]
     for value, reference in pairs:
         assert float((value.float() - reference).norm() / reference.norm()) < 0.01
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_attention_by_length_behind_a_shared_prompt_is_that_of_each_row(window: int | None) -> None:
+    from actors.models.attention import Pieces, _row_by_row, attend
+
+    torch.manual_seed(0)
+    pieces = Pieces((130, 40, 1, 300, 5, 77), (None, 0, 0, 0, None, 4))
+    own, seen = (
+        torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
+        for lengths in (pieces.lengths, pieces.seen)
+    )
+    parts = [
+        torch.randn(
+            1, h, sum(pieces.lengths), 64, device="cuda", dtype=torch.bfloat16
+        ).requires_grad_()
+        for h in (8, 2, 2)
+    ]
+    exact = [p.detach().float().requires_grad_() for p in parts]
+    got, _ = attend(
+        None,
+        *parts,
+        None,
+        sliding_window=window,
+        cu_seq_lens_q=own,
+        cu_seq_lens_k=seen,
+        max_length_q=max(pieces.seen),
+        pieces=pieces,
+    )
+    wanted = _row_by_row(*exact, own, None, window, pieces)
+    flow = torch.randn_like(wanted)
+    (got * flow).sum().backward()
+    (wanted * flow).sum().backward()
+    pairs = [(got, wanted), *((p.grad, e.grad) for p, e in zip(parts, exact, strict=True))]
+    for value, reference in pairs:
+        assert float((value.float() - reference).norm() / reference.norm()) < 0.01
+
+
+def test_a_prompt_that_is_computed_once_gives_the_same_gradient(
+    folder: Path, groups: list[GroupTensors]
+) -> None:
+    wanted, _ = gradient(rank(folder), groups, 10**6, 10**6, True)
+    shared = rank(folder, shared_prompts=True)
+    assert shared._attention.endswith("prompts shared")
+    for cut in CUTS[:3]:
+        assert cosine_and_ratio(gradient(shared, groups, *cut)[0], wanted) < SAME
 
 
 def test_chunked_log_probs_are_the_whole_ones_and_never_hold_the_logits(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 
 import actors.models.attention as attention
 from actors.models.attention import PACKED_ROWS, attend, settle
-from actors.models.logprobs import LogProbModel, check_model, collate
+from actors.models.inputs import collate
+from actors.models.logprobs import LogProbModel, check_model
 from actors.specs import ModelSpec
 from tests.actors.policy_cases import VOCABULARY, causal_lm
 

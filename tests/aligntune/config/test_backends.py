@@ -47,6 +47,12 @@ def tree(algorithm: str) -> dict[str, Any]:
             [*QLORA, "policy.resources.gpus=1", "rollout.weight_sync=adapter"],
             "use rollout.weight_sync=full",
         ),
+        ("grpo", ["policy.shared_prompts=true", "policy.packing=false"], "remove one of the two"),
+        (
+            "grpo",
+            ["policy.shared_prompts=true", "backend=unsloth"],
+            "policy.shared_prompts has no effect with backend=unsloth",
+        ),
         ("gspo", ["backend=unsloth"], "gspo does not run with backend=unsloth"),
     ],
 )
