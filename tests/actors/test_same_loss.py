@@ -282,6 +282,25 @@ def test_on_any_number_of_ranks(
         assert_same(got, wanted, exact=exact)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["fsdp", "zero3"])
+def test_ranks_that_share_a_model_share_prompts_too(
+    folder: Path, single: Probe, single_float64: Probe, name: str
+) -> None:
+    shapes = [(6, [5, 2, 7, 4]), (9, [3, 6, 1]), (2, [4])]
+    make: Any = {"loss": simple_loss, "rollouts": some_joined}
+    (whole,) = make_jobs(groups_of(shapes), **make)
+    shares = make_jobs(groups_of(shapes), world=2, **make)
+    wanted, exact = (p.gradient(whole, WHOLE, WHOLE, False) for p in (single, single_float64))
+    ranks = Ranks(folder, 2, STRATEGIES[name], shared_prompts=True)
+    try:
+        for got in ranks.call(Probe.gradient, [(job, 24, 5, True) for job in shares]):
+            assert_same(got, wanted, exact=exact)
+    finally:
+        ranks.close()
+
+
 INDEPENDENT = {
     "grpo": (
         GRPO(beta=0.04, entropy_coefficient=0),
