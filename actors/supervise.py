@@ -17,7 +17,9 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import (
     GetTimeoutError,
+    NodeDiedError,
     ObjectLostError,
+    OutOfMemoryError,
     RayActorError,
     RayTaskError,
     WorkerCrashedError,
@@ -28,6 +30,10 @@ from actors.replicas import Replica, Replicas, State, Waiter
 from actors.restarts import Restarts
 from actors.timeline import spanned
 from actors.waiting import all_of
+
+DEATHS = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
+"""How Ray tells that a process is gone. The last: its node had little memory left, so Ray ended it;
+another process may have taken the memory."""
 
 
 class ReplicaLost(RuntimeError):
@@ -69,14 +75,14 @@ async def answer(ref: Any, replica: str, what: str, deadline_s: float, limit: st
         ) from error
     except RayTaskError as error:
         # An actor's death comes to those who wait for what it was making as a failed fetch.
-        if isinstance(error.cause, ObjectLostError | RayActorError | WorkerCrashedError):
+        if isinstance(error.cause, (ObjectLostError, *DEATHS)):
             raise ObjectsLost(f"an argument of {what} is lost: {error.cause}") from error
         if isinstance(error.cause, Exception):
             raise error.cause from error
         raise
     except ObjectLostError as error:
         raise ObjectsLost(f"the answer of {what}, or an argument, is lost: {error}") from error
-    except (RayActorError, WorkerCrashedError) as error:
+    except DEATHS as error:
         reason = str(error).strip().splitlines()
         raise ReplicaLost(replica, f"died during {what}: {reason[0] if reason else error!r}") from (
             error

@@ -79,7 +79,9 @@ class RelaySilent(RuntimeError):
 def answer_of(call: Any) -> Any:
     """What a remote call of the relay returns. Raises RelaySilent after ANSWER_SECONDS."""
     import ray
-    from ray.exceptions import GetTimeoutError, RayActorError
+    from ray.exceptions import GetTimeoutError
+
+    from actors.supervise import DEATHS
 
     try:
         return ray.get(call, timeout=ANSWER_SECONDS)
@@ -88,7 +90,7 @@ def answer_of(call: Any) -> Any:
             f"the relay between driver and workers gave no answer within {ANSWER_SECONDS:g} s; its "
             "node may be overloaded, or cut off"
         ) from error
-    except RayActorError as error:
+    except DEATHS as error:
         raise RelaySilent(
             "the relay between driver and workers is gone, with the driver or its node"
         ) from error

@@ -23,6 +23,8 @@ ENDS = ("The above exception", "During handling", BEGIN, 'File "')
 WRAPPERS = re.compile(r"Ray\w*Error|UserExceptionWithTraceback")
 
 CURES = {
+    r"running low on memory|memory pressure|killed.*\bOOM\b": "end what else takes memory there, "
+    "or use fewer replicas, a smaller model, or a machine with more memory",
     r"CUDA out of memory|OutOfMemoryError": "set policy.tokens_per_microbatch lower, "
     "model.gradient_checkpointing=true, or rollout.engine.gpu_memory_utilization lower",
     r"max_model_len|max_position_embeddings": "set rollout.max_prompt_length and "
@@ -30,8 +32,6 @@ CURES = {
     r"No available memory for the cache|KV cache": "set rollout.engine.gpu_memory_utilization or "
     "rollout.engine.kv_cache_gib higher, or the two lengths of rollout lower",
     r"No space left on device": "make room, or name another output_dir",
-    r"memory pressure|killed.*\bOOM\b|OutOfMemory": "use fewer replicas or a smaller model, or a "
-    "machine with more memory",
 }
 """A pattern of what failed, and what helps."""
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
+from ray.exceptions import (
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from actors import supervise
-from actors.supervise import ReplicaLost, answer
+from actors.supervise import ObjectsLost, ReplicaLost, answer
 from actors.waiting import all_of
+from aligntune.runs.failure import reason
 
 
 def test_all_answers_come_in_order() -> None:
@@ -62,3 +72,43 @@ def test_a_start_that_is_too_slow_names_its_setting(monkeypatch: pytest.MonkeyPa
         asyncio.run(main())
     said = "reward-0.0: start had no answer within 0.01 s (reward.start_timeout_s)"
     assert str(lost.value) == said
+
+
+@pytest.mark.parametrize(
+    "death",
+    [
+        RayActorError(),
+        WorkerCrashedError(),
+        NodeDiedError("its node died"),
+        OutOfMemoryError("4 worker(s) were killed due to the node running low on memory."),
+    ],
+)
+def test_whatever_ray_says_of_a_death_the_replica_is_lost_and_not_the_run(death: RayError) -> None:
+    class Ref:
+        def future(self) -> Any:
+            future: Future[Any] = Future()
+            future.set_exception(death)
+            return future
+
+    async def main() -> None:
+        await answer(Ref(), "policy-0", "update", 10)
+
+    with pytest.raises(ReplicaLost, match=r"policy-0: died during update") as lost:
+        asyncio.run(main())
+    if isinstance(death, OutOfMemoryError):
+        assert "; end what else takes memory there" in reason(lost.value)
+
+
+@pytest.mark.parametrize("death", [RayActorError(), OutOfMemoryError("low on memory")])
+def test_what_waits_for_the_answer_of_one_that_died_has_lost_an_argument(death: RayError) -> None:
+    class Ref:
+        def future(self) -> Any:
+            future: Future[Any] = Future()
+            future.set_exception(RayTaskError("score", "its argument", death))
+            return future
+
+    async def main() -> None:
+        await answer(Ref(), "reward-0.0", "score", 10)
+
+    with pytest.raises(ObjectsLost, match="an argument of score is lost"):
+        asyncio.run(main())
