@@ -219,6 +219,7 @@ def test_an_agent_that_cannot_be_had_is_one_line(
         loop(made.start())
 
 
+@pytest.mark.slow  # a process that imports OpenAI's client
 def test_an_agent_that_is_there_passes_the_check(chat_model: ModelSpec, folder: Path) -> None:
     notes = check_agent(code_of(folder, "solves"), chat_model, "127.0.0.1", None)
     assert len(notes) == 1  # the training template of TRL

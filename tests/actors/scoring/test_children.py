@@ -174,6 +174,7 @@ def gone(pid: int) -> bool:
 
 
 class TestSideBySide:
+    @pytest.mark.slow  # 32 interpreters
     def test_sixteen_groups_of_several_rewards_are_in_flight_at_the_same_time(
         self, scorer: Any, tmp_path: Path
     ) -> None:
