@@ -19,6 +19,7 @@ from tests.bench.end_to_end.parts import LEFT, Options, Unfinished
 
 BENCHES = {
     "control": "driver CPU time a group, over roles that answer at once",
+    "engine": "CPU s of a vLLM engine, forked and spawned, eager and compiled; in parts",
     "fan_out": "driver CPU a group over bare Ray calls, and with 1 to 64 replicas",
     "gpu_update": "an update on one GPU: packing, head, checkpointing; skipped without one",
     "ledger": "audit and restore of the books of a million groups",
@@ -35,7 +36,7 @@ BENCHES = {
     "transfer": "a version of the weights to the replicas: bytes, copies, CPU, pause",
     "staleness": "the age of what is trained on, under random times; virtual time",
 }
-IN_PARTS = ("overlap_real", "startup", "systems", "vs_floor", "vs_trl")
+IN_PARTS = ("engine", "overlap_real", "startup", "systems", "vs_floor", "vs_trl")
 
 
 def main(arguments: list[str]) -> int:
