@@ -166,6 +166,7 @@ TINY = {
 
 LIGHT = """
 import os, signal, sys
+import aligntune.config.load, aligntune.commands.plan, aligntune.commands.submit, cluster.plan.plan
 from aligntune.cli import main
 for number, arguments in enumerate(sys.stdin):
     child = os.fork()  # each is as if it were the first, and the program is imported once
