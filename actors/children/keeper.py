@@ -60,6 +60,8 @@ def keep(lifeline: int, log: str | None, serve: Callable[[], None]) -> NoReturn:
     `serve` must come from the main thread of a process that has no other thread.
     """
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    # A stopped keeper goes on when its actor ends, and sees the lifeline's end.
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     keeper = os.getpid()
     heard, said = os.pipe()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from tokenizers import Regex, Tokenizer, models
@@ -490,8 +491,9 @@ asyncio.run(main())
 
 class TestProcesses:
     @pytest.mark.slow
+    @pytest.mark.parametrize("keeper", ["runs", "is stopped"])
     def test_no_child_outlives_an_actor_that_is_killed_amid_a_call(
-        self, tokenizer_spec: ModelSpec, user_folder: Path, tmp_path: Path
+        self, tokenizer_spec: ModelSpec, user_folder: Path, tmp_path: Path, keeper: str
     ) -> None:
         parent = subprocess.Popen(
             [
@@ -509,10 +511,13 @@ class TestProcesses:
             assert parent.poll() is None
             child = int((tmp_path / "pid").read_text())
             assert not gone(child)
+            above = psutil.Process(child).ppid()
+            if keeper == "is stopped":
+                os.kill(above, signal.SIGSTOP)
         finally:
             parent.send_signal(signal.SIGKILL)
             parent.wait()
-        assert within(10, lambda: gone(child))
+        assert within(10, lambda: gone(child) and gone(above))
 
     def test_a_child_that_hangs_holding_the_interpreter_lock_is_killed_at_the_limit(
         self, tokenizer_spec: ModelSpec, criterion: Any, tmp_path: Path
