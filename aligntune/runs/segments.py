@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from mmap import ACCESS_READ, mmap
 from os.path import samestat
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +18,7 @@ from weakref import finalize
 from actors.storage import Store
 
 FOLDER = "logs"
+LOOK = 2**16  # bytes in which the end of a line is looked for at once
 PIECE = 2**26  # bytes of a segment at most: a long run's samples are larger than memory
 
 
@@ -82,11 +82,14 @@ class LogCopy:
 
 def _complete(file: BinaryIO, start: int, size: int) -> int:
     """Where the last complete line of a file's first `size` bytes ends; `start` where none does."""
-    length = min(size, os.fstat(file.fileno()).st_size)
-    if length <= start:
-        return start
-    with mmap(file.fileno(), length, access=ACCESS_READ) as content:
-        return max(start, content.rfind(b"\n", start) + 1)
+    end = min(size, os.fstat(file.fileno()).st_size)
+    while end > start:
+        at = max(start, end - LOOK)
+        file.seek(at)
+        if (found := file.read(end - at).rfind(b"\n")) >= 0:
+            return at + found + 1
+        end = at
+    return start
 
 
 def read_log(store: Store, name: str) -> bytes | None:

@@ -52,7 +52,7 @@ ACTIONS = st.lists(
 def test_whatever_happens_to_a_log_its_copy_is_what_was_pushed_last(
     tmp_path_factory: pytest.TempPathFactory, actions: list[tuple[str, int]], piece: int
 ) -> None:
-    with mock.patch("aligntune.runs.segments.PIECE", piece):
+    with mock.patch.multiple("aligntune.runs.segments", PIECE=piece, LOOK=piece):
         store = played(tmp_path_factory.mktemp("run"), actions)
     assert store.largest <= piece
 
