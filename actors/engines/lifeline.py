@@ -1,18 +1,30 @@
-"""Processes that end with another one, whatever ended it.
+"""Processes that end with another one, whatever ended it, and whether processes do anything.
 
 vLLM runs its engine in processes of its own, which a kill -9 of the rollout actor would leave
-behind with their memory.
+behind with their memory, and which answer nothing while they work at one thing.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
+import signal
+import sys
 import threading
+from collections.abc import Callable, Sequence
+
+import psutil
+
+_PR_SET_PDEATHSIG = 1
+_NO_MORE = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
 
 
 def end_with(pid: int) -> None:
-    """End this process, at once, when process `pid` of this machine has ended (Linux)."""
+    """End this process, at once, when process `pid` of this machine has ended (Linux).
+
+    One that is stopped then goes on first, as soon as its parent has ended.
+    """
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -23,3 +35,27 @@ def end_with(pid: int) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, name=f"end-with-{pid}", daemon=True).start()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
+
+
+def work_of(processes: Sequence[int]) -> Callable[[], bool]:
+    """What says, from outside, whether `processes` have worked since now: together they have used
+    processor time, and none is stopped or gone."""
+
+    def used() -> float | None:
+        try:
+            seen = [psutil.Process(pid) for pid in processes]
+            if any(one.status() in _NO_MORE for one in seen):
+                return None
+            return sum(sum(one.cpu_times()[:2]) for one in seen)
+        except psutil.NoSuchProcess:
+            return None
+
+    before = used()
+
+    def worked() -> bool:
+        now = used()
+        return before is not None and now is not None and now > before
+
+    return worked

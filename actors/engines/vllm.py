@@ -31,6 +31,7 @@ from actors.engines.base import (
     completion,
     stop_token_ids,
 )
+from actors.engines.lifeline import work_of
 from actors.engines.specs import VLLMSpec
 from actors.engines.vllm_adapter import AdapterFolder, lora_options
 from actors.engines.vllm_steps import stat_logger
@@ -42,6 +43,7 @@ from actors.transfer.memory_file import MemoryFile
 log = logging.getLogger(__name__)
 
 _CPU_KV_CACHE_GIB = 1.0
+_LOOK_S = 1.0  # between two looks at an engine that loads
 # What this engine's promises rest on; setting them would break one of them.
 _OURS = {
     "model": "model.name",
@@ -96,6 +98,8 @@ class VLLMEngine:
         self._stops: tuple[int, ...] = ()
         self._adapter: AdapterFolder | None = None
         self._llm: Any = None
+        self._processes: list[int] = []
+        self._loading = False  # its processes answer nothing then
 
     @property
     def version(self) -> int:
@@ -113,6 +117,9 @@ class VLLMEngine:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest())
+        cores = self._llm.engine_core.resources.engine_manager.processes
+        workers = await self._llm.collective_rpc("process_id")
+        self._processes = sorted({*(core.pid for core in cores), *workers})
         if self._adapter is not None:
             await self._llm.add_lora(self._adapter.request(load=True))
         await self._llm.update_weight_version(str(self._version))
@@ -165,7 +172,7 @@ class VLLMEngine:
             try:
                 with _deaths_translated():
                     load = await asyncio.to_thread(self._laid_out, bundle)
-                    began = time.monotonic()
+                    began, self._loading = time.monotonic(), True
                     await self._llm.pause_generation(mode="keep", clear_cache=True)
                     await load()
                     await self._llm.update_weight_version(str(bundle.version))
@@ -178,6 +185,8 @@ class VLLMEngine:
                 if isinstance(error, Exception) and not isinstance(error, EngineDead):
                     raise WeightMismatch(self._broken) from error
                 raise
+            finally:
+                self._loading = False
 
     def _laid_out(self, bundle: WeightBundle) -> Callable[[], Awaitable[None]]:
         """Put weights where vLLM's processes read them; what has them do so."""
@@ -208,10 +217,18 @@ class VLLMEngine:
             await self._llm.check_health()
 
     async def answers(self) -> None:
-        """Have the engine's process answer, between two of its steps."""
-        if not self._updating.locked():
+        """Have the engine's process answer, between two of its steps; one that loads weights has
+        answered once its processes have worked."""
+        worked = work_of(self._processes)
+        asked = asyncio.ensure_future(self._llm.is_sleeping())
+        try:
             with _deaths_translated():
-                await self._llm.is_sleeping()
+                while not (await asyncio.wait((asked,), timeout=_LOOK_S))[0]:
+                    if self._loading and worked():
+                        return
+                asked.result()
+        finally:
+            asked.cancel()
 
     async def close(self) -> None:
         """End the engine's processes."""

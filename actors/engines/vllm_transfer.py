@@ -35,7 +35,11 @@ OWNER_ENV = "ALIGNTUNE_ROLLOUT_PID"
 
 
 class WorkerExtension:
-    """Adds nothing to vLLM's worker: naming it makes vLLM import this module in each of them."""
+    """What vLLM's worker gets beside its own; naming it makes vLLM import this module in each."""
+
+    def process_id(self) -> int:
+        """Of the process that it works in."""
+        return os.getpid()
 
 
 @dataclass

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import select
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
+import psutil
 import pytest
 
 from actors.engines import base
 from actors.engines.base import resolve_engine
+from actors.engines.lifeline import work_of
 from actors.engines.specs import AutoEngineSpec, TransformersSpec, VLLMSpec
-from tests.actors.engines.replicas import WAIT_S, rollout_spec
+from actors.specs import ModelSpec
+from tests.actors.engines.replicas import WAIT_S, rollout_spec, until
 
 
 def test_auto_is_vllm_where_it_is_installed_and_transformers_elsewhere(monkeypatch):
@@ -79,3 +88,107 @@ def test_a_process_tied_to_another_ends_when_that_one_is_killed():
     owner.kill()
     assert tied.wait(WAIT_S) == 1
     owner.wait(WAIT_S)
+
+
+TIED = """
+import os, threading
+from actors.engines.lifeline import end_with
+end_with(os.getppid())
+print(os.getpid(), flush=True)
+threading.Event().wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's end")
+def test_a_process_tied_to_another_ends_with_it_though_it_is_stopped():
+    of_owner = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", of_owner, TIED], stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    tied = int(owner.stdout.readline())
+    ended = os.pidfd_open(tied)
+    os.kill(tied, signal.SIGSTOP)
+    until(lambda: psutil.Process(tied).status() == psutil.STATUS_STOPPED)
+    owner.kill()
+    assert select.select([ended], [], [], WAIT_S)[0]
+    owner.communicate(timeout=WAIT_S)
+    os.close(ended)
+
+
+@pytest.fixture
+def busy() -> Iterator[int]:
+    """A process that works."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
+        yield child.pid
+        child.kill()
+
+
+@pytest.fixture
+def idle() -> Iterator[int]:
+    """A process that waits."""
+    line = "import sys; print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", line], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_SLEEPING)
+        yield child.pid
+        child.kill()
+
+
+def test_processes_work_that_use_time_and_none_is_stopped_or_gone(busy, idle):
+    of_both, of_idle = work_of([busy, idle]), work_of([idle])
+    until(of_both)
+    assert not of_idle()
+    os.kill(idle, signal.SIGSTOP)  # as one process of several of an engine
+    until(lambda: psutil.Process(idle).status() == psutil.STATUS_STOPPED)
+    assert not of_both()
+    os.kill(idle, signal.SIGCONT)
+    until(of_both)
+    psutil.Process(idle).kill()
+    until(lambda: psutil.Process(idle).status() == psutil.STATUS_ZOMBIE)
+    assert not of_both()
+
+
+class Silent:
+    """Stands in for vLLM's client: the engine answers once it is let."""
+
+    def __init__(self) -> None:
+        self.let = asyncio.Event()
+
+    async def is_sleeping(self) -> bool:
+        await self.let.wait()
+        return False
+
+
+@pytest.mark.slow
+def test_an_engine_that_loads_answers_by_its_work_and_any_other_does_not(busy, monkeypatch):
+    pytest.importorskip("vllm")
+    from actors.engines import vllm
+
+    monkeypatch.setattr(vllm, "_LOOK_S", 0.01)
+
+    async def run() -> None:
+        engine: Any = vllm.VLLMEngine(ModelSpec(name="none"), rollout_spec(VLLMSpec()), 0, 8, 1)
+        engine._llm, engine._processes = Silent(), [busy]
+        serving = asyncio.create_task(engine.answers())
+        used = work_of([busy])
+        while not used():  # noqa: ASYNC110 - a process sets no event
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert not serving.done(), "it hangs, whatever its processes use"
+        engine._loading = True
+        async with asyncio.timeout(WAIT_S):
+            await engine.answers()
+            await serving
+        os.kill(busy, signal.SIGSTOP)
+        until(lambda: psutil.Process(busy).status() == psutil.STATUS_STOPPED)
+        stopped = asyncio.create_task(engine.answers())
+        assert not (await asyncio.wait((stopped,), timeout=0.5))[0]
+        engine._llm.let.set()
+        async with asyncio.timeout(WAIT_S):
+            await stopped
+
+    asyncio.run(run())

@@ -372,6 +372,26 @@ def test_an_engine_that_is_forked_computes_what_another_does_bit_for_bit(
 
 
 @pytest.mark.slow
+def test_an_engine_that_is_stopped_answers_no_ping_though_it_takes_new_weights(
+    vllm_replica, bundles
+):
+    vllm_replica.get("load_weights", bundles[0])
+    assert vllm_replica.get("ping") >= 0
+    engine = vllm_replica.get("engine_process")
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        load = vllm_replica.call("load_weights", bundles[1])
+        ping = vllm_replica.call("ping")
+        with pytest.raises(TimeoutError):
+            ping.result(5)
+        assert not load.done()
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    assert load.result(WAIT_S) > 0
+    assert ping.result(WAIT_S) >= 0
+
+
+@pytest.mark.slow
 def test_a_dead_engine_takes_its_actor_with_it(vllm_replica):
     """Last of the module: it ends the shared vLLM replica."""
     pid = vllm_replica.pid
