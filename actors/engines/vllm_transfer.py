@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -157,5 +159,7 @@ def _views(memory: np.ndarray, info: ObjectStoreUpdateInfo) -> Iterator[tuple[st
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, ObjectStoreWeightTransferEngine)
+# Its own lock is shared by processes: one that is killed leaves it in the machine's shared memory.
+tqdm.set_lock(threading.RLock())
 if OWNER_ENV in os.environ and os.environ[OWNER_ENV] != str(os.getpid()):
     end_with(int(os.environ[OWNER_ENV]))

@@ -12,6 +12,7 @@ import copy
 import os
 import pickle
 import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -369,6 +370,15 @@ def test_an_engine_that_is_forked_computes_what_another_does_bit_for_bit(
             found.append((tensors.token_ids.tolist(), tensors.logprobs.tobytes()))
             assert (parent.pid == replica.pid) == (replica is other)
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process maps")
+def test_an_engine_has_no_semaphore_that_it_would_leave_if_it_were_killed(vllm_replica):
+    for pid in (vllm_replica.pid, vllm_replica.get("engine_process")):
+        maps = Path(f"/proc/{pid}/maps").read_text()
+        assert "vllm" in maps
+        assert "/sem." not in maps
 
 
 @pytest.mark.slow
