@@ -145,6 +145,20 @@ def ranks(folder: Path, request: Any) -> Iterator[tuple[int, Ranks]]:
     made.close()
 
 
+def job_of_one_rank(shapes: Any, loss: str, recompute_old: bool) -> Any:
+    """All of a batch, with some tokens left out and some rows joined."""
+    (job,) = make_jobs(
+        groups_of(shapes),
+        LOSSES[loss],
+        recompute_old=recompute_old,
+        trained=leave_some_out,
+        with_reference=True,
+        rollouts=some_joined,
+        whole_rollouts=loss == "gspo",
+    )
+    return job
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("recompute_old", [False, True])
@@ -155,15 +169,7 @@ def ranks(folder: Path, request: Any) -> Iterator[tuple[int, Ranks]]:
 def test_on_one_rank_whatever_the_microbatches(
     single: Probe, single_float64: Probe, loss: str, recompute_old: bool, shapes: Any, cut: Any
 ) -> None:
-    (job,) = make_jobs(
-        groups_of(shapes),
-        LOSSES[loss],
-        recompute_old=recompute_old,
-        trained=leave_some_out,
-        with_reference=True,
-        rollouts=some_joined,
-        whole_rollouts=loss == "gspo",
-    )
+    job = job_of_one_rank(shapes, loss, recompute_old)
     wanted, exact = (p.gradient(job, WHOLE, WHOLE, False) for p in (single, single_float64))
     assert_same(single.gradient(job, *cut), wanted, exact=exact)
 
@@ -184,15 +190,7 @@ def test_a_prompt_that_is_computed_once_gives_the_same_loss(
     cut: Any,
 ) -> None:
     """Of episodes of several rows, too: all rows of a group begin with its prompt."""
-    (job,) = make_jobs(
-        groups_of(shapes),
-        LOSSES[loss],
-        recompute_old=recompute_old,
-        trained=leave_some_out,
-        with_reference=True,
-        rollouts=some_joined,
-        whole_rollouts=loss == "gspo",
-    )
+    job = job_of_one_rank(shapes, loss, recompute_old)
     wanted, exact = (p.gradient(job, WHOLE, WHOLE, False) for p in (single, single_float64))
     assert_same(sharing.gradient(job, *cut), wanted, exact=exact)
 

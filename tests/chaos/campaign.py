@@ -170,8 +170,7 @@ class Campaign:
             victim.resume()
         elif hit.ends_the_command:
             self._until(lambda: self.process.poll() is not None, "the end of the command", True)
-            self._nothing_is_left()
-            self.process = self._launched()
+            self.process = self._launched()  # at once; `_end` sees that what was before it is gone
         elif hit.victim not in ("reward child", *RAY):
             self._until(lambda: role_starts(role, self.run) > starts, f"a new {role}")
         self._until(lambda: self._step() >= step + BETWEEN, f"step {step + BETWEEN}")

@@ -104,6 +104,30 @@ def test_in_float32_the_gradient_is_the_same_to_rounding(
         assert cosine_and_ratio(gradient(actor, groups, *cut)[0], wanted) < 1e-5
 
 
+def attention_inputs(tokens: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Queries, keys and values [1, heads, tokens, 64] in bfloat16, and the same in float32."""
+    parts = [
+        torch.randn(1, h, tokens, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for h in (8, 2, 2)
+    ]
+    return parts, [p.detach().float().requires_grad_() for p in parts]
+
+
+def assert_alike(
+    got: torch.Tensor,
+    wanted: torch.Tensor,
+    parts: list[torch.Tensor],
+    exact: list[torch.Tensor],
+) -> None:
+    """Values and gradients are those of float32 within what bfloat16 holds."""
+    flow = torch.randn_like(wanted)
+    (got * flow).sum().backward()
+    (wanted * flow).sum().backward()
+    pairs = [(got, wanted), *((p.grad, e.grad) for p, e in zip(parts, exact, strict=True))]
+    for value, reference in pairs:
+        assert float((value.float() - reference).norm() / reference.norm()) < 0.01
+
+
 @pytest.mark.parametrize("window", [None, 64])
 def test_attention_by_length_is_that_of_each_row_alone(tmp_path: Path, window: int | None) -> None:
     from actors.models.attention import _row_by_row, attend
@@ -111,21 +135,12 @@ def test_attention_by_length_is_that_of_each_row_alone(tmp_path: Path, window: i
     torch.manual_seed(0)
     lengths = [5, 300, 77, 128, 1]
     ends = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
-    parts = [
-        torch.randn(1, h, sum(lengths), 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
-        for h in (8, 2, 2)
-    ]
-    exact = [p.detach().float().requires_grad_() for p in parts]
+    parts, exact = attention_inputs(sum(lengths))
     got, _ = attend(
         None, *parts, None, sliding_window=window, cu_seq_lens_q=ends, max_length_q=max(lengths)
     )
     wanted = _row_by_row(*exact, ends, None, window)
-    flow = torch.randn_like(wanted)
-    (got * flow).sum().backward()
-    (wanted * flow).sum().backward()
-    pairs = [(got, wanted), *((p.grad, e.grad) for p, e in zip(parts, exact, strict=True))]
-    for value, reference in pairs:
-        assert float((value.float() - reference).norm() / reference.norm()) < 0.01
+    assert_alike(got, wanted, parts, exact)
 
 
 @pytest.mark.parametrize("window", [None, 64])
@@ -138,13 +153,7 @@ def test_attention_by_length_behind_a_shared_prompt_is_that_of_each_row(window: 
         torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
         for lengths in (pieces.lengths, pieces.seen)
     )
-    parts = [
-        torch.randn(
-            1, h, sum(pieces.lengths), 64, device="cuda", dtype=torch.bfloat16
-        ).requires_grad_()
-        for h in (8, 2, 2)
-    ]
-    exact = [p.detach().float().requires_grad_() for p in parts]
+    parts, exact = attention_inputs(sum(pieces.lengths))
     got, _ = attend(
         None,
         *parts,
@@ -156,12 +165,7 @@ def test_attention_by_length_behind_a_shared_prompt_is_that_of_each_row(window: 
         pieces=pieces,
     )
     wanted = _row_by_row(*exact, own, None, window, pieces)
-    flow = torch.randn_like(wanted)
-    (got * flow).sum().backward()
-    (wanted * flow).sum().backward()
-    pairs = [(got, wanted), *((p.grad, e.grad) for p, e in zip(parts, exact, strict=True))]
-    for value, reference in pairs:
-        assert float((value.float() - reference).norm() / reference.norm()) < 0.01
+    assert_alike(got, wanted, parts, exact)
 
 
 def test_a_prompt_that_is_computed_once_gives_the_same_gradient(
