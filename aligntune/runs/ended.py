@@ -32,13 +32,25 @@ class Scored:
 
 
 def finished_at(rundir: RunDir) -> int | None:
-    """The last step of the run that ended here well, or None where none did."""
-    steps = [
-        event["step"]
-        for event in readable(rundir.file("events.jsonl"))
-        if event.get("kind") == EventKind.RUN_FINISHED and type(event.get("step")) is int
-    ]
-    return steps[-1] if steps else None
+    """The last step of the run that ended here well, or None where none did, or where the run has
+    gone back since: what it exported is then another model than the one it trains."""
+    finished: int | None = None
+    for event in readable(rundir.file("events.jsonl")):
+        kind, step = event.get("kind"), event.get("step")
+        if type(step) is not int:
+            continue
+        if kind == EventKind.RUN_FINISHED:
+            finished = step
+        elif finished is not None and _goes_back(kind, step, finished):
+            finished = None
+    return finished
+
+
+def _goes_back(kind: object, step: int, finished: int) -> bool:
+    """Whether a later event tells of steps up to `finished` that are trained again."""
+    if kind == EventKind.CHECKPOINT_SAVED:  # one that began anew has not resumed
+        return step <= finished
+    return kind == EventKind.RESUMED and step < finished
 
 
 def is_over(rundir: RunDir, total_steps: int) -> bool:
@@ -89,15 +101,20 @@ def said_by_roles(rundir: RunDir, key: str) -> str:
 def model_to_score(rundir: RunDir, start: str) -> Scored:
     """The export of the run, or `start`, the model it begins with, where no step was trained.
 
-    Raises UserError where the run has gone further than what it exported: neither would be its
-    model.
+    Raises UserError where the run has gone further than what it exported, or has gone back: neither
+    would be its model.
     """
     trained, exported = rundir.last_step(), finished_at(rundir)
     if rundir.model.is_dir() and exported is not None and exported >= trained:
         return Scored(str(rundir.model), exported, "export")
     if not rundir.trained:
         return Scored(start, 0, "start")
-    there = f"its model/ is of step {exported}" if rundir.model.is_dir() else "it has no model/ yet"
+    if not rundir.model.is_dir():
+        there = "it has no model/ yet"
+    elif exported is None:
+        there = "its model/ may be an older one"
+    else:
+        there = f"its model/ is of step {exported}"
     raise UserError(
         f"the run in {rundir.path} stands at step {trained} and {there}; call `aligntune train` "
         "with its config again to end it, which writes the model, or score another model by "

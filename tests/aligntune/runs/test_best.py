@@ -17,7 +17,7 @@ from aligntune.runs.choice import chosen_model
 from aligntune.runs.mirror import Mirror
 from aligntune.runs.rundir import RunDir
 from tests.aligntune.runs.test_checkpoint import save
-from tests.aligntune.runs.test_ended import stand
+from tests.aligntune.runs.test_ended import stand, went_on
 
 REWARD = "eval/reward/mean"
 BEST = Best(REWARD)
@@ -89,6 +89,15 @@ def test_the_newest_model_is_the_export_or_what_has_gone_further(rundir: RunDir)
     assert newest.is_checkpoint
     stand(rundir, trained=9, finished=9, exported=False)
     assert chosen_model(rundir, "hub/name").origin == "export"
+
+
+def test_the_newest_model_of_a_run_that_went_back_is_no_older_export(rundir: RunDir) -> None:
+    stand(rundir, trained=5, finished=7, exported=True, later=went_on("resumed", 3))
+    keep(rundir, 3, 5)
+    newest = chosen_model(rundir, "hub/name")
+    assert (newest.origin, newest.step) == ("checkpoint", 5)
+    with pytest.raises(UserError, match="has not ended, so"):
+        chosen_model(rundir, "hub/name", "export")
 
 
 def test_a_model_that_is_named_is_taken_or_refused(rundir: RunDir) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ import pytest
 from aligntune.errors import UserError
 from aligntune.runs.ended import Scored, finished_at, is_over, model_to_score
 from aligntune.runs.rundir import RunDir
+
+
+def went_on(kind: str, step: int) -> list[dict[str, Any]]:
+    """Events of a process that starts after a finish, up to one of `kind`."""
+    return [{"kind": "run_started"}, {"kind": kind, "step": step}]
 
 
 @pytest.fixture
@@ -22,12 +28,19 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def stand(rundir: RunDir, trained: int, finished: int | None, exported: bool) -> None:
+def stand(
+    rundir: RunDir,
+    trained: int,
+    finished: int | None,
+    exported: bool,
+    later: Sequence[dict[str, Any]] = ({"kind": "run_stopped"},),
+) -> None:
+    """`later` are events after the finish."""
     write(rundir.file("metrics.jsonl"), [{"step": step} for step in range(trained + 1)])
     ended = [] if finished is None else [{"kind": "run_finished", "step": finished}]
-    write(rundir.file("events.jsonl"), [{"kind": "run_started"}, *ended, {"kind": "run_stopped"}])
+    write(rundir.file("events.jsonl"), [{"kind": "run_started"}, *ended, *later])
     if exported:
-        rundir.model.mkdir()
+        rundir.model.mkdir(exist_ok=True)
 
 
 def test_before_training_it_is_the_start(rundir: RunDir) -> None:
@@ -70,3 +83,24 @@ def test_a_run_that_was_stopped_is_not_over(
 ) -> None:
     stand(rundir, trained=7, finished=finished, exported=exported)
     assert not is_over(rundir, 7)
+
+
+@pytest.mark.parametrize("later", [went_on("resumed", 3), went_on("checkpoint_saved", 7)])
+def test_a_run_that_went_back_has_yet_to_finish(
+    rundir: RunDir, later: list[dict[str, Any]]
+) -> None:
+    stand(rundir, trained=7, finished=7, exported=True, later=later)
+    assert finished_at(rundir) is None
+    assert not is_over(rundir, 7), "model/ is of the weights before it went back"
+    with pytest.raises(UserError, match="stands at step 7 and its model/ may be an older one"):
+        model_to_score(rundir, "hub/name")
+    stand(rundir, 7, 7, True, later=[*later, {"kind": "run_finished", "step": 7}])
+    assert is_over(rundir, 7)
+
+
+def test_a_run_that_is_extended_keeps_what_it_exported(rundir: RunDir) -> None:
+    stand(rundir, trained=7, finished=7, exported=True, later=went_on("resumed", 7))
+    assert finished_at(rundir) == 7
+    later = [*went_on("resumed", 7), {"kind": "checkpoint_saved", "step": 8}]
+    stand(rundir, trained=8, finished=7, exported=True, later=later)
+    assert finished_at(rundir) == 7
