@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import difflib
 import logging
 import os
 import shutil
@@ -34,6 +33,7 @@ from actors.engines.base import (
 from actors.engines.lifeline import work_of
 from actors.engines.specs import VLLMSpec
 from actors.engines.vllm_adapter import AdapterFolder, lora_options
+from actors.engines.vllm_options import batch_limits, check_engine_options
 from actors.engines.vllm_steps import stat_logger
 from actors.messages import Completion, FinishReason, Sampling, VersionSpan
 from actors.specs import ModelSpec, RolloutSpec
@@ -44,27 +44,6 @@ log = logging.getLogger(__name__)
 
 _CPU_KV_CACHE_GIB = 1.0
 _LOOK_S = 1.0  # between two looks at an engine that loads
-# What this engine's promises rest on; setting them would break one of them.
-_OURS = {
-    "model": "model.name",
-    "revision": "model.revision",
-    "dtype": "model.dtype",
-    "trust_remote_code": "model.trust_remote_code",
-    "max_model_len": "rollout.max_prompt_length and rollout.max_completion_length",
-    "tensor_parallel_size": "rollout.engine.tensor_parallel_size",
-    "gpu_memory_utilization": "rollout.engine.gpu_memory_utilization",
-    "seed": "train.seed",
-    "logprobs_mode": None,
-    "weight_transfer_config": None,
-    "worker_extension_cls": None,
-    "skip_tokenizer_init": None,
-    "generation_config": None,
-    "speculative_config": None,
-    "enable_lora": "rollout.weight_sync",
-    "max_loras": None,
-    "max_cpu_loras": None,
-    "max_lora_rank": "model.lora.r",
-}
 
 
 class VLLMEngine:
@@ -366,41 +345,3 @@ def _deaths_translated() -> Iterator[None]:
         yield
     except EngineDeadError as error:
         raise EngineDead(f"vLLM's engine process died: {error}") from error
-
-
-def batch_limits(
-    spec: RolloutSpec,
-    sequences: int,
-    most_sequences: int,
-    most_tokens: int,
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    """`options` with what of `max_num_seqs` and `max_num_batched_tokens` they leave open.
-
-    Every one of the `sequences` in flight takes part in a step of decoding, and a step of prefill
-    takes all their prompts, or one whole sequence: vLLM's defaults of 128 and 2,048 are a server's.
-    Both are bounded by what vLLM itself would take on this device (`most_...`), for it allocates
-    by them; what is beyond waits its turn in vLLM.
-    """
-    budget = options.get("max_num_batched_tokens", most_tokens)
-    seqs = options.get("max_num_seqs", min(sequences, most_sequences, budget))
-    longest = spec.max_length
-    prompts = seqs * (longest - spec.max_completion_length)
-    tokens = max(seqs, min(max(prompts, longest), most_tokens))
-    return {"max_num_seqs": seqs, "max_num_batched_tokens": tokens} | options
-
-
-def check_engine_options(options: dict[str, Any], known: set[str]) -> None:
-    """Refuse what vLLM does not know, and what aligntune sets itself.
-
-    Raises:
-        ValueError: naming the option and the cure.
-    """
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"rollout.engine.options: vLLM has no option {name!r}{hint}")
-        if name in _OURS:
-            cure = f"set {_OURS[name]} instead" if _OURS[name] else "remove it"
-            raise ValueError(f"rollout.engine.options: {name!r} is set by aligntune; {cure}")

@@ -33,7 +33,7 @@ def test_auto_is_vllm_where_it_is_installed_and_transformers_elsewhere(monkeypat
 
 
 def test_an_engine_option_that_is_unknown_or_ours_is_refused():
-    from actors.engines.vllm import check_engine_options
+    from actors.engines.vllm_options import check_engine_options
 
     known = {"enforce_eager", "max_num_seqs", "logprobs_mode", "max_model_len"}
     with pytest.raises(ValueError, match=r"no option 'max_num_seq'; did you mean 'max_num_seqs'\?"):
@@ -46,7 +46,7 @@ def test_an_engine_option_that_is_unknown_or_ours_is_refused():
 
 
 def test_vllms_batches_follow_from_the_groups_that_a_replica_is_given():
-    from actors.engines.vllm import batch_limits
+    from actors.engines.vllm_options import batch_limits
 
     def limits(sequences: int, *, prompt: int = 512, **options: int) -> tuple[int, int]:
         spec = rollout_spec(VLLMSpec()).model_copy(update={"max_prompt_length": prompt})
