@@ -42,17 +42,18 @@ def page(runs: Sequence[RunOnDisk]) -> str:
     script += "".join(f"{_asset(name)}\n" for name in SCRIPTS)
     style = _library("uPlot.min.css") + "".join(f"{_asset(name)}\n" for name in STYLES)
     drawn = curves.parts({name for run in runs for name in _metrics(run)})
-    data, more = _data(runs, drawn)
+    names = named(runs)
+    data, more = _data(runs, names, drawn)
     template = _environment().from_string(_asset("page.html"))
     text = template.render(
-        runs=[_told(run) for run in runs],
-        title=" and ".join(run.name for run in runs),
+        runs=[_told(*pair) for pair in zip(runs, names, strict=True)],
+        title=" and ".join(names),
         parts=drawn,
         lengths=data["lengths"] is not None,
         settings=settings(runs),
         knows_defaults=runs[0].defaults is not None,
         samples=more,
-        events=[_events(run) for run in runs],
+        events=[_events(*pair) for pair in zip(runs, names, strict=True)],
         data=Markup(embedded(data)),
         script=Markup(script),
         style=Markup(style),
@@ -70,31 +71,42 @@ def embedded(data: Any) -> str:
     return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda m: f"\\u{ord(m[0]):04x}", text)
 
 
+def named(runs: Sequence[RunOnDisk]) -> list[str]:
+    """What a page calls each run: the shortest end of its path by which they differ. Runs of the
+    quickstart all lie in a folder `run`."""
+    parts = [run.path.absolute().parts for run in runs]
+    for length in range(1, max(map(len, parts)) + 1):
+        ends = [str(Path(*each[-length:])) for each in parts]
+        if len(set(ends)) == len(ends):
+            return ends
+    return [run.name for run in runs]  # one run, twice
+
+
 def _metrics(run: RunOnDisk) -> set[str]:
     return figures.names(run.metrics) | figures.names(run.evals)
 
 
 def _data(
-    runs: Sequence[RunOnDisk], drawn: Sequence[curves.Part]
+    runs: Sequence[RunOnDisk], names: Sequence[str], drawn: Sequence[curves.Part]
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """What the scripts need, and how many groups of samples are shown and there."""
     shown = in_all = 0
     each, lengths = [], {}
-    for run in runs:
+    for run, name in zip(runs, names, strict=True):
         budget = SAMPLE_BYTES // len(runs) // 4
         samples, there = run.samples(budget * 3)
         held_out, held_out_there = run.eval_samples(budget)
         shown += len(samples) + len(held_out)
         in_all += there + held_out_there
         first, last = figures.quarters(samples)
-        prefix = f"{run.name}: " if len(runs) > 1 else ""
+        prefix = f"{name}: " if len(runs) > 1 else ""
         if len(runs) == 1 and first != last:
             lengths["first quarter"] = first
         lengths[f"{prefix}last quarter"] = last
         metrics = figures.thinned(run.metrics)
         each.append(
             {
-                "name": run.name,
+                "name": name,
                 "every": -(-len(run.metrics) // figures.POINTS) if run.metrics else 1,
                 "steps": figures.columns(metrics),
                 "evals": figures.columns(figures.thinned(run.evals)),
@@ -117,11 +129,11 @@ def _chart(chart: curves.Chart) -> dict[str, Any]:
     }
 
 
-def _told(run: RunOnDisk) -> dict[str, Any]:
+def _told(run: RunOnDisk, name: str) -> dict[str, Any]:
     told = summary(run)
     model = run.config.get("model")
     return {
-        "name": run.name,
+        "name": name,
         "algorithm": run.algorithm,
         "model": model.get("name", "") if isinstance(model, Mapping) else "",
         "path": str(run.path),
@@ -135,7 +147,7 @@ def _told(run: RunOnDisk) -> dict[str, Any]:
     }
 
 
-def _events(run: RunOnDisk) -> dict[str, Any]:
+def _events(run: RunOnDisk, name: str) -> dict[str, Any]:
     """Those that a page shows: with the time since the run's first one."""
     begun = run.events[0]["time"] if run.events else 0.0
     rows = [
@@ -152,7 +164,7 @@ def _events(run: RunOnDisk) -> dict[str, Any]:
         }
         for event in run.events[-EVENTS:]
     ]
-    return {"name": run.name, "rows": rows, "left_out": max(0, len(run.events) - EVENTS)}
+    return {"name": name, "rows": rows, "left_out": max(0, len(run.events) - EVENTS)}
 
 
 def _environment() -> Environment:

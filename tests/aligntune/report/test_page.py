@@ -177,6 +177,14 @@ def test_two_runs_have_their_curves_and_their_differences(tmp_path: Path) -> Non
     assert differing == ["train.seed"]
 
 
+def test_two_runs_in_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    page = read(online_run(tmp_path / "a" / "run"), online_run(tmp_path / "b" / "run"))
+    assert [run["name"] for run in page.data["runs"]] == ["a/run", "b/run"]
+    assert list(page.data["lengths"]["counts"]) == ["a/run: last quarter", "b/run: last quarter"]
+    for heading in ("a/run and b/run", "Versions of a/run", "Versions of b/run"):
+        assert heading in page.said
+
+
 def test_a_preference_job_has_its_own_curves_and_no_samples(tmp_path: Path) -> None:
     page = read(preference_run(tmp_path / "prefs"))
     assert "Held-out accuracy went from 0.500 to 0.900." in page.said
