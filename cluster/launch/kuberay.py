@@ -24,6 +24,7 @@ CONFIG = f"{FOLDER}/config.yaml"
 # pod, where what follows a && would run, instead of on the cluster.
 ENTRYPOINT = f"bash {FOLDER}/run.sh"
 START_SECONDS = 1800  # for the pods to run; then the job fails instead of waiting
+OLDEST = "1.6"  # the first with preRunningDeadlineSeconds and authOptions.secretName
 KEEP_SECONDS = 600  # the finished job's pods, for their logs
 
 
@@ -65,6 +66,7 @@ def render(launch: Launch, kind: Kind, names: Namespace, config: str) -> str:
     head = launch.head(
         f"kuberay --kind {kind}",
         "",
+        f"It needs KubeRay {OLDEST} or newer.",
         f"Before `kubectl apply -f`: the claim {names.claim}, ReadWriteMany and writable for the",
         "image's user, and the token:",
         f"  kubectl create secret generic {names.secret} --from-file=auth_token=TOKEN_FILE",

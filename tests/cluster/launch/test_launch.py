@@ -391,6 +391,8 @@ def test_kuberay_manifests_ask_for_what_the_roles_need(launch: Any, kind: str) -
         *("--cpus-per-node", "12", "--memory-per-node", "64", "train.steps=7"),
     )
     assert code == 0, err
+    head = text.partition("\napiVersion")[0]
+    assert "KubeRay 1.6 or newer" in head
     settings_map, made = manifests(text)
     assert yaml.safe_load(settings_map["data"]["config.yaml"])["train"]["steps"] == 7
     assert made["apiVersion"] == "ray.io/v1"
