@@ -130,7 +130,7 @@ def compare(
     from aligntune.evaluation.read import both
     from aligntune.evaluation.shown import comparison_lines
 
-    first, second, way = both(a, b, decoding)
+    first, second, way = both(a, b, decoding, metric)
     names, rows = (first.name, second.name), (first.rows(way), second.rows(way))
     found = compared(names, rows, metric, way, examples, first.seed)
     if as_json:

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from aligntune.cli import app
 from aligntune.errors import UserError
 from aligntune.evaluation.compare import Comparison, compared
+from aligntune.evaluation.store import Decoded, Summary, write_evaluation
+from aligntune.evaluation.summary import Success
 from tests.aligntune.report.written import online_run
 
 
@@ -97,6 +99,43 @@ def test_two_runs_are_compared_by_the_last_evaluation_of_their_training(tmp_path
     done = CliRunner().invoke(app, ["compare", *map(str, folders)])
     assert "B better on 2, worse on 0, equal on 2" in done.stdout
     assert "sign test, two-sided: p = 0.5, which may be chance at 5 %" in done.stdout
+
+
+def evaluation(parent: Path, at_least: float) -> Path:
+    """One of two rows that were judged by math >= `at_least`."""
+    summary = Summary(
+        name=f"by-{at_least:g}",
+        time="2026-11-27T00:00:00+00:00",
+        model="m",
+        origin="model",
+        step=None,
+        run=None,
+        data="data/test.jsonl",
+        prompts=2,
+        failed=0,
+        success=Success(criterion="math", at_least=at_least),
+        answers="the whole completion",
+        confidence=0.95,
+        seed=1,
+        seconds=1.0,
+        versions=[],
+        decodings={"greedy": Decoded(completions=1, temperature=0.0, figures={})},
+    )
+    return write_evaluation(parent, summary, [row(0, 0.5), row(1, 1.0)])
+
+
+def test_verdicts_by_different_rules_are_not_compared(tmp_path: Path) -> None:
+    strict, lax = (evaluation(tmp_path, at_least) for at_least in (1.0, 0.5))
+
+    def compare(*arguments: str) -> Any:
+        return CliRunner().invoke(app, ["compare", str(strict), *arguments])
+
+    refused = compare(str(lax), "--metric", "passed").exception
+    assert isinstance(refused, UserError)
+    assert f"passed by math >= 1 in {strict} and by math >= 0.5 in {lax}" in str(refused)
+    assert compare(str(lax)).exit_code == 0, "their rewards are the same"
+    again = evaluation(tmp_path, 1.0)
+    assert compare(str(again), "--metric", "passed").exit_code == 0
 
 
 def test_a_run_without_evaluations_says_how_to_make_one(tmp_path: Path) -> None:
