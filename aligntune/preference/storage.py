@@ -52,8 +52,8 @@ class JobStorage:
     def check(self, config: BaseModel, resume: str, fresh: bool) -> None:
         """Whether the storage answers and is this run's; reads only.
 
-        `fresh` says that the run directory knows of no run: what is in the storage must then be
-        this run all the same, which has lost its run directory.
+        `fresh` says that the run directory knows of no run: what is in the storage must then say
+        that it is this run, which has lost its run directory.
 
         Raises:
             UserError: a scheme that is not known, no answer in time, another run's checkpoints, or
@@ -67,26 +67,43 @@ class JobStorage:
                 "absolute, as in file:///shared/run"
             )
         names = answered(self._uri, self.names)
-        if not fresh or not names:
+        if not names:
             return
-        if resume == "never":
+        if fresh and resume == "never":
             raise UserError(
                 f"checkpoint.storage {self._uri} holds a run and resume=never; name another "
                 "folder, or use --resume auto to go on with it"
             )
-        known = answered(self._uri, lambda: Store(self._root).read(CONFIG))
-        if known is None:
+        known = self.config()
+        if known is not None:
+            changes(known, config, f"checkpoint.storage {self._uri}")
+        elif fresh:
             raise UserError(
                 f"checkpoint.storage {self._uri} holds checkpoints of a run that is not known "
                 f"({', '.join(names)}), and this would go on with them; name a folder of this "
                 "run's own"
             )
-        tree = tree_of_a_run(known, self._where)
-        changes(tree, config, f"checkpoint.storage {self._uri}")
 
-    @property
-    def _where(self) -> str:
-        return f"{CONFIG} in checkpoint.storage {self._uri}"
+    def check_left(self, reached: int) -> None:
+        """Whether a run that had its checkpoints here may go on elsewhere, from step `reached`.
+
+        Raises UserError where the checkpoints here are ahead, or cannot be read.
+        """
+        there = f"output_dir {self._rundir}" if self._uri is None else self._uri
+        try:
+            newest = self.newest_step()
+        except UserError as error:
+            raise UserError(
+                f"checkpoint.storage has changed, and the place of before does not answer: {error}"
+                "; to go on from a copy of its checkpoints, name a folder of them with --resume"
+            ) from error
+        if newest > reached:
+            before = "remove checkpoint.storage" if self._uri is None else "set it to that"
+            raise UserError(
+                f"the checkpoints of this run are in {there}, up to step {newest}, and "
+                f"checkpoint.storage names another place, where the newest is of step {reached}; "
+                f"{before}, or copy {FOLDER}/ from there first"
+            )
 
     def config(self) -> dict[str, Any] | None:
         """The config tree of the run whose checkpoints are in the storage; None without one.
@@ -96,7 +113,8 @@ class JobStorage:
         if self._uri is None:
             return None
         known = answered(self._uri, lambda: Store(self._root).read(CONFIG))
-        return None if known is None else tree_of_a_run(known, self._where)
+        where = f"{CONFIG} in checkpoint.storage {self._uri}"
+        return None if known is None else tree_of_a_run(known, where)
 
     def describe(self, config: BaseModel) -> None:
         """Leave the config beside the checkpoints, for a run that has lost its run directory.

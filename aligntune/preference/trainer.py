@@ -121,6 +121,9 @@ class PreferenceTrainer:
         named = None if resume in ("auto", "never") else storage.named(resume)
         _ = self.pairs, self.eval_pairs
         reached = step_of(named) if named else storage.newest_step()
+        if named is None and "checkpoint.storage" in rundir.changed:
+            before, _ = rundir.changed["checkpoint.storage"]
+            JobStorage(before, rundir.path).check_left(reached)
         if reached > self.total_steps:
             raise too_few_steps(self.config.train.steps, self.total_steps, reached)
         return rundir

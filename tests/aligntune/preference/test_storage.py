@@ -104,6 +104,13 @@ def test_a_run_that_lost_its_directory_goes_on_from_its_storage_and_another_does
         shared.check(config(), "never", fresh=True)
 
 
+def test_a_run_does_not_go_on_with_the_checkpoints_of_another(shared: JobStorage) -> None:
+    shared.describe(config("train.seed=1"))
+    with pytest.raises(UserError, match=r"holds another run: train\.seed was 1 there"):
+        shared.check(config(), "auto", fresh=False)
+    shared.check(config("train.seed=1", "train.learning_rate=1e-5"), "auto", fresh=False)
+
+
 def test_a_storage_that_is_not_there_yet_is_made_for_the_config(tmp_path: Path) -> None:
     JobStorage(f"file://{tmp_path}/new/run", tmp_path / "run").describe(config())
     assert (tmp_path / "new" / "run" / CONFIG).is_file()

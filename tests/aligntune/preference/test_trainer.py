@@ -1,0 +1,88 @@
+"""What a preference job is refused before anything starts: its checkpoints left elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from aligntune.errors import UserError
+from aligntune.preference.storage import FOLDER, JobStorage
+from aligntune.preference.trainer import PreferenceTrainer
+from aligntune.runs.rundir import RunDir
+from tests.aligntune.config.test_preference import config
+from tests.aligntune.preference.test_storage import write_checkpoints
+
+Job = Callable[..., PreferenceTrainer]
+ANSWERS = range(12)
+
+
+def write_pairs(path: Path, answers: range = ANSWERS) -> None:
+    pairs = [{"prompt": f"1+{n}", "chosen": str(1 + n), "rejected": str(n)} for n in answers]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+
+@pytest.fixture
+def job(tiny_model: Path, tmp_path: Path) -> Job:
+    """A job on a few pairs with the overrides, and its run directory."""
+    write_pairs(tmp_path / "pairs.jsonl")
+    sections = {
+        "model": {"name": str(tiny_model)},
+        "data": {"path": str(tmp_path / "pairs.jsonl")},
+        "output_dir": str(tmp_path / "run"),
+        "train": {"steps": 20},
+    }
+
+    def make(*overrides: str) -> PreferenceTrainer:
+        return PreferenceTrainer(config(*overrides, **sections))
+
+    return make
+
+
+def stop_at(trainer: PreferenceTrainer, step: int) -> None:
+    """Leave what a run leaves that was stopped after the checkpoint of `step`."""
+    rundir, storage = RunDir(Path(trainer.config.output_dir)), trainer.config.checkpoint.storage
+    root = rundir.path if storage is None else Path(storage.removeprefix("file://"))
+    rundir.path.mkdir(exist_ok=True)
+    write_checkpoints(root, [step])
+    rundir.describe(trainer.config)
+    JobStorage(storage, rundir.path).describe(trainer.config)
+    rundir.file("metrics.jsonl").write_text(json.dumps({"step": step}) + "\n")
+
+
+def test_a_run_whose_checkpoints_lie_elsewhere_does_not_begin_again(
+    job: Job, tmp_path: Path
+) -> None:
+    stored = f"checkpoint.storage=file://{tmp_path}/shared"
+    stop_at(job(stored), 10)
+    job(stored).check()
+    job(f"{stored}/").check()  # another spelling of the same place
+    for option in ([], [f"checkpoint.storage=file://{tmp_path}/shraed"]):
+        with pytest.raises(UserError, match=r"in file://.*/shared, up to step 10, .* set it to"):
+            job(*option).check()
+    write_checkpoints(tmp_path / "copy", [10])
+    job(f"checkpoint.storage=file://{tmp_path}/copy").check()
+
+
+def test_a_storage_that_is_added_must_have_the_checkpoints(job: Job, tmp_path: Path) -> None:
+    stop_at(job(), 10)
+    with pytest.raises(UserError, match=r"in output_dir .*/run, up to step 10, .* where .* step 0"):
+        job(f"checkpoint.storage=file://{tmp_path}/new").check()
+    write_checkpoints(tmp_path / "older", [5])
+    older = job(f"checkpoint.storage=file://{tmp_path}/older")
+    with pytest.raises(UserError, match="where the newest is of step 5"):
+        older.check()
+    older.check(resume=f"{tmp_path}/older/{FOLDER}/step-000005")  # said so
+
+
+def test_a_place_of_before_that_does_not_answer_is_left_for_a_named_copy(
+    job: Job, tmp_path: Path
+) -> None:
+    stop_at(job(), 10)
+    rundir = RunDir(tmp_path / "run")
+    rundir.describe(job("checkpoint.storage=nosuch://bucket/run").config)
+    with pytest.raises(UserError, match=r"the place of before does not answer: .*nosuch"):
+        job().check()
+    job().check(resume=f"{tmp_path}/run/{FOLDER}/step-000010")
