@@ -7,7 +7,6 @@ at its URI is another folder: sizes and times of its files are part of the name.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from actors.locks import NoLocks, locked
 from actors.specs import ModelSpec
 from actors.storage import Store
 
@@ -67,6 +67,11 @@ def staged(uri: str) -> Path:
         return target
     except StagingFailed:
         raise
+    except NoLocks as error:
+        raise StagingFailed(
+            f"model {uri} cannot be brought to this node: {error}, or name a folder elsewhere with "
+            "ALIGNTUNE_CACHE"
+        ) from error
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise StagingFailed(
@@ -101,17 +106,13 @@ def _only_one(path: Path) -> Iterator[None]:
     end = time.monotonic() + FETCH_SECONDS
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > end:
-                    raise StagingFailed(
-                        f"another process holds {path} and has not fetched the model in "
-                        f"{FETCH_SECONDS:g} s"
-                    ) from error
-                time.sleep(POLL_SECONDS)
+        while not locked(lock, path):
+            if time.monotonic() > end:
+                raise StagingFailed(
+                    f"another process holds {path} and has not fetched the model in "
+                    f"{FETCH_SECONDS:g} s"
+                )
+            time.sleep(POLL_SECONDS)
         yield
     finally:
         os.close(lock)

@@ -229,15 +229,17 @@ def mean_reward(group: Row) -> float | None:
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether a process trains here."""
+    """Whether a process trains here. None does on a file system without locks: it was refused."""
     try:
         descriptor = os.open(lock, os.O_RDONLY)
     except OSError:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError:
+        return False
     finally:
         os.close(descriptor)
     return False

@@ -7,7 +7,6 @@ run is refused.
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from actors.locks import NoLocks, locked
 from actors.strategies.specs import StrategySpec
 from aligntune.config.auto import AUTO, tree_of
 from aligntune.config.defaults import other_than_default
@@ -254,7 +254,8 @@ class RunDir:
             self.changed = changes(old, config, f"output_dir {self.path}")
 
     def claim(self) -> None:
-        """Create and lock the directory. UserError if a running process holds it."""
+        """Create and lock the directory. UserError if a running process holds it, or if its file
+        system has no locks."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -263,12 +264,15 @@ class RunDir:
                 f"output_dir {self.path} cannot be written to: {error.strerror}"
             ) from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            free = locked(lock, self.path / "run.lock")
+        except NoLocks as error:
             os.close(lock)
             raise UserError(
-                f"output_dir {self.path} is in use by a running process; name another"
+                f"output_dir {self.path}: {error}, or name a folder elsewhere"
             ) from error
+        if not free:
+            os.close(lock)
+            raise UserError(f"output_dir {self.path} is in use by a running process; name another")
         self._lock = lock
 
     def describe(self, config: BaseModel, ran: Mapping[str, str] | None = None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
 from pathlib import Path
@@ -93,3 +95,16 @@ def test_a_uri_that_gives_nothing_is_one_clear_error(
     with pytest.raises(StagingFailed, match=message) as failed:
         staged(uri)
     assert "\n" not in str(failed.value)
+
+
+def test_a_cache_on_a_file_system_without_locks_is_refused_with_its_cure(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(
+        StagingFailed, match=r"does not lock files .* elsewhere with ALIGNTUNE_CACHE"
+    ):
+        staged(model)

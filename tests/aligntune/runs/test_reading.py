@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -91,6 +92,18 @@ def test_where_a_run_stands(run: Path, kinds: list[str], locked: bool, state: st
     else:
         (run / "run.lock").touch()
         assert open_run(run).ending.state == state
+
+
+def test_on_a_file_system_without_locks_a_run_that_has_no_end_was_killed(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write(run / "events.jsonl", [{"time": 1.0, "kind": "run_started"}])
+    (run / "run.lock").touch()
+    assert open_run(run).ending.state == "killed"
 
 
 def test_books_that_do_not_balance_are_a_problem_and_no_error(run: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -110,3 +113,21 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=r"output_dir .* cannot be used: ") as said:
         RunDir(tmp_path / name).check(config(), "auto")
     assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named_with_its_cure(
+    rundir: RunDir, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    open_before = os.listdir("/proc/self/fd")
+    with pytest.raises(UserError) as refused:
+        rundir.claim()
+    mount = next(str(place) for place in rundir.path.parents if place.is_mount())
+    assert f"the file system {mount} (" in str(refused.value)
+    assert os.strerror(number) in str(refused.value)
+    assert str(refused.value).endswith("(of Lustre: -o flock), or name a folder elsewhere")
+    assert len(os.listdir("/proc/self/fd")) == len(open_before)
