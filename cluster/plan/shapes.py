@@ -2,12 +2,14 @@
 
 Nothing is downloaded and no weight is read. Counts are of parameters; a decoder of the Llama family
 is assumed (gated MLP, RMSNorm), with experts or with compressed attention (MLA) where the config
-says so. Where a folder has safetensors files their heads give the exact count instead.
+says so. Where a folder has safetensors files their heads give the exact count instead, unless they
+are quantised: several weights are packed into one element then.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -180,7 +182,8 @@ def from_folder(folder: Path, name: str) -> ModelShape:
     """The shape of a local model; parameters counted over its safetensors files where it has them.
 
     Raises:
-        BadModelConfig: there is no config.json, it is not JSON, or it lacks a size.
+        BadModelConfig: there is no config.json, it is not JSON, or it lacks a size; or a file with
+            weights that is there, or that the index names, cannot be read.
     """
     path = folder / "config.json"
     try:
@@ -188,27 +191,35 @@ def from_folder(folder: Path, name: str) -> ModelShape:
     except (OSError, ValueError) as error:
         raise BadModelConfig(f"{path} cannot be read: {error}") from error
     shape = from_config(config, name, str(path))
-    exact = _stored(folder)
+    exact = 0 if config.get("quantization_config") else sum(map(_elements, _weights(folder)))
     if not exact:
         return shape
     scale = exact / shape.parameters
     return ModelShape(**{**vars(shape), "parameters": exact, "active": round(shape.active * scale)})
 
 
-def _stored(folder: Path) -> int:
-    """Elements in a folder's safetensors files, whose heads are a length and JSON; 0 without."""
-    total = 0
-    for path in sorted(folder.glob("*.safetensors")):
+def _weights(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads: one, else those of the index. Others, such as
+    consolidated.safetensors, are copies."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise BadModelConfig(f"{index} cannot be read: {error!r}") from error
+    return [folder / name for name in sorted(names)]
+
+
+def _elements(path: Path) -> int:
+    """In the tensors of a safetensors file, whose head is a length and JSON."""
+    try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            head = json.loads(file.read(length))
-        for key, tensor in head.items():
-            if key != "__metadata__":
-                count = 1
-                for size in tensor["shape"]:
-                    count *= size
-                total += count
-    return total
+            head = json.loads(file.read(min(length, path.stat().st_size)))
+    except (OSError, ValueError, struct.error) as error:
+        raise BadModelConfig(f"{path} cannot be read: {error}") from error
+    return sum(math.prod(head[key]["shape"]) for key in head if key != "__metadata__")
 
 
 @cache

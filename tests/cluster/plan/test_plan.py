@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -12,11 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from safetensors.numpy import load_file, save_file
 
 from actors.strategies.specs import DeepSpeedSpec, FSDPSpec, StrategySpec, TorchSpec
 from aligntune.cli import main
@@ -115,6 +118,34 @@ def test_a_local_model_is_counted_over_its_own_files(tiny_model: Path) -> None:
     assert shape.parameters == sum(p.numel() for p in make_model(0).parameters())
     config = json.loads((tiny_model / "config.json").read_text())
     assert from_config(config, "tiny", "").parameters == shape.parameters
+
+
+def test_weights_that_nobody_loads_are_not_counted(tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    count = from_folder(tiny_model, "tiny").parameters
+    assert from_folder(folder, "tiny").parameters == count
+
+    parts = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = {key: f"model-0000{1 + at % 2}-of-00002.safetensors" for at, key in enumerate(parts)}
+    for file in set(names.values()):
+        save_file({key: parts[key] for key in parts if names[key] == file}, folder / file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    assert from_folder(folder, "tiny").parameters == count
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(BadModelConfig, match=f"{file}.*cannot be read"):
+        from_folder(folder, "tiny")
+
+
+def test_packed_weights_are_not_taken_for_parameters(tiny_model: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"model.weight": np.zeros((40, 1), np.uint8)}, tmp_path / "model.safetensors")
+    count = from_folder(tiny_model, "tiny").parameters
+    assert from_folder(tmp_path, "tiny").parameters == count
 
 
 def test_a_config_without_sizes_says_what_it_lacks() -> None:
