@@ -312,6 +312,7 @@ class Controller:
         await self._handover.drop()
         await self._evaluation.cancel()
         await self._pipeline.cancel()
-        self._learner.kill()
-        await self._serving.close()
-        await self._keeper.close()
+        try:
+            await self._serving.close()
+        finally:
+            await self._keeper.close()

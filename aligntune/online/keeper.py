@@ -270,7 +270,17 @@ class Keeper:
             await asyncio.wrap_future(asked(lambda: self._checkpoints.forget_old(self._beside())))
 
     async def close(self) -> None:
-        """End what runs beside the loop, whatever ended the run."""
-        if self._committing is not None:
-            await asyncio.wait((self._committing,))
-        self._log.close()
+        """End what runs beside the loop, whatever ended the run, and then the ranks.
+
+        They may be writing a checkpoint: it comes to disk first, within its deadline, unless the
+        task that asks was cancelled.
+        """
+        asking = asyncio.current_task()
+        try:
+            if self._committing is not None and asking is not None and not asking.cancelling():
+                await asyncio.wait((self._committing,))
+        finally:
+            self._learner.kill()
+            if self._committing is not None:
+                await asyncio.wait((self._committing,))
+            self._log.close()

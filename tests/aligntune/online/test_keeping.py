@@ -18,13 +18,14 @@ import pytest
 
 from aligntune.errors import Interrupted, RunFailed
 from aligntune.online import keeper
+from aligntune.online.learner import PolicyLost
 from aligntune.online.ledger import audit
 from aligntune.runs import checkpoint as checkpoint_module
 from aligntune.runs import writer
 from aligntune.runs.checkpoint import Checkpoint, Checkpoints
 from aligntune.runs.jsonl import read_lines
 from aligntune.tracking.trackers import SERVICES
-from tests.aligntune.online.world import EVALUATED, World
+from tests.aligntune.online.world import EVALUATED, FakeLearner, World
 
 
 def test_a_checkpoint_comes_to_disk_beside_the_next_step_and_before_the_one_after(
@@ -96,6 +97,72 @@ def test_a_stop_waits_for_the_checkpoint_that_is_being_written(world: World) -> 
     with pytest.raises(Interrupted):
         world.run()
     assert [e["step"] for e in world.events("checkpoint_saved")] == [1, 2]
+
+
+class Written(FakeLearner):
+    """Ranks that write for as long as they live, or until `free`."""
+
+    free = asyncio.Event()
+    dead = asyncio.Event()
+
+    async def write(self, folder: Path) -> None:
+        waits = [asyncio.create_task(event.wait()) for event in (self.free, self.dead)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        if self.dead.is_set():
+            raise PolicyLost("policy-0: died during write")
+        await super().write(folder)
+
+    def kill(self) -> None:
+        super().kill()
+        self.dead.set()
+
+
+@pytest.fixture
+def writing(world: World, monkeypatch: pytest.MonkeyPatch) -> type[Written]:
+    for name in ("free", "dead"):
+        monkeypatch.setattr(Written, name, asyncio.Event())
+    world.learner = Written
+    return Written
+
+
+def test_a_run_that_fails_lets_the_checkpoint_that_is_being_written_come_to_disk(
+    world: World, writing: type[Written]
+) -> None:
+    def update(step: int) -> None:
+        if step == 2:
+            asyncio.get_running_loop().call_later(0.05, writing.free.set)
+            raise ArithmeticError("the user's own")
+
+    world.during["update"] = update
+    with pytest.raises(ArithmeticError):
+        world.run()
+    assert [e["step"] for e in world.events("checkpoint_saved")] == [1]
+    assert world.events("checkpoint_failed") == []
+    assert writing.dead.is_set(), "the ranks are stopped then"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_is_cancelled_waits_for_no_write(
+    world: World, writing: type[Written], fails: bool
+) -> None:
+    """At once, or amid the wait of a run that has failed."""
+
+    async def update(step: int) -> None:
+        if step == 2:
+            run = asyncio.current_task()
+            assert run is not None
+            asyncio.get_running_loop().call_later(0.05, run.cancel)
+            if fails:
+                raise ArithmeticError("the user's own")
+            await asyncio.Event().wait()
+
+    world.during["update"] = update
+    with pytest.raises(asyncio.CancelledError):
+        world.run()
+    assert writing.dead.is_set()
+    assert world.events("checkpoint_saved") == []
 
 
 def test_a_write_that_ends_after_its_deadline_makes_no_checkpoint(world: World) -> None:
