@@ -191,7 +191,8 @@ def _excess_alone(work: Work, cluster: Cluster) -> int:
     if largest is None or not on_gpu:
         return 0
     memory = memory_of(work, dict.fromkeys(on_gpu, largest))
-    return max(0, *(memory[role].peak - largest.memory_bytes for role in on_gpu if role in memory))
+    peaks = (memory[role].peak for role in on_gpu if role in memory)  # a function has no model
+    return max(0, max(peaks, default=0) - largest.memory_bytes)
 
 
 def try_draft(work: Work, cluster: Cluster) -> Draft | None:

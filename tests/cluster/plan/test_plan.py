@@ -446,6 +446,15 @@ def test_what_does_not_fit_into_the_hosts_memory_may_stay_on_the_gpus() -> None:
         make_plan(away, replace(cluster, nodes=small))
 
 
+def test_a_reward_function_alone_on_the_gpus_leaves_what_is_short_on_the_host_to_be_said() -> None:
+    work = replace(work_of(gpus=0), rollout=replace(work_of().rollout, engine="transformers"))
+    requests = (*work.requests[:2], RoleRequest("reward", 1, 0.5, 1), *work.requests[3:])
+    node = described(1, 1, "h100-80gb").nodes[0]
+    small = Cluster((node._replace(memory_bytes=4 * 2**30),), "described")
+    with pytest.raises(DoesNotFit, match=r"host .* short"):
+        make_plan(replace(work, requests=requests), small)
+
+
 def test_gpus_of_unknown_type_are_refused() -> None:
     nodes = described(1, 8, "h100-80gb").nodes
     unknown = Cluster(tuple(node._replace(gpu=None) for node in nodes), "Ray")
