@@ -27,7 +27,7 @@ def machines(spec: ClusterSpec) -> Machines:
     """
     if not connected_already() and resolve_address(spec) == "local":
         return Machines(this_machine(PLENTY), host_cpus(), here=True)
-    with session(spec, cpus=0, gpus=0, last=False):
+    with session(spec, cpus=0, gpus=0):
         cluster = connected()
     return Machines(cluster, _cores(cluster), here=False)
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 
 from cluster import local, proxies
 from cluster.forks import owner
-from cluster.jobs import secrets
 from cluster.specs import ClusterSpec
 
 HIGHEST_PORT = 65535
@@ -146,15 +145,13 @@ def session(
     *,
     cpus: float,
     gpus: float,
-    last: bool = True,
     imports: Sequence[str] = (),
 ) -> Iterator[str]:
     """A Ray session; yields the address. What it starts it stops.
 
     A Ray started here offers at least `cpus` logical processors, so that a laptop's roles can take
     turns on two cores; on a cluster that others share the reservation decides. Its workers are
-    forked from one process that has the modules `imports` already. The secrets of a job are
-    forgotten with its `last` session.
+    forked from one process that has the modules `imports` already.
 
     Raises ClusterUnreachable where nothing answers at the address.
     """
@@ -172,8 +169,6 @@ def session(
         try:
             yield address
         finally:
-            if last:
-                secrets.forget()
             ray.shutdown()
 
 

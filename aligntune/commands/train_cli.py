@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -129,41 +131,40 @@ def train(
             --dataset tasks.jsonl --prompt-column question \\
             --reward my_reward:correct
     """
-    if secrets.of_a_job():  # models and data may need them, and rewards that are tried here
-        take_secrets()
-    if profile:
-        arguments = [*(arguments or []), "tracking.profile=true"]
-    columns = {"data.prompt_column": prompt_column, "data.eval_path": held_out}
-    trainer = trainer_of(
-        [f"{key}={json.dumps(name)}" for key, name in columns.items() if name is not None]
-        + (arguments or []),
-        max_steps=steps,
-        learning_rate=lr,
-        algorithm=algorithm,
-        model_name=model,
-        dataset_name=dataset,
-        reward_functions=reward or None,
-        reward_model_name=reward_model,
-        tools=tool or None,
-        environment=environment,
-        agent=agent,
-        backend=backend,
-        output_dir=str(out) if out else None,
-    )
-    if dry_run:
-        from aligntune.config.tree import dump
+    with secrets_of_the_job():  # models and data may need them, and rewards that are tried here
+        if profile:
+            arguments = [*(arguments or []), "tracking.profile=true"]
+        columns = {"data.prompt_column": prompt_column, "data.eval_path": held_out}
+        trainer = trainer_of(
+            [f"{key}={json.dumps(name)}" for key, name in columns.items() if name is not None]
+            + (arguments or []),
+            max_steps=steps,
+            learning_rate=lr,
+            algorithm=algorithm,
+            model_name=model,
+            dataset_name=dataset,
+            reward_functions=reward or None,
+            reward_model_name=reward_model,
+            tools=tool or None,
+            environment=environment,
+            agent=agent,
+            backend=backend,
+            output_dir=str(out) if out else None,
+        )
+        if dry_run:
+            from aligntune.config.tree import dump
 
-        trainer.check(resume)
-        trainer.settle(resume)
-        summary = trainer.summary()  # may yet refuse a reward
-        typer.echo(dump(trainer.config))
-        typer.echo(summary)
-        return
-    result = trainer.train(resume)
-    from aligntune.tracking.ending import ending
+            trainer.check(resume)
+            trainer.settle(resume)
+            summary = trainer.summary()  # may yet refuse a reward
+            typer.echo(dump(trainer.config))
+            typer.echo(summary)
+            return
+        result = trainer.train(resume)
+        from aligntune.tracking.ending import ending
 
-    for line in [result.describe(), *ending(result.output_dir, result.model)]:
-        typer.echo(line)
+        for line in [result.describe(), *ending(result.output_dir, result.model)]:
+            typer.echo(line)
 
 
 def trainer_of(arguments: list[str], **given: Any) -> OnlineTrainer | PreferenceTrainer:
@@ -183,8 +184,13 @@ def trainer_of(arguments: list[str], **given: Any) -> OnlineTrainer | Preference
     )
 
 
-def take_secrets() -> None:
-    """Set the secrets of the submitted job that this process runs. Raises UserError."""
+@contextmanager
+def secrets_of_the_job() -> Iterator[None]:
+    """Set the secrets of the submitted job that this process runs, if it does; remove them from the
+    head's store at the end, whatever that is. Raises UserError where they are not there."""
+    if not secrets.of_a_job():
+        yield
+        return
     from ray.exceptions import RpcError
 
     from aligntune.errors import UserError
@@ -197,3 +203,13 @@ def take_secrets() -> None:
         raise UserError(
             f"the head gave no secrets of this job: {error}; submit it again"
         ) from error
+    try:
+        yield
+    finally:
+        try:
+            secrets.forget()
+        except RpcError as error:  # how the run ended matters more
+            typer.echo(
+                f"aligntune: secrets of this job may still lie in the head's store: {error}",
+                err=True,
+            )

@@ -115,8 +115,11 @@ class Jobs:
         """Upload the package, unless it is there, and start `entrypoint` in it on the head.
 
         The variables `secret` are set for the entrypoint and for every actor and task of the job,
-        and are in no log.
+        and are in no log. Where the job is refused they are erased; where the connection is lost as
+        it is sent they stay, for it may have been taken.
         """
+        import requests
+
         env_vars = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
         runtime_env: dict[str, Any] = {
             "working_dir": str(package.archive),
@@ -129,12 +132,19 @@ class Jobs:
                 self._client._do_request("PUT", path, data=secrets.packed(secret))
                 env_vars[secrets.VARIABLE] = key
                 runtime_env["worker_process_setup_hook"] = secrets.HOOK
-            self._client.submit_job(
-                entrypoint=entrypoint,
-                submission_id=job_id,
-                runtime_env=runtime_env,
-                metadata=dict(metadata),
-            )
+            try:
+                self._client.submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=job_id,
+                    runtime_env=runtime_env,
+                    metadata=dict(metadata),
+                )
+            except requests.RequestException:
+                raise
+            except Exception:
+                if secret:  # the server knows no way to delete them
+                    self._client._do_request("PUT", path, data=secrets.ERASED)
+                raise
 
     def all(self) -> list[JobDetails]:
         """The submitted jobs, oldest first."""

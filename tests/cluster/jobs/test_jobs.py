@@ -26,8 +26,17 @@ from hypothesis import strategies as st
 
 from aligntune.cli import main
 from aligntune.commands import submit
-from cluster.jobs.client import ConnectionLost, Jobs, JobStatus, Once, exit_code, nearest_ids
-from cluster.jobs.packaging import PackagingError, chosen_files, limit_bytes, packed
+from cluster.jobs.client import (
+    ConnectionLost,
+    Jobs,
+    JobsError,
+    JobStatus,
+    Once,
+    exit_code,
+    nearest_ids,
+)
+from cluster.jobs.packaging import Package, PackagingError, chosen_files, limit_bytes, packed
+from cluster.jobs.secrets import ERASED
 
 # Packing
 
@@ -493,6 +502,18 @@ def test_what_is_submitted_and_how_it_is_followed_up(
     assert "packed 3 files" in shown.err
     assert f"aligntune jobs stop {job_id} --address" in shown.err
     assert "Rumpel-417" not in shown.err + shown.out
+
+
+def test_the_secrets_of_a_job_that_is_not_taken_are_erased(tmp_path: Path, server: Server) -> None:
+    archive = tmp_path / "package.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("config.yaml", "x: 1")
+    package = Package(tmp_path, ("config.yaml",), archive, archive.stat().st_size)
+    server.refusals = {"/api/jobs": 500}
+    with pytest.raises(JobsError, match="500"):
+        Jobs(server.url).submit("x", package, "one", {"SECRET_WORD": "Rumpel-417"}, {})
+    (left,) = [data for name, data in server.uploaded.items() if name.startswith("aligntune-")]
+    assert left == ERASED
 
 
 def test_what_lies_on_the_clusters_storage_is_left_to_the_job(
