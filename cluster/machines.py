@@ -23,7 +23,8 @@ class Machines:
 def machines(spec: ClusterSpec) -> Machines:
     """What a run with this spec can have. On this machine nothing is started.
 
-    Raises ClusterUnreachable where a cluster is named and does not answer.
+    Raises ClusterUnreachable where a cluster is named and does not answer, UnknownName where
+    nvidia-smi here does not.
     """
     if not connected_already() and resolve_address(spec) == "local":
         return Machines(this_machine(PLENTY), host_cpus(), here=True)

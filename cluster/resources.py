@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path("/")  # of the files in which the kernel tells of control groups
+NVIDIA_SMI_SECONDS = 60.0  # without persistence mode it loads the driver first, GPU after GPU
 
 
 class UnknownName(ValueError):
-    """A GPU or model that no table has; the message names the nearest."""
+    """A GPU or model that no table has; the message names the nearest. Or GPUs of which nothing can
+    be learnt, since nvidia-smi does not answer; the message names the cure."""
 
 
 class BadDescription(ValueError):
@@ -160,6 +162,8 @@ def this_machine(cpus: float = 0) -> Cluster:
     """This machine, as a Ray started here for a run that asks for `cpus` would offer it.
 
     Its memory is what a container or a batch job leaves of the machine's.
+
+    Raises UnknownName where nvidia-smi does not answer.
     """
     found = max(os.cpu_count() or 1, -(-cpus // 1))
     memory, _ = host_memory()
@@ -265,15 +269,28 @@ class LocalGpu(NamedTuple):
 
 
 def _local_gpus() -> list[LocalGpu]:
-    """The GPUs that CUDA would show a process here; none where there is no nvidia-smi."""
-    if shutil.which("nvidia-smi") is None:
+    """The GPUs that CUDA would show a process here; none where there is no nvidia-smi.
+
+    Raises UnknownName where it does not answer within `NVIDIA_SMI_SECONDS`.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1") or shutil.which("nvidia-smi") is None:
         return []
     query = [
         "nvidia-smi",
         "--query-gpu=index,uuid,name,memory.total,compute_cap",
         "--format=csv,noheader,nounits",
     ]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
+    try:
+        done = subprocess.run(
+            query, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UnknownName(
+            f"nvidia-smi does not answer within {NVIDIA_SMI_SECONDS:g} s: keep the driver loaded "
+            "with `nvidia-smi -pm 1`, see `aligntune doctor`, or set CUDA_VISIBLE_DEVICES= to use "
+            "no GPU"
+        ) from error
     if done.returncode:
         return []  # the tool is there and the driver is not
     found: dict[str, LocalGpu] = {}
@@ -284,7 +301,6 @@ def _local_gpus() -> list[LocalGpu]:
             index, uuid, product, mib, capability = fields
             found[index] = LocalGpu(product, int(mib), float(capability) >= 8.0)
             names |= {index: index, uuid: index}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return list(found.values())
     shown = []

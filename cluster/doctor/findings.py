@@ -26,6 +26,7 @@ STORE_MOST = 200 * 10**9
 STORE_SMALL = 10**10
 SHM_SHARE = 0.95
 DISK_FULL = 0.95  # where Ray stops to make objects
+NVIDIA_SMI_S = 10.0  # a run waits longer: it is slow where the driver is loaded for it
 
 
 class Verdict(StrEnum):
@@ -64,7 +65,7 @@ class Observed:
     shm_free: int
     disks: Mapping[str, tuple[int, int]]  # path: (size, free)
     nofile: tuple[int, int]  # soft, hard
-    gpus: Sequence[str] = ()  # as nvidia-smi names them
+    gpus: Sequence[str] | None = ()  # as nvidia-smi names them; None: it does not answer
     torch_gpus: int | None = None  # as torch counts them; None: torch cannot be imported
     socket_trouble: str | None = None  # why Ray could make no socket here; None: it can
     ports: Sequence[int] = ()  # in use
@@ -131,11 +132,18 @@ def versions(requirements: Sequence[str], installed: Mapping[str, str]) -> list[
     return wrong or [Finding("versions", Verdict.OK, ", ".join(right) or "nothing is pinned")]
 
 
-def devices(gpus: Sequence[str], torch_gpus: int | None) -> Finding:
+def devices(gpus: Sequence[str] | None, torch_gpus: int | None) -> Finding:
     """GPUs, and whether torch can use them."""
     if torch_gpus is None:
         return Finding(
             "devices", Verdict.FAIL, "torch cannot be imported", "make install, and read its log"
+        )
+    if gpus is None:
+        return Finding(
+            "devices",
+            Verdict.WARN,
+            f"nvidia-smi does not answer within {NVIDIA_SMI_S:g} s",
+            "keep the driver loaded with nvidia-smi -pm 1, and look for its errors (NVRM) in dmesg",
         )
     if not gpus:
         return Finding("devices", Verdict.OK, "no GPU; runs are on CPUs")

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.doctor.findings import PORTS, Observed
+from cluster.doctor.findings import NVIDIA_SMI_S, PORTS, Observed
 from cluster.local import socket_trouble
 from cluster.resources import host_memory
 
@@ -68,15 +68,18 @@ def _disks(folders: Sequence[str]) -> dict[str, tuple[int, int]]:
     return {folder: (one.total, one.free) for folder, one in usage.items()}
 
 
-def _gpus() -> list[str]:
-    """Names of the GPUs that nvidia-smi lists; none where there is no nvidia-smi or no driver."""
+def _gpus() -> list[str] | None:
+    """Names of the GPUs that nvidia-smi lists; none where there is no nvidia-smi or no driver, and
+    None where it does not answer."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(
+            query, capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=False
+        )
     except subprocess.TimeoutExpired:
-        return ["nvidia-smi that does not answer"]
+        return None
     return [line.strip() for line in done.stdout.splitlines()] if done.returncode == 0 else []
 
 

@@ -74,6 +74,7 @@ def test_a_healthy_machine_is_all_well_and_gets_no_advice() -> None:
         ),
         ("devices", {"torch_gpus": None}, "fail", "torch cannot be imported"),
         ("devices", {"gpus": ["H100"] * 8, "torch_gpus": 0}, "fail", "8 x H100, of which torch"),
+        ("devices", {"gpus": None, "torch_gpus": 8}, "warn", "nvidia-smi -pm 1"),
         ("memory", {"memory_free": 1 * GIB}, "fail", "1.0 GiB of 64.0 GiB free"),
         ("memory", {"memory_free": 5 * GIB}, "warn", "fewer replicas"),
         ("shm", {"shm_free": 64 << 20}, "fail", "--shm-size"),
