@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from actors.sandbox import Limits, run
+from aligntune.rewards.fences import last_block
 from aligntune.rewards.inputs import Completion, column_of, text_of
 
-_FENCE = re.compile(
-    r"```[ \t]*(?:python3?|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE
-)
+_TAGS = ("python", "python3", "py")
 _PLACES: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
 # The tests come over standard input when the program has run, and the word that says they were
@@ -77,8 +75,8 @@ async def code_passes(
     Formula: tests passed / tests, 1 or 0 unless `partial`.
     Source: unit tests as in APPS (arXiv:2105.09938) and MBPP (arXiv:2108.07732), run in a sandbox.
 
-    The program is the last fenced block of Python, or the whole text without one. A row of the
-    column holds asserts (a text, or a list of them), or inputs and outputs of the program:
+    The program is the last fenced block that is tagged as Python, else the last without a tag, else
+    the whole text. A row of the column holds asserts (a text, or a list), or inputs and outputs:
     [{input, output}, ...] or {inputs: [...], outputs: [...]}, also as JSON text. Outputs are
     compared line by line without white space at line ends. Limits are of one run of a program.
 
@@ -98,9 +96,10 @@ async def code_passes(
 
 
 def program_of(text: str) -> str:
-    """The last fenced block of Python in a text, else the whole text."""
-    blocks = _FENCE.findall(text)
-    return str(blocks[-1]) if blocks else text
+    """The last fenced block that is tagged as Python, else the last without a tag, else the whole
+    text."""
+    block = last_block(text, _TAGS)
+    return text if block is None else block
 
 
 def read_tests(value: Any, column: str) -> Tests:

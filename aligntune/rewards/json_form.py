@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from aligntune.rewards.fences import last_block
 from aligntune.rewards.inputs import Completion, column_of, text_of
 
-_FENCE = re.compile(r"```[ \t]*(?:json)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _NONE: Any = object()
 
 
@@ -24,9 +23,10 @@ def json_valid(
     """1 where a completion is one JSON value that meets the schema, else 0.
 
     Range: 0 or 1.
-    Formula: the last fenced block of JSON where `fenced` and there is one, else the whole text, is
-    parsed (NaN and Infinity are no JSON) and checked against option `schema`, or against the one
-    that a `column` holds, as an object or as text; without either every JSON value is right.
+    Formula: the last fenced block that is tagged as JSON, else the last without a tag, else (and
+    without `fenced`) the whole text is parsed (NaN and Infinity are no JSON) and checked against
+    option `schema`, or against the one that a `column` holds, as an object or as text; without
+    either every JSON value is right.
     Source: jsonschema; the draft is the one that `$schema` names, else 2020-12. A `$ref` that
     leads out of the schema is never fetched.
 
@@ -43,9 +43,9 @@ def json_valid(
 
 
 def _parsed(text: str, fenced: bool) -> Any:
-    blocks = _FENCE.findall(text) if fenced else []
+    block = last_block(text, ("json",)) if fenced else None
     try:
-        return json.loads(blocks[-1] if blocks else text, parse_constant=_refuse)
+        return json.loads(text if block is None else block, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return _NONE
 

@@ -76,6 +76,47 @@ def test_the_program_is_the_last_fenced_block_or_the_whole_text() -> None:
     assert program_of("```python\nx = 1") == "x = 1"
 
 
+PYTHON, BASH, OUTPUT = "```python\nx = 1\n```", "```bash\npython x.py\n```", "```\n3\n```"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{PYTHON}\n{BASH}\nIt prints 3.",
+        f"{BASH}\nwhere\n{PYTHON}\nis x.py.",
+        f"{PYTHON}\nIt prints\n{OUTPUT}\nDone.",
+        f"```text\nfirst a plan\n```\n{PYTHON}\nDone.",
+        f"{PYTHON}\n```c++ title=x\nint x;\n```\nDone.",
+        f"Use ```x``` or ```y``` here:\n{PYTHON}",
+        f"1. {PYTHON}\n2. {BASH}",
+        "```` python\nx = 1\n````\n```bash\nls\n```\nDone.",
+        PYTHON.replace("\n```", "```") + f"\n{BASH}",
+        f"{PYTHON} Done.\n{BASH}\nDone.",
+        f"  {PYTHON}\n{BASH}".replace("\n```", "\n  ```"),
+    ],
+)
+def test_blocks_of_other_languages_and_prose_are_no_program(text: str) -> None:
+    assert program_of(text).strip() == "x = 1"
+    assert program_of(text.replace("\n", "\r\n")).strip() == "x = 1"
+
+
+def test_a_mark_within_a_line_of_the_program_does_not_end_it() -> None:
+    inside = 'x = "```python"  # or ``` and\n'
+    assert program_of(f"```python\n{inside}```") == inside
+    assert program_of("```bash\nls\n```\nnothing") == "```bash\nls\n```\nnothing"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "text",
+    ["`" * 400_000, "``` " * 100_000, "```" + " " * 400_000 + "`", "```\n" + "```` x" * 100_000,
+     "```\n" + " " * 400_000, "```\n" * 100_000, "```x\n" + ("``` " + " " * 99 + "x") * 9000],
+    ids=["marks", "spaced", "blank", "inside", "open", "pairs", "blanks behind"],
+)  # fmt: skip
+def test_a_degenerate_completion_is_read_at_once(text: str) -> None:
+    program_of(text)
+
+
 def test_a_sandbox_that_is_required_and_missing_is_a_failure_and_no_score(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

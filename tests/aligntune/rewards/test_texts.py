@@ -171,6 +171,12 @@ class TestJson:
         assert json_valid(["3", "[]", '"a"', "a", "{a: 1}"]) == [1.0, 1.0, 1.0, 0.0, 0.0]
         assert one(json_valid, "```json\n3\n```", fenced=False) == 0.0
 
+    def test_a_block_of_another_language_is_no_json(self) -> None:
+        text = "```python\nprint(3)\n```\nSo:\n```json\n{}\n```\nDone."
+        assert one(json_valid, text) == 1.0
+        assert one(json_valid, "```json\n{}\n```\nor\n```text\n3 4\n```\nDone.") == 1.0
+        assert one(json_valid, "```json\n{\n```\nIt prints\n```\n3\n```") == 0.0
+
     def test_each_row_may_have_its_own_as_text_too(self) -> None:
         schemas = [json.dumps(self.SCHEMA), {"type": "array"}]
         assert json_valid(['{"age": 1}', "{}"], column="form", form=schemas) == [1.0, 0.0]
