@@ -27,7 +27,7 @@ from aligntune.rewards.format import format_match
 from aligntune.rewards.inputs import text_of
 from aligntune.rewards.length import length_penalty
 from aligntune.rewards.limited import judged
-from aligntune.rewards.math import math_equal
+from aligntune.rewards.math import answer_place, math_equal
 from aligntune.rewards.registry import (
     check_columns,
     from_callable,
@@ -134,6 +134,12 @@ class TestMath:
         slow, right = r"\boxed{9^{9^{9^{9}}}}", r"\boxed{2x}"
         completions = [slow, right, slow, r"\boxed{(x+1)^{5000}}", right]
         assert math_equal(completions, answer=["x+x"] * 5) == [0.0, 1.0, 0.0, 0.0, 1.0]
+
+    @pytest.mark.timeout(60)
+    @pytest.mark.parametrize("before", ["", "Answer: "])
+    @pytest.mark.parametrize("group", ["000,", "-1,", "1, ", "$1,000.5/3, and "])
+    def test_a_long_list_that_ends_in_a_word_is_read_at_once(self, before: str, group: str) -> None:
+        assert answer_place(f"{before}{group * 300}000x").endswith(("000x", "1}"))
 
     def test_an_expected_answer_that_takes_too_long_is_an_error(
         self, monkeypatch: pytest.MonkeyPatch
