@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from aligntune.data.dropped import Dropped
+
+BATCH = 4096  # rows that are digested at once
 
 
 @dataclass(frozen=True)
@@ -36,3 +39,22 @@ class RowTokens:
     def with_columns(self, columns: Mapping[str, Sequence[Any]]) -> RowTokens:
         """The same rows laid out otherwise."""
         return replace(self, columns=columns)
+
+    def digest(self) -> str:
+        """BLAKE2b of the columns in hexadecimal: it changes with any row or token, and with their
+        order, and not with the type that holds them."""
+        import pyarrow
+
+        found = hashlib.blake2b(digest_size=16)
+        for name, column in sorted(self.columns.items()):
+            found.update(f"{name} {len(column)} ".encode())
+            for first in range(0, len(column), BATCH):
+                part: Any = column[first : first + BATCH]
+                lists = (
+                    part.combine_chunks()
+                    if isinstance(part, pyarrow.ChunkedArray)
+                    else pyarrow.array(part)
+                )
+                for numbers in (lists.value_lengths(), lists.flatten()):
+                    found.update(numbers.cast(pyarrow.int64()).to_numpy().tobytes())
+        return found.hexdigest()

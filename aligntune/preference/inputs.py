@@ -115,6 +115,11 @@ class PairInputs:
         return self._laid_out(self.pairs)
 
     @cached_property
+    def digest(self) -> str:
+        """What changes with any row of `table`, and with their order."""
+        return self.table.digest()
+
+    @cached_property
     def eval_table(self) -> RowTokens | None:
         """The same of what is held out."""
         return None if self.eval_pairs is None else self._laid_out(self.eval_pairs)

@@ -16,9 +16,11 @@ from aligntune.config.tree import dump, tree_of_a_run
 from aligntune.errors import RunFailed, UserError
 from aligntune.paths import located_storage
 from aligntune.runs.deadline import answered
+from aligntune.runs.disk import write_atomically
 from aligntune.runs.rundir import changes
 
 CONFIG = "config.yaml"  # of the run whose checkpoints these are
+ROWS = "rows.digest"  # of the rows it goes over, as `RowTokens.digest` has it
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints that are whole
 FOLDER = "checkpoints"
 
@@ -116,11 +118,13 @@ class JobStorage:
         where = f"{CONFIG} in checkpoint.storage {self._uri}"
         return None if known is None else tree_of_a_run(known, where)
 
-    def describe(self, config: BaseModel) -> None:
-        """Leave the config beside the checkpoints, for a run that has lost its run directory.
+    def describe(self, config: BaseModel, rows: str) -> None:
+        """Leave the digest of the rows in the run directory, and beside the checkpoints with the
+        config, for a run that has lost its run directory.
 
         Raises UserError where the storage does not take it in time.
         """
+        write_atomically(self._rundir / ROWS, rows)
         if self._uri is None:
             return
         store, content = Store(self._root), dump(config).encode()
@@ -129,8 +133,25 @@ class JobStorage:
             filesystem, folder = store.place
             filesystem.create_dir(folder, recursive=True)
             store.write(CONFIG, content)
+            store.write(ROWS, rows.encode())
 
         answered(self._uri, write)
+
+    def check_rows(self, rows: str, reached: int, fresh: bool) -> None:
+        """Whether the rows are those of which the checkpoint of step `reached` has seen some.
+
+        `rows` is their digest; `fresh` is as in `check`. A run of before there were digests goes
+        on. Raises UserError.
+        """
+        known = None if fresh else Store(str(self._rundir)).read(ROWS)
+        if self._uri is not None:
+            known = answered(self._uri, lambda: Store(self._root).read(ROWS)) or known
+        if known is not None and known.decode(errors="replace") != rows:
+            raise UserError(
+                "the training rows, their columns, order or rendering have changed since the "
+                f"checkpoint of step {reached}, so the run cannot go on where it was; restore the "
+                "data, or name another output_dir"
+            )
 
     def newest_step(self) -> int:
         """The step of the newest checkpoint that is whole; 0 where there is none."""

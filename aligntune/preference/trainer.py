@@ -126,6 +126,8 @@ class PreferenceTrainer:
             JobStorage(before, rundir.path).check_left(reached)
         if reached > self.total_steps:
             raise too_few_steps(self.config.train.steps, self.total_steps, reached)
+        if reached:
+            storage.check_rows(self.inputs.digest, reached, fresh=not rundir.trained)
         return rundir
 
     def settle(self, resume: str = "auto") -> None:
@@ -180,7 +182,7 @@ class PreferenceTrainer:
             )
         with claimed(rundir):
             rundir.describe(self.config)
-            storage.describe(self.config)
+            storage.describe(self.config, self.inputs.digest)
             known = last_step(rundir.file("metrics.jsonl"))
             files = Recorder(
                 self.config, self.config.tracking, rundir, self.total_steps, max(known, 0), started

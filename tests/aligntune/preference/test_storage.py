@@ -80,6 +80,7 @@ def test_a_storage_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
 def shared(tmp_path: Path) -> JobStorage:
     """A storage with a checkpoint, whose run directory is gone."""
     write_checkpoints(tmp_path / "shared", [10])
+    (tmp_path / "run").mkdir()
     return JobStorage(f"file://{tmp_path}/shared/", tmp_path / "run")
 
 
@@ -94,7 +95,7 @@ def test_checkpoints_of_a_run_that_is_not_known_are_refused_by_a_new_run_only(
 def test_a_run_that_lost_its_directory_goes_on_from_its_storage_and_another_does_not(
     shared: JobStorage, tmp_path: Path
 ) -> None:
-    shared.describe(config())
+    shared.describe(config(), "d1")
     assert (tmp_path / "shared" / CONFIG).is_file()
     shared.check(config("train.learning_rate=1e-5", "output_dir=elsewhere"), "auto", fresh=True)
     assert shared.newest_step() == 10
@@ -105,14 +106,42 @@ def test_a_run_that_lost_its_directory_goes_on_from_its_storage_and_another_does
 
 
 def test_a_run_does_not_go_on_with_the_checkpoints_of_another(shared: JobStorage) -> None:
-    shared.describe(config("train.seed=1"))
+    shared.describe(config("train.seed=1"), "d1")
     with pytest.raises(UserError, match=r"holds another run: train\.seed was 1 there"):
         shared.check(config(), "auto", fresh=False)
     shared.check(config("train.seed=1", "train.learning_rate=1e-5"), "auto", fresh=False)
 
 
+@pytest.mark.parametrize("uri", [None, "file://{}/shared"])
+def test_rows_are_compared_with_those_of_the_checkpoints_wherever_a_run_has_left_them(
+    uri: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    storage = JobStorage(uri and uri.format(tmp_path), tmp_path / "run")
+    storage.check_rows("d1", 10, fresh=False)  # a run of before there were digests
+    storage.describe(config(), "d1")
+    storage.check_rows("d1", 10, fresh=False)
+    with pytest.raises(UserError, match=r"have changed since the checkpoint of step 10"):
+        storage.check_rows("d2", 10, fresh=False)
+    # A copy of the checkpoints alone has no digest, and the run directory has.
+    with pytest.raises(UserError, match=r"have changed since the checkpoint of step 10"):
+        JobStorage(f"file://{tmp_path}/copy", tmp_path / "run").check_rows("d2", 10, fresh=False)
+
+
+def test_rows_are_compared_where_the_run_directory_is_gone(
+    shared: JobStorage, tmp_path: Path
+) -> None:
+    shared.describe(config(), "d1")
+    (tmp_path / "new").mkdir()
+    new = JobStorage(f"file://{tmp_path}/shared", tmp_path / "new")
+    new.check_rows("d1", 10, fresh=True)
+    with pytest.raises(UserError, match="have changed since"):
+        new.check_rows("d2", 10, fresh=True)
+
+
 def test_a_storage_that_is_not_there_yet_is_made_for_the_config(tmp_path: Path) -> None:
-    JobStorage(f"file://{tmp_path}/new/run", tmp_path / "run").describe(config())
+    (tmp_path / "run").mkdir()
+    JobStorage(f"file://{tmp_path}/new/run", tmp_path / "run").describe(config(), "d1")
     assert (tmp_path / "new" / "run" / CONFIG).is_file()
 
 

@@ -1,8 +1,10 @@
-"""What a preference job is refused before anything starts: its checkpoints left elsewhere."""
+"""What a preference job is refused before anything starts: its checkpoints left elsewhere, other
+rows than those they have seen."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,7 +50,7 @@ def stop_at(trainer: PreferenceTrainer, step: int) -> None:
     rundir.path.mkdir(exist_ok=True)
     write_checkpoints(root, [step])
     rundir.describe(trainer.config)
-    JobStorage(storage, rundir.path).describe(trainer.config)
+    JobStorage(storage, rundir.path).describe(trainer.config, trainer.inputs.digest)
     rundir.file("metrics.jsonl").write_text(json.dumps({"step": step}) + "\n")
 
 
@@ -86,3 +88,23 @@ def test_a_place_of_before_that_does_not_answer_is_left_for_a_named_copy(
     with pytest.raises(UserError, match=r"the place of before does not answer: .*nosuch"):
         job().check()
     job().check(resume=f"{tmp_path}/run/{FOLDER}/step-000010")
+
+
+def test_a_run_does_not_go_on_over_other_rows(job: Job, tmp_path: Path) -> None:
+    stop_at(job(), 10)
+    job("train.learning_rate=1e-5", "data.max_length=64").check()  # the same rows
+    changed = "rows, their columns, order or rendering have changed since the checkpoint of step 10"
+    for option in ("data.max_samples=4", "data.rejected_column=prompt"):
+        with pytest.raises(UserError, match=changed):
+            job(option).check()
+    write_pairs(tmp_path / "pairs.jsonl", range(13))
+    with pytest.raises(UserError, match=changed):
+        job().check()
+
+
+def test_rows_may_change_before_there_is_a_checkpoint(job: Job, tmp_path: Path) -> None:
+    trainer = job()
+    stop_at(trainer, 10)
+    shutil.rmtree(tmp_path / "run" / FOLDER)
+    write_pairs(tmp_path / "pairs.jsonl", range(13))
+    job().check()
