@@ -343,11 +343,17 @@ def connected(free: bool = False) -> Cluster:
 
     nodes = living_nodes()
     if free:
-        from ray._private.state import available_resources_per_node  # Ray has no public one
-
-        left = available_resources_per_node()
+        left = free_resources()
         nodes = [{**node, "Resources": left.get(node["NodeID"], {})} for node in nodes]
     return Cluster(tuple(from_ray(node) for node in nodes), f"Ray at {_gcs_address(ray)}")
+
+
+def free_resources() -> Mapping[str, Mapping[str, float]]:
+    """What nobody holds of the connected Ray's nodes, by their ids."""
+    from ray._private.state import available_resources_per_node  # Ray has no public one
+
+    left: Mapping[str, Mapping[str, float]] = available_resources_per_node()
+    return left
 
 
 def _gcs_address(ray: Any) -> str:

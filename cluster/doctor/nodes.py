@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster.doctor import findings
 from cluster.doctor.findings import Finding, Observed, Verdict
-from cluster.resources import living_nodes
+from cluster.resources import free_resources, living_nodes
 from cluster.session import ClusterUnreachable, check_head
 
 START_S = 60.0  # for an actor on a node: a process, and torch
@@ -93,11 +93,10 @@ def _examine(packages: Sequence[str], requirements: Sequence[str]) -> Iterator[F
     for name, probe in healthy.items():
         yield _clock(name, probe)
     yield from _bandwidths(healthy, "gloo", {})
-    gpus = {name: seen for name, seen in observed.items() if seen.torch_gpus}
-    if len(gpus) > 1:
-        by_name = {_name(node, nodes): node for node in nodes}
-        with_gpu = {name: _probe(by_name[name], gpus=1) for name in gpus}
-        yield from _bandwidths(with_gpu, "nccl", {"device": "cuda"})
+    by_name = {_name(node, nodes): node for node in nodes}
+    with_gpu = {name: by_name[name] for name, seen in observed.items() if seen.torch_gpus}
+    if len(with_gpu) > 1:
+        yield from _nccl(with_gpu)
 
 
 def _name(node: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> str:
@@ -173,6 +172,18 @@ def _bandwidths(
             )
             continue
         yield findings.bandwidth(backend, pair, rate)
+
+
+def _nccl(nodes: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
+    """Between those that have a GPU which nobody holds: for another a probe would wait."""
+    left = free_resources()
+    free = [name for name, n in nodes.items() if left.get(n["NodeID"], {}).get("GPU", 0) >= 1]
+    if taken := sorted(nodes.keys() - set(free)):
+        seen = f"not measured: no free GPU on {', '.join(taken)}"
+        yield Finding("nccl bandwidth", Verdict.OK, seen)
+    if len(free) > 1:
+        probes = {name: _probe(nodes[name], gpus=1) for name in free}
+        yield from _bandwidths(probes, "nccl", {"device": "cuda"})
 
 
 class Probe:

@@ -288,6 +288,51 @@ def test_local_is_no_cluster_to_examine(monkeypatch: pytest.MonkeyPatch) -> None
     assert "cluster" not in {finding.check for finding in examine_all(None)}
 
 
+@pytest.mark.parametrize(
+    ("free", "taken", "measured"),
+    [
+        ({}, ["a", "b", "c"], []),
+        ({"a": 1.0, "b": 0.5, "c": 2.0}, ["b"], ["a - c"]),
+        ({"a": 1.0, "b": 1.0, "c": 1.0}, [], ["a - b", "a - c", "b - c"]),
+    ],
+)
+def test_no_gpu_is_asked_for_that_a_run_holds(
+    free: dict[str, float],
+    taken: list[str],
+    measured: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever asked would wait, and be told of ports that are closed."""
+    import ray
+
+    def call(answer: Any) -> Any:
+        return SimpleNamespace(remote=lambda *given, **options: lambda: answer)
+
+    def probe(node: dict[str, Any], gpus: int = 0) -> Any:
+        if gpus:
+            assert free.get(node["NodeID"], 0.0) >= gpus
+        return SimpleNamespace(
+            observe=call(replace(HEALTHY, gpus=["NVIDIA H100"], torch_gpus=1)),
+            clock=call(time.time()),
+            meeting_place=call("a:1"),
+            measure=call(2.0e9),
+        )
+
+    def get(what: Any, timeout: float) -> Any:
+        return [each() for each in what] if isinstance(what, list) else what()
+
+    alive = [{"NodeID": name, "NodeManagerAddress": name, "Alive": True} for name in "abc"]
+    monkeypatch.setattr(ray, "nodes", lambda: alive)
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(nodes, "_probe", probe)
+    left = {name: {"CPU": 4.0, "GPU": amount} for name, amount in free.items()}
+    monkeypatch.setattr(nodes, "free_resources", lambda: left)
+    found = [finding for finding in nodes._examine([], []) if finding.check == "nccl bandwidth"]
+    assert {finding.verdict for finding in found} == {Verdict.OK}
+    told = [f"not measured: no free GPU on {', '.join(taken)}"] if taken else []
+    assert [finding.seen for finding in found] == told + [f"{m}: 2.00 GB/s" for m in measured]
+
+
 @pytest.mark.slow
 def test_the_store_of_a_node_is_the_one_that_its_ray_has(ray_session: None) -> None:
     import ray
