@@ -8,8 +8,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, JsonValue
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    JsonValue,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
+
+AUTO: dict[str, JsonValue] = {"auto": True}
+"""Marks a field (`json_schema_extra`) that the machines decide unless somebody has set it; until
+then it holds the value of a run without a GPU. To write `auto` there is to leave it open."""
+
+
+def is_auto(field: FieldInfo) -> bool:
+    """Whether the machines decide a field where it is not set."""
+    extra = field.json_schema_extra
+    return isinstance(extra, Mapping) and bool(extra.get("auto"))
 
 
 class Spec(BaseModel):
@@ -20,10 +38,20 @@ class Spec(BaseModel):
     moved: ClassVar[Mapping[str, str]] = {}
     """Keys that were here once, and where in the same section what they said is said now."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_auto(cls, given: Any) -> Any:
+        """Leave out what is to be decided: `auto` in a field that the machines decide, or a choice
+        of that name without options. In any other field `auto` is a value as any."""
+        if not isinstance(given, Mapping):
+            return given
+        decided = {name for name, field in cls.model_fields.items() if is_auto(field)}
+        return {
+            key: value
+            for key, value in given.items()
+            if not (key in decided and value in ("auto", {"name": "auto"}))
+        }
 
-AUTO: dict[str, JsonValue] = {"auto": True}
-"""Marks a field (`json_schema_extra`) that the machines decide unless somebody has set it; until
-then it holds the value of a run without a GPU."""
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ClusterSpec(BaseModel):
@@ -28,3 +29,11 @@ class ClusterSpec(BaseModel):
     )
     object_store_gib: float | None = Field(None, gt=0, description="for a Ray started here")
     worker_logs: bool = Field(False, description="print the actors' output in this terminal")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_auto(cls, given: Any) -> Any:
+        """`colocate: auto` leaves it open; the address may be `auto`, which is another thing."""
+        if isinstance(given, Mapping) and given.get("colocate") == "auto":
+            return {key: value for key, value in given.items() if key != "colocate"}
+        return given

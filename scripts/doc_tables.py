@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from actors.engines.specs import VLLMSpec
-from actors.settings import OneOf
+from actors.settings import OneOf, is_auto
 from actors.specs import (
     REWARD_KINDS,
     LoRASpec,
@@ -31,7 +31,6 @@ from actors.specs import (
 from aligntune.algorithms import registry
 from aligntune.algorithms.base import Algorithm
 from aligntune.commands.rewards_shown import markdown as rewards_table
-from aligntune.config.auto import is_auto
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.config.preference import ALGORITHMS, PreferenceConfig

@@ -10,33 +10,37 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
+
+from actors.settings import is_auto
 
 AUTO = "auto"
 
 
-def is_auto(field: FieldInfo) -> bool:
-    """Whether a field is decided where it is not set."""
-    extra = field.json_schema_extra
-    return isinstance(extra, Mapping) and bool(extra.get(AUTO))
-
-
 def open_settings(config: BaseModel) -> frozenset[str]:
     """The dotted paths of everything that is still to be decided."""
-    return frozenset(_open(config, ""))
+    return frozenset(path for path, is_set in _of_machines(config, "") if not is_set)
 
 
-def _open(spec: BaseModel, prefix: str) -> Iterator[str]:
+def settings_of_machines(config: BaseModel) -> frozenset[str]:
+    """The dotted paths of everything that the machines decide where nobody sets it."""
+    return frozenset(path for path, _ in _of_machines(config, ""))
+
+
+def _of_machines(spec: BaseModel, prefix: str) -> Iterator[tuple[str, bool]]:
+    """(path, whether it is set); what is open is not looked into."""
     for name, field in type(spec).model_fields.items():
         value = getattr(spec, name)
-        if is_auto(field) and name not in spec.model_fields_set:
-            yield f"{prefix}{name}"
-        elif isinstance(value, BaseModel):
-            yield from _open(value, f"{prefix}{name}.")
+        is_set = name in spec.model_fields_set
+        if is_auto(field):
+            yield f"{prefix}{name}", is_set
+            if not is_set:
+                continue
+        if isinstance(value, BaseModel):
+            yield from _of_machines(value, f"{prefix}{name}.")
         elif isinstance(value, list):
             for index, item in enumerate(value):
                 if isinstance(item, BaseModel):
-                    yield from _open(item, f"{prefix}{name}.{index}.")
+                    yield from _of_machines(item, f"{prefix}{name}.{index}.")
 
 
 def tree_of(config: BaseModel) -> dict[str, Any]:
@@ -60,15 +64,3 @@ def _put(tree: Any, path: str, value: Any) -> None:
     for part in parents:
         tree = tree[int(part)] if isinstance(tree, list) else tree[part]
     tree[last] = value
-
-
-def without_auto(tree: Any) -> Any:
-    """A tree without what it leaves to be decided: keys whose value is `auto`, or a choice of that
-    name without options. The address of a cluster may be `auto`, which is another thing."""
-    if isinstance(tree, Mapping):
-        return {
-            key: without_auto(value)
-            for key, value in tree.items()
-            if key in ("address", "name") or value not in (AUTO, {"name": AUTO})
-        }
-    return [without_auto(item) for item in tree] if isinstance(tree, list) else tree

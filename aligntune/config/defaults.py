@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-from aligntune.config.auto import AUTO, is_auto
+from actors.settings import is_auto
+from aligntune.config.auto import AUTO
 
 
 def other_than_default(config: BaseModel) -> dict[str, Any]:

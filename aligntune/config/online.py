@@ -36,7 +36,6 @@ from actors.specs import (
 from actors.strategies.specs import STRATEGIES
 from aligntune.algorithms import registry
 from aligntune.algorithms.base import Algorithm
-from aligntune.config.auto import without_auto
 from aligntune.config.backends import check_backend, check_shared_prompts, check_weight_sync
 from aligntune.config.episodes import AgentField, check_episodes
 from aligntune.config.records import EvalSpec, HubSpec, OnlineCheckpointSpec, OnlineTrackingSpec
@@ -181,7 +180,7 @@ def load_online_config(tree: Mapping[str, Any]) -> RunConfig:
 def validate(tree: Mapping[str, Any]) -> RunConfig:
     """A RunConfig from a mapping; UserError names the first wrong key and its cure."""
     try:
-        return RunConfig.model_validate(without_auto(tree))
+        return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise UserError(explain(error, tree, RunConfig, _algorithm_options)) from error
 

@@ -21,7 +21,6 @@ from actors.specs import (
     Seconds,
     Spec,
 )
-from aligntune.config.auto import without_auto
 from aligntune.config.backends import check_backend
 from aligntune.config.records import CheckpointSpec, HubSpec, TrackingSpec
 from aligntune.config.tree import explain
@@ -281,7 +280,7 @@ class PreferenceConfig(Spec):
 def load_preference_config(tree: Mapping[str, Any]) -> PreferenceConfig:
     """The resolved config of a preference job. Raises UserError."""
     try:
-        config = PreferenceConfig.model_validate(without_auto(tree))
+        config = PreferenceConfig.model_validate(tree)
     except ValidationError as error:
         raise UserError(explain(error, tree, PreferenceConfig, _algorithm_options)) from error
     train = config.train

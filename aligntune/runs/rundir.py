@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from actors.locks import NoLocks, locked
 from actors.strategies.specs import StrategySpec
-from aligntune.config.auto import AUTO, tree_of
+from aligntune.config.auto import AUTO, settings_of_machines, tree_of
 from aligntune.config.defaults import other_than_default
 from aligntune.config.tree import dump, tree_of_a_run
 from aligntune.errors import UserError
@@ -87,14 +87,15 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Paths whose values differ between two trees: {path: (old, new)}. Pure.
+def differences(old: dict[str, Any], config: BaseModel) -> dict[str, tuple[Any, Any]]:
+    """Paths whose values differ between a tree and this config: {path: (old, new)}. Pure.
 
-    What one of them leaves to be decided (`auto`) differs from nothing.
+    What one of them leaves to the machines (`auto`) differs from nothing.
     """
-    before, after = flatten(old), flatten(new)
+    before, after = flatten(old), flatten(tree_of(config))
     both = (*before.items(), *after.items())
-    undecided = {path for path, value in both if value == AUTO and path != "cluster.address"}
+    of_machines = settings_of_machines(config)
+    undecided = {path for path, value in both if value == AUTO and path in of_machines}
     return {
         path: (before.get(path), after.get(path))
         for path in sorted({*before, *after})
@@ -108,7 +109,7 @@ def changes(old: dict[str, Any], config: BaseModel, where: str) -> dict[str, tup
 
     Raises UserError where the two are not the same run.
     """
-    changed = differences(old, tree_of(config))
+    changed = differences(old, config)
     other = [
         f"{path} was {was!r} there and is {now!r} here"
         for path, (was, now) in changed.items()
@@ -244,7 +245,7 @@ class RunDir:
                     "name an empty or new folder"
                 )
         elif not self.trained:
-            self.changed = differences(old, tree_of(config))
+            self.changed = differences(old, config)
         elif resume == "never":
             raise UserError(
                 f"output_dir {self.path} holds a run and resume=never; "

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from aligntune.config.code import named_code
 from aligntune.config.episodes import AgentSpec
@@ -50,6 +51,7 @@ def config(**changes: Any) -> RunConfig:
         ({"tools": ["a:b"], "episodes": {"host": "0.0.0.0"}}, "there is no agent"),
         ({"agent": "a:b", "episodes": {"call_timeout_s": 3}}, "an agent has its own"),
         ({"agent": "a:b", "episodes": {"max_output_characters": 9}}, "an agent has its own"),
+        ({"agent": "a:b", "episodes": {"sandbox": "auto"}}, "an agent has its own"),
         (
             {"agent": "a:b", "episodes": {"episode_timeout_s": 7200}},
             r"raise train\.stall_timeout_s above it, or lower episodes\.episode_timeout_s",
@@ -85,6 +87,14 @@ def test_a_config_with_episodes_is_written_and_read_again() -> None:
     assert isinstance(made.agent, AgentSpec)
     again = load_config(dump(made) and made.model_dump(mode="json"))
     assert again == made
+
+
+def test_a_sandbox_where_it_works_is_not_none() -> None:
+    made = config(tools=["a:b"], episodes={"sandbox": "auto"})
+    assert made.episodes.sandbox == "auto"
+    again = load_config(yaml.safe_load(dump(made)))
+    assert isinstance(again, RunConfig)
+    assert again.episodes.sandbox == "auto"
 
 
 def test_the_environment_role_is_asked_for_only_where_rollouts_are_episodes() -> None:

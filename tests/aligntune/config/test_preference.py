@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from aligntune import create_rl_trainer
+from aligntune.config.auto import open_settings
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.config.preference import PreferenceConfig
@@ -37,6 +38,17 @@ def test_a_dumped_config_is_read_back_equal() -> None:
         config("algorithm.center_coefficient=0.01", algorithm="reward_model"),
     ):
         assert load_config(yaml.safe_load(dump(given))) == given
+
+
+def test_auto_is_a_value_where_the_machines_decide_nothing() -> None:
+    given = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "bf16": {"enabled": "auto"}}
+    made = config(train={"deepspeed": given, "workers": "auto"}, data={"path": "d"})
+    for one in (made, load_config(yaml.safe_load(dump(made)))):
+        assert isinstance(one, PreferenceConfig)
+        assert one.train.deepspeed == given
+        assert "train.workers" in open_settings(one)
+    with pytest.raises(UserError, match=r"train\.steps: .* got 'auto'"):
+        config("train.steps=auto")
 
 
 def test_defaults_are_those_of_the_algorithm() -> None:

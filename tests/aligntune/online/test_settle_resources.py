@@ -79,7 +79,12 @@ def test_what_is_set_is_never_changed() -> None:
 
 def test_auto_may_be_written_and_is_as_if_nothing_were() -> None:
     written = config(
-        "model.dtype=auto", "policy.resources.gpus=auto", "rollout.engine=auto", "policy.ranks=auto"
+        "model.dtype=auto",
+        "policy.resources.gpus=auto",
+        "rollout.engine={name: auto}",
+        "policy.strategy=auto",
+        "policy.ranks=auto",
+        "cluster.colocate=auto",
     )
     assert open_settings(written) == open_settings(config())
     assert load_config(yaml.safe_load(dump(written))) == written

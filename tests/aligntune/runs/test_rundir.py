@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -80,6 +81,15 @@ def test_two_spellings_of_a_path_are_the_same_run(rundir: RunDir, tmp_path: Path
         rundir.check(config(model={"name": "elsewhere/m"}), "auto")
     tree = yaml.safe_load(rundir.config.read_text())
     assert tree["model"]["name"] == "./m", "as it was given"
+
+
+def test_what_one_run_leaves_to_the_machines_has_not_changed_and_another_auto_has() -> None:
+    def run(**changes: Any) -> RunConfig:
+        tree = {"algorithm": "grpo", "model": {"name": "m"}, "data": {"path": "x.jsonl"}}
+        return load_online_config({**tree, "output_dir": "o", "tools": ["a:b"], **changes})
+
+    old = run(episodes={"sandbox": "auto"}, model={"name": "m", "dtype": "bfloat16"})
+    assert changes(tree_of(old), run(), "here") == {"episodes.sandbox": ("auto", "off")}
 
 
 @pytest.mark.parametrize("strategy", ["deepspeed", "fsdp"])
