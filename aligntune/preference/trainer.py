@@ -47,6 +47,8 @@ FILLED_IN = dict.fromkeys(
     ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
 )
 """What the trainer tells DeepSpeed from the rest of the config; another value given is refused."""
+_SCHEDULES = {"constant": "constant_with_warmup"}
+"""The names of transformers' schedules where they are not ours: its `constant` has no warm-up."""
 
 
 @dataclass(frozen=True)
@@ -301,7 +303,7 @@ def _arguments(config: PreferenceConfig) -> dict[str, Any]:
         "per_device_eval_batch_size": config.eval.pairs_per_worker,
         "gradient_accumulation_steps": train.accumulation_steps,
         "learning_rate": train.learning_rate,
-        "lr_scheduler_type": train.scheduler,
+        "lr_scheduler_type": _SCHEDULES.get(train.scheduler, train.scheduler),
         "warmup_steps": train.warmup_steps,
         "weight_decay": train.weight_decay,
         "adam_beta1": train.adam_betas[0],

@@ -481,6 +481,15 @@ def test_the_optimiser_is_named(build: Build) -> None:
     assert build().args.optim == "adamw_torch_fused"
 
 
+def test_a_constant_rate_has_its_warm_up(build: Build) -> None:
+    trainer = build(
+        "train.scheduler=constant", "train.warmup_steps=4", "train.learning_rate=1e-3", steps=6
+    )
+    trainer.train()
+    rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+    assert rates == pytest.approx([0, 0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
+
+
 @pytest.mark.parametrize("kind", ["dpo", "reward_model"])
 def test_a_run_that_is_resumed_at_its_last_step_trains_none(
     build: Build, tmp_path: Path, kind: str
