@@ -320,6 +320,7 @@ def _arguments(config: PreferenceConfig) -> dict[str, Any]:
             "padding_free": algorithm.packing,
             "dataset_kwargs": {"skip_prepare_dataset": True},  # the rows are tokens and labels
         }
+    arguments["disable_dropout"] = False  # LoRA's, too; the model's own is off where it is loaded
     if not isinstance(algorithm, DPOSpec):
         return {**arguments, "center_rewards_coefficient": algorithm.center_coefficient}
     cut = config.data.long_rows in ("keep_start", "keep_end")

@@ -491,6 +491,20 @@ def test_a_constant_rate_has_its_warm_up(build: Build) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dpo", "reward_model"])
+def test_the_dropout_of_lora_is_what_it_is_set_to_and_the_models_own_is_off(
+    build: Build, kind: str
+) -> None:
+    model = build("model.lora={r: 2, dropout: 0.3}", kind=kind).model
+    found = {
+        name: module.p
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Dropout)
+    }
+    assert {p for name, p in found.items() if "lora_dropout" in name} == {0.3}
+    assert {p for name, p in found.items() if "lora_dropout" not in name} <= {0.0}
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward_model"])
 def test_a_run_that_is_resumed_at_its_last_step_trains_none(
     build: Build, tmp_path: Path, kind: str
 ) -> None:
