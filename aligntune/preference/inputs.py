@@ -27,7 +27,7 @@ from aligntune.decisions import Decision, events, told
 from aligntune.errors import UserError
 from aligntune.preference.settle import settle_max_length
 from aligntune.preference.settle_workers import settle_workers
-from aligntune.rewards.registry import check_columns, from_callable, resolve
+from aligntune.rewards.registry import check_columns, check_names, from_callable, resolve
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
 
@@ -83,12 +83,14 @@ class PairInputs:
     def criteria(self) -> tuple[RewardCriterion, ...]:
         """The functions that score texts, where the data are texts. Raises UserError."""
         try:
-            return tuple(
+            found = tuple(
                 from_callable(self._functions[spec.name], spec)
                 if spec.name in self._functions
                 else resolve(spec)
                 for spec in self.config.rewards
             )
+            check_names(found)
+            return found
         except ValueError as error:
             raise UserError(f"rewards: {error}") from error
 

@@ -116,6 +116,29 @@ def test_a_reward_model_config_may_name_texts_and_rewards(tmp_path: Path, tiny_m
         create_rl_trainer(config=trainer.config.model_dump(mode="json")).check()
 
 
+def test_two_functions_of_one_name_are_refused_as_one_would_score_for_both(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in TEXTS), encoding="utf-8")
+
+    def named_score(sign: float) -> Any:
+        def score(completions: list[str], **columns: Any) -> list[float]:
+            return [sign * float(completion) for completion in completions]
+
+        return score
+
+    trainer = create_rl_trainer(
+        model_name=str(tiny_model),
+        dataset_name=str(path),
+        algorithm="reward_model",
+        reward_functions=[named_score(1), named_score(-2)],
+    )
+    assert isinstance(trainer, PreferenceTrainer)
+    with pytest.raises(UserError, match="2 rewards are named 'score'; give each its own 'name'"):
+        _ = trainer.pairs
+
+
 def test_rewards_are_for_reward_models_made_of_texts() -> None:
     base = {"model": {"name": "m"}, "data": {"path": "d"}, "output_dir": "o"}
     with pytest.raises(UserError, match="dpo takes no rewards"):
