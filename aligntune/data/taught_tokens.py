@@ -239,7 +239,8 @@ class _Reader:
                 raise DataError(
                     "the row has a system message and data.system_prompt is set too; remove one"
                 )
-            messages, asked = [{"role": "system", "content": self._system}, *messages], asked + 1
+            messages = [{"role": "system", "content": self._system}, *messages]
+            asked = asked and asked + 1  # alone it is no prompt, which many templates refuse
         alone = asked and all(message["role"] == "assistant" for message in messages[asked:])
         marked = self._template_with_marks() if not (self._all or alone) else None
         options = {"tools": [*tools] or None, "chat_template": marked}

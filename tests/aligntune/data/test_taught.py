@@ -25,6 +25,10 @@ MARKED = byte_tokenizer(
     "{{ m.content }}</>{% endgeneration %}{% else %}{{ m.content }}</>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+WANTS_A_USER = byte_tokenizer(
+    template="{% if messages | selectattr('role', 'equalto', 'user') | list | length == 0 %}"
+    "{{ raise_exception('no user query') }}{% endif %}" + MARKED.chat_template
+)
 UNMARKED, PLAIN = byte_tokenizer(template=TEMPLATE), byte_tokenizer(bos=True, eos=True)
 ASK, SAY = {"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}
 
@@ -81,7 +85,9 @@ def test_every_form_trains_its_answers_and_their_ends() -> None:
     assert spelled(MARKED, {"messages": turns}, loss_on="all") == [
         f"<[{whole[1:].replace('[', '').replace(']', '')}]"
     ]
-    assert spelled(MARKED, {"messages": [ASK, SAY]}, system_prompt="s") == [f"<system>s</>{one}"]
+    for tokenizer in (MARKED, WANTS_A_USER):
+        asked = {"messages": [ASK, SAY]}
+        assert spelled(tokenizer, asked, system_prompt="s") == [f"<system>s</>{one}"]
 
 
 def test_without_a_template_text_is_as_it_stands_and_ends_once() -> None:
