@@ -304,6 +304,11 @@ def _check(config: PreferenceConfig) -> None:
     name, data, train = config.algorithm_name, config.data, config.train
     if train.steps is not None and train.epochs is not None:
         raise UserError("train.steps and train.epochs both say how long; give one of them")
+    if config.eval != PreferenceEvalSpec() and not data.evaluates:
+        raise UserError(
+            "the eval section is set and there is no held-out data, so it would be ignored; set "
+            "data.eval_split (as in train[95%:]) or data.eval_path, or remove it"
+        )
     if config.rewards and name != "reward_model":
         raise UserError(
             f"{name} takes no rewards; remove them, or train a reward_model of what they score"

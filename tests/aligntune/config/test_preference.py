@@ -93,6 +93,7 @@ REFUSED = {
         "algorithm.reference_free=true",
         "algorithm.precompute_reference=true",
     ],
+    "eval section is set and there is no held-out data": ["eval.every_steps=5"],
     "both say how long": ["train.steps=1", "train.epochs=1"],
     "'algorithm.betta'; did you mean 'algorithm.beta'": ["algorithm.betta=1"],
     "'train.worker'; did you mean 'train.workers'": ["train.worker=1"],
