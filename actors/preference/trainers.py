@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actors.preference.held_out import HeldOutPairs
 from actors.preference.relay import PreferenceJob
 from actors.specs import ModelSpec
 from actors.storage import Store
@@ -100,7 +101,7 @@ def _dpo(
     from trl import DPOConfig, DPOTrainer
     from trl.models import prepare_deepspeed
 
-    class Trainer(_EndsWithItsSteps, DPOTrainer):
+    class Trainer(_EndsWithItsSteps, HeldOutPairs, DPOTrainer):
         """DPOTrainer on tokens, with reference log-probs of its own where none are kept."""
 
         _precompute_engine: Any
@@ -218,7 +219,7 @@ def _reward_model(
 
     from actors.models.reward import new_reward_model
 
-    class Trainer(_EndsWithItsSteps, RewardTrainer):
+    class Trainer(_EndsWithItsSteps, HeldOutPairs, RewardTrainer):
         """RewardTrainer that does not go on from its last step."""
 
     spec = job.model if job.trained is None else _renamed_model(job)

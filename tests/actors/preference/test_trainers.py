@@ -22,6 +22,7 @@ from torch.nn.functional import logsigmoid, relu
 
 from actors.preference.relay import PreferenceJob
 from actors.preference.trainers import build_trainer, export_model
+from actors.preference.worker import renamed
 from aligntune.config.load import load_config
 from aligntune.config.preference import SMOOTHED, Loss, PreferenceConfig
 from aligntune.preference.trainer import _arguments
@@ -70,9 +71,11 @@ def made_of(
     *,
     kind: Any = "dpo",
     steps: int = 4,
+    held_out: int = 0,
     alive: Callable[[], None] = lambda: None,
 ) -> Any:
-    """A trainer of a config with the overrides; it has its job as `job`."""
+    """A trainer of a config with the overrides, on so many held-out pairs; it has its job as
+    `job`."""
     config = load_config(
         {
             "algorithm": kind,
@@ -96,7 +99,8 @@ def made_of(
         max_length=config.data.max_length,
     )
     columns = ("prompt", "chosen", "rejected")[kind == "reward_model" :]
-    trainer = build_trainer(job, table(columns=columns), None, folder, alive)
+    evaluation = table(held_out, columns) if held_out else None
+    trainer = build_trainer(job, table(columns=columns), evaluation, folder, alive)
     trainer.job = job
     return trainer
 
@@ -528,3 +532,22 @@ def test_a_run_that_is_resumed_at_its_last_step_trains_none(
         longer = build(*changes, pairs, kind=kind, steps=4)
         longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
         assert longer.state.global_step == 4
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward_model"])
+def test_a_held_out_pair_counts_alike_however_pairs_are_batched(build: Build, kind: str) -> None:
+    def figures(pairs_per_worker: int) -> dict[str, float]:
+        option = f"eval.pairs_per_worker={pairs_per_worker}"
+        trainer = build(option, kind=kind, held_out=17)
+        disturb(trainer)
+        trainer.evaluate()
+        found = renamed(trainer.state.log_history[-1])
+        return {name: value for name, value in found.items() if name.startswith("eval/reward/")}
+
+    whole = figures(17)
+    assert {"eval/reward/accuracy", "eval/reward/margin"} < whole.keys()
+    assert whole["eval/reward/accuracy"] * 17 == pytest.approx(
+        round(whole["eval/reward/accuracy"] * 17)
+    )
+    for batch in (16, 5):
+        assert figures(batch) == pytest.approx(whole, rel=1e-4, abs=1e-7)
