@@ -56,9 +56,12 @@ def starting_point(
     `fingerprint` is of the prompts. Raises UserError where the run cannot go on from there.
     """
     damaged: list[str] = []
-    if mirror is not None and mirror.is_ahead_of(checkpoints, resume):
-        rundir.changed = changes(mirror.config(), config, f"checkpoint.storage {mirror.uri}")
-        damaged += mirror.fetch(checkpoints)
+    if mirror is not None and mirror.newest(resume) is not None:
+        # A run that is further than the other one there would copy itself over it.
+        changed = changes(mirror.config(), config, f"checkpoint.storage {mirror.uri}")
+        if mirror.is_ahead_of(checkpoints, resume):
+            rundir.changed = changed
+            damaged += mirror.fetch(checkpoints)
     damaged += checkpoints.damaged()
     checkpoint = rundir.start_from(checkpoints, resume)
     if checkpoint and checkpoint.step > total_steps:

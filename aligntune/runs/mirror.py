@@ -64,17 +64,22 @@ class Mirror:
             raise OSError(f"{CHECKPOINTS}/{LATEST} names no checkpoint, but {name[:40]!r}")
         return int(match[1]) if match else None
 
-    def is_ahead_of(self, checkpoints: Checkpoints, resume: str) -> bool:
-        """Whether the run there has gone further than the one here.
+    def newest(self, resume: str) -> int | None:
+        """The step of the newest checkpoint there; None where there is none.
 
         Raises UserError where nothing answers, or a run is there and `resume` is never.
         """
-        there, here = answered(self.uri, self._latest), checkpoints.latest()
+        there = answered(self.uri, self._latest)
         if there is not None and resume == "never":
             raise UserError(
                 f"checkpoint.storage {self.uri} holds a run and resume=never; name another "
                 "folder, or use --resume auto to go on with it"
             )
+        return there
+
+    def is_ahead_of(self, checkpoints: Checkpoints, resume: str) -> bool:
+        """Whether the run there has gone further than the one here. Raises as `newest` does."""
+        there, here = self.newest(resume), checkpoints.latest()
         return there is not None and (here is None or there > here.step)
 
     def config(self) -> dict[str, Any]:
