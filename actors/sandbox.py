@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Mode = Literal["auto", "required", "off"]
 VARIABLE = "ALIGNTUNE_SANDBOX"
@@ -30,6 +30,7 @@ VARIABLE = "ALIGNTUNE_SANDBOX"
 
 _HIDDEN = ("/home", "/root", "/run", "/mnt", "/media", "/srv")  # empty inside, where they are here
 _OUTSIDE = os.path.expanduser("~")
+_NOTHING = ("/bin/sh", "-c", "exit 0")
 _RUNNER = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from actors.sandbox_runner import main; main(sys.argv[2])"
@@ -40,6 +41,10 @@ START_SECONDS = 10.0  # for the runner beside the program's own time
 class SandboxMissing(RuntimeError):
     """There can be no sandbox as it is wanted: `required`, and bubblewrap is not here or may not
     work, or it would hide nothing. The message says why."""
+
+
+class SandboxFailed(RuntimeError):
+    """The program was never run, so that its end says nothing of it. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def bubblewrap() -> tuple[str | None, str]:
     with tempfile.TemporaryDirectory(prefix="aligntune-") as scratch:
         try:
             done = subprocess.run(
-                [*_wrapped(program, scratch), "/bin/sh", "-c", "exit 0"],
+                [program, "--json-status-fd", "2", *_wrapped(program, scratch)[1:], *_NOTHING],
                 capture_output=True,
                 timeout=20,
                 check=False,
@@ -153,7 +158,11 @@ async def run(
 ) -> Ran:
     """Run `command` in a scratch folder that holds `files`, to its end or to a limit.
 
-    Cancelling ends it with all that it has started. Raises SandboxMissing.
+    Cancelling ends it with all that it has started.
+
+    Raises:
+        SandboxMissing: as the mode says.
+        SandboxFailed: `command` could not be started.
     """
     mode, limits = mode or mode_here(), limits or Limits()
     in_force(mode)
@@ -161,7 +170,8 @@ async def run(
     scratch = await asyncio.to_thread(_scratch, files or {})
     try:
         wrapped = [*_wrapped(program, scratch), *command] if program else list(command)
-        return await _run(wrapped, scratch, stdin, limits, held=mode != "off")
+        told = {"command": wrapped, "folder": scratch, "wrapped": program is not None}
+        return await _run(told | {"held": mode != "off"}, scratch, stdin, limits)
     finally:
         await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
 
@@ -173,8 +183,7 @@ def _scratch(files: Mapping[str, str]) -> str:
     return folder
 
 
-async def _run(command: list[str], scratch: str, stdin: bytes, limits: Limits, held: bool) -> Ran:
-    told = {"command": command, "folder": scratch, "held": held, **asdict(limits)}
+async def _run(told: dict[str, Any], scratch: str, stdin: bytes, limits: Limits) -> Ran:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-S",
@@ -182,7 +191,7 @@ async def _run(command: list[str], scratch: str, stdin: bytes, limits: Limits, h
         "-c",
         _RUNNER,
         json.dumps([entry or "." for entry in sys.path]),
-        json.dumps(told),
+        json.dumps(told | asdict(limits)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -216,10 +225,19 @@ async def _run(command: list[str], scratch: str, stdin: bytes, limits: Limits, h
         if process.returncode is None:
             process.kill()
     err, _, report = err.rpartition(b"\x1e")
-    if not over and report:
+    if not over and code == 0:  # else the program has ended its runner, and may have written this
         told_back = json.loads(report)
+        if told_back.get("failed"):
+            raise SandboxFailed(_never_ran(told_back["failed"], err))
         return Ran(int(told_back["status"]), out, err, "time" if told_back["late"] else "")
+    if not over and code > 0:
+        raise SandboxFailed(_never_ran(f"its runner ended with {code}", err + report))
     return Ran(code or -9, out, err, over or "time")
+
+
+def _never_ran(why: str, err: bytes) -> str:
+    said = " ".join(err.decode(errors="replace").split())[-400:]
+    return f"the sandbox did not run the program: {why}" + (f": {said}" if said else "")
 
 
 async def _feed(writer: asyncio.StreamWriter, data: bytes) -> None:

@@ -19,54 +19,84 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 MIB = 2**20
 LOOK_SECONDS = 0.1  # between two looks at how many processes there are
+OTHERS = 1024  # tasks that this user's other programs may start while one runs
+_NOT_STARTED = b"\x1e"
 
 
 def main(told: str) -> NoReturn:
-    """Run `told["command"]` in `told["folder"]`; the last line of standard error says how it ended.
+    """Run `told["command"]` in `told["folder"]`; the last line of standard error says how it ended:
+    `status` and `late`, and `failed`, why the program never ran, where it did not.
 
     SIGTERM ends it with everything below, and so does the end of the process above.
     """
     limits = json.loads(told)
+    command: list[str] = limits["command"]
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    heard, said = os.pipe()
     child = os.fork()
     if child == 0:
-        os.setsid()
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        _held(limits)
-        os.chdir(limits["folder"])
-        os.execvpe(limits["command"][0], limits["command"], os.environ)
+        try:
+            os.setsid()
+            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            _held(limits)
+            os.chdir(limits["folder"])
+            if limits["wrapped"]:  # bwrap keeps it from the program
+                os.set_inheritable(said, True)
+                command[1:1] = ["--json-status-fd", str(said)]
+            os.execvpe(command[0], command, os.environ)
+        except BaseException as error:  # noqa: BLE001 - said to the parent; this process ends here
+            os.write(said, _NOT_STARTED + f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(1)
+    os.close(said)
 
     def end(_: int, __: FrameType | None) -> None:
         kill_all(child)
-        os._exit(1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the end of one that was ended, not failed
+        os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, end)
     most = limits["processes"] if limits["held"] else sys.maxsize
-    status, late = _waited(child, limits["wall_s"], most)
+    status, ended = _waited(child, limits["wall_s"], most)
     kill_all(child)
     code = os.waitstatus_to_exitcode(status)
-    if code == -signal.SIGXCPU:
-        late = True
-    os.write(2, b"\x1e" + json.dumps({"status": code, "late": late}).encode())
+    report = {"status": code, "late": ended == "time" or code == -signal.SIGXCPU}
+    if not ended:
+        report["failed"] = _failed(heard, limits["wrapped"], code)
+    os.write(2, b"\x1e" + json.dumps(report).encode())
     os._exit(0)
 
 
-def _waited(child: int, seconds: float, processes: int) -> tuple[int, bool]:
-    """The wait status of `child`, and whether it was ended for its time.
+def _failed(heard: int, wrapped: bool, code: int) -> str:
+    """Why the program never ran, by what its process and bwrap have said; empty where it ran."""
+    os.set_blocking(heard, False)
+    try:
+        said = os.read(heard, 2**16)
+    except BlockingIOError:
+        said = b""
+    if _NOT_STARTED in said:
+        return said.rpartition(_NOT_STARTED)[2].decode(errors="replace")
+    if wrapped and b'"exit-code"' not in said:  # which it says of every program that it started
+        return f"bwrap ended with {code} and ran nothing"
+    return ""
 
-    It is ended too where it has more than `processes`: the kernel's own limit is not for root.
+
+def _waited(child: int, seconds: float, processes: int) -> tuple[int, str]:
+    """The wait status of `child`, and for what it was ended here: "time", "processes" or "".
+
+    The kernel's own limit of processes is not for root, and counts those of other programs too.
     """
     deadline = time.monotonic() + seconds
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     while True:
         found, status = os.waitpid(child, os.WNOHANG)
         if found == child:
-            return status, False
+            return status, ""
         left = deadline - time.monotonic()
         if left <= 0 or len(below(os.getpid())) > processes:
             os.killpg(child, signal.SIGKILL)  # bwrap, whose end is that of all below it
-            return os.waitpid(child, 0)[1], left <= 0
+            return os.waitpid(child, 0)[1], "time" if left <= 0 else "processes"
         signal.sigtimedwait({signal.SIGCHLD}, min(left, LOOK_SECONDS))
 
 
@@ -74,15 +104,21 @@ def _held(limits: dict[str, Any]) -> None:
     """Bound this process and what it starts, for good."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
     cpu = max(1, round(limits["cpu_s"]))
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _bound(resource.RLIMIT_CPU, cpu, cpu + 1)
+    _bound(resource.RLIMIT_CORE, 0)
     if limits["held"]:
-        memory, file = limits["memory_mib"] * MIB, limits["file_mib"] * MIB
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file, file))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-        most = _tasks() + limits["processes"]
-        resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
+        _bound(resource.RLIMIT_AS, limits["memory_mib"] * MIB)
+        _bound(resource.RLIMIT_FSIZE, limits["file_mib"] * MIB)
+        _bound(resource.RLIMIT_NOFILE, 256)
+        # Far off, for it counts what others start meanwhile too; `_waited` holds the limit itself.
+        _bound(resource.RLIMIT_NPROC, _tasks() + limits["processes"] + OTHERS)
+
+
+def _bound(kind: int, soft: int, hard: int | None = None) -> None:
+    """Set a limit, or leave the machine's where that is lower: nobody but root may raise it."""
+    there = resource.getrlimit(kind)[1]
+    top = sys.maxsize if there == resource.RLIM_INFINITY else there
+    resource.setrlimit(kind, (min(soft, top), min(hard or soft, top)))
 
 
 def _tasks() -> int:

@@ -83,6 +83,7 @@ async def code_passes(
     Raises:
         ValueError: there is no such column, or a row holds no tests.
         SandboxMissing: `reward.sandbox` is required, and there is none.
+        SandboxFailed: a program could not be run, which says nothing of it.
     """
     tests = [read_tests(value, column) for value in column_of(columns, column)]
     limits = Limits(cpu_s=cpu_seconds, wall_s=wall_seconds, memory_mib=memory_mib)

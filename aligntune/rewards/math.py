@@ -33,8 +33,8 @@ _INTEGER = r"\d{1,3}(?:,\d{3})+(?!\d)|\d+"
 _NUMBER = rf"(?:[-+]\s?)?\$?(?:(?:{_INTEGER})(?:\.\d+)?(?:\s?/\s?\d+)?|\.\d+)"
 _PLAIN = re.compile(rf"{_NUMBER}\s*\\?%?")
 _ITEM = re.compile(rf"\s*({_NUMBER})\s*")
-# Numbers with commas between. In prose, "in 2023, 5" is none. Groups of thousands are parts as they
-# are: a choice between both readings doubles the steps with each group of a list that ends in a word.
+# Numbers with commas between. In prose, "in 2023, 5" is none. A group of thousands is a part like
+# others: a choice of readings would double the steps with each group of a list that ends in a word.
 _PART = r"(?:[-+]\s?)?\$?(?:\d+(?:\.\d+)?(?:\s?/\s?\d+)?|\.\d+)"
 _TIGHT_LIST = re.compile(rf"(?<![\w.,/])({_PART}(?:,{_PART})+)(?![\w/]|\.\d|,\d)")
 _LIST = re.compile(rf"(?<![\w.,/])({_PART}(?:\s?,\s?(?:and\s)?{_PART})+)(?![\w/]|\.\d|,\d)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from actors import sandbox
-from actors.sandbox import Limits, Mode, Ran, SandboxMissing, in_force, run
+from actors.sandbox import Limits, Mode, Ran, SandboxFailed, SandboxMissing, in_force, run
 
 SMALL = Limits(cpu_s=1.0, wall_s=20.0, memory_mib=256, processes=16, file_mib=1, output_kib=64)
 MODES = ["auto", "limits alone"]
@@ -165,3 +166,48 @@ def test_required_without_bubblewrap_is_refused_and_auto_says_what_is_in_force(
     assert in_force("auto") == "limits alone (bwrap is not installed)"
     assert in_force("off") == "off"
     assert python("print(1)", "off").stdout == b"1\n"
+
+
+def test_a_program_that_could_not_be_started_is_a_failure_and_no_end(mode: Mode) -> None:
+    for how in (mode, "off"):
+        with pytest.raises(SandboxFailed, match="No such file"):
+            asyncio.run(run(["/no/such"], mode=how))
+
+
+def test_a_bubblewrap_that_fails_is_a_failure_with_what_it_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "bwrap"
+    program.write_text("#!/bin/sh\necho 'bwrap: no more namespaces' >&2; exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sandbox, "bubblewrap", lambda: (str(program), ""))
+    with pytest.raises(SandboxFailed, match="bwrap ended with 1 and ran nothing: bwrap: no more"):
+        python("print(1)")
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_a_program_that_ends_its_runner_has_not_ended_well(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(sandbox, "bubblewrap", lambda: (None, "not here"))
+    program = f"""
+import os, signal, sys
+sys.stderr.write('\\x1e{{"status": 0, "late": false}}')
+sys.stderr.flush()
+os.kill(os.getppid(), signal.{name})
+signal.pause()
+"""
+    ran = python(program)
+    assert not ran.well
+    assert ran.status < 0
+
+
+def test_a_lower_limit_of_the_machine_stays() -> None:
+    program = """
+import asyncio, resource, sys
+from actors.sandbox import run
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+print(asyncio.run(run(["/bin/sh", "-c", "ulimit -n"])))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "Ran(status=0, stdout=b'100\\n'" in done.stdout, done.stderr

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actors.sandbox import SandboxMissing
+from actors.sandbox import SandboxFailed, SandboxMissing, bubblewrap
 from aligntune.rewards.code import code_passes, program_of, read_tests
 
 ADD = "def add(a, b):\n    return a + b\n"
@@ -124,3 +124,14 @@ def test_a_sandbox_that_is_required_and_missing_is_a_failure_and_no_score(
     monkeypatch.setattr("actors.sandbox.bubblewrap", lambda: (None, "bwrap is not installed"))
     with pytest.raises(SandboxMissing):
         score([ADD], ASSERTS)
+
+
+def test_a_sandbox_that_fails_is_a_failure_and_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = bubblewrap()[0]
+    if program is None:
+        pytest.skip(bubblewrap()[1])
+    broken = [program, "--ro-bind", "/no/such", "/x", "--"]
+    monkeypatch.setattr("actors.sandbox._wrapped", lambda *_: broken)
+    for tests in (ASSERTS, ECHO):
+        with pytest.raises(SandboxFailed, match="Can't find source path /no/such"):
+            score([ADD], tests)
