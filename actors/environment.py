@@ -107,7 +107,7 @@ class EnvironmentActor(Alive):
         self._replica = replica
         self._turn_timeout_s = turn_timeout_s
         self._lockstep = lockstep
-        self._silence_s = longest_silence(limits, turn_timeout_s)
+        self._silence_s = longest_silence(limits, code.reward_seconds, turn_timeout_s)
         self._episodes = episodes_of(model, spec, code, limits, log_file(log))
         self._lives: dict[str, _Life] = {}
 
@@ -251,10 +251,10 @@ class EnvironmentActor(Alive):
         return replace(episode, figures=replace(episode.figures, retried=failures.total()))
 
 
-def longest_silence(limits: EpisodeLimits, turn_timeout_s: float) -> float:
+def longest_silence(limits: EpisodeLimits, reward_seconds: float, turn_timeout_s: float) -> float:
     """Seconds in which an actor with episodes has something to show, whatever they do: a process is
-    started, an episode uses up all of its time, its reward is asked for, a turn is answered."""
-    own = limits.episode_timeout_s + limits.call_timeout_s
+    started, an episode uses up all of its time, its rewards are asked for, a turn is answered."""
+    own = limits.episode_timeout_s + limits.call_timeout_s + reward_seconds
     return IMPORT_SECONDS + FORK_SECONDS + own + turn_timeout_s
 
 

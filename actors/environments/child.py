@@ -31,6 +31,7 @@ from actors.environments.tools import Tool, answer_text, by_name, description, m
 from actors.scoring.calling import arguments, checked, named_parameters
 from actors.scoring.criteria import RewardFailed
 
+CALL_TIMEOUT = "episodes.call_timeout_s"
 ENVIRONMENT = "environment"  # the criterion of what an environment itself says
 OBSERVATION_CHARACTERS = 2**20  # of what `reset` returns, which is never cut
 REFUSED_CHARACTERS = 2**22  # a tool's answer of more is a failed call, and not cut
@@ -42,14 +43,15 @@ class Loaded:
 
     tools: Mapping[str, Tool]
     environments: Mapping[str, Callable[[], Any]]
-    rewards: Mapping[str, Callable[..., Any]]
+    rewards: Mapping[str, tuple[Callable[..., Any], float]]  # with the seconds of a call
     memory_bytes: int | None
     max_output_characters: int
     player: Player | None = None  # of an agent
 
 
 class OverTime(BaseException):
-    """A call is over its limit. No Exception: the user's code must not take it for one of its."""
+    """A call is over its limit; says which, where it is one of several. No Exception: the user's
+    code must not take it for one of its."""
 
 
 def serve(channel: int, loaded: Loaded) -> None:
@@ -171,20 +173,28 @@ class _Child:
         columns: dict[str, Any],
         limit: float | None,
     ) -> None:
-        """What the environment says of its episode, and what reward functions say that see it."""
+        """What the environment says of its episode within `limit`, and what reward functions say
+        that see it, each within its own."""
+
+        def called(function: Callable[..., Any]) -> Any:
+            given = arguments(
+                function, prompt, [completion], columns, {"environments": [self._environment]}
+            )
+            return self._awaited(function(**given))
 
         def work() -> dict[str, float | None]:
             rewards = {}
             if callable(own := getattr(self._environment, "get_reward", None)):
-                rewards[ENVIRONMENT] = checked(ENVIRONMENT, [self._awaited(own())], 1)[0]
-            for name, function in self._loaded.rewards.items():
-                given = arguments(
-                    function, prompt, [completion], columns, {"environments": [self._environment]}
+                said = _named("get_reward", CALL_TIMEOUT, limit, lambda: self._awaited(own()))
+                rewards[ENVIRONMENT] = checked(ENVIRONMENT, [said], 1)[0]
+            for name, (function, seconds) in self._loaded.rewards.items():
+                said = _named(
+                    f"reward {name!r}", "its timeout_s", seconds, partial(called, function)
                 )
-                rewards[name] = checked(name, self._awaited(function(**given)), 1)[0]
+                rewards[name] = checked(name, said, 1)[0]
             return rewards
 
-        self._answer(word, work, limit, detailed=True)
+        self._answer(word, work, None, detailed=True)
 
     def leave(self) -> None:
         """Let go of the environment: its `__del__` frees what it holds elsewhere, as in TRL."""
@@ -210,8 +220,8 @@ class _Child:
             answer = told(word, _within(limit, work))
         except (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:  # noqa: BLE001 - as in `one`
             answer = _failure(word, error, detailed)
-        except OverTime:
-            answer = _over_time(word)
+        except OverTime as over:
+            answer = _over_time(word, *over.args)
         self._send(answer)
 
     def _send(self, answer: bytes) -> None:
@@ -254,12 +264,20 @@ def _failure(word: str, error: BaseException, detailed: bool = False) -> bytes:
     return refused(word, told_to_model or f"the call ended with {type(error).__name__}")
 
 
-def _over_time(word: str) -> bytes:
-    return refused(word, "no answer in time", UNTIMELY)
+def _over_time(word: str, which: str = "no answer in time") -> bytes:
+    return refused(word, which, UNTIMELY)
 
 
 async def _await(value: Any) -> Any:
     return await value
+
+
+def _named(who: str, key: str, limit: float | None, work: Callable[[], Any]) -> Any:
+    """Run `work` as `_within`; its OverTime says whose time was up, and by which setting."""
+    try:
+        return _within(limit, work)
+    except OverTime:
+        raise OverTime(f"{who} gave no answer within {limit:g} s ({key})") from None
 
 
 def _within(limit: float | None, work: Callable[[], Any]) -> Any:

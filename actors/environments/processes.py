@@ -21,7 +21,7 @@ from actors.children.channel import clean
 from actors.children.process import Child, ChildEnded, import_path, started
 from actors.environments.base import EpisodeFailed
 from actors.environments.channel import Told, parse
-from actors.environments.child import OBSERVATION_CHARACTERS
+from actors.environments.child import CALL_TIMEOUT, OBSERVATION_CHARACTERS
 from actors.environments.server import FORK, Setup
 from actors.sandbox import Held, Mode, SandboxMissing, held
 
@@ -257,11 +257,20 @@ class EnvironmentProcess:
         return [outcome(one, limit) for one in told]
 
     async def score(
-        self, prompt: list[dict[str, Any]], completion: list[dict[str, Any]], row: dict[str, Any]
+        self,
+        prompt: list[dict[str, Any]],
+        completion: list[dict[str, Any]],
+        row: dict[str, Any],
+        reward_seconds: float,
     ) -> dict[str, float | None]:
-        """What it and the reward functions that ask for it say. Raises EpisodeFailed."""
+        """What it says, and in `reward_seconds` more the functions that ask for it. Raises
+        EpisodeFailed."""
         _, answer = self._child.ask("score", prompt, completion, row, self._limit)
-        return await self._value(answer, "get_reward")
+        seconds = self._limit + reward_seconds
+        told = await answered(answer, seconds + GRACE_SECONDS, "scoring the episode")
+        if told.timed_out:
+            raise EpisodeFailed(str(told.error), True)
+        return self._said(told, "scoring the episode")
 
     def end(self) -> None:
         """Let the environment go, and end the process and all that it has started, soon."""
@@ -270,7 +279,12 @@ class EnvironmentProcess:
     async def _value(self, answer: asyncio.Future[Told], doing: str) -> Any:
         told = await answered(answer, self._limit + GRACE_SECONDS, doing)
         if told.timed_out:
-            raise EpisodeFailed(f"{doing} gave no answer within {self._limit:g} s", True)
+            raise EpisodeFailed(
+                f"{doing} gave no answer within {self._limit:g} s ({CALL_TIMEOUT})", True
+            )
+        return self._said(told, doing)
+
+    def _said(self, told: Told, doing: str) -> Any:
         if told.error is not None:
             raise EpisodeFailed(f"{doing} failed: {told.error}")
         return told.value

@@ -34,7 +34,7 @@ class Setup:
 
     tools: Sequence[str | bytes]
     environments: Mapping[str, str | bytes]
-    rewards: Mapping[str, str | bytes] = field(default_factory=dict)
+    rewards: Mapping[str, tuple[str | bytes, float]] = field(default_factory=dict)  # with seconds
     agent: str | bytes | tuple[str, ...] | None = None  # a tuple: a program and its arguments
     memory_bytes: int | None = None
     max_output_characters: int = 2**14
@@ -56,7 +56,7 @@ def _serve(channel: int) -> None:
         loaded = Loaded(
             by_name([_load("tool", code) for code in setup.tools]),
             {name: _load("environment", code) for name, code in setup.environments.items()},
-            {name: _load("reward", code) for name, code in setup.rewards.items()},
+            {name: (_load("reward", code), limit) for name, (code, limit) in setup.rewards.items()},
             setup.memory_bytes,
             setup.max_output_characters,
             _player(setup.agent),

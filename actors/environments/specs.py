@@ -66,6 +66,14 @@ class AgentCommand:
 
 
 @dataclass(frozen=True)
+class EpisodeReward:
+    """A reward function that wants `environments`."""
+
+    target: Code
+    timeout_s: float  # of its call, one episode a call
+
+
+@dataclass(frozen=True)
 class EpisodeCode:
     """The user's code, as the environment actors get it. One door: tools and environments, or an
     agent."""
@@ -75,6 +83,11 @@ class EpisodeCode:
     """By the row's `environment`; one that is named "" is every row's."""
 
     agent: Code | AgentCommand | None = None
-    rewards: Mapping[str, Code] = field(default_factory=dict)  # functions that want `environments`
+    rewards: Mapping[str, EpisodeReward] = field(default_factory=dict)  # by their names
     search_path: tuple[str | Path, ...] = ()  # the driver's sys.path
     system_prompt: str | None = None  # data.system_prompt: the first message, before the row's own
+
+    @property
+    def reward_seconds(self) -> float:
+        """Those that `rewards` may take of one episode: they are called one after the other."""
+        return sum(reward.timeout_s for reward in self.rewards.values())

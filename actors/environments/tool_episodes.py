@@ -107,7 +107,10 @@ class ToolEpisodes:
             asked = played.prompt_messages
             with clock:
                 rewards = await environment.score(
-                    played.messages[:asked], played.messages[asked:], prompt.columns
+                    played.messages[:asked],
+                    played.messages[asked:],
+                    prompt.columns,
+                    self._code.reward_seconds,
                 )
             if self._scored:
                 rewards.setdefault(ENVIRONMENT, None)  # another environment's: it abstains here
@@ -228,7 +231,7 @@ def setup_of(
     setup = Setup(
         tools=[found("tool", target) for target in code.tools],
         environments={n: found("environment", t) for n, t in code.environments.items()},
-        rewards={n: found("reward", t) for n, t in code.rewards.items()},
+        rewards={n: (found("reward", r.target), r.timeout_s) for n, r in code.rewards.items()},
         agent=agent,
         memory_bytes=None if limits.memory_gib is None else int(limits.memory_gib * 2**30),
         max_output_characters=limits.max_output_characters,

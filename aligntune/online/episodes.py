@@ -9,7 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from actors.children.code import in_file, load, search_path, searching
-from actors.environments.specs import AgentCommand, Code, EpisodeCode, EpisodesSpec
+from actors.environments.specs import (
+    AgentCommand,
+    Code,
+    EpisodeCode,
+    EpisodeReward,
+    EpisodesSpec,
+)
 from actors.reward import Criterion
 from actors.scoring.calling import named_parameters
 from actors.scoring.criteria import EpisodeCriterion, RewardCriterion
@@ -92,7 +98,7 @@ class UserCode:
         )
         code = replace(
             self.code,
-            rewards={criterion.name: _with_options(criterion) for criterion in wanting},
+            rewards={c.name: EpisodeReward(_with_options(c), c.timeout_s) for c in wanting},
             search_path=path,
         )
         from actors.environments.agents import check_agent

@@ -122,9 +122,11 @@ def playing_deadline(config: RunConfig) -> float:
 
     One that hangs is found long before: by its signs of life, or by itself where nothing moves in
     it any more (`longest_silence`). This bounds one that goes on and on, by its own limits: of an
-    episode, without its sampling, and of each turn. Turns of all episodes may wait for each other,
-    and each episode may be begun as often as it may fail.
+    episode, without its sampling, of each turn, and of each reward that may want its environment.
+    Turns of all episodes may wait for each other, and each episode may be begun as often as it may
+    fail.
     """
     spec = config.episodes
     turns = spec.max_turns * config.rollout.generation_timeout_s
-    return 2 * spec.max_attempts * (spec.episode_timeout_s + turns)
+    rewards = sum(reward.timeout_s for reward in config.rewards)
+    return 2 * spec.max_attempts * (spec.episode_timeout_s + turns + rewards)

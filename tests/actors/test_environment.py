@@ -325,4 +325,4 @@ def test_the_last_movement_is_what_silence_is_counted_from(
 
 def test_silence_is_bounded_by_the_limits_of_an_episode_and_of_a_turn() -> None:
     """Minutes, where episodes take minutes: not the sum of all their turns and tries."""
-    assert environment.longest_silence(LIMITS, 30.0) == 300 + 60 + 1 + 5 + 30
+    assert environment.longest_silence(LIMITS, 20.0, 30.0) == 300 + 60 + 1 + 5 + 20 + 30

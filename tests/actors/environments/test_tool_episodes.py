@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from actors.environments.base import Episode, EpisodeFailed, EpisodeLimits
-from actors.environments.specs import EpisodeCode
+from actors.environments.specs import EpisodeCode, EpisodeReward
 from actors.environments.tool_episodes import ToolEpisodes
 from actors.messages import FinishReason
 from actors.specs import ModelSpec
@@ -38,7 +38,9 @@ def episodes(chat_model: ModelSpec, user_folder: Path, loop: Any) -> Iterator[Ca
                     f"user_tools:{tool}" for tool in ("add", "later", "nested", "roll", "misbehave")
                 ),
                 CODES[which],
-                rewards={"both": "user_tools:both"} if which == "several" else {},
+                rewards={"both": EpisodeReward("user_tools:both", 30.0)}
+                if which == "several"
+                else {},
                 search_path=(str(user_folder),),
                 system_prompt=SYSTEM["content"],
             )
@@ -186,6 +188,50 @@ class TestEnvironments:
         with pytest.raises(EpisodeFailed, match=reason) as failed:
             play("x", code="several", environment=environment, number=1, limits=limits)
         assert failed.value.infrastructure is infrastructure
+
+    @pytest.mark.parametrize(
+        ("environment", "timeout_s", "call_timeout_s", "said"),
+        [
+            ("Quiet", 60.0, 1.0, None),
+            ("Quiet", 0.5, 30.0, r"reward 'slow' gave no answer within 0.5 s \(its timeout_s\)"),
+            (
+                "HangsInReward",
+                60.0,
+                0.5,
+                r"get_reward gave no answer within 0.5 s \(episodes.call_timeout_s\)",
+            ),
+        ],
+    )
+    def test_each_reward_of_an_episode_has_its_own_time(
+        self,
+        chat_model: ModelSpec,
+        user_folder: Path,
+        tokenizer: Any,
+        loop: Any,
+        environment: str,
+        timeout_s: float,
+        call_timeout_s: float,
+        said: str | None,
+    ) -> None:
+        """A function its `timeout_s`, however short a step of the environment may be."""
+        code = EpisodeCode(
+            environments={"": f"user_tools:{environment}"},
+            rewards={"slow": EpisodeReward("user_tools:slow", timeout_s)},
+            search_path=(str(user_folder),),
+        )
+        limits = replace(LIMITS, call_timeout_s=call_timeout_s)
+        made = ToolEpisodes(code, limits, chat_model, None)
+        row = prompt_of("hi", seconds=2.0, number=1)
+        try:
+            if said is None:
+                episode = loop(made.run(row, 0, 1, Script(tokenizer, ["x"])))
+                assert episode.rewards == {"slow": 1.0}
+            else:
+                with pytest.raises(EpisodeFailed, match=said) as failed:
+                    loop(made.run(row, 0, 1, Script(tokenizer, ["x"])))
+                assert failed.value.infrastructure
+        finally:
+            loop(made.close())
 
 
 class TestLimits:

@@ -12,7 +12,7 @@ import cloudpickle
 import pytest
 
 from actors.children.code import import_function, searching
-from actors.environments.specs import EpisodeCode
+from actors.environments.specs import EpisodeCode, EpisodeReward
 from actors.environments.tool_episodes import check_tools
 from actors.environments.tools import answer_text, by_name, description, methods, schema
 from actors.specs import ModelSpec
@@ -110,7 +110,10 @@ class TestBeforeARun:
             ({"tools": ("user_tools:not_callable",)}, "is a int, not a function"),
             ({"tools": ("nowhere/tools.py:add",)}, "tool 'nowhere/tools.py:add': there is no file"),
             ({"environments": {"": "user_tools:Untyped"}}, "missing a type hint"),
-            ({"rewards": {"both": "user_tools:both"}}, "'both' asks for environments, and there"),
+            (
+                {"rewards": {"both": EpisodeReward("user_tools:both", 1.0)}},
+                "'both' asks for environments, and there",
+            ),
         ],
     )
     @pytest.mark.slow

@@ -19,7 +19,7 @@ import torch
 from actors.environment import made_group
 from actors.environments.base import Episode
 from actors.environments.record import rows_of
-from actors.environments.specs import EpisodeCode
+from actors.environments.specs import EpisodeCode, EpisodeReward
 from actors.environments.tool_episodes import ToolEpisodes
 from actors.messages import FinishReason, Scores
 from actors.specs import ModelSpec
@@ -179,7 +179,7 @@ def ours(
             code = EpisodeCode(
                 tuple(f"user_tools:{name}" for name in TOOLS),
                 {name: f"user_tools:{name}" for name in names},
-                rewards={"both": "user_tools:both"} if environments else {},
+                rewards={"both": EpisodeReward("user_tools:both", 30.0)} if environments else {},
                 search_path=(str(user_folder),),
             )
             kept[environments] = ToolEpisodes(code, LIMITS, chat_model, None)

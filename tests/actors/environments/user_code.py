@@ -238,6 +238,12 @@ def both(completions, environments, number, **kwargs):
     ]
 
 
+def slow(completions, environments, seconds, **kwargs):
+    """A reward that sees the environment and takes its time."""
+    time.sleep(seconds[0])
+    return [1.0]
+
+
 class Shop:
     """Prints, answers with what is no text, has options of its own, and is async where it likes."""
 
@@ -305,6 +311,11 @@ class DiesInReset(Guess):
 class HangsInReset(Guess):
     def reset(self, **row):
         signal.pause()
+
+
+class HangsInReward(Guess):
+    def get_reward(self):
+        time.sleep(600)
 
 
 class RewardIsText(Guess):
