@@ -104,8 +104,8 @@ class RewardActor(Alive):
 
         Called with `num_returns=2`: the driver waits for the scores, and fetches the decoded texts
         [G] of the groups that it writes to the samples file, and no others. `conversations` are
-        those of episodes: functions get what came after the prompt as messages, as TRL gives it,
-        where the prompt is messages; reward models with a chat template read the whole.
+        those of episodes: functions get what came after the prompt as messages, as TRL gives it;
+        reward models with a chat template read the whole, and others what the model says last.
 
         Raises:
             RewardFailed: the first criterion in that order that had no scores. The others are

@@ -90,9 +90,7 @@ def write_stand_ins(root: Path, tiny_model: Path) -> None:
 
     for name in AGENT_MODELS:
         write_agent_model(root / name)
-    sums = [
-        {"prompt": [{"role": "user", "content": f"{i}+1"}], "answer": str(i + 1)} for i in range(64)
-    ]
+    sums = [{"prompt": f"{i}+1", "answer": str(i + 1)} for i in range(64)]
     _write_rows(root / SUMS / "train.jsonl", sums)
     _write_rows(root / SECRETS / "train.jsonl", [{"secret": i + 1} for i in range(64)])
 

@@ -26,9 +26,9 @@ def arguments(
     """The keyword arguments of one call for one group of G completions (TRL's convention).
 
     `prompts` and every column become lists of length G, each entry its own copy. Completions are
-    strings, or conversations where the prompt is a list of messages: what an episode has said, or
-    one message with the text. A function
-    without `**kwargs` gets only what it names. An option stands before a column of its name.
+    strings; or messages: what an episode has said, and where the prompt is a list of messages one
+    with the text. A function without `**kwargs` gets only what it names. An option stands before a
+    column of its name.
 
     Raises:
         ValueError: a name stands for two things, or the function needs one that nobody gives.

@@ -77,9 +77,10 @@ class FunctionScorer:
     async def score(
         self, prompt: Prompt, completions: Sequence[str], conversations: Conversations | None = None
     ) -> list[float | None]:
-        """One call of the function for one group. Raises `RewardFailed`, as `call`."""
+        """One call of the function for one group; of what was said since the prompt as messages
+        where there are conversations. Raises `RewardFailed`, as `call`."""
         said: Sequence[str | Messages] = completions
-        if conversations is not None and not isinstance(prompt.source, str):
+        if conversations is not None:
             said = conversations.answers
         return await self.call(prompt.source, said, prompt.columns)
 

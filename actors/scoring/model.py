@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from actors.messages import Conversations, Messages, Prompt
 from actors.scoring.criteria import RewardFailed, RewardFailure
+from actors.scoring.said import text_of
 from actors.specs import ModelSpec
 
 
@@ -149,8 +150,8 @@ class ModelScorer:
     async def score(
         self, prompt: Prompt, completions: Sequence[str], conversations: Conversations | None = None
     ) -> list[float]:
-        """The model's scores of one group; of the whole conversations where there are such and the
-        model has a chat template.
+        """The model's scores of one group. Where there are conversations, of the whole of each if
+        the model has a chat template, else of what the policy says last.
 
         Raises:
             RewardFailed: a text over the limit, a score that is not finite, no answer in time.
@@ -203,12 +204,13 @@ class ModelScorer:
         self, prompt: Prompt, completions: Sequence[str], conversations: Conversations | None
     ) -> list[tuple[str | Messages, str | Messages]]:
         """What is scored: prompt and completion of each."""
+        texts = completions if conversations is None else map(text_of, conversations.answers)
         if self._criterion.reads == "completion":
-            return [("", completion) for completion in completions]
+            return [("", text) for text in texts]
         if conversations is None or not (
             self._criterion.apply_chat_template and self._tokenizer.chat_template
         ):
-            return [(prompt.source, completion) for completion in completions]
+            return [(prompt.source, text) for text in texts]
         cut = zip(conversations.messages, conversations.asked, strict=True)
         return [(messages[:first], messages[first:]) for messages, first in cut]
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from actors.children.code import FunctionNotFound, import_function
 from actors.scoring.criteria import RewardCriterion, RewardFailed
+from actors.scoring.said import text_of
 from actors.specs import RewardFunctionSpec, RewardModelSpec, RewardUrlSpec
 from aligntune import loops
 from aligntune.config.tree import parse_override
@@ -167,8 +168,8 @@ def _table(
             shown_scores = ["failed"] * len(group.completions)
         else:
             shown_scores = list(map(_number, scores))
-        for text, score in zip(group.completions, shown_scores, strict=True):
-            yield f"{row:>4}  {score:>12}  {_cut(text)}"
+        for completion, score in zip(group.completions, shown_scores, strict=True):
+            yield f"{row:>4}  {score:>12}  {_cut(text_of(completion))}"
     if failed:
         reason, frames = failed[0]
         more = f"({len(failed)} of {len(groups)} rows failed)" if len(failed) > 1 else ""

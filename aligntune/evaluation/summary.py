@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from actors.messages import FinishReason
+from actors.scoring.said import text_of
 from aligntune.errors import UserError
 from aligntune.evaluation.statistics import (
     Estimate,
@@ -76,11 +77,19 @@ def judged(row: Row, success: Success, answer_of: Callable[[str], str]) -> Row:
         {
             **said,
             "passed": success.passes(said),
-            "answer": None if said["text"] is None else answer_of(said["text"]),
+            "answer": None if (text := _text(said)) is None else answer_of(text),
         }
         for said in row["completions"]
     ]
     return {**row, "completions": completions}
+
+
+def _text(completion: Mapping[str, Any]) -> str | None:
+    """What a completion says; of an episode what the model says last; None where it is lost."""
+    if completion.get("messages"):
+        return text_of(completion["messages"])
+    text: str | None = completion["text"]
+    return text
 
 
 def sizes(most: int) -> list[int]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from actors.messages import Prompt
 from actors.reward import Criterion
 from actors.scoring.criteria import RewardCriterion, RewardFailed, RewardFailure
+from actors.scoring.said import Completion
 from actors.specs import RewardFunctionSpec
 from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
@@ -39,32 +40,36 @@ def try_rewards(
             and criterion.target not in REMOTE
         ):
             functions[f"rewards.{index}"] = criterion
-    group = Group(first.source, short_completions(first.columns), first.columns)
+    texts = short_completions(first.columns)
+    said: Sequence[Completion] = texts
+    if config.plays:  # as every call of the run has it
+        said = [[{"role": "assistant", "content": text}] for text in texts]
+    group = Group(first.source, tuple(said), first.columns)
     # Whether the nodes have what `required` asks for, they say themselves.
     sandbox = "auto" if config.reward.sandbox == "required" else config.reward.sandbox
-    said = called_once(functions, group, log, sandbox)
+    answers = called_once(functions, group, log, sandbox)
     lines = []
     for key, criterion in functions.items():
-        scores = said[key]
+        scores = answers[key]
         if isinstance(scores, RewardFailed):
-            raise UserError(*_told(key, criterion, scores, group, first.row))
+            raise UserError(*_told(key, criterion, scores, texts, first.row))
         values = ", ".join(
             f"{_cut(text)!r} -> {'abstains' if score is None else f'{score:.4g}'}"
-            for text, score in zip(group.completions, scores, strict=True)
+            for text, score in zip(texts, scores, strict=True)
         )
         lines.append(f"reward {criterion.name}: {values} (row {first.row})")
     return lines
 
 
 def _told(
-    key: str, criterion: RewardCriterion, failed: RewardFailed, group: Group, row: int
+    key: str, criterion: RewardCriterion, failed: RewardFailed, texts: Sequence[str], row: int
 ) -> tuple[str, str]:
     """What a failed trial says: its first line, and those below."""
     longer = f"raise {key}.timeout_s; " if failed.reason is RewardFailure.TIMEOUT else ""
     reason, frames = why(criterion, failed)
     return f"{key}: {reason}", (
         f"{frames}It was called with row {row} and the completions "
-        f"{list(map(_cut, group.completions))} before anything starts; mend it and try it with "
+        f"{list(map(_cut, texts))} before anything starts; mend it and try it with "
         f"`aligntune rewards try`. {longer}"
         f"{key}.try_first=false leaves this call out."
     )

@@ -17,8 +17,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from actors.sandbox import Limits, run
+from actors.scoring.said import Completion, text_of
 from aligntune.rewards.fences import last_block
-from aligntune.rewards.inputs import Completion, column_of, text_of
+from aligntune.rewards.inputs import column_of
 
 _TAGS = ("python", "python3", "py")
 _PLACES: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()

@@ -1,21 +1,9 @@
-"""What the reward functions here read from a call: the text of a completion, a data column."""
+"""What the reward functions here read from a call beside completions: a data column."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-Completion = str | list[dict[str, Any]]
-
-
-def text_of(completion: Completion) -> str:
-    """The text of a completion: a string as it is; of messages what the assistant says last, that
-    is the contents behind the last message of another role, such as a tool's."""
-    if isinstance(completion, str):
-        return completion
-    others = [n for n, m in enumerate(completion) if m.get("role", "assistant") != "assistant"]
-    last = completion[others[-1] + 1 :] if others else completion
-    return "".join(str(message.get("content") or "") for message in last)
 
 
 def column_of(columns: Mapping[str, Any], name: str) -> Sequence[Any]:

@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from actors.scoring.said import Completion, text_of
 from aligntune.rewards.fences import last_block
-from aligntune.rewards.inputs import Completion, column_of, text_of
+from aligntune.rewards.inputs import column_of
 
 _NONE: Any = object()
 

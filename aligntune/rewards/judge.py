@@ -16,7 +16,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from aligntune.rewards.inputs import Completion, column_of, text_of
+from actors.scoring.said import Completion, text_of
+from aligntune.rewards.inputs import column_of
 from aligntune.rewards.service import NoAnswer, TryAgain, ask
 
 _SCORE = re.compile(

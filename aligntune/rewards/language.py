@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from aligntune.rewards.inputs import Completion, text_of
+from actors.scoring.said import Completion, text_of
 
 
 def language(

@@ -14,7 +14,8 @@ from typing import Any
 
 from math_verify import parse, verify
 
-from aligntune.rewards.inputs import Completion, column_of, text_of
+from actors.scoring.said import Completion, text_of
+from aligntune.rewards.inputs import column_of
 from aligntune.rewards.limited import TooSlow, judged
 
 ANCHOR_CHARACTERS = 50  # between the word answer and the number that it announces

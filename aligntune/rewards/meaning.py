@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from actors.scoring.said import Completion, text_of
 from aligntune.rewards.encoder import encoder, similarity
-from aligntune.rewards.inputs import Completion, column_of, text_of
+from aligntune.rewards.inputs import column_of
 from aligntune.rewards.overlap import answers_of
 
 

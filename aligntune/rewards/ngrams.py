@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from aligntune.rewards.inputs import Completion, text_of
+from actors.scoring.said import Completion, text_of
 
 WORD = re.compile(r"\w+|[^\w\s]")
 Order = Annotated[int, Field(ge=1)]

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from aligntune.rewards.inputs import Completion, column_of, text_of
+from actors.scoring.said import Completion, text_of
+from aligntune.rewards.inputs import column_of
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from aligntune.rewards.inputs import Completion, column_of, text_of
+from actors.scoring.said import Completion, text_of
+from aligntune.rewards.inputs import column_of
 
 Phrases = Annotated[list[str], Field(min_length=1)]
 

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from actors.scoring.said import Completion, text_of
 from aligntune.rewards.encoder import similarity
-from aligntune.rewards.inputs import Completion, column_of, text_of
+from aligntune.rewards.inputs import column_of
 from aligntune.rewards.ngrams import pieces
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from aligntune.rewards.inputs import Completion, text_of
+from actors.scoring.said import Completion, text_of
 
 
 def readability(

@@ -10,7 +10,7 @@ import json
 import math
 from typing import Any
 
-from aligntune.rewards.inputs import Completion
+from actors.scoring.said import Completion
 from aligntune.rewards.service import NoAnswer, ask
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from aligntune.rewards.inputs import Completion, column_of, text_of
+from actors.scoring.said import Completion, text_of
+from aligntune.rewards.inputs import column_of
 
 
 def exact_match(

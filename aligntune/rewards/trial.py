@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from actors.sandbox import VARIABLE, Mode
 from actors.scoring.children import FunctionScorer
 from actors.scoring.criteria import RewardCriterion, RewardFailed
+from actors.scoring.said import Completion, text_of
 from aligntune import loops
 from aligntune.rewards.catalogue import REWARDS
 
@@ -32,7 +33,7 @@ class Group:
     """Completions of one prompt, with its data columns."""
 
     prompt: str | Messages
-    completions: tuple[str, ...]
+    completions: tuple[Completion, ...]
     columns: Mapping[str, Any]
 
 
@@ -82,15 +83,15 @@ class ModelGroups:
         self.start, self.close = self._scorer.start, self._scorer.close
 
     async def call(
-        self, source: str | Messages, completions: Sequence[str], columns: Mapping[str, Any]
+        self, source: str | Messages, completions: Sequence[Completion], columns: Mapping[str, Any]
     ) -> list[float | None]:
-        """The scores of one group. Raises RewardFailed."""
+        """The scores of one group, of the texts of its completions. Raises RewardFailed."""
         import numpy as np
 
         from actors.messages import Prompt
 
         prompt = Prompt(0, source, "", np.zeros(0, np.int32), dict(columns))
-        return [*await self._scorer.score(prompt, completions)]
+        return [*await self._scorer.score(prompt, [*map(text_of, completions)])]
 
 
 def called_once(

@@ -14,7 +14,7 @@ from openai import AsyncOpenAI
 async def run(data: dict[str, Any], *, base_url: str, api_key: str, http_client: Any) -> float:
     """Ask, have the answer checked once, and be rewarded for what is said then."""
     client = AsyncOpenAI(base_url=base_url, api_key=api_key, http_client=http_client)
-    messages: list[Any] = [*data["prompt"]]
+    messages: list[Any] = [{"role": "user", "content": data["prompt"]}]
     for check in ("Check your answer. Then say only the number.", None):
         answer = await client.chat.completions.create(model="policy", messages=messages)
         said = answer.choices[0].message.content or ""

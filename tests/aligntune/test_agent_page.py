@@ -125,7 +125,7 @@ def test_the_openai_agent_plays_its_episode(
         server = SessionServer(tokens, "policy", "127.0.0.1", None)
         await server.start()
         conversation = Conversation(tokens, Script(tokenizer, [f" {answer}\n"]), LIMITS)
-        row = {"prompt": [{"role": "user", "content": "1+1?"}], "answer": "2"}
+        row = {"prompt": "1+1?", "answer": "2"}
         with server.session(conversation) as session:
             given = {"base_url": session.url, "api_key": session.key, "http_client": None}
             assert await agent(row, **given) == reward

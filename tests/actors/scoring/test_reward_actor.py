@@ -27,7 +27,7 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from actors.messages import GroupTensors, Messages, Prompt, Scores
+from actors.messages import Conversations, GroupTensors, Messages, Prompt, Scores
 from actors.reward import Criterion, RewardActor
 from actors.scoring.criteria import RewardCriterion, RewardFailed, RewardFailure
 from actors.scoring.model import RewardModelCriterion
@@ -262,6 +262,38 @@ class TestScoring:
                     actor, prompt(source, answer="yes", level=2, other="x"), group("yes", "no")
                 )
             assert scores.values == expected
+
+        run(body)
+
+    @pytest.mark.parametrize("source", ["2+3", [{"role": "user", "content": "2+3"}]])
+    def test_of_an_episode_rewards_read_what_the_model_says_last(
+        self, tokenizer_spec: ModelSpec, reward_model: ModelSpec, source: Any
+    ) -> None:
+        """Whatever the prompt is: never what a tool said, and no text of the chat's marks."""
+        rewards = [
+            resolve(RewardFunctionSpec(function=name)) for name in ("contains", "exact_match")
+        ]
+        model = RewardModelCriterion("model", reward_model, 2, 60.0, reads="completion")
+        asked = {"role": "user", "content": "2+3"}
+        call = {"role": "assistant", "content": "", "tool_calls": []}
+        told = {"role": "tool", "content": "5"}
+        talks = Conversations(
+            messages=tuple(
+                [asked, call, told, {"role": "assistant", "content": said}] for said in "565"
+            ),
+            asked=(1, 1, 1),
+            last_rows=(0, 1, 2),
+        )
+
+        async def body() -> None:
+            async with running(tokenizer_spec, *rewards, model) as actor:
+                raw = group("tool call 5 5", "tool call 5 6", "another call 5 5")
+                scores, texts = await actor.score(prompt(source, answer="5"), raw, talks)
+                alone = await scores_of(actor, prompt(answer="5"), group("5", "6", "5"))
+            assert [row[:2] for row in scores.values] == [(1.0, 1.0), (0.0, 0.0), (1.0, 1.0)]
+            of_talks, of_texts = ([row[2] for row in s.values] for s in (scores, alone))
+            assert of_talks == pytest.approx(of_texts, abs=1e-6)
+            assert texts[0] == "tool call 5 5", "samples show all that was written"
 
         run(body)
 

@@ -47,6 +47,26 @@ def test_of_several_completions_passes_are_estimated_and_majorities_counted() ->
     assert found["maj@4"].value == 0.5, "blanks do not divide the votes for x"
 
 
+def test_the_answer_of_an_episode_is_what_the_model_says_last() -> None:
+    raw = "<tool_call>add</tool_call><tool_response>5</tool_response>"
+    talk = [
+        {"role": "user", "content": "2+3"},
+        {"role": "assistant", "content": "", "tool_calls": []},
+        {"role": "tool", "content": "5"},
+    ]
+    answers = ("6", "5", " 5")
+    completions = [
+        said(float("5" in answer), f"{raw} call {n}: {answer}", messages=[*talk, last])
+        for n, answer in enumerate(answers)
+        for last in [{"role": "assistant", "content": answer}]
+    ]
+    judged_row = row(0, *completions)
+    assert [c["answer"] for c in judged_row["completions"]] == ["6", "5", "5"]
+    assert figures([judged_row])["maj@3"].value == 1.0
+    lost = row(0, said(1.0, messages=None, text=None))  # type: ignore[arg-type]
+    assert lost["completions"][0]["answer"] is None
+
+
 def test_what_failed_or_has_no_score_enters_no_figure() -> None:
     failed = judged({"row": 9, "prompt": "9?", "failed": "timeout"}, MATH, whole_text)
     found = figures([row(0, said(1.0)), row(1, said(None)), failed])

@@ -8,14 +8,20 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from actors.messages import Prompt
+from actors.scoring.criteria import RewardCriterion
+from actors.specs import RewardFunctionSpec
 from aligntune import create_rl_trainer
 from aligntune.config.load import load_config
 from aligntune.config.tree import dump
 from aligntune.errors import UserError
+from aligntune.online.first_prompt import try_rewards
 from aligntune.online.trainer import OnlineTrainer
 from aligntune.preference.trainer import PreferenceTrainer
 from aligntune.tracking.metrics import EventKind
@@ -137,6 +143,9 @@ def process(completions, **columns):
     return [3, None]
 def broken(completions, **columns):
     return [1 / len(text) for text in completions]
+def roles(completions, **columns):
+    return [float(said[0]["role"] == "assistant") for said in completions]
+
 def slow(completions, **columns):
     time.sleep(3600)
 """
@@ -169,6 +178,22 @@ def test_every_function_is_called_once_on_the_first_prompt_in_a_process_of_its_o
     assert int(called[0]) != os.getpid()
     assert lines == trainer.inputs.tried(), "once"
     assert lines[0] in trainer.summary().splitlines()
+
+
+def test_where_rollouts_are_episodes_the_first_call_has_messages_too(own: str) -> None:
+    """As every call of the run, also where the prompt is text."""
+    config = SimpleNamespace(
+        plays=True,
+        rewards=[RewardFunctionSpec(function=f"{own}:roles")],
+        reward=SimpleNamespace(sandbox="auto"),
+    )
+    criterion = RewardCriterion(
+        "roles", "first_row_rewards:roles", 60.0, search_path=(os.getcwd(),)
+    )
+    first = Prompt(3, "2+3", "2+3", np.zeros(1, np.int32), {"answer": "5"})
+    assert try_rewards(config, [criterion], first, None) == [  # type: ignore[arg-type]
+        "reward roles: '' -> 1, '5' -> 1 (row 3)"
+    ]
 
 
 def test_a_function_that_fails_on_the_first_row_is_refused_with_its_own_frames(

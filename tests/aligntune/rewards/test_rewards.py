@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 
 from actors.scoring.calling import arguments, checked
 from actors.scoring.criteria import RewardFailed, RewardFailure
+from actors.scoring.said import text_of
 from actors.specs import RewardFunctionSpec
 from aligntune.rewards.catalogue import REWARDS
 from aligntune.rewards.format import format_match
-from aligntune.rewards.inputs import text_of
 from aligntune.rewards.length import length_penalty
 from aligntune.rewards.limited import judged
 from aligntune.rewards.math import answer_place, math_equal

@@ -1,0 +1,18 @@
+"""What a completion says. Standard library only: children of rewards import this."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Completion = str | list[dict[str, Any]]
+"""A text; or messages, of an episode or where the prompt is messages."""
+
+
+def text_of(completion: Completion) -> str:
+    """The text of a completion: a string as it is; of messages what the assistant says last, that
+    is the contents behind the last message of another role, such as a tool's."""
+    if isinstance(completion, str):
+        return completion
+    others = [n for n, m in enumerate(completion) if m.get("role", "assistant") != "assistant"]
+    last = completion[others[-1] + 1 :] if others else completion
+    return "".join(str(message.get("content") or "") for message in last)
