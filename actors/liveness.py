@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from actors.waiting import done_within
+
 HEALTH = "health"
 HEALTH_GROUP = {HEALTH: 2}
 """Threads of an actor beside its work: an event loop that is blocked does not hold them up."""
@@ -49,10 +51,11 @@ async def stacks_of(handles: Mapping[str, Any], seconds: float = 10.0) -> list[t
 
     async def one(name: str, handle: Any) -> tuple[str, str]:
         ref = handle.stacks.options(concurrency_group=HEALTH).remote()
-        try:
-            return name, await asyncio.wait_for(asyncio.wrap_future(ref.future()), seconds)
-        except TimeoutError:
+        told = asyncio.wrap_future(ref.future())
+        if not await done_within(seconds, told):
             return name, f"no answer within {seconds:g} s"
+        try:
+            return name, told.result()
         except RayError as error:
             return name, f"no answer: {error}"
 

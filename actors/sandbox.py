@@ -221,7 +221,8 @@ async def _run(told: dict[str, Any], scratch: str, stdin: bytes, limits: Limits)
     finally:
         _end(process)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), 5)
+            async with asyncio.timeout(5):
+                await process.wait()
         if process.returncode is None:
             process.kill()
     err, _, report = err.rpartition(b"\x1e")

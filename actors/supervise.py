@@ -16,7 +16,6 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import (
-    GetTimeoutError,
     NodeDiedError,
     ObjectLostError,
     OutOfMemoryError,
@@ -29,7 +28,7 @@ from actors.liveness import USUAL, Patience, listen
 from actors.replicas import Replica, Replicas, State, Waiter
 from actors.restarts import Restarts
 from actors.timeline import spanned
-from actors.waiting import all_of
+from actors.waiting import all_of, done_within
 
 DEATHS = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 """How Ray tells that a process is gone. The last: its node had little memory left, so Ray ended it;
@@ -64,15 +63,14 @@ async def answer(ref: Any, replica: str, what: str, deadline_s: float, limit: st
     """The value of `ref`. A death, a lost object or a missed deadline is `ReplicaLost`; an
     exception raised by the actor's own code comes through as itself. `limit` is the setting that
     the deadline comes from, for the message."""
+    future = asyncio.wrap_future(ref.future())
     try:
         with spanned(replica, what) as heard:
-            value = await asyncio.wait_for(asyncio.wrap_future(ref.future()), deadline_s)
-            heard(value)
+            if not await done_within(deadline_s, future):
+                within = f"within {deadline_s:g} s{f' ({limit})' * bool(limit)}"
+                raise ReplicaLost(replica, f"{what} had no answer {within}")
+            heard(value := future.result())
             return value
-    except (TimeoutError, GetTimeoutError) as error:
-        raise ReplicaLost(
-            replica, f"{what} had no answer within {deadline_s:g} s{f' ({limit})' * bool(limit)}"
-        ) from error
     except RayTaskError as error:
         # An actor's death comes to those who wait for what it was making as a failed fetch.
         if isinstance(error.cause, (ObjectLostError, *DEATHS)):

@@ -18,3 +18,17 @@ async def all_of(*work: Awaitable[Any]) -> list[Any]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
+
+
+async def done_within(seconds: float, future: asyncio.Future[Any]) -> bool:
+    """Whether `future` is done in time; it is cancelled where it is not, or where the caller is.
+
+    What is there counts, however late the caller comes to it. `asyncio.wait_for` of Python 3.11
+    does otherwise where the caller is cancelled as the answer comes: it returns the answer.
+    """
+    try:
+        await asyncio.wait((future,), timeout=seconds)
+        return future.done()
+    finally:
+        if not future.cancel() and not future.cancelled():
+            future.exception()  # then asyncio reports none that a cancelled caller leaves

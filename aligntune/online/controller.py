@@ -203,7 +203,8 @@ class Controller:
                 return [self._pipeline.ready[group_id] for group_id in batch]
             self._pipeline.check_sampling(self._seen.filtered)
             try:
-                await asyncio.wait_for(self._changed.wait(), deadline - time.monotonic())
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await self._changed.wait()
             except TimeoutError as error:
                 states = self.ledger.states().items()
                 waiting = ", ".join(f"{count} {state}" for state, count in states)

@@ -54,17 +54,19 @@ class Pipeline:
         self._changed = changed
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._held: deque[int] = deque()  # open, WAITING, and not begun
+        self._going = False  # from `go_on` to `cancel`
         self._failure: Exception | None = None
         self.ready: dict[int, ReadyGroup] = {}
         self.filtered_scores: Counter[float] = Counter()  # since the last step
 
     def fill(self) -> None:
-        """Admit and start as many groups as staleness, and the steps still to come, have room for.
+        """Admit and start as many groups as staleness, and the steps still to come, have room for;
+        none between `cancel` and `go_on`.
 
         A group's version, at admission and again at dispatch, is the oldest that a replica may
         still serve.
         """
-        if self._state.signal:
+        if self._state.signal or not self._going:
             return
         train, books = self._config.train, self._ledger.books
         free = free_slots(
@@ -83,6 +85,7 @@ class Pipeline:
         """Go on with the open groups of a checkpoint: those that there is room for now, the others
         later. There are such where the run may take fewer steps or older tokens than before."""
         self._held = deque(groups)
+        self._going = True
         self.fill()
 
     def start(self, group_id: int) -> None:
@@ -140,7 +143,9 @@ class Pipeline:
         )
 
     async def cancel(self) -> None:
-        """Stop every life where it is; the groups stay open in the ledger."""
+        """Stop every life where it is; the groups stay open in the ledger. One that comes to its
+        end all the same starts no other, which would outlive this."""
+        self._going = False
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()

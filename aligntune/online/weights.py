@@ -151,7 +151,8 @@ class WeightSync:
         end = time.monotonic() + self._rebuild_s
         while self._offer is gone:
             try:
-                await asyncio.wait_for(self._renewed.wait(), end - time.monotonic())
+                async with asyncio.timeout(end - time.monotonic()):
+                    await self._renewed.wait()
             except TimeoutError as error:
                 waited = f"no weights within {self._rebuild_s:g} s: {reason}"
                 raise ReplicaLost(name, waited) from error

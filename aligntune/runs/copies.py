@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
+from actors.waiting import done_within
 from aligntune.runs.deadline import asked
 from aligntune.runs.mirror import Mirror
 
@@ -59,11 +60,11 @@ class Copies:
             reason = "an earlier copy has not ended yet"
         else:
             self._thread = asked(lambda: push(folder))
-            try:
-                await asyncio.wait_for(asyncio.wrap_future(self._thread), self._timeout_s)
-                return
-            except TimeoutError:
+            copied = asyncio.wrap_future(self._thread)
+            if not await done_within(self._timeout_s, copied):
                 reason = f"no end within {self._timeout_s:g} s"
-            except Exception as error:  # noqa: BLE001 - of whatever client the storage has
+            elif (error := copied.exception()) is None:
+                return
+            else:
                 reason = " ".join(str(error).split()) or type(error).__name__
         self._not_copied(path=folder.name, reason=reason)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import time
 from concurrent.futures import Future
 from typing import Any
 
@@ -20,6 +22,7 @@ from actors import supervise
 from actors.supervise import ObjectsLost, ReplicaLost, answer
 from actors.waiting import all_of
 from aligntune.runs.failure import reason
+from tests.actors.stand_in_actors import Ref
 
 
 def test_all_answers_come_in_order() -> None:
@@ -72,6 +75,46 @@ def test_a_start_that_is_too_slow_names_its_setting(monkeypatch: pytest.MonkeyPa
         asyncio.run(main())
     said = "reward-0.0: start had no answer within 0.01 s (reward.start_timeout_s)"
     assert str(lost.value) == said
+
+
+@pytest.mark.parametrize("turns", range(6))
+@pytest.mark.parametrize("said", [1, RayActorError()])
+def test_a_caller_that_is_cancelled_as_the_answer_comes_is_cancelled(
+    turns: int, said: object
+) -> None:
+    """Not one that goes on as if nobody had cancelled it."""
+    unheard: list[Any] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, said: unheard.append(said))
+        ref = Ref()
+        asking = asyncio.create_task(answer(ref, "reward-0", "score", 60))
+        await asyncio.sleep(0)
+        if isinstance(said, Exception):
+            ref.value.set_exception(said)
+        else:
+            ref.value.set_result(said)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        cancelled = asking.cancel()  # False: it had its answer
+        await asyncio.gather(asking, return_exceptions=True)
+        assert asking.cancelled() == cancelled
+
+    asyncio.run(main())
+    gc.collect()
+    assert unheard == []
+
+
+def test_an_answer_that_is_there_counts_though_its_caller_comes_late_to_it() -> None:
+    async def main() -> int:
+        ref = Ref()
+        asking = asyncio.create_task(answer(ref, "reward-0", "score", 0.01))
+        await asyncio.sleep(0)
+        ref.value.set_result(1)
+        time.sleep(0.02)  # noqa: ASYNC251 - the loop stands still, as it does for a long pickle
+        return await asking
+
+    assert asyncio.run(main()) == 1
 
 
 @pytest.mark.parametrize(

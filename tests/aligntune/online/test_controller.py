@@ -17,6 +17,7 @@ from actors.messages import Prompt, UpdateResult
 from actors.supervise import ObjectsLost
 from aligntune.algorithms.dapo import DAPO
 from aligntune.errors import Interrupted, RunFailed
+from aligntune.online.controller import Controller
 from aligntune.online.learner import PolicyLost
 from aligntune.online.ledger import audit
 from aligntune.runs.jsonl import read_lines
@@ -203,6 +204,62 @@ def test_a_text_that_is_lost_with_its_node_costs_its_sample_and_nothing_else(wor
     samples = read_lines(world.folder / "samples.jsonl")
     texts = [[told["text"] for told in sample["completions"]] for sample in samples]
     assert texts[:3] == [["0a", "0b"], [None, None], ["2a", "2b"]]
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_loop_that_is_cancelled_as_a_group_ends_is_cancelled(
+    world: World, monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
+    async def run(controller: Controller, _: object) -> dict[str, float]:
+        waiting = asyncio.create_task(controller._next_batch())
+        await settle()
+        controller._changed.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await settle()
+        assert waiting.cancelled()
+        return {}
+
+    monkeypatch.setattr(Controller, "run", run)
+    world.run()
+
+
+def test_a_group_that_ends_though_it_is_cancelled_starts_no_other(world: World) -> None:
+    """Its successor would go on beside the rebuilt policy, under a number that is given anew."""
+    world.configure(algorithm=SAMPLES_AGAIN, train=ahead(1))
+    world.scores = lambda group: (1.0, 1.0) if group == 4 else (1.0, 0.0)
+    lost = False
+    begun: list[int] = []  # while the policy is rebuilt
+    stubborn: list[int] = []
+
+    async def score(prompt: Prompt, group: int) -> None:
+        if group == 4 and not stubborn:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                stubborn.append(group)
+
+    def generate(prompt: Prompt, sampling: Any) -> None:
+        if lost:
+            begun.append(sampling.group_id)
+
+    async def update(step: int) -> None:
+        nonlocal lost
+        if step == 2 and not stubborn:
+            await settle()
+            lost = True
+            raise PolicyLost("policy-0: died")
+
+    def load() -> None:
+        nonlocal lost
+        lost = False
+
+    world.during = {"score": score, "generate": generate, "update": update, "load": load}
+    world.run()
+    assert stubborn == [4]
+    assert begun == []
+    assert audit(world.folder / "ledger.jsonl").balanced
 
 
 def test_weights_lost_with_their_node_rebuild_the_policy(world: World) -> None:

@@ -169,6 +169,28 @@ def test_weights_that_never_come_again_lose_the_replica_at_a_deadline() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("turns", range(6))
+def test_a_start_that_is_given_up_as_new_weights_come_ends(turns: int) -> None:
+    async def main() -> None:
+        weights, changed = sync()
+        rollouts: Any = Rollouts()
+        await weights.bring(1, rollouts)
+        gone = ObjectLostError("0" * 56, None, "")
+        joiner: Any = Joiner(lambda payload: gone if payload == "bundle 1" else 0.1)
+        joining = asyncio.create_task(weights.catch_up(joiner, "rollout-1"))
+        await changed.wait()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        await weights.bring(2, rollouts)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        cancelled = joining.cancel()  # False: it had ended
+        await asyncio.gather(joining, return_exceptions=True)
+        assert joining.cancelled() == cancelled
+
+    run(main())
+
+
 def test_weights_that_are_lost_on_their_way_lose_the_policy() -> None:
     async def main() -> None:
         weights, _ = sync()
