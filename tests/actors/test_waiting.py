@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import time
 from concurrent.futures import Future
@@ -115,6 +116,22 @@ def test_an_answer_that_is_there_counts_though_its_caller_comes_late_to_it() -> 
         return await asking
 
     assert asyncio.run(main()) == 1
+
+
+@pytest.mark.parametrize("raised", [TimeoutError("x"), OSError(errno.ETIMEDOUT, "x")])
+def test_an_actor_that_found_something_else_too_slow_is_not_lost(raised: Exception) -> None:
+    """A file system of the network, say: the actor has answered, and in time."""
+
+    async def main() -> None:
+        ref = Ref()
+        told = RayTaskError("write", "its traceback", raised, "proc", 1, "ip").as_instanceof_cause()
+        assert isinstance(told, TimeoutError)
+        ref.value.set_exception(told)
+        await answer(ref, "policy-0", "write", 10)
+
+    with pytest.raises(TimeoutError) as came:
+        asyncio.run(main())
+    assert came.value is raised
 
 
 @pytest.mark.parametrize(

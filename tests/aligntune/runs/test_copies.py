@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from aligntune.runs.copies import Copies
 
 
@@ -79,10 +81,11 @@ def test_a_copy_that_hangs_is_told_and_not_joined_by_another() -> None:
     ]
 
 
-def test_a_storage_that_takes_nothing_is_told_why() -> None:
+@pytest.mark.parametrize("kind", [OSError, TimeoutError])
+def test_a_storage_that_takes_nothing_is_told_why(kind: type[Exception]) -> None:
     async def work(copies: Copies, storage: Storage) -> None:
         def push(_: Path) -> None:
-            raise OSError("connection\nreset")
+            raise kind("connection\nreset")
 
         storage.push = push  # type: ignore[method-assign]
         copies.offer(Path("step-1"))
