@@ -57,7 +57,8 @@ class TransformersEngine:
         Its batch is a call's, and each call's draws have a key, so neither of the last two counts.
         """
         self._spec = model.model_copy(update={"gradient_checkpointing": False})
-        self._adapts = spec.weight_sync.name == "adapter"
+        # A model that has taken its adapter in, as one that is evaluated, is sent none.
+        self._adapts = spec.weight_sync.name == "adapter" and model.lora is not None
         self._version = version
         self._work = Work()
         self._waiting = 0  # completions of calls whose turn has not come

@@ -19,6 +19,7 @@ from actors.groups import Group
 from actors.messages import Sampling
 from actors.rollout import RolloutActor
 from actors.transfer.bundle import WeightBundle
+from actors.transfer.specs import AdapterSpec
 from tests.actors.engines.replicas import (
     TOLERANCE,
     WAIT_S,
@@ -182,6 +183,22 @@ def test_an_untied_head_is_loaded_too(tmp_path, loop):
 
     group = asyncio.run_coroutine_threadsafe(update_and_generate(), loop).result(WAIT_S)
     assert worst_error(group, {1: new}, 1.0) < TOLERANCE
+
+
+def test_a_model_without_an_adapter_is_served_where_adapters_would_be_sent(folder, loop, policies):
+    """As an evaluation serves it: the adapter is in its weights."""
+    spec = rollout_spec(TransformersSpec()).model_copy(update={"weight_sync": AdapterSpec()})
+    actor = RolloutActor(model_spec(folder), spec, "t2", 0, 8, 11)
+
+    async def generate() -> Group:
+        await actor.start()
+        try:
+            return await actor.generate(prompt_of(0), sampling_of())
+        finally:
+            await actor.close()
+
+    group = asyncio.run_coroutine_threadsafe(generate(), loop).result(WAIT_S)
+    assert worst_error(group, policies, 1.0) < TOLERANCE
 
 
 def test_draws_follow_the_softmax_at_the_temperature():
