@@ -24,6 +24,13 @@ class Offer:
         """The arguments for who has whatever weights."""
         return self.whole or (self.payload,)
 
+    def after(self, taken: Offer | None) -> tuple[Any, ...]:
+        """The arguments for who took `taken`, and whatever came before it, as it was for anyone;
+        None: for anyone."""
+        begun = () if taken is None else taken.whole
+        goes_on = bool(begun) and self.whole[: len(begun)] == begun
+        return self.whole[len(begun) :] if goes_on else self.for_anyone
+
 
 @dataclass(frozen=True)
 class Refused:

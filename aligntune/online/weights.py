@@ -97,9 +97,7 @@ class WeightSync:
         said = await call(offer.method, offer.payload, deadline_s=limit)
         others = {each.replica: each.reason for each in said if isinstance(each, Refused)}
         for replica, reason in others.items():
-            self._event(
-                EventKind.WEIGHTS_REFUSED, replica=replica, version=offer.version, reason=reason
-            )
+            self._refused(offer, replica, reason)
         if others:
             again = await call(offer.method, *offer.for_anyone, deadline_s=limit, only=others)
             for each in again:
@@ -107,6 +105,11 @@ class WeightSync:
                     raise RunFailed(f"{each.replica} cannot take weights: {each.reason}")
             said += again
         self._paused_s = max((each for each in said if isinstance(each, float)), default=0.0)
+
+    def _refused(self, offer: Offer, replica: str, reason: str) -> None:
+        self._event(
+            EventKind.WEIGHTS_REFUSED, replica=replica, version=offer.version, reason=reason
+        )
 
     @property
     def figures(self) -> dict[str, float]:
@@ -126,22 +129,30 @@ class WeightSync:
         self._renewed = asyncio.Event()
 
     async def catch_up(self, handle: ActorHandle, name: str) -> None:
-        """Give a replica that starts the current weights; it may serve when this returns."""
+        """Give a replica that starts the current weights; it may serve when this returns.
+
+        Of those that come while it loads it takes what they add, so that it catches up with
+        versions that come faster than it takes a whole one.
+        """
         taken: Offer | None = None
         while self._offer is not taken:  # newer ones may come while these are loaded
             offer = self._offer
             assert offer is not None, "weights were published once and are never unset"
             take = getattr(handle, offer.method)
             try:
-                ref = take.remote(*offer.for_anyone)
+                ref = take.remote(*(args := offer.after(taken)))
                 said = await answer(ref, name, offer.method, self._timeout_s)
             except ObjectsLost as lost:
                 if self._offer is offer:
                     await self._after(offer, str(lost), name)
                 continue
-            if isinstance(said, Refused):
+            if not isinstance(said, Refused):
+                taken = offer
+            elif args != offer.for_anyone:
+                self._refused(offer, name, said.reason)
+                taken = None
+            else:
                 raise ReplicaLost(name, f"it cannot take weights: {said.reason}")
-            taken = offer
 
     async def _after(self, gone: Offer, reason: str, name: str) -> None:
         """Weights are gone with the node they were exported on, and so is the policy: have it

@@ -291,6 +291,47 @@ def test_a_replica_that_cannot_even_take_all_ends_the_run_or_its_own_start() -> 
     run(main())
 
 
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_replica_that_starts_takes_of_versions_that_come_meanwhile_what_they_add(
+    refused: bool,
+) -> None:
+    """Else it would never catch up with versions that come faster than it loads a whole chain."""
+
+    async def main() -> None:
+        events: list[Any] = []
+        weights, _ = deltas([0, 0, 10, 10, 10, 60, 60], events)
+        servers: Any = Servers(set())
+        to_come = [(2,), (3, 4), (5, 6, 7), ()]
+        came: list[asyncio.Task[None]] = []
+
+        async def bring(versions: tuple[int, ...]) -> None:
+            for version in versions:
+                await weights.bring(version, servers)
+
+        def loading(payloads: tuple[Any, ...]) -> Any:
+            if refused and payloads == ("1 to 2",):
+                return Refused("rollout-2", "a bit flips")
+            came.append(asyncio.create_task(bring(to_come[len(came)])))
+            return 0.1
+
+        await weights.bring(1, servers)
+        joiner: Any = Joiner(loading)
+        joiner.load_weights = SimpleNamespace(remote=lambda *args: joiner._load(args))
+        await weights.catch_up(joiner, "rollout-2")
+        assert [task.result() for task in came] == [None] * 4
+        assert joiner.taken == [
+            ("None to 1",),
+            ("1 to 2",),
+            *([("None to 1", "1 to 2")] * refused),
+            ("2 to 3", "3 to 4"),
+            ("None to 7",),  # the chain begins anew
+        ]
+        fields = {"replica": "rollout-2", "version": 2, "reason": "a bit flips"}
+        assert events == [(EventKind.WEIGHTS_REFUSED, fields)] * refused
+
+    run(main())
+
+
 def test_late_comers_need_a_transport_that_can_be_read_again() -> None:
     async def main() -> None:
         once: Any = Broadcast()
