@@ -67,8 +67,8 @@ async def answer(ref: Any, replica: str, what: str, deadline_s: float, limit: st
     try:
         with spanned(replica, what) as heard:
             if not await done_within(deadline_s, future):
-                within = f"within {deadline_s:g} s{f' ({limit})' * bool(limit)}"
-                raise ReplicaLost(replica, f"{what} had no answer {within}")
+                late = f"had no answer within {deadline_s:g} s{f' ({limit})' * bool(limit)}"
+                raise ReplicaLost(replica, f"{what} {late}")
             heard(value := future.result())
             return value
     except RayTaskError as error:
