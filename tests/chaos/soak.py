@@ -33,6 +33,8 @@ WARM_ACTOR_S = 90.0
 WINDOW_S = 60.0  # whose median is compared
 GROWTH = 1.05
 FILES = 2  # more open files than before
+FILES_OF_A_CHILD = 2
+"""What a process of a reward costs its actor, which starts another where calls wait for one."""
 TARGET = 0.9
 SETTINGS = {
     "algorithm.beta": 0.001,
@@ -128,7 +130,7 @@ def soak(folder: Path, minutes: float, seed: int) -> dict[str, Any]:
             due = now + PER_DEATH_S
             continue
         for role, pid in _processes(process.pid, run).items():
-            _look(looks.setdefault((role, pid), []), pid)
+            _look(looks.setdefault((role, pid), []), role, pid)
         if now >= due and process.poll() is None:
             victims = victims or dice.sample(VICTIMS, len(VICTIMS))
             time.sleep(dice.uniform(0, 1))
@@ -160,11 +162,13 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
-def _look(looks: list[Look], pid: int) -> None:
+def _look(looks: list[Look], role: str, pid: int) -> None:
     try:
         process = psutil.Process(pid)
         age = time.time() - process.create_time()
-        looks.append(Look(age, process.memory_info().rss, process.num_fds()))
+        children = len(process.children()) if role == "reward" else 0
+        files = process.num_fds() - FILES_OF_A_CHILD * children
+        looks.append(Look(age, process.memory_info().rss, files))
     except psutil.Error:  # it has just ended
         pass
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -190,6 +191,21 @@ class TestSideBySide:
                     *(s.call("p", [str(n)], {}) for n in range(16) for s in (a, b))
                 )
             assert got == [[float(n)] for n in range(16) for _ in range(2)]
+
+        run(body)
+
+    @pytest.mark.slow  # nine interpreters
+    def test_a_child_that_died_leaves_no_file_open(self, scorer: Any) -> None:
+        async def body() -> None:
+            async with scorer("pids") as reward:
+                counts = []
+                for _ in range(8):
+                    [pid] = await reward.call("p", [""], {})
+                    counts.append(len(os.listdir("/proc/self/fd")))
+                    os.kill(int(pid), signal.SIGKILL)
+                    while not gone(int(pid)):  # noqa: ASYNC110 - a process sets no event
+                        await asyncio.sleep(0.01)
+            assert counts[1:] == [counts[1]] * 7
 
         run(body)
 
