@@ -61,7 +61,7 @@ def main(told: str) -> NoReturn:
     status, ended = _waited(child, limits["wall_s"], most)
     kill_all(child)
     code = os.waitstatus_to_exitcode(status)
-    report = {"status": code, "late": ended == "time" or code == -signal.SIGXCPU}
+    report: dict[str, Any] = {"status": code, "late": ended == "time" or code == -signal.SIGXCPU}
     if not ended:
         report["failed"] = _failed(heard, limits["wrapped"], code)
     os.write(2, b"\x1e" + json.dumps(report).encode())
