@@ -90,11 +90,11 @@ async def code_passes(
     limits = Limits(cpu_s=cpu_seconds, wall_s=wall_seconds, memory_mib=memory_mib)
     shares = await asyncio.gather(
         *(
-            _share(program_of(text_of(completion)), of, limits)
+            _share(program_of(text_of(completion)), of, limits, partial)
             for completion, of in zip(completions, tests, strict=True)
         )
     )
-    return [share if partial else float(share == 1.0) for share in shares]
+    return list(shares)
 
 
 def program_of(text: str) -> str:
@@ -135,13 +135,20 @@ def _lines(value: Any) -> str:
     return "\n".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-async def _share(program: str, tests: Tests, limits: Limits) -> float:
-    """The share of the tests that a program passes."""
-    parts: list[Any] = [_output_is(program, *pair, limits) for pair in tests.pairs]
-    verdicts = list(await asyncio.gather(*parts))
+async def _share(program: str, tests: Tests, limits: Limits, partial: bool) -> float:
+    """The share of the tests that a program passes; without `partial` 0 from its first failure."""
+    if partial:
+        parts: list[Any] = [_output_is(program, *pair, limits) for pair in tests.pairs]
+        verdicts = list(await asyncio.gather(*parts))
+    else:
+        verdicts = []
+        for pair in tests.pairs:
+            if not await _output_is(program, *pair, limits):
+                return 0.0
+            verdicts.append(True)
     if tests.asserts:
         verdicts += await _asserted(program, tests.asserts, limits)
-    return sum(verdicts) / len(tests)
+    return sum(verdicts) / len(tests) if partial else float(all(verdicts))
 
 
 def _place() -> asyncio.Semaphore:

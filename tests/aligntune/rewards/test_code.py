@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actors.sandbox import SandboxFailed, SandboxMissing, bubblewrap
+from actors.sandbox import Ran, SandboxFailed, SandboxMissing, bubblewrap
 from aligntune.rewards.code import code_passes, program_of, read_tests
 
 ADD = "def add(a, b):\n    return a + b\n"
@@ -41,6 +41,22 @@ def test_a_share_of_the_asserts_counts_where_that_is_asked_for() -> None:
     half = "def add(a, b):\n    return 3\n"
     assert score([half], ASSERTS) == [0]
     assert score([half], ASSERTS, partial=True) == [0.5]
+
+
+@pytest.mark.parametrize(("partial", "runs"), [(False, 2), (True, 10)])
+def test_no_input_is_given_to_a_program_that_has_failed_unless_a_share_counts(
+    monkeypatch: pytest.MonkeyPatch, partial: bool, runs: int
+) -> None:
+    given = []
+
+    async def counted(*command: Any, **options: Any) -> Ran:
+        given.append(options["stdin"])
+        return Ran(0, b"0", b"")
+
+    monkeypatch.setattr("aligntune.rewards.code.run", counted)
+    pairs = [{"input": str(n), "output": str(n)} for n in range(10)]
+    assert score(["print(0)"], pairs, partial=partial) == [0.1 if partial else 0.0]
+    assert len(given) == runs
 
 
 @pytest.mark.parametrize(
