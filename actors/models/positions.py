@@ -31,6 +31,16 @@ def positions_of(config: Any) -> int | None:
     return max(positions, int(base * factor))
 
 
+def positions_in_table(model: Any) -> int | None:
+    """Tokens that a loaded model reads whose positions begin behind its padding's, as RoBERTa's do:
+    its table has so many more rows. None for other models, which the configuration tells of."""
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("embeddings.position_embeddings") and padding is not None:
+            return int(module.num_embeddings - padding - 1)
+    return None
+
+
 def model_positions(spec: ModelSpec) -> int | None:
     """`positions_of` the model that `spec` names. Raises ModelError without a configuration."""
     from transformers import AutoConfig

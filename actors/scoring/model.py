@@ -134,7 +134,8 @@ class ModelScorer:
         self._criterion = criterion
         self._model: Any = None
         self._tokenizer: Any = None
-        self._limit = 0
+        self._limit = 0  # tokens of one text; 0: nothing bounds them
+        self._cure = ""  # of a text that is over it
         self._turn = asyncio.Lock()
         self._running: asyncio.Future[list[float]] | None = None
 
@@ -190,6 +191,7 @@ class ModelScorer:
         import torch
 
         from actors.models.loading import load_tokenizer
+        from actors.models.positions import positions_in_table
         from actors.models.reward import load_reward_model
 
         self._tokenizer = load_tokenizer(self._criterion.model, writes=False)
@@ -198,6 +200,10 @@ class ModelScorer:
         model.config.pad_token_id = self._tokenizer.pad_token_id
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._limit = self._criterion.max_tokens or positions or 0
+        self._cure = f"max_tokens is {self._limit}; raise it if the model can read more, or"
+        table = positions_in_table(model)
+        if table is not None and table < self._limit:
+            self._limit, self._cure = table, f"the model reads {table};"
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def _pairs(
@@ -233,8 +239,7 @@ class ModelScorer:
                 raise RewardFailed(
                     self.name,
                     RewardFailure.TOO_LONG,
-                    f"prompt and completion {index} are {len(ids)} tokens and max_tokens is "
-                    f"{self._limit}; raise it if the model can read more, or shorten "
+                    f"prompt and completion {index} are {len(ids)} tokens and {self._cure} shorten "
                     "rollout.max_prompt_length or max_completion_length",
                 )
         size = self._criterion.batch_size

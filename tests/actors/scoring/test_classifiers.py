@@ -12,6 +12,7 @@ import torch
 
 from actors.messages import Prompt
 from actors.models.loading import ModelError
+from actors.scoring.criteria import RewardFailed, RewardFailure
 from actors.scoring.model import ModelScorer
 from actors.specs import RewardModelSpec
 from aligntune.rewards.registry import resolve_model
@@ -26,7 +27,7 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 LABELS = {0: "negative", 1: "neutral", 2: "positive"}
-ENCODERS = ("bert", "deberta-v2", "roberta")
+ENCODERS = ("bert", "deberta-v2", "roberta", "xlm-roberta")
 
 
 def write(folder: Path, kind: str, **config: Any) -> str:
@@ -77,6 +78,26 @@ def test_a_reward_model_of_any_architecture_scores_prompt_and_completion(
     assert scores(folder, "2", "three") == pytest.approx(wanted, abs=1e-5)
     (chance,) = scores(folder, "2", output="probability")
     assert chance == pytest.approx(float(torch.tensor(wanted[0]).sigmoid()), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "most", "spec", "why"),
+    [
+        ("bert", 64, {}, "max_tokens is 64; raise it if the model can read more, or shorten"),
+        ("roberta", 63, {}, "the model reads 63; shorten"),
+        ("xlm-roberta", 63, {"max_tokens": 64}, "the model reads 63; shorten"),
+        ("roberta", 20, {"max_tokens": 20}, "max_tokens is 20; raise it"),
+    ],
+)
+def test_a_text_that_just_fits_is_scored_and_one_token_more_is_too_long(
+    tmp_path: Path, kind: str, most: int, spec: Any, why: str
+) -> None:
+    folder = write(tmp_path, kind, num_labels=1)
+    text = "a" * (most - 2)  # and the tokens that begin and end it
+    assert len(scores(folder, text, prompt="", **spec)) == 1
+    with pytest.raises(RewardFailed, match=f"{most + 1} tokens and {why}") as failed:
+        scores(folder, text, text + "a", prompt="", **spec)
+    assert failed.value.reason is RewardFailure.TOO_LONG
 
 
 class TestLabels:
