@@ -107,7 +107,8 @@ class TrainSpec(Spec):
         1800.0,
         gt=0,
         description="longest time in which nothing moves, in no role; then what every process is "
-        "at is written to logs/, and the run ends",
+        "at is written to logs/, and the run ends. What starts, is loaded, written or exported has "
+        "a limit of its own and counts as movement",
     )
     time_limit_s: float | None = Field(
         None,

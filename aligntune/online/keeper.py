@@ -70,7 +70,7 @@ class Keeper:
         self._evaluated_every = config.eval.every_steps
         self._best = best_of(config.checkpoint)
         self._began = time.monotonic()  # the last one, or the run
-        self.copying = False  # to storage, which has a deadline of its own
+        self._copying = False
         self._committing: asyncio.Task[None] | None = None
         self._writing: asyncio.Task[Checkpoint] | None = None  # may go on beyond its deadline
         self._owed: tuple[int, str] | None = None  # step and reason of a failure, until a success
@@ -95,6 +95,18 @@ class Keeper:
         """The newest checkpoint that is whole, down to the last bit."""
         await self._committed()
         return await asyncio.wrap_future(asked(self._checkpoints.latest))
+
+    @property
+    def progress(self) -> int:
+        """Goes up as checkpoints are read."""
+        return self._checkpoints.bytes_read
+
+    @property
+    def timed(self) -> bool:
+        """Whether something runs that has a deadline of its own: a copy to storage, or a write up
+        to its deadline."""
+        tasks = (self._writing, self._committing)
+        return self._copying or all(task is not None and not task.done() for task in tasks)
 
     @property
     def owes(self) -> bool:
@@ -243,9 +255,9 @@ class Keeper:
         """Wait for all that runs beside the loop: the last checkpoint, and its copy."""
         await self._committed()
         if self._copies is not None:
-            self.copying = True
+            self._copying = True
             await self._copies.settled()
-            self.copying = False
+            self._copying = False
 
     async def export(self) -> None:
         """Write the trained model."""
@@ -264,8 +276,9 @@ class Keeper:
         await self._committed()
         await asyncio.wrap_future(asked(lambda: write_card_of(self._home, step, self._recorder)))
         if self._copies is not None:
-            self.copying = True
+            self._copying = True
             await self._copies.model(self._rundir / "model")
+            self._copying = False
         if self._copies is not None or self._best is not None:
             await asyncio.wrap_future(asked(lambda: self._checkpoints.forget_old(self._beside())))
 

@@ -22,6 +22,7 @@ from actors.timeline import Timeline
 from actors.whereabouts import whereabouts
 from aligntune.config.online import RunConfig
 from aligntune.errors import RunFailed
+from aligntune.online.figures import EXPORTS
 from aligntune.online.keeper import Keeper
 from aligntune.online.learner import Learner
 from aligntune.online.recorder import OnlineRecorder
@@ -35,6 +36,9 @@ T = TypeVar("T")
 CLOSE_SECONDS = 30.0  # for a run that is ended to let go of what it holds
 DRAIN_SECONDS = 10.0  # between two looks at the nodes
 LOOKS = 20  # within the time after which a run that does not move is stuck
+OF_RANKS = ("address", "snapshot", "load", "save_model", *EXPORTS)
+WAITED_FOR = frozenset({"start", "load_weights", *OF_RANKS})
+"""Calls that go on for long and show nothing meanwhile. Each has a deadline of its own."""
 
 
 class Watch:
@@ -100,9 +104,11 @@ class Watch:
         return await forever()
 
     def _progress(self) -> object:
-        """Changes whenever anything does. A copy to storage has a deadline of its own."""
-        moves = (self._timeline.calls, self._learner.progress, self._serving.progress)
-        return moves, time.monotonic() if self._keeper.copying else 0.0
+        """Changes whenever anything does, and all the time in what has a deadline of its own."""
+        keeper, timeline = self._keeper, self._timeline
+        parts = (self._learner.progress, self._serving.progress, keeper.progress)
+        timed = keeper.timed or any(span.method in WAITED_FOR for span in timeline.open)
+        return timeline.calls, parts, time.monotonic() if timed else 0.0
 
     async def _ray(self) -> str:
         name = await first_death(self._processes)

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,22 +49,27 @@ def _ours(folder: Path) -> bool:
     return match is not None and folder.name == f"step-{int(match[1]):06d}" and folder.is_dir()
 
 
-def checksum(path: Path) -> int:
-    """CRC-32 of a file, which finds every flipped bit; for damage, not for attackers."""
+def _unheard(read: int) -> None: ...
+
+
+def checksum(path: Path, heard: Callable[[int], None] = _unheard) -> int:
+    """CRC-32 of a file, which finds every flipped bit; for damage, not for attackers. `heard` gets
+    the bytes that were read, again and again."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(CHUNK):
             value = zlib.crc32(block, value)
+            heard(len(block))
     return value
 
 
-def intact(folder: Path) -> bool:
-    """Whether every file of a checkpoint has the content that its manifest says; reads them all.
-    One that the disk does not give back is damaged too."""
+def intact(folder: Path, heard: Callable[[int], None] = _unheard) -> bool:
+    """Whether every file of a checkpoint has the content that its manifest says; reads them all,
+    as `checksum` does. One that the disk does not give back is damaged too."""
     try:
         manifest = _manifest(folder)
         return manifest is not None and all(
-            checksum(folder / name) == entry["crc32"] for name, entry in manifest.items()
+            checksum(folder / name, heard) == entry["crc32"] for name, entry in manifest.items()
         )
     except OSError:
         return False
@@ -100,9 +105,13 @@ class Checkpoints:
         """`to_read` leaves alone what another process may be writing there."""
         self.directory = directory
         self.keep_last = keep_last
+        self.bytes_read = 0  # by whatever reads files as a whole; for who watches that it moves
         self._checked: dict[tuple[tuple[str, int, int], ...], bool] = {}  # by files as they stand
         for leftover in () if to_read else directory.glob("*.partial"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def _heard(self, read: int) -> None:
+        self.bytes_read += read
 
     def _folder(self, step: int) -> Path:
         return self.directory / f"step-{step:06d}"
@@ -132,7 +141,10 @@ class Checkpoints:
         (staging / STATE).write_text(json.dumps(state), encoding="utf-8")
         files = sorted(p for p in staging.rglob("*") if p.is_file())
         listed = {
-            str(p.relative_to(staging)): {"size": p.stat().st_size, "crc32": checksum(p)}
+            str(p.relative_to(staging)): {
+                "size": p.stat().st_size,
+                "crc32": checksum(p, self._heard),
+            }
             for p in files
         }
         (staging / MANIFEST).write_text(json.dumps({"files": listed}, indent=1), encoding="utf-8")
@@ -236,7 +248,7 @@ class Checkpoints:
             return False
         key = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
         if key not in self._checked:
-            self._checked[key] = intact(folder)
+            self._checked[key] = intact(folder, self._heard)
         return self._checked[key]
 
     def at(self, path: Path) -> Checkpoint:

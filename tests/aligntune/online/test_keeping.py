@@ -175,7 +175,9 @@ def test_a_write_that_ends_after_its_deadline_makes_no_checkpoint(world: World) 
 
     async def update(step: int) -> None:
         if step == 2:
+            assert world.controller is not None
             await until(lambda: bool(world.events("checkpoint_failed")))
+            assert not world.controller._keeper.timed, "a disk that hangs is no movement for ever"
             late.set()
 
     world.configure(policy={"update_timeout_s": 0.2})

@@ -8,13 +8,17 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
+from actors.timeline import Timeline, spanned
 from aligntune.errors import Interrupted, RunFailed
 from aligntune.online import assemble, watch
+from aligntune.online.learner import PolicyLost
+from aligntune.online.watch import LOOKS, Watch
 from tests.aligntune.online.world import STEPS, World, ahead
 
 
@@ -47,6 +51,62 @@ def test_a_run_in_which_nothing_moves_ends_and_says_what_everybody_was_at(world:
     world.during = {}
     world.run(evaluated=False)
     assert world.trained() == [[0, 1], [2, 3], [4, 5]], "the same command goes on"
+
+
+@pytest.mark.parametrize("what", ["load", "write"])
+def test_what_has_a_deadline_of_its_own_is_no_stall(
+    world: World, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """A policy is lost, and loading the checkpoint takes longer than nothing may move; a disk takes
+    as long for a checkpoint that the next one waits for."""
+    looks, looked, progress = [0], asyncio.Event(), Watch._progress
+
+    def look(watch: Watch) -> object:
+        looks[0] += 1
+        if looks[0] > LOOKS + 2:
+            looked.set()
+        return progress(watch)
+
+    async def slow(*_: Any) -> None:
+        looks[0] = 0
+        with spanned("policy-0", what):
+            await asyncio.wait_for(looked.wait(), 30)
+
+    def lose(step: int) -> None:
+        if step == 2 and not world.events("policy_lost"):
+            raise PolicyLost("policy-0: died")
+
+    monkeypatch.setattr(Watch, "_progress", look)
+    world.configure(train={**ahead(0), "stall_timeout_s": 2.0})
+    world.during = {what: slow, "update": lose if what == "load" else lambda step: None}
+    world.run(evaluated=False)
+    assert looked.is_set()
+    assert world.events("stalled") == []
+    assert len(world.trained()) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("method", "moves"),
+    [
+        *((m, True) for m in ("address", "start", "load", "snapshot", "save_model")),
+        *((m, True) for m in ("export_weights", "load_weights")),
+        *((m, False) for m in ("write", "generate", "score", "update")),
+    ],
+)
+def test_calls_that_show_nothing_count_as_movement_while_they_last(
+    world: World, method: str, moves: bool
+) -> None:
+    """But for a write, which goes on after its deadline: `Keeper.timed` ends with that."""
+    timeline, still = Timeline(), SimpleNamespace(progress=0, timed=False)
+    watched: Any = (SimpleNamespace(), timeline, still, still, still)
+    world.configure()
+    over = Watch(world.config, *watched, {})
+    before = over._progress()
+    assert over._progress() == before
+    span = timeline.begin("policy-0", method, "")
+    assert (over._progress() != over._progress()) is moves
+    timeline.end(span)
+    assert over._progress() == over._progress()
 
 
 def test_a_stalled_run_says_so_where_nothing_can_be_written(world: World) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aligntune.errors import UserError
-from aligntune.runs.checkpoint import Checkpoints
+from aligntune.runs.checkpoint import CHUNK, STATE, Checkpoints
 from aligntune.runs.rundir import RunDir
 
 
@@ -28,6 +28,16 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
     assert latest is not None
     assert (latest.step, latest.state) == (100, {"step": 100})
     assert (tmp_path / "latest").read_text().strip() == "step-000100"
+
+
+def test_reading_a_checkpoint_is_seen_while_it_lasts(tmp_path: Path) -> None:
+    save(Checkpoints(tmp_path, keep_last=1), 1, weights=bytes(2 * CHUNK + 1))
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    size = sum(
+        (tmp_path / "step-000001" / name).stat().st_size for name in ("policy/weights", STATE)
+    )
+    checkpoints.latest()
+    assert checkpoints.bytes_read == size
 
 
 def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
