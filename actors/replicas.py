@@ -89,6 +89,7 @@ class Replicas:
     closed: bool = False
     woken: int = 0  # waiters that were settled after they had to wait
     _live: dict[int, Replica] = field(default_factory=dict)
+    _empty: OrderedDict[int, int] = field(default_factory=OrderedDict)  # index: failed starts
     _free: list[Offer] = field(default_factory=list)  # a heap; see `_offer`
     _waiters: OrderedDict[Waiter, None] = field(default_factory=OrderedDict)
     _made: int = 0
@@ -118,6 +119,20 @@ class Replicas:
         self._live[index] = replica
         return replica
 
+    def refill(self) -> list[Replica]:
+        """New replicas at places that had to stay empty, as far as restarts have come back: the one
+        that is empty for longest first."""
+        new = []
+        while self._empty and not self.closed and self.restarts.take():
+            new.append(self._again(*self._empty.popitem(last=False)))
+        return new
+
+    def _again(self, index: int, failed_starts: int) -> Replica:
+        """A new replica at a place where so many in a row have not even started."""
+        replica = self.begin(index)
+        replica.failed_starts, replica.pause_s = failed_starts, pause(failed_starts)
+        return replica
+
     def grow(self, limit: int, room: Callable[[int], bool]) -> list[Replica]:
         """New replicas beyond the first `size`, `limit` in all, where `room(index)` has a place."""
         if self.closed:
@@ -143,8 +158,8 @@ class Replicas:
         """A replica is dead; returns its replacement, where there may be one, to be brought up.
 
         One that is lost again and again uses up the restarts of the role, and one that does not
-        even start is tried again after a pause. One that was grown is not replaced, but `grow` may
-        fill its place again.
+        even start is tried again after a pause. Where no restart is left its place stays empty, up
+        to a `refill`. One that was grown is not replaced, but `grow` may fill its place again.
         """
         if replica.state is State.DEAD:
             return None
@@ -153,10 +168,12 @@ class Replicas:
         self.failure = reason
         del self._live[replica.index]
         new = None
-        if replica.index < self.size and self.restarts.take():
-            new = self.begin(replica.index)
-            new.failed_starts = 0 if replica.served else replica.failed_starts + 1
-            new.pause_s = pause(new.failed_starts)
+        if replica.index < self.size:
+            failed_starts = 0 if replica.served else replica.failed_starts + 1
+            if self.restarts.take():
+                new = self._again(replica.index, failed_starts)
+            else:
+                self._empty[replica.index] = failed_starts
         self._hand_over()
         return new
 

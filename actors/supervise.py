@@ -226,6 +226,11 @@ class ReplicaSet:
 
         self._lost(replica, await listen(lambda: ping(handle), self._patience, heard, suspect))
 
+    def refill(self) -> None:
+        """Bring up what was lost while no restart was left, as far as some have come back."""
+        for replica in self.replicas.refill():
+            self._later(replica, "replica_restarted")
+
     def grow(self, limit: int, room: Callable[[int], bool]) -> None:
         """Bring up replicas beyond the first `size`, `limit` in all, where `room(index)` says that
         there is a place. One that is lost is not replaced, but a later call may bring it up again.

@@ -195,6 +195,7 @@ class Controller:
             self._handover.check()
             if lost := self._weights.lost or self._learner.lost:
                 raise PolicyLost(lost)
+            self._serving.refill()
             self._pipeline.fill()
             batch = choose_batch(
                 self.ledger.cohorts(), version, train.max_staleness, train.groups_per_step
@@ -206,8 +207,7 @@ class Controller:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     await self._changed.wait()
             except TimeoutError as error:
-                states = self.ledger.states().items()
-                waiting = ", ".join(f"{count} {state}" for state, count in states)
+                waiting = ", ".join(f"{n} {state}" for state, n in self.ledger.states().items())
                 raise RunFailed(
                     f"step {version + 1} had no batch within train.step_timeout_s="
                     f"{train.step_timeout_s:g} s; open groups: {waiting}"

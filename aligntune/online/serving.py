@@ -106,6 +106,11 @@ class Serving:
         """Start every replica. Raises what kept one from starting."""
         await all_of(*(replicas.start() for replicas in self.sets.values()))
 
+    def refill(self) -> None:
+        """Bring up what was lost while no restart was left, where there is one now."""
+        for replicas in self.sets.values():
+            replicas.refill()
+
     def grow(self) -> None:
         """Bring more rollout replicas up where the cluster has room and the run may have them."""
         if most := self._config.rollout.max_replicas:

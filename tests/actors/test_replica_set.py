@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from actors.restarts import Restarts
 from actors.supervise import ReplicaLost, ReplicaSet, RoleExhausted, answer
 from tests.actors.stand_in_actors import Actor
 
@@ -296,6 +297,36 @@ def test_when_restarts_are_used_up_callers_hear_why_instead_of_waiting() -> None
                 await replicas.call("die", deadline_s=30, queue_s=60)
         with pytest.raises(RoleExhausted, match=r"worker\.max_restarts"):
             await replicas.call("work", deadline_s=30, queue_s=60)
+        await replicas.close()
+
+    asyncio.run(run())
+
+
+def test_what_was_lost_without_a_restart_comes_back_with_one() -> None:
+    async def run() -> None:
+        now = [0.0]
+        events: Events = []
+        replicas = build(2, events)
+        replicas.replicas.restarts = Restarts(1, now=lambda: now[0])
+        await replicas.start()
+        for _ in range(2):
+            with pytest.raises(ReplicaLost):
+                await replicas.call("die", deadline_s=30, queue_s=60)
+            await until(lambda: not replicas._starting)
+        assert replicas.serving == 1
+        replicas.refill()
+        assert not replicas._starting, "no restart has come back"
+        now[0] = 3600.0
+        replicas.refill()
+        replicas.refill()
+        await until(lambda: not replicas._starting)
+        assert replicas.serving == 2
+        assert [kind for kind, _ in events] == [
+            "replica_lost",
+            "replica_restarted",
+            "replica_lost",
+            "replica_restarted",
+        ]
         await replicas.close()
 
     asyncio.run(run())

@@ -160,6 +160,34 @@ def test_a_lost_replica_is_replaced_under_another_name_while_restarts_are_left()
     assert not replicas.hopeless
 
 
+def test_a_place_without_a_restart_is_filled_when_restarts_come_back() -> None:
+    now = [0.0]
+    replicas = Replicas("worker", 2, 1, Restarts(1, now=lambda: now[0]))
+    assert replicas.refill() == [], "a place that never had a replica is not empty by a loss"
+    for index in range(2):
+        replicas.move(replicas.begin(index), State.READY)
+    first, second = replicas.live
+    again = replicas.lost(first, "died")
+    assert again is not None
+    assert replicas.lost(again, "its start failed") is None
+    assert replicas.refill() == [], "no restart is left"
+    now[0] = 3600.0
+    (filled,) = replicas.refill()
+    assert (filled.index, filled.state, filled.pause_s) == (0, State.STARTING, 1.0)
+    assert replicas.refill() == [], "it is on its way"
+    assert replicas.lost(second, "died") is None
+    now[0] = 7200.0
+    assert replicas.lost(filled, "its start failed") is not None, "a loss takes the restart"
+    assert replicas.refill() == []
+    now[0] = 10800.0
+    (filled,) = replicas.refill()
+    assert filled.index == 1
+    replicas.lost(filled, "died")
+    replicas.close()
+    now[0] = 20000.0
+    assert replicas.refill() == []
+
+
 def test_those_who_wait_hear_when_nobody_will_ever_serve_and_not_before() -> None:
     replicas = ready(1, slots=1, restarts=1)
     holder = served(replicas.ask())
@@ -228,8 +256,8 @@ class Histories(RuleBasedStateMachine):
 
     @initialize(size=st.integers(1, 3), slots=st.integers(1, 3), restarts=st.integers(0, 4))
     def begin(self, size: int, slots: int, restarts: int) -> None:
-        self.replicas = Replicas("worker", size, slots, Restarts(restarts, now=lambda: 0.0))
-        self.size = size
+        self.now, self.size = 0.0, size
+        self.replicas = Replicas("worker", size, slots, Restarts(restarts, now=lambda: self.now))
         for index in range(size):
             self.replicas.begin(index)
         self.held: list[tuple[Replica, Waiter]] = []
@@ -295,6 +323,16 @@ class Histories(RuleBasedStateMachine):
     def grow(self, limit: int) -> None:
         grown = self.replicas.grow(limit, lambda index: True)
         assert all(self.size <= replica.index < limit for replica in grown)
+
+    @rule(seconds=st.sampled_from([0.0, 900.0, 3600.0]))
+    def refill(self, seconds: float) -> None:
+        self.now += seconds
+        places = {replica.index for replica in self.replicas.live}
+        left = self.replicas.restarts.left
+        filled = self.replicas.refill()
+        empty = 0 if self.replicas.closed else self.size - len(places & {*range(self.size)})
+        assert len(filled) == min(left, empty)
+        assert all(replica.index < self.size for replica in filled)
 
     @rule()
     def close(self) -> None:

@@ -25,6 +25,7 @@ from tests.aligntune.online.world import (
     EVALUATED,
     STEPS,
     FakeLearner,
+    FakeReplicas,
     Reference,
     World,
     ahead,
@@ -91,6 +92,24 @@ def test_groups_are_filtered_by_the_algorithm_as_it_has_adapted(
     world.during = {}
     world.run()
     assert world.trained() == expected
+
+
+def test_what_was_lost_without_a_restart_is_asked_for_while_a_step_waits(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Group 1 has one replica too few until another group has ended."""
+    ended: list[int] = []
+    refilled = asyncio.Event()
+
+    async def generate(prompt: Prompt, sampling: Any) -> None:
+        if sampling.group_id == 1:
+            await asyncio.wait_for(refilled.wait(), 30)
+
+    monkeypatch.setattr(FakeReplicas, "refill", lambda _: refilled.set() if ended else None)
+    world.configure()
+    world.during = {"generate": generate, "score": lambda prompt, group: ended.append(group)}
+    world.run(evaluated=False)
+    assert world.trained()[0] == [0, 1]
 
 
 def test_a_finished_run_that_is_called_again_gives_its_last_figures(world: World) -> None:

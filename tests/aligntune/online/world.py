@@ -244,6 +244,8 @@ class FakeReplicas:
 
     async def start(self) -> None: ...
 
+    def refill(self) -> None: ...
+
     async def broadcast(self, method: str, *args: Any, **_: Any) -> list[Any]:
         await self._world.happens(method, *args)
         if method == "load_weights":
