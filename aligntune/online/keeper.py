@@ -92,8 +92,11 @@ class Keeper:
             )
 
     async def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole, down to the last bit."""
+        """The newest checkpoint that is whole, down to the last bit; none comes after it that was
+        begun before. The ranks are not running."""
         await self._committed()
+        if self._writing is not None:  # beyond its deadline: it is dropped, or was just in time
+            await asyncio.wait((self._writing,))
         return await asyncio.wrap_future(asked(self._checkpoints.latest))
 
     @property
@@ -202,11 +205,8 @@ class Keeper:
         def commit() -> Checkpoint:
             self._recorder.wait()
             self._log.to_disk()
-            if not wanted:
-                self._checkpoints.abandon(state["step"])
-                raise OSError("too late")
             needed = copied | self._beside(state["step"])
-            return self._checkpoints.commit(state["step"], state, needed)
+            return self._checkpoints.commit(state["step"], state, needed, lambda: bool(wanted))
 
         await self._learner.write(staging)
         return await asyncio.wrap_future(asked(commit))

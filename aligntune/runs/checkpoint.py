@@ -130,11 +130,18 @@ class Checkpoints:
         (staging / POLICY).mkdir(parents=True)
         return staging
 
-    def commit(self, step: int, state: dict[str, Any], needed: Collection[str] = ()) -> Checkpoint:
+    def commit(
+        self,
+        step: int,
+        state: dict[str, Any],
+        needed: Collection[str] = (),
+        still: Callable[[], bool] = lambda: True,
+    ) -> Checkpoint:
         """Make what `begin` staged the checkpoint of `step`, and forget the oldest ones, but for
         those of the names `needed`.
 
-        Later steps come again after this one, so whatever there is of them goes.
+        Later steps come again after this one, so whatever there is of them goes. `still` is asked
+        last of all: where it says no, what was staged is removed. Raises OSError then.
         """
         final = self._folder(step)
         staging = final.with_suffix(".partial")
@@ -149,6 +156,9 @@ class Checkpoints:
         }
         (staging / MANIFEST).write_text(json.dumps({"files": listed}, indent=1), encoding="utf-8")
         sync_below(staging)
+        if not still():
+            self.abandon(step)
+            raise OSError("too late")
         if final.exists():  # a damaged one of the same step; a whole one is never written twice
             shutil.rmtree(final)
         os.rename(staging, final)

@@ -191,6 +191,45 @@ def test_a_write_that_ends_after_its_deadline_makes_no_checkpoint(world: World) 
     assert not [name for name in kept if name.endswith(".partial")]
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_checkpoint_whose_files_come_to_disk_after_its_deadline_is_none(
+    world: World, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """Also where the policy is lost meanwhile: the run goes back when it cannot come any more."""
+    late = threading.Event()
+    real = checkpoint_module.sync_below
+    starts: list[bool] = []
+
+    def sync_below(folder: Path) -> None:
+        if folder.name == "step-000001.partial":
+            assert late.wait(30)
+        real(folder)
+
+    def begun() -> bool:
+        """Whether anything may still come of step 1."""
+        assert world.controller is not None
+        task = world.controller._keeper._writing
+        return task is not None and not task.done()
+
+    async def update(step: int) -> None:
+        if step == 2 and not late.is_set():
+            await until(lambda: bool(world.events("checkpoint_failed")))
+            asyncio.get_running_loop().call_later(0.05, late.set)
+            if lost:
+                raise PolicyLost("policy-0: died")
+            await until(lambda: not begun())
+            assert not (world.folder / "checkpoints" / "step-000001").exists()
+
+    monkeypatch.setattr(checkpoint_module, "sync_below", sync_below)
+    world.configure(policy={"update_timeout_s": 0.2})
+    world.during = {"update": update, "start": lambda: starts.append(begun())}
+    world.run()
+    assert starts == [False] * (1 + lost)
+    assert world.events("checkpoint_failed")[0]["step"] == 1
+    assert [e["to_version"] for e in world.events("policy_rebuilt")] == [0] * lost
+    assert len(world.trained()) == 3
+
+
 def test_checkpoints_are_made_by_time_where_they_are_not_by_steps(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
