@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from actors.environments.base import Episode
-from actors.environments.specs import EpisodeCode
+from actors.environments.specs import EpisodeCode, EpisodeReward
 from actors.environments.tool_episodes import ToolEpisodes
 from actors.specs import ModelSpec
 from tests.actors.environments.chat import LIMITS, Script, call_text, prompt_of
@@ -129,7 +129,9 @@ def play(
 ) -> Iterator[Callable[..., Episode]]:
     code = EpisodeCode(
         environments={"": "trl.experimental.harbor:HarborBashEnv"},
-        rewards={"outcome": "trl.experimental.harbor._spec:_outcome_reward_func"},
+        rewards={
+            "outcome": EpisodeReward("trl.experimental.harbor._spec:_outcome_reward_func", 30.0)
+        },
         search_path=(str(folder),),
     )
     episodes = ToolEpisodes(code, LIMITS, chat_model, None)

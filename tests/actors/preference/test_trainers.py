@@ -80,7 +80,7 @@ def made_of(
         {
             "algorithm": kind,
             "model": {"name": str(model)},
-            "data": {"path": "d"},
+            "data": {"path": "d"} | ({"eval_path": "e"} if held_out else {}),
             "output_dir": "o",
             "train": {"pairs_per_worker": PAIRS, "learning_rate": 1e-6},
         },
