@@ -101,6 +101,13 @@ def bubblewrap() -> tuple[str | None, str]:
     return program, ""
 
 
+@functools.cache
+def _sizes(program: str) -> bool:
+    """Whether this version of bwrap bounds a file system in memory."""
+    done = subprocess.run([program, "--help"], capture_output=True, timeout=20, check=False)
+    return b"--size" in done.stdout
+
+
 def in_force(mode: Mode, key: str = "reward.sandbox") -> str:
     """What holds programs in `mode` on this machine, for a person; `key` is the mode's setting.
 
@@ -110,7 +117,7 @@ def in_force(mode: Mode, key: str = "reward.sandbox") -> str:
         return "off"
     program, why = bubblewrap()
     if program is not None:
-        return "bubblewrap"
+        return "bubblewrap" if _sizes(program) else "bubblewrap (too old to bound files in memory)"
     if mode == "required":
         raise SandboxMissing(f"{key} is required, and {why}; install it, or set auto")
     return f"limits alone ({why})"
@@ -169,7 +176,8 @@ async def run(
     program = None if mode == "off" else bubblewrap()[0]
     scratch = await asyncio.to_thread(_scratch, files or {})
     try:
-        wrapped = [*_wrapped(program, scratch), *command] if program else list(command)
+        most = limits.memory_mib * 2**20 if program and _sizes(program) else None
+        wrapped = [*_wrapped(program, scratch, most=most), *command] if program else list(command)
         told = {"command": wrapped, "folder": scratch, "wrapped": program is not None}
         return await _run(told | {"held": mode != "off"}, scratch, stdin, limits)
     finally:
@@ -283,15 +291,25 @@ def _environment(scratch: str) -> dict[str, str]:
 
 
 def _wrapped(
-    program: str, scratch: str, shown: Sequence[str] = (), log: str | None = None
+    program: str,
+    scratch: str,
+    shown: Sequence[str] = (),
+    log: str | None = None,
+    most: int | None = None,
 ) -> list[str]:
-    """The beginning of a command that runs under bubblewrap, and sees `shown` too."""
+    """The beginning of a command that runs under bubblewrap, and sees `shown` too.
+
+    `most`: bytes that files in memory may take, in /tmp and in /dev/shm each; none elsewhere.
+    """
     hidden = [place for place in dict.fromkeys((*_HIDDEN, _OUTSIDE)) if os.path.isdir(place)]
     needed = sorted({sys.prefix, sys.base_prefix, sys.exec_prefix, *filter(os.path.exists, shown)})
     inside = [
         p for p in needed if any(p.startswith(f"{h}/") for h in (*hidden, "/tmp", "/var/tmp"))
     ]
     written = [scratch] if log is None else [scratch, log]
+    size = [] if most is None else ["--size", str(most)]
+    shared = [] if most is None else [*size, "--tmpfs", "/dev/shm"]
+    closed = [] if most is None else ["/dev", "/var/tmp", *hidden]
     return [
         program,
         "--unshare-all",
@@ -300,12 +318,14 @@ def _wrapped(
         "--cap-drop", "ALL",
         "--ro-bind", "/", "/",
         "--dev", "/dev",
+        *shared,
         "--proc", "/proc",
-        "--tmpfs", "/tmp",
+        *size, "--tmpfs", "/tmp",
         "--tmpfs", "/var/tmp",
         *(part for place in hidden for part in ("--tmpfs", place)),
         *(part for place in inside for part in ("--ro-bind", place, place)),
         *(part for place in written for part in ("--bind", place, place)),
+        *(part for place in closed for part in ("--remount-ro", place)),
         "--chdir", scratch,
         "--",
     ]  # fmt: skip

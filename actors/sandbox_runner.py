@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -18,9 +19,10 @@ from actors.children.keeper import below, kill_all
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 MIB = 2**20
-LOOK_SECONDS = 0.1  # between two looks at how many processes there are
+LOOK_SECONDS = 0.1  # between two looks at what the processes use
 OTHERS = 1024  # tasks that this user's other programs may start while one runs
 _NOT_STARTED = b"\x1e"
+_PSS = re.compile(rb"^Pss: +(\d+) kB", re.MULTILINE)
 
 
 def main(told: str) -> NoReturn:
@@ -57,8 +59,7 @@ def main(told: str) -> NoReturn:
         os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, end)
-    most = limits["processes"] if limits["held"] else sys.maxsize
-    status, ended = _waited(child, limits["wall_s"], most)
+    status, ended = _waited(child, limits)
     kill_all(child)
     code = os.waitstatus_to_exitcode(status)
     report: dict[str, Any] = {"status": code, "late": ended == "time" or code == -signal.SIGXCPU}
@@ -82,28 +83,64 @@ def _failed(heard: int, wrapped: bool, code: int) -> str:
     return ""
 
 
-def _waited(child: int, seconds: float, processes: int) -> tuple[int, str]:
-    """The wait status of `child`, and for what it was ended here: "time", "processes" or "".
-
-    The kernel's own limit of processes is not for root, and counts those of other programs too.
-    """
-    deadline = time.monotonic() + seconds
+def _waited(child: int, limits: dict[str, Any]) -> tuple[int, str]:
+    """The wait status of `child`, and the limit for which it was ended here: "time" for that of the
+    clock or of the processor, "processes", "memory" or ""."""
+    deadline = time.monotonic() + limits["wall_s"]
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     while True:
         found, status = os.waitpid(child, os.WNOHANG)
         if found == child:
             return status, ""
         left = deadline - time.monotonic()
-        if left <= 0 or len(below(os.getpid())) > processes:
+        over = "time" if left <= 0 else _over(below(os.getpid()), limits)
+        if over:
             os.killpg(child, signal.SIGKILL)  # bwrap, whose end is that of all below it
-            return os.waitpid(child, 0)[1], "time" if left <= 0 else "processes"
+            return os.waitpid(child, 0)[1], over
         signal.sigtimedwait({signal.SIGCHLD}, min(left, LOOK_SECONDS))
+
+
+def _over(processes: list[int], limits: dict[str, Any]) -> str:
+    """The limit over which `processes` are together; empty for none.
+
+    The kernel's limits are of one process each, and its limit of processes is not for root.
+    """
+    cpu, pages = 0, 0
+    for process in processes:
+        fields = _read(f"/proc/{process}/stat").rpartition(b")")[2].split()
+        if fields:
+            cpu += sum(map(int, fields[11:15]))  # its own, and of children that it has waited for
+            pages += int(fields[21])
+    if cpu / os.sysconf("SC_CLK_TCK") > _cpu_seconds(limits):
+        return "time"
+    if limits["held"] and len(processes) > limits["processes"]:
+        return "processes"
+    most = limits["memory_mib"] * MIB
+    if limits["held"] and pages * os.sysconf("SC_PAGE_SIZE") > most:
+        # Each page that several share is in the number above as often; here it is once in all.
+        shares = (_read(f"/proc/{process}/smaps_rollup") for process in processes)
+        if sum(int(found[1]) for found in map(_PSS.search, shares) if found) * 1024 > most:
+            return "memory"
+    return ""
+
+
+def _read(path: str) -> bytes:
+    """What a file of /proc holds; nothing where its process has ended."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def _cpu_seconds(limits: dict[str, Any]) -> int:
+    return max(1, round(limits["cpu_s"]))
 
 
 def _held(limits: dict[str, Any]) -> None:
     """Bound this process and what it starts, for good."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-    cpu = max(1, round(limits["cpu_s"]))
+    cpu = _cpu_seconds(limits)
     _bound(resource.RLIMIT_CPU, cpu, cpu + 1)
     _bound(resource.RLIMIT_CORE, 0)
     if limits["held"]:

@@ -147,7 +147,7 @@ def test_a_sandbox_that_fails_is_a_failure_and_no_score(monkeypatch: pytest.Monk
     if program is None:
         pytest.skip(bubblewrap()[1])
     broken = [program, "--ro-bind", "/no/such", "/x", "--"]
-    monkeypatch.setattr("actors.sandbox._wrapped", lambda *_: broken)
+    monkeypatch.setattr("actors.sandbox._wrapped", lambda *_, **__: broken)
     for tests in (ASSERTS, ECHO):
         with pytest.raises(SandboxFailed, match="Can't find source path /no/such"):
             score([ADD], tests)
