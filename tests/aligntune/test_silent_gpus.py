@@ -14,7 +14,7 @@ from aligntune.errors import UserError
 from aligntune.online.settle_resources import settle_resources
 from aligntune.preference.settle_workers import settle_workers
 from aligntune.shapes import known_shape
-from cluster import resources
+from cluster import machines, resources
 from cluster.doctor import probe
 from tests.aligntune.online.test_settle_resources import config
 from tests.aligntune.preference.test_settle_workers import config as preference_config
@@ -22,13 +22,15 @@ from tests.aligntune.preference.test_settle_workers import config as preference_
 
 @pytest.fixture(autouse=True)
 def silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An nvidia-smi that waits for a driver for ever."""
+    """An nvidia-smi that waits for a driver for ever, on a machine without a Ray that is connected:
+    the tests' own would say what GPUs there are."""
     tool = tmp_path / "bin" / "nvidia-smi"
     tool.parent.mkdir()
     tool.write_text("#!/bin/sh\nexec sleep 600\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machines, "connected_already", lambda: False)
     monkeypatch.setattr(resources, "host_memory", lambda: (2**40, 2**40))
     monkeypatch.setattr(resources, "NVIDIA_SMI_SECONDS", 0.05)
     monkeypatch.setattr(probe, "NVIDIA_SMI_S", 0.05)
