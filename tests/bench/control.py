@@ -175,6 +175,7 @@ class Run:
         self._stack.enter_context(mock.patch("ray.kill"))
         checkpoints = mock.create_autospec(Checkpoints, instance=True)
         checkpoints.exists.return_value = True  # none is written
+        checkpoints.bytes_read = 0  # of an instance, which a specification does not show
         self.controller = assemble(
             config,
             roles,
