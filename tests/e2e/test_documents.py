@@ -444,8 +444,8 @@ def test_the_readmes_commands_train_a_model_and_the_run_directory_is_as_describe
     described = {in_backticks(row[0])[0].rstrip("/"): row[1] for row in run_directory()}
     found = {path.name for path in folder.iterdir()}
     assert found <= set(described)
-    assert set(described) - found == {"tracking_id", "trace.json"}, (
-        "only with a service, or --profile"
+    assert set(described) - found == {"rows.digest", "tracking_id", "trace.json"}, (
+        "only of a job over a table, with a service, or with --profile"
     )
     checkpoint = folder / "checkpoints" / "step-000002"
     for path in checkpoint.iterdir():
