@@ -118,8 +118,6 @@ class Jobs:
         and are in no log. Where the job is refused they are erased; where the connection is lost as
         it is sent they stay, for it may have been taken.
         """
-        import requests
-
         env_vars = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
         runtime_env: dict[str, Any] = {
             "working_dir": str(package.archive),
@@ -139,10 +137,8 @@ class Jobs:
                     runtime_env=runtime_env,
                     metadata=dict(metadata),
                 )
-            except requests.RequestException:
-                raise
-            except Exception:
-                if secret:  # the server knows no way to delete them
+            except RuntimeError:  # so the client tells that the server refuses
+                if secret:  # it knows no way to delete them
                     self._client._do_request("PUT", path, data=secrets.ERASED)
                 raise
 

@@ -139,15 +139,21 @@ def test_a_replica_that_starts_while_newer_weights_come_takes_those_too() -> Non
     run(main())
 
 
+async def waiting_for_lost_weights() -> tuple[WeightSync, Any, Any, asyncio.Task[None]]:
+    """Version 1 was lost before a replica that starts had it: it waits for the next."""
+    weights, changed = sync()
+    rollouts: Any = Rollouts()
+    await weights.bring(1, rollouts)
+    gone = ObjectLostError("0" * 56, None, "")
+    joiner: Any = Joiner(lambda payload: gone if payload == "bundle 1" else 0.1)
+    joining = asyncio.create_task(weights.catch_up(joiner, "rollout-1"))
+    await changed.wait()
+    return weights, rollouts, joiner, joining
+
+
 def test_lost_weights_wake_the_loop_and_the_replica_waits_for_those_that_come_after() -> None:
     async def main() -> None:
-        weights, changed = sync()
-        rollouts: Any = Rollouts()
-        await weights.bring(1, rollouts)
-        gone = ObjectLostError("0" * 56, None, "")
-        joiner: Any = Joiner(lambda payload: gone if payload == "bundle 1" else 0.1)
-        joining = asyncio.create_task(weights.catch_up(joiner, "rollout-1"))
-        await changed.wait()
+        weights, rollouts, joiner, joining = await waiting_for_lost_weights()
         assert "the weights of version 1" in (weights.lost or "")
         await weights.bring(2, rollouts)
         assert weights.lost is None
@@ -172,13 +178,7 @@ def test_weights_that_never_come_again_lose_the_replica_at_a_deadline() -> None:
 @pytest.mark.parametrize("turns", range(6))
 def test_a_start_that_is_given_up_as_new_weights_come_ends(turns: int) -> None:
     async def main() -> None:
-        weights, changed = sync()
-        rollouts: Any = Rollouts()
-        await weights.bring(1, rollouts)
-        gone = ObjectLostError("0" * 56, None, "")
-        joiner: Any = Joiner(lambda payload: gone if payload == "bundle 1" else 0.1)
-        joining = asyncio.create_task(weights.catch_up(joiner, "rollout-1"))
-        await changed.wait()
+        weights, rollouts, _, joining = await waiting_for_lost_weights()
         for _ in range(3):
             await asyncio.sleep(0)
         await weights.bring(2, rollouts)
