@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from actors.critic import CriticActor
+from actors.liveness import HEALTH_GROUP
 from actors.messages import (
     GroupTensors,
     GroupWork,
@@ -261,10 +262,10 @@ def learner_for(config: RunConfig) -> Learner:
     import ray
 
     def make(cls: type, spec: Any) -> Any:
-        return lambda rank, name: (
-            ray.remote(cls)
-            .options(num_cpus=0.5)
-            .remote(config.model, spec, rank, spec.ranks, total_steps=10, seed=0)
+        # With the group in which each is asked for a sign of life, every 5 s.
+        remote = ray.remote(num_cpus=0.5, concurrency_groups=HEALTH_GROUP)(cls)
+        return lambda rank, name: remote.remote(
+            config.model, spec, rank, spec.ranks, total_steps=10, seed=0
         )
 
     return Learner(config, make(PolicyActor, config.policy), make(CriticActor, config.critic))
