@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import settings
 
 from aligntune import cycles, imports
-from cluster.forks import owner
+from cluster.forks import owner, wire
 
 cycles.seldom()  # collection imports all that tests need
 
@@ -36,19 +37,22 @@ os.environ.setdefault("PYTHONPATH", str(Path(__file__).parents[1]))
 STARTED = dict(os.environ)  # before anything is imported that sets variables of its own
 
 WHOLE_RUNS = "tests/e2e/"
-# Minutes long: no worker is to be alone with one at the end.
-FIRST = ("tests/cluster/test_three_nodes.py",)
+# Minutes long: no worker is to be alone with one at the end. Those of tests/cluster share nodes.
+FIRST = ("tests/cluster/test_three_nodes.py", "tests/cluster/test_joining_nodes.py")
 FIRST_OF_WHOLE_RUNS = tuple(
     f"{WHOLE_RUNS}test_{name}.py" for name in ("recovery", "quickstart", "documents", "storage")
 )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One process imports for the workers of every Ray of the tests, once one asks for it."""
+    """One process imports for the workers of every Ray of the tests, once one asks for it; what
+    they fetch lies in one folder."""
     if not hasattr(config, "workerinput"):
-        forks = ExitStack()
-        forks.enter_context(owner.server(("later", *imports.EVERYTHING)))
-        config.add_cleanup(forks.close)
+        shared = ExitStack()
+        cache = shared.enter_context(tempfile.TemporaryDirectory(prefix="aligntune-cache-"))
+        os.environ["ALIGNTUNE_CACHE"] = cache
+        shared.enter_context(owner.server(("later", *imports.EVERYTHING)))
+        config.add_cleanup(shared.close)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -86,6 +90,11 @@ def _environment() -> None:
     start would be forked: an import may have read them."""
     for name in _set_meanwhile():
         del os.environ[name]
+
+
+def plain_environment() -> dict[str, str]:
+    """That of the session's start, in which a program is forked; an import may have set more."""
+    return {**STARTED, wire.SOCKET: os.environ.get(wire.SOCKET, "off")}
 
 
 def _set_meanwhile() -> list[str]:

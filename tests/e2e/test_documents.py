@@ -335,23 +335,12 @@ def test_no_document_names_a_host(document: Path) -> None:
 # join the Ray that tests share (tests/e2e/test_paths.py and test_quickstart.py start Rays of runs)
 
 
-def python(arguments: list[str], workplace: Path, stdin: str = "") -> str:
-    """What `python ARGUMENTS` printed in the working folder."""
+def printed_by(line: list[str], workplace: Path, given: str = "") -> str:
+    """What `python LINE` prints in the working folder, where it reads `given`."""
     import ray
 
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=workplace,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(workplace), str(REPOSITORY)]),
-            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-        },
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    done = drivers.run(line, cwd=workplace, env=environment, timeout=280, given=given)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -379,7 +368,7 @@ print(json.dumps(dict(names["result"].metrics) if "result" in names else None))
 @pytest.mark.slow
 @pytest.mark.parametrize("block", TO_RUN, ids=str)
 def test_python_runs(ray_session: None, block: Block, workplace: Path) -> None:
-    *printed, metrics = python(["-c", RUNNER], workplace, block.body).splitlines()
+    *printed, metrics = printed_by(["-c", RUNNER], workplace, block.body).splitlines()
     assert any(printed)
     if "trainer.train()" in block.body:
         assert "reward/mean" in json.loads(metrics)
@@ -410,13 +399,7 @@ def load_tree_name(path: Path) -> str:
 
 def run(arguments: list[str], workplace: Path) -> str:
     """`aligntune ARGUMENTS`; what it printed."""
-    import ray
-
-    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    line = ["-m", "aligntune.cli", *arguments]
-    done = drivers.run(line, cwd=workplace, env=environment, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return printed_by(["-m", "aligntune.cli", *arguments], workplace)
 
 
 @pytest.mark.slow

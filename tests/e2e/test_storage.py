@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 from collections.abc import Callable
@@ -17,26 +18,24 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_a_run_goes_on_from_its_storage_where_the_run_directory_is_gone(
-    tree: dict[str, Any],
-    tmp_path: Path,
-    launch: Callable[..., Run],
-    monkeypatch: pytest.MonkeyPatch,
+    tree: dict[str, Any], tmp_path: Path, launch: Callable[..., Run]
 ) -> None:
-    monkeypatch.setenv("ALIGNTUNE_CACHE", str(tmp_path / "cache"))
+    cache = Path(os.environ["ALIGNTUNE_CACHE"]) / "models"
+    before = set(cache.glob("*.lock"))
     storage = tmp_path / "bucket" / "run"
     tree["model"]["name"] = Path(tree["model"]["name"]).as_uri()
     tree["checkpoint"]["storage"] = storage.as_uri()
     tree["train"]["steps"] = 3
-    run = launch(alone=True)
+    run = launch()
     assert run.finish() == 0, run.output()
-    assert len(list((tmp_path / "cache" / "models").glob("*.lock"))) == 1
+    assert len(set(cache.glob("*.lock")) - before) == 1, "one process fetches it for all"
     kept = {"step-000002", "step-000003", "latest"}
     assert {path.name for path in (storage / "checkpoints").iterdir()} == kept
     assert (storage / "model" / "model.safetensors").is_file()
 
     shutil.rmtree(run.output_dir)
     tree["train"]["steps"] = 5
-    run = launch(alone=True)
+    run = launch()
     assert run.finish() == 0, run.output()
     assert [event["step"] for event in run.events("resumed")] == [3]
     assert [row["step"] for row in read(run.output_dir / "metrics.jsonl")] == [1, 2, 3, 4, 5]

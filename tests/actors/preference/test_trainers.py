@@ -26,9 +26,8 @@ from actors.preference.worker import renamed
 from aligntune.config.load import load_config
 from aligntune.config.preference import SMOOTHED, Loss, PreferenceConfig
 from aligntune.preference.trainer import _arguments
-from cluster.forks import wire
-from tests.conftest import STARTED
-from tests.drivers import run
+from tests import drivers
+from tests.conftest import plain_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -435,9 +434,8 @@ os._exit(0)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
-    env = {**STARTED, wire.SOCKET: os.environ.get(wire.SOCKET, "off")}
     line = ["-c", script, str(tiny_model), str(tmp_path), str(stage), port]
-    ran = run(line, env=env, timeout=240)
+    ran = drivers.run(line, env=plain_environment(), timeout=240)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert "kept in {torch.float32}" in ran.stdout
     first = float(ran.stdout.rpartition("first ")[2])

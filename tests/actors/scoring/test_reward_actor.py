@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -33,6 +31,8 @@ from actors.scoring.criteria import RewardCriterion, RewardFailed, RewardFailure
 from actors.scoring.model import RewardModelCriterion
 from actors.specs import ModelSpec, RewardFunctionSpec
 from aligntune.rewards.registry import from_callable, resolve
+from tests import drivers
+from tests.conftest import plain_environment
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 "
 USER_MODULE = '''
@@ -527,16 +527,9 @@ class TestProcesses:
     def test_no_child_outlives_an_actor_that_is_killed_amid_a_call(
         self, tokenizer_spec: ModelSpec, user_folder: Path, tmp_path: Path, keeper: str
     ) -> None:
-        parent = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                ORPHAN_SCRIPT,
-                tokenizer_spec.name,
-                str(tmp_path),
-                str(user_folder),
-            ]
-        )
+        line = ["-c", ORPHAN_SCRIPT, tokenizer_spec.name, str(tmp_path), str(user_folder)]
+        with (tmp_path / "output").open("wb") as output:
+            parent = drivers.start(line, env=plain_environment(), output=output)
         try:
             started = (tmp_path / "pid").exists
             assert within(120, lambda: started() or parent.poll() is not None)
