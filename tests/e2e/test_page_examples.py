@@ -112,6 +112,9 @@ def test_an_example_of_the_page_trains_as_printed(
     assert written["rollout"]["max_prompt_length"] == settled["rollout.max_prompt_length"] < 400
     if algorithm == "ppo":
         assert [reward["model"] for reward in written["rewards"]] == ["your-reward-model"]
+        first = figures(result.output_dir)[0]  # Unsloth's policy is what the plain models are
+        assert first["kl/reference"] == pytest.approx(0.0, abs=1e-8)
+        assert first["kl/rollout_vs_policy"] == pytest.approx(0.0, abs=1e-5)
         return
     assert [reward["function"] for reward in written["rewards"]] == ["preference"]
     assert settled["rewards"] == ["preference"]
