@@ -30,7 +30,8 @@ def step_agent(
             may be async. Its `close` is called, if there is one.
         show: from an observation to what the model is told.
         read: from an answer's text to an action. A ValueError is told to the model, takes no step
-            and is worth nothing.
+            and is worth nothing; so is an action that the environment's `action_space`, where it
+            has one, does not contain. What `step` raises fails the episode.
     """
 
     async def run(
@@ -49,7 +50,7 @@ def step_agent(
                     break
                 message = answer["choices"][0]["message"]
                 try:
-                    action = read(message["content"] or "")
+                    action = _allowed(environment, read(message["content"] or ""))
                 except ValueError as error:
                     rewards[answer["id"]], told = 0.0, str(error)
                 else:
@@ -90,11 +91,32 @@ def _outcome(result: Any) -> tuple[Any, float, bool]:
     return observation, float(reward), bool(terminated or truncated)
 
 
+def _allowed(environment: Any, action: Any) -> Any:
+    """`action`, which Gymnasium's environments do not check themselves. Raises ValueError where
+    their space does not contain it."""
+    space = getattr(environment, "action_space", None)
+    if space is None:
+        return action
+    # Floats count by their values: a space of float32 contains no float64, and `step` takes both.
+    kinds = [getattr(getattr(it, "dtype", None), "kind", "") for it in (action, space)]
+    asked = action.astype(space.dtype) if kinds == ["f", "f"] else action
+    if not space.contains(asked):
+        raise ValueError(f"{action} is no action of {space}")
+    return action
+
+
 def _beginning(prompt: str | Messages, observation: str) -> Messages:
-    if not isinstance(prompt, str):
-        return [*prompt, {"role": "user", "content": observation}]
-    text = f"{prompt}\n{observation}" if prompt else observation
-    return [{"role": "user", "content": text}]
+    """The row's prompt and the first observation, which goes on from what the user says last."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not messages or messages[-1].get("role") != "user":
+        return [*messages, {"role": "user", "content": observation}]
+    *before, last = messages
+    content: Any = last.get("content") or ""
+    if isinstance(content, list):
+        content = [*content, {"type": "text", "text": observation}]
+    else:
+        content = f"{content}\n{observation}" if content else observation
+    return [*before, {**last, "content": content}]
 
 
 async def _awaited(value: Any) -> Any:

@@ -106,7 +106,8 @@ class UserCode:
 
         try:
             if code.agent is not None:
-                return code, check_agent(code, model, episodes.host, episodes.port)
+                notes = check_agent(code, model, episodes.host, episodes.port)
+                return code, [*notes, *_not_counted(criteria)]
             return code, check_tools(code, model)
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -116,6 +117,16 @@ class UserCode:
             return False
         with searching(criterion.search_path):
             return "environments" in named_parameters(load(criterion.target))[0]
+
+
+def _not_counted(criteria: Sequence[Criterion]) -> list[str]:
+    """That what an agent returns is not among the rewards, where it is not."""
+    if any(isinstance(c, EpisodeCriterion) and c.key == ENVIRONMENT for c in criteria):
+        return []
+    return [
+        f"other rewards are named, so what the agent returns is none; name {ENVIRONMENT!r} too "
+        "where it should count"
+    ]
 
 
 def check_rows(config: RunConfig, rows: PromptSource) -> None:

@@ -107,10 +107,11 @@ def test_the_environment_and_the_tool_are_played(
 
 def test_the_gymnasium_environment_is_walked(shown: Any, tokenizer: Any) -> None:
     pytest.importorskip("gymnasium")
-    way = ["1", "1", "2", "2", "left", "1", "2"]  # one of them is no number
+    way = ["1", "1", "2", "2", "left", "7", "1", "2"]  # no number, and a number that is no action
     rewards, said = played(tokenizer, shown("lake:walk"), way)
     assert said[0].endswith("You are at 0 of 15. 0 is left, 1 down, 2 right, 3 up. Say one number.")
-    assert rewards == [0.0] * 6 + [1.0]
+    assert rewards == [0.0] * 7 + [1.0]
+    assert said[12] == "7 is no action of Discrete(4)"
 
 
 @pytest.mark.parametrize(("answer", "reward"), [("2", 1.0), ("3", 0.0)])

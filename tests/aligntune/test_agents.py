@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from actors.environments.conversations import Conversation
 from actors.environments.sessions import SessionServer
 from actors.environments.specs import EpisodeCode, EpisodesSpec
 from actors.environments.tokens import ChatTokens
+from actors.scoring.criteria import EpisodeCriterion
 from actors.specs import ModelSpec
 from aligntune.agents import step_agent
 from aligntune.errors import UserError
@@ -106,6 +108,56 @@ def test_an_environment_of_gymnasium_is_played(tokenizer: Any) -> None:
     agent = step_agent(make, show=lambda seen: f"{len(seen)} numbers")
     rewards, said = played(tokenizer, agent, ["1", "0", "1"])
     assert (rewards, said[0]) == ([1.0, 1.0, 1.0], "Go.\n4 numbers")
+
+
+def test_an_action_of_floats_is_asked_for_by_its_values(tokenizer: Any) -> None:
+    """The space is of float32; that its `step` would cut what lies outside is not known."""
+    gymnasium = pytest.importorskip("gymnasium")
+    agent = step_agent(
+        lambda row: gymnasium.make("Pendulum-v1", max_episode_steps=1),
+        read=lambda text: np.array([float(text)]),
+    )
+    rewards, said = played(tokenizer, agent, ["2.5", "0.3"])
+    assert rewards[0] == 0.0
+    assert rewards[1] < 0.0
+    assert said[2].startswith("[2.5] is no action of Box(-2.0, 2.0")
+
+
+def test_a_step_that_raises_fails_the_episode(tokenizer: Any) -> None:
+    class Broken(Line):
+        async def step(self, action: int) -> Result:
+            raise ValueError("a defect")
+
+    with pytest.raises(ValueError, match="a defect"):
+        played(tokenizer, step_agent(lambda row: Broken()), ["1"])
+
+
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        ("", "at 0"),
+        ("Now.", "Now.\nat 0"),
+        ([{"type": "text", "text": "Now."}], "Now.\nat 0"),
+    ],
+)
+def test_the_observation_goes_on_from_what_the_user_says_last(
+    tokenizer: Any, last: Any, told: str
+) -> None:
+    """With `data.system_prompt` a row's prompt is messages, and none is an empty one."""
+    prompt = [{"role": "system", "content": "Go."}, {"role": "user", "content": last}]
+    _, said = played(tokenizer, step_agent(lambda row: Line()), ["2"], prompt)
+    assert said == ["Go.", told, "2"]
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_an_agent_whose_own_reward_is_not_counted_is_told_of(
+    tiny_model: Path, counted: bool
+) -> None:
+    own = EpisodeCriterion("own", "environment")
+    criteria = (own,) if counted else (EpisodeCriterion("other", "other"),)
+    code = UserCode(EpisodeCode(agent="json:loads"))
+    _, notes = code.checked(ModelSpec(name=str(tiny_model)), criteria, EpisodesSpec())
+    assert any("what the agent returns is none" in note for note in notes) is not counted
 
 
 @pytest.mark.parametrize(
