@@ -143,6 +143,6 @@ def _last_line(output: bytes) -> Any:
     said = next((line for line in reversed(lines) if line.strip()), "")
     try:
         found = json.loads(said)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found.get("reward") if isinstance(found, dict) else None

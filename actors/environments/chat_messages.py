@@ -7,6 +7,10 @@ from typing import Any
 
 from actors.messages import Messages
 
+NESTING = 100
+"""Levels of a message's calls at most. Python's own limit, of about 1,000, would be met later, by
+what writes or sends them."""
+
 
 def normalised(messages: Messages) -> Messages:
     """Messages as chat templates want them: text as one string, arguments of calls as data, tool
@@ -28,6 +32,8 @@ def normalised(messages: Messages) -> Messages:
         kept["content"] = _text(kept.get("content", ""), index)
         if calls := kept.pop("tool_calls", None):
             kept["tool_calls"] = [_tool_call(call, index) for call in calls]
+            if too_deep(kept["tool_calls"]):
+                raise ValueError(f"message {index} has calls nested deeper than {NESTING} levels")
             names |= {c["id"]: c["function"]["name"] for c in kept["tool_calls"] if "id" in c}
         if kept["role"] == "tool" and "name" not in kept:
             name = names.get(kept.get("tool_call_id", ""))
@@ -54,12 +60,26 @@ def _tool_call(call: Any, index: int) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"message {index} calls {function['name']!r} with arguments that are not JSON"
+                f"message {index} calls {function['name']!r} with arguments that are not JSON, or "
+                f"nested deeper than {NESTING} levels"
             ) from error
     kept = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return {"id": call["id"], **kept} if isinstance(call.get("id"), str) else kept
+
+
+def too_deep(value: Any) -> bool:
+    """Whether data of JSON is nested deeper than `NESTING` levels."""
+    left = [(value, 1)]
+    while left:
+        one, level = left.pop()
+        if isinstance(one, dict | list):
+            if level > NESTING:
+                return True
+            inner = one.values() if isinstance(one, dict) else one
+            left += [(each, level + 1) for each in inner]
+    return False
 
 
 def may_follow(messages: Messages) -> bool:

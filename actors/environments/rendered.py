@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from actors.environments.chat_messages import too_deep
 from actors.environments.tokens import ChatTokens, Tools, Turn
 from actors.messages import Messages
 from actors.specs import ModelSpec
@@ -79,13 +80,17 @@ class RenderedTokens(ChatTokens):
         """As `ChatTokens.read`, by the renderer's parser."""
         from renderers.base import ToolCallParseStatus
 
-        found = self._renderer.parse_response(
-            list(sampled), prompt_ids=list(prompt_ids), tools=list(tools) or None
-        )
+        unread = Turn({"role": "assistant", "content": self.text(sampled)}, malformed=True)
+        try:
+            found = self._renderer.parse_response(
+                list(sampled), prompt_ids=list(prompt_ids), tools=list(tools) or None
+            )
+        except RecursionError:
+            return unread
         readable = {ToolCallParseStatus.OK, ToolCallParseStatus.UNKNOWN_TOOL}
         calls = found.tool_calls
         if any(call.status not in readable for call in calls):
-            return Turn({"role": "assistant", "content": self.text(sampled)}, malformed=True)
+            return unread
         message: dict[str, Any] = {"role": "assistant", "content": found.content}
         if found.reasoning_content is not None:
             message["reasoning_content"] = found.reasoning_content
@@ -94,6 +99,8 @@ class RenderedTokens(ChatTokens):
                 {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
                 for call in calls
             ]
+            if too_deep(message["tool_calls"]):
+                return unread
         return Turn(message)
 
     def after(

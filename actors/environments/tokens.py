@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from actors.environments.chat_messages import too_deep
 from actors.messages import Messages
 
 Tools = Sequence[dict[str, Any]]
@@ -116,7 +117,7 @@ class ChatTokens:
         """The message in the sampled ids, by the tokenizer's response template; `tools` are those
         that the prompt shows.
 
-        What it cannot read is text, as in TRL, and `malformed`.
+        What it cannot read is text, as in TRL, and `malformed`; so are calls nested too deep.
         """
         from trl.chat_template_utils import parse_response
 
@@ -128,11 +129,11 @@ class ChatTokens:
             return Turn(text)
         try:
             meant = self._tokenizer.parse_response(list(sampled), prefix=list(prompt_ids))
-        except (ValueError, TypeError, KeyError):
+            message = parse_response(self._tokenizer, list(sampled), prefix=list(prompt_ids))
+        except (ValueError, TypeError, KeyError, RecursionError):
             return Turn(text, malformed=True)
-        message = parse_response(self._tokenizer, list(sampled), prefix=list(prompt_ids))
         calls = meant.get("tool_calls") if isinstance(meant, dict) else None
-        if calls and not message.get("tool_calls"):
+        if calls and (not message.get("tool_calls") or too_deep(calls)):
             return Turn(text, malformed=True)
         return Turn(message)
 

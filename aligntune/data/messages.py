@@ -145,7 +145,7 @@ def _from_sharegpt(message: dict[str, Any], which: str) -> dict[str, Any]:
         return {"role": SHAREGPT[speaker], "content": value}
     try:
         calls = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{which} is a function_call that is no JSON ({error})") from error
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and "name" in call for call in calls):

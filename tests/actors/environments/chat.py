@@ -72,6 +72,12 @@ def call_text(name: str, /, **arguments: Any) -> str:
     return f"<tool_call>\n{said}\n</tool_call>"
 
 
+def deep_call(levels: int) -> str:
+    """A call whose arguments are nested so deep."""
+    said = f'{{"name": "tell", "arguments": {{"a": {"[" * (levels - 1)}{"]" * (levels - 1)}}}}}'
+    return f"<tool_call>\n{said}\n</tool_call>"
+
+
 def prompt_of(source: Any, **columns: Any) -> Prompt:
     """A row, whose rendered text plays no part here."""
     import numpy as np

@@ -274,3 +274,10 @@ def test_messages_are_read_as_templates_want_them() -> None:
 def test_messages_that_no_template_reads_are_refused(message: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         normalised([message])
+        *(
+            (
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": a}}]},
+                "nested deeper than 100 levels",
+            )
+            for a in ("[" * 101 + "]" * 101, "[" * 5000 + "]" * 5000)
+        ),

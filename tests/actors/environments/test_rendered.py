@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from actors.environments.rendered import RenderedTokens, chat_tokens, known
 from actors.environments.tokens import ChatTokens
 from actors.specs import ModelSpec
-from tests.actors.environments.chat import call_text, make_tokenizer
+from tests.actors.environments.chat import call_text, deep_call, make_tokenizer
 from tests.actors.environments.test_tokens import ODD, PLAIN, TEXT, TOOL
 
 pytest.importorskip("renderers")
@@ -27,6 +27,9 @@ SAID = {
     "calls": call_text("tell") + call_text("tell", a="\u00e9"),
     "no call": "<tool_call>\n{</tool_call>",
     "an open call": "<tool_call>\n{",
+    "a deep call": deep_call(90),
+    "a call too deep to be sent": deep_call(110),
+    "a call too deep to be parsed": deep_call(5000),
     "arguments of another kind": '<tool_call>{"name": "tell", "arguments": 1}</tool_call>',
 }
 

@@ -17,7 +17,7 @@ from actors.environments.play import Clock, Play, Toolbox
 from actors.environments.processes import Outcome, ToolCall, ToolProcesses
 from actors.environments.record import rows_of
 from actors.environments.tokens import ChatTokens
-from tests.actors.environments.chat import LIMITS, Script, call_text, make_tokenizer
+from tests.actors.environments.chat import LIMITS, Script, call_text, deep_call, make_tokenizer
 
 TOOL = {
     "type": "function",
@@ -161,6 +161,14 @@ def test_the_row_is_the_conversation_as_the_template_renders_it(
     )
     newline = tokenizer("\n")["input_ids"]
     assert [*row, *newline] == whole
+
+
+@pytest.mark.parametrize(("levels", "malformed"), [(90, False), (110, True), (5000, True)])
+def test_a_call_nested_too_deep_to_be_sent_is_no_call(levels: int, malformed: bool) -> None:
+    """The last is deeper than Python's own parser goes."""
+    tokens, text = tokens_of("qwen2_5"), deep_call(levels)
+    turn = tokens.read([], tokenizer_of("qwen2_5").encode(text), (TOOL,))
+    assert (turn.malformed, "tool_calls" in turn.message) == (malformed, not malformed)
 
 
 class TestRefused:

@@ -103,6 +103,9 @@ row = json.load(sys.stdin)
 assert "ALIGNTUNE_SEED" in os.environ
 said = ask(row["prompt"])["choices"][0]["message"]["content"]
 print("it said", said)
+if row["prompt"] == "deep":
+    print("[" * 5000)
+    sys.exit()
 if row["prompt"] == "fail":
     sys.exit(4)
 if row["prompt"] != "quiet":

@@ -137,6 +137,10 @@ def test_sharegpt_is_read_and_its_last_answer_stays_a_column(tmp_path: Path) -> 
         ([{"from": "gpt", "value": "x"}], "asks nothing"),
         ([{"from": "human", "value": None}], "content of type NoneType"),
         ([{"from": "human", "value": "q"}, {"from": "function_call", "value": "{"}], "no JSON"),
+        (
+            [{"from": "human", "value": "q"}, {"from": "function_call", "value": "[" * 5000}],
+            "no JSON",
+        ),
         ([{"from": "human", "value": "q"}, {"from": "function_call", "value": "3"}], "a name"),
     ],
 )
