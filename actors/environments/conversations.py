@@ -71,7 +71,7 @@ class Conversation:
         self._sampling_since = 0.0
         self._sampling_seconds = 0.0
         self._closed = False
-        self._cut: FinishReason | None = None  # by which limit a request was refused
+        self._cut: FinishReason | None = None  # by which limit requests are refused, since a call
         self._last_cut: FinishReason | None = None  # by which limit the last answer was
         self._counts = dict.fromkeys(COUNTED, 0)
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -132,12 +132,12 @@ class Conversation:
 
     @property
     def finish_reason(self) -> FinishReason:
-        """Which limit cut the episode, or STOP."""
+        """Which limit cut the episode, or STOP. A refusal cuts it where no call has begun since."""
         return self._cut or self._last_cut or FinishReason.STOP
 
     @property
     def refused(self) -> bool:
-        """Whether a limit has kept the agent from an answer."""
+        """Whether a limit keeps the agent from an answer: no call has begun since."""
         return self._cut is not None
 
     @property
@@ -154,13 +154,12 @@ class Conversation:
         return EpisodeFigures(tool_seconds=self.agent_seconds, **self._counts)
 
     def messages(self) -> tuple[Messages, int]:
-        """The longest of the conversations, and how many of its messages stood before the model's
-        first answer."""
+        """The conversation of the last call, which is the episode's last row too, and how many of
+        its messages stood before the model's first answer."""
         answers = self.answers
-        paths = paths_of([answer.call for answer in answers])
-        longest = max(paths, key=lambda path: (len(path), path[-1]))
-        last = answers[longest[-1]]
-        return [*last.asked, last.message], len(answers[longest[0]].asked)
+        *_, path = paths_of([answer.call for answer in answers])
+        last = answers[path[-1]]
+        return [*last.asked, last.message], len(answers[path[0]].asked)
 
     def _require_turn(self) -> None:
         """Raises Refused, ConversationClosed."""
@@ -235,6 +234,7 @@ class Conversation:
                 )
             number = self._started
             self._started += 1
+            self._cut = None  # the agent has found a way on
             free = self._free
             allowed = min(room, free, max_tokens or room)
             if not self._reserved:

@@ -144,6 +144,52 @@ def test_a_call_for_a_title_does_not_end_the_conversation(chat: Chat) -> None:
     assert ([message["content"] for message in messages], before) == (["1+1?", "2", "1+1?", "4"], 1)
 
 
+def test_what_is_scored_is_the_conversation_of_the_last_call(chat: Chat) -> None:
+    """Which is the last row: not the longer one of a sub-agent, nor the one before a compaction."""
+
+    async def talk() -> Conversation:
+        script = Script(chat.tokenizer, ["Help.", "a", "b", "c", "4", "6"])
+        conversation = Conversation(chat.tokens, script, limits())
+        first = await conversation.chat([ASK], ())
+        of_another = [{"role": "user", "content": "Help me."}]
+        for _ in range(3):
+            answer = await conversation.chat(of_another, ())
+            of_another += [answer.message, ASK]
+        await conversation.chat([ASK, first.message, ASK], ())
+        seen.append(conversation.messages())
+        await conversation.chat([{"role": "user", "content": "So far: 4."}], ())
+        seen.append(conversation.messages())
+        return conversation
+
+    seen: list[tuple[list[dict[str, Any]], int]] = []
+    conversation = asyncio.run(talk())
+    contents = [([message["content"] for message in said], before) for said, before in seen]
+    assert contents == [(["1+1?", "Help.", "1+1?", "4"], 1), (["So far: 4.", "6"], 1)]
+    *_, last = rows_of([answer.call for answer in conversation.answers], FinishReason.STOP)
+    assert chat.tokenizer.decode(last.segments[-1].token_ids) == "6<|im_end|>"
+
+
+def test_a_refusal_from_which_the_agent_finds_a_way_on_cuts_nothing(chat: Chat) -> None:
+    async def talk() -> list[tuple[FinishReason, bool]]:
+        conversation = Conversation(
+            chat.tokens, Script(chat.tokenizer, ["2", "4"]), limits(max_tokens=200)
+        )
+
+        def now() -> tuple[FinishReason, bool]:
+            return conversation.finish_reason, conversation.refused
+
+        first = await conversation.chat([ASK], ())
+        with pytest.raises(Refused, match="200 is the most"):
+            await conversation.chat(
+                [ASK, first.message, {"role": "user", "content": "long " * 99}], ()
+            )
+        refused = now()
+        await conversation.chat([ASK, first.message, ASK], ())
+        return [refused, now()]
+
+    assert asyncio.run(talk()) == [(FinishReason.CONTEXT, True), (FinishReason.STOP, False)]
+
+
 def test_ids_in_go_on_from_ids_out(chat: Chat) -> None:
     async def talk() -> Conversation:
         conversation = Conversation(chat.tokens, Script(chat.tokenizer, ["2", "4", "6"]), limits())
@@ -269,11 +315,6 @@ def test_messages_are_read_as_templates_want_them() -> None:
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
             "not JSON",
         ),
-    ],
-)
-def test_messages_that_no_template_reads_are_refused(message: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        normalised([message])
         *(
             (
                 {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": a}}]},
@@ -281,3 +322,8 @@ def test_messages_that_no_template_reads_are_refused(message: dict[str, Any], re
             )
             for a in ("[" * 101 + "]" * 101, "[" * 5000 + "]" * 5000)
         ),
+    ],
+)
+def test_messages_that_no_template_reads_are_refused(message: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        normalised([message])
