@@ -10,6 +10,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from actors.children.process import Child
 from actors.environments.agent_child import rewards
@@ -127,7 +128,7 @@ class AgentEpisodes:
                 "data": self._row(prompt),
                 "base_url": session.url,
                 "api_key": session.key,
-                "host": self._host,
+                "host": urlsplit(session.url).hostname,
                 "seed": seed,
             }
             _, told = child.ask("play", given)

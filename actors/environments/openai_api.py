@@ -8,6 +8,7 @@ samplings than the run's are the exception, as agents set them out of habit, and
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar
@@ -219,7 +220,7 @@ def completion_answer(
         "logprobs": None,
     }
     if request.logprobs is not None:
-        offsets = [sum(map(len, tokens[:i])) for i in range(len(tokens))]
+        *offsets, _ = itertools.accumulate(map(len, tokens), initial=0)
         choice["logprobs"] = {
             "tokens": _names(answer, request, tokens),
             "token_logprobs": sampled_logprobs(answer),

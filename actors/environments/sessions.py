@@ -55,10 +55,16 @@ _Ask = Callable[[], Awaitable[Answer]]
 
 @dataclass(eq=False)
 class _Sent:
-    """One request's turn, and whether its answer has reached the client."""
+    """One turn, the connections that asked for it, and whether its answer reached the client."""
 
     turn: asyncio.Task[Answer]
+    connections: list[asyncio.Transport | None] = field(default_factory=list)
     delivered: bool = False
+
+    @property
+    def lost(self) -> bool:
+        """Whether its client has gone without the answer."""
+        return not self.delivered and not any(map(_open, self.connections))
 
 
 @dataclass(eq=False)
@@ -73,13 +79,18 @@ class Session:
     def sent(
         self, request: web.Request, body: bytes, ask: Callable[[], Awaitable[Answer]]
     ) -> _Sent:
-        """The turn that `request` asks for: a new one, unless it is sent again."""
+        """The turn that `request` asks for: a new one, unless it is sent again, as it says or as an
+        equal one's lost connection does."""
         earlier = self._sent.setdefault((request.path, hashlib.sha256(body).digest()), [])
         earlier[:] = [one for one in earlier if not one.turn.done() or not _failed(one.turn)]
-        if request.headers.get(_RETRIES, "0") not in ("", "0") and earlier:
-            return next((one for one in earlier if not one.delivered), earlier[-1])
-        earlier.append(_Sent(asyncio.ensure_future(_turn(ask))))
-        return earlier[-1]
+        sent = next((one for one in earlier if one.lost), None)
+        if sent is None and earlier and request.headers.get(_RETRIES, "0") not in ("", "0"):
+            sent = next((one for one in earlier if not one.delivered), earlier[-1])
+        if sent is None:
+            sent = _Sent(asyncio.ensure_future(_turn(ask)))
+            earlier.append(sent)
+        sent.connections.append(request.transport)
+        return sent
 
     def end(self) -> None:
         """Answer no more, and end what is being sampled."""
@@ -289,7 +300,11 @@ def _delivered(request: web.Request, sent: _Sent, body: Json) -> web.Response:
 
 
 def _connected(request: web.Request) -> bool:
-    return request.transport is not None and not request.transport.is_closing()
+    return _open(request.transport)
+
+
+def _open(connection: asyncio.Transport | None) -> bool:
+    return connection is not None and not connection.is_closing()
 
 
 def _now() -> int:

@@ -100,6 +100,16 @@ def test_a_program_is_given_the_row_and_says_its_reward_in_its_last_line(
         play("program", "2", prompt="fail")
 
 
+def test_no_proxy_stands_between_an_agent_and_a_session_served_everywhere(
+    chat_model: ModelSpec, folder: Path, tokenizer: Any, loop: Any
+) -> None:
+    code = code_of(folder, "passes_proxies_by")
+    made = AgentEpisodes(code, LIMITS, chat_model, None, host="0.0.0.0")
+    episode = loop(made.run(prompt_of("hi"), 0, 7, Script(tokenizer, ["2"])))
+    loop(made.close())
+    assert episode.rewards == {"environment": 1.0}
+
+
 def test_rewards_of_answers_are_those_of_its_turns(play: Callable[..., Episode]) -> None:
     episode = play("rates_each_answer", "x", "y")
     assert (episode.rewards, episode.turn_rewards) == ({}, (0.5, 0.0))

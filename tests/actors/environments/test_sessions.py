@@ -239,6 +239,34 @@ def test_a_retry_gets_the_one_answer_and_a_new_request_a_new_one(chat: Chat) -> 
     run(talk)
 
 
+def test_an_equal_request_takes_up_a_turn_whose_client_has_gone(chat: Chat) -> None:
+    """Without a word of its being sent again, as most clients do."""
+
+    async def talk() -> None:
+        async with serving(chat, ["2", "two"]) as served:
+            served.script.go_on.clear()
+            body = {"model": "m", "messages": [ASK], "max_tokens": 9}
+            first = asyncio.ensure_future(served.post("chat/completions", body))
+            await served.script.asked(1)
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            ((sent,),) = served.session._sent.values()
+            while not sent.lost:  # noqa: ASYNC110 - the server hears of it in this loop
+                await asyncio.sleep(0)
+            both = [asyncio.ensure_future(served.post("chat/completions", body)) for _ in range(2)]
+            await served.script.asked(2)
+            served.script.go_on.set()
+            said = [
+                reply.json()["choices"][0]["message"]["content"]
+                for reply in [await b for b in both]
+            ]
+            assert sorted(said) == ["2", "two"]
+            assert len(served.conversation.answers) == len(served.script.prompts) == 2
+
+    run(talk)
+
+
 def test_a_client_that_times_out_and_sends_again_takes_one_turn(chat: Chat) -> None:
     async def talk() -> None:
         async with serving(chat, ["2"]) as served:
