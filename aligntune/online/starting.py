@@ -6,7 +6,7 @@ damaged is passed over, and said.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
@@ -51,7 +51,8 @@ def starting_point(
     total_steps: int,
     fingerprint: str,
 ) -> Start:
-    """The checkpoint to start from, once the copy on storage is fetched where it is ahead.
+    """The checkpoint to start from, once the copy on storage is fetched where it is ahead. Nothing
+    else is changed: see `begin_from`.
 
     `fingerprint` is of the prompts. Raises UserError where the run cannot go on from there.
     """
@@ -72,15 +73,29 @@ def starting_point(
             f"checkpoint of step {checkpoint.step}, so the run cannot go on where it was; "
             "restore the data, or name another output_dir"
         )
-    path = rundir.file("ledger.jsonl")
+    return Start(checkpoint, tuple(damaged))
+
+
+def begin_from(
+    start: Start, rundir: RunDir, checkpoints: Checkpoints, mirror: Mirror | None, resume: str
+) -> Start:
+    """Make books and checkpoints those of a run that goes on at `start`, here and on storage; the
+    config is written before. Returns `start` with what was wrong.
+
+    Raises UserError where the storage does not take what the user chose: it would undo that.
+    """
+    checkpoint, path = start.checkpoint, rundir.file("ledger.jsonl")
     snapshot = checkpoint.state["ledger"] if checkpoint else Ledger.beginning()
     step = checkpoint.step if checkpoint else 0
-    if checkpoint and checkpoints.is_from_elsewhere(checkpoint):
+    alone = checkpoint is not None and checkpoints.is_from_elsewhere(checkpoint)
+    if alone:
         adopt(path, snapshot, step)
     ledger = take_up(path, snapshot, step)
     if checkpoint and resume != "auto":
         checkpoint = checkpoints.adopt(checkpoint)
-    return Start(checkpoint, tuple(damaged), ledger, _missing(rundir, step))
+        if mirror is not None:
+            mirror.go_back(checkpoint, alone)
+    return replace(start, checkpoint=checkpoint, ledger=ledger, missing=_missing(rundir, step))
 
 
 def _missing(rundir: RunDir, step: int) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from aligntune.online.recorder import OnlineRecorder
 from aligntune.online.result import TrainResult
 from aligntune.online.role_requests import role_requests
 from aligntune.online.role_table import ROLES
-from aligntune.online.starting import starting_point
+from aligntune.online.starting import begin_from, starting_point
 from aligntune.paths import located_storage
 from aligntune.report.card import write_card
 from aligntune.runs.best import best_of
@@ -42,7 +42,7 @@ from aligntune.runs.lifecycle import check_programs, claimed, recorded
 from aligntune.runs.mirror import Mirror
 from aligntune.runs.publish import check_hub, push
 from aligntune.runs.reading import open_run
-from aligntune.runs.rundir import RunDir
+from aligntune.runs.rundir import LOGS, TRIED, RunDir
 from aligntune.tracking.lines import cut
 from cluster.bundles import BadRequest, bundle_sets, totals
 
@@ -180,8 +180,10 @@ class OnlineTrainer:
             at_end = checkpoint is not None and checkpoint.step == self.total_steps
             if at_end and resume == "auto" and is_over(rundir, self.total_steps):
                 return self._result_of_before(rundir)
-            self.inputs.tried(rundir.file("logs") / "reward.log")
+            self.inputs.tried(rundir.file(LOGS) / TRIED)
             rundir.describe(self.config)
+            start = begin_from(start, rundir, checkpoints, mirror, resume)
+            checkpoint = start.checkpoint
             after = checkpoint.step if checkpoint else 0
             with recorded(
                 OnlineRecorder(self.config, rundir, self.total_steps, after, started),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from actors.storage import Store
 from aligntune.config.tree import tree_of_a_run
 from aligntune.errors import UserError
 from aligntune.runs.best import EVALS, Best
-from aligntune.runs.checkpoint import NAME, Checkpoints, intact
+from aligntune.runs.checkpoint import NAME, Checkpoint, Checkpoints, intact
 from aligntune.runs.deadline import answered
 from aligntune.runs.disk import make_folder, sync, sync_below, write_atomically
 from aligntune.runs.jsonl import readable
@@ -152,7 +152,7 @@ class Mirror:
 
     def push(self, checkpoint: Path) -> None:
         """Copy a checkpoint and the logs, name it the newest, see that the best one is there too,
-        and forget the oldest.
+        and forget the oldest, with those of later steps, which come again.
 
         Raises OSError where the storage does not take it; what it had before is still named.
         """
@@ -161,12 +161,39 @@ class Mirror:
         self._store.write(f"{CHECKPOINTS}/{LATEST}", checkpoint.name.encode())
         self._pushed.add(checkpoint.name)
         best = self._push_best(checkpoint.parent)
-        steps = [name for name in self._store.names(CHECKPOINTS) if name.startswith("step-")]
-        others = [name for name in steps if name != checkpoint.name]
-        for old in others[: max(0, len(steps) - self._keep_last)]:
-            if old != best:
-                self._store.remove(f"{CHECKPOINTS}/{old}")
-                self._pushed.discard(old)
+        there = self._steps()
+        new = next(step for step, name in there.items() if name == checkpoint.name)
+        earlier = [step for step in there if step < new]
+        old = earlier[: max(0, len(earlier) + 1 - self._keep_last)]
+        gone = [there[step] for step in there if step > new or step in old]
+        self._forget(name for name in gone if name != best)
+
+    def _steps(self) -> dict[int, str]:
+        """The checkpoints there, whole or not: {step: name}, ascending."""
+        names = map(NAME.fullmatch, self._store.names(CHECKPOINTS))
+        return dict(sorted((int(match[1]), match[0]) for match in names if match))
+
+    def _forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._store.remove(f"{CHECKPOINTS}/{name}")
+            self._pushed.discard(name)
+
+    def go_back(self, checkpoint: Checkpoint, alone: bool) -> None:
+        """Make a checkpoint that the user chose the newest there too, where there is a run: those
+        of later steps go. `alone`: it is of another folder, and takes the place of all.
+
+        Raises UserError where the storage does not take it in time.
+        """
+
+        def back() -> None:
+            there = self._latest()
+            if there is not None and (alone or there > checkpoint.step):
+                self.push(checkpoint.path)
+                if alone:
+                    names = self._steps().values()
+                    self._forget(name for name in names if name != checkpoint.path.name)
+
+        answered(self.uri, back, self._copy_seconds)
 
     def _push_best(self, folder: Path) -> str | None:
         """The name of the best checkpoint of those in `folder`, which is on the storage now."""

@@ -50,6 +50,9 @@ IDENTITY = (
 )
 PLACES = ("model.name", "data.path")
 """Those of them that may be local paths: two spellings of one folder are the same."""
+LOGS = "logs"
+TRIED = "reward.log"
+"""What rewards print, in `LOGS`: from when they are tried on, before the run is one."""
 DEFAULTS = "defaults.json"
 """{dotted path: default} of what config.yaml says otherwise."""
 VERSIONS = (
@@ -144,6 +147,8 @@ def _of_a_start(path: Path) -> bool:
     """Whether a run that was refused or killed while it started may have left this behind."""
     if path.name == "checkpoints" and path.is_dir():
         return all(part.name.endswith(".partial") for part in path.iterdir())
+    if path.name == LOGS and path.is_dir():
+        return all(part.name == TRIED for part in path.iterdir())
     return path.name in ("run.lock", "cli.log", "config.yaml.partial")
 
 

@@ -32,7 +32,7 @@ from aligntune.online import keeper
 from aligntune.online.assemble import assemble
 from aligntune.online.ledger import LedgerError, audit
 from aligntune.online.recorder import OnlineRecorder
-from aligntune.online.starting import starting_point
+from aligntune.online.starting import begin_from, starting_point
 from aligntune.runs import mirror as mirrors
 from aligntune.runs import rundir as rundirs
 from aligntune.runs import writer
@@ -147,6 +147,7 @@ def process(world: World) -> int:
         world.config, rundir, checkpoints, world.mirror, "auto", STEPS, fingerprint="f"
     )
     rundir.describe(world.config)
+    start = begin_from(start, rundir, checkpoints, world.mirror, "auto")
     prompts: Any = SimpleNamespace(prompt_at=lambda position: prompt, fingerprint="f")
     after = start.checkpoint.step if start.checkpoint else 0
     records = OnlineRecorder(world.config, rundir, STEPS, after)

@@ -1,41 +1,154 @@
-"""What a run starts from where its storage holds checkpoints too."""
+"""What a run starts from where its storage holds checkpoints too, or where it goes back."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from aligntune import create_rl_trainer
 from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
-from aligntune.online.ledger import Ledger
-from aligntune.online.starting import Start, starting_point
-from aligntune.runs.checkpoint import Checkpoints
+from aligntune.online.ledger import Ledger, audit
+from aligntune.online.starting import Start, begin_from, starting_point
+from aligntune.online.trainer import OnlineTrainer
+from aligntune.runs.checkpoint import Checkpoint, Checkpoints
 from aligntune.runs.mirror import Mirror
 from aligntune.runs.rundir import RunDir
 from tests.aligntune.online.test_settle_resources import config
 
 
-def start(config: RunConfig, folder: Path, storage: Path, step: int, copy: bool = False) -> Start:
-    """Where a run goes on that has a checkpoint of `step`; with `copy` it is on storage first."""
+def save(folder: Path, step: int, fingerprint: str = "f") -> Checkpoint:
+    """A checkpoint of `step` of the run in `folder`."""
+    checkpoints = Checkpoints(folder / "checkpoints", 2)
+    checkpoints.begin(step)
+    state = {"step": step, "prompts": fingerprint, "ledger": Ledger.beginning()}
+    return checkpoints.commit(step, state)
+
+
+def start(config: RunConfig, folder: Path, storage: Path, resume: str = "auto") -> Start:
+    """Where the run in `folder` goes on that has a copy on `storage`."""
     rundir, checkpoints = RunDir(folder), Checkpoints(folder / "checkpoints", 2)
     mirror = Mirror(str(storage), folder, 2, 60.0)
-    checkpoints.begin(step)
+    found = starting_point(config, rundir, checkpoints, mirror, resume, 20, "f")
     rundir.describe(config)
-    state = {"step": step, "prompts": "f", "ledger": Ledger.beginning()}
-    checkpoint = checkpoints.commit(step, state)
-    if copy:
-        mirror.push(checkpoint.path)
-    return starting_point(config, rundir, checkpoints, mirror, "auto", 20, "f")
+    return begin_from(found, rundir, checkpoints, mirror, resume)
+
+
+def copied(config: RunConfig, folder: Path, storage: Path, *steps: int) -> None:
+    """A run that has saved these steps, each of them on storage too."""
+    folder.mkdir()
+    RunDir(folder).describe(config)
+    mirror = Mirror(str(storage), folder, 2, 60.0)
+    for step in steps:
+        mirror.push(save(folder, step).path)
 
 
 def test_a_run_is_not_copied_over_another_that_is_behind_it(tmp_path: Path) -> None:
     storage = tmp_path / "bucket"
-    other = start(config("train.seed=1"), tmp_path / "other", storage, 5, copy=True)
-    assert other.checkpoint is not None
+    copied(config("train.seed=1"), tmp_path / "other", storage, 5)
     for step in (4, 5, 10):
+        save(tmp_path / f"run-{step}", step)
         with pytest.raises(UserError, match=r"bucket holds another run: train\.seed was 1 there"):
-            start(config(), tmp_path / f"run-{step}", storage, step)
-    same = start(config("train.seed=1"), tmp_path / "run", storage, 10)
+            start(config(), tmp_path / f"run-{step}", storage)
+    save(tmp_path / "run", 10)
+    same = start(config("train.seed=1"), tmp_path / "run", storage)
     assert same.checkpoint is not None
     assert same.checkpoint.step == 10
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_run_that_went_back_stays_there_though_its_storage_was_ahead(
+    tmp_path: Path, elsewhere: bool
+) -> None:
+    storage, run = tmp_path / "bucket", tmp_path / "run"
+    copied(config(), run, storage, 5, 10)
+    chosen = save(tmp_path / "other", 5).path if elsewhere else run / "checkpoints" / "step-000005"
+    back = start(config(), run, storage, str(chosen))
+    assert back.checkpoint is not None
+    assert back.checkpoint.step == 5
+    assert {path.name for path in (storage / "checkpoints").glob("step-*")} == {"step-000005"}
+    again = start(config(), run, storage)
+    assert again.checkpoint is not None
+    assert again.checkpoint.step == 5
+    anew = start(config(), tmp_path / "new", storage)
+    assert anew.checkpoint is not None
+    assert anew.checkpoint.step == 5
+
+
+def test_where_the_storage_does_not_take_it_a_run_that_goes_back_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, run = tmp_path / "bucket", tmp_path / "run"
+    copied(config(), run, storage, 5, 10)
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Mirror, "push", full)
+    with pytest.raises(UserError, match=r"bucket cannot be used: no space left"):
+        start(config(), run, storage, str(run / "checkpoints" / "step-000005"))
+
+
+@pytest.fixture
+def refused(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A trainer in a new folder, whose reward raises when it is tried."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "odd_reward.py").write_text(
+        "def score(completions, **columns):\n    print('hello')\n    raise KeyError('odd')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "code"))
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "1+1", "answer": "2"}) + "\n")
+
+    def trainer() -> OnlineTrainer:
+        made = create_rl_trainer(
+            model_name=str(tiny_model),
+            dataset_name=str(data),
+            algorithm="grpo",
+            output_dir=str(tmp_path / "run"),
+            reward_functions="odd_reward:score",
+        )
+        assert isinstance(made, OnlineTrainer)
+        return made
+
+    return trainer
+
+
+def test_a_reward_that_fails_its_trial_leaves_the_folder_to_the_next_try(
+    refused: Any, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        with pytest.raises(UserError, match="odd"):
+            refused().train()
+    assert (tmp_path / "run" / "logs" / "reward.log").is_file()
+    (tmp_path / "run" / "logs" / "mine.txt").write_text("a user's")
+    with pytest.raises(UserError, match="holds no aligntune run"):
+        refused().train()
+
+
+def test_neither_does_one_of_a_run_that_begins_with_a_checkpoint_of_another(
+    refused: Any, tmp_path: Path
+) -> None:
+    trainer = refused()
+    trainer.check()
+    other = tmp_path / "other"
+    chosen = save(other, 1, trainer.prompts.fingerprint)
+    RunDir(other).describe(trainer.config)
+    for _ in range(2):
+        with pytest.raises(UserError, match="odd"):
+            refused().train(str(chosen.path))
+    assert not (tmp_path / "run" / "ledger.jsonl").exists()
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+def test_books_begin_with_the_checkpoint_of_another_run(tmp_path: Path) -> None:
+    chosen, run = save(tmp_path / "other", 5), tmp_path / "run"
+    run.mkdir()
+    begun = start(config(), run, tmp_path / "bucket", str(chosen.path))
+    assert begun.checkpoint is not None
+    assert begun.checkpoint.path == run / "checkpoints" / "step-000005"
+    assert audit(run / "ledger.jsonl").open == 0
+    assert not (tmp_path / "bucket").exists(), "there was no run, and a copy comes with the first"
