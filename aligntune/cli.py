@@ -138,7 +138,9 @@ def console() -> None:
             end = sys.exc_info()[1]
             sys.stdout.flush()
             sys.stderr.flush()
+        from aligntune.tracking.output import let_go
             os._exit(end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 1)
+        let_go()
 
 
 if __name__ == "__main__":

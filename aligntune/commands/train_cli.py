@@ -44,17 +44,16 @@ def quickstart(
         aligntune quickstart --task agent
     """
     from aligntune.quickstart.run import run_quickstart
+    from aligntune.tracking.ending import what_next
+    from aligntune.tracking.output import say
 
-    result = run_quickstart(algorithm, out, seed, overrides or [], task, typer.echo)
-    typer.echo(
+    result = run_quickstart(algorithm, out, seed, overrides or [], task, say)
+    say(
         f"held-out accuracy {result['accuracy_before']:.3f} -> {result['accuracy_after']:.3f} "
         f"after {result['steps']} steps with {result['engine']}, {result['seconds']:.0f} s in all; "
-        f"the run is in {out / 'run'}, its model in {out / 'run' / 'model'}"
+        f"the run is in {out / 'run'}, its model in {out / 'run' / 'model'}",
+        *what_next(out / "run", out / "run" / "model"),
     )
-    from aligntune.tracking.ending import what_next
-
-    for line in what_next(out / "run", out / "run" / "model"):
-        typer.echo(line)
 
 
 def train(
@@ -162,9 +161,9 @@ def train(
             return
         result = trainer.train(resume)
         from aligntune.tracking.ending import ending
+        from aligntune.tracking.output import say
 
-        for line in [result.describe(), *ending(result.output_dir, result.model)]:
-            typer.echo(line)
+        say(result.describe(), *ending(result.output_dir, result.model))
 
 
 def trainer_of(arguments: list[str], **given: Any) -> OnlineTrainer | PreferenceTrainer:

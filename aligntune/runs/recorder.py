@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -73,7 +73,9 @@ class Recorder:
         self._events = EventsFile(rundir.file("events.jsonl"))
         self._steps: tuple[StepsFile, ...] = (self._metrics,)
         self._writer = Writer(f"the files of {rundir.path}")
-        self._progress = Progress(total_steps, since=since)
+        self._progress = Progress(
+            total_steps, since=since, lost=partial(self.event, EventKind.NOT_SHOWN)
+        )
         self._views = open_views(
             rundir.path,
             tracking,
@@ -95,15 +97,14 @@ class Recorder:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._report()
-        self._progress.close()
-        for view in self._views:
-            view.close()
-        try:
-            self._writer.close()
-        finally:
+        with ExitStack() as ending:  # all of it, the last given first, whatever of it fails
             for file in (*self._steps, self._events):
-                file.close()
+                ending.callback(file.close)
+            ending.callback(self._writer.close)
+            for view in reversed(self._views):
+                ending.callback(view.close)
+            ending.callback(self._progress.close)
+            self._report()
 
     def _report(self) -> None:
         """Write report.html, however the run has ended. Where that fails it is an event: a report

@@ -47,6 +47,7 @@ class EventKind(StrEnum):
     LINES_DAMAGED = "lines_damaged"  # so many `lines` of a `file` were no records and are left out
     LEDGER_DAMAGED = "ledger_damaged"  # where and how, and what became of it
     TRACKER_FAILED = "tracker_failed"  # it is tried again with the next figures
+    NOT_SHOWN = "not_shown"  # standard output takes nothing any more; `reason` says why
     TROUBLE = "trouble"  # what the figures of the last steps say is wrong, and what to try
     CARD_FAILED = "card_failed"  # the model's README.md could not be written; `reason` says why
     PUSHED = "pushed"  # the model is on the hub, at `url`

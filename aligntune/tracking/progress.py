@@ -1,9 +1,9 @@
 """What a run shows while it starts and trains: a few live lines on a terminal, plain lines
 elsewhere.
 
-The words are in `lines`; `Progress` alone writes. On a terminal a step's line stays on the screen
-every so often, so that the trend is seen; elsewhere each step is a line. Whoever waits for long is
-told for whom.
+The words are in `lines`; `Progress` alone writes, and never raises where nothing takes it. On a
+terminal a step's line stays on the screen every so often, so that the trend is seen; elsewhere each
+step is a line. Whoever waits for long is told for whom.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import TextIO
+from typing import TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
 from aligntune.tracking import lines
+from aligntune.tracking.output import Shown
 
 WINDOW = 20  # steps that the time left is worked out from
 STAYS_SECONDS = 20.0  # between two steps whose lines stay on a terminal
@@ -28,6 +29,9 @@ QUIET_SECONDS = (30.0, 300.0)  # without a line elsewhere: while it starts, and 
 NARROWEST = 20  # columns; what is narrower is written as if it were as wide
 
 Activity = Callable[[], Mapping[str, str]]
+
+
+def _unheard(**fields: str) -> None: ...
 
 
 class Progress:
@@ -39,10 +43,12 @@ class Progress:
         stream: TextIO | None = None,
         now: Callable[[], float] = time.monotonic,
         since: float | None = None,
+        lost: Callable[..., None] = _unheard,
     ) -> None:
         """`stream` is where to write; default: standard output, as it is now. `since` is when the
-        run began, by the clock `now`; default: now."""
-        self._stream = stream if stream is not None else sys.stdout
+        run began, by the clock `now`; default: now. `lost(reason=...)` hears that nothing is shown
+        any more."""
+        self._stream = Shown(stream if stream is not None else sys.stdout, lost)
         self._total = total
         self._now = now
         self._since = now() if since is None else since
@@ -61,7 +67,7 @@ class Progress:
         self._ended = threading.Event()
         self._lock = threading.RLock()
         self._live: Live | None = None
-        console = Console(file=self._stream)
+        console = Console(file=cast(TextIO, self._stream))
         if self._stream.isatty() and not console.is_dumb_terminal:
             self._live = Live(
                 get_renderable=self._screen,

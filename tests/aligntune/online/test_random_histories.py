@@ -3,12 +3,17 @@ time, and those that once showed a fault."""
 
 from __future__ import annotations
 
+import functools
 import uuid
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from aligntune.runs import recorder as recorders
+from aligntune.runs.jsonl import read_lines
+from aligntune.tracking.progress import Progress
+from tests.aligntune.tracking.test_output import Full
 from tests.histories.cast import Wrong
 from tests.histories.history import DEFAULT, Fault, History, drawn
 from tests.histories.play import Process, play
@@ -131,3 +136,23 @@ def test_a_history_without_episodes_is_the_same_each_time(tmp_path: Path) -> Non
         files.append((folder / "run" / "ledger.jsonl").read_text())
     assert files[0] == files[1]
     assert Process(history, 0, tmp_path, []).settings == history.settings
+
+
+def test_a_run_whose_output_goes_nowhere_replaces_what_it_loses_and_finishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorders, "Progress", functools.partial(Progress, stream=Full()))
+    faults = (
+        Fault(process=0, place="rollout.generate", number=0, kind="die"),
+        Fault(process=0, place="disk.commit", number=0, kind="disk"),
+    )
+    settings = {**DEFAULT, "replicas": 1}
+    fired: list[Fault] = []
+    assert play(History(0, "grpo", settings, faults=faults), tmp_path, fired) == ["finished"]
+    assert len(fired) == 2
+    events = read_lines(tmp_path / "run" / "events.jsonl")
+    kinds = [event["kind"] for event in events]
+    assert {"replica_restarted", "checkpoint_failed", "run_finished"} <= {*kinds}
+    assert kinds.count("not_shown") == 1, "told once"
+    (reason,) = [event["reason"] for event in events if event["kind"] == "not_shown"]
+    assert "No space left on device" in reason
