@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
@@ -117,6 +118,10 @@ def main(argv: list[str] | None = None) -> None:
         _fail(1, f"{error}\nresume with: {shlex.join(['aligntune', *arguments])}")
     except (typer.Abort, KeyboardInterrupt):
         _fail(130, "stopped; no run had begun")
+    except SystemExit as ended:
+        if ended.code == signal.SIGTERM:  # what Ray has the signal raise, from when it is there on
+            _fail(128 + signal.SIGTERM, "stopped; no run had begun")
+        raise
     except Interrupted as error:
         _fail(128 + error.signal, f"{error}\nresume with: {shlex.join(['aligntune', *arguments])}")
 
@@ -133,14 +138,14 @@ def console() -> None:
         main()
     finally:
         from aligntune.runs.deadline import hangs
+        from aligntune.tracking.output import let_go
 
+        let_go()
         if hangs():  # its client would keep the interpreter from ending, or crash it
             end = sys.exc_info()[1]
             sys.stdout.flush()
             sys.stderr.flush()
-        from aligntune.tracking.output import let_go
             os._exit(end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 1)
-        let_go()
 
 
 if __name__ == "__main__":

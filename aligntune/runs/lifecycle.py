@@ -6,9 +6,13 @@ there, as finished or as stopped with the reason, unless its process was killed.
 
 from __future__ import annotations
 
+import signal
+import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, Protocol, Self, TypeVar
 
 from aligntune import cycles
@@ -64,6 +68,29 @@ def claimed(rundir: RunDir) -> Iterator[None]:
 
 
 @contextmanager
+def _signals_told() -> Iterator[None]:
+    """SIGTERM raises, as SIGINT does, and both come out as Interrupted. Ray has SIGTERM raise
+    SystemExit with its number, from when it starts on."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _end) if main else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(signal.SIGINT) from None
+    except SystemExit as ended:
+        if ended.code != signal.SIGTERM:
+            raise
+        raise Interrupted(signal.SIGTERM) from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    sys.exit(number)
+
+
+@contextmanager
 def recorded(
     records: R, rundir: RunDir, last_step: int, failures: tuple[type[Exception], ...] = ()
 ) -> Iterator[R]:
@@ -72,15 +99,17 @@ def recorded(
     `failures` are errors whose message is written for people: their own line ends the run.
 
     Raises:
-        Interrupted, UserError: as they came.
+        Interrupted, UserError: as they came; Interrupted too for SIGINT and SIGTERM outside of a
+            loop that hears them, as while Ray starts or the report is written.
         RunFailed: for anything else.
     """
     cycles.as_usual()
-    with records:
+    with _signals_told(), records:
         changed = {path: now for path, (_, now) in rundir.changed.items()}
         records.event(EventKind.RUN_STARTED, changed=changed)
         try:
-            yield records
+            with _signals_told():
+                yield records
         except (Interrupted, UserError, RunFailed) as told:
             records.event(EventKind.RUN_STOPPED, reason=str(told))
             raise

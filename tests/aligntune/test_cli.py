@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -38,6 +39,19 @@ def aligntune(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedPr
 def test_the_version() -> None:
     done = aligntune("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"aligntune {__version__}\n", "")
+
+
+def test_a_signal_before_a_run_has_begun_is_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def settle(*_: object, **__: object) -> None:
+        sys.exit(signal.SIGTERM)  # as Ray's handler, once there is a connection
+
+    monkeypatch.setattr("aligntune.commands.train_cli.trainer_of", settle)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "config.yaml"])
+    assert ended.value.code == 143
+    assert capsys.readouterr().err == "aligntune: stopped; no run had begun\n"
 
 
 @pytest.mark.parametrize("arguments", [(), ("jobs",), ("launch",)])

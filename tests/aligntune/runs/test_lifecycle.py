@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -83,6 +87,50 @@ def test_a_run_that_ends_otherwise_says_why_and_frees_its_folder(
     assert ended.value.__cause__ is (error if isinstance(error, LookupError) else None)
     rundir.claim()
     rundir.release()
+
+
+def end_by_signal(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+    signal.sigtimedwait([], 10)  # the handler runs by its end
+
+
+@pytest.mark.parametrize(
+    ("end", "number"),
+    [
+        (end_by_signal, signal.SIGTERM),
+        (lambda: sys.exit(signal.SIGTERM), signal.SIGTERM),  # as Ray's handler
+        (lambda: end_by_signal(signal.SIGINT), signal.SIGINT),
+    ],
+)
+def test_a_signal_that_no_loop_hears_stops_the_run_and_says_so(
+    rundir: RunDir, end: Callable[[], None], number: int
+) -> None:
+    records, before = Kept(), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as ended, recorded(records, rundir, last_step=3):
+        end()
+    assert ended.value.signal == number
+    _, (kind, fields) = records.events
+    assert (kind, fields["reason"]) == (EventKind.RUN_STOPPED, f"stopped by signal {number}")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_one_that_comes_as_the_records_are_closed_is_told_too(rundir: RunDir) -> None:
+    class Closing(Kept):
+        def __exit__(self, *exc: Any) -> None:
+            super().__exit__(*exc)
+            end_by_signal()
+
+    records = Closing()
+    with pytest.raises(Interrupted) as ended, recorded(records, rundir, last_step=3):
+        pass
+    assert ended.value.signal == signal.SIGTERM
+    assert [kind for kind, _ in records.events][-1] == EventKind.RUN_FINISHED
+
+
+def test_another_exit_stays_what_it_is(rundir: RunDir) -> None:
+    with pytest.raises(SystemExit) as ended, recorded(Kept(), rundir, last_step=3):
+        sys.exit(3)
+    assert ended.value.code == 3
 
 
 def test_what_fails_between_the_claim_and_the_record_frees_the_folder(rundir: RunDir) -> None:
