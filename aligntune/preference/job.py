@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 from actors.preference.relay import PreferenceJob, Relay, RelaySilent, announcer, answer_of
@@ -18,6 +19,7 @@ from aligntune.data.row_tokens import RowTokens
 from aligntune.errors import Interrupted, RunFailed
 from aligntune.imports import variables_of
 from aligntune.loops import STOPPING, stop_signals
+from aligntune.runs.deadline import asked
 from aligntune.runs.recorder import Recorder
 from aligntune.tracking.metrics import EventKind, NotFinite
 
@@ -53,10 +55,19 @@ class Figures:
 class Recorded(Figures):
     """What workers tell, in a run's files: every step once, whatever they tell again."""
 
-    def __init__(self, recorder: Recorder, pairs_per_step: int, known: int) -> None:
-        """`known` is the last step in metrics.jsonl, -1 where there is none."""
+    def __init__(
+        self,
+        recorder: Recorder,
+        pairs_per_step: int,
+        known: int,
+        saved: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`known` is the last step in metrics.jsonl, -1 where there is none; `saved` is called
+        beside the job when there is a new checkpoint."""
         super().__init__()
         self._recorder = recorder
+        self._saved = saved
+        self._saving: Future[None] | None = None
         self._pairs_per_step = pairs_per_step
         self._step = known
         self._starts = 0
@@ -64,6 +75,17 @@ class Recorded(Figures):
     def event(self, kind: EventKind, **fields: Any) -> None:
         """Write an event."""
         self._recorder.event(kind, **fields)
+        idle = self._saving is None or self._saving.done()
+        if kind is EventKind.CHECKPOINT_SAVED and idle:  # else the disk or service is slow
+            self._saving = asked(self._saved)
+            self._saving.add_done_callback(self._told)
+
+    def _told(self, saving: Future[None]) -> None:
+        if (error := saving.exception()) is not None:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self._recorder.event(
+                EventKind.NOT_COPIED, path="the list of checkpoints", reason=reason
+            )
 
     def stopping(self, text: str) -> None:
         """Show that the job was asked to stop."""

@@ -1,11 +1,15 @@
 """Where a preference job keeps its checkpoints and leaves its model: the run directory, or an
-fsspec URI that the workers share. What is there is Ray Train's; `rewind` alone changes it."""
+fsspec URI that the workers share. What is there is Ray Train's; `rewind` and `mend` alone change
+it. Ray Train writes its list of checkpoints in place, so a crash may leave it empty or torn: a copy
+of the last whole one lies beside it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from aligntune.runs.rundir import changes
 CONFIG = "config.yaml"  # of the run whose checkpoints these are
 ROWS = "rows.digest"  # of the rows it goes over, as `RowTokens.digest` has it
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints that are whole
+KEPT = "snapshot.last"  # a copy of that list as it was last whole
 FOLDER = "checkpoints"
 
 
@@ -198,9 +203,47 @@ class JobStorage:
         for later in names[kept:]:
             self._checkpoints.remove(later)
 
-    def _read(self) -> Any:
+    def keep_list(self) -> None:
+        """Copy Ray Train's list of the checkpoints, unless it is just being written. Raises
+        OSError."""
         content = self._checkpoints.read(SNAPSHOT)
-        return None if content is None else json.loads(content)
+        if content is None or _parsed(content) is None:
+            return
+        if self._uri is None:
+            write_atomically(self._rundir / FOLDER / KEPT, content)
+        else:
+            self._checkpoints.write(KEPT, content)
+
+    def mend(self) -> str | None:
+        """Put the copy in the place of a list that a crash has left empty or torn, for Ray Train
+        reads no other; returns the damaged file then. Raises UserError as `names` does."""
+
+        def put() -> str | None:
+            content = self._checkpoints.read(SNAPSHOT)
+            if content is None or _parsed(content) is not None:
+                return None
+            self._checkpoints.write(SNAPSHOT, json.dumps(self._read()).encode())
+            return f"{self._root}/{FOLDER}/{SNAPSHOT}"
+
+        return put() if self._uri is None else answered(self._uri, put)
+
+    def _read(self) -> Any:
+        """Ray Train's list, or where that is damaged its copy as far as the checkpoints are there.
+
+        Raises UserError where neither can be read."""
+        content = self._checkpoints.read(SNAPSHOT)
+        if content is None:
+            return None
+        if (found := _parsed(content)) is not None:
+            return found
+        known = _parsed(self._checkpoints.read(KEPT) or b"")
+        left = None if known is None else _as_far_as(known, self._checkpoints.names())
+        if left is None:
+            raise UserError(
+                f"{self._root}/{FOLDER}/{SNAPSHOT}, which lists the run's checkpoints, is damaged; "
+                f"restore it from a copy, or remove {self._root}/{FOLDER} to begin again"
+            )
+        return left
 
     def fetch(self, target: Path) -> None:
         """Put the model that a worker left in place, in one rename. Raises RunFailed."""
@@ -217,3 +260,28 @@ class JobStorage:
         if target.exists():
             shutil.rmtree(target)
         os.rename(staged, target)
+
+
+def _parsed(content: bytes) -> dict[str, Any] | None:
+    """Ray Train's list of checkpoints; None where that is no whole one."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(found, dict) and isinstance(found.get("checkpoint_results"), list)
+    return found if whole else None
+
+
+def _as_far_as(known: dict[str, Any], there: Collection[str]) -> dict[str, Any] | None:
+    """A list of checkpoints without those that are gone; None where all are."""
+    pairs = zip(known["checkpoint_results"], known["checkpoint_report_indices"], strict=True)
+    left = [(one, index) for one, index in pairs if one["checkpoint_dir_name"] in there]
+    if not left:
+        return None
+    results, indices = map(list, zip(*left, strict=True))
+    return {
+        **known,
+        "checkpoint_results": results,
+        "checkpoint_report_indices": indices,
+        "latest_checkpoint_result": results[-1],
+    }

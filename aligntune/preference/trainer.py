@@ -38,7 +38,7 @@ from aligntune.runs.modes import as_usual
 from aligntune.runs.publish import check_hub, push, write_card_of
 from aligntune.runs.recorder import Recorder, last_step
 from aligntune.runs.rundir import RunDir
-from aligntune.tracking.metrics import NotFinite
+from aligntune.tracking.metrics import EventKind, NotFinite
 from cluster.bundles import BadRequest, bundle_sets, totals
 from cluster.placement import DoesNotFit
 from cluster.session import ClusterUnreachable, RayTooSlow, session
@@ -190,11 +190,14 @@ class PreferenceTrainer:
                 self.config, self.config.tracking, rundir, self.total_steps, max(known, 0), started
             )
             with recorded(files, rundir, self.total_steps, (NotFinite,)) as recorder:
-                told = Recorded(recorder, self.config.train.pairs_per_step, known)
+                per_step = self.config.train.pairs_per_step
+                told = Recorded(recorder, per_step, known, storage.keep_list)
                 for kind, fields in self.inputs.events():
                     recorder.event(kind, **fields)
                 for line in [*rundir.told(), *self.inputs.told()]:
                     recorder.note(line)
+                if (damaged := storage.mend()) is not None:
+                    recorder.event(EventKind.CHECKPOINT_DAMAGED, path=damaged)
                 job = self._job(self.total_steps, export=storage.export)
                 with self._session(recorder.stage):
                     recorder.starting({"trainer": (1, "the model is loading")})

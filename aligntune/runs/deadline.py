@@ -34,12 +34,14 @@ def asked(ask: Callable[[], T]) -> Future[T]:
 def answered(uri: str, ask: Callable[[], T], seconds: float | None = None) -> T:
     """What `ask()` gives within `seconds`, by default `ANSWER_SECONDS`.
 
-    Raises UserError.
+    Raises UserError; one that `ask` raises comes as it is.
     """
     limit = ANSWER_SECONDS if seconds is None else seconds
     answer = asked(ask)
     try:
         return answer.result(limit)
+    except UserError:
+        raise
     except Exception as error:
         reason = (
             " ".join(str(error).split()) or type(error).__name__

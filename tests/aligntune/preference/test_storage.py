@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import actors.storage
 from aligntune.errors import UserError
+from aligntune.preference.job import Recorded
 from aligntune.preference.storage import CONFIG, FOLDER, SNAPSHOT, JobStorage
 from aligntune.runs import deadline as answering
+from aligntune.tracking.metrics import EventKind
 from tests.aligntune.config.test_preference import config
 
 
@@ -172,3 +177,80 @@ def test_a_checkpoint_that_was_not_finished_is_refused(run: JobStorage, tmp_path
 def test_without_any_checkpoint_the_message_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is none yet"):
         JobStorage(None, tmp_path).named(str(tmp_path / FOLDER / "step-000010"))
+
+
+def damage(root: Path, how: str) -> None:
+    path = root / FOLDER / SNAPSHOT
+    whole = path.read_bytes()
+    match how:
+        case "empty":
+            path.write_bytes(b"")
+        case "torn":
+            path.write_bytes(whole[: len(whole) // 2])
+        case "zeros":
+            path.write_bytes(bytes(len(whole)))
+        case "another":
+            path.write_bytes(b"[1]")
+
+
+@pytest.mark.parametrize("how", ["empty", "torn", "zeros", "another"])
+def test_a_list_of_checkpoints_that_a_crash_has_torn_is_that_of_the_report_before(
+    run: JobStorage, tmp_path: Path, how: str
+) -> None:
+    assert run.mend() is None
+    run.keep_list()
+    shutil.rmtree(tmp_path / FOLDER / "step-000010")  # forgotten since
+    (tmp_path / FOLDER / "step-000040").mkdir()
+    damage(tmp_path, how)
+    run.keep_list()  # of a list that is being written there is no copy
+    assert run.names() == ["step-000020", "step-000030"]
+    assert run.newest_step() == 30
+    assert run.mend() == str(tmp_path / FOLDER / SNAPSHOT)
+    snapshot = json.loads((tmp_path / FOLDER / SNAPSHOT).read_text())
+    assert snapshot["checkpoint_report_indices"] == [1, 2]
+    assert snapshot["latest_checkpoint_result"]["metrics"] == {"step": 30}
+    assert snapshot["current_report_index"] == 3
+    assert run.mend() is None
+
+
+@pytest.mark.parametrize("uri", [None, "file://{}"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_list_without_a_copy_is_named_with_its_cure_alone(
+    tmp_path: Path, uri: str | None, kept: bool
+) -> None:
+    write_checkpoints(tmp_path, [10])
+    run = JobStorage(uri and uri.format(tmp_path), tmp_path)
+    if kept:  # of checkpoints that are all gone
+        run.keep_list()
+        shutil.rmtree(tmp_path / FOLDER / "step-000010")
+    damage(tmp_path, "torn")
+    for ask in (run.newest_step, run.mend):
+        with pytest.raises(UserError) as said:
+            ask()
+        assert f"{tmp_path}/{FOLDER}/{SNAPSHOT}, which lists" in str(said.value)
+        assert str(said.value).endswith(f"{tmp_path}/{FOLDER} to begin again")
+
+
+def test_a_copy_is_made_beside_the_job_and_one_that_fails_is_an_event() -> None:
+    events: list[tuple[EventKind, dict[str, Any]]] = []
+    asked, free, told = threading.Event(), threading.Event(), threading.Event()
+
+    def saved() -> None:
+        asked.set()
+        assert free.wait(60)
+        raise OSError("no space left")
+
+    def event(kind: EventKind, **fields: Any) -> None:
+        events.append((kind, fields))
+        if kind is EventKind.NOT_COPIED:
+            told.set()
+
+    recorder: Any = SimpleNamespace(event=event)
+    recorded = Recorded(recorder, 2, -1, saved)
+    for step in (1, 2):  # the second comes while the disk is slow, and waits for nothing
+        recorded.event(EventKind.CHECKPOINT_SAVED, step=step)
+    assert asked.wait(60)
+    free.set()
+    assert told.wait(60)
+    assert [kind for kind, _ in events].count(EventKind.NOT_COPIED) == 1
+    assert events[-1][1]["reason"] == "no space left"
