@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from actors.scratch import OwnedFolder
+
 Mode = Literal["auto", "required", "off"]
 VARIABLE = "ALIGNTUNE_SANDBOX"
 """Holds the mode in the processes that an actor starts for user code."""
@@ -174,20 +176,21 @@ async def run(
     mode, limits = mode or mode_here(), limits or Limits()
     in_force(mode)
     program = None if mode == "off" else bubblewrap()[0]
-    scratch = await asyncio.to_thread(_scratch, files or {})
+    folder = await asyncio.to_thread(_scratch, files or {})
+    scratch = folder.path
     try:
         most = limits.memory_mib * 2**20 if program and _sizes(program) else None
         wrapped = [*_wrapped(program, scratch, most=most), *command] if program else list(command)
         told = {"command": wrapped, "folder": scratch, "wrapped": program is not None}
         return await _run(told | {"held": mode != "off"}, scratch, stdin, limits)
     finally:
-        await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
+        await asyncio.to_thread(folder.remove)
 
 
-def _scratch(files: Mapping[str, str]) -> str:
-    folder = tempfile.mkdtemp(prefix="aligntune-code-")
+def _scratch(files: Mapping[str, str]) -> OwnedFolder:
+    folder = OwnedFolder("aligntune-code-")
     for name, text in files.items():
-        (Path(folder) / name).write_text(text, encoding="utf-8", errors="replace")
+        (Path(folder.path) / name).write_text(text, encoding="utf-8", errors="replace")
     return folder
 
 

@@ -6,7 +6,6 @@ starts), so one in flight goes on under the newest weights, as it does where who
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 
 from actors.engines.base import WeightMismatch
 from actors.models.adapters import adapters_of, in_a_file
+from actors.scratch import OwnedFolder
 from actors.specs import LoRASpec, ModelSpec
 from actors.transfer.bundle import WeightBundle
 
@@ -42,8 +42,8 @@ class AdapterFolder:
         """An adapter that changes nothing. Raises ModelError."""
         adapters = adapters_of(model)
         self._shapes = adapters.shapes
-        self._temporary = tempfile.TemporaryDirectory(prefix="aligntune-adapter-")
-        self._folder = Path(self._temporary.name)
+        self._temporary = OwnedFolder("aligntune-adapter-")
+        self._folder = Path(self._temporary.path)
         adapters.config.save_pretrained(str(self._folder))
         self._save({name: torch.zeros(shape) for name, shape in self._shapes.items()})
 
@@ -71,4 +71,4 @@ class AdapterFolder:
 
     def close(self) -> None:
         """Remove the folder."""
-        self._temporary.cleanup()
+        self._temporary.remove()

@@ -10,9 +10,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import secrets
-import shutil
 import socket
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +22,7 @@ from actors.environments.channel import Told, parse
 from actors.environments.child import CALL_TIMEOUT, OBSERVATION_CHARACTERS
 from actors.environments.server import FORK, Setup
 from actors.sandbox import Held, Mode, SandboxMissing, held
+from actors.scratch import OwnedFolder
 
 IMPORT_SECONDS = 300.0  # to import the user's code, or to make an environment for its description
 FORK_SECONDS = 60.0  # until a fork answers, on a busy machine
@@ -59,7 +58,7 @@ class Server:
     ) -> None:
         self._setup = setup
         self._sandbox = sandbox
-        self._scratch: str | None = None  # the folder that a sandbox may write to
+        self._scratch: OwnedFolder | None = None  # the folder that a sandbox may write to
         self._search_path = search_path
         self._log = log
         self._child: Child[Told] | None = None
@@ -96,16 +95,16 @@ class Server:
             )
             if told.error is not None:
                 await self._stop()
-                raise EpisodeFailed(told.error)
+                raise
 
     def _held(self) -> Held:
         """The sandbox around it and its forks. Raises EpisodeFailed."""
         if self._sandbox == "off":
             return Held()
-        self._scratch = self._scratch or tempfile.mkdtemp(prefix="aligntune-episodes-")
+        self._scratch = self._scratch or OwnedFolder("aligntune-episodes-")
         imports = import_path(self._search_path)
         try:
-            return held(self._sandbox, "episodes.sandbox", self._scratch, imports, self._log)
+            return held(self._sandbox, "episodes.sandbox", self._scratch.path, imports, self._log)
         except SandboxMissing as missing:
             raise EpisodeFailed(str(missing)) from missing
 
@@ -164,7 +163,7 @@ class Server:
         if self._ending:  # of a call that came to its end meanwhile
             await asyncio.wait(self._ending)
         if self._scratch is not None:
-            await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
+            await asyncio.to_thread(self._scratch.remove)
             self._scratch = None
 
     async def _stop(self) -> None:

@@ -83,17 +83,17 @@ def looked(
             turns = (call_text("look", home=str(home), port=port), "done")
             episode = await episodes.run(prompt_of("hi"), 0, 1, Script(tokenizer, turns))
             assert episodes._server is not None
-            scratches.append(episodes._server._scratch)
+            assert episodes._server._scratch is not None
+            scratches.append(episodes._server._scratch.path)
         finally:
             await episodes.close()
         (said,) = [m["content"] for m in episode.messages if m["role"] == "tool"]
         return dict(ast.literal_eval(said))
 
-    scratches: list[str | None] = []
+    scratches: list[str] = []
     before = psutil.Process().children(recursive=True)
     found = asyncio.run(play())
     assert psutil.Process().children(recursive=True) == before, "nothing is left of it"
-    assert scratches[0] is not None
     assert not Path(scratches[0]).exists(), "it goes with its server"
     return found
 
