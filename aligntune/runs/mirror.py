@@ -21,7 +21,7 @@ from aligntune.runs.checkpoint import NAME, Checkpoint, Checkpoints, intact
 from aligntune.runs.deadline import answered
 from aligntune.runs.disk import make_folder, sync, sync_below, write_atomically
 from aligntune.runs.jsonl import readable
-from aligntune.runs.segments import LogCopy, read_log
+from aligntune.runs.segments import LogCopy, fetch_log
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -140,11 +140,14 @@ class Mirror:
             return False
         sync_below(partial)
         if logs:
-            contents = {name: read_log(self._store, name) for name in LOGS}
             # The config first: a folder with logs and no config is nobody's run.
-            for name, content in {CONFIG: self._store.read(CONFIG), **contents}.items():
-                if content is not None:
-                    write_atomically(self._rundir / name, content)
+            if (config := self._store.read(CONFIG)) is not None:
+                write_atomically(self._rundir / CONFIG, config)
+            paths = {self._rundir / name: self._rundir / f"{name}.partial" for name in LOGS}
+            there = [path for path in paths if fetch_log(self._store, path.name, paths[path])]
+            for path in there:  # once all have come
+                os.replace(paths[path], path)
+            sync(self._rundir)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
         sync(folder.parent)

@@ -16,6 +16,7 @@ from typing import BinaryIO
 from weakref import finalize
 
 from actors.storage import Store
+from aligntune.runs.disk import sync
 
 FOLDER = "logs"
 LOOK = 2**16  # bytes in which the end of a line is looked for at once
@@ -92,22 +93,23 @@ def _complete(file: BinaryIO, start: int, size: int) -> int:
     return start
 
 
-def read_log(store: Store, name: str) -> bytes | None:
-    """The whole log as it was last pushed, or None where there is none."""
+def fetch_log(store: Store, name: str, target: Path) -> bool:
+    """Write the whole log, as it was last pushed, to `target`, where it is on disk then; a segment
+    at a time is in memory. False, and nothing is written, where there is none."""
     folder = f"{FOLDER}/{name}"
     if not store.has_folder(folder):
-        return None
+        return False
     segments: dict[int, dict[int, str]] = {}
     for segment in store.names(folder):
         generation, _, start = segment.partition("-")
         segments.setdefault(int(generation), {})[int(start)] = segment
     whole = [generation for generation, starts in segments.items() if 0 in starts]
     if not whole:
-        return None
-    starts, content = segments[max(whole)], b""
-    while len(content) in starts:
-        part = store.read(f"{folder}/{starts[len(content)]}")
-        if not part:
-            break
-        content += part
-    return content
+        return False
+    starts, size = segments[max(whole)], 0
+    with target.open("wb") as file:
+        while size in starts and (part := store.read(f"{folder}/{starts[size]}")):
+            file.write(part)
+            size += len(part)
+    sync(target)
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from actors.storage import Store
 from aligntune.errors import UserError
+from aligntune.runs import segments
 from aligntune.runs.checkpoint import Checkpoints
 from aligntune.runs.mirror import Mirror
 from tests.aligntune.runs.test_checkpoint import save
@@ -66,6 +68,59 @@ def test_as_many_copies_are_kept_as_checkpoints(home: Path, tmp_path: Path, keep
         mirror.push(home / "checkpoints" / f"step-{step:06d}")
         there = {p.name for p in (tmp_path / "bucket" / "checkpoints").glob("step-*")}
         assert there == {p.name for p in (home / "checkpoints").glob("step-*")}
+
+
+def test_a_step_that_comes_again_takes_the_place_of_later_ones(home: Path, tmp_path: Path) -> None:
+    mirror = Mirror(str(tmp_path / "bucket"), home, 2, 60)
+    push(home, mirror, 8, 10)
+    shutil.rmtree(home / "checkpoints" / "step-000010")
+    push(home, mirror, 9)
+    there = {path.name for path in (tmp_path / "bucket" / "checkpoints").iterdir()}
+    assert there == {"latest", "step-000008", "step-000009"}
+
+
+def test_whose_checkpoint_it_goes_back_to_is_alone_there_if_it_is_of_another_folder(
+    home: Path, tmp_path: Path
+) -> None:
+    storage = tmp_path / "bucket" / "checkpoints"
+    mirror = Mirror(str(tmp_path / "bucket"), home, 3, 60)
+    checkpoints = push(home, mirror, 1, 2)
+    newest = checkpoints.latest()
+    assert newest is not None
+    mirror.go_back(newest, alone=False)
+    assert {path.name for path in storage.glob("step-*")} == {"step-000001", "step-000002"}
+    mirror.go_back(newest, alone=True)
+    assert {path.name for path in storage.glob("step-*")} == {"step-000002"}
+    first = checkpoints.of(1)
+    assert first is not None
+    mirror.go_back(first, alone=False)
+    assert {path.name for path in storage.iterdir()} == {"latest", "step-000001"}
+    assert (storage / "latest").read_text() == "step-000001"
+
+
+def test_logs_that_are_larger_than_memory_are_fetched_a_piece_at_a_time(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "PIECE", 2**16)
+    line = b'{"text": "' + b"x" * 1000 + b'"}\n'
+    for name in ("samples.jsonl", "eval_samples.jsonl"):
+        (home / name).write_bytes(line * 8000)
+    push(home, Mirror(str(tmp_path / "bucket"), home, 2, 60), 1)
+    new = tmp_path / "new"
+    mirror, checkpoints = (
+        Mirror(str(tmp_path / "bucket"), new, 2, 60),
+        Checkpoints(new / "checkpoints", 2),
+    )
+    tracemalloc.start()
+    try:
+        mirror.fetch(checkpoints)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 6 * 2**20, "the logs have 8 MB each"
+    for name in ("samples.jsonl", "eval_samples.jsonl", "ledger.jsonl"):
+        assert (new / name).read_bytes() == (home / name).read_bytes()
+    assert not list(new.glob("*.partial"))
 
 
 def test_an_empty_storage_is_ahead_of_nothing_and_never_is_refused_where_there_is_a_run(

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from actors.storage import Store
-from aligntune.runs.segments import LogCopy, read_log
+from aligntune.runs.segments import LogCopy, fetch_log
 
 NAME = "metrics.jsonl"
 
@@ -90,8 +90,14 @@ def played(folder: Path, actions: list[tuple[str, int]]) -> Flaky:
             except OSError:
                 pass
             store.takes = None
-        assert read_log(store, NAME) == pushed
+        assert fetched(store, folder) == pushed
     return store
+
+
+def fetched(store: Store, folder: Path) -> bytes | None:
+    """The log as it is there."""
+    target = folder / "fetched"
+    return target.read_bytes() if fetch_log(store, NAME, target) else None
 
 
 def test_a_log_is_not_copied_anew_each_time(tmp_path: Path) -> None:
@@ -102,11 +108,12 @@ def test_a_log_is_not_copied_anew_each_time(tmp_path: Path) -> None:
             file.write("x" * 999 + "\n")
         copy.push(copy.size())
     assert store.written == log.stat().st_size == 50_000
-    assert read_log(store, NAME) == log.read_bytes()
+    assert fetched(store, tmp_path) == log.read_bytes()
 
 
 def test_a_log_that_is_not_there_is_none(tmp_path: Path) -> None:
     store: Any = Store(str(tmp_path / "bucket"))
     copy = LogCopy(store, tmp_path / NAME)
     copy.push(copy.size())
-    assert read_log(store, NAME) is None
+    assert fetched(store, tmp_path) is None
+    assert not (tmp_path / "fetched").exists()
