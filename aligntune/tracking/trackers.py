@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 
 from aligntune.config.records import TrackingSpec
 from aligntune.errors import UserError
+from aligntune.runs.disk import write_atomically
 from aligntune.tracking.tables import markdown, table
 
 Rows = Sequence[Mapping[str, Any]]
@@ -95,12 +97,19 @@ def open_tracker(
     return SERVICES[name](folder, tracking, config)
 
 
+_NAMING = threading.Lock()
+
+
 def tracking_id(folder: Path) -> str:
-    """What names the run in `folder` to tracking services; made at the first call."""
+    """What names the run in `folder` to tracking services, the same in each tracker's thread; made
+    at the first call, and anew where a crash has left an empty file."""
     path = folder / "tracking_id"
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex[:16] + "\n", encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+    with _NAMING:
+        name = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+        if not name:
+            name = uuid.uuid4().hex[:16]
+            write_atomically(path, name + "\n")
+        return name
 
 
 _EVENTS = "events.out.tfevents."  # how TensorBoard begins a file's name

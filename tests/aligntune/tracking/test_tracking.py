@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -185,3 +187,25 @@ class TestTrackers:
         (tmp_path / "b").mkdir()
         assert tracking_id(tmp_path / "a") == tracking_id(tmp_path / "a")
         assert tracking_id(tmp_path / "a") != tracking_id(tmp_path / "b")
+
+    def test_trackers_that_begin_at_once_have_one_identity(self, tmp_path: Path) -> None:
+        for turn in range(20):
+            folder = tmp_path / f"{turn}"
+            folder.mkdir()
+            ready = threading.Barrier(8)
+
+            def ask(folder: Path = folder, ready: threading.Barrier = ready) -> str:
+                ready.wait()
+                return tracking_id(folder)
+
+            with ThreadPoolExecutor(8) as pool:
+                found = {one.result() for one in [pool.submit(ask) for _ in range(8)]}
+            assert found == {tracking_id(folder)}
+
+    @pytest.mark.parametrize("left", ["", "\n"])
+    def test_an_identity_that_a_crash_left_empty_is_made_anew(
+        self, tmp_path: Path, left: str
+    ) -> None:
+        (tmp_path / "tracking_id").write_text(left)
+        assert len(tracking_id(tmp_path)) == 16
+        assert tracking_id(tmp_path) == tracking_id(tmp_path)
