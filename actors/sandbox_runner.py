@@ -3,6 +3,7 @@ ends all that the program has started. Standard library only."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -93,11 +94,30 @@ def _waited(child: int, limits: dict[str, Any]) -> tuple[int, str]:
         if found == child:
             return status, ""
         left = deadline - time.monotonic()
-        over = "time" if left <= 0 else _over(below(os.getpid()), limits)
+        over = "time" if left <= 0 else _over(_started(), limits)
         if over:
             os.killpg(child, signal.SIGKILL)  # bwrap, whose end is that of all below it
             return os.waitpid(child, 0)[1], over
         signal.sigtimedwait({signal.SIGCHLD}, min(left, LOOK_SECONDS))
+
+
+def _started() -> list[int]:
+    """The processes below this one, as the kernel lists each one's own: a table of all of them may
+    have many thousands of others. One that starts or ends just now may be left out."""
+    own = f"/proc/self/task/{os.getpid()}/children"
+    if not os.path.exists(own):  # of a kernel without CONFIG_PROC_CHILDREN
+        return below(os.getpid())
+    found = dict.fromkeys(map(int, _read(own).split()))  # none twice, though its parent has ended
+    ahead = list(found)
+    while ahead:
+        process = ahead.pop()
+        with contextlib.suppress(OSError):
+            for task in os.listdir(f"/proc/{process}/task"):
+                listed = map(int, _read(f"/proc/{process}/task/{task}/children").split())
+                new = [child for child in listed if child not in found]
+                found |= dict.fromkeys(new)
+                ahead += new
+    return list(found)
 
 
 def _over(processes: list[int], limits: dict[str, Any]) -> str:

@@ -90,10 +90,15 @@ class Server:
                 variables={"PYTHONHASHSEED": "0"},  # sets are in one order in every run
                 held=await asyncio.to_thread(self._held),
             )
-            told = await answered(
-                self._child.ask(self._setup)[1], IMPORT_SECONDS, "importing tools and environments"
-            )
-            if told.error is not None:
+            try:
+                told = await answered(
+                    self._child.ask(self._setup)[1],
+                    IMPORT_SECONDS,
+                    "importing tools and environments",
+                )
+                if told.error is not None:
+                    raise EpisodeFailed(told.error)
+            except BaseException:  # cancelled too: what runs is taken for one that has imported
                 await self._stop()
                 raise
 

@@ -93,7 +93,10 @@ class Keeper:
 
     async def latest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, down to the last bit; none comes after it that was
-        begun before. The ranks are not running."""
+        begun before. The ranks are not running.
+
+        So a write beyond its deadline is waited for: one that came to disk later would be of steps
+        that the run has left. `train.stall_timeout_s` ends a run whose disk hangs for good."""
         await self._committed()
         if self._writing is not None:  # beyond its deadline: it is dropped, or was just in time
             await asyncio.wait((self._writing,))

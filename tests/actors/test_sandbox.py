@@ -273,3 +273,40 @@ print(asyncio.run(run(["/bin/sh", "-c", "ulimit -n"])))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "Ran(status=0, stdout=b'100\\n'" in done.stdout, done.stderr
+
+
+BELOW = """
+import os, subprocess, sys
+from actors import sandbox_runner
+from actors.children.keeper import below
+inner = "input()"
+outer = (
+    "import subprocess, sys, threading\\n"
+    "def start():\\n"
+    f"    p = subprocess.Popen([sys.executable, '-c', {inner!r}], stdin=subprocess.PIPE)\\n"
+    "    print(p.pid, flush=True); threading.Event().wait()\\n"
+    "threading.Thread(target=start, daemon=True).start(); input()"
+)
+piped = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+child = subprocess.Popen([sys.executable, "-c", outer], **piped)
+grandchild = int(child.stdout.readline())
+assert sorted(below(os.getpid())) == sorted([child.pid, grandchild])
+sandbox_runner.below = None  # the table of all processes
+assert sorted(sandbox_runner._started()) == sorted([child.pid, grandchild])
+"""
+
+
+@pytest.mark.skipif(
+    not os.path.exists(f"/proc/self/task/{os.getpid()}/children"),
+    reason="a kernel with CONFIG_PROC_CHILDREN",
+)
+def test_what_a_program_has_started_is_found_without_a_look_at_all_processes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BELOW],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

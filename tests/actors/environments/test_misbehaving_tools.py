@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from actors.children.keeper import LOG_BYTES
 from actors.environments import processes
 from actors.environments.base import Episode, EpisodeFailed
+from actors.environments.server import Setup
 from actors.environments.specs import EpisodeCode
 from actors.environments.tool_episodes import ToolEpisodes
 from actors.messages import FinishReason
@@ -231,3 +233,37 @@ class TestMethods:
 
         pid = loop(cancelled())
         assert within(10, lambda: gone(pid))
+
+
+def test_an_import_that_hangs_is_ended_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_tools.py").write_text(
+        "import os, threading\n"
+        "if not os.path.exists(os.path.join(os.path.dirname(__file__), 'ready')):\n"
+        "    threading.Event().wait()\n"
+        "def tool() -> str:\n"
+        '    """Say it.\n\n    Returns:\n        It.\n    """\n'
+        "    return 'it'\n"
+    )
+    server = processes.Server(Setup(("slow_tools:tool",), {}), (str(tmp_path),), None)
+    before = psutil.Process().children(recursive=True)
+
+    async def twice() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(processes, "IMPORT_SECONDS", 0.2)
+            with pytest.raises(EpisodeFailed, match="gave no answer within"):
+                await server.start()
+        assert psutil.Process().children(recursive=True) == before, "it was ended"
+        starting = asyncio.create_task(server.start())
+        while server._child is None:  # noqa: ASYNC110 - nothing says when there is one
+            await asyncio.sleep(0)
+        starting.cancel()
+        await asyncio.wait({starting})
+        assert psutil.Process().children(recursive=True) == before, "as is one nobody waits for"
+        (tmp_path / "ready").touch()
+        await server.start()
+        assert (await processes.described(server))["tools"]
+        await server.close()
+
+    asyncio.run(twice())
