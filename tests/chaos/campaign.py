@@ -10,7 +10,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import yaml
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from aligntune.quickstart.task import make_model, make_tokenizer
+from tests import drivers
 from tests.chaos.trial import (
     PARENTS,
     PAUSE_S,
@@ -37,11 +37,24 @@ from tests.chaos.trial import (
 
 GROUPS, STALENESS = 4, 1
 BETWEEN = 2  # steps that a run makes after a hit, before it counts as overcome
-IN_A_PAUSE = 60  # steps at most, as the others go on while one stands still
+IN_A_PAUSE = 8  # steps at most while one stands still, for rewards are held then: see `JUDGE`
 DEADLINE_S = 240.0  # for a hit to be overcome, a run to start, and what it leaves to be gone
 
+HELD = "held"
+
+Process = subprocess.Popen[bytes] | drivers.Forked
+
+# While the file is there each call takes seconds, or a fast machine would make its last step in a
+# pause.
 JUDGE = """\
+import os
+import time
+
+
 def judge(completions, **columns):
+    end = time.monotonic() + 5
+    while os.path.exists(HELD) and time.monotonic() < end:
+        time.sleep(0.05)
     return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
 """
 
@@ -69,7 +82,7 @@ def config(folder: Path, parts: Parts, steps: int, seed: int) -> dict[str, Any]:
         make_tokenizer().save_pretrained(folder / name)
     rows = [{"prompt": f"{10 + i}+{i % 10}", "answer": str(10 + i + i % 10)} for i in range(40)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "judge.py").write_text(JUDGE)
+    (folder / "judge.py").write_text(JUDGE.replace("HELD", repr(str(folder / HELD))))
     return {
         "algorithm": {"name": "ppo"},
         "model": {"name": str(folder / "model")},
@@ -156,18 +169,18 @@ class Campaign:
     def _overcome(self, hit: Hit) -> float:
         """Hit, and wait until the run is as if nothing had been; returns how long that took."""
         time.sleep(self.dice.uniform(0, 0.7))  # anywhere in a step
-        victim = self._until(
-            lambda: find(hit.victim, psutil.Process(self.process.pid), self.run),
-            f"a process of {hit.victim}",
-        )
+        victim = self._until(lambda: self._found(hit.victim), f"a process of {hit.victim}")
         role = PARENTS.get(hit.victim, hit.victim)
         starts, step = role_starts(role, self.run), self._step()
         began = time.monotonic()
         self._notice_children()
+        if hit.pauses:
+            (self.folder / HELD).touch()
         victim.send_signal(hit.signal)
         if hit.pauses:
             time.sleep(PAUSE_S)
             victim.resume()
+            (self.folder / HELD).unlink()
         elif hit.ends_the_command:
             self._until(lambda: self.process.poll() is not None, "the end of the command", True)
             self.process = self._launched()  # at once; `_end` sees that what was before it is gone
@@ -206,6 +219,12 @@ class Campaign:
             time.sleep(0.1)
         return value
 
+    def _found(self, victim: str) -> psutil.Process | None:
+        try:
+            return find(victim, psutil.Process(self.process.pid), self.run)
+        except psutil.NoSuchProcess:  # the command has ended, which `_until` says
+            return None
+
     def _notice_children(self) -> None:
         try:
             for child in psutil.Process(self.process.pid).children(recursive=True):
@@ -226,18 +245,17 @@ class Campaign:
     def _step(self) -> int:
         return len(lines_of(self.run / "metrics.jsonl"))
 
-    def _launched(self) -> subprocess.Popen[bytes]:
+    def _launched(self) -> Process:
         return launched(self.folder, "train", str(self.path))
 
 
-def launched(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+def launched(folder: Path, *arguments: str) -> Process:
     """`aligntune` with these arguments, on a Ray of its own, with its output in `folder`."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     with (folder / "output.txt").open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "aligntune.cli", *arguments],
-            stdout=output,
-            stderr=output,
+        return drivers.start(
+            ["-m", "aligntune.cli", *arguments],
+            output=output,
             env=environment | {"HF_HUB_OFFLINE": "1"},
         )
 

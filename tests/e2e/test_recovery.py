@@ -118,9 +118,9 @@ def test_a_signal_ends_in_a_checkpoint_and_the_run_resumes(
     assert (books.trained, books.open, books.balanced) == (4 * (done + 3), 0, True)
 
 
-@pytest.mark.parametrize(
-    "role", ["rollout", *(pytest.param(r, marks=pytest.mark.long) for r in ("reward", "reference"))]
-)
+# tests/chaos/test_dozen.py kills a replica and a policy in every `make test`.
+@pytest.mark.long
+@pytest.mark.parametrize("role", ["rollout", "reward", "reference"])
 def test_a_replica_killed_in_a_run_costs_nothing_but_time(
     tree: dict[str, Any], launch: Callable[..., Run], role: str
 ) -> None:
@@ -137,7 +137,8 @@ def test_a_replica_killed_in_a_run_costs_nothing_but_time(
     assert (books.trained, books.quarantined, books.open) == (120, 0, 0)
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_policy_rank_killed_rolls_back_to_the_checkpoint_and_the_run_finishes(
     tree: dict[str, Any], launch: Callable[..., Run], ranks: int
 ) -> None:
