@@ -29,6 +29,26 @@ def why_silent() -> str | None:
     return None
 
 
+def switched_off() -> bool:
+    """Whether the user has said that there is no hub (HF_HUB_OFFLINE)."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE and not _was_silent()
+
+
+def ask_again() -> None:
+    """Let this process ask the hub again, which was silent once: days may have gone by."""
+    from huggingface_hub import constants
+
+    if _was_silent():
+        constants.HF_HUB_OFFLINE = False
+    why_silent.cache_clear()
+
+
+def _was_silent() -> bool:
+    return why_silent.cache_info().currsize > 0 and why_silent() is not None
+
+
 def ask_once(name: str) -> None:
     """Before a model or data set is read that may be the hub's; a folder is not."""
     if not os.path.exists(name):

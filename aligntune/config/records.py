@@ -53,7 +53,10 @@ class HubSpec(Spec):
         pattern=r"^[\w.-]+/[\w.-]+$",
         description="owner/name, made where it is not there; default: nothing is pushed",
     )
-    private: bool = Field(True, description="whether a new one is seen by its owner alone")
+    private: bool = Field(
+        True,
+        description="its owner alone sees it; nothing goes to a name that is public there",
+    )
     timeout_s: float = Field(3600.0, gt=0, description="longest wait; then the run ends without it")
 
 

@@ -38,9 +38,10 @@ from aligntune.runs.ended import (
     last_figures,
     said_by_roles,
 )
+from aligntune.runs.hub import check_hub
 from aligntune.runs.lifecycle import check_programs, claimed, recorded
 from aligntune.runs.mirror import Mirror
-from aligntune.runs.publish import check_hub, push
+from aligntune.runs.publish import push
 from aligntune.runs.reading import open_run
 from aligntune.runs.rundir import LOGS, TRIED, RunDir
 from aligntune.tracking.lines import cut

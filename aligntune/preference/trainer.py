@@ -33,9 +33,10 @@ from aligntune.runs.ended import (
     said_by_roles,
     too_few_steps,
 )
+from aligntune.runs.hub import check_hub
 from aligntune.runs.lifecycle import check_programs, claimed, ray_runs, recorded
 from aligntune.runs.modes import as_usual
-from aligntune.runs.publish import check_hub, push, write_card_of
+from aligntune.runs.publish import push, write_card_of
 from aligntune.runs.recorder import Recorder, last_step
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind, NotFinite

@@ -1,0 +1,46 @@
+"""`aligntune train` of a preference job in which no Ray starts: python -m ... MODEL ARGUMENTS.
+
+What its workers would train and export is there already, in MODEL; all else is the run's own.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub import constants
+
+from actors.preference.relay import PreferenceJob
+from aligntune import cli
+from aligntune.preference import trainer
+
+
+class Trained:
+    """In place of a PreferenceRun."""
+
+    def __init__(self, config: Any, job: PreferenceJob, storage: Any, recorder: Any) -> None:
+        self._job, self._recorder = job, recorder
+
+    def follow(self, *tables: Any) -> None:
+        """Tell of every step, and leave the model."""
+        self._recorder.restart(0, {})
+        for step in range(1, self._job.steps + 1):
+            self._recorder.step(step, {"loss": 1 / step, "reward/accuracy": 0.5})
+        shutil.copytree(MODEL, self._job.export, dirs_exist_ok=True)
+
+
+@contextmanager
+def no_session(*_: Any) -> Iterator[None]:
+    """In place of a session."""
+    yield
+
+
+if __name__ == "__main__":
+    constants.HF_HUB_OFFLINE = False  # the tests' own imports have read another environment
+    MODEL = sys.argv.pop(1)
+    trainer.PreferenceRun = Trained
+    trainer.PreferenceTrainer._session = no_session
+    cli.console()
