@@ -187,27 +187,53 @@ def _cut(text: str) -> str:
 
 def _groups(rows: Rows, column: str, given: Sequence[str]) -> list[Group]:
     """The rows of a data set; a run's samples.jsonl too. Raises UserError."""
-    samples = "completions" in rows.columns and "columns" in rows.columns
-    if not samples and not given:
+    if "completions" in rows.columns and "columns" in rows.columns:
+        return [_sampled(rows[index], rows.where(index)) for index in range(len(rows))]
+    if not given:
         require_column(rows, column, "--completions, or give --completion TEXT")
     groups = []
     for index in range(len(rows)):
         row = rows[index]
-        if samples:
-            texts = [c.get("text") for c in row["completions"]]
-            source, others = row.get("prompt"), row["columns"]
-        else:
-            texts = list(given) or _texts(row.pop(column))
-            source, others = row.pop("prompt", ""), row
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise UserError(
-                f"{rows.where(index)}: no text to score but {shown(texts)}; name the column of "
-                "completions by --completions"
-            )
-        if not isinstance(source or "", str | list):
-            raise UserError(f"{rows.where(index)}: its prompt is no text and no list of messages")
-        groups.append(Group(source or "", tuple(texts), others))
+        texts = list(given) or _texts(row.pop(column))
+        _check_texts(texts, rows.where(index))
+        groups.append(Group(_source(row.pop("prompt", ""), rows.where(index)), tuple(texts), row))
     return groups
+
+
+def _sampled(row: Mapping[str, Any], where: str) -> Group:
+    """A line of samples.jsonl, as the run's rewards got it: of an episode what was said from the
+    policy's first message on. Raises UserError."""
+    source, said = _source(row.get("prompt"), where), row["completions"]
+    if not any(each.get("messages") for each in said):
+        texts = [each.get("text") for each in said]
+        _check_texts(texts, where)
+        return Group(source, tuple(texts), row["columns"])
+    cut = [(each.get("messages"), each.get("asked")) for each in said]
+    if not all(isinstance(talk, list) and type(first) is int for talk, first in cut):
+        raise UserError(
+            f"{where}: not every episode has its `messages` and, as `asked`, how many stood before "
+            "the model's first; they are lost, or an older aligntune wrote them: leave this row out"
+        )
+    return Group(
+        source,
+        tuple(talk[first:] for talk, first in cut),
+        row["columns"],
+        asked=tuple(talk[:first] for talk, first in cut),
+    )
+
+
+def _check_texts(texts: Sequence[Any], where: str) -> None:
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f"{where}: no text to score but {shown(texts)}; name the column of completions by "
+            "--completions"
+        )
+
+
+def _source(prompt: Any, where: str) -> Any:
+    if not isinstance(prompt or "", str | list):
+        raise UserError(f"{where}: its prompt is no text and no list of messages")
+    return prompt or ""
 
 
 def _texts(value: Any) -> list[Any]:

@@ -85,13 +85,15 @@ def _row(
 
 
 def _episode(group: ReadyGroup, said: Texts, index: int) -> dict[str, Any]:
-    """What is told of an episode: its turns and, as messages, the whole conversation."""
+    """What is told of an episode: its turns and, as messages, the whole conversation, of which the
+    first `asked` stood before the policy's first."""
     if group.record.episodes is None:
         return {}
     talks = None if said is None else said.conversations
     return {
         "turns": group.record.turns[index],
         "messages": None if talks is None else plain(talks.messages[index]),
+        "asked": None if talks is None else talks.asked[index],
     }
 
 

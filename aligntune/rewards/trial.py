@@ -35,6 +35,7 @@ class Group:
     prompt: str | Messages
     completions: tuple[Completion, ...]
     columns: Mapping[str, Any]
+    asked: tuple[Messages, ...] = ()  # of episodes: what stood before the policy's first message
 
 
 async def called(
@@ -53,11 +54,9 @@ async def called(
         RewardFailed: it cannot be imported.
         ModelError: the reward model cannot be loaded.
     """
-    scorer: FunctionScorer | ModelGroups
+    scorer: FunctionGroups | ModelGroups
     if isinstance(criterion, RewardCriterion):
-        scorer = FunctionScorer(
-            criterion, log, max_concurrent_groups=1, variables={VARIABLE: sandbox}
-        )
+        scorer = FunctionGroups(criterion, log, sandbox)
     else:
         scorer = ModelGroups(criterion)
     said: list[list[float | None] | RewardFailed] = []
@@ -65,7 +64,7 @@ async def called(
         await scorer.start()
         for group in groups:
             try:
-                said.append(await scorer.call(group.prompt, group.completions, group.columns))
+                said.append(await scorer.call(group))
             except RewardFailed as failed:
                 said.append(failed)
     finally:
@@ -73,8 +72,22 @@ async def called(
     return said
 
 
+class FunctionGroups:
+    """A function that is called with groups."""
+
+    def __init__(self, criterion: RewardCriterion, log: str | None, sandbox: Mode) -> None:
+        self._scorer = FunctionScorer(
+            criterion, log, max_concurrent_groups=1, variables={VARIABLE: sandbox}
+        )
+        self.start, self.close = self._scorer.start, self._scorer.close
+
+    async def call(self, group: Group) -> list[float | None]:
+        """The scores of one group. Raises RewardFailed."""
+        return await self._scorer.call(group.prompt, group.completions, group.columns)
+
+
 class ModelGroups:
-    """A reward model that is called as a function is."""
+    """A reward model that is asked about groups."""
 
     def __init__(self, criterion: RewardModelCriterion) -> None:
         from actors.scoring.model import ModelScorer  # torch: seconds
@@ -82,16 +95,19 @@ class ModelGroups:
         self._scorer = ModelScorer(criterion)
         self.start, self.close = self._scorer.start, self._scorer.close
 
-    async def call(
-        self, source: str | Messages, completions: Sequence[Completion], columns: Mapping[str, Any]
-    ) -> list[float | None]:
-        """The scores of one group, of the texts of its completions. Raises RewardFailed."""
+    async def call(self, group: Group) -> list[float | None]:
+        """The scores of one group, of episodes as whole conversations. Raises RewardFailed."""
         import numpy as np
 
-        from actors.messages import Prompt
+        from actors.messages import Conversations, Prompt
 
-        prompt = Prompt(0, source, "", np.zeros(0, np.int32), dict(columns))
-        return [*await self._scorer.score(prompt, [*map(text_of, completions)])]
+        prompt = Prompt(0, group.prompt, "", np.zeros(0, np.int32), dict(group.columns))
+        texts, talks = [*map(text_of, group.completions)], None
+        if group.asked:
+            both = zip(group.asked, group.completions, strict=True)
+            messages = tuple([*asked, *said] for asked, said in both if not isinstance(said, str))
+            talks = Conversations(messages, tuple(map(len, group.asked)), last_rows=())
+        return [*await self._scorer.score(prompt, texts, talks)]
 
 
 def called_once(

@@ -51,6 +51,7 @@ def test_a_run_of_episodes_trains_evaluates_and_tells_of_turns_tools_and_talk(
     sample = read_lines(folder / "samples.jsonl")[0]["completions"][1]
     assert sample["turns"] == 2
     assert [message["role"] for message in sample["messages"]] == ["user", "assistant"]
+    assert sample["asked"] == 1
     assert list(sample["scores"]) == ["environment", "length"]
     evaluated = read_lines(folder / "evals.jsonl")
     assert [row["version"] for row in evaluated] == list(range(STEPS + 1))

@@ -18,8 +18,10 @@ from aligntune import cli
 from aligntune.rewards.catalogue import REWARDS
 from aligntune.rewards.registry import resolve
 from aligntune.rewards.trial import short_completions
+from tests.actors.scoring.test_classifiers import logits
 from tests.actors.scoring.test_classifiers import scores as classifier_scores
 from tests.actors.scoring.test_classifiers import write as write_classifier
+from tests.e2e.page import byte_tokenizer
 
 OWN = """
 def correct(completions, answer, **columns):
@@ -34,6 +36,10 @@ def broken(completions, **columns):
 
 def words(completions, **columns):
     return "good"
+
+def roles(completions, **columns):
+    wanted = ["assistant", "tool", "assistant"]
+    return [float([message["role"] for message in said] == wanted) for said in completions]
 
 async def hangs(completions, **columns):
     import asyncio
@@ -121,6 +127,69 @@ def test_the_samples_of_a_run_are_scored_again(aligntune: Ran, folder: Path) -> 
     code, out, _ = aligntune("try", "exact_match", "--data", "samples.jsonl")
     assert code == 0
     assert [line.split()[1] for line in out.splitlines()[1:]] == ["1", "0"]
+
+
+SAID = "{% for message in messages %}{{ message.role[0] }}{{ message.content }}{% endfor %}"
+TALK = [
+    {"role": "user", "content": "1+3"},
+    {"role": "assistant", "content": "I ask the tool."},
+    {"role": "tool", "content": "It is 5."},
+    {"role": "assistant", "content": "4"},
+]
+
+
+def write_episodes(path: Path, *completions: dict[str, Any]) -> str:
+    row = {"step": 1, "prompt": "1+3", "columns": {"answer": "4"}, "completions": completions}
+    path.write_text(json.dumps(row) + "\n")
+    return str(path)
+
+
+def test_an_episode_is_scored_by_what_was_said_last_as_the_run_does(
+    aligntune: Ran, folder: Path
+) -> None:
+    text = "I ask the tool.It is 5.4"  # all that was written
+    wrong = [*TALK[:3], {"role": "assistant", "content": "5"}]
+    data = write_episodes(
+        folder / "samples.jsonl",
+        {"text": text, "messages": TALK, "asked": 1},
+        {"text": text, "messages": wrong, "asked": 1},
+    )
+    for reward, wanted in (("exact_match", ["1", "0"]), ("own_rewards_tried.py:roles", ["1", "1"])):
+        code, out, error = aligntune("try", reward, "--data", data)
+        assert code == 0, error
+        assert [line.split()[1:] for line in out.splitlines()[-2:]] == [
+            [wanted[0], "4"],
+            [wanted[1], "5"],
+        ]
+
+
+def test_a_reward_model_is_tried_on_the_whole_of_an_episode_as_in_the_run(
+    aligntune: Ran, folder: Path
+) -> None:
+    model = write_classifier(folder / "model", "qwen2", num_labels=1)
+    tokenizer = byte_tokenizer(template=SAID)
+    tokenizer.save_pretrained(model)
+    data = write_episodes(folder / "s.jsonl", {"text": "x", "messages": TALK, "asked": 1})
+    code, out, error = aligntune("try", model, "--data", data)
+    assert code == 0, error
+    whole = tokenizer.apply_chat_template(TALK, tokenize=False)
+    (wanted,) = logits(model, whole).tolist()
+    assert float(out.splitlines()[-1].split()[1]) == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [{"text": "4", "messages": TALK}, {"text": None, "messages": None, "asked": None}],
+    ids=["of an older run", "lost"],
+)
+def test_an_episode_that_is_not_whole_is_refused(
+    aligntune: Ran, folder: Path, completion: dict[str, Any]
+) -> None:
+    whole = {"text": "4", "messages": TALK, "asked": 1}
+    data = write_episodes(folder / "samples.jsonl", whole, completion)
+    code, _, error = aligntune("try", "exact_match", "--data", data)
+    assert code == 2
+    assert "not every episode has its `messages`" in error
 
 
 def test_a_reward_that_abstains_says_so(aligntune: Ran, folder: Path) -> None:
