@@ -7,11 +7,14 @@ told; whatever else happens fails the call, and no score is guessed.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import math
 import re
 import secrets
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -20,10 +23,14 @@ from actors.scoring.said import Completion, text_of
 from aligntune.rewards.inputs import column_of
 from aligntune.rewards.service import NoAnswer, TryAgain, ask
 
+_LINE = re.compile(r"^[ \t>*_#]*score[ \t*_]*:(.*)$", re.IGNORECASE | re.MULTILINE)
+_NUMBER = r"[ \t*_]*+(-?\d+(?:\.\d+)?)[ \t*_]*+"
 _SCORE = re.compile(
-    r"^[ \t>*_#]*score[ \t*_]*:[ \t*_]*(-?\d+(?:\.\d+)?)[ \t]*(?:/[ \t]*\d+(?:\.\d+)?)?[ \t*_.]*$",
-    re.IGNORECASE | re.MULTILINE,
+    rf"{_NUMBER}(?:(?:/|out[ \t]+of){_NUMBER})?(?:stars?|points?)?[ \t*_.]*", re.IGNORECASE
 )
+
+KEPT = 4096  # scores of groups that failed, until these are scored again
+_kept: dict[tuple[str, int], float] = {}
 
 
 async def judge(
@@ -48,13 +55,16 @@ async def judge(
 
     Range: 0 to 1.
     Formula: (score - low) / (high - low), of the last line `Score: NUMBER` that the judge writes.
-    It is shown the prompt, the completion and, where `column` names one, the reference answer of
-    that data column, between marks that no text can know beforehand.
+    Of `4/5` and `4 out of 5` the score is 4 where `high` is 5, and the same share of `high` where
+    `low` is 0; on another scale it is none. The judge is shown the prompt, the completion and,
+    where `column` names one, the reference answer of that data column, between marks that no text
+    can know beforehand.
     Source: LLM-as-a-judge (Zheng et al. 2023, arXiv:2306.05685).
 
     `url` is the server's base, as in http://HOST:8000/v1; `token_env` names the variable that holds
     its key. A reply without such a line, cut off, or with a number out of range is asked for again
-    up to `retries` times, as requests are that fail, and then fails the group.
+    up to `retries` times, as requests are that fail, and then fails the group. The scores of its
+    other completions are kept: when it is scored again in this process, they are not asked for.
 
     Raises:
         NoAnswer: a completion has no score after all tries, or the server refuses.
@@ -63,36 +73,77 @@ async def judge(
     if not low < high:
         raise ValueError(f"reward options: low {low} is not below high {high}")
     references = [None] * len(completions) if column is None else column_of(columns, column)
-    asking = [
-        ask(
+    options = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
+    begun: Counter[str] = Counter()  # by what is asked: a group may say the same thing twice
+    got: dict[tuple[str, int], float] = {}
+    asking = []
+    for prompt, completion, reference in zip(prompts, completions, references, strict=True):
+        asked = (prompt, text_of(completion), reference, rubric, low, high)
+        whole = json.dumps([url, options, _messages(*asked, "")])
+        what = hashlib.sha256(whole.encode()).hexdigest()
+        begun[what] += 1
+        scoring = partial(
+            ask,
             f"{url.rstrip('/')}/chat/completions",
-            {
-                "model": model,
-                "messages": _messages(prompt, text_of(completion), reference, rubric, low, high),
-                "max_tokens": max_tokens,
-                "temperature": temperature,
-            },
+            {**options, "messages": _messages(*asked, secrets.token_hex(8))},
             lambda answer: score_of(answer, low, high),
             request_timeout_s=request_timeout_s,
             retries=retries,
             concurrency=concurrency,
             token_env=token_env,
         )
-        for prompt, completion, reference in zip(prompts, completions, references, strict=True)
-    ]
-    scores = await asyncio.gather(*asking)
+        asking.append(_scored((what, begun[what]), scoring, got))
+    try:
+        scores = await _all_of(asking)
+    except BaseException:  # cancelled by the time limit of the reward, too
+        _keep(got)
+        raise
     return [(score - low) / (high - low) for score in scores]
+
+
+async def _scored(
+    key: tuple[str, int], scoring: Callable[[], Awaitable[float]], got: dict[tuple[str, int], float]
+) -> float:
+    """A score, kept of an earlier try or asked for; it is in `got` then."""
+    got[key] = _kept.pop(key) if key in _kept else await scoring()
+    return got[key]
+
+
+async def _all_of(asking: Sequence[Coroutine[Any, Any, float]]) -> list[float]:
+    """What they return, when all have ended. Raises what the first of them raised."""
+    ended = await asyncio.gather(*asking, return_exceptions=True)
+    scores = []
+    for each in ended:
+        if isinstance(each, BaseException):
+            raise each
+        scores.append(each)
+    return scores
+
+
+def _keep(got: Mapping[tuple[str, int], float]) -> None:
+    """Keep scores for the next try; of those kept longest some are forgotten."""
+    _kept.update(got)
+    while len(_kept) > KEPT:
+        del _kept[next(iter(_kept))]
 
 
 def score_of(answer: bytes, low: float, high: float) -> float:
     """The score in a server's answer. Raises TryAgain where there is none in `low` to `high`."""
     text = _said(answer)
-    found = _SCORE.findall(text)
-    if not found:
+    lines = _LINE.findall(text)
+    found = _SCORE.fullmatch(lines[-1]) if lines else None
+    if found is None:
         raise TryAgain(f"the judge wrote no line 'Score: NUMBER' but {_end(text)!r}")
-    score = float(found[-1])
+    score, scale = float(found[1]), high if found[2] is None else float(found[2])
+    if scale != high and low == 0 and 0 <= score <= scale < math.inf and scale > 0:
+        return score / scale * high
+    if scale != high:
+        raise TryAgain(
+            f"the judge's score {_end(lines[-1])} is not on the scale of {low:g} to {high:g}; "
+            "set options low and high to the scale of the rubric"
+        )
     if not math.isfinite(score) or not low <= score <= high:
-        raise TryAgain(f"the judge's score {found[-1]} is not from {low:g} to {high:g}")
+        raise TryAgain(f"the judge's score {found[1]} is not from {low:g} to {high:g}")
     return score
 
 
@@ -116,9 +167,9 @@ def _end(text: str) -> str:
 
 
 def _messages(
-    prompt: Any, completion: str, reference: Any, rubric: str, low: float, high: float
+    prompt: Any, completion: str, reference: Any, rubric: str, low: float, high: float, word: str
 ) -> list[dict[str, str]]:
-    word = secrets.token_hex(8)  # what a completion claims to be, it cannot mark as such
+    """What the judge is told. What a completion claims to be it cannot mark so without `word`."""
     parts: Mapping[str, Any] = {
         "prompt": _shown(prompt),
         "reference": reference,

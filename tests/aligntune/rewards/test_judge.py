@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from aligntune.rewards import judge as judging
 from aligntune.rewards import service
 from aligntune.rewards.judge import judge
 from aligntune.rewards.service import NoAnswer
@@ -18,6 +19,7 @@ Reply = Callable[[dict[str, Any]], Any]
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    judging._kept.clear()
     monkeypatch.setattr(service, "FIRST_PAUSE_S", 0.0)
 
 
@@ -68,6 +70,13 @@ def judged(reply: Reply, *completions: Any, **options: Any) -> tuple[Any, list[A
         ("score: 0", 0.0),
         ("Score: 3\nNo, rather\nScore: 4\n", 0.4),
         ("## Score: 5.", 0.5),
+        ("Score: 7.5/10", 0.75),
+        ("Score: 8 out of 10", 0.8),
+        ("Score: 4/5", 0.8),
+        ("Score: 4 / 5 stars", 0.8),
+        ("**Score:** 80 / **100** points.", 0.8),
+        ("Score: 0/5", 0.0),
+        ("Score: unclear\nScore: 4 stars", 0.4),
     ],
 )
 def test_the_last_line_that_says_a_score_is_it(text: str, score: float) -> None:
@@ -82,6 +91,17 @@ def test_the_last_line_that_says_a_score_is_it(text: str, score: float) -> None:
         (chat("It is kind: 7"), "no line 'Score: NUMBER'"),
         (chat("Score: high"), "no line 'Score: NUMBER'"),
         (chat("Score: 7 or 8"), "no line 'Score: NUMBER'"),
+        (chat("10/10"), "no line 'Score: NUMBER'"),
+        (chat("score 3, not 4/5"), "no line 'Score: NUMBER'"),
+        (chat("Score: 3, not 4/5"), "no line 'Score: NUMBER'"),
+        (chat("Score: 4/5 or 5/5"), "no line 'Score: NUMBER'"),
+        (chat("Score: 3/4/5"), "no line 'Score: NUMBER'"),
+        (chat("Score: 80%"), "no line 'Score: NUMBER'"),
+        (chat("Score: 3\nOr rather\nScore: 4 or 5"), "no line 'Score: NUMBER'"),
+        (chat("Score: 7/5"), "score 7/5 is not on the scale of 0 to 10; set options low and high"),
+        (chat("Score: 0/0"), "0/0 is not on the scale"),
+        (chat("Score: 4/-5"), "4/-5 is not on the scale"),
+        (chat("Score: 11/10"), "11 is not from 0 to 10"),
         (chat("Score: 11"), "11 is not from 0 to 10"),
         (chat("Score: -1"), "-1 is not from 0 to 10"),
         (chat("Score: 1", "length"), "cut off; raise option max_tokens"),
@@ -111,6 +131,96 @@ def test_a_reply_that_is_mended_by_another_try_scores() -> None:
     replies = iter([chat("hm"), chat("Score: 5")])
     said, asked = judged(lambda _: next(replies), "hi")
     assert (said, len(asked)) == ([0.5], 2)
+
+
+def test_a_fraction_is_on_the_scale_that_was_told_where_that_does_not_begin_at_0() -> None:
+    assert judged(lambda _: chat("Score: 4/5"), "hi", low=1, high=5)[0] == [0.75]
+    said, _ = judged(lambda _: chat("Score: 8/10"), "hi", low=1, high=5, retries=0)
+    assert "8/10 is not on the scale of 1 to 5" in str(said)
+
+
+class Bench:
+    """A judge of several calls, which never answers about `slow` texts."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.slow: set[str] = set()
+        self.hangs = asyncio.Event()
+        self.url = ""
+
+    async def reply(self, request: web.Request) -> web.Response:
+        """A score of 5, or silence."""
+        shown = (await request.json())["messages"][1]["content"]
+        text = shown.splitlines()[-2]
+        self.asked.append(text)
+        if text in self.slow:
+            self.hangs.set()
+            await asyncio.Event().wait()
+        return web.json_response(chat("Score: 5"))
+
+    async def judge(self, *texts: str, **options: Any) -> list[float]:
+        """The scores of texts."""
+        given = {"model": "m", "rubric": "r", "retries": 0, "request_timeout_s": 0.2, **options}
+        return await judge(["p"] * len(texts), list(texts), url=self.url, **given)
+
+
+def with_bench(body: Callable[[Bench], Awaitable[None]]) -> None:
+    async def whole() -> None:
+        bench, app = Bench(), web.Application()
+        app.router.add_post("/v1/chat/completions", bench.reply)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        bench.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+        try:
+            await body(bench)
+        finally:
+            await runner.cleanup()
+
+    asyncio.run(whole())
+
+
+def test_a_request_that_hangs_is_no_score_and_costs_no_other_one() -> None:
+    async def body(bench: Bench) -> None:
+        bench.slow = {"b"}
+        with pytest.raises(NoAnswer, match="no answer in time"):
+            await bench.judge("a", "b", "a", "c")
+        assert sorted(bench.asked) == ["a", "a", "b", "c"]
+        bench.slow = set()
+        assert await bench.judge("a", "b", "a", "c") == [0.5] * 4
+        assert sorted(bench.asked) == ["a", "a", "b", "b", "c"]
+        await bench.judge("a", "c")  # a call that succeeds leaves nothing
+        assert len(bench.asked) == 7
+
+    with_bench(body)
+
+
+def test_scores_outlast_a_call_that_the_time_limit_of_the_reward_ends() -> None:
+    async def body(bench: Bench) -> None:
+        bench.slow = {"b"}
+        given = {"request_timeout_s": 60.0, "concurrency": 1}  # "b" is asked once "a" is scored
+        call = asyncio.ensure_future(bench.judge("a", "b", **given))
+        await bench.hangs.wait()
+        call.cancel()
+        await asyncio.wait({call})
+        assert call.cancelled()
+        bench.slow = set()
+        assert await bench.judge("a", "b") == [0.5, 0.5]
+        assert sorted(bench.asked) == ["a", "b", "b"]
+
+    with_bench(body)
+
+
+def test_no_more_scores_are_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "KEPT", 2)
+
+    async def body(bench: Bench) -> None:
+        bench.slow = {"e"}
+        with pytest.raises(NoAnswer):
+            await bench.judge("a", "b", "c", "d", "e")
+        assert len(judging._kept) == 2
+
+    with_bench(body)
 
 
 def test_one_completion_without_a_score_fails_them_all() -> None:
