@@ -140,27 +140,30 @@ def test_a_fraction_is_on_the_scale_that_was_told_where_that_does_not_begin_at_0
 
 
 class Bench:
-    """A judge of several calls, which never answers about `slow` texts."""
+    """A judge of several calls, which refuses some texts and never answers about others."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.refused: set[str] = set()
         self.slow: set[str] = set()
         self.hangs = asyncio.Event()
         self.url = ""
 
     async def reply(self, request: web.Request) -> web.Response:
-        """A score of 5, or silence."""
+        """A score of 5, a refusal or silence."""
         shown = (await request.json())["messages"][1]["content"]
         text = shown.splitlines()[-2]
         self.asked.append(text)
         if text in self.slow:
             self.hangs.set()
             await asyncio.Event().wait()
+        if text in self.refused:
+            return web.Response(status=400)
         return web.json_response(chat("Score: 5"))
 
     async def judge(self, *texts: str, **options: Any) -> list[float]:
         """The scores of texts."""
-        given = {"model": "m", "rubric": "r", "retries": 0, "request_timeout_s": 0.2, **options}
+        given = {"model": "m", "rubric": "r", **options}
         return await judge(["p"] * len(texts), list(texts), url=self.url, **given)
 
 
@@ -180,14 +183,14 @@ def with_bench(body: Callable[[Bench], Awaitable[None]]) -> None:
     asyncio.run(whole())
 
 
-def test_a_request_that_hangs_is_no_score_and_costs_no_other_one() -> None:
+def test_a_completion_without_a_score_costs_no_other_one() -> None:
     async def body(bench: Bench) -> None:
-        bench.slow = {"b"}
-        with pytest.raises(NoAnswer, match="no answer in time"):
-            await bench.judge("a", "b", "a", "c")
+        bench.refused = {"b"}
+        with pytest.raises(NoAnswer, match="it answered 400"):
+            await bench.judge("b", "a", "a", "c")
         assert sorted(bench.asked) == ["a", "a", "b", "c"]
-        bench.slow = set()
-        assert await bench.judge("a", "b", "a", "c") == [0.5] * 4
+        bench.refused = set()
+        assert await bench.judge("b", "a", "a", "c") == [0.5] * 4
         assert sorted(bench.asked) == ["a", "a", "b", "b", "c"]
         await bench.judge("a", "c")  # a call that succeeds leaves nothing
         assert len(bench.asked) == 7
@@ -195,11 +198,11 @@ def test_a_request_that_hangs_is_no_score_and_costs_no_other_one() -> None:
     with_bench(body)
 
 
-def test_scores_outlast_a_call_that_the_time_limit_of_the_reward_ends() -> None:
+def test_a_request_that_hangs_until_the_time_limit_of_the_reward_costs_no_other_score() -> None:
     async def body(bench: Bench) -> None:
         bench.slow = {"b"}
-        given = {"request_timeout_s": 60.0, "concurrency": 1}  # "b" is asked once "a" is scored
-        call = asyncio.ensure_future(bench.judge("a", "b", **given))
+        # One at a time: "b" is asked once "a" is scored.
+        call = asyncio.ensure_future(bench.judge("a", "b", concurrency=1))
         await bench.hangs.wait()
         call.cancel()
         await asyncio.wait({call})
@@ -215,7 +218,7 @@ def test_no_more_scores_are_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(judging, "KEPT", 2)
 
     async def body(bench: Bench) -> None:
-        bench.slow = {"e"}
+        bench.refused = {"e"}
         with pytest.raises(NoAnswer):
             await bench.judge("a", "b", "c", "d", "e")
         assert len(judging._kept) == 2
