@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actors.preference.going_on import GoesOn
 from actors.preference.held_out import HeldOutPairs
 from actors.preference.relay import PreferenceJob
 from actors.specs import ModelSpec
@@ -101,7 +102,7 @@ def _dpo(
     from trl import DPOConfig, DPOTrainer
     from trl.models import prepare_deepspeed
 
-    class Trainer(_EndsWithItsSteps, HeldOutPairs, DPOTrainer):
+    class Trainer(GoesOn, HeldOutPairs, DPOTrainer):
         """DPOTrainer on tokens, with reference log-probs of its own where none are kept."""
 
         _precompute_engine: Any
@@ -153,17 +154,6 @@ def _dpo(
         eval_dataset=evaluation,
         processing_class=tokenizer,
     )
-
-
-class _EndsWithItsSteps:
-    """Before a trainer among the bases: where the checkpoint that is resumed has all the steps,
-    nothing is trained; transformers alone would train one more."""
-
-    state: Any
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
 
 def _give_float_logits(model: Any) -> None:
@@ -219,8 +209,8 @@ def _reward_model(
 
     from actors.models.reward import new_reward_model
 
-    class Trainer(_EndsWithItsSteps, HeldOutPairs, RewardTrainer):
-        """RewardTrainer that does not go on from its last step."""
+    class Trainer(GoesOn, HeldOutPairs, RewardTrainer):
+        """RewardTrainer that goes on with the settings of its job."""
 
     spec = job.model if job.trained is None else _renamed_model(job)
     lora = None
@@ -257,8 +247,8 @@ def _sft(
 ) -> Any:
     from trl import SFTConfig, SFTTrainer
 
-    class Trainer(_EndsWithItsSteps, SFTTrainer):
-        """SFTTrainer that does not go on from its last step."""
+    class Trainer(GoesOn, SFTTrainer):
+        """SFTTrainer that goes on with the settings of its job."""
 
     model = _taught_model(job)
     _give_float_logits(model)

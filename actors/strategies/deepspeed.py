@@ -21,7 +21,7 @@ from actors.disk import Files
 from actors.models.wrapped import TrainedModel
 from actors.specs import ModelSpec, RankSpec
 from actors.strategies.base import NonFiniteGradient
-from actors.strategies.optimizer import make_optimizer
+from actors.strategies.optimizer import make_optimizer, put_back, settings_of
 from actors.strategies.process_group import join, leave, of_every_rank, own_device
 from actors.strategies.specs import DeepSpeedSpec
 from actors.strategies.state import (
@@ -165,9 +165,12 @@ class DeepSpeedStrategy:
                 f"{folder} was written with {layout or f'another {self._spec.role}.strategy'}, "
                 f"and this run has {self._layout()}; resume with the settings it was written with"
             )
+        settings = settings_of(self._engine.optimizer)
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
         if loaded is None:
             raise ValueError(f"{folder} holds no complete DeepSpeed state")
+        put_back(self._engine.optimizer, settings)
+        self._engine.optimizer.clip_grad = self._spec.max_grad_norm  # which stages 1 and 2 load
         state = torch.load(folder / f"rng-rank-{self.rank}.pt", weights_only=True)
         set_rng_state(state, self.device)
 

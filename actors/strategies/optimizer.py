@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,3 +55,18 @@ def make_optimizer(model: nn.Module, spec: RankSpec) -> torch.optim.AdamW:
         eps=spec.adam_epsilon,
         fused=True,
     )
+
+
+def settings_of(optimizer: Any) -> list[dict[str, Any]]:
+    """What each group of weights is stepped with: decay, betas, epsilon and what else it says."""
+    return [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+
+
+def put_back(optimizer: Any, settings: Sequence[dict[str, Any]]) -> None:
+    """Give each group its `settings_of` of before a load, which takes over those of the state that
+    is loaded: a run goes on with the moments it had and the settings it has now."""
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)

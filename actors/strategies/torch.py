@@ -16,7 +16,7 @@ from actors.disk import Files
 from actors.models.wrapped import TrainedModel
 from actors.specs import ModelSpec, RankSpec
 from actors.strategies.base import NonFiniteGradient
-from actors.strategies.optimizer import make_optimizer
+from actors.strategies.optimizer import make_optimizer, put_back, settings_of
 from actors.strategies.state import (
     NamedTensors,
     adapter_state,
@@ -117,7 +117,9 @@ class TorchStrategy:
         with torch.no_grad():
             for name, parameter in wanted.items():
                 parameter.copy_(state["model"][name])
+        settings = settings_of(self._optimizer)
         self._optimizer.load_state_dict(state["optimizer"])
+        put_back(self._optimizer, settings)
         set_rng_state(state["rng"], self.device)
 
     def close(self) -> None:

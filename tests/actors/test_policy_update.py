@@ -88,6 +88,39 @@ def test_a_resumed_policy_goes_on_bit_for_bit(folder: Path, model: dict, tmp_pat
     assert_equal(weights(resumed), weights(straight))
 
 
+THEN = {"weight_decay": 0.1, "adam_betas": (0.9, 0.999), "adam_epsilon": 1e-8}
+NOW = {
+    "weight_decay": 0.5,
+    "adam_betas": (0.6, 0.9),
+    "adam_epsilon": 1e-4,
+    "max_grad_norm": 1e-3,
+    "learning_rate": 3e-2,
+}
+
+
+def changed_amid_the_run(folder: Path, state: Path) -> PolicyActor:
+    """A rank of torch that has made a step with the settings `THEN`, written to `state`, and one
+    with those of `NOW`, set by hand."""
+    actor = one_rank(folder, **THEN)
+    actor.update(job_of_step(1))
+    actor.save(state)
+    for group in actor._strategy._optimizer.param_groups:
+        decays = group["weight_decay"] > 0
+        group["weight_decay"] = NOW["weight_decay"] if decays else 0.0
+        group["betas"], group["eps"] = NOW["adam_betas"], NOW["adam_epsilon"]
+    actor._spec = actor._strategy._spec = actor._spec.model_copy(update=NOW)
+    actor.update(job_of_step(2))
+    return actor
+
+
+def test_settings_of_the_optimiser_hold_from_the_next_step_on(folder: Path, tmp_path: Path) -> None:
+    wanted = changed_amid_the_run(folder, tmp_path)
+    got = one_rank(folder, **NOW)
+    got.load(tmp_path)
+    got.update(job_of_step(2))
+    assert_equal(weights(got), weights(wanted))
+
+
 def test_an_update_learns_and_reports(folder: Path) -> None:
     actor = one_rank(folder)
     before = weights(actor)
@@ -530,6 +563,32 @@ def test_ranks_resume_export_and_stop_like_one_rank(
     assert adapter.is_file() == ("lora" in model)
     with pytest.raises(ValueError, match=r"holds no state of policy.strategy torch"):
         one_rank(folder, model).load(tmp_path / "state")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("strategy", [ZERO1, ZERO2, ZERO3, FSDP], ids=str)
+@once_more_after_an_abort
+def test_settings_of_the_optimiser_hold_from_the_next_step_on_with_every_strategy(
+    folder: Path, tmp_path: Path, strategy: StrategySpec
+) -> None:
+    wanted = weights(changed_amid_the_run(folder, tmp_path / "torch"))
+    state = [(tmp_path / "state",)]
+    then = Ranks(folder, 1, strategy, **THEN)
+    try:
+        then.call(_update, [(job_of_step(1),)])
+        then.call(_save, state)
+    finally:
+        then.close()
+    now = Ranks(folder, 1, strategy, **NOW)
+    try:
+        now.call(_load, state)
+        now.call(_update, [(job_of_step(2),)])
+        (got,) = now.call(_weights, [()])
+    finally:
+        now.close()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import random
 import socket
 import subprocess
 import sys
+from ast import literal_eval
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -409,17 +410,28 @@ def test_the_seed_draws_the_adapters_and_the_same_one_the_same(build: Build) -> 
         assert not torch.equal(drawn[0], drawn[2])
 
 
+def in_a_process(script: str, *arguments: str) -> str:
+    """What `script` prints, in a process of its own, which DeepSpeed joins to a group for good."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    group = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    joins = f"import os\nos.environ.update({group})\n"
+    line = ["-c", joins + script, *arguments]
+    ran = drivers.run(line, env=plain_environment(), timeout=240)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return ran.stdout
+
+
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_deepspeed_keeps_float32_weights_beside_the_bfloat16_ones(
     tiny_model: Path, tmp_path: Path, stage: int
 ) -> None:
-    """In a process of its own, which DeepSpeed joins to a group for good."""
     script = """
 import os, sys
 from pathlib import Path
 from tests.actors.preference.test_trainers import export_model, made_of
-os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-os.environ["MASTER_PORT"] = sys.argv[4]
 trainer = made_of(Path(sys.argv[1]), Path(sys.argv[2]), (
     "model.dtype=bfloat16", "train.deepspeed={zero_optimization: {stage: " + sys.argv[3] + "}}"
 ))
@@ -431,17 +443,39 @@ print("kept in", {weight.dtype for weight in getattr(optimizer, flat)})
 print("first", next(e["loss"] for e in trainer.state.log_history if "loss" in e), flush=True)
 os._exit(0)
 """
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    line = ["-c", script, str(tiny_model), str(tmp_path), str(stage), port]
-    ran = drivers.run(line, env=plain_environment(), timeout=240)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert "kept in {torch.float32}" in ran.stdout
-    first = float(ran.stdout.rpartition("first ")[2])
+    said = in_a_process(script, str(tiny_model), str(tmp_path), str(stage))
+    assert "kept in {torch.float32}" in said
+    first = float(said.rpartition("first ")[2])
     assert first == pytest.approx(math.log(2), abs=1e-6)
     written = load_file(tmp_path / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+
+
+@pytest.mark.long
+def test_a_run_with_deepspeed_goes_on_with_the_settings_of_its_config(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    script = """
+import os, sys
+from pathlib import Path
+from tests.actors.preference.test_trainers import adam, made_of, rates, saving_at
+model, folder, saved, *changes = sys.argv[1:]
+changes.append("train.deepspeed={zero_optimization: {stage: 2}}")
+trainer = made_of(Path(model), Path(folder), changes)
+trainer.add_callback(saving_at(2))
+trainer.train(resume_from_checkpoint=saved or None)
+print("said", {"rates": rates(trainer), "adam": adam(trainer),
+               "clip": trainer.model_wrapped.optimizer.clip_grad}, flush=True)
+os._exit(0)
+"""
+    in_a_process(script, str(tiny_model), str(tmp_path), "", *THEN)
+    now = (*NOW, "train.max_grad_norm=0.25")
+    saved = str(tmp_path / "checkpoint-2")
+    printed = in_a_process(script, str(tiny_model), str(tmp_path), saved, *now)
+    said = literal_eval(printed.rpartition("said")[2].strip())
+    assert said["rates"] == pytest.approx([1e-3, 0.75e-3, 1e-3, 0.5e-3])
+    assert said["adam"] == [(0.5, (0.8, 0.9), 1e-6), (0.0, (0.8, 0.9), 1e-6)]
+    assert said["clip"] == 0.25
 
 
 @pytest.mark.long
@@ -488,8 +522,7 @@ def test_a_constant_rate_has_its_warm_up(build: Build) -> None:
         "train.scheduler=constant", "train.warmup_steps=4", "train.learning_rate=1e-3", steps=6
     )
     trainer.train()
-    rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
-    assert rates == pytest.approx([0, 0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
+    assert rates(trainer) == pytest.approx([0, 0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
 
 
 @pytest.mark.parametrize("kind", ["dpo", "reward_model"])
@@ -506,21 +539,63 @@ def test_the_dropout_of_lora_is_what_it_is_set_to_and_the_models_own_is_off(
     assert {p for name, p in found.items() if "lora_dropout" not in name} <= {0.0}
 
 
-@pytest.mark.parametrize("kind", ["dpo", "reward_model"])
-def test_a_run_that_is_resumed_at_its_last_step_trains_none(
-    build: Build, tmp_path: Path, kind: str
-) -> None:
+def saving_at(step: int) -> Any:
+    """A callback that saves then."""
     from transformers import TrainerCallback
 
     class Saving(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_save = state.global_step == 3
+            control.should_save = state.global_step == step
 
+    return Saving()
+
+
+def rates(trainer: Any) -> list[float]:
+    """The learning rates of all steps, those before a checkpoint among them."""
+    return [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+
+
+def adam(trainer: Any) -> list[tuple[Any, ...]]:
+    """Decay, betas and epsilon of each group of weights."""
+    groups = trainer.optimizer.param_groups
+    return [(group["weight_decay"], group["betas"], group["eps"]) for group in groups]
+
+
+THEN = ("train.learning_rate=1e-3", "train.weight_decay=0.1")
+NOW = (
+    "train.learning_rate=2e-3",
+    "train.weight_decay=0.5",
+    "train.adam_betas=[0.8, 0.9]",
+    "train.adam_epsilon=1e-6",
+)
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "linear"])
+def test_a_run_that_goes_on_has_the_rates_and_settings_of_its_config_from_the_next_step_on(
+    build: Build, tmp_path: Path, scheduler: str
+) -> None:
+    schedule = (f"train.scheduler={scheduler}", "train.warmup_steps=1")
+    first = build(*schedule, *THEN)
+    first.add_callback(saving_at(2))
+    first.train()
+    whole = build(*schedule, *NOW)
+    whole.train()
+    again = build(*schedule, *NOW)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert rates(first)[2:] != pytest.approx(rates(whole)[2:])
+    assert rates(again) == pytest.approx(rates(first)[:2] + rates(whole)[2:])
+    assert adam(again) == adam(whole) != adam(first)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward_model"])
+def test_a_run_that_is_resumed_at_its_last_step_trains_none(
+    build: Build, tmp_path: Path, kind: str
+) -> None:
     changes = ("train.scheduler=constant", "train.learning_rate=1e-3")
     split = "train.pairs_per_worker=2"  # three steps an epoch
     for pairs in (split, "train.pairs_per_worker=4"):
         first = build(*changes, pairs, kind=kind, steps=3)
-        first.add_callback(Saving())
+        first.add_callback(saving_at(3))
         first.train()
         again = build(*changes, pairs, kind=kind, steps=3)
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

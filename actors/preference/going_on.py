@@ -1,0 +1,55 @@
+"""What a trainer of TRL's does that goes on from a checkpoint.
+
+Invariant: weights, moments and the place in the schedule are the checkpoint's; learning rate,
+decay, betas, epsilon and clipping are the job's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class GoesOn:
+    """Before a trainer among the bases. transformers alone would take all settings of the optimiser
+    from the checkpoint, and train a step more where the checkpoint has them all."""
+
+    args: Any
+    state: Any
+    optimizer: Any
+    lr_scheduler: Any
+    model_wrapped: Any
+    is_deepspeed_enabled: bool
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', which calls it when the optimiser is whole and nothing is loaded."""
+        from actors.strategies.optimizer import settings_of
+
+        made = super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
+        self._settings = settings_of(self.optimizer)
+        for group in self._settings:
+            del group["lr"]  # the schedule's
+        return made
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        from torch.optim.lr_scheduler import LambdaLR
+
+        from actors.strategies.optimizer import put_back
+
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None:
+            return
+        put_back(self.optimizer, self._settings)
+        if self.is_deepspeed_enabled:  # which loads its optimiser with the model, and clips itself
+            self.optimizer.optimizer.clip_grad = self.model_wrapped.gradient_clipping()
+        schedule = self.lr_scheduler
+        if isinstance(schedule, LambdaLR):  # else it is of a DeepSpeed config
+            schedule.base_lrs = [group["initial_lr"] for group in self._settings]
+            factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+            rates = [full * f for full, f in zip(schedule.base_lrs, factors, strict=True)]
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            schedule._last_lr = rates
