@@ -83,6 +83,18 @@ def load_causal_lm(spec: ModelSpec, lora: bool = False) -> PreTrainedModel:
     return model
 
 
+def check_adapters(spec: ModelSpec) -> None:
+    """Whether `model.lora.target_modules`, where it lists names, can be what gets adapters; looks
+    at the model without weights.
+
+    Raises:
+        ModelError: nothing has such a name, or it is a weight that the model uses twice.
+    """
+    if spec.lora is not None and spec.lora.target_modules != "all-linear":
+        with torch.device("meta"):
+            load_skeleton(spec)
+
+
 def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
     """The model with the adapters of `spec.lora`, as `load_causal_lm` gives it, without weights of
     its own: call it under `torch.device("meta")`. Raises ModelError."""
@@ -261,11 +273,35 @@ def switch_off_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def shared_embeddings(model: Any) -> dict[str, nn.Module]:
+    """The input and the output embeddings of `model` by name, where the two share one weight."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if None in ends or ends[0].weight is not ends[1].weight:
+        return {}
+    return {name: part for name, part in model.named_modules() if any(part is end for end in ends)}
+
+
+def refuse_adapters_of(shared: dict[str, nn.Module], model: nn.Module) -> None:
+    """Raise ModelError where `model` has adapters now in place of what was `shared`.
+
+    An adapter changes one of the two uses of the weight, and a file, or an engine, has one weight.
+    """
+    adapted = [name for name, part in shared.items() if model.get_submodule(name) is not part]
+    if adapted:
+        raise ModelError(
+            f"LoRA could not be added: model.lora.target_modules has {' and '.join(adapted)}, but "
+            "input and output embeddings of this model are one weight, and what is exported or "
+            "sampled from would be another model than the trained one; leave it out (all-linear "
+            "does), or give a model whose config.json has tie_word_embeddings: false"
+        )
+
+
 def _wrap_lora(model: PreTrainedModel, lora: LoRASpec) -> PreTrainedModel:
     from peft import LoraConfig, TaskType, get_peft_model
 
+    shared = shared_embeddings(model)
     try:
-        return get_peft_model(
+        wrapped = get_peft_model(
             model,
             LoraConfig(
                 task_type=TaskType.CAUSAL_LM,
@@ -278,3 +314,5 @@ def _wrap_lora(model: PreTrainedModel, lora: LoRASpec) -> PreTrainedModel:
         )
     except ValueError as error:
         raise ModelError(f"LoRA could not be added: {error}") from error
+    refuse_adapters_of(shared, model)
+    return wrapped

@@ -60,7 +60,14 @@ def load_unsloth(spec: ModelSpec, max_length: int, seed: int) -> Any:
     unsloth = import_unsloth()
     import torch
 
-    from actors.models.loading import ModelError, check_complete, local, switch_off_dropout
+    from actors.models.loading import (
+        ModelError,
+        check_complete,
+        local,
+        refuse_adapters_of,
+        shared_embeddings,
+        switch_off_dropout,
+    )
 
     if spec.load_in_4bit and not torch.cuda.is_available():
         raise ModelError(
@@ -90,7 +97,8 @@ def load_unsloth(spec: ModelSpec, max_length: int, seed: int) -> Any:
         switch_off_dropout(model)
         if spec.lora is None:
             return model
-        return unsloth.FastLanguageModel.get_peft_model(
+        shared = shared_embeddings(model)
+        wrapped = unsloth.FastLanguageModel.get_peft_model(
             model,
             r=spec.lora.r,
             lora_alpha=spec.lora.alpha,
@@ -99,6 +107,8 @@ def load_unsloth(spec: ModelSpec, max_length: int, seed: int) -> Any:
             use_gradient_checkpointing=spec.gradient_checkpointing,
             random_state=seed,
         )
+        refuse_adapters_of(shared, model)
+        return wrapped
     except ModelError:
         raise
     except (OSError, ImportError, ValueError, RuntimeError, TypeError, AssertionError) as error:

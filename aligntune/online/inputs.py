@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.environments.specs import EpisodeCode
-from actors.models.loading import ModelError, check_causal_lm, load_tokenizer
+from actors.models.loading import ModelError, check_adapters, check_causal_lm, load_tokenizer
 from actors.models.positions import model_positions
 from actors.reward import Criterion
 from actors.scoring.criteria import EpisodeCriterion
@@ -92,9 +92,14 @@ class RunInputs:
         """The model's tokenizer. Raises UserError."""
         try:
             check_causal_lm(self.config.model)
-            return load_tokenizer(self.config.model)
+            tokenizer = load_tokenizer(self.config.model)
         except ModelError as error:
             raise UserError(f"model.name: {error}") from error
+        try:
+            check_adapters(self.config.model)
+        except ModelError as error:
+            raise UserError(f"model.lora: {error}") from error
+        return tokenizer
 
     @cached_property
     def _resolved(self) -> tuple[Criterion, ...]:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from actors.models.loading import ModelError, check_causal_lm, load_tokenizer
+from actors.models.loading import ModelError, check_adapters, check_causal_lm, load_tokenizer
 from actors.models.positions import model_positions
 from actors.scoring.criteria import RewardCriterion
 from aligntune.config.preference import PreferenceConfig
@@ -72,12 +72,19 @@ class PairInputs:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer. Raises UserError."""
+        causal = self.config.algorithm_name != "reward_model"
         try:
-            if self.config.algorithm_name != "reward_model":
+            if causal:
                 check_causal_lm(self.config.model)
-            return load_tokenizer(self.config.model)
+            tokenizer = load_tokenizer(self.config.model)
         except ModelError as error:
             raise UserError(f"model.name: {error}") from error
+        try:
+            if causal:
+                check_adapters(self.config.model)
+        except ModelError as error:
+            raise UserError(f"model.lora: {error}") from error
+        return tokenizer
 
     @cached_property
     def criteria(self) -> tuple[RewardCriterion, ...]:

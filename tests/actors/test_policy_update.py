@@ -15,7 +15,7 @@ import torch
 from actors.engines.transformers import matched_parameters
 from actors.messages import LossTerms, TokenBatch, TokenTargets, UpdateJob
 from actors.models.adapters import adapters_of
-from actors.models.loading import ModelError, load_causal_lm, load_tokenizer
+from actors.models.loading import ModelError, check_adapters, load_causal_lm, load_tokenizer
 from actors.policy import PolicyActor
 from actors.ranks import NonFiniteUpdate
 from actors.specs import LoRASpec, ModelSpec
@@ -336,6 +336,28 @@ def test_lora_export_is_the_merged_model_and_leaves_training_weights_alone(
     folder: Path, tmp_path: Path
 ) -> None:
     merges_and_stays(folder, tmp_path, LORA, causal_lm(seed=5))
+
+
+ENDS = {"lora": LoRASpec(r=4, alpha=8.0, target_modules=["lm_head", "embed_tokens", "q_proj"])}
+
+
+def test_adapters_on_the_embeddings_are_merged_where_these_are_two_weights(
+    folder: Path, tmp_path: Path
+) -> None:
+    apart = tmp_path / "apart"
+    shutil.copytree(folder, apart)
+    causal_lm(tie_word_embeddings=False).save_pretrained(apart)
+    merges_and_stays(apart, tmp_path, ENDS, causal_lm(seed=5, tie_word_embeddings=False))
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "embed_tokens"]], ids=str)
+def test_adapters_on_embeddings_that_are_the_head_too_are_refused(
+    folder: Path, targets: list[str]
+) -> None:
+    spec = ModelSpec(name=str(folder), lora=LoRASpec(target_modules=targets))
+    for load in (check_adapters, lambda spec: load_causal_lm(spec, lora=True)):
+        with pytest.raises(ModelError, match=f"model.lora.target_modules has .*{targets[-1]}, but"):
+            load(spec)
 
 
 def test_an_exported_adapter_alone_makes_the_policy_of_the_model_it_started_from(

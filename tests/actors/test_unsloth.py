@@ -159,6 +159,15 @@ def test_the_model_s_own_dropout_is_off(unsloth: Process, folder: Path, tmp_path
     assert unsloth.call(start_only, ModelSpec(name=str(noisy))).startswith("unsloth ")
 
 
+def test_adapters_on_embeddings_that_are_the_head_too_are_refused(
+    unsloth: Process, folder: Path
+) -> None:
+    for name in ("lm_head", "embed_tokens"):
+        lora = LoRASpec(target_modules=["q_proj", name])
+        said = unsloth.call(start_only, ModelSpec(name=str(folder), lora=lora))
+        assert "embeddings of this model are one weight" in said
+
+
 def test_four_bits_without_a_gpu_are_refused(unsloth: Process, folder: Path) -> None:
     model = ModelSpec(name=str(folder), load_in_4bit=True, **LORA)
     said = unsloth.call(start_only, model)

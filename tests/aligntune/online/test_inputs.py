@@ -76,6 +76,22 @@ def test_a_group_algorithm_runs_on_preferences_with_nothing_else_set(
     assert dropped[0] is EventKind.ROWS_DROPPED
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
+def test_adapters_that_cannot_be_are_refused_before_anything_starts(
+    make: Any, tiny_model: Path, algorithm: str
+) -> None:
+    config = tiny_model / "config.json"
+    text = config.read_text()
+    config.write_text(json.dumps({**json.loads(text), "tie_word_embeddings": True}))
+    try:
+        for name, why in {"lm_head": "are one weight", "nowhere": "not found"}.items():
+            trainer = make(algorithm, overrides=[f"model.lora.target_modules=[{name}]"])
+            with pytest.raises(UserError, match=f"model.lora: LoRA could not be added.*{why}"):
+                trainer.check()
+    finally:
+        config.write_text(text)
+
+
 @pytest.mark.parametrize("algorithm", ["dpo", "reward_model"])
 def test_a_job_on_pairs_drops_the_same_rows(make: Any, algorithm: str) -> None:
     trainer = make(algorithm)
