@@ -2,7 +2,8 @@
 
 A group (or batch) without contrast gives exactly zero, never rounding noise over rounding noise.
 NaN is a score that is not there: its criterion abstains (TRL's None), or the completion has none at
-all. It enters no mean, deviation or count, and its advantage is exactly zero.
+all, not counting those of criteria of weight 0. It enters no mean, deviation or count, and its
+advantage is exactly zero.
 Shape legend: a step's groups, each of G rollouts, which may differ from group to group; K criteria,
 B rows, T padded response width.
 """
@@ -60,9 +61,17 @@ def standardise(x: torch.Tensor) -> torch.Tensor:
     return centred / (variance.sqrt() + STD_EPSILON)
 
 
+def weighted_total(scores: Sequence[float | None], weights: Sequence[float]) -> float | None:
+    """R = sum_k w_k R_k of one completion, None where a criterion abstains; None where all do whose
+    weight is not 0. The same as `weighted_sum`, for who has no tensors."""
+    pairs = zip(scores, weights, strict=True)
+    given = [weight * score for score, weight in pairs if score is not None and weight != 0]
+    return sum(given) if given else None
+
+
 def weighted_sum(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """R = sum_k w_k R_k of a group in float64 over the criteria that do not abstain: [G, K] and
-    [K] to [G]; NaN where all of them do.
+    [K] to [G]; NaN where all do whose weight is not 0.
 
     Raises ValueError on shapes that do not fit and on infinite rewards: a reward that failed is
     a failed group, and must not come this far as a number.
@@ -75,9 +84,9 @@ def weighted_sum(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     rewards, weights = rewards.double(), weights.double()
     if rewards.isinf().any() or not weights.isfinite().all():
         raise ValueError("a reward or a weight is not finite; its group must be quarantined")
-    absent = rewards.isnan()
-    total = (rewards.masked_fill(absent, 0.0) * weights).sum(-1)
-    return total.masked_fill(absent.all(-1), nan)
+    given = ~rewards.isnan() & (weights != 0)
+    total = (rewards.masked_fill(~given, 0.0) * weights).sum(-1)
+    return total.masked_fill(~given.any(-1), nan)
 
 
 def decoupled(groups: Sequence[torch.Tensor], weights: torch.Tensor) -> list[torch.Tensor]:

@@ -16,10 +16,13 @@ from typing import Any
 from actors.scoring.children import FunctionScorer
 from actors.scoring.criteria import RewardCriterion, RewardFailed
 from aligntune import loops
+from aligntune.algorithms.advantages import weighted_total
 from aligntune.data.dropped import Dropped, RowRules, settle_rows
 from aligntune.data.errors import DataError, Reason
 from aligntune.data.messages import TOOLS
 from aligntune.data.sources import Rows, require_column
+
+NO_SCORE = "every reward with a weight other than 0 abstains from it"
 
 
 @dataclass(frozen=True)
@@ -169,8 +172,8 @@ async def _score(
                 scores = [
                     (await scorer.call(source, [completion], values))[0] for scorer in scorers
                 ]
-                given = [w * s for w, s in zip(weights, scores, strict=True) if s is not None]
-                sums[row] = sum(given) if given else "every reward abstains from it"
+                total = weighted_total(scores, weights)
+                sums[row] = NO_SCORE if total is None else total
             except RewardFailed as error:
                 sums[row] = str(error).splitlines()[0]
     finally:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from actors.messages import GroupRecord, GroupWork, Prompt, Scores
+from aligntune.algorithms.advantages import weighted_total
 from aligntune.algorithms.base import Algorithm
 from aligntune.config.episodes import scores_itself
 from aligntune.config.online import RunConfig
@@ -30,10 +31,8 @@ class ReadyGroup:
 
 
 def total_reward(config: RunConfig, values: tuple[float | None, ...]) -> float | None:
-    """The weighted sum of the criteria that score a completion; None where all abstain."""
-    pairs = zip(config.rewards, values, strict=True)
-    given = [spec.weight * value for spec, value in pairs if value is not None]
-    return sum(given) if given else None
+    """The weighted sum of a completion's scores; None where all criteria that count abstain."""
+    return weighted_total(values, [spec.weight for spec in config.rewards])
 
 
 def raw_scores(config: RunConfig, scores: Scores) -> dict[str, list[float]]:

@@ -38,6 +38,14 @@ def undecided(completions: list[str], **columns: Any) -> list[float]:
     return [0.1] * len(completions)
 
 
+def of_answered(
+    completions: list[str], answer: list[str | None], **columns: Any
+) -> list[float | None]:
+    """1 where the completion is the answer; of a row without one it abstains."""
+    pairs = zip(completions, answer, strict=True)
+    return [None if right is None else float(text == right) for text, right in pairs]
+
+
 def always_raises(completions: list[str], **columns: Any) -> list[float]:
     """A broken reward."""
     raise ValueError("this reward is broken")

@@ -188,6 +188,34 @@ def test_a_group_that_nothing_scores_has_no_advantages(algorithm: GRPO) -> None:
     assert scores.isnan().all()
 
 
+@pytest.mark.parametrize("algorithm", [GRPO(), GRPO(combine="decoupled"), DrGRPO(), DAPO()])
+def test_a_criterion_of_weight_0_is_no_score(algorithm: GRPO) -> None:
+    """It is watched alone: with it or without it, and whatever it says, advantages are the same."""
+    x = torch.tensor([SOME_ABSTAIN], dtype=torch.float64)
+    watched = torch.tensor([[[5.0], [ABSTAINS], [7.0], [-3.0]]], dtype=torch.float64)
+    w, lengths = torch.tensor([2.0, 1.0]), [torch.tensor([9, 10, 1, 4])]
+    wanted = algorithm.scores_and_advantages(list(x), w, lengths, 10)
+    beside = torch.cat([x, watched], dim=2)
+    got = algorithm.scores_and_advantages(list(beside), torch.tensor([2.0, 1.0, 0.0]), lengths, 10)
+    assert wanted[0][0].isnan().tolist() == [False, False, True, False]
+    for one, other in zip((*got[0], *got[1]), (*wanted[0], *wanted[1]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@timeless
+@given(st.lists(st.tuples(st.none() | rewards, st.just(0.0) | rewards), min_size=1, max_size=4))
+def test_one_sum_is_the_others(given: list[tuple[float | None, float]]) -> None:
+    scores, weights = zip(*given, strict=True)
+    row = [[ABSTAINS if score is None else score for score in scores]]
+    doubles = (torch.tensor(numbers, dtype=torch.float64) for numbers in (row, weights))
+    (tensor,) = advantages.weighted_sum(*doubles).tolist()
+    number = advantages.weighted_total(scores, weights)
+    if number is None:
+        assert math.isnan(tensor)
+    else:
+        assert number == pytest.approx(tensor, rel=1e-9, abs=1e-9)
+
+
 def test_rewards_and_weights_must_fit() -> None:
     with pytest.raises(ValueError, match="criteria"):
         sequence_advantages(GRPO(), single([[1.0, 0.0]]), torch.ones(2))

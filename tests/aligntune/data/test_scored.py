@@ -32,11 +32,16 @@ TEXTS = [
 ]
 
 
-def pairs_of(rows: list[dict[str, Any]], folder: Path, bad_rows: Any = "error") -> ScoredPairs:
+def pairs_of(
+    rows: list[dict[str, Any]],
+    folder: Path,
+    bad_rows: Any = "error",
+    function: str = "exact_match",
+) -> ScoredPairs:
     path = folder / "texts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     specs = [
-        RewardFunctionSpec(function="exact_match"),
+        RewardFunctionSpec(function=function),
         RewardFunctionSpec(function="length", weight=0.0, options={"target": 1}),
     ]
     return scored_pairs(
@@ -79,6 +84,13 @@ def test_a_text_without_a_score_is_reported_with_its_row(tmp_path: Path) -> None
     unscored = [*TEXTS, {"prompt": "1+1", "completion": "2", "answer": None}]
     with pytest.raises(DataError, match=r"row 6 \(line 7\): reward 'exact_match' failed"):
         pairs_of(unscored, tmp_path)
+
+
+def test_a_text_that_only_a_reward_of_weight_0_scores_is_in_no_pair(tmp_path: Path) -> None:
+    unscored = [*TEXTS, {"prompt": "1+1", "completion": "5", "answer": None}]
+    pairs = pairs_of(unscored, tmp_path, "drop", "tests.e2e.rewards:of_answered")
+    assert (len(pairs), pairs.ties) == (3, 1)
+    assert pairs.dropped.count == 1
 
 
 def test_texts_that_no_reward_tells_apart_are_refused(tmp_path: Path) -> None:

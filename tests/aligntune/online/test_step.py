@@ -19,7 +19,7 @@ from aligntune.online.figures import (
     score_metrics,
     time_metrics,
 )
-from aligntune.online.groups import ReadyGroup, group_works
+from aligntune.online.groups import ReadyGroup, group_works, total_reward
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 
@@ -155,6 +155,18 @@ def test_criteria_that_abstain_count_neither_in_figures_nor_in_advantages() -> N
         score_metrics(both, [ready(2, [(None, None)] * 2, criteria=("length", "exact_match"))])
         == {}
     )
+
+
+def test_a_completion_that_only_a_criterion_of_weight_0_scores_has_no_score() -> None:
+    run = config("drgrpo", [{"function": "length", "weight": 0.0}, "exact_match"])
+    scores, tokens = [(7.0, None), (3.0, 1.0), (9.0, 0.0)], (2, 2, 2)
+    names, reasons = ("length", "exact_match"), (STOP, STOP, STOP)
+    group = ready(0, scores, reasons, tokens, versions=(4, 4, 4), criteria=names)
+    (work,) = group_works(run, run.algorithm, [group])
+    assert np.isnan(work.scores[0])
+    assert work.advantages == (0.0, 0.5, -0.5)
+    assert score_metrics(run, [group])["reward/mean"] == 0.5
+    assert total_reward(run, scores[0]) is None
 
 
 def test_group_figures_by_hand() -> None:
