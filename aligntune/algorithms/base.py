@@ -250,7 +250,8 @@ class Algorithm(BaseModel):
     ) -> tuple[list[TokenTargets], dict[str, float]]:
         """Token-level targets of a rank's groups, and figures of the whole step. See `prepares`.
 
-        Here, the KL in the reward of a rollout: R' = R - beta * sum_t k_t, then advantages.
+        Here, the KL in the reward of a rollout: R' = R - beta * sum_t k_t, then advantages. One
+        that is not trained on is in its group's baseline, with its KL.
         """
         import torch
 

@@ -1,7 +1,7 @@
 """The ragged groups of one rank as padded float64 rows, for targets that are made per token.
 
 Rows are the rollouts of all groups in order, those of several rows end to end: R rows, T their
-longest; tokens of a rollout that is not trained on are masked.
+longest; tokens of a rollout that is not trained on are masked, and have a KL all the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class TokenRows:
 
     groups: tuple[TokenInputs, ...]
     present: torch.Tensor  # [R, T] bool, where the ragged arrays have a token
-    mask: torch.Tensor  # [R, T] bool, valid tokens
+    sampled: torch.Tensor  # [R, T] bool, what the policy wrote
+    mask: torch.Tensor  # [R, T] bool, valid tokens: sampled ones of rollouts that are trained on
     old: torch.Tensor  # [R, T]
     scores: torch.Tensor  # [R]
     truncated: torch.Tensor  # [R] bool
@@ -35,11 +36,12 @@ class TokenRows:
         width = int(lengths.max()) if len(lengths) else 0
         present = torch.arange(width) < lengths[:, None]
         trained = _per_row([g.trained for g in groups], torch.bool)
-        mask = _padded([g.mask for g in groups], present).bool() & trained[:, None]
+        sampled = _padded([g.mask for g in groups], present).bool()
         return cls(
             groups=tuple(groups),
             present=present,
-            mask=mask,
+            sampled=sampled,
+            mask=sampled & trained[:, None],
             old=_padded([g.old for g in groups], present),
             scores=_per_row([g.scores for g in groups], torch.float64),
             truncated=_per_row([g.truncated for g in groups], torch.bool),
@@ -69,9 +71,9 @@ class TokenRows:
         return arrays
 
     def kl(self, estimator: Estimator) -> torch.Tensor:
-        """Estimates [R, T] of the KL of the old policy to the reference, 0 where masked."""
+        """Estimates [R, T] of the KL of the old policy to the reference, 0 where not sampled."""
         d_ref = self.old - self.padded("reference", "a KL in the reward")
-        return estimate(torch.where(self.mask, d_ref, 0.0), estimator)
+        return estimate(torch.where(self.sampled, d_ref, 0.0), estimator)
 
     def mean(self, x: torch.Tensor, all_sum: AllSum) -> float:
         """The mean of [R, T] over the valid tokens of all ranks."""

@@ -202,6 +202,7 @@ def test_whitened_advantages_have_mean_zero_and_unit_spread() -> None:
 
 
 def test_the_kl_in_the_reward_of_a_group_algorithm_lowers_its_completions_scores() -> None:
+    """Also of the completion that is filtered out of the loss, which is in the baseline."""
     algorithm = GRPO(beta=0.5, kl_in="reward", kl_estimator="k1")
     groups = random_groups(1, groups=3, least=4)
     targets, figures = algorithm.prepare(groups)
@@ -213,10 +214,9 @@ def test_the_kl_in_the_reward_of_a_group_algorithm_lowers_its_completions_scores
         for c, n in enumerate(group.lengths):
             cut = slice(start, start + n)
             start += n
-            mask = group.mask[cut] & group.trained[c]
-            d = (group.old[cut] - group.reference[cut])[mask]
-            ks += d.tolist()
-            masks.append(mask)
+            d = (group.old[cut] - group.reference[cut])[group.mask[cut]]
+            ks += d.tolist() if group.trained[c] else []
+            masks.append(group.mask[cut] & group.trained[c])
             penalised.append(group.scores[c] - 0.5 * math.fsum(d))
         expected = [
             a if m else 0.0
