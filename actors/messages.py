@@ -328,13 +328,12 @@ class PrepareJob:
 
 @dataclass(frozen=True)
 class UpdateJob:
-    """The work of one policy or critic rank in one step: its rows of every optimiser step, and the
-    loss, of a `TokenBatch` for the policy and of a `ValueBatch` for the critic."""
+    """The work of a policy or critic rank in one step: its rows of every optimiser step, a loss."""
 
     step: int  # 1-based
     groups: tuple[GroupWork, ...]  # those that this rank's rows come from and no others
     minibatches: tuple[tuple[Row, ...], ...]  # this rank's rows, one tuple per optimiser step
-    loss: Callable[[Any], LossTerms]
+    loss: Callable[[Any], LossTerms]  # of a `TokenBatch`; of a `ValueBatch` for the critic
     recompute_old: bool  # old log-probs by a pass of their own; else of the targets or the loss
     temperature: float
     budget: int  # max_completion_length, tokens
@@ -372,6 +371,7 @@ class TokenBatch:
     ref: torch.Tensor | None = None  # [B, T] under the frozen reference
     entropy: torch.Tensor | None = None  # [B, T] of the full distribution, nats
     rollouts: RolloutRows | None = None  # None: each row is a rollout
+    start: torch.Tensor | None = None  # [B, T] `old` as without dropout, where it has its noise
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class PolicyActor(TrainedRank):
         self._shared = spec.shared_prompts
         self._exports = Exports()
         self._own_old: set[Row] = set()  # whose old log-probs their first forward pass gives
+        self._noisy: set[Row] = set()  # whose first pass has dropout, and weights as at the start
 
     def _load(self) -> LogProbModel:
         model = LogProbModel(self._causal_lm(), self._tokens_per_chunk)
@@ -164,13 +165,18 @@ class PolicyActor(TrainedRank):
         self, job: UpdateJob, groups: dict[int, Fetched], first: Sequence[Row]
     ) -> dict[int, Fetched]:
         """With old log-probs, from the targets, by one pass over this rank's rows, or (of `first`)
-        by the forward pass of their own optimiser step, before which no weight has changed."""
+        by the forward pass of their own optimiser step, before which no weight has changed.
+
+        Where LoRA has dropout, that pass has its noise. The ratio of `first` is taken against it,
+        and is 1; what the rollout engine is compared with comes of a pass without.
+        """
+        lora = self._model_spec.lora
         self._own_old = set()
+        self._noisy = set(first) if lora is not None and lora.dropout > 0 else set()
         if not job.recompute_old:
             return groups
         unknown = {i: group.tensors for i, group in groups.items() if group.targets is None}
-        lora = self._model_spec.lora
-        if lora is None or lora.dropout == 0:  # else that forward pass is not the policy's own
+        if not self._noisy:
             self._own_old = {row for row in first if row.work in unknown}
         rows = {row: None for part in job.minibatches for row in part if row.work in unknown}
         found = self._passes(
@@ -252,9 +258,12 @@ class PolicyActor(TrainedRank):
             ]
             advantages = padding.per_row(numbers, logp.dtype)
             old = padding.of_each("old log-probs", lambda group: group.old)
+        before = padding.rows(old, logp.dtype) if old else None
+        noisy = not self._noisy.isdisjoint(rows)
+        self._noisy.difference_update(rows)
         return TokenBatch(
             logp=padding.pad(logp),
-            old=padding.rows(old, logp.dtype) if old else padding.pad(logp.detach()),
+            old=padding.pad(logp.detach()) if before is None or noisy else before,
             roll=padding.rows({i: t.logprobs for i, t in tensors.items()}, logp.dtype),
             mask=padding.mask(),
             advantages=advantages,
@@ -263,6 +272,7 @@ class PolicyActor(TrainedRank):
             ref=padding.rows(references, logp.dtype) if references else None,
             entropy=None if entropy is None else padding.pad(entropy),
             rollouts=padding.rollouts(),
+            start=before if noisy else None,
         )
 
 

@@ -277,7 +277,7 @@ class Algorithm(BaseModel):
 
     def weights(self, batch: TokenBatch) -> torch.Tensor:
         """Importance weights [B, T] for rollout engine and staleness; 0 drops a token."""
-        old = losses.old_logp(batch, self.old)
+        old = losses.start_logp(batch, self.old)
         how, cap = self.correction, self.correction_cap
         return losses.rollout_weights(old, batch.roll, batch.mask, how, cap, batch.rollouts)
 
@@ -298,12 +298,12 @@ class Algorithm(BaseModel):
         Figures are float64, where an exponential that the loss has clipped does not overflow.
         """
         mask, how, budget, rollouts = batch.mask, self.aggregation, batch.budget, batch.rollouts
-        old = losses.old_logp(batch, self.old)
         w = self.weights(batch)
         policy, field = losses.numerator(w * ell, mask, how, budget, rollouts)
         total = losses.aggregate(w * ell, mask, batch.counts, how, budget, rollouts)
         drift = losses.log_ratio(batch, self.old).detach()
-        newer = batch.logp.detach() if self.old == "rollout" else old
+        recomputed = losses.start_logp(batch, self.old)
+        newer = batch.logp.detach() if self.old == "rollout" else recomputed
         mismatch = losses.masked_difference(batch.roll.detach(), newer, mask)
         per_token = {
             "kl/rollout_vs_policy": estimate(mismatch.double(), "k3"),

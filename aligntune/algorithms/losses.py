@@ -39,6 +39,13 @@ def old_logp(batch: TokenBatch, old: OldPolicy) -> torch.Tensor:
     return (batch.old if old == "policy" else batch.roll).detach()
 
 
+def start_logp(batch: TokenBatch, old: OldPolicy) -> torch.Tensor:
+    """`old_logp` to compare with the rollout engine's, which has no dropout: without its noise."""
+    if old == "policy" and batch.start is not None:
+        return batch.start.detach()
+    return old_logp(batch, old)
+
+
 def log_ratio(batch: TokenBatch, old: OldPolicy = "policy") -> torch.Tensor:
     """d = logp - old, 0 where masked."""
     return masked_difference(batch.logp, old_logp(batch, old), batch.mask)

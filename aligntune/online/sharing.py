@@ -109,9 +109,11 @@ def plan_step(
     """The jobs of policy and, where there is one, critic, one a rank. Pure.
 
     Old log-probs are those of the policy at the start of the step: they are computed before the
-    first of several updates, unless `prepare` has brought them. With one update they are its own.
+    first of several updates, unless `prepare` has brought them. With one update they are its own,
+    unless dropout is in that and the rollout engine, which has none, is corrected for.
     """
-    several = len(minibatches(config, step)) > 1
+    several, lora = len(minibatches(config, step)) > 1, config.model.lora
+    noisy = lora is not None and lora.dropout > 0 and algorithm.correction != "none"
     plans = {
         POLICY: plan_updates(
             config,
@@ -119,7 +121,9 @@ def plan_step(
             groups,
             config.policy.ranks,
             algorithm.loss,
-            recompute_old=algorithm.old == "policy" and several and not algorithm.prepares,
+            recompute_old=algorithm.old == "policy"
+            and (several or noisy)
+            and not algorithm.prepares,
             early_stop=algorithm.early_stop,
             whole_rollouts=algorithm.whole_rollouts,
         )

@@ -21,6 +21,7 @@ from actors.ranks import NonFiniteUpdate
 from actors.specs import LoRASpec, ModelSpec
 from actors.strategies.optimizer import learning_rate
 from actors.strategies.specs import DeepSpeedSpec, FSDPSpec, StrategySpec
+from aligntune.algorithms.grpo import GRPO
 from tests.actors.policy_cases import (
     Probe,
     Ranks,
@@ -235,6 +236,36 @@ def test_old_log_probs_cost_no_pass_over_the_rows_of_the_first_optimiser_step(
     )
     for old, known in olds:
         np.testing.assert_allclose(old, known, atol=1e-5)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_dropout_is_in_no_rollout_correction_and_not_in_the_ratio_of_the_first_optimiser_step(
+    folder: Path, epochs: int
+) -> None:
+    actor = one_rank(folder, {"lora": LoRASpec(r=4, alpha=8.0, dropout=0.3)}, learning_rate=0.1)
+    for step in (1, 2):
+        actor.update(job_of_step(step))  # until the adapters say something
+    sampled = [
+        replace(group, logprobs=logp)
+        for group, logp in zip(GROUPS, logprobs_of(actor, GROUPS, 0.9), strict=True)
+    ]
+    seen: list[dict[str, float]] = []
+    algorithm = GRPO(beta=0)
+
+    def watch(batch: TokenBatch) -> LossTerms:
+        terms = algorithm.loss(batch)
+        seen.append({name: float(total) for name, (total, _) in terms.sums.items()})
+        return terms
+
+    (job,) = make_jobs(sampled, watch)
+    actor.update(replace(job, minibatches=job.minibatches * epochs))
+    batches = len(seen) // epochs
+    for at, sums in enumerate(seen):
+        assert sums["kl/rollout_vs_policy"] == pytest.approx(0, abs=1e-6)
+        assert (sums["kl/update"] == 0) == (at < batches)
+    tokens = sum(int(group.mask.sum()) for group in sampled)
+    weighed = sum(sums["correction/weight_mean"] for sums in seen[:batches])
+    assert weighed == pytest.approx(tokens, rel=1e-4)
 
 
 def test_token_targets_take_the_place_of_advantages_and_old(folder: Path) -> None:

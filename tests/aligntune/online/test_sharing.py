@@ -183,9 +183,12 @@ def test_losses_of_whole_rollouts_say_so_to_the_ranks() -> None:
     assert not jobs_of("dapo")["policy"][0].whole_rollouts
 
 
-def jobs_of(algorithm: str | dict[str, Any], **train: Any) -> dict[str, list[UpdateJob]]:
+def jobs_of(
+    algorithm: str | dict[str, Any], lora: dict[str, Any] | None = None, **train: Any
+) -> dict[str, list[UpdateJob]]:
     tree = config(**train).model_dump(mode="json")
-    resolved = load_config({**tree, "algorithm": algorithm, "policy": {}, "reference": {}})
+    changes = {"model": {"name": "m", "lora": lora}, "policy": {}, "reference": {}}
+    resolved = load_config({**tree, "algorithm": algorithm, **changes})
     groups = [group(index, (2, 3)) for index in range(6)]
     return plan_step(resolved, 1, resolved.algorithm, groups)
 
@@ -205,6 +208,22 @@ def test_old_log_probs_are_computed_before_the_first_of_several_updates(
 ) -> None:
     jobs = jobs_of(algorithm, **train)
     assert set(jobs) == {"policy"}
+    assert [job.recompute_old for job in jobs["policy"]] == [before]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "dropout", "before"),
+    [
+        ({"name": "dapo"}, 0.1, True),
+        ({"name": "dapo"}, 0.0, False),
+        ({"name": "dapo", "correction": "none"}, 0.1, False),
+        ({"name": "dapo", "old": "rollout"}, 0.1, False),
+    ],
+)
+def test_old_log_probs_are_computed_where_dropout_would_be_in_the_correction(
+    algorithm: dict[str, Any], dropout: float, before: bool
+) -> None:
+    jobs = jobs_of(algorithm, {"dropout": dropout}, groups_per_minibatch=6)
     assert [job.recompute_old for job in jobs["policy"]] == [before]
 
 
