@@ -24,7 +24,7 @@ from actors.figures import Tally, count, describe, join, over_steps, total
 from actors.liveness import Alive
 from actors.messages import Counts, GroupTensors, GroupWork, Row, UpdateJob, UpdateResult
 from actors.models.attention import settle
-from actors.models.loading import load_tokenizer, whole_model
+from actors.models.loading import load_tokenizer, name_dtype, whole_model
 from actors.models.logprobs import head_calls
 from actors.models.wrapped import TrainedModel
 from actors.packing import a_microbatch, longest, microbatches, widest
@@ -266,6 +266,7 @@ class TrainedRank(Alive):
                 state[name] = buffer.detach().cpu()
         with writing(folder):
             whole_model(model, self._model_spec).save_pretrained(folder, state_dict=state)
+            name_dtype(folder, self._model_spec.dtype)
         load_tokenizer(self._model_spec).save_pretrained(folder)
         if adapter:
             wrapped.model.save_pretrained(folder / "adapter", state_dict=adapter)

@@ -156,6 +156,14 @@ def whole_model(model: Any, spec: ModelSpec) -> Any:
     return load_causal_lm(spec.model_copy(update={"lora": None}))
 
 
+def name_dtype(folder: Path, dtype: str) -> None:
+    """Let the config.json of a saved model say what its weights are in; transformers writes what
+    those of the model were that it saved them with."""
+    config = folder / "config.json"
+    tree = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**tree, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+
+
 def check_complete(spec: ModelSpec) -> None:
     """Compare the names of the model's weights with those that are there, and read none of them.
 

@@ -8,7 +8,6 @@ like the policy, so that the two agree to the bit before the first step.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -286,6 +285,8 @@ def export_model(trainer: Any, job: PreferenceJob, scratch: Path) -> None:
     import torch
     from peft import PeftModel
 
+    from actors.models.loading import name_dtype
+
     dtype: torch.dtype = getattr(torch, job.model.dtype)
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapted = isinstance(model, PeftModel)
@@ -303,7 +304,7 @@ def export_model(trainer: Any, job: PreferenceJob, scratch: Path) -> None:
     if state is None:
         state = model.state_dict()
     model.save_pretrained(folder, state_dict=_in_dtype(state, dtype))
-    _name_dtype(folder / "config.json", job.model.dtype)
+    name_dtype(folder, job.model.dtype)
     trainer.processing_class.save_pretrained(folder)
     (folder / "adapter" / "README.md").unlink(missing_ok=True)
     Store(job.export).put(folder)
@@ -320,12 +321,6 @@ def _in_dtype(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, t
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _name_dtype(config: Path, dtype: str) -> None:
-    """Let a saved config say what its weights are in; transformers writes what the model was."""
-    tree = json.loads(config.read_text(encoding="utf-8"))
-    config.write_text(json.dumps({**tree, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
 
 
 def _whole(model: Any, job: PreferenceJob) -> tuple[dict[str, Any], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -458,6 +459,7 @@ def test_an_exported_model_loads_and_says_the_same(
     spec = ModelSpec(name=str(tmp_path / "model"), dtype=dtype)
     reloaded = load_causal_lm(spec)
     assert reloaded.config.dtype == getattr(torch, dtype)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == dtype
     exported = weights(actor)
     loaded = dict(reloaded.named_parameters())
     assert_equal({n: p.detach() for n, p in loaded.items()}, exported)
