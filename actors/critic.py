@@ -14,12 +14,12 @@ from actors.models.logprobs import rows_of
 from actors.models.values import (
     ValueModel,
     asked,
-    check_critic_model,
     check_packing,
     critic_model,
     group_values,
     load_value_model,
 )
+from actors.models.vocabulary import check_same_tokens
 from actors.padding import Padding
 from actors.ranks import TrainedRank
 from actors.specs import CriticSpec, ModelSpec
@@ -45,7 +45,7 @@ class CriticActor(TrainedRank):
         self._critic_spec = spec
 
     def _load(self) -> ValueModel:
-        check_critic_model(self._policy_model, self._critic_spec)
+        check_same_tokens(self._policy_model, self._critic_spec.model, "critic")
         model = load_value_model(self._model_spec)
         self._settle_packing(model)
         if self._packing:

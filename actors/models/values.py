@@ -17,7 +17,7 @@ from torch import nn
 
 from actors.messages import GroupTensors, Row, StateValues
 from actors.models.inputs import ModelInputs, collate, collate_rows, idle_inputs
-from actors.models.loading import ModelError, load_tokenizer
+from actors.models.loading import ModelError
 from actors.models.logprobs import decoded
 from actors.models.reward import new_reward_model
 from actors.models.wrapped import TrainedModel
@@ -50,23 +50,6 @@ def critic_model(policy: ModelSpec, spec: CriticSpec) -> ModelSpec:
     """The model a critic starts from; it is trained whole, also where the policy has adapters."""
     own = {} if spec.model in (None, policy.name) else {"name": spec.model, "revision": None}
     return policy.model_copy(update={"lora": None, **own})
-
-
-def check_critic_model(policy: ModelSpec, spec: CriticSpec) -> None:
-    """Whether `critic.model` reads the policy's tokens; looks at the tokenizers alone.
-
-    Raises:
-        ModelError: there is no such model, or its vocabulary is another.
-    """
-    model = critic_model(policy, spec)
-    if model.name == policy.name:
-        return
-    if load_tokenizer(model).get_vocab() != load_tokenizer(policy).get_vocab():
-        raise ModelError(
-            f"critic.model {model.name!r} has another vocabulary than the policy {policy.name!r}, "
-            "and the critic reads the policy's tokens; give a model with the same tokenizer, or "
-            "leave critic.model out to start from the policy's model"
-        )
 
 
 def load_value_model(spec: ModelSpec) -> ValueModel:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.messages import Prompt
 from actors.models.loading import ModelError
-from actors.models.values import check_critic_model
+from actors.models.vocabulary import check_same_tokens
 from aligntune import loops
 from aligntune.config.online import RunConfig
 from aligntune.data.prompts import PromptSource
@@ -114,11 +114,14 @@ class OnlineTrainer:
         config = self.config
         check_programs(config.backend, config.tracking, config.cluster)
         check_hub(config.hub)
-        if self.config.algorithm.needs.critic:
-            try:
-                check_critic_model(self.config.model, self.config.critic)
-            except ModelError as error:
-                raise UserError(f"critic.model: {error}") from error
+        needs, others = config.algorithm.needs, {"critic": config.critic.model}
+        others["reference"] = config.reference.model
+        for role, model in others.items():
+            if getattr(needs, role):
+                try:
+                    check_same_tokens(config.model, model, role)
+                except ModelError as error:
+                    raise UserError(f"{role}.model: {error}") from error
         check_best(config, [criterion.name for criterion in self.criteria])
         _ = self.criteria, self.inputs.code, self.prompts, self.eval_prompts
         return rundir

@@ -66,17 +66,17 @@ def causal_lm(family: str = "Qwen3", seed: int = 0, **options: Any) -> Any:
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
 
-def make_model_folder(folder: Path) -> Path:
-    """The tiny model and a word-level tokenizer, in Hugging Face format."""
+def make_model_folder(folder: Path, word: str = "w") -> Path:
+    """The tiny model and a tokenizer of words w3, w4 and so on, in Hugging Face format."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     causal_lm().save_pretrained(folder)
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"{word}{i}": i for i in range(3, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=f"{word}3"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="w3"
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token=f"{word}3"
     ).save_pretrained(folder)
     return folder
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from actors.critic import CriticActor
 from actors.messages import GroupTensors, StateValues, TokenTargets, UpdateJob
 from actors.models.loading import ModelError
-from actors.models.values import check_critic_model, critic_model, load_value_model
+from actors.models.values import critic_model, load_value_model
 from actors.specs import CriticSpec, LoRASpec, ModelSpec
 from actors.strategies.specs import DeepSpeedSpec, FSDPSpec, StrategySpec
 from aligntune.algorithms.ppo import PPO
@@ -23,7 +23,6 @@ from tests.actors.policy_cases import (
     VOCABULARY,
     Probe,
     Ranks,
-    causal_lm,
     make_group,
     make_jobs,
     make_model_folder,
@@ -287,18 +286,9 @@ def test_an_exported_critic_is_a_classifier_that_says_the_same(
         np.testing.assert_allclose(got.final, values.final, atol=1e-6)
 
 
-def test_a_model_that_reads_other_tokens_is_refused(folder: Path, tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    causal_lm().save_pretrained(tmp_path)
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"x{i}": i for i in range(3, VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="x3"))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>"
-    ).save_pretrained(tmp_path)
+def test_a_critic_that_reads_other_tokens_does_not_start(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="another vocabulary than the policy"):
-        check_critic_model(ModelSpec(name=str(folder)), CriticSpec(model=str(tmp_path)))
+        critic(folder, make_model_folder(tmp_path, "x"))
 
 
 def test_a_model_without_a_head_over_tokens_is_refused(tmp_path: Path) -> None:

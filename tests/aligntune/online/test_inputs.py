@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,22 @@ def test_adapters_that_cannot_be_are_refused_before_anything_starts(
                 trainer.check()
     finally:
         config.write_text(text)
+
+
+def test_a_reference_that_reads_other_tokens_is_refused_before_anything_starts(
+    make: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tiny_model, tmp_path / "same")
+    make("grpo", overrides=[f"reference.model={tmp_path / 'same'}"]).check()
+    shutil.copytree(tiny_model, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_tokens(["<|more|>"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    trainer = make("grpo", overrides=[f"reference.model={tmp_path / 'other'}"])
+    with pytest.raises(UserError, match=r"reference\.model.*another vocabulary than the policy"):
+        trainer.check()
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "reward_model"])
