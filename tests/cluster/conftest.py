@@ -1,4 +1,4 @@
-"""Three nodes that the tests of a session share, and runs submitted to them."""
+"""Three nodes that tests share, and runs submitted to them."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ def digits_with_a_secret(completions, **columns):
 NODES = 3
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    """The nodes of the session; they share its temporary folder."""
+    """The nodes; they share the session's temporary folder. They end with the files that need them,
+    which come one after the other: idle, they would take processor time from all other tests."""
     lacking = why_no_namespaces()
     if not lacking:
         remove_leftovers()
