@@ -12,6 +12,31 @@ STRETCHED = ("linear", "dynamic", "yarn")
 """Rotary scalings by whose factor a model reads on beyond `max_position_embeddings`; the others'
 number counts it already."""
 
+BEHIND_PADDING = frozenset(
+    {
+        "camembert",
+        "data2vec-text",
+        "esm",
+        "ibert",
+        "layoutlmv3",
+        "lilt",
+        "longformer",
+        "luke",
+        "markuplm",
+        "mpnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
+"""Model types whose positions begin behind the padding token's number, as RoBERTa's do: of their
+`max_position_embeddings` so many are never a token's."""
+
+TABLES = ("position_embeddings", "positions_embed", "embed_positions", "wpe")
+"""What models call their table of learned positions."""
+
 
 def positions_of(config: Any) -> int | None:
     """Tokens that a model with this transformers configuration reads; None where nothing bounds it.
@@ -23,6 +48,8 @@ def positions_of(config: Any) -> int | None:
     positions: int | None = getattr(text, "max_position_embeddings", None)
     if positions is None or positions < 1:
         return None
+    if text.model_type in BEHIND_PADDING:
+        return positions - _taken_by_padding(text)
     scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kind, factor = scaling.get("rope_type", scaling.get("type")), scaling.get("factor")
     if kind not in STRETCHED or not isinstance(factor, int | float):
@@ -31,13 +58,25 @@ def positions_of(config: Any) -> int | None:
     return max(positions, int(base * factor))
 
 
+def _taken_by_padding(config: Any) -> int:
+    if config.model_type == "mpnet":  # whatever its padding is
+        return 2
+    if getattr(config, "position_embedding_type", "absolute") != "absolute":  # of some ESM
+        return 0
+    padding: int | None = config.pad_token_id
+    return 0 if padding is None else padding + 1
+
+
 def positions_in_table(model: Any) -> int | None:
-    """Tokens that a loaded model reads whose positions begin behind its padding's, as RoBERTa's do:
-    its table has so many more rows. None for other models, which the configuration tells of."""
+    """Tokens that a loaded model reads because it has learned so many positions and no more; None
+    for models that compute theirs, as rotary ones, which the configuration alone tells of."""
     for name, module in model.named_modules():
-        padding = getattr(module, "padding_idx", None)
-        if name.endswith("embeddings.position_embeddings") and padding is not None:
-            return int(module.num_embeddings - padding - 1)
+        table = getattr(module, "weight", None)
+        if name.rpartition(".")[2] in TABLES and table is not None:
+            padding = getattr(module, "padding_idx", None)
+            rows = len(table) if padding is None else len(table) - padding - 1
+            counted = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            return min(rows, counted or rows)  # some tables begin with rows for no token
     return None
 
 

@@ -202,7 +202,7 @@ class ModelScorer:
         self._limit = self._criterion.max_tokens or positions or 0
         self._cure = f"max_tokens is {self._limit}; raise it if the model can read more, or"
         table = positions_in_table(model)
-        if table is not None and table < self._limit:
+        if table is not None and not 0 < self._limit < table:
             self._limit, self._cure = table, f"the model reads {table};"
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -27,8 +27,8 @@ def settle_max_length(
     if given is not None:
         if positions is not None and given > positions:
             raise UserError(
-                f"data.max_length={given}, and the model reads {positions} tokens "
-                f"(max_position_embeddings): lower it to {positions} or less"
+                f"data.max_length={given}, and the model reads {positions} tokens by its "
+                f"configuration: lower it to {positions} or less"
             )
         return config, ()
     kept = ((previous or {}).get("data") or {}).get("max_length")

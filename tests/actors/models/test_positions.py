@@ -6,10 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BloomConfig, Gemma3Config, GPT2Config, LlamaConfig, Qwen2Config
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BloomConfig,
+    Gemma3Config,
+    GPT2Config,
+    LlamaConfig,
+    MPNetConfig,
+    Qwen2Config,
+    RobertaConfig,
+)
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
+)
 
 from actors.models.loading import ModelError
-from actors.models.positions import model_positions, positions_of
+from actors.models.positions import (
+    BEHIND_PADDING,
+    model_positions,
+    positions_in_table,
+    positions_of,
+)
 from actors.specs import ModelSpec
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000}
@@ -39,11 +60,47 @@ LLAMA3 = {
             2000,
         ),
         (Gemma3Config(text_config={"max_position_embeddings": 500}), 500),
+        (RobertaConfig(max_position_embeddings=514), 512),  # its padding is 1
+        (RobertaConfig(max_position_embeddings=514, pad_token_id=0), 513),
+        (MPNetConfig(max_position_embeddings=514, pad_token_id=0), 512),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_positions_of_configurations(config: Any, positions: int | None) -> None:
     assert positions_of(config) == positions
+
+
+@pytest.mark.parametrize(
+    "kind", sorted({"albert", "bert", "deberta-v2", "distilbert", "gpt2", "opt", *BEHIND_PADDING})
+)
+def test_the_configuration_says_what_the_table_holds(kind: str) -> None:
+    config = AutoConfig.for_model(
+        kind, num_hidden_layers=1, vocab_size=100, max_position_embeddings=64, pad_token_id=3
+    )
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    read = positions_of(config)
+    assert read == {"mpnet": 62}.get(kind, 60 if kind in BEHIND_PADDING else 64)
+    assert positions_in_table(model) == read
+
+
+def test_a_model_that_computes_its_positions_has_no_table() -> None:
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(
+            Qwen2Config(num_hidden_layers=1, vocab_size=100)
+        )
+    assert positions_in_table(model) is None
+
+
+def test_every_classifier_of_transformers_whose_positions_begin_behind_padding_is_known() -> None:
+    models = Path(transformers.__file__).parent / "models"
+    found = {
+        kind
+        for kind in CLASSIFIERS
+        for source in (models / model_type_to_module_name(kind)).glob("modeling_*.py")
+        if "create_position_ids_from_input_ids(" in source.read_text()
+    }
+    assert found == BEHIND_PADDING
 
 
 def test_of_a_folder(tiny_model: Path, tmp_path: Path) -> None:

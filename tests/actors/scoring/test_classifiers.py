@@ -83,10 +83,16 @@ def test_a_reward_model_of_any_architecture_scores_prompt_and_completion(
 @pytest.mark.parametrize(
     ("kind", "most", "spec", "why"),
     [
-        ("bert", 64, {}, "max_tokens is 64; raise it if the model can read more, or shorten"),
+        ("bert", 64, {}, "the model reads 64; shorten"),
+        ("bert", 64, {"max_tokens": 100}, "the model reads 64; shorten"),
         ("roberta", 63, {}, "the model reads 63; shorten"),
         ("xlm-roberta", 63, {"max_tokens": 64}, "the model reads 63; shorten"),
-        ("roberta", 20, {"max_tokens": 20}, "max_tokens is 20; raise it"),
+        (
+            "roberta",
+            20,
+            {"max_tokens": 20},
+            "max_tokens is 20; raise it if the model can read more",
+        ),
     ],
 )
 def test_a_text_that_just_fits_is_scored_and_one_token_more_is_too_long(

@@ -14,8 +14,10 @@ from aligntune.errors import UserError
 from aligntune.preference.storage import FOLDER, JobStorage
 from aligntune.preference.trainer import PreferenceTrainer
 from aligntune.runs.rundir import RunDir
+from tests.actors.scoring.test_classifiers import write as write_classifier
 from tests.aligntune.config.test_preference import config
 from tests.aligntune.preference.test_storage import write_checkpoints
+from tests.e2e.page import byte_tokenizer
 
 Job = Callable[..., PreferenceTrainer]
 ANSWERS = range(12)
@@ -100,6 +102,33 @@ def test_a_run_does_not_go_on_over_other_rows(job: Job, tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs.jsonl", range(13))
     with pytest.raises(UserError, match=changed):
         job().check()
+
+
+def test_a_reward_model_job_reads_no_more_than_the_table_of_positions_holds(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs.jsonl")
+    long = {"prompt": "1+" * 50, "chosen": "1", "rejected": "2"}
+    with (tmp_path / "pairs.jsonl").open("a") as file:
+        file.write(json.dumps(long) + "\n")
+
+    model = write_classifier(tmp_path / "roberta", "roberta", num_labels=1)
+    byte_tokenizer(template=None).save_pretrained(model)  # which knows an end, as RoBERTa's does
+
+    def job(*overrides: str) -> PreferenceTrainer:
+        given = config(
+            *overrides,
+            algorithm="reward_model",
+            model={"name": model},
+            data={"path": str(tmp_path / "pairs.jsonl")},
+            output_dir=str(tmp_path / "run"),
+        )
+        return PreferenceTrainer(given)
+
+    settled = job()
+    settled.inputs.settle()
+    assert settled.inputs.max_length == 63  # of 64 positions one is the padding's
+    job("data.max_length=63").inputs.settle()
+    with pytest.raises(UserError, match=r"data\.max_length=64, and the model reads 63 tokens"):
+        job("data.max_length=64").inputs.settle()
 
 
 def test_rows_may_change_before_there_is_a_checkpoint(job: Job, tmp_path: Path) -> None:
