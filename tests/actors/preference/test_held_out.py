@@ -1,71 +1,152 @@
-"""Held-out figures of pairs over several workers, in which the last batch is filled up."""
+"""Held-out figures of pairs over several workers, in which the last batches are filled up."""
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import BatchSampler
 
-from actors.preference.held_out import HeldOutPairs
+from actors.preference.held_out import HeldOutPairs, first_pairs
+
+
+class Workers:
+    """What they wait for each other with."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.rows: list[Any] = [None] * size
+        self.barrier = threading.Barrier(size, timeout=60)
+
+
+class Accelerator:
+    """One worker's, of which all gather together."""
+
+    def __init__(self, index: int, workers: Workers) -> None:
+        self.process_index = index
+        self.device = "cpu"
+        self.gradient_state = SimpleNamespace(end_of_dataloader=False, remainder=-1)
+        self._workers = workers
+
+    def gather(self, row: torch.Tensor) -> torch.Tensor:
+        """The rows of all workers."""
+        self._workers.rows[self.process_index] = torch.atleast_1d(row)
+        self._workers.barrier.wait()
+        every = torch.cat(self._workers.rows)
+        self._workers.barrier.wait()
+        return every
+
+    gather_for_metrics = gather
 
 
 class Base:
-    """A trainer on two workers that keeps figures as TRL's do."""
+    """A trainer that keeps figures as TRL's do."""
 
-    def __init__(self) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
         self.model = SimpleNamespace(training=False)
-        self.accelerator = SimpleNamespace(
-            num_processes=2,
-            gradient_state=SimpleNamespace(end_of_dataloader=False, remainder=3),
-        )
+        self.accelerator = accelerator
         self._metrics: dict[str, Any] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self.logged: dict[str, float] = {}
 
-    def compute_loss(self, model: Any, inputs: Any) -> None:
-        mode = "train" if self.model.training else "eval"
-        for name in ("accuracy", "min_reward", "max_reward"):
-            self._metrics[mode][name].append(inputs["figure"])
-        self._metrics[mode]["num_tokens"] = [7]
+    def compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
+        figures = self._metrics["train" if self.model.training else "eval"]
+        chosen, rejected = inputs["input_ids"].double().chunk(2)
+        margins = self.accelerator.gather(inputs["margin"])
+        assert (chosen == rejected).all()
+        assert torch.equal(margins, 10 * chosen)
+        figures["accuracy"].append(self.accelerator.gather_for_metrics(margins.mean()).item())
+        figures["min_reward"].append(chosen.min().item())
+        figures["max_reward"].append(chosen.max().item())
+        figures["num_tokens"] = [7]
+        return chosen.mean()
 
     def log(self, logs: dict[str, float]) -> None:
-        mode = "train" if self.model.training else "eval"
-        means = {name: sum(each) / len(each) for name, each in self._metrics[mode].items()}
-        self.logged = {**logs, **means}
-        self._metrics[mode].clear()
+        figures = self._metrics["train" if self.model.training else "eval"]
+        self.logged = {**logs, **{name: fmean(values) for name, values in figures.items()}}
+        figures.clear()
 
 
 class Trainer(HeldOutPairs, Base):
     """Both."""
 
-    def see(self, figure: float, pairs: int, last: bool = False) -> None:
-        self.accelerator.gradient_state.end_of_dataloader = last
-        self.compute_loss(None, {"input_ids": [[0]] * 2 * pairs, "figure": figure})
+    def see(self, values: Sequence[float]) -> None:
+        """A batch of pairs, both sides of each of one value."""
+        side = torch.tensor(values)
+        inputs = {"input_ids": torch.cat([side, side]), "margin": 10 * side.double()}
+        self.compute_loss(None, inputs)
 
 
-@pytest.mark.parametrize("left", [3, 0])
-def test_the_last_batch_counts_as_many_pairs_as_are_left_and_no_copies(left: int) -> None:
-    trainer = Trainer()
-    trainer.accelerator.gradient_state.remainder = left
-    trainer.see(1.0, 4)
-    trainer.see(0.0, 4, last=True)
-    trainer.log({})
-    assert trainer.logged["accuracy"] == pytest.approx(8 / (8 + (left or 8)))
-    assert (trainer.logged["min_reward"], trainer.logged["max_reward"]) == (0.0, 1.0)
-    assert trainer.logged["num_tokens"] == 7
+def evaluated(values: Sequence[float], workers: int, batch: int) -> list[dict[str, float]]:
+    """What each worker logs of an evaluation on pairs of these values, shared out by accelerate."""
+    together = Workers(workers)
+
+    def work(index: int) -> dict[str, float]:
+        trainer = Trainer(Accelerator(index, together))
+        every = BatchSampler(range(len(values)), batch, drop_last=False)
+        own = every if workers == 1 else BatchSamplerShard(every, workers, index)
+        batches = list(own)
+        state = trainer.accelerator.gradient_state
+        state.remainder = len(values) % (batch * workers)
+        for number, rows in enumerate(batches, start=1):
+            state.end_of_dataloader = number == len(batches)
+            trainer.see([values[row] for row in rows])
+        trainer.log({"eval_loss": 123.0})
+        return trainer.logged
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(work, range(workers)))
+
+
+@given(
+    values=st.lists(st.integers(-50, 50), min_size=1, max_size=23),
+    workers=st.integers(1, 3),
+    batch=st.integers(1, 5),
+)
+@settings(max_examples=60)
+def test_each_pair_counts_once_however_they_are_shared_out(
+    values: list[int], workers: int, batch: int
+) -> None:
+    for logged in evaluated(values, workers, batch):
+        assert logged["eval_loss"] == pytest.approx(fmean(values), abs=1e-5)
+        assert logged["accuracy"] == pytest.approx(10 * fmean(values), abs=1e-4)
+        assert (logged["min_reward"], logged["max_reward"]) == (min(values), max(values))
+        assert logged["num_tokens"] == 7
 
 
 def test_figures_of_training_stay_as_they_are_and_the_next_evaluation_starts_anew() -> None:
-    trainer = Trainer()
-    trainer.see(1.0, 4)
+    trainer = Trainer(Accelerator(0, Workers(1)))
+    trainer.see([1.0, 1.0])
     trainer.log({})
     trainer.model.training = True
-    trainer.see(1.0, 4)
-    trainer.see(0.0, 1)
+    trainer.see([1.0, 1.0])
+    trainer.see([0.0])
     trainer.log({"loss": 2.0})
-    assert (trainer.logged["loss"], trainer.logged["accuracy"]) == (2.0, 0.5)
+    assert (trainer.logged["loss"], trainer.logged["accuracy"]) == (2.0, 5.0)
     trainer.model.training = False
-    trainer.see(0.25, 4)
+    trainer.see([0.25])
     trainer.log({})
-    assert trainer.logged["accuracy"] == 0.25
+    assert trainer.logged["accuracy"] == 2.5
+
+
+def test_of_a_batch_the_first_pairs_are_both_their_sides() -> None:
+    inputs = {
+        "input_ids": torch.tensor([[1], [2], [3], [11], [12], [13]]),
+        "ref_chosen_logps": torch.tensor([1.0, 2.0, 3.0]),
+        "return_loss": True,
+    }
+    cut = first_pairs(inputs, 2)
+    assert cut["input_ids"].tolist() == [[1], [2], [11], [12]]
+    assert cut["ref_chosen_logps"].tolist() == [1.0, 2.0]
+    assert cut["return_loss"] is True
+    assert first_pairs(inputs, 3) is inputs
+    assert first_pairs(inputs, 0) is inputs

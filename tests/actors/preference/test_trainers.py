@@ -12,6 +12,7 @@ import subprocess
 import sys
 from ast import literal_eval
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -607,20 +608,60 @@ def test_a_run_that_is_resumed_at_its_last_step_trains_none(
         assert longer.state.global_step == 4
 
 
+def held_out_figures(trainer: Any) -> dict[str, float]:
+    """The figures of an evaluation of a disturbed policy that are means over pairs."""
+    disturb(trainer)
+    trainer.evaluate()
+    found = renamed(trainer.state.log_history[-1])
+    return {n: v for n, v in found.items() if n == "eval/loss" or n.startswith("eval/reward/")}
+
+
 @pytest.mark.parametrize("kind", ["dpo", "reward_model"])
 def test_a_held_out_pair_counts_alike_however_pairs_are_batched(build: Build, kind: str) -> None:
     def figures(pairs_per_worker: int) -> dict[str, float]:
         option = f"eval.pairs_per_worker={pairs_per_worker}"
-        trainer = build(option, kind=kind, held_out=17)
-        disturb(trainer)
-        trainer.evaluate()
-        found = renamed(trainer.state.log_history[-1])
-        return {name: value for name, value in found.items() if name.startswith("eval/reward/")}
+        return held_out_figures(build(option, kind=kind, held_out=17))
 
     whole = figures(17)
-    assert {"eval/reward/accuracy", "eval/reward/margin"} < whole.keys()
+    assert {"eval/loss", "eval/reward/accuracy", "eval/reward/margin"} < whole.keys()
     assert whole["eval/reward/accuracy"] * 17 == pytest.approx(
         round(whole["eval/reward/accuracy"] * 17)
     )
     for batch in (16, 5):
         assert figures(batch) == pytest.approx(whole, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward_model"])
+def test_a_held_out_pair_that_two_workers_repeat_counts_once(
+    tiny_model: Path, tmp_path: Path, build: Build, kind: str
+) -> None:
+    """Two processes that have joined; the last batches hold 1 pair of the first and 7 repeats."""
+    whole = held_out_figures(build("eval.pairs_per_worker=17", kind=kind, held_out=17))
+    script = """
+import json, os, sys
+from pathlib import Path
+from tests.actors.preference.test_trainers import held_out_figures, made_of
+rank, port, model, folder, kind = sys.argv[1:]
+os.environ.update(RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1")
+os.environ["MASTER_PORT"] = port
+options = ("eval.pairs_per_worker=4", "train.workers=2")
+trainer = made_of(Path(model), Path(folder) / rank, options, kind=kind, held_out=17)
+assert trainer.accelerator.num_processes == 2
+figures = held_out_figures(trainer)
+(Path(folder) / f"{rank}.json").write_text(json.dumps(figures))
+os._exit(0)
+"""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+
+    def work(rank: str) -> subprocess.CompletedProcess[str]:
+        given = [rank, port, str(tiny_model), str(tmp_path), kind]
+        return drivers.run(["-c", script, *given], env=plain_environment(), timeout=240)
+
+    with ThreadPoolExecutor(2) as pool:
+        for ran in pool.map(work, "01"):
+            assert ran.returncode == 0, ran.stderr[-2000:]
+    for rank in "01":
+        figures = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert figures == pytest.approx(whole, rel=1e-4, abs=1e-7)
