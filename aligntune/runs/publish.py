@@ -10,10 +10,10 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 from aligntune.config.records import HubSpec
-from aligntune.loops import SIGNAL_SECONDS, stop_signals
+from aligntune.loops import SIGNAL_SECONDS
 from aligntune.report.card import write_card
 from aligntune.runs.deadline import asked
 from aligntune.runs.hub import pushed_to, why_not
@@ -56,17 +56,13 @@ def write_card_of(rundir: RunDir, step: int, records: Records) -> None:
 
 
 def push(rundir: RunDir, spec: HubSpec, records: Records) -> None:
-    """Copy the run's model to the hub where the config says so, or say why not.
-
-    Raises Interrupted for SIGINT or SIGTERM.
-    """
+    """Copy the run's model to the hub where the config says so, or say why not."""
     name = spec.push_to
     if name is None:
         return
     records.note(f"the model goes to the hub as {name}")
     answer = asked(lambda: pushed_to(rundir.model, name, spec.private))
-    with stop_signals(_at_once):
-        _wait(answer, spec.timeout_s)
+    _wait(answer, spec.timeout_s)
     try:
         url = answer.result(0)
     except Exception as error:  # noqa: BLE001 - of a client, for a run that is over
@@ -76,10 +72,6 @@ def push(rundir: RunDir, spec: HubSpec, records: Records) -> None:
         return
     records.event(EventKind.PUSHED, name=name, url=url)
     records.note(f"the model is on the hub: {url}")
-
-
-def _at_once(number: int) -> NoReturn:
-    raise KeyboardInterrupt  # of which `stop_signals` makes Interrupted
 
 
 def _wait(answer: Future[str], seconds: float) -> None:
