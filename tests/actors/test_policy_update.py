@@ -573,7 +573,7 @@ FSDP, ZERO1, ZERO2, ZERO3 = (
         (ZERO3, {}),
         (ZERO3, LORA),
         (FSDP, {}),
-        (FSDP, LORA),
+        pytest.param(FSDP, LORA, marks=pytest.mark.long),
         (FSDP, {**LORA, "dtype": "bfloat16", "gradient_checkpointing": True}),
     ],
     ids=str,

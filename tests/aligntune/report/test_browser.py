@@ -91,8 +91,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report([first, second], folder / "two.html")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
 def test_nothing_overflows_and_every_chart_is_drawn(
     report: Path, show: Open, width: int, scheme: str
 ) -> None:
