@@ -11,7 +11,7 @@ import asyncio
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -43,7 +43,7 @@ from actors.messages import (
 )
 from actors.sandbox import in_force
 from actors.specs import ModelSpec
-from actors.supervise import ObjectsLost, ReplicaLost, answer
+from actors.supervise import ObjectsLost, ReplicaLost, answer, drop
 from actors.waiting import all_of
 from actors.whereabouts import whereabouts
 
@@ -90,6 +90,7 @@ class EnvironmentActor(Alive):
         turn_timeout_s: float,
         lockstep: bool,
         log: str | None = None,
+        drop: Callable[[Any], None] = drop,
     ) -> None:
         """Nothing is started before `start`.
 
@@ -102,11 +103,13 @@ class EnvironmentActor(Alive):
             turn_timeout_s: after which a rollout replica that has not answered is lost.
             lockstep: the turns of a group's episodes are sampled together.
             log: the file in the run directory for what the user's code prints.
+            drop: ends a call of a rollout replica, by its reference.
         """
         self._spec = spec
         self._replica = replica
         self._turn_timeout_s = turn_timeout_s
         self._lockstep = lockstep
+        self._drop = drop
         self._silence_s = longest_silence(limits, code.reward_seconds, turn_timeout_s)
         self._episodes = episodes_of(model, spec, code, limits, log_file(log))
         self._lives: dict[str, _Life] = {}
@@ -185,9 +188,12 @@ class EnvironmentActor(Alive):
 
     async def _ask(self, handle: Any, name: str, turns: Sequence[Turn]) -> list[Completion]:
         limit = "rollout.generation_timeout_s"
-        made: list[Completion] = await answer(
-            handle.sample.remote(list(turns)), name, "sample", self._turn_timeout_s, limit
-        )
+        ref = handle.sample.remote(list(turns))
+        try:
+            made: list[Completion] = await answer(ref, name, "sample", self._turn_timeout_s, limit)
+        except asyncio.CancelledError:
+            self._drop(ref)  # or the engine would sample for nobody
+            raise
         self.done += 1
         return made
 

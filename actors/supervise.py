@@ -87,7 +87,7 @@ async def answer(ref: Any, replica: str, what: str, deadline_s: float, limit: st
         )
 
 
-def _drop(ref: Any) -> None:
+def drop(ref: Any) -> None:
     """Have the actor end a call, where it can."""
     ray.cancel(ref, force=False, recursive=False)
 
@@ -95,7 +95,7 @@ def _drop(ref: Any) -> None:
 class Lent:
     """A replica that somebody has a slot of."""
 
-    def __init__(self, name: str, handle: ActorHandle, drop: Callable[[Any], None] = _drop) -> None:
+    def __init__(self, name: str, handle: ActorHandle, drop: Callable[[Any], None] = drop) -> None:
         self.name = name
         self.handle = handle
         self._drop = drop
@@ -144,7 +144,7 @@ class ReplicaSet:
         max_restarts: int,
         event: Event,
         kill: Callable[[ActorHandle], None] = ray.kill,
-        drop: Callable[[Any], None] = _drop,
+        drop: Callable[[Any], None] = drop,
         section: str | None = None,
         ping: Callable[[ActorHandle], Any] | None = None,
         patience: Patience = USUAL,

@@ -4,6 +4,10 @@ Invariant: a turn has one answer. One that was lost with its replica is asked ag
 episode that is begun anew gets, as long as it says the same, the answers that it had. In lockstep
 turn `t` of all episodes that come so far is asked in one call, in the order of the rollouts: what
 is sampled together is then a function of the group alone.
+
+A group has as many calls at the replica at a time as it has rollouts, however many requests an
+agent sends side by side: the replica has room for so many, and for signs of life and new weights
+beside them. A call whose turns nobody waits for any more is ended.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ class _Asked:
     turn: Turn
     answer: asyncio.Future[Completion]
     sent: bool = False
+    wanted: bool = True  # its episode may yet ask for it
 
 
 class Turns:
@@ -42,7 +47,7 @@ class Turns:
         self._ask = ask
         self._live: dict[int, set[int]] = {}  # turns that an episode has asked since it began
         self._asked: dict[tuple[int, int], _Asked] = {}  # by rollout and turn
-        self._sending: set[asyncio.Task[None]] = set()
+        self._sending: dict[asyncio.Task[None], list[_Asked]] = {}  # calls under way
         self._replica: tuple[Any, str] | None = None
         self._there = asyncio.Event()
         self._gone = asyncio.Event()
@@ -69,8 +74,10 @@ class Turns:
         self._live[rollout] = set()
 
     def end(self, rollout: int) -> None:
-        """An episode has ended: its siblings wait for it no more."""
+        """An episode has ended: its siblings wait for it no more, and nobody for its turns."""
         self._live.pop(rollout, None)
+        for place in [place for place in self._asked if place[0] == rollout]:
+            self._drop(place)
         self._send()
 
     def sampler(self, rollout: int) -> Sampler:
@@ -88,6 +95,7 @@ class Turns:
     async def close(self) -> None:
         """Nothing is asked any more."""
         sending = list(self._sending)
+        self._asked.clear()
         for task in sending:
             task.cancel()
         await asyncio.gather(*sending, return_exceptions=True)
@@ -112,15 +120,27 @@ class Turns:
         )
         asked = self._asked.get(place)
         if asked is None or not _same(asked.turn, turn):
+            self._drop(place)
             answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
             asked = self._asked[place] = _Asked(turn, answer)
         self._live[rollout].add(number)
         self._send()
         return await asyncio.shield(asked.answer)
 
+    def _drop(self, place: tuple[int, int]) -> None:
+        """Nobody asks for this turn again; end its call, where all turns of that are such."""
+        if (asked := self._asked.pop(place, None)) is None:
+            return
+        asked.wanted = False
+        for task, together in self._sending.items():
+            if not any(one.wanted for one in together):
+                task.cancel()
+
     def _send(self) -> None:
         """Send what may be sent now."""
         while waiting := {place: one for place, one in self._asked.items() if not one.sent}:
+            if len(self._sending) >= self._sampling.completions:
+                return
             number = min(turn for _, turn in waiting)
             if not self._lockstep:
                 self._start([next(iter(waiting.values()))])
@@ -133,8 +153,13 @@ class Turns:
         for asked in together:
             asked.sent = True
         task = asyncio.create_task(self._answer(together))
-        self._sending.add(task)
-        task.add_done_callback(self._sending.discard)
+        self._sending[task] = together
+        task.add_done_callback(self._answered)
+
+    def _answered(self, task: asyncio.Task[None]) -> None:
+        """A call has ended: there is room for another."""
+        del self._sending[task]
+        self._send()
 
     async def _answer(self, together: list[_Asked]) -> None:
         """Have turns answered, by whichever replica lives long enough."""

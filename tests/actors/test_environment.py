@@ -33,7 +33,8 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> ToyEpisodes:
 def actor(lockstep: bool = False, **changes: Any) -> EnvironmentActor:
     spec = EpisodesSpec(**changes)
     return EnvironmentActor(
-        ModelSpec(name="m"), spec, EpisodeCode(), LIMITS, "environment-0", 30.0, lockstep
+        *(ModelSpec(name="m"), spec, EpisodeCode(), LIMITS, "environment-0", 30.0, lockstep),
+        drop=lambda ref: ref.drop(),
     )
 
 
@@ -239,6 +240,36 @@ def test_the_end_of_a_life_ends_its_episodes_and_frees_it(toy: ToyEpisodes) -> N
         await made.close()
 
     run(ended())
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_the_end_of_a_life_ends_its_turns_at_the_replica(toy: ToyEpisodes, lockstep: bool) -> None:
+    ended: list[int] = []
+
+    async def ends() -> None:
+        made, rollout = actor(lockstep), ToyRollout()
+        all_asked = asyncio.Event()
+
+        async def hold(turns: Any) -> None:
+            if sum(map(len, rollout.asked)) == 6:
+                all_asked.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                ended.append(len(turns))
+                raise
+
+        rollout.during = hold
+        call = asyncio.create_task(
+            made.generate("life", PROMPT, SAMPLING, rollout.handle, rollout.name)
+        )
+        await all_asked.wait()
+        await made.end("life")
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    run(ends())
+    assert ended == ([6] if lockstep else [1] * 6)
 
 
 def test_what_no_try_can_mend_is_raised_as_it_is(toy: ToyEpisodes) -> None:

@@ -93,7 +93,8 @@ class Environment(EnvironmentActor):
         return record, said, conversations
 
     def killed(self) -> None:
-        """The process is gone, with all that ran in it."""
+        """The process is gone, with all that ran in it; it drops none of its calls."""
+        self._drop = lambda ref: None
         for life in self._lives.values():
             for task in (life.task, *life.turns._sending):
                 task.cancel()

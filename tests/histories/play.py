@@ -362,6 +362,7 @@ class Process:
                 name,
                 LIMIT_S,
                 self.settings["lockstep"],
+                drop=lambda ref: ref.drop(),
             )
         made.name = name
         return made

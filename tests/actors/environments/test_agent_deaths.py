@@ -50,7 +50,10 @@ def actor(
         search_path=(str(folder),),
     )
     spec = EpisodesSpec(max_attempts=2)
-    made = EnvironmentActor(chat_model, spec, code, LIMITS, "environment-0", 60.0, False)
+    made = EnvironmentActor(
+        *(chat_model, spec, code, LIMITS, "environment-0", 60.0, False),
+        drop=lambda ref: ref.drop(),
+    )
     yield made
     loop(made.close())
 

@@ -121,12 +121,16 @@ class Later:
     def __init__(self, work: Any) -> None:
         self._task = asyncio.ensure_future(work)
 
+    def drop(self) -> None:
+        """End the call, as `ray.cancel` does."""
+        self._task.cancel()
+
     def future(self) -> Future[Any]:
         """As Ray's."""
         future: Future[Any] = Future()
 
         def settle(task: asyncio.Task[Any]) -> None:
-            if future.cancelled():
+            if not future.set_running_or_notify_cancel() or task.cancelled():
                 return
             if (error := task.exception()) is not None:
                 future.set_exception(error)

@@ -98,7 +98,14 @@ class Play:
     def _play(self, name: str) -> EnvironmentActor:
         config = self.world.config
         return EnvironmentActor(
-            config.model, config.episodes, EpisodeCode(), limits_of(config), name, 30.0, True
+            config.model,
+            config.episodes,
+            EpisodeCode(),
+            limits_of(config),
+            name,
+            30.0,
+            True,
+            drop=lambda ref: ref.drop(),
         )
 
     def run(self) -> list[dict[str, Any]]:
