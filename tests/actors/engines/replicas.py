@@ -43,6 +43,7 @@ class Replica:
         self.name = name
         self.here = here
         self.call = call
+        self.handle: Any = None  # where it is a Ray actor
         self.pid: int = self.get("start")["pid"]
 
     def get(self, method: str, *args: Any) -> Any:

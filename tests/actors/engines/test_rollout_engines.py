@@ -24,14 +24,16 @@ import psutil
 import pytest
 import ray
 import torch
+from ray.exceptions import TaskCancelledError
 
-from actors.engines.base import WeightMismatch
+from actors.engines.base import Turn, WeightMismatch
 from actors.engines.specs import EngineSpec, TransformersSpec, VLLMSpec
 from actors.groups import pack_group
-from actors.messages import FinishReason
+from actors.messages import FinishReason, Sampling
 from actors.models.loading import load_causal_lm
 from actors.rollout import RolloutActor
 from actors.specs import LoRASpec
+from actors.supervise import drop
 from actors.transfer.base import Refused
 from actors.transfer.bundle import WeightBundle
 from actors.transfer.delta import Exports
@@ -62,6 +64,10 @@ class Overwritten(RolloutActor):
         (process,) = engine._llm.engine_core.resources.engine_manager.processes
         return int(process.pid)
 
+    async def unfinished(self) -> int:
+        engine: Any = self._engine
+        return int(engine._llm.output_processor.get_num_unfinished_requests())
+
     async def write_over(self, bundle: WeightBundle) -> None:
         engine: Any = self._engine
         engine._weights.write(bundle)
@@ -81,7 +87,9 @@ def vllm_actor(folder: Path, **variables: str) -> Iterator[Replica]:
         .options(num_cpus=1, max_concurrency=64, runtime_env={"env_vars": variables})
         .remote(model_spec(folder), rollout_spec(VLLMSpec(kv_cache_gib=0.25)), "v0", 0, 8, 11)
     )
-    yield Replica("vllm", lambda method, *args: getattr(handle, method).remote(*args).future())
+    replica = Replica("vllm", lambda method, *args: getattr(handle, method).remote(*args).future())
+    replica.handle = handle
+    yield replica
     ray.kill(handle)
 
 
@@ -370,6 +378,17 @@ def test_an_engine_that_is_forked_computes_what_another_does_bit_for_bit(
             found.append((tensors.token_ids.tolist(), tensors.logprobs.tobytes()))
             assert (parent.pid == replica.pid) == (replica is other)
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_turns_that_an_environment_actor_drops_leave_the_engine(vllm_replica):
+    turn = Turn(prompt_of(0).token_ids, Sampling(max_tokens=400, temperature=1.0), "11/0/0/0")
+    ref = vllm_replica.handle.sample.remote([turn] * 64)
+    until(lambda: vllm_replica.get("unfinished") > 0)
+    drop(ref)
+    until(lambda: vllm_replica.get("unfinished") == 0)
+    with pytest.raises(TaskCancelledError):
+        ray.get(ref)
 
 
 @pytest.mark.slow
