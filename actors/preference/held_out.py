@@ -1,20 +1,25 @@
-"""Held-out figures of pairs: means over all pairs, however they are batched and shared out."""
+"""Held-out figures: means over all pairs, or all trained tokens, however rows are batched and
+shared out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+ROW_LENGTHS = "row_lengths"
+IGNORED = -100
+"""The label of a token that is not trained."""
 
-class HeldOutPairs:
-    """Before a trainer among the bases: every held-out pair counts once, and alike, in a figure.
 
-    TRL's figures are means over batches of all workers, where a pair that is left alone for the
-    last batch counts as much as a full one, and so does what several workers repeat to fill it.
-    Here each worker keeps the figures of its own pairs, without what it repeats, and all of them
-    are weighed together at the end.
+class HeldOut:
+    """Before a trainer among the bases: each pair or token that is held out counts once, and alike.
+
+    TRL's figures are means over batches of all workers, where what is left alone for the last
+    batch counts as much as a full one, and so does what several workers repeat to fill it. Here
+    each worker keeps the figures of its own rows, without what it repeats, and all of them are
+    weighed together at the end.
     """
 
     model: Any
@@ -22,24 +27,26 @@ class HeldOutPairs:
     _metrics: dict[str, dict[str, list[float]]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._pairs: list[int] = []  # this worker's own of each batch of this evaluation
+        self._counts: list[int] = []  # this worker's own of each batch of this evaluation
         self._losses: list[float] = []  # of each batch
         super().__init__(*args, **kwargs)
+
+    def _own_part(self, inputs: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
+        """How many of a batch are this worker's own, and the batch with the figures of these."""
+        raise NotImplementedError
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        own = self._own(len(inputs["input_ids"]) // 2)
+        count, own = self._own_part(inputs)
         with _alone(self.accelerator):
-            found = super().compute_loss(  # type: ignore[misc]
-                model, first_pairs(inputs, own), *args, **kwargs
-            )
-        self._pairs.append(own)
+            found = super().compute_loss(model, own, *args, **kwargs)  # type: ignore[misc]
+        self._counts.append(count)
         self._losses.append(float(found[0] if isinstance(found, tuple) else found))
         return found
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if not self.model.training and self._pairs:
+        if not self.model.training and self._counts:
             figures = self._metrics["eval"]
             named = {name: values for name, values in figures.items() if name != "num_tokens"}
             means = self._of_all({"loss": self._losses, **named})
@@ -47,12 +54,12 @@ class HeldOutPairs:
                 logs["eval_loss"] = means["loss"]
             for name, values in named.items():
                 values[:] = [means[name]]
-            self._pairs.clear()
+            self._counts.clear()
             self._losses.clear()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _own(self, batch: int) -> int:
-        """How many pairs of a batch are this worker's own: the first ones; then come repeats."""
+        """How many rows of a batch are this worker's own: the first ones; then come repeats."""
         loader = self.accelerator.gradient_state
         left = loader.remainder if loader.end_of_dataloader else 0  # of all; 0: the last is full
         if left <= 0:
@@ -60,16 +67,62 @@ class HeldOutPairs:
         return max(0, min(batch, left - self.accelerator.process_index * batch))
 
     def _of_all(self, figures: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """Each figure over the pairs of all workers."""
+        """Each figure over what all workers have counted."""
         import torch
 
-        mine = [sum(self._pairs), *(_part(n, v, self._pairs) for n, v in figures.items())]
+        mine = [sum(self._counts), *(_part(n, v, self._counts) for n, v in figures.items())]
         row = torch.tensor([mine], dtype=torch.float64, device=self.accelerator.device)
-        pairs, *columns = self.accelerator.gather(row).T.tolist()  # [1 + figures][workers]
+        counts, *columns = self.accelerator.gather(row).T.tolist()  # [1 + figures][workers]
         return {
-            name: _extreme(name, parts) if name in _EXTREMES else sum(parts) / sum(pairs)
+            name: _extreme(name, parts) if name in _EXTREMES else sum(parts) / sum(counts)
             for name, parts in zip(figures, columns, strict=True)
         }
+
+
+class HeldOutPairs(HeldOut):
+    """A figure is a mean over pairs."""
+
+    def _own_part(self, inputs: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
+        own = self._own(len(inputs["input_ids"]) // 2)
+        return own, first_pairs(inputs, own)
+
+
+class HeldOutTokens(HeldOut):
+    """A figure is a mean over trained tokens. Rows that lie end to end come with `ROW_LENGTHS`."""
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        self._lengths = inputs.pop(ROW_LENGTHS, None)
+        if not self.model.training:
+            num_items_in_batch = None  # a mean over the tokens that are here, and no other workers'
+        return super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+
+    def _own_part(self, inputs: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
+        labels = inputs["labels"].clone()
+        if self._lengths is None:
+            labels[self._own(len(labels)) :] = IGNORED
+        else:
+            own = self._own(len(self._lengths))
+            labels[:, int(self._lengths[:own].sum()) :] = IGNORED
+        return int((labels[:, 1:] != IGNORED).sum()), {**inputs, "labels": labels}
+
+
+def with_row_lengths(collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """`collate` that lays rows end to end, with their lengths [rows] in tokens as `ROW_LENGTHS`."""
+    import torch
+
+    def collated(rows: Any) -> dict[str, Any]:
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        return {**collate(rows), ROW_LENGTHS: lengths}
+
+    return collated
 
 
 _EXTREMES = {"min_reward": min, "max_reward": max}
@@ -79,9 +132,9 @@ def _extreme(name: str, values: Sequence[float]) -> float:
     return _EXTREMES[name](values)
 
 
-def _part(name: str, values: Sequence[float], pairs: Sequence[int]) -> float:
-    """What one worker adds to a figure: a sum over its pairs, or the least or greatest value."""
-    counted = [(value, count) for value, count in zip(values, pairs, strict=True) if count]
+def _part(name: str, values: Sequence[float], counts: Sequence[int]) -> float:
+    """What one worker adds to a figure: a sum over its own, or the least or greatest value."""
+    counted = [(value, count) for value, count in zip(values, counts, strict=True) if count]
     if name in _EXTREMES:
         none = math.inf if name == "min_reward" else -math.inf
         return _extreme(name, [value for value, _ in counted] or [none])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.preference.going_on import GoesOn
-from actors.preference.held_out import HeldOutPairs
+from actors.preference.held_out import HeldOutPairs, HeldOutTokens, with_row_lengths
 from actors.preference.relay import PreferenceJob
 from actors.specs import ModelSpec
 from actors.storage import Store
@@ -246,7 +246,7 @@ def _sft(
 ) -> Any:
     from trl import SFTConfig, SFTTrainer
 
-    class Trainer(GoesOn, SFTTrainer):
+    class Trainer(GoesOn, HeldOutTokens, SFTTrainer):
         """SFTTrainer that goes on with the settings of its job."""
 
     model = _taught_model(job)
@@ -262,6 +262,7 @@ def _sft(
         from actors.preference.packed import check_apart
 
         check_apart(trainer)
+        trainer.data_collator = with_row_lengths(trainer.data_collator)
     return trainer
 
 

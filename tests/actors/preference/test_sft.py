@@ -22,6 +22,7 @@ from actors.models.loading import ModelError
 from actors.preference.packed import check_apart
 from actors.preference.relay import PreferenceJob
 from actors.preference.trainers import build_trainer, export_model
+from actors.preference.worker import renamed
 from aligntune.config.load import load_config
 from aligntune.config.preference import PreferenceConfig
 from aligntune.data.dropped import Dropped
@@ -47,7 +48,7 @@ def environment() -> Iterator[None]:
     os.environ.update(before)
 
 
-def rows() -> list[tuple[list[int], list[int]]]:
+def made_rows() -> list[tuple[list[int], list[int]]]:
     """Ragged rows of ids and labels: a masked beginning, and a masked part in the middle."""
     rng = random.Random(0)
     made = []
@@ -60,13 +61,16 @@ def rows() -> list[tuple[list[int], list[int]]]:
     return made
 
 
-def made_of(model: Path, folder: Path, *overrides: str, steps: int = 1) -> Any:
-    """A trainer of a config with the overrides; it has its job as `job`."""
+def made_of(
+    model: Path, folder: Path, *overrides: str, steps: int = 1, held_out: bool = False
+) -> Any:
+    """A trainer of a config with the overrides, which evaluates on the rows that it trains on; it
+    has its job as `job`."""
     config = load_config(
         {
             "algorithm": "sft",
             "model": {"name": str(model)},
-            "data": {"path": "d"},
+            "data": {"path": "d"} | ({"eval_path": "e"} if held_out else {}),
             "output_dir": "o",
             "train": {"learning_rate": 1e-3, "scheduler": "constant"},
         },
@@ -84,12 +88,15 @@ def made_of(model: Path, folder: Path, *overrides: str, steps: int = 1) -> Any:
         export=str(folder / "model"),
         max_length=LONGEST,
     )
-    columns = {name: [row[at] for row in rows()] for at, name in enumerate(("input_ids", "labels"))}
+    columns = {
+        name: [row[at] for row in made_rows()] for at, name in enumerate(("input_ids", "labels"))
+    }
     table = RowTokens(columns, Dropped(), LONGEST, [*range(ROWS)], [], [*range(ROWS)])
     if job.arguments["padding_free"]:
         table = packed(table, LONGEST)
         assert len(table) < ROWS
-    trainer = build_trainer(job, pyarrow.table(dict(table.columns)), None, folder, lambda: None)
+    rows = pyarrow.table(dict(table.columns))
+    trainer = build_trainer(job, rows, rows if held_out else None, folder, lambda: None)
     trainer.job = job
     return trainer
 
@@ -100,7 +107,7 @@ def mean_over_tokens(model: Path) -> tuple[float, float]:
 
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).double()
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for ids, labels in rows():
+    for ids, labels in made_rows():
         logps = plain(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
         for at, label in enumerate(labels[1:]):
             if label != MASKED:
@@ -134,15 +141,61 @@ def test_the_loss_is_the_mean_over_the_trained_tokens_of_a_step(
     assert found == pytest.approx(mean_over_tokens(tiny_model), rel=1e-5)
 
 
-@pytest.mark.long
-def test_two_workers_have_the_loss_of_one(tiny_model: Path, tmp_path: Path) -> None:
-    script = """
-import sys
+def held_out_by_hand(model: Path) -> dict[str, float]:
+    """Means over the trained tokens of all rows, each alone in float64."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).double()
+    logps, wanted = [], []
+    for ids, labels in made_rows():
+        with torch.no_grad():
+            every = plain(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        kept = torch.tensor(labels[1:]) != MASKED
+        logps.append(every[kept])
+        wanted.append(torch.tensor(labels[1:])[kept])
+    logp, label = torch.cat(logps), torch.cat(wanted)
+    return {
+        "eval/loss": -logp.gather(1, label[:, None]).mean().item(),
+        "eval/policy/token_accuracy": (logp.argmax(1) == label).double().mean().item(),
+        "eval/policy/entropy": -(logp.exp() * logp).sum(1).mean().item(),
+    }
+
+
+def held_out(trainer: Any) -> dict[str, float]:
+    """The figures of an evaluation."""
+    trainer.evaluate()
+    found = renamed(trainer.state.log_history[-1])
+    return {name: found[name] for name in ("eval/loss", *FIGURES)}
+
+
+FIGURES = ("eval/policy/token_accuracy", "eval/policy/entropy")
+PACKED = "algorithm.packing=true"
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        ("eval.pairs_per_worker=3",),
+        ("eval.pairs_per_worker=8",),
+        ("eval.pairs_per_worker=2", PACKED),
+    ],
+    ids=str,
+)
+def test_held_out_figures_are_means_over_trained_tokens(
+    tiny_model: Path, tmp_path: Path, batches: tuple[str, ...]
+) -> None:
+    trainer = made_of(tiny_model, tmp_path, *batches, held_out=True)
+    assert held_out(trainer) == pytest.approx(held_out_by_hand(tiny_model), rel=1e-4, abs=1e-6)
+
+
+def of_two_workers(tmp_path: Path, model: Path, work: str) -> str:
+    """What the first of two workers says last, which have joined and run `work`."""
+    script = f"""
+import json, sys
 from pathlib import Path
-from tests.actors.preference.test_sft import first_step, made_of
-trainer = made_of(Path(sys.argv[1]), Path(sys.argv[2]), "train.pairs_per_worker=2",
-                  "train.accumulation_steps=2", "train.max_grad_norm=1e9")
-print(*first_step(trainer))
+from tests.actors.preference.test_sft import PACKED, first_step, held_out, made_of
+model, folder = Path(sys.argv[1]), Path(sys.argv[2])
+print(json.dumps({work}))
 """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -150,7 +203,7 @@ print(*first_step(trainer))
     common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", script, str(tiny_model), str(tmp_path / str(rank))],
+            [sys.executable, "-c", script, str(model), str(tmp_path / str(rank))],
             env={**common, "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
@@ -164,8 +217,25 @@ print(*first_step(trainer))
         for worker in workers:
             worker.kill()
     assert [worker.returncode for worker in workers] == [0, 0]
-    loss, norm = map(float, said[0].split()[-2:])
-    assert (loss, norm) == pytest.approx(mean_over_tokens(tiny_model), rel=1e-5)
+    return said[0].strip().splitlines()[-1]
+
+
+@pytest.mark.long
+def test_two_workers_have_the_loss_of_one(tiny_model: Path, tmp_path: Path) -> None:
+    options = "'train.pairs_per_worker=2', 'train.accumulation_steps=2', 'train.max_grad_norm=1e9'"
+    said = of_two_workers(tmp_path, tiny_model, f"first_step(made_of(model, folder, {options}))")
+    assert json.loads(said) == pytest.approx(mean_over_tokens(tiny_model), rel=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("packed", ["", ", PACKED"], ids=["padded", "packed"])
+def test_what_two_workers_hold_out_counts_once(
+    tiny_model: Path, tmp_path: Path, packed: str
+) -> None:
+    """Of the last batches all or most rows are repeats."""
+    made = f"made_of(model, folder, 'eval.pairs_per_worker=3'{packed}, held_out=True)"
+    said = json.loads(of_two_workers(tmp_path, tiny_model, f"held_out({made})"))
+    assert said == pytest.approx(held_out_by_hand(tiny_model), rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("changes", [(), ("model.lora.r=2",), ("algorithm.packing=true",)], ids=str)
