@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -61,6 +62,7 @@ class PolicyActor(TrainedRank):
         self._tokens_per_chunk = spec.tokens_per_chunk
         self._shared = spec.shared_prompts
         self._exports = Exports()
+        self._sender: Any = None
         self._own_old: set[Row] = set()  # whose old log-probs their first forward pass gives
         self._noisy: set[Row] = set()  # whose first pass has dropout, and weights as at the start
 
@@ -160,6 +162,14 @@ class PolicyActor(TrainedRank):
         for _ in self._strategy.full_state():
             pass
         return None, None
+
+    def send(self, sender: str, method: str, *args: Any) -> Any:
+        """What `method` answers of this rank's side of a transport: `sender` (module:Class), which
+        is made of the strategy once. All ranks together, unless the method says otherwise."""
+        if self._sender is None:
+            module, _, name = sender.partition(":")
+            self._sender = getattr(importlib.import_module(module), name)(self._strategy)
+        return getattr(self._sender, method)(*args)
 
     def _complete(
         self, job: UpdateJob, groups: dict[int, Fetched], first: Sequence[Row]

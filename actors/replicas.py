@@ -106,6 +106,12 @@ class Replicas:
         return [replica for replica in self._live.values() if replica.state is State.READY]
 
     @property
+    def reached(self) -> list[Replica]:
+        """The replicas that have the current weights, and get the next ones with each other."""
+        states = (State.READY, State.SUSPECT)
+        return [replica for replica in self._live.values() if replica.state in states]
+
+    @property
     def hopeless(self) -> bool:
         """Whether nobody who waits will ever get a slot."""
         return self.closed or not self._live

@@ -19,8 +19,10 @@ from typing import Any, NoReturn, cast
 
 from actors.engines.base import (
     EngineDead,
+    ReachedEngine,
     RolloutEngine,
     Turn,
+    WeightMismatch,
     Work,
     engine_seed,
     resolve_engine,
@@ -29,7 +31,7 @@ from actors.groups import Group, pack_group
 from actors.liveness import Alive
 from actors.messages import Completion, GroupSampling, Prompt
 from actors.specs import ModelSpec, RolloutSpec
-from actors.transfer.base import Refused
+from actors.transfer.base import Refused, Sent
 from actors.transfer.bundle import WeightBundle
 from actors.transfer.delta import WeightDelta
 from actors.transfer.held import Held, OtherBase
@@ -77,6 +79,12 @@ class RolloutActor(Alive):
             ValueError: an engine that is not installed, or options it does not take.
         """
         engine = resolve_engine(spec.engine)
+        if spec.weight_sync.engine not in (None, engine.name):
+            raise ValueError(
+                f"rollout.weight_sync={spec.weight_sync.name} needs rollout.engine="
+                f"{spec.weight_sync.engine}, and here it is {engine.name}; install "
+                f"{spec.weight_sync.engine}, or use rollout.weight_sync=full"
+            )
         self._engine_name, self._package = engine.name, engine.package
         spec = spec.model_copy(update={"engine": engine})
         sequences = spec.max_concurrent_groups * completions
@@ -175,6 +183,21 @@ class RolloutActor(Alive):
             except EngineDead as error:
                 self._die(error)
 
+    async def receive_weights(self, sent: Sent) -> float | Refused:
+        """Serve under the weights that the policy's ranks send, from now on; seconds in which
+        generation stood still. One that is not sent them has changed nothing.
+
+        An engine that did not get all of them is in pieces, so the actor ends with it.
+        """
+        async with self._loading:
+            arrival = sent.arrival(self._replica)
+            if arrival is None:
+                return Refused(self._replica, f"version {sent.version} was not sent to it")
+            try:
+                return await cast(ReachedEngine, self._engine).load_weights(arrival)
+            except (EngineDead, WeightMismatch) as error:
+                self._die(error)
+
     async def ping(self) -> int:  # type: ignore[override]
         """As every actor's, once the engine's processes have answered too."""
         await self._engine.answers()
@@ -202,7 +225,7 @@ class RolloutActor(Alive):
             except EngineDead as error:
                 self._die(error)
 
-    def _die(self, error: EngineDead) -> NoReturn:
+    def _die(self, error: EngineDead | WeightMismatch) -> NoReturn:
         """End the process at once: a retry must meet a new actor, not this one."""
         print(f"rollout replica {self._replica} ends: {error}", file=sys.stderr, flush=True)
         os._exit(1)

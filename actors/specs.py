@@ -122,7 +122,9 @@ class RolloutSpec(Spec):
         FullSpec(),
         description="what is sent of each version: full, all weights; delta, those that have "
         "changed, bit for bit the same, for a copy of the weights in policy and replicas; adapter, "
-        "that of model.lora alone, which engines do not merge. The first two merge it",
+        "that of model.lora alone, which engines do not merge; nccl, all weights from GPU to GPU, "
+        "and ipc, out of the memory of a GPU that both are on, into vLLM alone (neither has run on "
+        "a GPU yet). All but adapter merge it",
     )
     weight_timeout_s: Seconds = Field(600.0, description="longest wait for it to take new weights")
     start_timeout_s: Seconds = Field(600.0, description="longest wait for a replica to load")

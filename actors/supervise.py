@@ -364,20 +364,20 @@ class ReplicaSet:
         """Call `method` on every serving replica (`only`: of these), one that is silent for now
         too; a replica lost at it is replaced, not retried.
 
-        Replicas that are starting are left out: `prepare` brings them up to date. Raises
-        ObjectsLost, once all have answered, where an argument is gone.
+        Replicas that are starting are left out: `prepare` brings them up to date. A caller that is
+        cancelled ends the calls. Raises ObjectsLost, once all have answered, where an argument is
+        gone.
         """
 
         async def one(replica: Replica, handle: ActorHandle) -> Any:
+            lent = Lent(replica.name, handle, self._drop)
             try:
-                ref = getattr(handle, method).remote(*args)
-                return await answer(ref, replica.name, method, deadline_s)
+                return (await lent.call(method, *args, deadline_s=deadline_s))[0]
             except ReplicaLost as lost:
                 self._lost(replica, lost.reason)
                 return None
 
-        states = (State.READY, State.SUSPECT)
-        live = [replica for replica in self.replicas.live if replica.state in states]
+        live = self.replicas.reached
         named = live if only is None else [each for each in live if each.name in only]
         serving = [(replica, self._handles[replica]) for replica in named]
         answers = await asyncio.gather(*(one(*each) for each in serving), return_exceptions=True)

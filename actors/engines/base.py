@@ -20,6 +20,7 @@ from actors.messages import Completion, FinishReason, ReplicaLoad, Sampling, Seg
 from actors.specs import ModelSpec, RolloutSpec
 
 if TYPE_CHECKING:
+    from actors.transfer.base import Arrival
     from actors.transfer.bundle import WeightBundle
 
 
@@ -139,6 +140,13 @@ class RolloutEngine(Protocol):
 
     async def close(self) -> None:
         """Stop, and free what the engine holds."""
+
+
+class ReachedEngine(RolloutEngine, Protocol):
+    """One to whose processes weights may come by themselves."""
+
+    async def load_weights(self, bundle: WeightBundle | Arrival) -> float:
+        """As of any engine; WeightMismatch also where what was sent did not arrive."""
 
 
 def completion(

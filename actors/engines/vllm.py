@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import importlib
 import logging
 import os
 import shutil
@@ -37,6 +38,7 @@ from actors.engines.vllm_options import batch_limits, check_engine_options
 from actors.engines.vllm_steps import stat_logger
 from actors.messages import Completion, FinishReason, Sampling, VersionSpan
 from actors.specs import ModelSpec, RolloutSpec
+from actors.transfer.base import Arrival
 from actors.transfer.bundle import WeightBundle
 from actors.transfer.memory_file import MemoryFile
 
@@ -137,14 +139,14 @@ class VLLMEngine:
             for request in requests:
                 request.cancel()
 
-    async def load_weights(self, bundle: WeightBundle) -> float:
+    async def load_weights(self, bundle: WeightBundle | Arrival) -> float:
         """Replace the weights under the requests in flight; seconds in which they stand still.
 
         An update that fails or is cancelled leaves a model in pieces: generation stays frozen, and
         the next `check` or `sample` raises EngineDead.
 
         Raises:
-            WeightMismatch: vLLM could not load the bundle.
+            WeightMismatch: vLLM could not load the bundle, or what was sent did not arrive.
         """
         async with self._updating:
             await self.check()
@@ -167,9 +169,11 @@ class VLLMEngine:
             finally:
                 self._loading = False
 
-    def _laid_out(self, bundle: WeightBundle) -> Callable[[], Awaitable[None]]:
-        """Put weights where vLLM's processes read them; what has them do so."""
+    def _laid_out(self, bundle: WeightBundle | Arrival) -> Callable[[], Awaitable[None]]:
+        """Put weights where vLLM's processes read them, unless they come there by themselves; what
+        has them do so."""
         if (adapter := self._adapter) is not None:
+            assert isinstance(bundle, WeightBundle), "adapters come in bundles"
             adapter.write(bundle)
 
             async def load_adapter() -> None:
@@ -177,13 +181,23 @@ class VLLMEngine:
                     raise WeightMismatch("vLLM did not take the adapter")
 
             return load_adapter
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+        from vllm.distributed.weight_transfer.base import (
+            WeightTransferInitRequest,
+            WeightTransferUpdateRequest,
+        )
 
-        where = bundle.where or self._weights.write(bundle)
+        if isinstance(bundle, Arrival):
+            meeting, update = bundle.meeting, bundle.update
+        else:
+            meeting, update = {}, bundle.where or self._weights.write(bundle)
 
         async def load_all() -> None:
+            if meeting:
+                await self._llm.init_weight_transfer_engine(
+                    WeightTransferInitRequest(dict(meeting))
+                )
             await self._llm.start_weight_update()
-            await self._llm.update_weights(WeightTransferUpdateRequest(dict(where)))
+            await self._llm.update_weights(WeightTransferUpdateRequest(dict(update)))
             await self._llm.finish_weight_update()
 
         return load_all
@@ -239,7 +253,7 @@ class VLLMEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from actors.engines.vllm_transfer import BACKEND, OWNER_ENV, WorkerExtension
+        from actors.engines.vllm_transfer import OWNER_ENV
         from actors.models.loading import local
 
         # Where vLLM was imported before this, it has read another level.
@@ -263,7 +277,7 @@ class VLLMEngine:
             options |= lora_options(self._model.lora)
             self._adapter = AdapterFolder(self._model)
         self._stops = stop_token_ids(self._model)
-        model = local(self._model)
+        model, workers = local(self._model), self._spec.weight_sync.vllm_workers
         arguments = AsyncEngineArgs(
             model=model.name,
             revision=model.revision,
@@ -277,8 +291,8 @@ class VLLMEngine:
             generation_config="vllm",  # sampling is ours, not the model folder's
             skip_tokenizer_init=True,
             disable_log_stats=True,  # but for the logger below
-            weight_transfer_config={"backend": BACKEND},
-            worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
+            weight_transfer_config={"backend": importlib.import_module(workers).BACKEND},
+            worker_extension_cls=f"{workers}.WorkerExtension",
             **options,
         )
         return AsyncLLM.from_engine_args(arguments, stat_loggers=[stat_logger(self._observe)])

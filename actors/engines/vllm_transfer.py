@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,13 +98,24 @@ class ObjectStoreWeightTransferEngine(
         """
         # Layers may hold on to what they were given until the update is finished.
         self._memory = np.memmap(update_info.path, dtype=np.uint8, mode="r")
-        loaded = self.model.load_weights(_views(self._memory, update_info))
+        self._check_covered(self.model.load_weights(_views(self._memory, update_info)))
+
+    def _check_covered(self, loaded: set[str] | None) -> None:
+        """Raise ValueError unless `loaded` are all parameters; None: the model does not say."""
         missing = self._expected - loaded if loaded is not None else set()
         if missing:
             raise ValueError(
                 f"the weights do not hold {min(missing)!r} ({len(missing)} such parameters of "
                 "vLLM's model); policy and rollout must load the same model"
             )
+
+    def _receive_by(self, engine: Any, update_info: Any) -> None:
+        """Have one of vLLM's own engines load a version. Raises ValueError as `receive_weights`."""
+        engine.model = loader = _Loader(self.model)
+        engine.receive_weights(update_info)
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self._check_covered(loader.loaded)
 
     def finish_weight_update(self) -> None:
         """Process what waits for the whole model, and let go of the file."""
@@ -116,6 +127,19 @@ class ObjectStoreWeightTransferEngine(
 
     def shutdown(self) -> None:
         """Nothing is held between updates."""
+
+
+class _Loader:
+    """A model to vLLM's own engines, which drop what it says of the weights that they give it."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self.loaded: set[str] | None = set()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load some, and keep their names; None once the model does not say."""
+        said = self._model.load_weights(weights)
+        self.loaded = None if said is None or self.loaded is None else self.loaded | said
 
 
 def _process_tied_head(model: torch.nn.Module) -> None:

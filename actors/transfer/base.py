@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
@@ -47,6 +47,35 @@ class Exported:
     nbytes: int
     whole: bool  # else they are what has changed since the version that it exported before
     whole_nbytes: int  # of all its weights
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A version that reaches one engine's processes by itself, in the words of what the engine
+    calls there."""
+
+    version: int
+    update: Mapping[str, Any]
+    meeting: Mapping[str, Any] = field(default_factory=dict)
+    """What they are told before, once; empty: nothing."""
+
+
+class Sent(Protocol):
+    """What is offered of weights that the ranks send to those who take them."""
+
+    version: int
+
+    def arrival(self, replica: str) -> Arrival | None:
+        """What a replica is to have its engine do; None: it is not among those who are sent it."""
+
+
+class Ask(Protocol):
+    """Has the policy's ranks do `method` of a transport's own side, `sender` (module:Class); gives
+    the answer of rank 0."""
+
+    def __call__(
+        self, sender: str, method: str, *args: Any, deadline_s: float
+    ) -> Awaitable[Any]: ...
 
 
 class Transport(Protocol):

@@ -10,6 +10,7 @@ from typing import Literal
 
 from actors.specs import ModelSpec, PolicySpec, RoleResources, RolloutSpec
 from aligntune.errors import UserError
+from cluster.specs import ClusterSpec
 
 Backend = Literal["trl", "unsloth"]
 
@@ -58,10 +59,25 @@ def check_shared_prompts(backend: Backend, policy: PolicySpec) -> None:
         )
 
 
-def check_weight_sync(rollout: RolloutSpec, model: ModelSpec) -> None:
-    """Whether what is to be sent of each version is all of what is trained. Raises UserError."""
-    if rollout.weight_sync.name != "adapter":
-        return
+def check_weight_sync(
+    backend: Backend,
+    model: ModelSpec,
+    policy: PolicySpec,
+    rollout: RolloutSpec,
+    cluster: ClusterSpec,
+) -> None:
+    """Whether what is to be sent of each version is all of what is trained, and can be sent so.
+    Resources that are still open are checked once they are settled. Raises UserError."""
+    match rollout.weight_sync.name:
+        case "adapter":
+            _check_adapter(model)
+        case "nccl":
+            _check_nccl(backend, policy, rollout, cluster)
+        case "ipc":
+            _check_ipc(policy, rollout, cluster)
+
+
+def _check_adapter(model: ModelSpec) -> None:
     if model.lora is None:
         raise UserError(
             "rollout.weight_sync=adapter sends LoRA adapters and model.lora is not set; set it, or "
@@ -72,6 +88,95 @@ def check_weight_sync(rollout: RolloutSpec, model: ModelSpec) -> None:
             "rollout.weight_sync=adapter leaves the rollouts' frozen weights as they are, and "
             "model.load_in_4bit rounds the policy's; use rollout.weight_sync=full"
         )
+
+
+def _check_nccl(
+    backend: Backend, policy: PolicySpec, rollout: RolloutSpec, cluster: ClusterSpec
+) -> None:
+    """NCCL takes no GPU twice into one communicator, and rank 0 sends by vLLM's own code."""
+    if backend == "unsloth":
+        raise _refused(
+            rollout,
+            "sends by vLLM's own code, which does not run beside what backend=unsloth patches",
+            "use backend=trl",
+        )
+    _check_workers(rollout)
+    for role, resources in (("policy", policy.resources), ("rollout", rollout.resources)):
+        if resources.gpus < 1 and "gpus" in resources.model_fields_set:
+            raise _refused(
+                rollout,
+                f"sends from one whole GPU to another, and {role}.resources.gpus="
+                f"{resources.gpus:g}",
+                "set it to 1",
+            )
+    if _share_places(cluster):
+        raise _refused(
+            rollout,
+            "sends from one GPU to another, and cluster.colocate has policy and rollout on the "
+            "same",
+            "set cluster.colocate=[] for a GPU of each",
+        )
+
+
+def _check_ipc(policy: PolicySpec, rollout: RolloutSpec, cluster: ClusterSpec) -> None:
+    """A replica opens what the rank on its one GPU shares, and no other."""
+    _check_workers(rollout)
+    for role, resources in (("policy", policy.resources), ("rollout", rollout.resources)):
+        if resources.gpus == 0 and "gpus" in resources.model_fields_set:
+            raise _refused(
+                rollout,
+                f"reads the memory of a GPU, and {role}.resources.gpus=0",
+                "give both a GPU",
+            )
+    if rollout.engine.shards > 1:
+        raise _refused(
+            rollout,
+            "reads the memory of one GPU, and rollout.engine.tensor_parallel_size="
+            f"{rollout.engine.shards}",
+            "use 1",
+        )
+    if "colocate" in cluster.model_fields_set and not _share_places(cluster):
+        raise _refused(
+            rollout,
+            "needs each replica on the GPU of a rank, and cluster.colocate does not put them there",
+            "set cluster.colocate=[[policy, rollout]]",
+        )
+    both = "ranks" in policy.model_fields_set and "replicas" in rollout.model_fields_set
+    if both and rollout.replicas > policy.ranks:
+        raise _refused(
+            rollout,
+            f"needs each replica on the GPU of a rank, and rollout.replicas={rollout.replicas} are "
+            f"more than policy.ranks={policy.ranks}",
+            "lower them",
+        )
+
+
+def _check_workers(rollout: RolloutSpec) -> None:
+    """Whether the replicas are vLLM's, with no more workers than shards."""
+    if rollout.engine.name not in (rollout.weight_sync.engine, "auto"):
+        raise _refused(
+            rollout,
+            f"sends weights into vLLM, and rollout.engine is {rollout.engine.name}",
+            "use rollout.engine=vllm",
+        )
+    options = getattr(rollout.engine, "options", {})
+    for option in ("pipeline_parallel_size", "data_parallel_size"):
+        if options.get(option, 1) != 1:
+            raise _refused(
+                rollout,
+                "knows the rollout.engine.tensor_parallel_size GPUs of a replica, and "
+                f"rollout.engine.options has {option}",
+                "remove it",
+            )
+
+
+def _share_places(cluster: ClusterSpec) -> bool:
+    return any({"policy", "rollout"} <= set(group) for group in cluster.colocate)
+
+
+def _refused(rollout: RolloutSpec, why: str, cure: str) -> UserError:
+    named = f"rollout.weight_sync={rollout.weight_sync.name}"
+    return UserError(f"{named} {why}; {cure}, or use rollout.weight_sync=full")
 
 
 def check_installed(backend: Backend) -> None:

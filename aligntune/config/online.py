@@ -291,7 +291,7 @@ def check(config: RunConfig) -> None:
     )
     check_shared_prompts(config.backend, policy)
     rollout = config.rollout
-    check_weight_sync(rollout, config.model)
+    check_weight_sync(config.backend, config.model, policy, rollout, config.cluster)
     if rollout.max_replicas is not None:
         if rollout.max_replicas < rollout.replicas:
             raise UserError(

@@ -11,6 +11,8 @@ from actors.supervise import ReplicaSet
 from actors.timeline import Timeline
 from actors.transfer.base import Transport
 from actors.transfer.deltas import Deltas
+from actors.transfer.ipc import Ipc
+from actors.transfer.nccl import Nccl
 from actors.transfer.object_store import ObjectStore
 from aligntune.config.online import RunConfig
 from aligntune.data.prompts import PromptSource
@@ -59,10 +61,12 @@ def assemble(
     learner = learner or Learner(
         config, roles.maker(ROLES["policy"]), roles.maker(ROLES["critic"]), changed.set
     )
-    sends = transport(config, learner)
+    sends = transport(
+        config, learner, lambda: [each.name for each in serving.rollouts.replicas.reached]
+    )
     weights = WeightSync(
         sends,
-        sends,
+        sends if sends.rereadable else ObjectStore(learner.export),
         changed,
         recorder.event,
         timeout_s=config.rollout.weight_timeout_s,
@@ -103,12 +107,24 @@ def assemble(
     )
 
 
-def transport(config: RunConfig, learner: Learner) -> Transport:
-    """What `rollout.weight_sync` names."""
+def transport(
+    config: RunConfig, learner: Learner, serving: Callable[[], Sequence[str]]
+) -> Transport:
+    """What `rollout.weight_sync` names. `serving()` names the replicas that get new weights."""
     match config.rollout.weight_sync.name:
         case "delta":
             return Deltas(learner.export_changes)
         case "adapter":
             return ObjectStore(learner.export_adapter)
+        case "nccl":
+            return Nccl(
+                learner.send,
+                learner.send_beside,
+                serving,
+                workers=config.rollout.engine.shards,
+                timeout_s=config.rollout.weight_timeout_s,
+            )
+        case "ipc":
+            return Ipc(learner.send, timeout_s=config.rollout.weight_timeout_s)
         case _:
             return ObjectStore(learner.export)

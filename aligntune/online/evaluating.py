@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from actors.messages import Prompt
 from actors.reward import Criterion
 from actors.supervise import ReplicaSet
+from actors.transfer.specs import FullSpec
 from actors.waiting import all_of
 from aligntune.config.online import RunConfig
 from aligntune.evaluation.summary import Row
@@ -86,7 +87,8 @@ async def with_model(
 
     async def by(model: str) -> T:
         named = config.model.model_copy(update={"name": model, "lora": None})
-        own = config.model_copy(update={"model": named})
+        rollout = config.rollout.model_copy(update={"weight_sync": FullSpec()})  # nobody sends any
+        own = config.model_copy(update={"model": named, "rollout": rollout})
         async with served(own, roles.of_config(own), criteria, said) as rolling:
             stage("the model is loaded")
             return await work(rolling)

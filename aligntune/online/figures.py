@@ -11,14 +11,15 @@ from aligntune.config.online import RunConfig
 from aligntune.errors import UserError, nearest
 from aligntune.online.groups import ReadyGroup, compared_scores, raw_scores, truncated
 
-EXPORTS = ("export_weights", "export_changes", "export_adapter")
+EXPORTS = ("export_weights", "export_changes", "export_adapter", "send")
+LOADS_WEIGHTS = ("load_weights", "receive_weights")
 ACTIVITIES = {
     "rollout": ("generate",),
     "reward": ("score",),
     "reference": ("logprobs",),
     "prepare": ("values", "prepare"),
     "update": ("update",),
-    "weight_sync": (*EXPORTS, "load_weights"),
+    "weight_sync": (*EXPORTS, *LOADS_WEIGHTS),
 }
 """The remote calls that each `time/<activity>` is the time of."""
 

@@ -65,12 +65,11 @@ class Handover:
         of the step where the policy waited: so nothing there waits."""
 
         async def clear() -> None:
-            left.set()
             await self._stopping.unless(self._evaluation.ended())
             self._loading = True
 
         try:
-            await self._weights.bring(version, self._serving.rollouts, clear)
+            await self._weights.bring(version, self._serving.rollouts, clear, left.set)
         except Interrupted:  # no replica needs new weights any more
             return
         finally:

@@ -187,6 +187,17 @@ class Learner:
         exported: tuple[Exported, Any] = await self._exported("export_changes", version, since)
         return exported
 
+    async def send(self, sender: str, method: str, *args: Any, deadline_s: float) -> Any:
+        """What rank 0 answers of `method` of a transport's own side, `sender` (module:Class), which
+        all ranks run together."""
+        call = (sender, method, *args)
+        said, *_ = await self._policy.each("send", [call] * self._policy.spec.ranks, deadline_s)
+        return said
+
+    async def send_beside(self, sender: str, method: str, *args: Any, deadline_s: float) -> Any:
+        """As `send`, on rank 0 alone and beside what it does."""
+        return await self._policy.beside("send", sender, method, *args, deadline_s=deadline_s)
+
     async def _exported(self, method: str, *args: Any) -> tuple[Any, Any]:
         """What rank 0 says, and the reference to what it has exported."""
         ranks = self._policy.spec.ranks

@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.disk import DISK
-from actors.liveness import USUAL, Patience, listen
+from actors.liveness import HEALTH, USUAL, Patience, listen
 from actors.specs import RankSpec
 from actors.supervise import ObjectsLost, ReplicaLost, answer
 from actors.together import together
@@ -87,11 +87,21 @@ class Ranks:
         """Call `method` on every rank with the same arguments; see `each`."""
         return await self.each(method, [args] * self.spec.ranks)
 
-    async def each(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call `method` on every rank with its own arguments. Raises PolicyLost, or what a rank's
-        own code raised."""
+    async def each(
+        self, method: str, args: Sequence[tuple[Any, ...]], deadline_s: float | None = None
+    ) -> list[Any]:
+        """Call `method` on every rank with its own arguments; the deadline is that of an update by
+        default. Raises PolicyLost, or what a rank's own code raised."""
         refs = self._call(method, args)
-        return await self._answers(method, refs, self.spec.update_timeout_s)
+        return await self._answers(method, refs, deadline_s or self.spec.update_timeout_s)
+
+    async def beside(self, method: str, *args: Any, deadline_s: float) -> Any:
+        """Call `method` on rank 0 beside what it does. Raises as `each`."""
+        if self.lost is not None or not self._handles:
+            raise PolicyLost(self.lost or f"the {self.spec.role} ranks are not running")
+        call = getattr(self._handles[0], method).options(concurrency_group=HEALTH)
+        (said,) = await self._answers(method, [call.remote(*args)], deadline_s)
+        return said
 
     async def write(self, folder: str) -> None:
         """Have every rank write its last snapshot beside what it does; returns when all have ended.

@@ -22,7 +22,7 @@ from actors.timeline import Timeline
 from actors.whereabouts import whereabouts
 from aligntune.config.online import RunConfig
 from aligntune.errors import RunFailed
-from aligntune.online.figures import EXPORTS
+from aligntune.online.figures import EXPORTS, LOADS_WEIGHTS
 from aligntune.online.keeper import Keeper
 from aligntune.online.learner import Learner
 from aligntune.online.recorder import OnlineRecorder
@@ -37,7 +37,7 @@ CLOSE_SECONDS = 30.0  # for a run that is ended to let go of what it holds
 DRAIN_SECONDS = 10.0  # between two looks at the nodes
 LOOKS = 20  # within the time after which a run that does not move is stuck
 OF_RANKS = ("address", "snapshot", "load", "save_model", *EXPORTS)
-WAITED_FOR = frozenset({"start", "load_weights", *OF_RANKS})
+WAITED_FOR = frozenset({"start", *LOADS_WEIGHTS, *OF_RANKS})
 """Calls that go on for long and show nothing meanwhile. Each has a deadline of its own."""
 
 

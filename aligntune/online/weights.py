@@ -64,17 +64,25 @@ class WeightSync:
         """Whether rollouts serve under weights of the policy's, not of the starting model."""
         return self._offer is not None
 
-    async def bring(self, version: int, rollouts: ReplicaSet, clear: Clear = at_once) -> None:
+    async def bring(
+        self,
+        version: int,
+        rollouts: ReplicaSet,
+        clear: Clear = at_once,
+        left: Callable[[], None] = ignore,
+    ) -> None:
         """Bring the policy's weights, which are of `version`, to every rollout replica that serves.
 
-        `clear()` is awaited before any replica may take them: where the transport leaves them
-        somewhere, once they have left the policy. Raises PolicyLost where they are gone again, or a
-        rank is.
+        `clear()` is awaited before any replica may take them. `left()` is called once they have
+        left the policy, which may change them from then on: before `clear` where the transport
+        leaves them somewhere, at the end where the ranks send them to those who take them. Raises
+        PolicyLost where they are gone again, or a rank is.
         """
         left_behind = self._late is self._transport
 
         async def receive(offer: Offer) -> None:
             if left_behind:
+                left()
                 await clear()
                 self._renew(offer)
             await self._send(offer, rollouts)
@@ -87,19 +95,23 @@ class WeightSync:
                 await clear()
                 await self._late.publish(version, keep)  # first: who joins meanwhile takes these
             await self._transport.publish(version, receive)
+            if not left_behind:
+                left()
         except ObjectsLost as lost:  # with the node of the rank that exported them
             raise PolicyLost(f"the weights of version {version}: {lost}") from lost
 
     async def _send(self, offer: Offer, rollouts: ReplicaSet) -> None:
-        """Have those who serve take `offer`; who has not the version that it follows takes it
-        whole."""
+        """Have those who serve take `offer`; who has not the version that it follows, or no part in
+        a broadcast, takes what can be read again."""
         call, limit = rollouts.broadcast, self._timeout_s
         said = await call(offer.method, offer.payload, deadline_s=limit)
         others = {each.replica: each.reason for each in said if isinstance(each, Refused)}
         for replica, reason in others.items():
             self._refused(offer, replica, reason)
         if others:
-            again = await call(offer.method, *offer.for_anyone, deadline_s=limit, only=others)
+            whole = self._offer
+            assert whole is not None, "it is renewed before replicas take anything"
+            again = await call(whole.method, *whole.for_anyone, deadline_s=limit, only=others)
             for each in again:
                 if isinstance(each, Refused):
                     raise RunFailed(f"{each.replica} cannot take weights: {each.reason}")

@@ -21,6 +21,7 @@ class Worker:
         self.version = -1
         self.death: Callable[[], None] = lambda: None
         self.gate = asyncio.Event()
+        self.waits = False
 
     async def start(self) -> str:
         return self.name
@@ -33,7 +34,11 @@ class Worker:
         return self.name, self.version
 
     async def wait(self) -> str:
-        await self.gate.wait()
+        self.waits = True
+        try:
+            await self.gate.wait()
+        finally:
+            self.waits = False
         return self.name
 
     async def fail(self) -> None:
@@ -283,6 +288,23 @@ def test_a_replacement_serves_only_after_it_has_the_current_weights() -> None:
             await replicas.call("die", deadline_s=30, queue_s=30)
         ((_, version),) = await replicas.call("work", deadline_s=30, queue_s=60)
         assert version == 8
+        await replicas.close()
+
+    asyncio.run(run())
+
+
+def test_a_caller_that_is_cancelled_ends_its_calls_of_all_replicas() -> None:
+    async def run() -> None:
+        replicas = build(2, [])
+        await replicas.start()
+        calling = asyncio.create_task(replicas.broadcast("wait", deadline_s=30))
+        workers = [handle.worker for handle in replicas.handles.values()]
+        await until(lambda: all(worker.waits for worker in workers))
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+        await until(lambda: not any(worker.waits for worker in workers))
+        assert replicas.serving == 2
         await replicas.close()
 
     asyncio.run(run())

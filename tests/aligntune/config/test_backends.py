@@ -12,8 +12,12 @@ import pytest
 
 from aligntune import create_rl_trainer
 from aligntune.config.load import load_config
+from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
+from aligntune.online.settle_resources import settled
 
+NCCL = ["rollout.weight_sync=nccl"]
+IPC = ["rollout.weight_sync=ipc"]
 QLORA = ["backend=unsloth", "model.load_in_4bit=true", "model.lora.r=8"]
 
 
@@ -41,7 +45,30 @@ def tree(algorithm: str) -> dict[str, Any]:
         ("dpo", ["backend=unsloth", "train.deepspeed={}"], "use backend=trl"),
         ("drgrpo", ["backend=unsloth", "model.attention=eager"], "chooses the attention kernel"),
         ("grpo", ["rollout.weight_sync=adapter"], "model.lora is not set; set it, or use"),
-        ("grpo", ["rollout.weight_sync=deltas"], "give one of full, delta, adapter"),
+        ("grpo", ["rollout.weight_sync=deltas"], "give one of full, delta, adapter, nccl, ipc"),
+        ("grpo", [*NCCL, "rollout.engine=transformers"], "use rollout.engine=vllm"),
+        ("grpo", [*NCCL, "policy.resources.gpus=0"], r"policy\.resources\.gpus=0; set it to 1"),
+        ("grpo", [*NCCL, "rollout.resources.gpus=0.5"], r"resources\.gpus=0\.5; set it to 1"),
+        ("grpo", [*NCCL, "cluster.colocate=[[policy, rollout]]"], r"set cluster\.colocate=\[\]"),
+        ("grpo", [*NCCL, "backend=unsloth"], "use backend=trl, or use rollout.weight_sync=full"),
+        (
+            "grpo",
+            [*NCCL, "rollout.engine={name: vllm, options: {data_parallel_size: 2}}"],
+            "has data_parallel_size; remove it",
+        ),
+        ("grpo", [*IPC, "rollout.engine=transformers"], "use rollout.engine=vllm"),
+        ("grpo", [*IPC, "rollout.resources.gpus=0"], "give both a GPU, or use"),
+        ("grpo", [*IPC, "cluster.colocate=[]"], r"set cluster\.colocate=\[\[policy, rollout\]\]"),
+        (
+            "grpo",
+            [*IPC, "rollout.engine={name: vllm, tensor_parallel_size: 2}"],
+            "tensor_parallel_size=2; use 1",
+        ),
+        (
+            "grpo",
+            [*IPC, "policy.strategy=fsdp", "policy.ranks=2", "rollout.replicas=4"],
+            r"replicas=4 are more than policy\.ranks=2; lower them",
+        ),
         (
             "grpo",
             [*QLORA, "policy.resources.gpus=1", "rollout.weight_sync=adapter"],
@@ -62,6 +89,34 @@ def test_what_the_backend_cannot_do_is_refused(
     with pytest.raises(UserError, match=message) as said:
         load_config(tree(algorithm), overrides)
     assert "\n" not in str(said.value)
+
+
+def test_resources_of_nccl_that_are_open_are_checked_once_they_are_settled() -> None:
+    config = load_config(tree("grpo"), NCCL)
+    assert isinstance(config, RunConfig)
+    one_each = {"policy.resources.gpus": 1.0, "rollout.resources.gpus": 1.0}
+    settled(config, {**one_each, "cluster.colocate": []})
+    for shared in (
+        {**one_each, "cluster.colocate": [["policy", "rollout"]]},
+        {**one_each, "policy.resources.gpus": 0.0},
+        {**one_each, "rollout.engine": "transformers"},
+    ):
+        with pytest.raises(UserError, match=r"or use rollout\.weight_sync=full"):
+            settled(config, shared)
+
+
+def test_resources_of_ipc_that_are_open_are_checked_once_they_are_settled() -> None:
+    config = load_config(tree("grpo"), IPC)
+    assert isinstance(config, RunConfig)
+    shared = {
+        "policy.resources.gpus": 1.0,
+        "rollout.resources.gpus": 1.0,
+        "cluster.colocate": [["policy", "rollout", "reference"]],
+    }
+    settled(config, shared)
+    for apart in ({**shared, "cluster.colocate": []}, {**shared, "rollout.resources.gpus": 0.0}):
+        with pytest.raises(UserError, match=r"or use rollout\.weight_sync=full"):
+            settled(config, apart)
 
 
 @pytest.mark.parametrize(("algorithm", "role"), [("grpo", "policy"), ("dpo", "train")])

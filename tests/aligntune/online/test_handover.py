@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from actors.supervise import ObjectsLost
+from actors.transfer.base import Offer
 from aligntune.errors import Interrupted
 from aligntune.online.learner import PolicyLost
 from aligntune.online.ledger import audit
@@ -57,6 +58,31 @@ def test_without_staleness_the_policy_waits_for_the_load(world: World) -> None:
     world.during = {"load_weights": load, "update": lambda step: order.append(f"update {step}")}
     world.run()
     assert order == [f"{what} {n}" for n in (1, 2, 3) for what in ("update", "weights")]
+
+
+def test_the_policy_trains_on_once_a_broadcast_of_its_weights_has_ended(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would change what it sends."""
+    world.configure(train=ahead(1), eval=NO_EVALUATION)
+    order: list[str] = []
+
+    class Meets:
+        rereadable = False
+        sent_fraction = None
+
+        async def publish(self, version: int, receive: Callable[[Offer], Awaitable[None]]) -> Offer:
+            offer = Offer(version, f"weights {version}")
+            order.append(f"sends {version}")
+            await asyncio.gather(settle(), receive(offer))
+            order.append(f"sent {version}")
+            return offer
+
+    monkeypatch.setattr("aligntune.online.assemble.transport", lambda *_: Meets())
+    world.during["update"] = lambda step: order.append(f"update {step}")
+    world.run()
+    assert order == [f"{what} {n}" for n in (1, 2, 3) for what in ("update", "sends", "sent")]
+    assert every_group_is_trained_once(world)
 
 
 def test_weights_lost_beside_an_update_rebuild_the_policy(world: World) -> None:

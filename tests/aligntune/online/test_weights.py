@@ -267,6 +267,57 @@ def test_who_serves_takes_what_changed_and_who_has_other_weights_or_is_late_take
     run(main())
 
 
+def test_who_has_no_part_in_a_broadcast_takes_what_can_be_read_again() -> None:
+    async def main() -> None:
+        events: list[Any] = []
+        store = ObjectStore(export)
+
+        class Met(Broadcast):
+            async def publish(self, version: int, receive: Receive) -> Offer:
+                offer = Offer(version, f"rank 0 sends {version}", "join_broadcast")
+                await receive(offer)
+                return offer
+
+        def event(kind: Any, **fields: Any) -> None:
+            events.append((kind, fields))
+
+        weights = WeightSync(Met(), store, asyncio.Event(), event, timeout_s=30, rebuild_s=30)
+        servers: Any = Servers({"rollout-1"})
+        await weights.bring(1, servers)
+        assert servers.taken == [("join_broadcast", ("rank 0 sends 1",))]
+        assert servers.whole == [({"rollout-1"}, ("bundle 1",))]
+        fields = {"replica": "rollout-1", "version": 1, "reason": "it holds 0"}
+        assert events == [(EventKind.WEIGHTS_REFUSED, fields)]
+        assert weights.figures == {"time/rollout_paused": 0.75}
+
+    run(main())
+
+
+@pytest.mark.parametrize("left_behind", [True, False])
+def test_weights_have_left_the_policy_once_it_may_change_them(left_behind: bool) -> None:
+    async def main() -> None:
+        transport = None if left_behind else Broadcast()
+        weights, _ = sync(transport)
+        order: list[str] = []
+
+        async def clear() -> None:
+            order.append("clear")
+
+        class Loading(Rollouts):
+            async def broadcast(self, *args: Any, **limits: Any) -> list[Any]:
+                order.append("loads")
+                return await super().broadcast(*args, **limits)
+
+        rollouts: Any = Loading(transport)
+        await weights.bring(1, rollouts, clear, lambda: order.append("left"))
+        if left_behind:
+            assert order == ["left", "clear", "loads"]
+        else:
+            assert order == ["clear", "loads", "left"]
+
+    run(main())
+
+
 def test_when_the_changes_are_as_much_as_a_whole_version_the_next_one_is_whole() -> None:
     async def main() -> None:
         weights, asked = deltas([0, 0, 60, 60, 0, 60], [])

@@ -1,0 +1,63 @@
+"""A policy rank's side of weights out of its GPU's memory, as vLLM 0.32's IPC engine opens them."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import reduce_tensor
+
+from actors.strategies.base import Strategy
+from actors.transfer.bundle import dtype_name
+from actors.transfer.ipc import Shared
+
+
+class IpcSender:
+    """Of one rank, whose weights `strategy` has."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        """Nothing is shared yet."""
+        self._strategy = strategy
+        self._kept: list[torch.Tensor] = []  # a handle alone keeps no memory
+
+    def share(self, version: int) -> Shared | None:
+        """Have every rank's GPU hold all weights until `let_go`; all ranks together, and rank 0
+        answers for all.
+
+        What the ranks share are copies, unless a weight is whole on its rank, in the model's dtype
+        and without LoRA.
+        """
+        self.let_go()
+        device = self._strategy.device
+        named = [
+            (name, tensor.detach().to(device).contiguous())
+            for name, tensor in self._strategy.full_state()
+        ]
+        self._kept = [tensor for _, tensor in named]
+        own = [reduce_tensor(tensor)[1] for tensor in self._kept]
+        torch.cuda.synchronize()
+        ranks = self._strategy.gather((_gpu(), own))
+        if self._strategy.rank > 0:
+            return None
+        handles: list[dict[str, Any]] = [
+            {gpu: of_rank[index] for gpu, of_rank in ranks} for index in range(len(named))
+        ]
+        return Shared(
+            version,
+            tuple(name for name, _ in named),
+            tuple(dtype_name(tensor) for _, tensor in named),
+            tuple(tuple(tensor.shape) for _, tensor in named),
+            pickle.dumps(handles),
+        )
+
+    def let_go(self) -> None:
+        """Share no more; all ranks together."""
+        if self._kept:
+            self._kept = []
+            torch.cuda.ipc_collect()
+
+
+def _gpu() -> str:
+    """The id of this rank's GPU, which its replica knows it by."""
+    return str(torch.cuda.get_device_properties(torch.accelerator.current_device_index()).uuid)
