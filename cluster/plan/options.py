@@ -146,7 +146,7 @@ def _whole_versions(work: Work) -> Option:
     """Nobody keeps a version for changes of it."""
     policy = replace(work.policy, sends_changes=False)
     rollout = replace(work.rollout, takes_changes=False)
-    settings = {"rollout.weight_sync": "object_store"}
+    settings = {"rollout.weight_sync": "full"}
     return Option(settings, replace(work, policy=policy, rollout=rollout))
 
 

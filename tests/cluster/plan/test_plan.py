@@ -248,7 +248,7 @@ def test_who_sends_and_takes_changes_keeps_a_whole_version_on_the_host() -> None
         assert plans[1][role].host["last weights"] == bundle
     tight = host(delta) - bundle
     small = tuple(node._replace(memory_bytes=tight) for node in cluster.nodes)
-    with pytest.raises(DoesNotFit, match=r"host .*last weights.*rollout\.weight_sync=object_store"):
+    with pytest.raises(DoesNotFit, match=r"host .*last weights.*rollout\.weight_sync=full"):
         make_plan(delta, replace(cluster, nodes=small))
 
 
