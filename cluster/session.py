@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -166,10 +168,18 @@ def session(
         raise ClusterUnreachable(trouble)
     with owner.server(imports if address == "local" else ()):
         _connect(address, spec, max(os.cpu_count() or 1, math.ceil(cpus)))
+        _hear_sigterm_alone()
         try:
             yield address
         finally:
             ray.shutdown()
+
+
+def _hear_sigterm_alone() -> None:
+    """Leave SIGTERM to Python's handler. Ray puts one of its own before it, which aborts the
+    process 3 s later, whatever it is at."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def _connect(address: str, spec: ClusterSpec, cpus: int) -> None:

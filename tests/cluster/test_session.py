@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import time
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -177,3 +180,30 @@ def test_the_look_for_a_head_goes_past_a_proxy_as_ray_does(monkeypatch: pytest.M
         check_answers(f"127.0.0.1:{port}")
     finally:
         server.stop(None).wait()
+
+
+SIGTERM = """
+import os, signal
+from cluster.session import session
+from cluster.specs import ClusterSpec
+with session(ClusterSpec(), cpus=1, gpus=0):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.sigtimedwait([], 10)
+    except SystemExit as ended:
+        print("ended with", ended.code, signal.getitimer(signal.ITIMER_REAL))
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_ends_no_process_that_has_a_ray_by_an_alarm_of_rays() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SIGTERM],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.stdout.splitlines()[-1] == "ended with 15 (0.0, 0.0)"
+    assert done.returncode == 0
