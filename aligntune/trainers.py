@@ -96,7 +96,7 @@ def create_rl_trainer(
     given, changes, functions = build_tree(arguments)
     tree = load_tree(given, changes)
 
-    from aligntune.config.load import load_config  # torch, then transformers: seconds
+    from aligntune.config.load import load_config
     from aligntune.config.preference import PreferenceConfig
 
     loaded = load_config(tree)

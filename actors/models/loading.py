@@ -3,8 +3,9 @@
 A model comes back complete or not at all: a folder that is missing, holds something else than a
 causal language model, or lacks weights is an error here, never a randomly initialised layer later.
 
-transformers is imported when a model is loaded, not with this module: a process that loads its
-model through Unsloth has to import that first.
+torch and transformers are imported when a model is looked at, not with this module: what is wrong
+with its name is told without them, and a process that loads its model through Unsloth has to import
+that first.
 """
 
 from __future__ import annotations
@@ -14,15 +15,13 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from actors.models.auto import import_light
 from actors.models.hub import why_silent
 from actors.models.staging import StagingFailed, on_this_node
 from actors.specs import LoRASpec, ModelSpec
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # transformers imports torchao where it is installed, for a quantiser that is not used here; its
@@ -56,10 +55,11 @@ def load_causal_lm(spec: ModelSpec, lora: bool = False) -> PreTrainedModel:
     Raises:
         ModelError: the folder or hub name is missing, is no causal LM, or lacks weights.
     """
-    from transformers import AutoModelForCausalLM
-
     spec = local(spec)
     config = _config(spec)
+    import torch
+    from transformers import AutoModelForCausalLM
+
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             spec.name,
@@ -91,6 +91,8 @@ def check_adapters(spec: ModelSpec) -> None:
         ModelError: nothing has such a name, or it is a weight that the model uses twice.
     """
     if spec.lora is not None and spec.lora.target_modules != "all-linear":
+        import torch
+
         with torch.device("meta"):
             load_skeleton(spec)
 
@@ -98,14 +100,13 @@ def check_adapters(spec: ModelSpec) -> None:
 def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
     """The model with the adapters of `spec.lora`, as `load_causal_lm` gives it, without weights of
     its own: call it under `torch.device("meta")`. Raises ModelError."""
-    from transformers import AutoModelForCausalLM
-
     spec = local(spec)
     if spec.lora is None:
         raise ModelError(f"model {spec.name!r}: LoRA was asked for without model.lora settings")
-    model = AutoModelForCausalLM.from_config(
-        _config(spec), trust_remote_code=spec.trust_remote_code
-    )
+    config = _config(spec)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
     return _wrap_lora(model, spec.lora)
 
 
@@ -116,11 +117,11 @@ def load_tokenizer(spec: ModelSpec, writes: bool = True) -> PreTrainedTokenizerB
         ModelError: there is no tokenizer, or it has no end-of-sequence token and the model `writes`
             completions, which only that ends.
     """
+    spec = local(spec)
+    require_source(spec.name)
     import_light()
     from transformers import AutoTokenizer
 
-    spec = local(spec)
-    require_source(spec.name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
@@ -137,6 +138,15 @@ def load_tokenizer(spec: ModelSpec, writes: bool = True) -> PreTrainedTokenizerB
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_place(spec: ModelSpec) -> None:
+    """Whether there is a model where `spec` says; a folder is not read, and nothing is imported.
+
+    Raises:
+        ModelError: there is none, or no hub answers.
+    """
+    require_source(local(spec).name)
 
 
 def check_causal_lm(spec: ModelSpec) -> None:
@@ -170,10 +180,10 @@ def check_complete(spec: ModelSpec) -> None:
     Raises:
         ModelError: as `load_causal_lm`.
     """
-    from transformers import AutoModelForCausalLM
-
     spec = local(spec)
     config = _config(spec)
+    from transformers import AutoModelForCausalLM
+
     try:
         _, info = AutoModelForCausalLM.from_pretrained(
             spec.name,
@@ -198,11 +208,11 @@ def _require_all(loading_info: Any, spec: ModelSpec, config: Any) -> None:
 
 
 def _config(spec: ModelSpec) -> Any:
+    spec = local(spec)
+    require_source(spec.name)
     import_light()
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    spec = local(spec)
-    require_source(spec.name)
     try:
         config = AutoConfig.from_pretrained(
             spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
@@ -273,6 +283,8 @@ def no_configuration(name: str, error: Exception) -> ModelError:
 
 def switch_off_dropout(model: nn.Module) -> None:
     """Set every dropout probability in `model` to 0."""
+    from torch import nn
+
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -1,14 +1,13 @@
 """Sequence classifiers with one label: looked at, loaded, and made of a causal LM to be trained.
 
-transformers is imported when one is, as in `loading`.
+torch and transformers are imported when one is, as in `loading`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from actors.models.auto import import_light
 from actors.models.loading import (
     ModelError,
     local,
@@ -17,6 +16,9 @@ from actors.models.loading import (
     switch_off_dropout,
 )
 from actors.specs import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_reward_model(spec: ModelSpec, label: str | None = None) -> None:
@@ -51,6 +53,8 @@ def new_reward_model(spec: ModelSpec, seed: int) -> Any:
         ModelError: no such model, or more than the head is missing.
     """
     config = _any_config(spec)
+    import torch
+
     if not _is_classifier(config):
         config.num_labels = 1
     elif config.num_labels != 1:
@@ -72,6 +76,7 @@ def new_reward_model(spec: ModelSpec, seed: int) -> Any:
 
 def _load(spec: ModelSpec, config: Any) -> tuple[Any, list[str]]:
     """The classifier and the names of the weights its folder does not have."""
+    import torch
     from transformers import AutoModelForSequenceClassification
 
     spec = local(spec)
@@ -92,10 +97,11 @@ def _load(spec: ModelSpec, config: Any) -> tuple[Any, list[str]]:
 
 
 def _any_config(spec: ModelSpec) -> Any:
-    from transformers import AutoConfig
-
     spec = local(spec)
     require_source(spec.name)
+    import_light()
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(
             spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code

@@ -79,7 +79,7 @@ def evaluate(
     from aligntune.evaluation.shown import shown
 
     found: Target = target_of(target, config, overrides or [])
-    from aligntune.preference.trainer import PreferenceTrainer  # torch: seconds
+    from aligntune.preference.trainer import PreferenceTrainer
 
     if isinstance(found.trainer, PreferenceTrainer):
         given: dict[str, object] = {

@@ -44,7 +44,7 @@ def exported(run: Path, out: Path, which: str | None) -> int:
             f"{run} is a job over pairs: its checkpoints are the trainer's own, and its model is "
             f"in {run / 'model'} when it has ended"
         )
-    from aligntune.online.trainer import OnlineTrainer  # torch: seconds
+    from aligntune.online.trainer import OnlineTrainer
     from aligntune.trainers import create_rl_trainer
 
     trainer = create_rl_trainer(

@@ -104,12 +104,14 @@ def training_data(spec: DatasetSpec) -> Rows:
     return Sources(parts, [source.weight for source in spec.sources])
 
 
-def held_out_data(spec: DatasetSpec) -> Rows:
-    """The held-out data of a config that names some.
+def held_out_data(spec: DatasetSpec) -> Rows | None:
+    """The held-out data of a config; None where it names none.
 
     `data.name` and `data.revision` are those of `data.path`: another `eval_path` has neither.
     Raises: DataError.
     """
+    if not spec.evaluates:
+        return None
     same = spec.eval_path is None
     path = spec.path if same else spec.eval_path
     assert path is not None, "a split of path, or a path of its own"

@@ -21,7 +21,7 @@ from actors.messages import Prompt
 from aligntune.data.dropped import RowRules, settle_rows
 from aligntune.data.errors import DataError, Reason
 from aligntune.data.messages import TOOLS, check_tools
-from aligntune.data.mixture import epoch_order, held_out_data, training_data, usable_sizes
+from aligntune.data.mixture import epoch_order, usable_sizes
 from aligntune.data.prompt_rows import PromptRows
 from aligntune.data.sources import Rows
 from aligntune.data.spec import DataSpec
@@ -147,25 +147,11 @@ class PromptSource:
         return ids[-self._limit :]
 
 
-def training_rows(spec: DataSpec, tokenizer: Any, environment: bool = False) -> PromptRows:
-    """The rows of the training data as prompts, of whatever length.
+def as_prompts(spec: DataSpec, rows: Rows, tokenizer: Any, environment: bool = False) -> PromptRows:
+    """The training or held-out rows of a config as prompts, of whatever length.
 
     With an `environment` rows may lack the prompt. Raises: DataError.
     """
-    return _rows(spec, training_data(spec), tokenizer, environment)
-
-
-def evaluation_rows(spec: DataSpec, tokenizer: Any, environment: bool = False) -> PromptRows | None:
-    """The held-out rows as prompts; None where the config names none.
-
-    Raises: DataError.
-    """
-    if not spec.evaluates:
-        return None
-    return _rows(spec, held_out_data(spec), tokenizer, environment)
-
-
-def _rows(spec: DataSpec, rows: Rows, tokenizer: Any, environment: bool) -> PromptRows:
     return PromptRows(
         rows,
         tokenizer,

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from actors.messages import GroupRecord, GroupWork, Prompt, Scores
 from aligntune.algorithms.advantages import weighted_total
@@ -15,6 +13,9 @@ from aligntune.algorithms.base import Algorithm
 from aligntune.config.episodes import scores_itself
 from aligntune.config.online import RunConfig
 from aligntune.errors import RunFailed
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def group_works(
 
     Raises ValueError where a group does not have one score per rollout.
     """
+    import torch
+
     for group in groups:
         scored, made = len(group.scores.values), len(group.record.finish_reasons)
         if scored != made:
@@ -108,6 +111,8 @@ def _trained(algorithm: Algorithm, record: GroupRecord, scores: torch.Tensor) ->
 def _rewards(config: RunConfig, algorithm: Algorithm, group: ReadyGroup) -> torch.Tensor:
     """[G, K] float64, NaN where a criterion abstains. Where the algorithm places the rewards of
     single turns, the environment's is what is left without them."""
+    import torch
+
     values = [list(row) for row in group.scores.values]
     episodes = group.record.episodes
     if episodes is not None and episodes.final is not None and algorithm.places_turn_rewards:

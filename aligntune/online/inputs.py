@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from actors.environments.specs import EpisodeCode
-from actors.models.loading import ModelError, check_adapters, check_causal_lm, load_tokenizer
+from actors.models.loading import (
+    ModelError,
+    check_adapters,
+    check_causal_lm,
+    check_place,
+    load_tokenizer,
+)
 from actors.models.positions import model_positions
 from actors.reward import Criterion
 from actors.scoring.criteria import EpisodeCriterion
@@ -20,14 +26,15 @@ from actors.specs import RewardFunctionSpec
 from aligntune.config.episodes import ENVIRONMENT, scores_itself
 from aligntune.config.online import RunConfig
 from aligntune.data.dropped import Dropped
+from aligntune.data.mixture import held_out_data, training_data
 from aligntune.data.prompt_rows import PromptRows
 from aligntune.data.prompts import (
     PromptSource,
+    as_prompts,
     evaluation_prompts,
-    evaluation_rows,
     training_prompts,
-    training_rows,
 )
+from aligntune.data.sources import Rows
 from aligntune.decisions import Decision, events, told
 from aligntune.errors import UserError
 from aligntune.online.episodes import UserCode, check_rows
@@ -56,6 +63,17 @@ class RunInputs:
         self._decisions: tuple[Decision, ...] | None = None
         self._notes: list[str] = []  # on the tools
         self._tried: list[str] | None = None
+
+    def check_places(self) -> None:
+        """Whether rewards, model and data are where the config says: told before the seconds of
+        imports that reading a model's configuration or tokenizer takes. Raises UserError."""
+        if self.config.rewards:
+            self._resolve()
+        try:
+            check_place(self.config.model)
+        except ModelError as error:
+            raise UserError(f"model.name: {error}") from error
+        _ = self._training, self._held_out
 
     def settle(self, resume: str = "auto") -> tuple[Decision, ...]:
         """Fill in what the config leaves open, the first time; returns what was decided.
@@ -168,6 +186,7 @@ class RunInputs:
     @cached_property
     def prompts(self) -> PromptSource:
         """The training prompts, all checked. Raises DataError, a UserError."""
+        self.check_places()
         self.settle()
         source = training_prompts(
             self.config.data,
@@ -202,12 +221,11 @@ class RunInputs:
     def held_out(self) -> PromptSource | None:
         """The held-out prompts, all checked; None where the config names none. Raises DataError."""
         self.settle()
-        rows = evaluation_rows(self.config.data, self.tokenizer, self._may_ask)
-        if rows is None:
+        if self._held_out is None:
             return None
-        source = evaluation_prompts(
-            self.config.data, rows, self.tokenizer, max_prompt_length=self._longest
-        )
+        data, tokenizer = self.config.data, self.tokenizer
+        rows = as_prompts(data, self._held_out, tokenizer, self._may_ask)
+        source = evaluation_prompts(data, rows, tokenizer, max_prompt_length=self._longest)
         check_rows(self.config, source)
         return source
 
@@ -228,7 +246,17 @@ class RunInputs:
     @cached_property
     def _rows(self) -> PromptRows:
         """The training data as prompts of whatever length."""
-        return training_rows(self.config.data, self.tokenizer, self._may_ask)
+        return as_prompts(self.config.data, self._training, self.tokenizer, self._may_ask)
+
+    @cached_property
+    def _training(self) -> Rows:
+        """The training data as they are."""
+        return training_data(self.config.data)
+
+    @cached_property
+    def _held_out(self) -> Rows | None:
+        """The held-out data as they are; None where the config names none."""
+        return held_out_data(self.config.data)
 
     @property
     def _may_ask(self) -> bool:

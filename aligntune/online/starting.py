@@ -7,6 +7,7 @@ damaged is passed over, and said.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
@@ -15,9 +16,11 @@ from aligntune.runs.checkpoint import Checkpoint, Checkpoints
 from aligntune.runs.ended import too_few_steps
 from aligntune.runs.jsonl import readable
 from aligntune.runs.mirror import Mirror
-from aligntune.runs.recorder import Recorder
 from aligntune.runs.rundir import RunDir, changes
 from aligntune.tracking.metrics import EventKind
+
+if TYPE_CHECKING:
+    from aligntune.runs.recorder import Recorder
 
 METRICS = "metrics.jsonl"
 

@@ -22,13 +22,11 @@ from aligntune.online.figures import check_best
 from aligntune.online.ignoring import ignore
 from aligntune.online.inputs import RunInputs
 from aligntune.online.ledger import audit
-from aligntune.online.recorder import OnlineRecorder
 from aligntune.online.result import TrainResult
 from aligntune.online.role_requests import role_requests
 from aligntune.online.role_table import ROLES
 from aligntune.online.starting import begin_from, starting_point
 from aligntune.paths import located_storage
-from aligntune.report.card import write_card
 from aligntune.runs.best import best_of
 from aligntune.runs.checkpoint import POLICY, Checkpoints
 from aligntune.runs.choice import NEWEST, checkpoint_named, chosen_model
@@ -105,6 +103,7 @@ class OnlineTrainer:
         """Everything that can be checked without starting Ray. Raises UserError."""
         rundir = RunDir(Path(self.config.output_dir).absolute())
         rundir.check_place()
+        self.inputs.check_places()
         self.inputs.settle(resume)
         rundir.check(self.config, resume)
         try:
@@ -161,11 +160,12 @@ class OnlineTrainer:
             RunFailed: the run cannot go on; what was trained is in its last checkpoint.
             Interrupted: SIGINT or SIGTERM; what was trained is in a checkpoint.
         """
-        from aligntune.online.assemble import assemble
-        from aligntune.online.running import FAILURES
-
         started = time.monotonic()
         rundir = self.check(resume)
+        from aligntune.online.assemble import assemble  # with Ray, once nothing is wrong
+        from aligntune.online.recorder import OnlineRecorder
+        from aligntune.online.running import FAILURES
+
         self.settle(resume)
         rundir.check(self.config, resume)
         with claimed(rundir):
@@ -330,6 +330,7 @@ class OnlineTrainer:
         Raises UserError where there is no such checkpoint, or the folder is there.
         """
         from aligntune.online.export import export_checkpoint
+        from aligntune.report.card import write_card
 
         target = Path(path).absolute()
         if target.exists():

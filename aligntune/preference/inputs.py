@@ -11,7 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from actors.models.loading import ModelError, check_adapters, check_causal_lm, load_tokenizer
+from actors.models.loading import (
+    ModelError,
+    check_adapters,
+    check_causal_lm,
+    check_place,
+    load_tokenizer,
+)
 from actors.models.positions import model_positions
 from actors.scoring.criteria import RewardCriterion
 from aligntune.config.preference import PreferenceConfig
@@ -42,6 +48,16 @@ class PairInputs:
         self.config = config  # settled once `settle` was called
         self._functions = dict(functions)
         self._decisions: tuple[Decision, ...] | None = None
+
+    def check_places(self) -> None:
+        """Whether rewards, model and data are where the config says: told before texts are scored,
+        and before the seconds of imports that reading a tokenizer takes. Raises UserError."""
+        _ = self.criteria
+        try:
+            check_place(self.config.model)
+        except ModelError as error:
+            raise UserError(f"model.name: {error}") from error
+        _ = self._training, self._held_out
 
     def settle(self) -> tuple[Decision, ...]:
         """Fill in `data.max_length` where it is open, the first time; returns what was decided.
@@ -104,7 +120,7 @@ class PairInputs:
     @cached_property
     def rows(self) -> Rows:
         """The training pairs as rows; formed here where they are to be made of scored texts."""
-        return self._rows(training_data(self.config.data))
+        return self._rows(self._training)
 
     @property
     def things(self) -> str:
@@ -114,6 +130,7 @@ class PairInputs:
     @cached_property
     def pairs(self) -> RowTokens:
         """The training pairs, or what is taught, all checked. Raises DataError, a UserError."""
+        self.check_places()
         self.settle()
         kept = self._tokenised.within(self.max_length, self.config.data.rules)
         return kept.drawn(mixed(self.rows, kept.rows, self.config.train.seed))
@@ -143,9 +160,9 @@ class PairInputs:
         """The held-out pairs, if the config names any. Raises DataError, a UserError."""
         self.settle()
         data = self.config.data
-        if not data.evaluates:
+        if self._held_out is None:
             return None
-        rows = self._rows(held_out_data(data))
+        rows = self._rows(self._held_out)
         return self._tokens(rows).within(self.max_length, data.rules)
 
     @property
@@ -171,6 +188,16 @@ class PairInputs:
     def events(self) -> list[tuple[EventKind, dict[str, Any]]]:
         """The same for events.jsonl."""
         return events(self.settle(), self.dropped)
+
+    @cached_property
+    def _training(self) -> Rows:
+        """The training data as they are."""
+        return training_data(self.config.data)
+
+    @cached_property
+    def _held_out(self) -> Rows | None:
+        """The held-out data as they are; None where the config names none."""
+        return held_out_data(self.config.data)
 
     @cached_property
     def _tokenised(self) -> TokenisedPairs | TaughtRows:

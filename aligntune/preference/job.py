@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.preference.relay import PreferenceJob, Relay, RelaySilent, announcer, answer_of
 from actors.preference.worker import train_worker
@@ -20,8 +20,10 @@ from aligntune.errors import Interrupted, RunFailed
 from aligntune.imports import variables_of
 from aligntune.loops import STOPPING, stop_signals
 from aligntune.runs.deadline import asked
-from aligntune.runs.recorder import Recorder
 from aligntune.tracking.metrics import EventKind, NotFinite
+
+if TYPE_CHECKING:
+    from aligntune.runs.recorder import Recorder
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 120.0  # for the workers to save and end after a signal

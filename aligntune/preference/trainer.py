@@ -37,7 +37,6 @@ from aligntune.runs.hub import check_hub
 from aligntune.runs.lifecycle import check_programs, claimed, ray_runs, recorded
 from aligntune.runs.modes import as_usual
 from aligntune.runs.publish import push, write_card_of
-from aligntune.runs.recorder import Recorder, last_step
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind, NotFinite
 from cluster.bundles import BadRequest, bundle_sets, totals
@@ -114,6 +113,7 @@ class PreferenceTrainer:
         """Everything that can be checked without starting Ray. Raises UserError."""
         rundir = self._rundir
         rundir.check_place()
+        self.inputs.check_places()
         self.inputs.settle()
         rundir.check(self.config, resume)
         config = self.config
@@ -168,6 +168,8 @@ class PreferenceTrainer:
             RunFailed: the job cannot go on; what was trained is in its last checkpoint.
             Interrupted: SIGINT or SIGTERM; what was trained is in a checkpoint.
         """
+        from aligntune.runs.recorder import Recorder, last_step
+
         started = time.monotonic()
         rundir = self.check(resume)
         self.settle(resume)

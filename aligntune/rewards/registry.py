@@ -76,7 +76,7 @@ def resolve_model(spec: RewardModelSpec) -> RewardModelCriterion:
     Raises:
         ValueError: no such model, or one that is no reward model.
     """
-    from actors.models.reward import check_reward_model  # torch: seconds
+    from actors.models.reward import check_reward_model
     from actors.scoring.model import RewardModelCriterion
 
     model = ModelSpec(

@@ -14,7 +14,6 @@ from typing import Protocol
 
 from aligntune.config.records import HubSpec
 from aligntune.loops import SIGNAL_SECONDS
-from aligntune.report.card import write_card
 from aligntune.runs.deadline import asked
 from aligntune.runs.hub import pushed_to, why_not
 from aligntune.runs.reading import open_run
@@ -43,6 +42,8 @@ def write_card_of(rundir: RunDir, step: int, records: Records) -> None:
         return
 
     def write() -> Path:
+        from aligntune.report.card import write_card
+
         records.wait()
         return write_card(open_run(rundir.path), rundir.model, step)
 

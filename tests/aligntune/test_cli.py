@@ -168,6 +168,13 @@ rewards: [math]
 output_dir: run
 rollout: {engine: transformers}
 """
+RUN = """
+algorithm: grpo
+model: {name: tiny}
+data: {path: rows.jsonl}
+rewards: [exact_match]
+output_dir: runs/grpo
+"""
 TINY = {
     "model_type": "qwen3",
     "hidden_size": 64,
@@ -215,6 +222,22 @@ SLIPS = [
     ("train good.yaml train.groups_per_step=0", "train.groups_per_step"),
     ("train good.yaml algorithm=gpro", "unknown algorithm 'gpro': did you mean 'grpo'?"),
     ("train good.yaml algorithm=dpo rewards=null train.stpes=5", "unknown key 'train.stpes'"),
+    ("train run.yaml model.name=./nowhere", "model.name: model folder './nowhere' does not exist"),
+    ("train run.yaml data.path=row.jsonl", "row.jsonl: no such file or folder; did you mean rows"),
+    ("train run.yaml rollout.max_prompt_length=9 data.path=no.jsonl", "no.jsonl: no such file"),
+    ("train run.yaml data.eval_path=no.jsonl", "no.jsonl: no such file or folder"),
+    ("train run.yaml --reward exact_mach", "did you mean 'exact_match'"),
+    ("train run.yaml --reward-model ./nowhere", "'./nowhere' does not exist"),
+    ("data run.yaml data.path=no.jsonl", "no.jsonl: no such file or folder"),
+    (
+        "train --algorithm dpo --model nowhere --dataset rows.jsonl",
+        "folder 'nowhere' does not exist",
+    ),
+    ("train --algorithm dpo --model tiny --dataset no.jsonl", "no.jsonl: no such file or folder"),
+    (
+        "train --algorithm sft --model tiny --dataset rows.jsonl data.eval_path=no.jsonl",
+        "no.jsonl: no",
+    ),
     ("plan good.yaml train.stpes=5", "unknown key 'train.stpes'; did you mean 'train.steps'?"),
     ("data good.yaml train.stpes=5", "unknown key 'train.stpes'; did you mean 'train.steps'?"),
     ("evaluate good.yaml train.stpes=5", "unknown key 'train.stpes'; did you mean"),
@@ -238,6 +261,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
     folder = tmp_path_factory.mktemp("called-in")
     (folder / "twice.yaml").write_text("model: {name: a}\nmodel: {name: b}\n")
     (folder / "good.yaml").write_text(GOOD)
+    (folder / "run.yaml").write_text(RUN)
+    (folder / "rows.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
     (folder / "tiny").mkdir()
     (folder / "tiny" / "config.json").write_text(json.dumps(TINY))
     numbers = itertools.count()

@@ -86,7 +86,8 @@ def written(dice: random.Random, rows: list[dict[str, Any]], folder: Path) -> Pa
 
 def data(dice: random.Random, folder: Path) -> Refused | None:
     """Training rows, as prompts: none is lost in silence."""
-    from aligntune.data.prompts import training_prompts, training_rows
+    from aligntune.data.mixture import training_data
+    from aligntune.data.prompts import as_prompts, training_prompts
     from aligntune.data.spec import DataSpec
 
     path = written(dice, rows_of(dice), folder)
@@ -102,7 +103,7 @@ def data(dice: random.Random, folder: Path) -> Refused | None:
     )
     tokenizer = dice.choice(tokenizers())
     try:
-        rows = training_rows(spec, tokenizer)
+        rows = as_prompts(spec, training_data(spec), tokenizer)
         source = training_prompts(spec, rows, tokenizer, max_prompt_length=64, seed=0)
         prompts = list(source.epoch())
     except UserError as error:

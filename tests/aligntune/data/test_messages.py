@@ -13,11 +13,11 @@ import pytest
 from aligntune.data.errors import DataError
 from aligntune.data.formats import render
 from aligntune.data.messages import check_messages, check_tools, what_is_lost
+from aligntune.data.mixture import held_out_data, training_data
 from aligntune.data.prompts import (
+    as_prompts,
     evaluation_prompts,
-    evaluation_rows,
     training_prompts,
-    training_rows,
 )
 from aligntune.data.spec import DataSpec
 from tests.aligntune.data.conftest import byte_tokenizer
@@ -59,7 +59,7 @@ ROWS = [
 
 def texts(path: Path, tokenizer: Any = TOOLS, **options: Any) -> list[str]:
     spec = DataSpec(path=str(path), shuffle=False)
-    rows = training_rows(spec, tokenizer, **options)
+    rows = as_prompts(spec, training_data(spec), tokenizer, **options)
     source = training_prompts(spec, rows, tokenizer, max_prompt_length=1000, seed=0)
     return [source.prompt_at(row).text for row in range(len(source))]
 
@@ -87,7 +87,7 @@ def test_tools_may_be_json_text_and_stay_a_column(tmp_path: Path) -> None:
     assert texts(path) == texts(lines(tmp_path / "e.jsonl", [{"prompt": "q", "tools": schemas}]))
     spec = DataSpec(path=str(path))
     source = training_prompts(
-        spec, training_rows(spec, TOOLS), TOOLS, max_prompt_length=999, seed=0
+        spec, as_prompts(spec, training_data(spec), TOOLS), TOOLS, max_prompt_length=999, seed=0
     )
     assert source.prompt_at(0).tools == tuple(schemas)
     assert source.prompt_at(0).columns == {"tools": json.dumps(schemas)}
@@ -124,7 +124,7 @@ def test_sharegpt_is_read_and_its_last_answer_stays_a_column(tmp_path: Path) -> 
     )
     spec = DataSpec(path=str(path))
     (prompt,) = training_prompts(
-        spec, training_rows(spec, TOOLS), TOOLS, max_prompt_length=999, seed=0
+        spec, as_prompts(spec, training_data(spec), TOOLS), TOOLS, max_prompt_length=999, seed=0
     ).epoch()
     assert prompt.columns == {"conversations": turns}
     assert prompt.source[1] == {"role": "user", "content": "How warm?"}
@@ -156,8 +156,9 @@ def test_an_environment_may_make_the_prompt(tmp_path: Path) -> None:
     alone = lines(tmp_path / "e.jsonl", [{"seed": 3}])
     assert texts(alone, environment=True) == asked[:1]
     spec = DataSpec(path=str(alone), eval_path=str(alone))
-    rows = evaluation_rows(spec, TOOLS, environment=True)
-    assert rows is not None
+    held_out = held_out_data(spec)
+    assert held_out is not None
+    rows = as_prompts(spec, held_out, TOOLS, environment=True)
     prompt = evaluation_prompts(spec, rows, TOOLS, max_prompt_length=99).prompt_at(0)
     assert prompt.source == []
     assert prompt.columns == {"seed": 3}
@@ -169,7 +170,7 @@ def test_nothing_follows_a_prompt_where_the_tokenizer_ends_every_text(tmp_path: 
     tokenizer = byte_tokenizer(bos=True, eos=True)
     assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id, "the tokenizer does so"
     spec = DataSpec(path=str(lines(tmp_path / "d.jsonl", [{"prompt": "1+1"}])))
-    rows = training_rows(spec, tokenizer)
+    rows = as_prompts(spec, training_data(spec), tokenizer)
     source = training_prompts(spec, rows, tokenizer, max_prompt_length=9, seed=0)
     assert tokenizer.decode(source.prompt_at(0).token_ids) == "<bos>1+1"
 

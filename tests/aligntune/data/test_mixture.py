@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from aligntune.data.errors import DataError
 from aligntune.data.mixture import Sources, drawn, epoch_order, mixed, sources_shown, training_data
-from aligntune.data.prompts import PromptSource, training_prompts, training_rows
+from aligntune.data.prompts import PromptSource, as_prompts, training_prompts
 from aligntune.data.sources import load_rows
 from aligntune.data.spec import DataSpec
 
@@ -38,7 +38,7 @@ def numbered(path: Path, count: int, **more: Any) -> str:
 
 def source_of(tokenizer: Any, seed: int = 0, **data: Any) -> PromptSource:
     spec = DataSpec.model_validate(data)
-    rows = training_rows(spec, tokenizer)
+    rows = as_prompts(spec, training_data(spec), tokenizer)
     return training_prompts(spec, rows, tokenizer, max_prompt_length=64, seed=seed)
 
 

@@ -16,13 +16,13 @@ from aligntune.data import prompt_rows as prompt_rows_module
 from aligntune.data import prompts as prompts_module
 from aligntune.data.dropped import RowRules
 from aligntune.data.errors import DataError
+from aligntune.data.mixture import held_out_data, training_data
 from aligntune.data.prompt_rows import PromptRows
 from aligntune.data.prompts import (
     PromptSource,
+    as_prompts,
     evaluation_prompts,
-    evaluation_rows,
     training_prompts,
-    training_rows,
 )
 from aligntune.data.sources import load_rows
 from aligntune.data.spec import DataSpec
@@ -256,14 +256,19 @@ def test_training_and_evaluation_prompts_of_a_config(tmp_path: Path) -> None:
         eval_samples=3,
     )
     train = training_prompts(
-        spec, training_rows(spec, TOKENIZER), TOKENIZER, max_prompt_length=4, seed=1
+        spec,
+        as_prompts(spec, training_data(spec), TOKENIZER),
+        TOKENIZER,
+        max_prompt_length=4,
+        seed=1,
     )
     assert sorted(prompt.text for prompt in train.epoch()) == [str(n) for n in range(10)]
 
     def held_out(spec: DataSpec) -> list[str] | None:
-        rows = evaluation_rows(spec, TOKENIZER)
-        if rows is None:
+        data = held_out_data(spec)
+        if data is None:
             return None
+        rows = as_prompts(spec, data, TOKENIZER)
         prompts = evaluation_prompts(spec, rows, TOKENIZER, max_prompt_length=4)
         return [prompt.text for prompt in prompts.epoch()]
 
