@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from actors.models.auto import import_light
 from aligntune.errors import UserError
 
 
@@ -35,6 +36,7 @@ class Conversation:
     def __init__(
         self, folder: Path, system: str | None, temperature: float, max_tokens: int
     ) -> None:
+        import_light()
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         try:

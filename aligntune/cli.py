@@ -146,6 +146,7 @@ def console() -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 1)
+        cycles.no_more()
 
 
 if __name__ == "__main__":

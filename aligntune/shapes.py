@@ -29,10 +29,12 @@ def loaded_shape(model: ModelSpec, name: str) -> ModelShape:
     try:
         return known_shape(name)
     except UnknownName:
-        from transformers import AutoConfig
-
+        from actors.models.auto import import_light
         from actors.models.hub import ask_once
         from actors.models.loading import ModelError, local, no_configuration
+
+        import_light()
+        from transformers import AutoConfig
 
         own = name == model.name
         try:

@@ -180,11 +180,13 @@ def resolve_engine(engine: EngineSpec) -> EngineSpec:
 
 def stop_token_ids(model: ModelSpec) -> tuple[int, ...]:
     """The token ids that end a completion: the generation config's and the tokenizer's."""
-    from transformers import AutoConfig, GenerationConfig
-
+    from actors.models.auto import import_light
     from actors.models.loading import load_tokenizer, local
 
     model = local(model)
+    import_light()
+    from transformers import AutoConfig, GenerationConfig
+
     try:
         generation = GenerationConfig.from_pretrained(model.name, revision=model.revision)
     except OSError:  # optional in a model folder: transformers derives it from the config then

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from actors.models.auto import import_transformers
+
 NO_TOOLS = ("reset", "get_reward")  # public methods of an environment that the model cannot call
 
 Tool = Callable[..., Any]
@@ -65,6 +67,7 @@ def schema(name: str, tool: Tool) -> dict[str, Any]:
     Raises:
         ValueError: a parameter without a type or description, no docstring, a type that JSON lacks.
     """
+    import_transformers()
     from transformers.utils import chat_template_utils
     from transformers.utils.chat_template_utils import (
         DocstringParsingException,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from actors.models.auto import import_light
 from actors.models.hub import ask_once
 from actors.models.loading import local, no_configuration
 from actors.specs import ModelSpec
@@ -82,10 +83,11 @@ def positions_in_table(model: Any) -> int | None:
 
 def model_positions(spec: ModelSpec) -> int | None:
     """`positions_of` the model that `spec` names. Raises ModelError without a configuration."""
-    from transformers import AutoConfig
-
     spec = local(spec)
     ask_once(spec.name)
+    import_light()
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(
             spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code

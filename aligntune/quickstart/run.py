@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from actors.models.auto import import_transformers
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
@@ -148,6 +149,7 @@ def _make(assets: Assets, write: Callable[[Path, int], Assets], seed: int) -> No
         return
     if assets.root.exists():
         shutil.rmtree(assets.root)
+    import_transformers()
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of writing a model that takes no time

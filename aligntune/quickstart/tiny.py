@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actors.models.auto import import_transformers
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -66,6 +68,8 @@ def tiny_tokenizer(
     """One token a printable ASCII character, one each of `special` and one each of the texts
     `pieces`; it ends turns by `END`."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    import_transformers()
     from transformers import PreTrainedTokenizerFast
 
     special = [PAD, END, UNKNOWN, *special]

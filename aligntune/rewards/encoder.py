@@ -8,6 +8,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+from actors.models.auto import import_transformers
+
 SPARE = 2  # positions that some encoders keep for padding
 CACHED = 64  # texts whose states are kept; the answers of one group come one after the other
 
@@ -55,6 +57,8 @@ class Encoder:
 def encoder(name: str) -> Encoder:
     """The encoder of a local folder or hub name. Raises ValueError."""
     import torch
+
+    import_transformers()
     from transformers import AutoModel, AutoTokenizer
 
     try:

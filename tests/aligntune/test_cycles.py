@@ -1,8 +1,10 @@
-"""Python looks for cycles seldom amid imports, and as usual once a run has begun."""
+"""Python looks for cycles seldom amid imports, as usual in a run, and not as a process ends."""
 
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from pathlib import Path
 
 from aligntune import cycles
@@ -35,3 +37,16 @@ def test_a_run_looks_for_cycles_as_usual(tmp_path: Path) -> None:
             assert gc.get_threshold() == before
     finally:
         gc.set_threshold(*before)
+
+
+def test_nothing_that_was_imported_is_looked_at_as_a_command_ends() -> None:
+    program = (
+        "import atexit, gc, sys; from aligntune.cli import console; "
+        "atexit.register(lambda: print(len(gc.get_objects()), gc.get_freeze_count())); "
+        "sys.argv = ['aligntune', '--version']; console()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    looked_at, kept = map(int, done.stdout.split()[-2:])
+    assert looked_at < kept / 100
