@@ -111,7 +111,10 @@ def text_of(name: str) -> str:
     for line in panel.lines:
         points = curve(rows, line.key)
         if points:
-            said.append(f"{line.label} {points[0][1]:.3f} to {points[-1][1]:.3f}")
+            (_, begins), (step, ends) = points[0], points[-1]
+            before = f"{begins:.3f} to " if len(points) > 1 else ""
+            at = "" if before else f" at step {step}"
+            said.append(f"{line.label} {before}{ends:.3f}{at}")
     steps = int(max(row["step"] for row in rows))
     about = f"{panel.title}: {', '.join(said)}"
     return (
