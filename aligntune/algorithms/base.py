@@ -25,8 +25,9 @@ from aligntune.algorithms.losses import Aggregation, Correction, OldPolicy
 if TYPE_CHECKING:
     import torch
 
-SCORE = "score"
-"""In `Algorithm.keep`, the weighted sum of a group's criteria, before shaping."""
+SCORE = "weighted sum"
+"""In `Algorithm.keep`, the weighted sum of a group's criteria, before shaping. No criterion of a
+run has this name; `reward` and `score` are names that people give their own functions."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     import torch
 
 
+WHOLE = "score"
+"""How `metric` names the weighted sum, though a criterion is called so."""
+
+
 class DAPO(GRPO):
     """GRPO's advantages and clipped loss, with what DAPO changes around them; no KL."""
 
@@ -29,7 +33,9 @@ class DAPO(GRPO):
     beta: float = Field(0.0, ge=0, description="weight of the KL to the reference model")
     clip_high: float = Field(0.28, gt=0)  # section 3.1
     dynamic_sampling: bool = Field(True, description="draw again for groups without contrast")
-    metric: str = Field(SCORE, description="what dynamic sampling looks at: a criterion or 'score'")
+    metric: str = Field(
+        WHOLE, description="what dynamic sampling looks at: a criterion, or score, the weighted sum"
+    )
     max_sampling_rounds: int = Field(
         10, gt=0, description="this times groups_per_step filtered in one step stops the run"
     )
@@ -56,24 +62,19 @@ class DAPO(GRPO):
     @property
     def sampling_metric(self) -> str:
         """What dynamic sampling looks at."""
-        return self.metric
+        return SCORE if self.metric == WHOLE else self.metric
 
     def check_run(self, criteria: Sequence[str], budget: int, completions: int) -> None:
         """Raises ValueError on a metric that is no criterion and a cache beyond the budget."""
         import torch
 
         if self.dynamic_sampling:
-            if SCORE in criteria:
-                raise ValueError(
-                    f"a criterion is named {SCORE!r}, which dynamic sampling keeps for the "
-                    "weighted sum; give it another name"
-                )
-            named({name: [] for name in (*criteria, SCORE)}, self.metric)
+            named({name: [] for name in (*criteria, WHOLE)}, self.metric)
         self.length_reward(torch.zeros(1), budget)
 
     def keep(self, scores: dict[str, list[float]]) -> bool:
         """Section 3.2: a group whose raw metric is constant has no gradient and is drawn again."""
-        return not self.dynamic_sampling or self.contrast(scores, self.metric)
+        return not self.dynamic_sampling or self.contrast(scores, self.sampling_metric)
 
     def length_reward(self, lengths: torch.Tensor, budget: int) -> torch.Tensor:
         """Section 3.4, eq. 13."""

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from aligntune.errors import UserError, closest
 from aligntune.evaluation.statistics import Estimate, bootstrap, sign_test
-from aligntune.evaluation.summary import REWARD, Row, score_of
+from aligntune.evaluation.summary import REWARD, Row, criterion_of, path_of, score_of
 
 PASSED = "passed"
 Key = tuple[str, int]  # what was asked, and which time
@@ -156,8 +156,8 @@ def _score(row: Row, metric: str, name: str) -> Side | None:
 def _value(said: dict[str, Any], metric: str, name: str) -> float | None:
     if metric == PASSED and PASSED in said:
         return None if said[PASSED] is None else float(said[PASSED])
-    if metric != REWARD and metric not in said["scores"]:
-        known = [REWARD, *said["scores"], *([PASSED] if PASSED in said else [])]
+    if metric != REWARD and criterion_of(metric, said["scores"]) is None:
+        known = [REWARD, *map(path_of, said["scores"]), *([PASSED] if PASSED in said else [])]
         near = closest(metric, known)
         hint = f"did you mean {near!r}? " if near else ""
         raise UserError(f"{name} has no {metric!r}: {hint}there are {', '.join(known)}")

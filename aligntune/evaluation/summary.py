@@ -8,7 +8,7 @@ abstained) is neither a pass nor a failure: it is left out of the figures of tha
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,7 +26,20 @@ from aligntune.evaluation.statistics import (
 
 Row = dict[str, Any]
 REWARD = "reward"
-"""The name of the weighted sum of all criteria."""
+"""The name of the weighted sum of all criteria. A criterion that is called so is `reward/reward`,
+as it is in the figures."""
+
+
+def path_of(criterion: str) -> str:
+    """What a criterion is called where `reward` is the weighted sum."""
+    return f"{REWARD}/{criterion}" if criterion == REWARD else criterion
+
+
+def criterion_of(name: str, criteria: Collection[str]) -> str | None:
+    """The criterion that is meant by its name or by `reward/NAME`; None where there is none, and
+    for `reward`, which is the weighted sum."""
+    plain = name.removeprefix(f"{REWARD}/")
+    return next((own for own in (name, plain) if own in criteria and name != REWARD), None)
 
 
 class Success(BaseModel):
@@ -34,7 +47,10 @@ class Success(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    criterion: str = Field(description="a reward's name, or `reward` for the weighted sum of all")
+    criterion: str = Field(
+        description="a reward's name, or `reward` for the weighted sum of all; of a reward that is "
+        "called so itself `reward/reward`"
+    )
     at_least: float
 
     def __str__(self) -> str:
@@ -49,23 +65,27 @@ class Success(BaseModel):
 def read_success(text: str | None, names: Sequence[str]) -> Success:
     """`NAME=X` or `X`, of criteria `names`; by default the first of them at 1. Raises UserError."""
     if text is None:
-        return Success(criterion=names[0], at_least=1.0)
+        return Success(criterion=path_of(names[0]), at_least=1.0)
     name, _, number = text.rpartition("=")
-    name = name.rstrip(">").strip() or names[0]
-    if name not in (*names, REWARD):
+    name = name.rstrip(">").strip() or path_of(names[0])
+    criterion = criterion_of(name, names)
+    if criterion is None and name != REWARD:
         raise UserError(
-            f"--success {text}: there is no criterion {name!r}; there are {', '.join(names)}, "
-            f"and {REWARD} for the weighted sum"
+            f"--success {text}: there is no criterion {name!r}; there are "
+            f"{', '.join(map(path_of, names))}, and {REWARD} for the weighted sum"
         )
     try:
-        return Success(criterion=name, at_least=float(number))
+        return Success(
+            criterion=REWARD if criterion is None else path_of(criterion), at_least=float(number)
+        )
     except ValueError as error:
         raise UserError(f"--success {text}: {number!r} is no number; as in math=1") from error
 
 
 def score_of(completion: Mapping[str, Any], name: str) -> float | None:
-    """A completion's score of a criterion, or its reward."""
-    found = completion[REWARD] if name == REWARD else completion["scores"].get(name)
+    """A completion's score of a criterion, by its name or as `reward/NAME`, or its reward."""
+    scores = completion["scores"]
+    found = completion[REWARD] if name == REWARD else scores.get(criterion_of(name, scores))
     return None if found is None else float(found)
 
 
@@ -103,11 +123,14 @@ def figures(rows: Sequence[Row], seed: int = 0) -> dict[str, Estimate]:
     scored = [row["completions"] for row in rows if "failed" not in row]
     if not scored:
         return {}
-    names = [REWARD, *(f"{REWARD}/{name}" for name in scored[0][0]["scores"])]
+    columns = {REWARD: [[said[REWARD] for said in each] for each in scored]} | {
+        f"{REWARD}/{name}": [[said["scores"].get(name) for said in each] for each in scored]
+        for name in scored[0][0]["scores"]
+    }
     found: dict[str, Estimate] = {}
-    for name in names:
-        values = list(_means(scored, name.removeprefix(f"{REWARD}/")))
-        if values:
+    for name, column in columns.items():
+        given = [[float(score) for score in each if score is not None] for each in column]
+        if values := [statistics.fmean(scores) for scores in given if scores]:
             found[name] = bootstrap(values, seed)
     found |= _passes(scored, seed)
     lengths = [statistics.fmean(said["tokens"] for said in each) for each in scored]
@@ -120,13 +143,6 @@ def figures(rows: Sequence[Row], seed: int = 0) -> dict[str, Estimate]:
 
 def _truncated(said: Mapping[str, Any]) -> float:
     return float(FinishReason(said["finish_reason"]).truncated)
-
-
-def _means(scored: Sequence[Sequence[Row]], name: str) -> Iterator[float]:
-    for completions in scored:
-        scores = [score for said in completions if (score := score_of(said, name)) is not None]
-        if scores:
-            yield statistics.fmean(scores)
 
 
 def _passes(scored: Sequence[Sequence[Row]], seed: int) -> dict[str, Estimate]:

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+from aligntune.algorithms.base import SCORE
 from aligntune.config.online import RunConfig
 from aligntune.errors import UserError, nearest
 from aligntune.online.groups import ReadyGroup, compared_scores, raw_scores, truncated
@@ -62,7 +63,7 @@ def score_metrics(
     for group in groups:
         for name, values in raw_scores(config, group.scores).items():
             pooled.setdefault(name, []).extend(values)
-    reward = pooled.pop("score")
+    reward = pooled.pop(SCORE)
     figures = {}
     if reward:
         figures[f"{prefix}reward/mean"] = statistics.fmean(reward)
@@ -148,7 +149,7 @@ def group_metrics(
         "groups/quarantined": float(ended["quarantined"]),
         **(
             {"groups/constant_fraction": constant}
-            if any(len(table["score"]) > 1 for table in scores)
+            if any(len(table[SCORE]) > 1 for table in scores)
             else {}
         ),
         **({f"{config.algorithm_name}/draws_per_kept_group": drawn / len(groups)} if draws else {}),

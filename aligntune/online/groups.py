@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.messages import GroupRecord, GroupWork, Prompt, Scores
 from aligntune.algorithms.advantages import weighted_total
-from aligntune.algorithms.base import Algorithm
+from aligntune.algorithms.base import SCORE, Algorithm
 from aligntune.config.episodes import scores_itself
 from aligntune.config.online import RunConfig
 from aligntune.errors import RunFailed
@@ -37,12 +37,12 @@ def total_reward(config: RunConfig, values: tuple[float | None, ...]) -> float |
 
 
 def raw_scores(config: RunConfig, scores: Scores) -> dict[str, list[float]]:
-    """A group's scores per criterion and, as 'score', their weighted sum: [G] each, fewer where a
+    """A group's scores per criterion and, as `SCORE`, their weighted sum: [G] each, fewer where a
     criterion abstains."""
     columns: dict[str, list[float | None]] = {
         name: [row[k] for row in scores.values] for k, name in enumerate(scores.criteria)
     }
-    columns["score"] = [total_reward(config, row) for row in scores.values]
+    columns[SCORE] = [total_reward(config, row) for row in scores.values]
     return {name: [v for v in column if v is not None] for name, column in columns.items()}
 
 
@@ -52,7 +52,7 @@ def compared_scores(config: RunConfig, scores: Scores) -> dict[str, list[float]]
     weighty = {
         name for name, spec in zip(scores.criteria, config.rewards, strict=True) if spec.weight
     }
-    shown = {*weighty, "score", config.algorithm.sampling_metric}
+    shown = {*weighty, SCORE, config.algorithm.sampling_metric}
     return {name: of for name, of in raw_scores(config, scores).items() if name in shown}
 
 

@@ -23,6 +23,7 @@ from actors.models.positions import model_positions
 from actors.reward import Criterion
 from actors.scoring.criteria import EpisodeCriterion
 from actors.specs import RewardFunctionSpec
+from aligntune.algorithms.base import SCORE
 from aligntune.config.episodes import ENVIRONMENT, scores_itself
 from aligntune.config.online import RunConfig
 from aligntune.data.dropped import Dropped
@@ -142,6 +143,8 @@ class RunInputs:
             resolved = dict(zip(map(id, named), resolve_all(named), strict=True))
             found = tuple((given | resolved)[id(spec)] for spec in specs)
             check_names(found)
+            if any(criterion.name == SCORE for criterion in found):
+                raise ValueError(f"{SCORE!r} is the sum of all; give the reward another 'name'")
             return found
         except ValueError as error:
             raise UserError(f"rewards: {error}") from error

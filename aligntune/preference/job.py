@@ -48,7 +48,7 @@ class Figures:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """The figures of a step."""
-        self.last = dict(metrics)
+        self.last = _halved_ties(metrics)
 
     def restart(self, step: int, history: Mapping[int, Mapping[str, float]]) -> None:
         """Steps after `step` come again."""

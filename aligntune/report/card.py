@@ -30,7 +30,15 @@ METHODS = {
     "gspo": "GSPO",
     "dpo": "DPO",
     "reward_model": "a Bradley-Terry loss on preference pairs",
+    "sft": "supervised fine-tuning",
 }
+OF_TABLES = (
+    "eval/reward/accuracy",
+    "eval/reward/margin",
+    "eval/loss",
+    "eval/policy/token_accuracy",
+)
+"""What a card tells of the evaluations of a job over a table, beside mean rewards."""
 TOLD_ELSEWHERE = ("model.name", "data.", "output_dir", "algorithm.name", "hub.", "cluster.")
 """Settings that the card has no row for: another part says them, or they are of the machines."""
 
@@ -135,14 +143,15 @@ def _results(run: RunOnDisk, step: int) -> Iterator[str]:
     own = [row for row in run.evals if row["step"] <= step]
     if own:
         first, last = own[0], own[-1]
-        names = [n for n in last if n.startswith("eval/") and n.endswith(("reward/mean", "/mean"))]
-        names += [n for n in last if n in ("eval/reward/accuracy", "eval/reward/margin")]
+        names = [n for n in last if n.startswith("eval/") and n.endswith("/mean")]
+        names += [name for name in OF_TABLES if name in last]
         rows = [(name.removeprefix("eval/"), _own(first, name), _own(last, name)) for name in names]
-        told = f"On held-out {'pairs' if run.is_preference else 'prompts'}, during training"
-        yield (
-            _table([told, f"step {first['step']}", f"step {last['step']}"], rows)
-            + "\n\nIntervals are 95 % of the mean reward over prompts, by its standard deviation."
-        )
+        of = {"sft": "rows", "dpo": "pairs", "reward_model": "pairs"}.get(run.algorithm, "prompts")
+        told = f"On held-out {of}, during training"
+        table = _table([told, f"step {first['step']}", f"step {last['step']}"], rows)
+        has_interval = any(_half_width(row, name) for row in (first, last) for name in names)
+        why = "Intervals are 95 % of the mean reward over prompts, by its standard deviation."
+        yield f"{table}\n\n{why}" if has_interval else table
 
 
 def _evaluated(summary: Summary) -> str:
@@ -164,15 +173,21 @@ def _evaluated(summary: Summary) -> str:
 
 
 def _own(row: Mapping[str, Any], name: str) -> str:
-    """A figure of a run's own evaluation; the mean reward with a normal interval, from the
-    spread of single completions over the number of prompts; too narrow where prompts are few."""
-    value, spread, prompts = row.get(name), row.get("eval/reward/std"), row.get("eval/prompts")
+    """A figure of a run's own evaluation, with its interval where it has one."""
+    value, half = row.get(name), _half_width(row, name)
     if not isinstance(value, int | float):
         return "-"
+    return f"{value:.4g} [{value - half:.4g}, {value + half:.4g}]" if half else f"{value:.4g}"
+
+
+def _half_width(row: Mapping[str, Any], name: str) -> float | None:
+    """Half the normal interval of a run's mean reward, from the spread of single completions over
+    the number of prompts; too narrow where prompts are few. None of any other figure, and where
+    that is not known."""
+    spread, prompts = row.get("eval/reward/std"), row.get("eval/prompts")
     if name != "eval/reward/mean" or not spread or not prompts:
-        return f"{value:.4g}"
-    half = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * spread / math.sqrt(prompts)
-    return f"{value:.4g} [{value - half:.4g}, {value + half:.4g}]"
+        return None
+    return float(NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * spread / math.sqrt(prompts))
 
 
 def _settings(run: RunOnDisk) -> str:

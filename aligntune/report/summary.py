@@ -15,7 +15,12 @@ from aligntune.tracking.metrics import EventKind
 Row = Mapping[str, Any]
 
 LOWER_IS_BETTER = ("eval/loss", "eval/loss/total")
-LESSONS = ("eval/reward/", "eval/loss", "eval/completions/length_mean")
+LESSONS = (
+    "eval/reward/",
+    "eval/loss",
+    "eval/policy/token_accuracy",
+    "eval/completions/length_mean",
+)
 """What is told of the evaluations, by the beginning of its name."""
 
 
@@ -42,7 +47,8 @@ class Change:
         """Its name for people."""
         if self.name.endswith("/length_mean"):
             return "length, tokens"
-        return self.name.removeprefix("eval/").removesuffix("/mean").replace("reward/", "", 1)
+        plain = self.name.removeprefix("eval/").removeprefix("policy/").removesuffix("/mean")
+        return plain.replace("reward/", "", 1)
 
     @property
     def has_best(self) -> bool:

@@ -17,6 +17,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from aligntune.evaluation.summary import path_of
+
 NARROWEST = 24  # columns of the terminal that one completion takes
 WIDEST = 4  # completions in a row of them
 HEAD, TAIL = 700, 300  # characters of a long text that are shown
@@ -73,7 +75,8 @@ def shown(group: Row, width: int, full: bool = False) -> RenderableType:
 
 
 def _completion(index: int, said: Row, full: bool) -> Panel:
-    facts = [("reward", said.get("reward")), *dict(said.get("scores") or {}).items()]
+    scores = dict(said.get("scores") or {})
+    facts = [("reward", said.get("reward")), *((path_of(name), scores[name]) for name in scores)]
     facts += [(key, said[key]) for key in ("advantage", "tokens", "turns") if key in said]
     facts += [("ended by", said.get("finish_reason", ""))]
     table = Table.grid(padding=(0, 1), expand=True)

@@ -35,10 +35,10 @@ def before_and_after(rows: Sequence[Row], steps: Sequence[Row]) -> list[str]:
     if len(rows) < 2:
         return []
     first, last = rows[0], rows[-1]
-    before, after = lines.evaluated(first), lines.evaluated(last)
-    if before is None or after is None:
+    was, now_is = lines.evaluated(first), lines.evaluated(last)
+    if was is None or now_is is None or was[0] != now_is[0]:
         return []
-    name = "accuracy" if "eval/reward/mean" not in last else "reward"
+    (name, before), (_, after) = was, now_is
     told = [f"held-out {name} {before:.3f} -> {after:.3f} (step {first['step']} -> {last['step']})"]
     now = lines.criteria(last, "eval/")
     for criterion, value in lines.criteria(first, "eval/").items():

@@ -7,21 +7,29 @@ from collections.abc import Mapping, Sequence
 from rich.cells import cell_len, set_cell_size
 
 GAP = "  "
+FIRST = ("loss", "accuracy", "margin", "reward", "eval")
+LAST = ("KL", "constant", "length", "tokens/s", "staleness")
+"""What `figures` calls those that are of no criterion, before and after those that are."""
 
 
 def figures(metrics: Mapping[str, float], evaluation: Mapping[str, float]) -> dict[str, str]:
     """The figures that matter by their short names, in reading order; those a run does not have
-    are left out.
+    are left out. A criterion that is called as one of them is `reward/NAME`.
 
     `evaluation` holds the latest `eval/*` figures, which most steps have none of.
     """
+    held_out = evaluated(evaluation)
+    scores = {
+        f"reward/{name}" if name in FIRST + LAST else name: value
+        for name, value in criteria(metrics).items()
+    }
     shown = [
         ("loss", metrics.get("loss"), "{:.4f}"),  # of preference jobs
         ("accuracy", metrics.get("reward/accuracy"), "{:.3f}"),
         ("margin", metrics.get("reward/margin"), "{:.3f}"),
         ("reward", metrics.get("reward/mean"), "{:.3f}"),
-        ("eval", evaluated(evaluation), "{:.3f}"),
-        *((name, value, "{:.3f}") for name, value in criteria(metrics).items()),
+        ("eval", None if held_out is None else held_out[1], "{:.3f}"),
+        *((name, value, "{:.3f}") for name, value in scores.items()),
         ("KL", metrics.get("kl/reference"), "{:.4f}"),
         ("constant", metrics.get("groups/constant_fraction"), "{:.0%}"),
         ("length", metrics.get("completions/length_mean"), "{:.0f}"),
@@ -42,10 +50,20 @@ def criteria(metrics: Mapping[str, float], prefix: str = "") -> dict[str, float]
     return found if len(found) > 1 else {}
 
 
-def evaluated(evaluation: Mapping[str, float]) -> float | None:
-    """The one figure that says how good the model is."""
-    names = ("eval/accuracy", "eval/reward/accuracy", "eval/reward/mean", "eval/loss")
-    return next((evaluation[name] for name in names if name in evaluation), None)
+HELD_OUT = {
+    "eval/reward/accuracy": "accuracy",
+    "eval/reward/mean": "reward",
+    "eval/loss": "loss",
+}
+"""The figures that say how good a model is, the best first, and what people call each. A reward
+model has all three, DPO has no mean reward, SFT the loss alone."""
+
+
+def evaluated(evaluation: Mapping[str, float]) -> tuple[str, float] | None:
+    """The first of `HELD_OUT` that an evaluation has: what people call it, and its value."""
+    return next(
+        ((said, evaluation[name]) for name, said in HELD_OUT.items() if name in evaluation), None
+    )
 
 
 FIRST_DROPPED = ("staleness", "tokens/s", "length", "constant", "margin", "KL")

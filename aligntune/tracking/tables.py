@@ -14,12 +14,15 @@ Cell = str | float | int | None
 def table(step: int, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
     """The columns and a line for each completion of the first groups.
 
-    `rows` are as in samples.jsonl. A score that there is not is None, and so is a lost text.
+    `rows` are as in samples.jsonl. A score that there is not is None, and so is a lost text. A
+    criterion that is called as another column is `reward/NAME`.
     """
     groups = rows[:GROUPS]
     said = [completion for row in groups for completion in row["completions"]]
     criteria = list(dict.fromkeys(name for completion in said for name in completion["scores"]))
-    columns = ["step", "row", "prompt", "completion", "reward", *criteria, "tokens"]
+    own = ["step", "row", "prompt", "completion", "reward", "tokens"]
+    named = [f"reward/{name}" if name in own else name for name in criteria]
+    columns = [*own[:-1], *named, own[-1]]
     lines: list[list[Cell]] = [
         [
             step,

@@ -4,7 +4,10 @@ const PAGE = 50;
 
 const browser = { run: 0, set: "train", all: [], shown: [], page: 0, chosen: null };
 
-const scoreOf = (said, name) => (name === "reward" ? said.reward : (said.scores || {})[name]);
+// "reward" is the weighted sum; a criterion that is called so is "reward/reward".
+const pathOf = (criterion) => (criterion === "reward" ? "reward/reward" : criterion);
+const scoreOf = (said, name) =>
+  (name === "reward" ? said.reward : (said.scores || {})[name === "reward/reward" ? "reward" : name]);
 const numeric = (value) => typeof value === "number";
 
 function meanOf(group, name) {
@@ -63,7 +66,7 @@ function load() {
       if (said.finish_reason) reasons.add(said.finish_reason);
     }
   }
-  refill("score", ["reward", ...[...criteria].sort()], (name) => [name, name]);
+  refill("score", ["reward", ...[...criteria].map(pathOf).sort()], (name) => [name, name]);
   refill("finish", ["", ...[...reasons].sort()], (name) => [name, name || "anything"]);
 }
 
@@ -175,7 +178,7 @@ function card(said, index, { best, worst }) {
   const score = scoreOf(said, browser.score);
   const tag = numeric(score) && score === best ? "best" : numeric(score) && score === worst ? "worst" : "";
   const facts = [
-    ["reward", said.reward], ...Object.entries(said.scores || {}), ["advantage", said.advantage],
+    ["reward", said.reward], ...Object.entries(said.scores || {}).map(([name, score]) => [pathOf(name), score]), ["advantage", said.advantage],
     ["tokens", said.tokens], ["turns", said.turns], ["ended by", said.finish_reason], ["policy version", versions(said)],
   ].filter(([, value]) => value !== undefined && value !== "");
   const body = said.messages ? said.messages.map(turn)

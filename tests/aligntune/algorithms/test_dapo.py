@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from aligntune.algorithms.base import SCORE
 from aligntune.algorithms.dapo import DAPO
 from aligntune.algorithms.shaping import soft_overlong
 
@@ -24,25 +25,32 @@ from . import slow
     ],
 )
 def test_dynamic_sampling_keeps_groups_with_contrast(raw: list[float], kept: bool) -> None:
-    assert DAPO().keep({"score": raw}) is kept
+    assert DAPO().keep({SCORE: raw}) is kept
 
 
 def test_the_filter_looks_at_the_metric_it_names() -> None:
-    scores = {"correct": [1.0, 1.0], "format": [0.0, 1.0], "score": [1.0, 2.0]}
+    scores = {"correct": [1.0, 1.0], "format": [0.0, 1.0], SCORE: [1.0, 2.0]}
     assert DAPO().keep(scores)
     assert not DAPO(metric="correct").keep(scores)
     assert DAPO(metric="format").keep(scores)
-    assert DAPO(dynamic_sampling=False).keep({"score": [1.0, 1.0]})
+    assert DAPO(dynamic_sampling=False).keep({SCORE: [1.0, 1.0]})
     assert DAPO(metric="correct").sampling_metric == "correct"
+
+
+def test_score_is_the_weighted_sum_though_a_criterion_is_called_so() -> None:
+    scores = {"score": [0.0, 1.0], "other": [1.0, 0.0], SCORE: [1.0, 1.0]}
+    DAPO(metric="score").check_run(["score", "other"], 100, 64)
+    assert not DAPO(metric="score").keep(scores)
+    assert not DAPO().keep(scores)
 
 
 def test_decoupled_criteria_keep_a_group_where_any_varies() -> None:
     """Weights (2, 1) over (0, 2), (1, 0): the sum is constant and the criteria are not."""
-    scores = {"correct": [0.0, 1.0], "format": [2.0, 0.0], "score": [2.0, 2.0]}
+    scores = {"correct": [0.0, 1.0], "format": [2.0, 0.0], SCORE: [2.0, 2.0]}
     assert not DAPO().keep(scores)
     decoupled = DAPO(combine="decoupled")
     assert decoupled.keep(scores)
-    assert not decoupled.keep({"correct": [1.0, 1.0], "format": [0.0, 0.0], "score": [1.0, 1.0]})
+    assert not decoupled.keep({"correct": [1.0, 1.0], "format": [0.0, 0.0], SCORE: [1.0, 1.0]})
     assert not DAPO(combine="decoupled", metric="correct").keep({**scores, "correct": [1.0, 1.0]})
 
 
@@ -51,7 +59,7 @@ def test_contrast_by_length_alone_does_not_keep_a_group() -> None:
     algorithm = DAPO(overlong_cache=4)
     raw = torch.ones(1, 2)
     assert algorithm.shape(raw, torch.tensor([[10, 2]]), 10).tolist() == [[0.0, 1.0]]
-    assert not algorithm.keep({"score": raw[0].tolist()})
+    assert not algorithm.keep({SCORE: raw[0].tolist()})
 
 
 def test_a_metric_that_is_no_criterion_is_refused_with_the_names() -> None:
@@ -59,8 +67,6 @@ def test_a_metric_that_is_no_criterion_is_refused_with_the_names() -> None:
         DAPO(metric="corect").check_run(["correct", "format"], 100, 64)
     with pytest.raises(ValueError, match="'corect'"):
         DAPO(metric="corect").keep({"correct": [1.0, 0.0]})
-    with pytest.raises(ValueError, match="another name"):
-        DAPO().check_run(["score"], 100, 64)
     DAPO(metric="correct").check_run(["correct", "format"], 100, 64)
 
 

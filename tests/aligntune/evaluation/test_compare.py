@@ -46,6 +46,21 @@ def test_prompts_are_won_lost_and_tied_by_the_mean_of_their_completions() -> Non
     assert found.examples[0].b.text == "says 0.0"
 
 
+def test_a_reward_that_is_called_as_the_sum_or_the_verdict_is_compared_by_its_path() -> None:
+    def side(reward: float) -> list[dict[str, Any]]:
+        own = row(0, 0.5)
+        own["completions"][0]["scores"] = {"reward": reward, "passed": -reward}
+        return [own]
+
+    a, b = side(0.0), side(1.0)
+    assert against(a, b).difference.value == 0.0
+    assert against(a, b, metric="reward/reward").difference.value == 1.0
+    assert against(a, b, metric="passed").difference.value == 0.0
+    assert against(a, b, metric="reward/passed").difference.value == -1.0
+    with pytest.raises(UserError, match="there are reward, reward/reward, passed"):
+        against(a, b, metric="correct")
+
+
 def test_what_is_better_on_nearly_all_prompts_is_unlikely_to_be_chance() -> None:
     first = [row(n, 0.0) for n in range(12)]
     second = [row(n, float(n > 0)) for n in range(12)]

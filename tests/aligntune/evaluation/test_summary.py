@@ -93,6 +93,23 @@ def test_what_passes_may_be_chosen() -> None:
         read_success("math=x", names)
 
 
+def test_a_reward_that_is_called_reward_is_not_taken_for_the_weighted_sum() -> None:
+    """A model that is right and long: 1 by `reward`, 0 by the sum of it and `length` at -1."""
+    names = ["reward", "length"]
+    assert str(read_success(None, names)) == "reward/reward >= 1"
+    assert read_success("0.5", names).criterion == "reward/reward"
+    assert read_success("reward/reward=1", names) == read_success(None, names)
+    assert read_success("reward/length=1", names).criterion == "length"
+    assert read_success("reward=1", names).criterion == "reward"
+    with pytest.raises(UserError, match="there are reward/reward, length, and reward for"):
+        read_success("rewards=1", names)
+    completion = said(None) | {"scores": {"reward": 1.0, "length": 1.0}, "reward": 0.0}
+    asked = {"row": 0, "prompt": "?", "completions": [completion]}
+    found = figures([judged(asked, read_success(None, names), whole_text)])
+    assert (found["reward"].value, found["reward/reward"].value) == (0.0, 1.0)
+    assert found["pass@1"].value == 1.0
+
+
 def test_k_goes_by_powers_of_two_up_to_all() -> None:
     assert [sizes(most) for most in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
 

@@ -125,6 +125,14 @@ def test_rewards_that_read_no_answer_take_preference_data_as_prompts(make: Any) 
     assert len(trainer.prompts) == 20
 
 
+def test_a_reward_may_be_called_reward_and_none_as_the_sum_of_all(make: Any) -> None:
+    digits = {"function": "tests.e2e.rewards:digits"}
+    trainer = make("grpo", config={"rewards": [digits | {"name": "reward"}]})
+    assert [criterion.name for criterion in trainer.criteria] == ["reward"]
+    with pytest.raises(UserError, match="'weighted sum' is the sum of all; give"):
+        make("grpo", config={"rewards": [digits | {"name": "weighted sum"}]}).check()
+
+
 def test_held_out_rows_are_dropped_and_counted_too(make: Any, pairs: Path) -> None:
     trainer = make("grpo", overrides=[f"data.eval_path={pairs}"])
     trainer.check()

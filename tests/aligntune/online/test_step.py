@@ -19,7 +19,7 @@ from aligntune.online.figures import (
     score_metrics,
     time_metrics,
 )
-from aligntune.online.groups import ReadyGroup, group_works, total_reward
+from aligntune.online.groups import ReadyGroup, compared_scores, group_works, total_reward
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 
@@ -118,6 +118,24 @@ def test_several_criteria_count_by_their_weights() -> None:
         "reward/length/mean": 0.5,
         "reward/exact_match/mean": 2.0,
     }
+
+
+@pytest.mark.parametrize("name", ["score", "reward"])
+def test_a_criterion_that_is_called_as_a_sum_may_be_is_a_criterion(name: str) -> None:
+    """Its figure is its own, and where criteria are normalised one by one it tells groups apart."""
+    rewards = [{"function": f"my:{name}"}, {"function": "length", "weight": -1.0}]
+    run = config({"name": "dapo", "combine": "decoupled"}, rewards)
+    group = ready(0, [(1.0, 0.0), (0.0, 0.0)], criteria=(name, "length"))
+    assert score_metrics(run, [group]) == {
+        "reward/mean": 0.5,
+        "reward/std": 0.5,
+        f"reward/{name}/mean": 0.5,
+        "reward/length/mean": 0.0,
+    }
+    ended = {"filtered": 0, "quarantined": 0}
+    assert group_metrics(run, [group], 4, ended)["groups/constant_fraction"] == 0.0
+    assert run.algorithm.keep(compared_scores(run, group.scores))
+    run.algorithm.check_run([name, "length"], 100, 4)
 
 
 def test_a_group_is_constant_where_its_criteria_are_and_those_without_weight_do_not_count() -> None:

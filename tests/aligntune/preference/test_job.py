@@ -143,3 +143,10 @@ def test_pairs_that_are_all_ties_are_right_by_half() -> None:
         {"reward/accuracy": 0.0, "reward/margin": -0.1},
         {"loss": 0.5},
     ]
+
+
+def test_an_evaluation_without_a_run_counts_ties_as_a_run_does() -> None:
+    """`aligntune evaluate dpo.yaml` of the model it starts from, all of whose pairs are ties."""
+    figures = Figures()
+    figures.step(0, {"eval/reward/accuracy": 0.0, "eval/reward/margin": 0.0})
+    assert figures.last["eval/reward/accuracy"] == 0.5

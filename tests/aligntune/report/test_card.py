@@ -15,7 +15,7 @@ from aligntune.report.card import NAME, card
 from aligntune.runs.publish import write_card_of
 from aligntune.runs.reading import open_run
 from aligntune.runs.rundir import RunDir
-from tests.aligntune.report.written import online_run, preference_run
+from tests.aligntune.report.written import online_run, preference_run, sft_run
 
 
 class Heard:
@@ -78,6 +78,7 @@ def test_a_card_says_what_of_what_by_what_with_which_results(tmp_path: Path) -> 
     assert "- torch 2.13.0" in text
     assert "| On held-out prompts, during training | step 0 | step 60 |" in text
     assert "| reward/mean | 0.3 [0.251, 0.349] | 0.9 [0.851, 0.949] |" in text
+    assert "Intervals are 95 %" in text
     assert "AutoModelForCausalLM.from_pretrained" in text
 
 
@@ -106,12 +107,24 @@ def test_a_preference_job_has_a_card_too_and_a_reward_model_no_chat(tmp_path: Pa
     folder = preference_run(tmp_path / "dpo")
     text = card(open_run(folder), 40)
     assert "trained by DPO for 40 steps" in text
+    assert "| On held-out pairs, during training | step 0 | step 40 |" in text
     assert "| reward/accuracy | 0.5 | 0.9 |" in text
+    assert "| loss | 0.7 | 0.3 |" in text
+    assert "Intervals" not in text, "none of its figures has one"
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("name: dpo, beta: 0.1", "name: reward_model"))
     text = card(open_run(folder), 40)
     assert head(text)["pipeline_tag"] == "text-classification"
     assert "aligntune chat" not in text
+
+
+def test_an_sft_job_has_its_method_and_figures_in_the_card(tmp_path: Path) -> None:
+    text = card(open_run(sft_run(tmp_path / "sft")), 4)
+    assert "trained by supervised fine-tuning for 4 steps" in text
+    assert "| On held-out rows, during training | step 0 | step 4 |" in text
+    assert "| loss | 3.9 | 1.1 |" in text
+    assert "| policy/token_accuracy | 0.25 | 0.75 |" in text
+    assert "Intervals" not in text
 
 
 def test_a_card_that_cannot_be_written_is_an_event(tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aligntune.report.curves import COMPLETIONS, LEARNING, SPEED, parts
 from aligntune.report.figures import columns, histogram, quarters, rounded, thinned
-from aligntune.report.summary import duration, evaluated, sessions, stages
+from aligntune.report.summary import duration, evaluated, sessions, stages, summary
+from aligntune.runs.reading import open_run
+from tests.aligntune.report.written import sft_run
 
 KNOWN = sorted({c.metric for chart in (*LEARNING, *COMPLETIONS, *SPEED) for c in chart.curves})
 
@@ -68,6 +72,15 @@ def test_before_and_after_are_told_of_two_evaluations_and_not_of_one() -> None:
     assert evaluated(rows[:1]) == []
     (loss,) = evaluated([{"step": 0, "eval/loss": 0.7}, {"step": 5, "eval/loss": 0.4}])
     assert (loss.best, loss.best_step) == (0.4, 5)
+
+
+def test_a_job_of_sft_is_told_by_its_token_accuracy(tmp_path: Path) -> None:
+    told = summary(open_run(sft_run(tmp_path / "sft")))
+    assert told.sentences[1] == "Held-out token accuracy went from 0.250 to 0.750."
+    assert [(change.label, change.after) for change in told.changes] == [
+        ("token_accuracy", 0.75),
+        ("loss", 1.1),
+    ]
 
 
 def test_the_times_of_every_start_are_added_and_not_those_between() -> None:

@@ -221,3 +221,18 @@ def preference_run(folder: Path) -> Path:
     kinds = ["run_started", "role_started", "run_finished"]
     lines(folder / "events.jsonl", [{"time": 1.795e9 + n, "kind": k} for n, k in enumerate(kinds)])
     return folder
+
+
+def sft_run(folder: Path) -> Path:
+    """An SFT job of four steps, evaluated before and after."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(
+        "# trl 1.13.0\nalgorithm: {name: sft}\nmodel: {name: m}\ntrain: {steps: 4}\n"
+    )
+    rows: list[dict[str, Any]] = [{"step": step, "loss": 4.0 - step / 2} for step in range(5)]
+    rows[0] |= {"eval/loss": 3.9, "eval/policy/token_accuracy": 0.25}
+    rows[4] |= {"eval/loss": 1.1, "eval/policy/token_accuracy": 0.75}
+    lines(folder / "metrics.jsonl", rows)
+    kinds = ["run_started", "run_finished"]
+    lines(folder / "events.jsonl", [{"time": 1.795e9 + n, "kind": k} for n, k in enumerate(kinds)])
+    return folder

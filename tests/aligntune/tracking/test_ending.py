@@ -58,6 +58,24 @@ def test_a_preference_job_has_its_evaluations_among_its_steps(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("first", "last", "told"),
+    [
+        ({"eval/loss": 3.912}, {"eval/loss": 1.044}, "loss 3.912 -> 1.044"),  # SFT
+        (
+            {"eval/loss": 0.7, "eval/reward/mean": -0.125, "eval/reward/accuracy": 0.5},
+            {"eval/loss": 0.4, "eval/reward/mean": 2.5, "eval/reward/accuracy": 0.75},
+            "accuracy 0.500 -> 0.750",  # a reward model
+        ),
+    ],
+)
+def test_the_held_out_figure_has_its_own_name(
+    tmp_path: Path, first: dict[str, float], last: dict[str, float], told: str
+) -> None:
+    write(tmp_path / "metrics.jsonl", {"step": 0, **first}, {"step": 2, **last})
+    assert ending(tmp_path, tmp_path / "model")[0] == f"held-out {told} (step 0 -> 2)"
+
+
+@pytest.mark.parametrize(
     ("shares", "cause"),
     [
         ([], "a higher learning rate"),

@@ -64,13 +64,24 @@ def test_the_last_step_shows_no_time_left() -> None:
 
 def test_accuracy_is_preferred_to_the_evaluation_reward() -> None:
     assert figures({}, {"eval/reward/mean": 0.5}) == {"eval": "0.500"}
-    assert figures({}, {"eval/reward/mean": 0.5, "eval/accuracy": 0.25}) == {"eval": "0.250"}
+    assert figures({}, {"eval/reward/mean": 0.5, "eval/reward/accuracy": 0.25}) == {"eval": "0.250"}
 
 
 def test_several_criteria_are_shown_each_and_one_is_the_reward_itself() -> None:
     shown = figures(FULL, {})
     assert (shown["correct"], shown["concise"], shown["constant"]) == ("0.400", "0.900", "88%")
     assert "correct" not in figures({"reward/mean": 0.4, "reward/correct/mean": 0.4}, {})
+
+
+def test_a_criterion_that_is_called_as_another_figure_hides_neither() -> None:
+    metrics = {"reward/mean": 0.5, "completions/length_mean": 12.0}
+    shown = figures(metrics | {"reward/reward/mean": 1.0, "reward/length/mean": -0.5}, {})
+    assert shown == {
+        "reward": "0.500",
+        "reward/reward": "1.000",
+        "reward/length": "-0.500",
+        "length": "12",
+    }
 
 
 @given(
@@ -152,10 +163,10 @@ class Clock:
 def test_without_a_terminal_every_step_and_note_is_a_plain_line() -> None:
     stream = io.StringIO()
     progress = Progress(5, stream)
-    progress.evaluation({"eval/accuracy": 0.5})
+    progress.evaluation({"eval/reward/accuracy": 0.5})
     progress.step(1, METRICS)
     progress.note("checkpoint [bold] saved")
-    progress.step(2, METRICS | {"eval/accuracy": 0.75})
+    progress.step(2, METRICS | {"eval/reward/accuracy": 0.75})
     progress.step(3, METRICS)
     progress.close()
     first, note, second, third = stream.getvalue().splitlines()

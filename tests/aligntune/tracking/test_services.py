@@ -176,6 +176,14 @@ def test_a_table_has_a_line_a_completion_of_the_first_groups() -> None:
     assert table(7, [long])[1][0][2] == "x" * CHARACTERS + "…"
 
 
+def test_a_criterion_that_is_called_as_another_column_has_one_of_its_own() -> None:
+    said = {**HELD_OUT[0]["completions"][0], "scores": {"reward": 0.25, "tokens": -3.0}}
+    columns, (line,) = table(7, [{**HELD_OUT[0], "completions": [{**said, "reward": 0.5}]}])
+    told = dict(zip(columns, line, strict=True))
+    assert (told["reward"], told["reward/reward"], told["reward/tokens"]) == (0.5, 0.25, -3.0)
+    assert told["tokens"] == said["tokens"]
+
+
 def test_a_table_as_markdown_holds_one_line_a_row_whatever_is_said() -> None:
     lines = markdown(["a", "b"], [["x|y\nz", 0.25], ["<script>", None]]).splitlines()
     assert lines == [
