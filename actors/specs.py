@@ -57,6 +57,11 @@ class ModelSpec(Spec):
         "sdpa", description="attention kernel of transformers"
     )
 
+    def renamed(self, name: str) -> ModelSpec:
+        """These settings of the model `name`. A revision is of one model: another has none."""
+        other = {} if name == self.name else {"name": name, "revision": None}
+        return self.model_copy(update=other)
+
 
 class RoleResources(Spec):
     """What one replica or rank of a role takes from the cluster."""

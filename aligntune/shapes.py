@@ -36,13 +36,12 @@ def loaded_shape(model: ModelSpec, name: str) -> ModelShape:
         import_light()
         from transformers import AutoConfig
 
-        own = name == model.name
         try:
-            spec = local(model.model_copy(update={"name": name}))
+            spec = local(model.renamed(name))
             ask_once(spec.name)
             found = AutoConfig.from_pretrained(
                 spec.name,
-                revision=spec.revision if own else None,
+                revision=spec.revision,
                 trust_remote_code=spec.trust_remote_code,
             )
         except (ModelError, OSError, ValueError, KeyError) as error:

@@ -48,8 +48,7 @@ class ValueModel(TrainedModel):
 
 def critic_model(policy: ModelSpec, spec: CriticSpec) -> ModelSpec:
     """The model a critic starts from; it is trained whole, also where the policy has adapters."""
-    own = {} if spec.model in (None, policy.name) else {"name": spec.model, "revision": None}
-    return policy.model_copy(update={"lora": None, **own})
+    return policy.renamed(spec.model or policy.name).model_copy(update={"lora": None})
 
 
 def load_value_model(spec: ModelSpec) -> ValueModel:

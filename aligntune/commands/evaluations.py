@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from aligntune.config.tree import load_tree
+from aligntune.config.tree import load_tree, override
 from aligntune.errors import UserError
 from aligntune.evaluation.answers import reader_of
 from aligntune.evaluation.statistics import CONFIDENCE
@@ -60,7 +59,7 @@ def target_of(target: str, config: Path | None, overrides: Sequence[str]) -> Tar
             raise UserError(f"--config goes with a model; {target} has a config of its own")
         return Target(_sampling(config, target, overrides), None, target)
     if inside is not None:
-        own = [f"output_dir={inside.absolute()}", *overrides]
+        own = [override("output_dir", str(inside.absolute())), *overrides]
         return Target(create_rl_trainer(config=inside / "config.yaml", overrides=own), inside)
     if place.is_file():
         trainer = create_rl_trainer(config=place, overrides=overrides)
@@ -92,7 +91,10 @@ def _sampling(config: Path, model: str, overrides: Sequence[str]) -> OnlineTrain
     """The trainer of a config with prompts and rewards, for another model. Raises UserError."""
     from aligntune.online.trainer import OnlineTrainer
 
-    named = [*overrides, f"model.name={json.dumps(model)}"]
+    section = load_tree(config).get("model")
+    same = isinstance(section, Mapping) and section.get("name") == model
+    other = [] if same else [override("model.revision", None)]  # it is of the config's own model
+    named = [*other, *overrides, override("model.name", model)]
     trainer = create_rl_trainer(config=config, overrides=named)
     if not isinstance(trainer, OnlineTrainer):
         raise UserError(

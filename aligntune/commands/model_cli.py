@@ -35,6 +35,7 @@ def export(
 
 def exported(run: Path, out: Path, which: str | None) -> int:
     """Make a model of a checkpoint of `run` in the folder `out`; its step. Raises UserError."""
+    from aligntune.config.tree import override
     from aligntune.errors import UserError
     from aligntune.runs.reading import open_run
 
@@ -48,7 +49,7 @@ def exported(run: Path, out: Path, which: str | None) -> int:
     from aligntune.trainers import create_rl_trainer
 
     trainer = create_rl_trainer(
-        config=run / "config.yaml", overrides=[f"output_dir={run.absolute()}"]
+        config=run / "config.yaml", overrides=[override("output_dir", str(run.absolute()))]
     )
     assert isinstance(trainer, OnlineTrainer)
     return trainer.export(out, which)

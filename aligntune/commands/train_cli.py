@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,12 +130,14 @@ def train(
             --dataset tasks.jsonl --prompt-column question \\
             --reward my_reward:correct
     """
+    from aligntune.config.tree import override
+
     with secrets_of_the_job():  # models and data may need them, and rewards that are tried here
         if profile:
             arguments = [*(arguments or []), "tracking.profile=true"]
         columns = {"data.prompt_column": prompt_column, "data.eval_path": held_out}
         trainer = trainer_of(
-            [f"{key}={json.dumps(name)}" for key, name in columns.items() if name is not None]
+            [override(key, name) for key, name in columns.items() if name is not None]
             + (arguments or []),
             max_steps=steps,
             learning_rate=lr,
@@ -167,18 +169,19 @@ def train(
 
 
 def trainer_of(arguments: list[str], **given: Any) -> OnlineTrainer | PreferenceTrainer:
-    """The trainer of a file, overrides and flags."""
+    """The trainer of a file, overrides and flags. What is a file is the config, also one whose path
+    has a `=` in it."""
     from aligntune.errors import UserError
     from aligntune.trainers import create_rl_trainer
 
-    files = [a for a in arguments if "=" not in a]
+    files = [a for a in arguments if "=" not in a or os.path.isfile(a)]
     if len(files) > 1:
         raise UserError(f"one config file, not {len(files)}: {', '.join(files)}")
     if not files and None in (given[n] for n in ("algorithm", "model_name", "dataset_name")):
         raise UserError("give a config file, or --algorithm, --model and --dataset")
     return create_rl_trainer(
         config=files[0] if files else None,
-        overrides=[a for a in arguments if "=" in a],
+        overrides=[a for a in arguments if a not in files],
         **given,
     )
 

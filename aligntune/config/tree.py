@@ -7,6 +7,7 @@ the two that there are.
 from __future__ import annotations
 
 import os
+import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,16 +18,30 @@ from pydantic import BaseModel, ValidationError
 
 from actors.settings import OneKind, OneOf
 from aligntune.config.auto import tree_of
-from aligntune.config.yaml_text import parse_yaml
+from aligntune.config.yaml_text import comment_behind, parse_yaml
 from aligntune.errors import UserError, nearest, shown
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """'a.b=3' becomes ('a.b', 3); the value is read as YAML. Raises UserError without '='."""
+    """'a.b=3' becomes ('a.b', 3); the value is read as YAML. Raises UserError without '=', and
+    where the value's end would be dropped as a comment."""
     path, separator, value = text.partition("=")
     if not separator or not path:
         raise UserError(f"{text!r} is not an override; write key.path=value")
-    return path.strip(), parse_yaml(value, f"the value of {path.strip()}")
+    path = path.strip()
+    read = parse_yaml(value, f"the value of {path}")
+    if dropped := comment_behind(value):
+        raise UserError(
+            f"the value of {path}: {shown(dropped)} would be dropped as a comment of YAML; put the "
+            "value in quotes, inside of those for the shell"
+        )
+    return path, read
+
+
+def override(path: str, value: Any) -> str:
+    """The override that sets `path` to this very value: what `parse_override` reads back."""
+    written = yaml.safe_dump([value], default_flow_style=True, width=sys.maxsize)
+    return f"{path}={written.strip()[1:-1]}"
 
 
 def set_path(tree: dict[str, Any], path: str, value: Any) -> None:

@@ -83,6 +83,17 @@ def parse_yaml(text: str, where: str) -> Any:
         ) from error
 
 
+def comment_behind(text: str) -> str:
+    """The comment behind the value of a valid YAML text; empty where there is none."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+    finally:
+        loader.dispose()
+    rest = text[0 if node is None else node.end_mark.index :].strip()
+    return rest if rest.startswith("#") else ""
+
+
 def _count(node: yaml.Node, known: dict[int, int], where: str) -> int:
     """The nodes of a tree with its aliases written out. Raises UserError beyond `MAX_NODES`."""
     if id(node) in known:

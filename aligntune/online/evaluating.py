@@ -86,7 +86,7 @@ async def with_model(
             stage(f"{name}: {info['engine']}")
 
     async def by(model: str) -> T:
-        named = config.model.model_copy(update={"name": model, "lora": None})
+        named = config.model.renamed(model).model_copy(update={"lora": None})
         rollout = config.rollout.model_copy(update={"weight_sync": FullSpec()})  # nobody sends any
         own = config.model_copy(update={"model": named, "rollout": rollout})
         async with served(own, roles.of_config(own), criteria, said) as rolling:

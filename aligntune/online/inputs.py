@@ -279,14 +279,7 @@ class RunInputs:
         named += [config.reference.model] if needs.reference and config.reference.model else []
         named += [config.critic.model] if needs.critic and config.critic.model else []
         try:
-            found = [
-                model_positions(
-                    config.model
-                    if name == config.model.name
-                    else config.model.model_copy(update={"name": name, "revision": None})
-                )
-                for name in named
-            ]
+            found = [model_positions(config.model.renamed(name)) for name in named]
         except ModelError as error:
             raise UserError(str(error)) from error
         return min((positions for positions in found if positions is not None), default=None)

@@ -141,8 +141,8 @@ def limits_of(config: RunConfig) -> EpisodeLimits:
 
 def _reference_model(config: RunConfig) -> ModelSpec:
     """The policy's starting model, unless the config names another."""
-    name = config.reference.model or config.model.name
-    return config.model.model_copy(update={"lora": None, "name": name})
+    named = config.model.renamed(config.reference.model or config.model.name)
+    return named.model_copy(update={"lora": None})
 
 
 def _reference(start: Start) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ import pytest
 from aligntune import __version__
 from aligntune.algorithms import registry
 from aligntune.cli import COMMANDS, main
-from aligntune.commands.train_cli import ALGORITHMS
+from aligntune.commands.train_cli import ALGORITHMS, trainer_of
 from aligntune.names import PREFERENCE
 
 REPOSITORY = Path(__file__).parents[2]
@@ -126,11 +126,23 @@ def test_the_commonest_keys_are_flags(tmp_path: Path, monkeypatch: pytest.Monkey
         main(["train", "config.yaml", *flags.split()])
     assert (made["max_steps"], made["learning_rate"]) == (7, 1e-5)
     assert made["a"] == [
-        'data.prompt_column="question"',
-        'data.eval_path="held.jsonl"',
+        "data.prompt_column=question",
+        "data.eval_path=held.jsonl",
         "config.yaml",
         "data.eval_path=mine",
     ]
+
+
+def test_a_config_file_is_one_also_where_its_path_has_an_equals_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[str, Any] = {}
+    monkeypatch.setattr("aligntune.trainers.create_rl_trainer", made.update)
+    config = tmp_path / "lr=1e-6" / "config.yaml"
+    config.parent.mkdir()
+    config.write_text("{}")
+    trainer_of([str(config), "train.steps=7"])
+    assert (made["config"], made["overrides"]) == (str(config), ["train.steps=7"])
 
 
 @pytest.mark.parametrize(

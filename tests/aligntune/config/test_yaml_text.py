@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aligntune.config.tree import load_tree
+from aligntune.config.tree import load_tree, override, parse_override
 from aligntune.config.yaml_text import parse_yaml
 from aligntune.errors import UserError
 
@@ -114,3 +114,26 @@ def test_an_override_that_is_none_is_one_line(override: str) -> None:
     with pytest.raises(UserError) as refused:
         load_tree({"rewards": ["math"], "train": {}}, [override, "train.steps=1"])
     assert "\n" not in str(refused.value)
+
+
+TEXTS = st.text(st.characters(exclude_categories=()))  # half characters too, as paths may have
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS
+
+
+@given(PLAIN | st.lists(PLAIN))
+@example("runs/try #2")
+@example("runs/\U0001f600")
+@example("runs/a: b, [c]")
+@example(1e-6)
+def test_an_override_that_is_written_here_is_read_as_the_same_value(value: Any) -> None:
+    read = parse_override(override("a.b", value))
+    assert read == ("a.b", value)
+    assert type(read[1]) is type(value)
+
+
+@pytest.mark.parametrize("text", ["runs/try #2", "#fff", "[1, 2] # two"])
+def test_the_end_of_a_value_is_not_dropped_as_a_comment(text: str) -> None:
+    with pytest.raises(UserError, match=r"the value of a: '#.*' would be dropped as a comment"):
+        parse_override(f"a={text}")
+    assert parse_override("a='x #2'") == ("a", "x #2")
+    assert parse_override("a=x#2") == ("a", "x#2")

@@ -17,6 +17,8 @@ import yaml
 
 from actors.supervise import ReplicaSet
 from aligntune import cli
+from aligntune.commands.evaluations import Target, target_of
+from aligntune.commands.model_cli import exported
 from aligntune.config.online import RunConfig
 from aligntune.evaluation.store import COMPLETIONS, Summary, read_rows, read_summary
 from aligntune.online import evaluating
@@ -229,3 +231,45 @@ def test_what_cannot_be_evaluated_so_is_refused_with_what_can(
     error = capsys.readouterr().err
     assert said in error
     assert len(error.splitlines()) == 1, error
+
+
+@pytest.mark.parametrize("name", ["try #2", "lr: 1e-6", "\U0001f600"])
+def test_the_run_that_is_named_is_the_one_that_is_scored_and_exported_whatever_its_name(
+    name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = run.rename(tmp_path / name)
+    trainer = target_of(str(there), None, []).trainer
+    assert trainer.config.output_dir == str(there)
+    assert _named(target_of(name, there / "config.yaml", [])) == (name, None)
+
+    exported_from: list[str] = []
+
+    def export(self: trainers.OnlineTrainer, out: Path, which: str | None) -> int:
+        exported_from.append(self.config.output_dir)
+        return 2
+
+    monkeypatch.setattr(trainers.OnlineTrainer, "export", export)
+    assert exported(there, tmp_path / "out", None) == 2
+    assert exported_from == [str(there)]
+
+
+def _named(target: Target) -> tuple[str, str | None]:
+    model = target.trainer.config.model
+    return model.name, model.revision
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "revision"),
+    [
+        ("other/model", [], None),
+        ("other/model", ["model.revision=v2"], "v2"),
+        ("some/model", [], "v1"),
+    ],
+)
+def test_a_revision_of_the_config_is_of_its_own_model(
+    model: str, overrides: list[str], revision: str | None, run: Path
+) -> None:
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    config = run.parent / "other.yaml"
+    config.write_text(yaml.safe_dump(tree | {"model": {"name": "some/model", "revision": "v1"}}))
+    assert _named(target_of(model, config, overrides)) == (model, revision)
