@@ -55,6 +55,8 @@ class Spec(BaseModel):
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+"""The decay of one of Adam's means; at 1 the mean never moves."""
 
 
 class Choice(Spec):

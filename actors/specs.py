@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from actors.engines.specs import AutoEngineSpec, EngineField
-from actors.settings import AUTO
+from actors.settings import AUTO, Beta
 from actors.settings import Positive as Positive
 from actors.settings import Seconds as Seconds
 from actors.settings import Spec as Spec
@@ -288,7 +288,7 @@ class OptimizerSpec(Spec):
         "constant", description="of the learning rate after the warm-up, over all steps of the run"
     )
     warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises")
-    adam_betas: tuple[float, float] | None = Field(None, description="default: the algorithm's")
+    adam_betas: tuple[Beta, Beta] | None = Field(None, description="default: the algorithm's")
     adam_epsilon: float = Field(1e-8, gt=0, description="of AdamW")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW; biases and norms have none")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to it")

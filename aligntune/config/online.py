@@ -38,6 +38,7 @@ from aligntune.algorithms import registry
 from aligntune.algorithms.base import Algorithm
 from aligntune.config.backends import check_backend, check_shared_prompts, check_weight_sync
 from aligntune.config.episodes import AgentField, check_episodes
+from aligntune.config.ignored import check_online_keys, is_set
 from aligntune.config.records import EvalSpec, HubSpec, OnlineCheckpointSpec, OnlineTrackingSpec
 from aligntune.config.tree import explain
 from aligntune.data.spec import DataSpec
@@ -244,7 +245,7 @@ def _check_waits(config: RunConfig) -> None:
     limit = config.train.stall_timeout_s
     for section, spec, key in calls:
         seconds = getattr(spec, key)
-        if seconds >= limit and key in spec.model_fields_set:
+        if seconds >= limit and is_set(spec, key):
             raise UserError(
                 f"{section}.{key}={seconds:g} lets one call take as long as "
                 f"train.stall_timeout_s={limit:g}, which ends a run in which nothing moves; raise "
@@ -341,3 +342,4 @@ def check(config: RunConfig) -> None:
                 f"{spec.role}.strategy={spec.strategy.name} is one rank and {spec.role}.ranks="
                 f"{spec.ranks}; use {spec.role}.strategy={several} for several"
             )
+    check_online_keys(config)

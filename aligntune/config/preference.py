@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from actors.settings import AUTO, OneKind
+from actors.settings import AUTO, Beta, OneKind
 from actors.specs import (
     ModelSpec,
     OptimizerSpec,
@@ -22,6 +22,7 @@ from actors.specs import (
     Spec,
 )
 from aligntune.config.backends import check_backend
+from aligntune.config.ignored import check_table_keys
 from aligntune.config.records import CheckpointSpec, HubSpec, TrackingSpec
 from aligntune.config.tree import explain
 from aligntune.config.warm_up import SFTSpec, check_texts
@@ -206,7 +207,7 @@ class PreferenceTrainSpec(OptimizerSpec):
     scheduler: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="of the learning rate after the warm-up"
     )
-    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
     steps: Positive | None = Field(None, description="optimiser steps; or give epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the data; default 1")
     workers: Positive = Field(1, description="of the Ray Train job", json_schema_extra=AUTO)
@@ -350,3 +351,4 @@ def _check(config: PreferenceConfig) -> None:
     stage = ((train.deepspeed or {}).get("zero_optimization") or {}).get("stage")
     if stage == 3 and config.model.lora is not None:
         raise UserError("train.deepspeed stage 3 and model.lora do not go together; use stage 2")
+    check_table_keys(config)

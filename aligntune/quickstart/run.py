@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from actors.models.auto import import_transformers
+from actors.specs import RewardFunctionSpec
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
+from aligntune.config.tree import override
 from aligntune.errors import UserError
 from aligntune.online.trainer import OnlineTrainer
 from aligntune.quickstart.agent import write_agent_assets
@@ -26,7 +28,8 @@ from aligntune.runs.checkpoint import write_atomically
 from aligntune.runs.jsonl import read_lines
 from aligntune.trainers import create_rl_trainer
 
-ACCURACY = "eval/reward/exact_match/mean"  # greedy, over the held-out questions
+SHOWN = "exact_match"
+ACCURACY = f"eval/reward/{SHOWN}/mean"  # greedy, over the held-out questions
 RANKED = "eval/reward/accuracy"  # of a reward model, over the held-out pairs
 MADE = ("assets", "reward_model", "run", "result.json")
 
@@ -52,18 +55,19 @@ def run_quickstart(
     assets = Assets(out / "assets")
     ranks = task != "agent" and _needs_reward_model(algorithm)
     reward_model = {"model": str(out / "reward_model" / "model"), "name": "reward_model"}
-    shown = {"function": "exact_match", "weight": 0.0}  # shown, not trained on
+    shown = {"function": SHOWN, "weight": 0.0}  # not trained on
     tree = {
         "algorithm": {"name": algorithm},
         "model": {"name": str(assets.model)},
         "data": {"path": str(assets.train), "eval_path": str(assets.eval)},
-        "rewards": [reward_model, shown] if ranks else ["exact_match"],
+        "rewards": [reward_model, shown] if ranks else [SHOWN],
         "output_dir": str(out / "run"),
     }
     told = [*_overrides(settings), f"train.seed={seed}", *overrides]
     config = load_config(tree, told)  # what is wrong is said before anything is made
     if not isinstance(config, RunConfig):
         raise UserError(f"the quickstart has no {config.algorithm_name}; name an online algorithm")
+    _check(config, tree["output_dir"])
     _claim(out, {"algorithm": algorithm, "task": task, "seed": seed})
     say(f"a tiny model learns to add, carelessly: {assets.root}")
     _make(assets, write_agent_assets if task == "agent" else write_assets, seed)
@@ -90,8 +94,32 @@ def run_quickstart(
     return result
 
 
+def _check(config: RunConfig, output_dir: object) -> None:
+    """Whether the run will have what is told of it at the end. Raises UserError."""
+    shown = [
+        reward
+        for reward in config.rewards
+        if isinstance(reward, RewardFunctionSpec)
+        and reward.function == SHOWN
+        and reward.name in (None, SHOWN)
+    ]
+    fits = {
+        "eval.at_start": config.eval.at_start,
+        "eval.at_end": config.eval.at_end,
+        "data.eval_path": config.data.evaluates,
+        "rewards": bool(shown),
+        "output_dir": config.output_dir == output_dir,
+    }
+    for key, does in fits.items():
+        if not does:
+            raise UserError(
+                f"the quickstart shows the held-out {SHOWN} before and after, of a run in --out, "
+                f"and {key} takes that away; leave it, or train with `aligntune train`"
+            )
+
+
 def _overrides(settings: Mapping[str, object]) -> list[str]:
-    return [f"{path}={json.dumps(value)}" for path, value in settings.items()]
+    return [override(path, value) for path, value in settings.items()]
 
 
 def _needs_reward_model(algorithm: str) -> bool:
@@ -113,7 +141,7 @@ def _train_reward_model(out: Path, assets: Assets, seed: int) -> float:
             seed=seed,
             overrides=[
                 *_overrides(REWARD_MODEL),
-                f"data.eval_path={json.dumps(str(assets.eval_pairs))}",
+                override("data.eval_path", str(assets.eval_pairs)),
             ],
         ).train()
     rows = read_lines(home / "metrics.jsonl")

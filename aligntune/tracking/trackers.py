@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from aligntune.config.ignored import is_set
 from aligntune.config.records import TrackingSpec
 from aligntune.errors import UserError
 from aligntune.runs.disk import write_atomically
@@ -47,7 +48,7 @@ class Tracker(Protocol):
 
 MODULES = {"prometheus": "ray.util.metrics"}  # the others are called as their packages are
 EXTRAS = ("wandb", "mlflow", "trackio")  # each is an extra of this package
-NAMED = ("name", "group", "tags", "entity")  # settings that services alone take
+NAMED = ("project", "name", "group", "tags", "entity")  # settings that services alone take
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -75,7 +76,7 @@ def check_settings(tracking: TrackingSpec) -> None:
     """Refuse settings that no chosen tracker takes. Raises UserError."""
     for key in NAMED:
         takers = ("wandb",) if key == "entity" else EXTRAS
-        if getattr(tracking, key) and not {*takers} & {*tracking.trackers}:
+        if is_set(tracking, key) and not {*takers} & {*tracking.trackers}:
             raise UserError(
                 f"tracking.{key} is for {', '.join(takers)}, and tracking.trackers names none of "
                 "them, so it would be ignored; add one, or remove it"

@@ -451,7 +451,8 @@ def test_a_storage_that_hangs_and_a_tracker_that_dies_are_events_and_the_run_is_
         push=lambda _: hanging.wait(60), push_model=lambda _: None, uri="s3://bucket/run"
     )
     world.configure(
-        checkpoint={"every_steps": 1, "copy_timeout_s": 0.05}, tracking={"trackers": ["wandb"]}
+        checkpoint={"every_steps": 1, "copy_timeout_s": 0.05, "storage": "s3://bucket/run"},
+        tracking={"trackers": ["wandb"]},
     )
     world.run()
     hanging.set()

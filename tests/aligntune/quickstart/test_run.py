@@ -38,6 +38,27 @@ def test_a_wrong_setting_is_told_before_the_warm_up_and_a_right_one_comes_to_it(
     assert out.is_dir()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "eval.at_start=false",
+        "eval.at_end=false",
+        "data.eval_path=null",
+        "rewards=[length]",
+        "rewards.0.name=right",
+        "output_dir=elsewhere",
+    ],
+)
+def test_a_setting_that_takes_away_what_is_shown_at_the_end_is_refused_at_the_start(
+    change: str, tmp_path: Path
+) -> None:
+    """It was found out when the run had ended."""
+    key = change.partition("=")[0].removesuffix(".0.name")
+    with pytest.raises(UserError, match=f"before and after, of a run in --out, and {key} takes"):
+        run.run_quickstart("grpo", tmp_path / "out", 0, [change])
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_override_to_an_algorithm_without_rollouts_is_refused(tmp_path: Path) -> None:
     overrides = [
         "algorithm=dpo",

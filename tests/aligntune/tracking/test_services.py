@@ -199,6 +199,7 @@ def test_a_table_as_markdown_holds_one_line_a_row_whatever_is_said() -> None:
     [
         ({"trackers": ["tensorboard"], "group": "g"}, "tracking.group is for wandb, mlflow, track"),
         ({"trackers": ["mlflow"], "entity": "e"}, "tracking.entity is for wandb, and"),
+        ({"trackers": ["prometheus"], "project": "p"}, "tracking.project is for wandb, mlflow, t"),
         ({"trackers": [], "tags": ["t"]}, "it would be ignored; add one, or remove it"),
     ],
 )

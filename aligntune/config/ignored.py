@@ -1,0 +1,89 @@
+"""Keys that another key makes do nothing: each is refused where it is set.
+
+A key with its default counts as not set: the config.yaml of a run says every key, and is read
+again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+
+from aligntune.config.records import HubSpec
+from aligntune.errors import UserError
+
+if TYPE_CHECKING:
+    from aligntune.config.online import RunConfig
+    from aligntune.config.preference import PreferenceConfig
+
+
+def is_set(spec: BaseModel, key: str) -> bool:
+    """Whether a key has another value than its default."""
+    field = type(spec).model_fields[key]
+    return bool(getattr(spec, key) != field.get_default(call_default_factory=True))
+
+
+def refuse_ignored(
+    section: str, spec: BaseModel, keys: tuple[str, ...], why: str, cure: str = ""
+) -> None:
+    """Raises UserError where one of `keys` is set; `why` says what makes it do nothing, `cure` what
+    to set for it to do something."""
+    for key in keys:
+        if is_set(spec, key):
+            remedy = f"{cure}, or remove it" if cure else "remove it"
+            raise UserError(f"{section}.{key} would do nothing: {why}; {remedy}")
+
+
+def check_hub_keys(hub: HubSpec) -> None:
+    """Refuse what is of a push where nothing is pushed (UserError)."""
+    if hub.push_to is None:
+        why = "nothing is pushed without hub.push_to"
+        refuse_ignored("hub", hub, ("private", "timeout_s"), why, "set that")
+
+
+def check_online_keys(config: RunConfig) -> None:
+    """Refuse the keys of an online run that would do nothing (UserError)."""
+    check_hub_keys(config.hub)
+    if config.checkpoint.storage is None:
+        refuse_ignored(
+            "checkpoint",
+            config.checkpoint,
+            ("copy_timeout_s",),
+            "nothing is copied without checkpoint.storage",
+            "set that",
+        )
+    if config.algorithm.places_turn_rewards:
+        refuse_ignored(
+            "episodes",
+            config.episodes,
+            ("discount",),
+            f"{config.algorithm_name} takes a turn's reward at its turn and discounts it by "
+            "algorithm.gamma",
+        )
+    if config.eval.temperature == 0 and not config.plays:
+        refuse_ignored(
+            "eval",
+            config.eval,
+            ("completions",),
+            "at eval.temperature=0 all completions of a prompt are the same",
+            "raise eval.temperature",
+        )
+
+
+def check_table_keys(config: PreferenceConfig) -> None:
+    """Refuse the keys of a job over a table that would do nothing (UserError)."""
+    check_hub_keys(config.hub)
+    refuse_ignored(
+        "cluster",
+        config.cluster,
+        ("placement_timeout_s",),
+        f"{config.algorithm_name} waits for its workers as long as train.start_timeout_s",
+    )
+    for index, reward in enumerate(config.rewards):
+        refuse_ignored(
+            f"rewards.{index}",
+            reward,
+            ("workers", "try_first"),
+            "texts are scored here, one after the other, before anything starts",
+        )
