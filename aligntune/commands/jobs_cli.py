@@ -103,12 +103,12 @@ def jobs_logs(
 
 
 @app.command("stop")
-def jobs_stop(job_id: JobId, address: JobsAddress) -> int:
+def jobs_stop(job_id: JobId, address: JobsAddress) -> None:
     """Stop a job after it has written its checkpoint, and say where that is."""
     from aligntune.commands.submit import connected, stop
 
     with connected(address) as jobs:
-        return stop(jobs, job_id, note)
+        stop(jobs, job_id, note)
 
 
 def passed_on(text: str) -> None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from actors.specs import RewardFunctionSpec, RewardModelSpec
+from actors.specs import RewardModelSpec
 from aligntune.config.auto import open_settings
+from aligntune.config.code import code_names
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.config.preference import PreferenceConfig
@@ -224,18 +225,16 @@ def _local(config: RunConfig | PreferenceConfig, storage: str) -> Iterator[str]:
 
 
 def _own_code(config: RunConfig | PreferenceConfig, storage: str) -> Iterator[str]:
-    """Rewards and algorithms of the user's own, as module:name: nodes must find their modules."""
-    if not isinstance(config, RunConfig):
-        return
-    named = {"algorithm.name": config.algorithm_name} | {
-        f"rewards.{index}.function": reward.function
-        for index, reward in enumerate(config.rewards)
-        if isinstance(reward, RewardFunctionSpec)
-    }
-    for key, target in named.items():
-        module, colon, _ = target.partition(":")
-        package = module.partition(".")[0]
-        if colon and package != "aligntune":
+    """The algorithm, rewards, tools, environments and agent of the user's own: nodes must find
+    their modules and files."""
+    algorithm = [("algorithm.name", config.algorithm_name)] if ":" in config.algorithm_name else []
+    for key, target in (*algorithm, *code_names(config.model_dump(mode="json"))):
+        place = target.rpartition(":")[0]
+        package = place.partition(".")[0]
+        if place.endswith(".py"):
+            file = os.path.normpath(os.path.join(storage, place))
+            yield f"{key} is {target}: every node must have it as {file}."
+        elif package != "aligntune":
             yield (
                 f"{key} is {target}: {package} must lie in {storage}, where the run starts, or be "
                 "installed on every node."

@@ -148,7 +148,7 @@ def follow(jobs: Jobs, job_id: str, say: Say, write: Say) -> int:
         except KeyboardInterrupt:
             wish = _ask(job_id) if sys.stdin.isatty() else "d"
             if wish == "s":
-                return stop(jobs, job_id, say)
+                return exit_code(stop(jobs, job_id, say))
             if wish == "d":
                 say(f"{job_id} goes on")
                 say(_commands(job_id, jobs.address))
@@ -167,11 +167,11 @@ def follow(jobs: Jobs, job_id: str, say: Say, write: Say) -> int:
     return code
 
 
-def stop(jobs: Jobs, job_id: str, say: Say) -> int:
-    """Stop a job, which writes its checkpoint first, and say where that is; 0."""
+def stop(jobs: Jobs, job_id: str, say: Say) -> JobDetails:
+    """Stop a job, which writes its checkpoint first, and say where that is; what it is then."""
     if (job := jobs.get(job_id)).status.is_terminal():
         say(f"{job_id} has ended: {job.status}")
-        return 0
+        return job
     say(f"asked {job_id} to write its checkpoint and stop; waiting for it")
     job = jobs.stop(job_id)
     last = [line for line in jobs.logs(job_id).splitlines() if line.startswith("aligntune: ")]
@@ -179,7 +179,7 @@ def stop(jobs: Jobs, job_id: str, say: Say) -> int:
     if run_dir := (job.metadata or {}).get("run_dir"):
         say(f"its checkpoints are in {run_dir}/checkpoints{_newest(Path(run_dir))}")
         say("to resume it, submit the same config with the same output_dir again")
-    return 0
+    return job
 
 
 def describe(job: JobDetails) -> list[str]:

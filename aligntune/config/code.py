@@ -50,9 +50,9 @@ def named_code(
     return named, code
 
 
-def code_files(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(place in a settings tree, file) of each reward, tool, environment and agent that is named as
-    `path/to/file.py:name`."""
+def code_names(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(place in a settings tree, name) of each reward, tool, environment and agent that is named as
+    `package.module:name` or `path/to/file.py:name`."""
     rewards, tools = tree.get("rewards") or [], tree.get("tools") or []
     named = {f"rewards.{i}.function": reward.get("function") for i, reward in enumerate(rewards)}
     named |= {f"tools.{i}": tool for i, tool in enumerate(tools)}
@@ -63,5 +63,12 @@ def code_files(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         named["environment"] = environment
     named["agent"] = tree.get("agent")
     for place, text in named.items():
-        if isinstance(text, str) and (file := text.rpartition(":")[0]).endswith(".py"):
+        if isinstance(text, str) and ":" in text:
+            yield place, text
+
+
+def code_files(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(place in a settings tree, file) of those that are named by their file."""
+    for place, text in code_names(tree):
+        if (file := text.rpartition(":")[0]).endswith(".py"):
             yield place, file

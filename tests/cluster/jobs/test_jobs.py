@@ -334,7 +334,9 @@ class Interrupted:
 
     def get(self, job_id: str) -> Any:
         status = JobStatus.STOPPED if self.stopped else JobStatus.RUNNING
-        return SimpleNamespace(status=status, metadata={"run_dir": "/shared/run"})
+        return SimpleNamespace(
+            status=status, metadata={"run_dir": "/shared/run"}, driver_exit_code=None
+        )
 
     def stop(self, job_id: str) -> Any:
         self.stopped = True
@@ -346,7 +348,7 @@ class Interrupted:
 
 @pytest.mark.parametrize(
     ("answers", "code", "stopped"),
-    [(["c"], 0, False), (["what?", "d"], 130, False), (["s"], 0, True)],
+    [(["c"], 0, False), (["what?", "d"], 130, False), (["s"], 143, True)],
 )
 def test_ctrl_c_asks_what_becomes_of_the_job(
     answers: list[str], code: int, stopped: bool, monkeypatch: pytest.MonkeyPatch

@@ -341,6 +341,26 @@ def test_code_of_the_users_own_is_said_to_be_needed_where_the_run_starts(
     assert "must lie in" not in launch(target, *options)[1]
 
 
+@pytest.mark.parametrize(
+    ("setting", "name", "needed"),
+    [
+        ("rewards=['sub/a.py:f']", "sub/a.py:f", "every node must have it as /shared/sub/a.py."),
+        ("rewards=['./a.py:f']", "./a.py:f", "every node must have it as /shared/a.py."),
+        ("rewards=['/my/a.py:f']", "/my/a.py:f", "every node must have it as /my/a.py."),
+        ("tools=['a.py:add']", "a.py:add", "every node must have it as /shared/a.py."),
+        ("environment='my.games:Chess'", "my.games:Chess", "my must lie in /shared, where the run"),
+        ("agent='../a.py:play'", "../a.py:play", "every node must have it as /a.py."),
+    ],
+)
+def test_files_and_every_kind_of_code_are_said_to_be_needed(
+    launch: Any, setting: str, name: str, needed: str
+) -> None:
+    code, text, err = launch("kuberay", "--image", "x", setting)
+    assert code == 0, err
+    key = {"rewards": "rewards.0.function", "tools": "tools.0"}.get(kind := setting.split("=")[0])
+    assert f"# {key or kind} is {name}: {needed}" in text
+
+
 def test_setup_commands_write_files_that_a_shell_reads(launch: Any, tmp_path: Path) -> None:
     (tmp_path / "my storage").mkdir()
     hosts = [*HOSTS[:4], "--storage", str(tmp_path / "my storage"), "--venv", sys.prefix]
