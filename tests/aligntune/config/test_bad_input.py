@@ -90,7 +90,7 @@ def test_values_that_no_run_can_have(fail: Fail) -> None:
         ("train.groups_per_step=true", "train.groups_per_step"),
         ("algorithm.beta=true", "algorithm.beta"),
         ("cluster.placement_timeout_s=true", "cluster.placement_timeout_s"),
-        ("policy.adam_betas=[true,0.9]", "policy.adam_betas.0"),
+        ("policy.adam_betas=[false,0.9]", "policy.adam_betas.0"),
         ("rewards.0.weight=false", "rewards.0.weight"),
     ],
 )
