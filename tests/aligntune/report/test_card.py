@@ -15,23 +15,7 @@ from aligntune.report.card import NAME, card
 from aligntune.runs.publish import write_card_of
 from aligntune.runs.reading import open_run
 from aligntune.runs.rundir import RunDir
-from tests.aligntune.report.written import online_run, preference_run, sft_run
-
-
-class Heard:
-    """What a run would write and show."""
-
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
-        self.notes: list[str] = []
-
-    def wait(self) -> None: ...
-
-    def event(self, kind: str, **fields: str) -> None:
-        self.events.append({"kind": str(kind), **fields})
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
+from tests.aligntune.report.written import Heard, online_run, preference_run, sft_run
 
 
 def head(text: str) -> dict[str, Any]:

@@ -236,3 +236,19 @@ def sft_run(folder: Path) -> Path:
     kinds = ["run_started", "run_finished"]
     lines(folder / "events.jsonl", [{"time": 1.795e9 + n, "kind": k} for n, k in enumerate(kinds)])
     return folder
+
+
+class Heard:
+    """What a run would write and show."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+
+    def wait(self) -> None: ...
+
+    def event(self, kind: str, **fields: str) -> None:
+        self.events.append({"kind": str(kind), **fields})
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)

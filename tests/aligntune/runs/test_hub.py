@@ -28,26 +28,10 @@ from aligntune.runs.reading import open_run
 from aligntune.runs.rundir import RunDir
 from tests import drivers
 from tests.aligntune.preference.test_trainer import write_pairs
-from tests.aligntune.report.written import online_run
+from tests.aligntune.report.written import Heard, online_run
 from tests.aligntune.runs.loopback import TOKEN, Gate, Hub, Large, Repository, served
 
 MINE = HubSpec(push_to="me/sums")
-
-
-class Heard:
-    """What a run would write and show."""
-
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
-        self.notes: list[str] = []
-
-    def wait(self) -> None: ...
-
-    def event(self, kind: str, **fields: str) -> None:
-        self.events.append({"kind": str(kind), **fields})
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture
