@@ -5,6 +5,7 @@ and not at the end of a process.
 from __future__ import annotations
 
 import gc
+import sys
 
 _usual: list[tuple[int, int, int]] = []
 
@@ -24,5 +25,10 @@ def as_usual() -> None:
 
 def no_more() -> None:
     """Keep what there is until the process ends: its end would look for cycles in all of it, which
-    takes as long as a quarter of the imports."""
-    gc.freeze()
+    takes as long as a quarter of the imports.
+
+    Where Triton's library is there, as in a run, its end looks: the library would list all that
+    is kept as leaks.
+    """
+    if "triton._C.libtriton" not in sys.modules:
+        gc.freeze()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import types
 from pathlib import Path
+
+import pytest
 
 from aligntune import cycles
 from aligntune.runs.lifecycle import recorded
@@ -50,3 +53,12 @@ def test_nothing_that_was_imported_is_looked_at_as_a_command_ends() -> None:
     )
     looked_at, kept = map(int, done.stdout.split()[-2:])
     assert looked_at < kept / 100
+
+
+def test_where_tritons_library_would_list_leaks_nothing_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton._C.libtriton", types.ModuleType("libtriton"))
+    before = gc.get_freeze_count()
+    cycles.no_more()
+    assert gc.get_freeze_count() == before
