@@ -30,6 +30,20 @@ for noisy in ("torchao", "torch.utils._pytree"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
+SAMPLING_ONLY = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
+"""Options of a generation config that it must not set unless it samples."""
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
 class ModelError(ValueError):
     """A model or tokenizer that cannot be used as asked; one line says why and what to do."""
 
@@ -74,6 +88,7 @@ def load_causal_lm(spec: ModelSpec, lora: bool = False) -> PreTrainedModel:
         raise ModelError(f"model {spec.name!r} could not be loaded: {error}") from error
     _require_all(info, spec, config)
     switch_off_dropout(model)
+    make_savable(model)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if lora:
@@ -291,6 +306,28 @@ def switch_off_dropout(model: nn.Module) -> None:
         for name, value in list(vars(module).items()):
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def make_savable(model: Any) -> None:
+    """Let `model.save_pretrained` write its generation config: transformers loads one that
+    contradicts itself, as a temperature without `do_sample`, and refuses to save it.
+
+    What is read only by sampling goes where nothing samples. Where that is not enough, all goes but
+    the special tokens.
+    """
+    found = getattr(model, "generation_config", None)
+    if found is None:  # remote code that does not generate
+        return
+    if found.do_sample is not True:
+        for name in SAMPLING_ONLY:
+            setattr(found, name, None)
+    try:
+        found.validate(strict=True)
+    except ValueError:
+        tokens = {name: getattr(found, name) for name in SPECIAL_TOKENS}
+        if isinstance(tokens["pad_token_id"], int) and tokens["pad_token_id"] < 0:
+            del tokens["pad_token_id"]
+        model.generation_config = type(found)(**tokens)
 
 
 def shared_embeddings(model: Any) -> dict[str, nn.Module]:
