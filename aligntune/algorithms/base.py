@@ -266,7 +266,7 @@ class Algorithm(BaseModel):
             self.sequence_advantages(groups_of, torch.ones(1)) if groups_of else [penalised]
         )
         targets = rows.targets(advantages[:, None].expand_as(kl))
-        return targets, {"kl/reference": rows.mean(kl, all_sum)}
+        return targets, rows.figure("kl/reference", kl, all_sum)
 
     def loss(self, batch: TokenBatch) -> LossTerms:
         """This micro-batch's share of the loss of the optimiser step."""
