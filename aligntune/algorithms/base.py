@@ -32,7 +32,10 @@ run has this name; `reward` and `score` are names that people give their own fun
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the config falls back to where the user is silent (ALGORITHMS.md, table of defaults)."""
+    """What the config falls back to where the user sets nothing.
+
+    `epochs` are passes over the batch of a step, `minibatches` the optimiser steps of one pass.
+    """
 
     learning_rate: float
     completions_per_group: int
