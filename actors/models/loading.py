@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from actors.models.auto import import_light
 from actors.models.hub import why_silent
 from actors.models.staging import StagingFailed, on_this_node
+from actors.models.templates import give
 from actors.specs import LoRASpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
 
 def load_tokenizer(spec: ModelSpec, writes: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer of `spec`; padding falls back to the end-of-sequence token, which masks cover.
+    Its chat template gets `spec.chat_template_kwargs`, unchecked.
 
     Raises:
         ModelError: there is no tokenizer, or it has no end-of-sequence token and the model `writes`
@@ -152,6 +154,7 @@ def load_tokenizer(spec: ModelSpec, writes: bool = True) -> PreTrainedTokenizerB
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    give(tokenizer, spec.chat_template_kwargs)
     return tokenizer
 
 

@@ -69,9 +69,6 @@ def test_a_group_algorithm_runs_on_preferences_with_nothing_else_set(
     assert trainer.config.rollout.max_prompt_length == 6
     assert len(trainer.prompts) == 20
     assert trainer.prompts.prompt_at(0).columns.keys() == {"chosen", "rejected"}
-    summary = trainer.summary()
-    assert "settled: rewards=['preference']" in summary
-    assert "train: 2 of 22 rows dropped: 1 equal, 1 too long" in summary
     *settled, dropped = trainer.inputs.events()
     assert {fields["path"] for kind, fields in settled if kind is EventKind.SETTLED} == {
         "rewards",
@@ -79,6 +76,9 @@ def test_a_group_algorithm_runs_on_preferences_with_nothing_else_set(
         "rollout.max_completion_length",  # the default is more than the model reads
     }
     assert dropped[0] is EventKind.ROWS_DROPPED
+    summary = trainer.summary()
+    assert "settled: rewards=['preference']" in summary
+    assert "train: 2 of 22 rows dropped: 1 equal, 1 too long" in summary
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
@@ -277,9 +277,9 @@ def test_a_function_that_may_take_messages_for_text_is_told_in_the_run(
     pairs.write_text(json.dumps({"prompt": asked, "answer": "5"}) + "\n")
     trainer = make("grpo", reward_functions=[f"{own}:correct", f"{own}:correct_text"])
     assert trainer.inputs.tried() == [
-        "reward correct: '' -> 0, '5' -> 0 (row 1)",
+        "reward correct: '' -> 0, '5' -> 0 (row 0)",
         f"{NOTE}reward correct gives two completions the same score. {OF_MESSAGES}",
-        "reward correct_text: '' -> 0, '5' -> 1 (row 1)",
+        "reward correct_text: '' -> 0, '5' -> 1 (row 0)",
     ]
 
 
