@@ -34,6 +34,16 @@ Activity = Callable[[], Mapping[str, str]]
 def _unheard(**fields: str) -> None: ...
 
 
+class _Screen(Live):
+    """The live lines. They are not drawn where the terminal is held up: only lines that stay are
+    kept for it."""
+
+    def refresh(self) -> None:
+        """Draw them."""
+        if not getattr(self.console.file, "behind", False):
+            super().refresh()
+
+
 class Progress:
     """Shows the stages of a start, the steps of a run, and what happens between them."""
 
@@ -69,7 +79,7 @@ class Progress:
         self._live: Live | None = None
         console = Console(file=cast(TextIO, self._stream))
         if self._stream.isatty() and not console.is_dumb_terminal:
-            self._live = Live(
+            self._live = _Screen(
                 get_renderable=self._screen,
                 console=console,
                 refresh_per_second=4,
@@ -143,6 +153,7 @@ class Progress:
         self._stay()
         if self._live is not None:
             self._live.stop()
+        self._stream.end()
 
     @property
     def width(self) -> int:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from aligntune.tracking import output
 from aligntune.tracking.output import Shown
 from aligntune.tracking.progress import Progress
 
@@ -61,6 +64,43 @@ def test_what_is_not_shown_raises_nothing_and_is_told_once(
     if isinstance(stream, Full):
         assert stream.tries == 1, "nothing piles up"
         assert "No space left on device" in told[0]
+
+
+class HeldUp(io.StringIO):
+    """A terminal that Ctrl-S stopped, or a pipe that nobody reads, until it is `free`."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self._terminal = terminal
+        self.free = threading.Event()
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+    def write(self, text: str) -> int:
+        assert self.free.wait(60)
+        return super().write(text)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_an_output_that_is_held_up_holds_up_no_run_and_has_the_last_line_at_its_end(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(output, "MOST", 50)
+    told: list[str] = []
+    stream = HeldUp(terminal)
+    progress = Progress(5, stream, lost=lambda reason: told.append(reason))
+    for number in range(150):
+        progress.note(f"line {number}.")
+    stream.free.set()
+    progress.close()
+    shown = [int(number) for number in re.findall(r"line (\d+)\.", stream.getvalue())]
+    assert shown[-49:] == list(range(101, 150))
+    assert len(shown) <= 50 + 1
+    assert told == []
+    progress.note("a tracker did not end")
+    assert "a tracker did not end" in stream.getvalue()
 
 
 def test_a_terminal_without_a_character_gets_a_mark_for_it() -> None:
