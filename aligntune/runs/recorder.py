@@ -16,7 +16,7 @@ from typing import Any, Self
 from pydantic import BaseModel
 
 from aligntune.config.records import TrackingSpec
-from aligntune.errors import RunFailed
+from aligntune.errors import Interrupted, RunFailed
 from aligntune.runs.deadline import asked
 from aligntune.runs.jsonl import lines_from_end, readable
 from aligntune.runs.rundir import RunDir
@@ -24,6 +24,7 @@ from aligntune.runs.writer import Writer
 from aligntune.tracking.advice import Adviser
 from aligntune.tracking.metrics import EventKind, EventsFile, MetricsFile, StepsFile, check_finite
 from aligntune.tracking.progress import Progress
+from aligntune.tracking.trackers import Ended
 from aligntune.tracking.views import open_views
 
 SHOWN = {
@@ -45,6 +46,14 @@ SHOWN = {
 }
 REPORT_SECONDS = 60.0  # a report that takes longer is left behind
 LONG = 200  # characters of a field that is told once
+
+
+def _ended(error: object = None) -> Ended:
+    """How a run ended that left its records by `error`; None is no error."""
+    if error is None:
+        return "finished"
+    stopped = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
+    return "stopped" if stopped else "failed"
 
 
 def last_step(metrics: Path) -> int:
@@ -97,12 +106,13 @@ class Recorder:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        ended = _ended(*exc[1:2])
         with ExitStack() as ending:  # all of it, the last given first, whatever of it fails
             for file in (*self._steps, self._events):
                 ending.callback(file.close)
             ending.callback(self._writer.close)
             for view in reversed(self._views):
-                ending.callback(view.close)
+                ending.callback(view.close, ended)
             ending.callback(self._progress.close)
             self._report()
 

@@ -8,14 +8,16 @@ twice.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import itertools
 import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from aligntune.config.ignored import is_set
 from aligntune.config.records import TrackingSpec
@@ -24,6 +26,8 @@ from aligntune.runs.disk import write_atomically
 from aligntune.tracking.tables import markdown, table
 
 Rows = Sequence[Mapping[str, Any]]
+Ended = Literal["finished", "stopped", "failed"]
+"""How a run ended: at its last step, by a signal or on demand, or by an error."""
 
 
 class TrackerMissing(ValueError):
@@ -42,8 +46,8 @@ class Tracker(Protocol):
     def truncate_after(self, step: int) -> None:
         """Steps after `step` were rolled back and will come again."""
 
-    def close(self) -> None:
-        """Send what is buffered."""
+    def close(self, ended: Ended) -> None:
+        """Send what is buffered, and say how the run ended where the service keeps that."""
 
 
 MODULES = {"prometheus": "ray.util.metrics"}  # the others are called as their packages are
@@ -149,14 +153,17 @@ class TensorBoard:
         self._writer.close()
         self._writer = self._open(step)
 
-    def close(self) -> None:
+    def close(self, ended: Ended) -> None:
         """Close the event file."""
         self._writer.close()
 
 
-def gauge_name(metric: str) -> str:
-    """A metric's name as a gauge; Ray puts `ray_` before it when it exports it."""
-    return "aligntune_" + re.sub(r"[^a-zA-Z0-9_]", "_", metric)
+def gauge_name(metric: str, taken: Collection[str] = ()) -> str:
+    """A metric's name as a gauge, with a number behind it where that is `taken`, as by `a_b` of
+    `a-b`; Ray puts `ray_` before it when it exports it."""
+    plain = "aligntune_" + re.sub(r"[^a-zA-Z0-9_]", "_", metric)
+    numbered = (f"{plain}_{number}" for number in itertools.count(2))
+    return next(name for name in itertools.chain([plain], numbered) if name not in taken)
 
 
 class Prometheus:
@@ -168,6 +175,7 @@ class Prometheus:
     def __init__(self, run: str) -> None:
         self._run = run
         self._gauges: dict[str, Any] = {}
+        self._taken: set[str] = set()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One gauge a figure, and one for the step itself."""
@@ -175,7 +183,9 @@ class Prometheus:
 
         for name, value in {"step": float(step), **metrics}.items():
             if name not in self._gauges:
-                gauge = Gauge(gauge_name(name), f"{name} of the latest step", ("run",))
+                gauge_is = gauge_name(name, self._taken)
+                self._taken.add(gauge_is)
+                gauge = Gauge(gauge_is, f"{name} of the latest step", ("run",))
                 self._gauges[name] = gauge.set_default_tags({"run": self._run})
             self._gauges[name].set(value)
 
@@ -185,8 +195,12 @@ class Prometheus:
     def truncate_after(self, step: int) -> None:
         """The next step overwrites."""
 
-    def close(self) -> None:
+    def close(self, ended: Ended) -> None:
         """Ray exports what was set last, until the run's process ends."""
+
+
+EXIT_CODES: Mapping[Ended, int] = {"finished": 0, "stopped": 255, "failed": 1}
+"""By which W&B knows how a run ended; 255 is its own for Ctrl-C."""
 
 
 class WandB:
@@ -222,9 +236,35 @@ class WandB:
     def truncate_after(self, step: int) -> None:
         """Rows that were sent stay."""
 
-    def close(self) -> None:
+    def close(self, ended: Ended) -> None:
         """Finish the upload."""
-        self._run.finish()
+        self._run.finish(exit_code=EXIT_CODES[ended])
+
+
+STATUSES: Mapping[Ended, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+"""MLflow's names for how a run ended."""
+LONGEST = 250  # characters of a name at MLflow
+
+
+def mlflow_name(metric: str) -> str:
+    """A metric's name as MLflow takes it, another one for each metric.
+
+    MLflow takes letters, digits and `/_-.: `, no part of a path that is empty, `.` or `..`, and 250
+    characters. Another character, and `:`, is its number between colons, as in `len:3c:50`.
+    """
+    parts = [
+        re.sub(r"\." if part in (".", "..") else r"[^\w.\- ]", _escaped, part) or "::"
+        for part in metric.split("/")
+    ]
+    name = "/".join(parts)
+    if len(name) <= LONGEST:
+        return name
+    digest = hashlib.sha256(metric.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{name[: LONGEST - 17]}-{digest}"
+
+
+def _escaped(character: re.Match[str]) -> str:
+    return f":{ord(character[0]):x}:"
 
 
 class MLflow:
@@ -263,7 +303,7 @@ class MLflow:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        figures = [Metric(name, value, now, step) for name, value in metrics.items()]
+        figures = [Metric(mlflow_name(name), x, now, step) for name, x in metrics.items()]
         self._client.log_batch(self._run_id, metrics=figures)
 
     def samples(self, step: int, rows: Rows) -> None:
@@ -277,9 +317,9 @@ class MLflow:
     def truncate_after(self, step: int) -> None:
         """Figures that were sent stay."""
 
-    def close(self) -> None:
+    def close(self, ended: Ended) -> None:
         """Mark the run as ended."""
-        self._client.set_terminated(self._run_id)
+        self._client.set_terminated(self._run_id, STATUSES[ended])
 
 
 class Trackio:
@@ -310,7 +350,7 @@ class Trackio:
     def truncate_after(self, step: int) -> None:
         """Rows that were sent stay."""
 
-    def close(self) -> None:
+    def close(self, ended: Ended) -> None:
         """Write out what is buffered."""
         self._run.finish()
 

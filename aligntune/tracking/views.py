@@ -1,12 +1,12 @@
 """Trackers beside the run, each in a thread of its own: they are views and never end it.
 
 What a tracker does not take is an event, is kept, and is tried again with the next figures. One
-that does not answer holds up nobody, and is left behind when the run ends.
+that does not answer holds up nobody: at most `KEPT` things wait for it, and it is left behind when
+the run ends.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +17,9 @@ from typing import Any
 
 from aligntune.config.records import TrackingSpec
 from aligntune.runs.deadline import THREAD
-from aligntune.tracking.trackers import Tracker, open_tracker
+from aligntune.tracking.trackers import Ended, Tracker, open_tracker
 
-KEPT = 1000  # steps that a tracker may be behind; of more, the oldest are dropped
+KEPT = 1000  # that a tracker may be behind: figures, samples, rollbacks; the oldest are dropped
 CLOSE_SECONDS = 30.0  # for sending what is left at the end of a run
 
 
@@ -55,26 +55,31 @@ class View:
         self._failed = failed
         self._tracker: Tracker | None = None
         self._failing = False
-        self._given: queue.SimpleQueue[_Given | None] = queue.SimpleQueue()
-        self._pending: deque[_Given] = deque(maxlen=KEPT)
+        self._changed = threading.Condition()
+        self._pending: deque[_Given] = deque()  # at most KEPT
+        self._new = False  # something was given since the last try
+        self._ended: Ended | None = None
         self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
         self._thread.start()
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Show the figures of `step`, some time."""
-        self._given.put(_Figures(step, dict(figures)))
+        self._give(_Figures(step, dict(figures)))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Show groups of an evaluation at `step`, some time."""
-        self._given.put(_Samples(step, [*rows]))
+        self._give(_Samples(step, [*rows]))
 
     def truncate_after(self, step: int) -> None:
         """Steps after `step` were rolled back and will come again."""
-        self._given.put(_Forget(step))
+        self._give(_Forget(step))
 
-    def close(self) -> None:
-        """Try what is left once more, and end; a view that does not is left behind."""
-        self._given.put(None)
+    def close(self, ended: Ended) -> None:
+        """Try what is left once more, say how the run ended, and end; a view that does not is left
+        behind."""
+        with self._changed:
+            self._ended = ended
+            self._changed.notify()
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             self._failed(tracker=self.name, reason=f"no end within {CLOSE_SECONDS:g} s")
@@ -82,14 +87,34 @@ class View:
             steps = len([each for each in self._pending if isinstance(each, _Figures)])
             self._failed(tracker=self.name, reason=f"{steps} steps were never taken")
 
-    def _run(self) -> None:
-        while (given := self._given.get()) is not None:
+    def _give(self, given: _Given) -> None:
+        with self._changed:
             self._pending.append(given)
+            if len(self._pending) > KEPT:
+                self._drop()
+            self._new = True
+            self._changed.notify()
+
+    def _drop(self) -> None:
+        """Forget the oldest, but not a rollback, without which steps would be shown twice: it stays
+        the first, and of two the one that goes back further."""
+        oldest = self._pending.popleft()
+        if isinstance(oldest, _Forget):
+            second = self._pending.popleft()
+            if isinstance(second, _Forget):
+                oldest = min(oldest, second, key=lambda forget: forget.after)
+            self._pending.appendleft(oldest)
+
+    def _run(self) -> None:
+        ended: Ended | None = None
+        while ended is None:
+            with self._changed:
+                self._changed.wait_for(lambda: self._new or self._ended is not None)
+                self._new, ended = False, self._ended
             self._send()
-        self._send()
         try:
             if self._tracker is not None:
-                self._tracker.close()
+                self._tracker.close(ended)
         except Exception as error:  # noqa: BLE001 - of whatever client the tracker has
             self._fails(error)
 
@@ -98,18 +123,28 @@ class View:
         try:
             if self._tracker is None:
                 self._tracker = self._open()
-            while self._pending:
-                match self._pending[0]:
+            while (oldest := self._oldest()) is not None:
+                match oldest:
                     case _Figures(step, figures):
                         self._tracker.log(step, figures)
                     case _Samples(step, rows):
                         self._tracker.samples(step, rows)
                     case _Forget(after):
                         self._tracker.truncate_after(after)
-                self._pending.popleft()
+                self._taken(oldest)
                 self._failing = False
         except Exception as error:  # noqa: BLE001 - of whatever client the tracker has
             self._fails(error)
+
+    def _oldest(self) -> _Given | None:
+        with self._changed:
+            return self._pending[0] if self._pending else None
+
+    def _taken(self, given: _Given) -> None:
+        """`given` is with the tracker; meanwhile it may have been dropped here."""
+        with self._changed:
+            if self._pending and self._pending[0] is given:
+                self._pending.popleft()
 
     def _fails(self, error: Exception) -> None:
         if not self._failing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -28,22 +29,42 @@ def train(path: Path, ends: Exception | None = None) -> RunDir:
     return rundir
 
 
+class View:
+    """A tracker's, which hears how the run ended."""
+
+    def __init__(self) -> None:
+        self.ended: list[str] = []
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None: ...
+
+    def close(self, ended: str) -> None:
+        self.ended.append(ended)
+
+
 @pytest.mark.parametrize(
-    ("ends", "told"),
+    ("ends", "told", "ended"),
     [
-        (None, "The run finished after 1 step."),
-        (Interrupted(15), "The run stopped after step 1: stopped by signal 15"),
-        (RunFailed("no node is left"), "The run stopped after step 1: no node is left"),
+        (None, "The run finished after 1 step.", "finished"),
+        (Interrupted(15), "The run stopped after step 1: stopped by signal 15", "stopped"),
+        (RunFailed("no node is left"), "The run stopped after step 1: no node is left", "failed"),
+        (OSError("disk is gone"), "The run stopped after step 1: OSError: disk is gone", "failed"),
     ],
 )
-def test_the_report_says_how_the_run_ended(
-    tmp_path: Path, ends: Exception | None, told: str
+def test_the_report_and_the_trackers_hear_how_the_run_ended(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ends: Exception | None,
+    told: str,
+    ended: str,
 ) -> None:
+    view = View()
+    monkeypatch.setattr("aligntune.runs.recorder.open_views", lambda *_: [view])
     if ends is None:
         train(tmp_path / "run")
     else:
-        with pytest.raises(type(ends)):
+        with pytest.raises(Interrupted if isinstance(ends, Interrupted) else RunFailed):
             train(tmp_path / "run", ends)
+    assert view.ended == [ended]
     assert told in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 

@@ -52,6 +52,7 @@ def test_the_dashboard_asks_prometheus_for_the_gauges_of_a_run() -> None:
         for name in re.findall(r"ray_aligntune_\w+", target["expr"])
     }
     assert asked == {exported(metric) for metric in metrics()}
+    assert len(asked) == len(metrics())
     assert exported("reward/mean") == "ray_" + gauge_name("reward/mean")
     numbers = [panel["id"] for panel in tree["panels"]]
     assert len(set(numbers)) == len(numbers)
@@ -70,6 +71,35 @@ def gauges(run: str) -> dict[str, float]:
     text = opener.open(url, timeout=10).read().decode()
     found = re.findall(r"^(ray_aligntune_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE)
     return {name: float(value) for name, tags, value in found if f'run="{run}"' in tags}
+
+
+def test_two_figures_of_one_gauge_name_are_both_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[str, float] = {}
+
+    class Gauge:
+        def __init__(self, name: str, *_: object) -> None:
+            self.name = name
+
+        def set_default_tags(self, tags: object) -> Gauge:
+            return self
+
+        def set(self, value: float) -> None:
+            shown[self.name] = value
+
+    monkeypatch.setattr("ray.util.metrics.Gauge", Gauge)
+    tracker = Prometheus("my-run")
+    names = ("reward/正确/mean", "reward/错误/mean", "reward/mean", "reward/a-b/mean")
+    for step in (1, 2):
+        figures = {name: step + 10.0 * place for place, name in enumerate(names)}
+        tracker.log(step, {**figures, "reward/a_b/mean": -1.0})
+    assert shown == {
+        "aligntune_step": 2.0,
+        "aligntune_reward____mean": 2.0,
+        "aligntune_reward____mean_2": 12.0,
+        "aligntune_reward_mean": 22.0,
+        "aligntune_reward_a_b_mean": 32.0,
+        "aligntune_reward_a_b_mean_2": -1.0,
+    }
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import posixpath
+import re
 import struct
 import sys
 import time
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from aligntune.config.records import TrackingSpec
@@ -19,8 +23,10 @@ from aligntune.errors import UserError
 from aligntune.tracking.tables import CHARACTERS, GROUPS, markdown, table
 from aligntune.tracking.trackers import (
     SERVICES,
+    Ended,
     Tracker,
     check_settings,
+    mlflow_name,
     open_tracker,
     tracking_id,
 )
@@ -51,16 +57,23 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "run"
 
 
-def played(name: str, folder: Path) -> list[Tracker]:
-    """A run of two steps, and its going on for two more; the second step comes again."""
+ODD = ("len<50", "len>50", "C++", "C:2b::2b:", "正确", "a:b", "..", "a//b", "x" * 260)
+"""Names of rewards that services may not take as they are."""
+
+
+def played(name: str, folder: Path, ended: Ended = "finished") -> list[Tracker]:
+    """A run of two steps that stopped, and its going on for two more; the second step comes
+    again."""
     used = []
-    for after in (0, 2):
+    endings: tuple[tuple[int, Ended], ...] = ((0, "stopped"), (2, ended))
+    for after, end in endings:
         tracker = open_tracker(name, folder, SETTINGS, {"seed": 1}, after)
         for step in (after + 1, after + 2):
-            tracker.log(step, {"reward/mean": step / 10})
+            odd = {f"reward/{name}/mean": float(place) for place, name in enumerate(ODD)}
+            tracker.log(step, {"reward/mean": step / 10, **odd})
         tracker.samples(after, HELD_OUT)
         tracker.truncate_after(after + 1)
-        tracker.close()
+        tracker.close(end)
         used.append(tracker)
         second = int(time.time())
         while name == "wandb" and int(time.time()) == second:  # it names folders by the second
@@ -83,17 +96,19 @@ def log_records(content: bytes) -> Iterator[bytes]:
             whole = b""
 
 
-def test_wandb_offline_has_the_run_its_names_figures_and_tables(folder: Path) -> None:
+def test_wandb_offline_has_the_run_its_names_figures_tables_and_end(folder: Path) -> None:
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
 
-    played("wandb", folder)
+    played("wandb", folder, "failed")
     records = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         for data in log_records(path.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             records.append(record)
+    exits = [record.exit.exit_code for record in records if record.HasField("exit")]
+    assert exits == [255, 1]
     runs = [record.run for record in records if record.HasField("run")]
     assert {run.run_id for run in runs} == {tracking_id(folder)}
     (one, *_) = runs
@@ -114,16 +129,21 @@ def test_wandb_offline_has_the_run_its_names_figures_and_tables(folder: Path) ->
     assert told[0]["data"][1][1:] == lines[1][1:]
 
 
-def test_mlflow_in_a_folder_has_the_run_its_names_figures_and_table(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("ended", "status"), [("finished", "FINISHED"), ("stopped", "KILLED"), ("failed", "FAILED")]
+)
+def test_mlflow_in_a_folder_has_the_run_its_names_figures_table_and_end(
+    folder: Path, ended: Ended, status: str
+) -> None:
     pytest.importorskip("mlflow")
     from mlflow import MlflowClient
 
-    played("mlflow", folder)
+    played("mlflow", folder, ended)
     client = MlflowClient()
     experiment = client.get_experiment_by_name("sums")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
-    assert (run.info.run_name, run.info.status) == ("third try", "FINISHED")
+    assert (run.info.run_name, run.info.status) == ("third try", status)
     tags = {key: run.data.tags[key] for key in ("group", "long", "lora", "aligntune_id")}
     own = {"aligntune_id": tracking_id(folder)}
     assert tags == {"group": "sweep", "long": "true", "lora": "true", **own}
@@ -131,10 +151,24 @@ def test_mlflow_in_a_folder_has_the_run_its_names_figures_and_table(folder: Path
     assert [(point.step, point.value) for point in history] == [
         (step, step / 10) for step in (1, 2, 3, 4)
     ]
+    odd = {f"reward/{name}/mean": float(place) for place, name in enumerate(ODD)}
+    assert {name: run.data.metrics[mlflow_name(name)] for name in odd} == odd
+    assert mlflow_name("reward/C++/mean") == "reward/C:2b::2b:/mean"
     shown = client.load_table(run.info.experiment_id, "samples.json", [run.info.run_id])
     assert len(shown) == 2 * GROUPS * 2
     assert list(shown["step"]) == [0] * 8 + [2] * 8
     assert list(shown["completion"])[:2] == ["says 0", HOSTILE[0]]
+
+
+@given(st.sets(st.text("a_.:/<2b正\n\ud800", min_size=1).map(lambda name: f"reward/{name}")))
+def test_mlflow_takes_every_name_and_each_is_another(names: set[str]) -> None:
+    found = {mlflow_name(name) for name in names}
+    assert len(found) == len(names)
+    for name in found:
+        assert re.fullmatch(r"[/\w.\- :]+", name)
+        assert posixpath.normpath(name) == name
+    plain = {name for name in names if not set(name) & set(":<\n\ud800")}
+    assert found >= {name for name in plain if posixpath.normpath(name) == name}
 
 
 def test_trackio_in_a_folder_has_the_run_its_figures_and_tables(folder: Path) -> None:
@@ -155,7 +189,7 @@ def test_trackio_in_a_folder_has_the_run_its_figures_and_tables(folder: Path) ->
 def test_tensorboard_shows_the_samples_as_text(folder: Path) -> None:
     tracker = open_tracker("tensorboard", folder, TrackingSpec(), {}, 0)
     tracker.samples(7, HELD_OUT)
-    tracker.close()
+    tracker.close("finished")
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     (shown,) = events.Tensors("samples/text_summary")

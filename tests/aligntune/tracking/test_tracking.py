@@ -162,13 +162,13 @@ class TestTrackers:
         first = TensorBoard(tmp_path, after_step=0)
         for step in (1, 2, 3):
             first.log(step, {"reward/mean": float(step)})
-        first.close()
+        first.close("finished")
         resumed = TensorBoard(tmp_path, after_step=1)
         resumed.log(2, {"reward/mean": 20.0})
         resumed.log(3, {"reward/mean": 30.0})
         resumed.truncate_after(2)
         resumed.log(3, {"reward/mean": 300.0})
-        resumed.close()
+        resumed.close("finished")
         assert scalars(tmp_path, "reward/mean") == [(1, 1.0), (2, 20.0), (3, 300.0)]
 
     @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "trackio"])

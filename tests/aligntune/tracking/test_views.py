@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from aligntune.tracking import views
+from aligntune.tracking.trackers import Ended
 from aligntune.tracking.views import View
 
 
@@ -63,7 +64,8 @@ class Client:
     def truncate_after(self, step: int) -> None:
         self._post(forget=step)
 
-    def close(self) -> None: ...
+    def close(self, ended: Ended) -> None:
+        self._post(ended=ended)
 
 
 class Told:
@@ -91,9 +93,9 @@ def test_figures_of_an_outage_are_told_once_and_sent_when_it_is_over() -> None:
     view.log(3, {"x": 3.0})
     with service.running():
         view.log(4, {"x": 4.0})
-        view.close()
+        view.close("stopped")
     steps = [{"step": step, "x": float(step)} for step in (1, 2, 3, 4)]
-    assert service.taken == [steps[0], {"forget": 1}, *steps[1:]]
+    assert service.taken == [steps[0], {"forget": 1}, *steps[1:], {"ended": "stopped"}]
     (event,) = told.events
     assert event["tracker"] == "service"
     assert "Connection refused" in event["reason"]
@@ -105,7 +107,7 @@ def test_a_service_that_does_not_come_back_costs_the_end_nothing_but_an_event() 
         pass
     view = View("service", lambda: Client(service), told)
     view.log(1, {"x": 1.0})
-    view.close()
+    view.close("finished")
     first, last = told.events
     assert "Connection refused" in first["reason"]
     assert last == {"tracker": "service", "reason": "1 steps were never taken"}
@@ -129,6 +131,47 @@ def test_a_tracker_that_hangs_is_left_behind(where: str, monkeypatch: pytest.Mon
 
     view = View("service", Hanging, told)  # type: ignore[arg-type]
     view.log(1, {"x": 1.0})
-    view.close()
+    view.close("finished")
     free.set()
     assert told.events == [{"tracker": "service", "reason": "no end within 0.1 s"}]
+
+
+class Slow:
+    """A tracker that hangs in the first figures until it is `free`."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[str, int]] = []
+        self.hangs, self.free = threading.Event(), threading.Event()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.hangs.set()
+        assert self.free.wait(60)
+        self.taken.append(("log", step))
+
+    def truncate_after(self, step: int) -> None:
+        self.taken.append(("forget", step))
+
+    def close(self, ended: Ended) -> None: ...
+
+
+def test_a_tracker_that_hangs_for_days_is_owed_a_bounded_number_of_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(views, "KEPT", 50)
+    tracker, told = Slow(), Told()
+    view = View("service", lambda: tracker, told)  # type: ignore[arg-type, return-value]
+    view.log(0, {"x": 0.0})
+    assert tracker.hangs.wait(30)
+    for step in range(1, 151):
+        view.log(step, {"x": float(step)})
+        if step in (20, 30, 60):
+            view.truncate_after(step - 15)
+    tracker.free.set()
+    view.close("finished")
+    assert tracker.taken == [
+        ("log", 0),  # what it hung in
+        ("forget", 5),  # the furthest back of three
+        *(("log", step) for step in range(102, 151)),
+    ]
+    assert len(tracker.taken) == 50 + 1
+    assert told.events == []
