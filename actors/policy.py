@@ -24,13 +24,12 @@ from actors.messages import (
     last_rows,
     sum_rows,
 )
-from actors.models.attention import FLASH
 from actors.models.inputs import collate_rows, idle_inputs
 from actors.models.loading import load_causal_lm
 from actors.models.logprobs import (
     LogProbModel,
     check_model,
-    check_packs,
+    check_shared,
     group_logprobs,
     rows_of,
 )
@@ -70,7 +69,7 @@ class PolicyActor(TrainedRank):
     def _load(self) -> LogProbModel:
         model = LogProbModel(self._causal_lm(), self._tokens_per_chunk)
         self._settle_packing(model)
-        check_model(model, self._packing, training=True)
+        check_model(model, self._packing)
         return model
 
     def _causal_lm(self) -> Any:
@@ -85,10 +84,9 @@ class PolicyActor(TrainedRank):
     def start(self, master_address: str, master_port: int) -> dict[str, Any]:
         """As every rank's, with the `backend` that really runs."""
         started = super().start(master_address, master_port)
-        spec, strategy = self._model_spec, self._strategy
-        if self._shared or (self._packing and spec.attention.startswith(FLASH)):
-            # No CPU has shown what these kernels do.
-            check_packs(strategy.forward, strategy.model, spec, strategy.device, self._shared)
+        if self._shared:
+            strategy = self._strategy
+            check_shared(strategy.forward, strategy.model, self._model_spec, strategy.device)
         return {**started, "backend": self._backend()}
 
     def prepare(self, job: PrepareJob) -> Any:

@@ -54,19 +54,22 @@ def samples(
 
     from aligntune.errors import UserError
     from aligntune.report.terminal import shown
-    from aligntune.runs.reading import chosen, open_run
+    from aligntune.runs.reading import EVAL_SAMPLES, SAMPLES, chosen, open_run
 
     if worst and best:
         raise UserError("--worst and --best exclude each other")
     found = open_run(run)
-    rows, _ = found.eval_samples() if held_out else found.samples()
-    groups = chosen(rows, step, "worst" if worst else "best" if best else "")
+    name = EVAL_SAMPLES if held_out else SAMPLES
+    order = "worst" if worst else "best" if best else ""
+    if step is None and not order:
+        groups = found.last_groups(name)[:number]
+    else:
+        groups = chosen(found.groups(name), step, order, number)
     if not groups:
-        name = "eval_samples.jsonl" if held_out else "samples.jsonl"
-        steps = sorted({row["step"] for row in rows})
-        there = f"there are groups of the steps {steps[0]} to {steps[-1]}" if steps else "none yet"
-        why = "; a job over pairs samples nothing" if found.is_preference else f": {there}"
+        steps = {row["step"] for row in found.groups(name)}
+        of = f"there are groups of the steps {min(steps)} to {max(steps)}" if steps else "none yet"
+        why = "; a job over pairs samples nothing" if found.is_preference else f": {of}"
         raise UserError(f"no group to show in {run / name}{why}")
     console = Console()
-    for group in groups[:number]:
+    for group in groups:
         console.print(shown(group, console.width, full))

@@ -156,7 +156,8 @@ def train(
             from aligntune.config.tree import dump
 
             trainer.check(resume)
-            summary = trainer.summary(resume)  # settles, and may yet refuse a reward
+            trainer.settle(resume)
+            summary = trainer.summary()  # may yet refuse a reward
             typer.echo(dump(trainer.config))
             typer.echo(summary)
             return

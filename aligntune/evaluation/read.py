@@ -10,7 +10,7 @@ from aligntune.errors import UserError
 from aligntune.evaluation.compare import PASSED
 from aligntune.evaluation.store import SUMMARY, evaluations_of, read_rows, read_summary
 from aligntune.evaluation.summary import Row, Success
-from aligntune.runs.reading import open_run
+from aligntune.runs.reading import EVAL_SAMPLES, open_run
 
 TRAINING = "eval of training"
 """The decoding of evaluations that a run makes beside training."""
@@ -44,11 +44,11 @@ def read_evaluated(place: Path) -> Evaluated:
     run = open_run(place)
     if folders := evaluations_of(place):
         return read_evaluated(folders[-1])
-    rows, _ = run.eval_samples()
+    rows = run.last_groups(EVAL_SAMPLES)
     if not rows:
         raise UserError(f"{place} has no evaluation; make one: aligntune evaluate {place}")
-    step = max(row["step"] for row in rows)
-    kept = [{**row, "decoding": TRAINING} for row in rows if row["step"] == step]
+    step = rows[0]["step"]
+    kept = [{**row, "decoding": TRAINING} for row in rows]
     return Evaluated(f"{place}, evaluation of step {step} in training", 0, kept)
 
 

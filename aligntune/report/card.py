@@ -7,18 +7,22 @@ it. Nothing of it is written by hand, and it claims nothing that the run did not
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import yaml
 
+from aligntune.data.folders import KINDS, kind_of
 from aligntune.evaluation.shown import estimated
 from aligntune.evaluation.statistics import CONFIDENCE
 from aligntune.evaluation.store import Summary, evaluations_of, read_summary
 from aligntune.report.settings import settings
 from aligntune.runs.disk import write_atomically
+from aligntune.runs.ended import goes_back
 from aligntune.runs.reading import RunOnDisk
 
 NAME = "README.md"
@@ -43,6 +47,10 @@ TOLD_ELSEWHERE = ("model.name", "data.", "output_dir", "algorithm.name", "hub.",
 """Settings that the card has no row for: another part says them, or they are of the machines."""
 
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+"""`owner/name`, as the hub lets one call a model or a data set."""
+
+
 def write_card(run: RunOnDisk, folder: Path, step: int) -> Path:
     """Write the card of the model in `folder`, of `step`. Raises OSError."""
     write_atomically(folder / NAME, card(run, step))
@@ -52,14 +60,14 @@ def write_card(run: RunOnDisk, folder: Path, step: int) -> Path:
 def card(run: RunOnDisk, step: int) -> str:
     """The card of the run's model after `step`, as Markdown with a head of YAML."""
     base = str(run.config.get("model", {}).get("name", "an unknown model"))
-    public = [name for name in _sources(run) if not _is_local(name)]
+    public = [path for path, _ in _sources(run) if not _is_local(path)]
     rewards = run.algorithm == "reward_model"
     method = METHODS.get(run.algorithm, run.algorithm)
     head = {
         "library_name": "transformers",
         "pipeline_tag": "text-classification" if rewards else "text-generation",
         **({} if _is_local(base) else {"base_model": base}),
-        **({"datasets": public} if public else {}),
+        **({"datasets": list(dict.fromkeys(public))} if public else {}),
         "tags": ["aligntune", run.algorithm.partition(":")[0]],
     }
     parts = [
@@ -67,7 +75,7 @@ def card(run: RunOnDisk, step: int) -> str:
         f"# {run.name}",
         f"{_named(base)}, trained by {method} for {step} steps with aligntune.",
         "## How to use it",
-        _usage(rewards, run.config.get("model", {}).get("chat_template_kwargs") or {}),
+        _usage(rewards),
         "## What it was trained on",
         "\n".join(_data(run)),
         "## Results",
@@ -80,22 +88,21 @@ def card(run: RunOnDisk, step: int) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _usage(rewards: bool, variables: Mapping[str, Any]) -> str:
+def _usage(rewards: bool) -> str:
     if rewards:
         return (
             "Score texts with it in another run by `rewards: [{model: FOLDER}]`, or load it with\n"
             "`AutoModelForSequenceClassification.from_pretrained(FOLDER)`; its one label is the\n"
             "score."
         )
-    more = "".join(f", {name}={value!r}" for name, value in variables.items())
-    return f"""```python
+    return """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
-question = [{{"role": "user", "content": "..."}}]
+question = [{"role": "user", "content": "..."}]
 inputs = tokenizer.apply_chat_template(
-    question, add_generation_prompt=True, return_tensors="pt", return_dict=True{more}
+    question, add_generation_prompt=True, return_tensors="pt", return_dict=True
 )
 answer = model.generate(**inputs, max_new_tokens=256)[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))
@@ -106,29 +113,33 @@ tokenizer without a chat template takes plain text."""
 
 
 def _is_local(name: str) -> bool:
-    """Whether a model or data set is not one of the hub's `owner/name`, as far as one can tell."""
-    return name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).exists()
+    """Whether a model or data set is not one of the hub's `owner/name`, as far as one can tell: a
+    glob is none, nor what is called as a file of data."""
+    if HUB_NAME.fullmatch(name) is None or name.startswith("."):
+        return True
+    return kind_of(Path(name)) in KINDS or Path(name).exists()
 
 
 def _named(name: str) -> str:
     return f"`{name}`" if _is_local(name) else f"[{name}](https://huggingface.co/{name})"
 
 
-def _sources(run: RunOnDisk) -> list[str]:
+def _sources(run: RunOnDisk) -> list[tuple[str, str]]:
+    """The path and the split of each source of the training data; no split where none is known."""
     data = run.config.get("data")
     data = data if isinstance(data, Mapping) else {}
-    paths = [data.get("path")]
     more = data.get("train")
-    if isinstance(more, list):
-        paths += [each.get("path") for each in more if isinstance(each, Mapping)]
-    return [str(path) for path in paths if path]
+    sources = [data, *more] if isinstance(more, list) else [data]
+    return [
+        (str(source["path"]), str(source.get("split") or ""))
+        for source in sources
+        if isinstance(source, Mapping) and source.get("path")
+    ]
 
 
 def _data(run: RunOnDisk) -> Iterator[str]:
-    data = run.config.get("data")
-    split = data.get("split") if isinstance(data, Mapping) else None
-    for name in _sources(run):
-        yield f"- data: {_named(name)}" + (f", split `{split}`" if split else "")
+    for path, split in _sources(run):
+        yield f"- data: {_named(path)}" + (f", split `{split}`" if split else "")
     for reward in run.config.get("rewards") or []:
         if isinstance(reward, Mapping):
             what = reward.get("function") or reward.get("model") or reward.get("url")
@@ -139,7 +150,7 @@ def _results(run: RunOnDisk, step: int) -> Iterator[str]:
     """Those of `aligntune evaluate` of this step, and the run's own first and last."""
     for folder in evaluations_of(run.path):
         summary = read_summary(folder)
-        if summary.step == step:
+        if summary.step == step and not _outdated(run, summary.time, step):
             yield _evaluated(summary)
     own = [row for row in run.evals if row["step"] <= step]
     if own:
@@ -153,6 +164,13 @@ def _results(run: RunOnDisk, step: int) -> Iterator[str]:
         has_interval = any(_half_width(row, name) for row in (first, last) for name in names)
         why = "Intervals are 95 % of the mean reward over prompts, by its standard deviation."
         yield f"{table}\n\n{why}" if has_interval else table
+
+
+def _outdated(run: RunOnDisk, time: str, step: int) -> bool:
+    """Whether the run has trained up to `step` again since an evaluation of it at `time`, which is
+    in whole seconds: the weights that were evaluated are gone."""
+    ended = (datetime.fromisoformat(time) + timedelta(seconds=1)).timestamp()
+    return any(event["time"] >= ended and goes_back(event, step) for event in run.events)
 
 
 def _evaluated(summary: Summary) -> str:

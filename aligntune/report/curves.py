@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,10 +26,13 @@ class Chart:
     curves: tuple[Curve, ...]
     about: str = ""  # what it is, what is normal and what is wrong
     share: bool = False  # between 0 and 1
+    number: int = 0  # of a figure that a user named; 0: the title is one of this file
 
     @property
     def id(self) -> str:
-        """Its name in the page."""
+        """Its name in the page. Titles of this file differ in it; two of a user's may not."""
+        if self.number:
+            return f"figure-{self.number}"
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
 
@@ -280,8 +284,10 @@ ABOUT_CRITERION = "Unweighted mean over the completions that it scores."
 def parts(metrics: Collection[str]) -> list[Part]:
     """The parts of a report over all these metrics; each metric is in one chart."""
     criteria = sorted({match[1] for name in metrics if (match := CRITERION.fullmatch(name))})
+    numbers = itertools.count(1)
     of_criteria = tuple(
-        _chart(
+        _own(
+            next(numbers),
             f"Reward: {name}",
             "score",
             ((f"reward/{name}/mean", "training"), (f"eval/reward/{name}/mean", "held-out")),
@@ -299,8 +305,17 @@ def parts(metrics: Collection[str]) -> list[Part]:
         )
     ]
     drawn = {c.metric for part in made for chart in part.charts for c in chart.curves}
-    rest = tuple(_chart(name, "", ((name, name),)) for name in sorted({*metrics} - drawn))
+    rest = tuple(
+        _own(next(numbers), name, "", ((name, name),)) for name in sorted({*metrics} - drawn)
+    )
     return [part for part in (*made, Part("Everything else", rest, folded=True)) if part.charts]
+
+
+def _own(
+    number: int, title: str, unit: str, curves: Iterable[tuple[str, str]], about: str = ""
+) -> Chart:
+    """A picture of figures that a user named."""
+    return replace(_chart(title, unit, curves, about), number=number)
 
 
 def _present(charts: Sequence[Chart], metrics: Collection[str]) -> Iterator[Chart]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,10 +34,13 @@ def columns(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def rounded(value: Any) -> float | int | None:
-    """A figure with 5 digits, which no picture shows more of."""
+    """A figure with 5 digits, which no picture shows more of. None where that is no finite number:
+    the largest float, at which a figure that overflowed is held, is rounded beyond it."""
     if not isinstance(value, int | float):
         return None
     short = float(f"{value:.5g}")
+    if not math.isfinite(short):
+        return None
     return int(short) if short.is_integer() and abs(short) < 1e15 else short
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from aligntune.decisions import KEPT
 from aligntune.runs.reading import RunOnDisk
 from aligntune.runs.rundir import flatten
 from aligntune.tracking.metrics import EventKind
@@ -26,11 +27,7 @@ class Setting:
 def settings(runs: Sequence[RunOnDisk]) -> list[Setting]:
     """Every key of every run, in the order of the first run's config.yaml."""
     trees = [flatten(run.config) for run in runs]
-    decided = {
-        event["path"]: str(event.get("why", ""))
-        for event in runs[0].events
-        if event["kind"] == EventKind.SETTLED and "path" in event
-    }
+    decided = _decided(runs[0].events)
     defaults = runs[0].defaults or {}
     rows = []
     for path in dict.fromkeys(path for tree in trees for path in tree):
@@ -46,6 +43,22 @@ def settings(runs: Sequence[RunOnDisk]) -> list[Setting]:
             )
         )
     return rows
+
+
+def _decided(events: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """{dotted path: why it got its value} of what the last start left open. One that goes on keeps
+    a value: the reason is that of the start which decided it."""
+    first: dict[tuple[str, str], str] = {}
+    decided: dict[str, str] = {}
+    for event in events:
+        if event["kind"] == EventKind.RUN_STARTED:
+            decided = {}
+        elif event["kind"] == EventKind.SETTLED and "path" in event:
+            path, why = event["path"], str(event.get("why", ""))
+            same = (path, _json(event.get("value")))
+            decided[path] = first.get(same, why) if why == KEPT else why
+            first[same] = decided[path]
+    return decided
 
 
 def _why(path: str, decided: Mapping[str, str]) -> str:

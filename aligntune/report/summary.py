@@ -3,18 +3,20 @@ reading of files."""
 
 from __future__ import annotations
 
+import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from aligntune.report.curves import STAGES
 from aligntune.runs.reading import RunOnDisk
-from aligntune.tracking.metrics import EventKind
+from aligntune.tracking.metrics import EventKind, mean
 
 Row = Mapping[str, Any]
 
-LOWER_IS_BETTER = ("eval/loss", "eval/loss/total")
+LOWER_IS_BETTER = ("eval/loss", "eval/loss/total", "eval/reward/rejected")
 LESSONS = (
     "eval/reward/",
     "eval/loss",
@@ -48,7 +50,8 @@ class Change:
         if self.name.endswith("/length_mean"):
             return "length, tokens"
         plain = self.name.removeprefix("eval/").removeprefix("policy/").removesuffix("/mean")
-        return plain.replace("reward/", "", 1)
+        short = plain.removeprefix("reward/")
+        return plain if short == "reward" else short  # one that is called as the sum of all
 
     @property
     def has_best(self) -> bool:
@@ -93,7 +96,7 @@ class Summary:
 
 def summary(run: RunOnDisk) -> Summary:
     """The whole of it."""
-    changes = evaluated(run.evals)
+    changes = evaluated(run.evals, tuple(_penalties(run)))
     sentences = [_where_it_stands(run), _learned(run, changes), _work(run), _time(run)]
     return Summary(
         state=run.ending.state,
@@ -160,8 +163,28 @@ def _where_it_stands(run: RunOnDisk) -> str:
             )
 
 
-def evaluated(evals: Sequence[Row]) -> list[Change]:
-    """What changed from the first evaluation to the last; nothing with fewer than two."""
+def _penalties(run: RunOnDisk) -> Iterator[str]:
+    """The held-out figures of rewards with a weight below 0."""
+    for reward in run.config.get("rewards") or ():
+        weight = reward.get("weight") if isinstance(reward, Mapping) else None
+        if isinstance(weight, int | float) and weight < 0:
+            yield f"eval/reward/{_criterion(reward)}/mean"
+
+
+def _criterion(reward: Mapping[str, Any]) -> str:
+    """What a reward is called in figures, by its entry of config.yaml."""
+    if reward.get("name"):
+        return str(reward["name"])
+    if url := reward.get("url"):
+        return urlsplit(str(url)).hostname or str(url)
+    if model := reward.get("model"):
+        return os.path.basename(os.path.normpath(str(model)))
+    return str(reward.get("function", "")).rpartition(":")[2]
+
+
+def evaluated(evals: Sequence[Row], lower: Collection[str] = ()) -> list[Change]:
+    """What changed from the first evaluation to the last; nothing with fewer than two. Of a figure
+    of `lower`, beside losses, the lowest is the best."""
     told = sorted({name for row in evals for name in row if name.startswith(LESSONS)})
     told.sort(key=lambda name: (name not in MAIN, not name.startswith("eval/reward/")))
     changes = []
@@ -169,7 +192,7 @@ def evaluated(evals: Sequence[Row]) -> list[Change]:
         rows = [row for row in evals if isinstance(row.get(name), int | float)]
         if len(rows) < 2 or name.endswith("/std"):
             continue
-        choose = min if name in LOWER_IS_BETTER else max
+        choose = min if name in LOWER_IS_BETTER or name in lower else max
         best = choose(rows, key=lambda row: row[name])
         changes.append(Change(name, rows[0][name], rows[-1][name], best[name], best["step"]))
     return changes
@@ -188,7 +211,7 @@ def _learned(run: RunOnDisk, changes: Sequence[Change]) -> str:
     if not rewards:
         return ""
     some = max(1, len(rewards) // 10)
-    first, last = statistics.fmean(rewards[:some]), statistics.fmean(rewards[-some:])
+    first, last = mean(rewards[:some]), mean(rewards[-some:])
     return (
         f"Training reward went from {first:.3f} to {last:.3f} (means of the first and last "
         f"{'step' if some == 1 else f'{some:,} steps'}); nothing was evaluated twice."
@@ -211,16 +234,18 @@ def _time(run: RunOnDisk) -> str:
     seconds = [row["time/step"] for row in run.metrics if "time/step" in row]
     if not seconds:
         return ""
-    whole = sum(sessions(run.events))
+    whole = sum(sessions(run.events, run.last_sign))
     typical = statistics.median(seconds)
     text = f"A step took {duration(typical)} (median), all steps {duration(sum(seconds))}"
     starts = sum(event["kind"] == EventKind.RUN_STARTED for event in run.events)
     again = f" in {starts} starts" if starts > 1 else ""
-    return text + (f", the run {duration(whole)}{again}." if whole else ".")
+    known = whole >= sum(seconds)  # else the end of a start that was killed is not
+    return text + (f", the run {duration(whole)}{again}." if known else ".")
 
 
-def sessions(events: Sequence[Row]) -> list[float]:
-    """Seconds of each start of a run: to its end, or to the last thing that is known of it."""
+def sessions(events: Sequence[Row], last_sign: float | None = None) -> list[float]:
+    """Seconds of each start of a run: to its end, or to its last event; of the last one to
+    `last_sign` where that is later, in seconds since 1970."""
     found: list[float] = []
     begun = 0.0
     for event in events:
@@ -229,6 +254,8 @@ def sessions(events: Sequence[Row]) -> list[float]:
             found.append(0.0)
         elif found:
             found[-1] = event["time"] - begun
+    if found and last_sign is not None:
+        found[-1] = max(found[-1], last_sign - begun)
     return found
 
 

@@ -4,9 +4,9 @@ of it an evaluation scores."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from aligntune.errors import UserError
 from aligntune.runs.jsonl import Row, readable
@@ -41,16 +41,20 @@ def finished_at(rundir: RunDir) -> int | None:
             continue
         if kind == EventKind.RUN_FINISHED:
             finished = step
-        elif finished is not None and _goes_back(kind, step, finished):
+        elif finished is not None and goes_back(event, finished):
             finished = None
     return finished
 
 
-def _goes_back(kind: object, step: int, finished: int) -> bool:
-    """Whether a later event tells of steps up to `finished` that are trained again."""
+def goes_back(event: Mapping[str, Any], reached: int) -> bool:
+    """Whether an event tells of steps up to `reached` that are trained again, where it came after
+    the run had reached that step."""
+    kind, step = event.get("kind"), event.get("step")
+    if type(step) is not int:
+        return False
     if kind == EventKind.CHECKPOINT_SAVED:  # one that began anew has not resumed
-        return step <= finished
-    return kind == EventKind.RESUMED and step < finished
+        return step <= reached
+    return kind == EventKind.RESUMED and step < reached
 
 
 def is_over(rundir: RunDir, total_steps: int) -> bool:

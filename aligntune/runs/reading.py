@@ -8,9 +8,12 @@ line that is being written, or was torn by a kill, is no problem.
 from __future__ import annotations
 
 import fcntl
+import heapq
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +23,15 @@ import yaml
 
 from aligntune.errors import UserError
 from aligntune.runs.books import Books, LedgerError, audit
-from aligntune.runs.jsonl import read_lines
+from aligntune.runs.jsonl import lines_from_end, read_lines
 from aligntune.runs.rundir import DEFAULTS
 from aligntune.tracking.metrics import EventKind
 
 PREFERENCE = ("dpo", "reward_model", "sft")
 """The algorithms whose jobs go over a table and have no groups."""
+
+SAMPLES, EVAL_SAMPLES = "samples.jsonl", "eval_samples.jsonl"
+COPIED_SECONDS = 60.0  # by which a file's time differs from its last event's where it was copied
 
 Row = dict[str, Any]
 
@@ -128,21 +134,18 @@ class RunOnDisk:
         """What happened, in order; each with `time` and `kind`."""
         return [row for row in self._rows("events.jsonl") if {"time", "kind"} <= row.keys()]
 
-    def samples(self, most_bytes: int | None = None) -> tuple[list[Row], int]:
+    def samples(self, most_bytes: int) -> tuple[list[Row], int]:
         """Groups of training steps, and how many there are in all; `most_bytes` as in `spread`."""
-        return self._groups("samples.jsonl", most_bytes)
+        return self._spread(SAMPLES, most_bytes)
 
-    def eval_samples(self, most_bytes: int | None = None) -> tuple[list[Row], int]:
+    def eval_samples(self, most_bytes: int) -> tuple[list[Row], int]:
         """Groups of evaluations, as `samples`."""
-        return self._groups("eval_samples.jsonl", most_bytes)
+        return self._spread(EVAL_SAMPLES, most_bytes)
 
-    def _groups(self, name: str, most_bytes: int | None) -> tuple[list[Row], int]:
+    def _spread(self, name: str, most_bytes: int) -> tuple[list[Row], int]:
         path = self.path / name
         if not path.is_file():
             return [], 0
-        if most_bytes is None:
-            rows = self._rows(name)
-            return rows, len(rows)
         with path.open("rb") as file:
             sizes = [len(line) for line in file if line.endswith(b"\n")]
         chosen = set(spread(sizes, most_bytes))
@@ -154,7 +157,31 @@ class RunOnDisk:
                         rows.append(json.loads(line))
                     except (ValueError, RecursionError):
                         self.problems.append(f"{name}:{number + 1} is damaged and left out")
-        return [row for row in rows if isinstance(row, dict) and "step" in row], len(sizes)
+        return [row for row in rows if _is_group(row)], len(sizes)
+
+    def groups(self, name: str) -> Iterator[Row]:
+        """Groups of samples.jsonl or eval_samples.jsonl, one at a time: a file may be larger than
+        memory."""
+        path = self.path / name
+        if path.is_file():
+            yield from filter(_is_group, self._readable(path))
+
+    def last_groups(self, name: str) -> list[Row]:
+        """Those of the last step that has any, in their order; read from the end of the file."""
+        path, last = self.path / name, list[Row]()
+        if not path.is_file():
+            return []
+        try:
+            for row in filter(_is_group, (row for _, row in lines_from_end(path))):
+                if last and row["step"] != last[-1]["step"]:
+                    break
+                last.append(row)
+        except (ValueError, RecursionError):  # a damaged line: the others are found from the start
+            last = []
+            for row in self.groups(name):
+                last = [*last, row] if last and row["step"] == last[-1]["step"] else [row]
+            return last
+        return last[::-1]
 
     @cached_property
     def books(self) -> Books | None:
@@ -182,6 +209,18 @@ class RunOnDisk:
                     break
         return Ending("running" if _is_held(self.path / "run.lock") else "killed")
 
+    @property
+    def last_sign(self) -> float | None:
+        """When a run without an end was alive last, in seconds since 1970: now, or when a killed
+        one has written figures. None with an end, and where the files' times are of a copy."""
+        if self.ending.state == "running":
+            return time.time()
+        if self.ending.state != "killed" or not self.events:
+            return None
+        events, metrics = self.path / "events.jsonl", self.path / "metrics.jsonl"
+        is_copy = abs(events.stat().st_mtime - self.events[-1]["time"]) > COPIED_SECONDS
+        return None if is_copy or not metrics.is_file() else metrics.stat().st_mtime
+
 
 def open_run(path: Path) -> RunOnDisk:
     """The run in a folder. Raises UserError where there is none."""
@@ -204,21 +243,24 @@ def spread(sizes: Sequence[int], most: int) -> list[int]:
     return list(range(len(sizes) - 1, -1, -every))[::-1]
 
 
-def chosen(groups: Sequence[Row], step: int | None, order: str = "") -> list[Row]:
-    """The groups to look at first: of `step`, or without an order of the last step; in their order,
-    or the `best` or `worst` mean reward first. Groups without a reward come last."""
-    if step is None and not order and groups:
-        step = max(row["step"] for row in groups)
-    kept = [row for row in groups if step is None or row["step"] == step]
+def chosen(groups: Iterable[Row], step: int | None, order: str, number: int) -> list[Row]:
+    """At most `number` groups to look at, of `step` or of all steps: the first ones, or those with
+    the `best` or `worst` mean reward. Groups without a reward come last. No others are kept in
+    memory."""
+    kept = (row for row in groups if step is None or row["step"] == step)
     if not order:
-        return kept
+        return list(itertools.islice(kept, number))
     sign = -1 if order == "best" else 1
 
     def key(group: Row) -> tuple[bool, float]:
         mean = mean_reward(group)
         return mean is None, sign * (mean or 0.0)
 
-    return sorted(kept, key=key)
+    return heapq.nsmallest(number, kept, key)
+
+
+def _is_group(row: object) -> bool:
+    return isinstance(row, dict) and "step" in row
 
 
 def mean_reward(group: Row) -> float | None:

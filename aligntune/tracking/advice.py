@@ -6,9 +6,10 @@ language models, and err on the side of silence.
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+
+from aligntune.tracking.metrics import mean
 
 Row = Mapping[str, float]
 
@@ -72,7 +73,7 @@ def _constant(rows: Sequence[Row]) -> str:
     if not shares or min(shares) < CONSTANT:
         return ""
     return (
-        f"{statistics.fmean(shares):.0%} of the groups had one reward for all their completions in "
+        f"{mean(shares):.0%} of the groups had one reward for all their completions in "
         f"the last {RECENT} steps, and such a group teaches nothing. Look at samples.jsonl: "
         f"{CONTRAST}"
     )
@@ -89,7 +90,7 @@ def _truncated(rows: Sequence[Row]) -> str:
     if not shares or min(shares) <= TRUNCATED:
         return ""
     return (
-        f"{statistics.fmean(shares):.0%} of the completions were cut at their limit, and are "
+        f"{mean(shares):.0%} of the completions were cut at their limit, and are "
         "judged without their end. Try rollout.max_completion_length higher, or a reward that "
         "prefers short answers (`length`)"
     )
@@ -101,7 +102,7 @@ def _entropy(rows: Sequence[Row]) -> str:
     last = _recent(rows, name)
     if not last or not first or len(rows) < 2 * RECENT:
         return ""
-    before, now = statistics.fmean(first), statistics.fmean(last)
+    before, now = mean(first), mean(last)
     if now >= ENTROPY or now >= ENTROPY_FALL * before:
         return ""
     return (
@@ -126,7 +127,7 @@ def _disagree(rows: Sequence[Row]) -> str:
     values = _recent(rows, "kl/rollout_vs_policy")
     if not values or min(values) < DISAGREE or _age(rows) > 0:
         return ""  # older weights are bound to differ
-    apart = statistics.fmean(values)
+    apart = mean(values)
     return (
         f"engine and trainer give the same tokens log-probs that are {apart:.3f} nats per token "
         "apart: what is trained is not what was sampled. Try model.dtype=float32, or "
@@ -173,14 +174,19 @@ CHECKS: dict[str, Callable[[Sequence[Row]], str]] = {
 }
 
 
-def unmoved(before: float | None, after: float | None, steps: Sequence[Row]) -> str:
-    """What to try where a run's first evaluation and its last are the same figure.
+def unmoved(before: Row, after: Row, steps: Sequence[Row]) -> str:
+    """What to try where every figure of a run's last evaluation is that of one before training: one
+    mean may be equal by chance.
 
     `steps` are the rows of `metrics.jsonl`; they say whether the rewards are the cause.
     """
-    if before is None or after is None or before != after:
+    if before["step"] != 0 or _held_out(before) != _held_out(after):
         return ""
-    same = "the held-out figure is exactly what it was before training"
+    same = "each held-out figure is exactly what it was before training"
     if _all_constant(steps):
         return f"{same}: in no step had a group two different rewards; {CONTRAST}"
     return f"{same}: try more steps, or a higher learning rate"
+
+
+def _held_out(row: Row) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name.startswith("eval/")}

@@ -44,7 +44,7 @@ def before_and_after(rows: Sequence[Row], steps: Sequence[Row]) -> list[str]:
     for criterion, value in lines.criteria(first, "eval/").items():
         if criterion in now:
             told.append(f"  {criterion} {value:.3f} -> {now[criterion]:.3f}")
-    return told + [f"warning: {said}" for said in [unmoved(before, after, steps)] if said]
+    return told + [f"warning: {said}" for said in [unmoved(first, last, steps)] if said]
 
 
 def what_next(output_dir: Path, model: Path) -> list[str]:

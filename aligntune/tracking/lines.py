@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from rich.cells import cell_len, set_cell_size
 
@@ -19,10 +19,7 @@ def figures(metrics: Mapping[str, float], evaluation: Mapping[str, float]) -> di
     `evaluation` holds the latest `eval/*` figures, which most steps have none of.
     """
     held_out = evaluated(evaluation)
-    scores = {
-        f"reward/{name}" if name in FIRST + LAST else name: value
-        for name, value in criteria(metrics).items()
-    }
+    scores = criteria(metrics, beside=FIRST + LAST)
     shown = [
         ("loss", metrics.get("loss"), "{:.4f}"),  # of preference jobs
         ("accuracy", metrics.get("reward/accuracy"), "{:.3f}"),
@@ -39,15 +36,20 @@ def figures(metrics: Mapping[str, float], evaluation: Mapping[str, float]) -> di
     return {name: form.format(value) for name, value, form in shown if value is not None}
 
 
-def criteria(metrics: Mapping[str, float], prefix: str = "") -> dict[str, float]:
-    """The mean of each criterion, where there are several; of one it is the reward itself."""
+def criteria(
+    metrics: Mapping[str, float], prefix: str = "", beside: Collection[str] = ("reward",)
+) -> dict[str, float]:
+    """The mean of each criterion, where there are several; of one it is the reward itself. One that
+    is called as a figure `beside` them is `reward/NAME`."""
     begin, end = f"{prefix}reward/", "/mean"
     found = {
         name[len(begin) : -len(end)]: value
         for name, value in metrics.items()
         if name.startswith(begin) and name.endswith(end) and len(name) > len(begin) + len(end)
     }
-    return found if len(found) > 1 else {}
+    if len(found) < 2:
+        return {}
+    return {f"reward/{name}" if name in beside else name: x for name, x in found.items()}
 
 
 HELD_OUT = {

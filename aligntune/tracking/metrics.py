@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,12 @@ def held(metrics: Mapping[str, float]) -> dict[str, float]:
         for name, value in metrics.items()
         if not math.isnan(value)
     }
+
+
+def mean(values: Sequence[float]) -> float:
+    """Of figures that may be `held`: their sum is beyond the largest number, where
+    `statistics.fmean` raises."""
+    return sum(value / len(values) for value in values)
 
 
 class _Lines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from aligntune.report.card import NAME, card
 from aligntune.runs.publish import write_card_of
 from aligntune.runs.reading import open_run
 from aligntune.runs.rundir import RunDir
-from tests.aligntune.report.written import Heard, online_run, preference_run, sft_run
+from tests.aligntune.report.written import Heard, lines, online_run, preference_run, sft_run
 
 
 def head(text: str) -> dict[str, Any]:
@@ -53,9 +54,9 @@ def test_a_card_says_what_of_what_by_what_with_which_results(tmp_path: Path) -> 
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "base_model": "models/qwen",
-        "datasets": ["data/train.jsonl"],
         "tags": ["aligntune", "grpo"],
     }
+    assert "- data: `data/train.jsonl`\n" in text
     assert "[models/qwen](https://huggingface.co/models/qwen), trained by GRPO for 60 steps" in text
     assert "| `algorithm.beta` | `0.1` | `0.04` |" in text
     assert "| `policy.learning_rate` |" in text
@@ -74,6 +75,58 @@ def test_evaluations_of_its_step_are_in_it_with_their_intervals(tmp_path: Path) 
     assert text.count("| data/test.jsonl, 3 prompts | greedy |") == 1
     assert "| pass@1 | 0.6667 [0.2077, 0.9385] |" in text
     assert "A completion passes with exact_match >= 1." in text
+
+
+@pytest.mark.parametrize(
+    ("later", "told"),
+    [
+        ([], True),
+        ([("checkpoint_saved", 60, 1)], True),  # within the second in which it ended
+        ([("checkpoint_saved", 90, 100), ("resumed", 60, 200), ("run_finished", 60, 300)], True),
+        ([("checkpoint_saved", 60, -100)], True),
+        ([("resumed", 30, 100), ("checkpoint_saved", 70, 200)], False),
+        ([("checkpoint_saved", 20, 100), ("checkpoint_saved", 60, 200)], False),  # it began anew
+    ],
+)
+def test_no_evaluation_is_told_of_weights_that_were_trained_again(
+    tmp_path: Path, later: list[tuple[str, int, float]], told: bool
+) -> None:
+    folder = online_run(tmp_path / "sums")
+    write_evaluation(folder / "evaluations", summary_of(60), [])
+    ended = datetime.fromisoformat(summary_of(60).time).timestamp()
+    events: list[dict[str, Any]] = [{"time": ended - 1000, "kind": "run_started"}]
+    events += [
+        {"time": ended + 0.9 * after, "kind": kind, "step": step} for kind, step, after in later
+    ]
+    lines(folder / "events.jsonl", events)
+    assert ("| data/test.jsonl, 3 prompts |" in card(open_run(folder), 60)) is told
+
+
+def test_each_source_has_its_own_split_and_hub_names_alone_are_data_sets_of_the_hub(
+    tmp_path: Path,
+) -> None:
+    folder = online_run(tmp_path / "sums")
+    sources = [
+        {"path": "owner/sums.v2", "split": "train[:5%]"},
+        {"path": "owner/sums.v2", "split": "test"},
+        {"path": "data/*.jsonl", "split": "train"},
+        {"path": "data/more.parquet", "split": "train"},
+        {"path": "bücher/deutsch", "split": "train"},
+    ]
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["data"] = {"path": None, "split": "train", "train": sources}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    text = card(open_run(folder), 60)
+    assert head(text)["datasets"] == ["owner/sums.v2"]
+    link = "[owner/sums.v2](https://huggingface.co/owner/sums.v2)"
+    told = [line for line in text.splitlines() if line.startswith("- data: ")]
+    assert told == [
+        f"- data: {link}, split `train[:5%]`",
+        f"- data: {link}, split `test`",
+        "- data: `data/*.jsonl`, split `train`",
+        "- data: `data/more.parquet`, split `train`",
+        "- data: `bücher/deutsch`, split `train`",
+    ]
 
 
 def test_local_models_and_data_are_named_and_not_linked(

@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 
 from aligntune.errors import UserError
 from aligntune.report.page import EVENTS, embedded
+from aligntune.report.settings import settings as of_runs
 from aligntune.report.write import write_report
+from aligntune.runs.reading import open_run
 from tests.aligntune.report.written import (
     HOSTILE,
     figures,
@@ -111,6 +113,33 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
     run.mkdir()
     (run / "config.yaml").write_text("algorithm: grpo\n")
     assert "after step 0" in read(run).said
+    rows = [{"step": 1, "kl/reference": sys.float_info.max}, {"step": 2, "kl/reference": 1.0}]
+    lines(run / "metrics.jsonl", rows)
+    assert read(run).data["runs"][0]["steps"]["values"] == {"kl/reference": [None, 1]}
+
+
+def test_a_run_that_goes_on_tells_why_a_setting_was_decided_when_it_began(tmp_path: Path) -> None:
+    run = online_run(tmp_path / "run", steps=3)
+    kept = "as the run in output_dir has it"
+    settled = [
+        ("model.dtype", "float32", "no GPU computes here"),
+        ("policy.learning_rate", 1e-5, "of that strategy"),
+        None,
+        ("model.dtype", "float32", kept),
+        ("policy.learning_rate", 2e-5, kept),  # which somebody has set in between
+        ("train.seed", 1, "by lot"),
+        None,
+        ("model.dtype", "float32", kept),
+        ("policy.learning_rate", 2e-5, kept),
+    ]
+    keys = ("path", "value", "why")
+    events = [
+        {"kind": "settled", **dict(zip(keys, one, strict=True))} if one else {"kind": "run_started"}
+        for one in settled
+    ]
+    lines(run / "events.jsonl", [{"time": 1.795e9, **event} for event in events])
+    why = {each.path: each.why for each in of_runs([open_run(run)]) if each.why}
+    assert why == {"model.dtype": "no GPU computes here", "policy.learning_rate": kept}
 
 
 def test_what_differs_from_the_defaults_is_marked_with_them(tmp_path: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,12 +16,20 @@ from aligntune.report.curves import COMPLETIONS, LEARNING, SPEED, parts
 from aligntune.report.figures import columns, histogram, quarters, rounded, thinned
 from aligntune.report.summary import duration, evaluated, sessions, stages, summary
 from aligntune.runs.reading import open_run
-from tests.aligntune.report.written import sft_run
+from tests.aligntune.report.written import lines, online_run, sft_run
 
 KNOWN = sorted({c.metric for chart in (*LEARNING, *COMPLETIONS, *SPEED) for c in chart.curves})
 
 
-@given(st.sets(st.sampled_from([*KNOWN, "reward/a b/mean", "eval/reward/x/mean", "new/metric"])))
+OWN = [
+    *(f"reward/{name}/mean" for name in ("a b", "a-b", "a_b", "正确", "错误", "C", "c", "C++")),
+    "eval/reward/x/mean",
+    "new/metric",
+    "new/métric",
+]
+
+
+@given(st.sets(st.sampled_from([*KNOWN, *OWN])))
 def test_every_metric_is_in_one_chart_and_every_chart_has_a_name_of_its_own(
     metrics: set[str],
 ) -> None:
@@ -48,6 +60,7 @@ def test_a_figure_that_a_row_has_not_is_a_gap() -> None:
     }
     assert rounded(1e-300) == 1e-300
     assert rounded("text") is None
+    assert (rounded(sys.float_info.max), rounded(float("nan"))) == (None, None)
 
 
 def test_lengths_are_counted_as_shares_of_their_completions() -> None:
@@ -70,8 +83,52 @@ def test_before_and_after_are_told_of_two_evaluations_and_not_of_one() -> None:
     (change,) = evaluated(rows)
     assert (change.before, change.after, change.best, change.best_step) == (0.2, 0.7, 0.9, 10)
     assert evaluated(rows[:1]) == []
-    (loss,) = evaluated([{"step": 0, "eval/loss": 0.7}, {"step": 5, "eval/loss": 0.4}])
-    assert (loss.best, loss.best_step) == (0.4, 5)
+
+
+@pytest.mark.parametrize(
+    ("figure", "best"),
+    [
+        ("eval/loss", 0.4),
+        ("eval/reward/rejected", 0.4),
+        ("eval/reward/chosen", 0.7),
+        ("eval/reward/mean", 0.7),
+        ("eval/reward/correct/mean", 0.7),
+        ("eval/reward/too long/mean", 0.4),
+        ("eval/reward/chatty/mean", 0.4),
+        ("eval/reward/toxic/mean", 0.4),
+        ("eval/reward/judge/mean", 0.4),
+    ],
+)
+def test_the_best_is_the_lowest_of_a_loss_of_the_rejected_side_and_of_a_penalty(
+    tmp_path: Path, figure: str, best: float
+) -> None:
+    run = online_run(tmp_path / "run", steps=2)
+    rewards = [
+        {"function": "correct", "weight": 1.0},
+        {"function": "length", "name": "too long", "weight": -0.1},
+        {"function": "mine.py:chatty", "weight": -1},
+        {"model": "models/toxic/", "weight": -1.0},
+        {"url": "http://judge:8000/score", "weight": -1.0},
+    ]
+    with (run / "config.yaml").open("a") as file:
+        yaml.safe_dump({"rewards": rewards}, file)
+    lines(run / "evals.jsonl", [{"step": 0, figure: 0.7}, {"step": 5, figure: 0.4}])
+    (change,) = summary(open_run(run)).changes
+    assert (change.best, change.best_step) == (best, 0 if best == 0.7 else 5)
+
+
+def test_a_reward_that_is_called_reward_is_told_apart_from_the_sum() -> None:
+    names = ("eval/reward/mean", "eval/reward/reward/mean", "eval/reward/math/mean")
+    changes = evaluated([{"step": step, **dict.fromkeys(names, 0.5)} for step in (0, 1)])
+    assert sorted(change.label for change in changes) == ["math", "reward", "reward/reward"]
+
+
+def test_rewards_that_overflow_have_a_report(tmp_path: Path) -> None:
+    run = online_run(tmp_path / "run", steps=2)
+    (run / "evals.jsonl").unlink()
+    largest = sys.float_info.max
+    lines(run / "metrics.jsonl", [{"step": n, "reward/mean": largest} for n in range(1, 41)])
+    assert "Training reward went from" in summary(open_run(run)).sentences[1]
 
 
 def test_a_job_of_sft_is_told_by_its_token_accuracy(tmp_path: Path) -> None:
@@ -91,6 +148,30 @@ def test_the_times_of_every_start_are_added_and_not_those_between() -> None:
         {"time": 1010.0, "kind": "run_finished"},
     ]
     assert sessions(events) == [60.0, 10.0]
+    assert sessions(events[:3], last_sign=3400.0) == [60.0, 2400.0]
+    assert sessions(events, last_sign=1005.0) == [60.0, 10.0]
+
+
+@pytest.mark.parametrize(
+    ("held", "copied", "told"),
+    [
+        (True, False, "all steps 38 min 20 s, the run 40 min 0 s."),  # it goes on
+        (False, False, "all steps 38 min 20 s, the run 39 min 0 s."),  # killed after its last step
+        (False, True, "all steps 38 min 20 s."),  # so long ago it was copied, not killed
+    ],
+)
+def test_a_run_without_an_end_has_lasted_until_its_last_step_or_until_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool, copied: bool, told: str
+) -> None:
+    run, begun = online_run(tmp_path / "run", ended=""), 1_795_000_000.0
+    lines(run / "metrics.jsonl", [{"step": n, "time/step": 23.0} for n in range(1, 101)])
+    events: list[dict[str, Any]] = [{"kind": "run_started"}, {"kind": "role_started"}]
+    lines(run / "events.jsonl", [{"time": begun + 45 * n, **e} for n, e in enumerate(events)])
+    for name, seconds in (("events", 45 + 86400 * copied), ("metrics", 2340 + 86400 * copied)):
+        os.utime(run / f"{name}.jsonl", (begun + seconds, begun + seconds))
+    monkeypatch.setattr("aligntune.runs.reading._is_held", lambda _: held)
+    monkeypatch.setattr("aligntune.runs.reading.time.time", lambda: begun + 2400)
+    assert summary(open_run(run)).sentences[-1].endswith(told)
 
 
 def test_a_stage_is_a_share_of_the_steps_and_idle_comes_last() -> None:

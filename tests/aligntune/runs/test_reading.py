@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aligntune.errors import UserError
-from aligntune.runs.reading import open_run, spread
+from aligntune.runs.reading import SAMPLES, chosen, open_run, spread
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_a_damaged_line_is_told_and_the_others_are_read(run: Path) -> None:
 def test_a_run_that_has_only_begun_has_nothing_yet(run: Path) -> None:
     found = open_run(run)
     assert (found.metrics, found.evals, found.events, found.books) == ([], [], [], None)
-    assert (found.samples(), found.eval_samples(), found.defaults) == (([], 0), ([], 0), None)
+    assert (found.samples(9), found.eval_samples(9), found.defaults) == (([], 0), ([], 0), None)
     assert (found.algorithm, found.versions) == ("grpo", ["torch 2.13.0"])
 
 
@@ -129,7 +130,33 @@ def test_of_many_samples_some_are_read_and_the_last_is_among_them(run: Path) -> 
     assert in_all == 100
     assert 10 <= len(some) <= 25
     assert some[-1]["step"] == 99
-    assert open_run(run).samples()[1] == open_run(run).samples(10**9)[1] == 100
+    assert open_run(run).samples(10**9) == (rows, 100)
+
+
+def test_of_samples_larger_than_memory_few_are_kept_to_find_the_best_and_the_last(
+    run: Path,
+) -> None:
+    said = {"text": "x" * 2**17}
+    rows = [
+        {"step": n // 4, "group": n, "completions": [{**said, "reward": n * 7 % 100}]}
+        for n in range(100)
+    ]
+    write(run / SAMPLES, rows, torn='{"step": 25, "gro')
+    found = open_run(run)
+    tracemalloc.start()
+    try:
+        for order, best in (("best", [57, 14]), ("worst", [0, 43])):
+            assert [g["group"] for g in chosen(found.groups(SAMPLES), None, order, 2)] == best
+        assert [g["group"] for g in chosen(found.groups(SAMPLES), 7, "", 2)] == [28, 29]
+        assert [g["group"] for g in found.last_groups(SAMPLES)] == [96, 97, 98, 99]
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 3 * 2**20  # of 12.5 MiB
+    lines = (run / SAMPLES).read_bytes().splitlines(keepends=True)
+    lines[97] = b"\xff\x00{\n"
+    (run / SAMPLES).write_bytes(b"".join(lines))
+    assert [g["group"] for g in open_run(run).last_groups(SAMPLES)] == [96, 98, 99]
 
 
 @given(st.lists(st.integers(1, 100), max_size=60), st.integers(1, 2000))

@@ -113,8 +113,12 @@ def test_an_evaluation_shows_each_criterion_and_what_the_model_said(
     with recorded(rundir) as recorder:
         recorder.eval_samples(10, [row])
         recorder.evaluation(10, figures)
+        recorder.evaluation(20, figures | {"eval/reward/reward/mean": 0.25})
     assert _lines(capsys) == [
         "evaluation after step 10: reward 1.000  math 1.000  concise 0.500",
+        "  asked  1+1=",
+        "  1.000  2",
+        "evaluation after step 20: reward 1.000  math 1.000  concise 0.500  reward/reward 0.250",
         "  asked  1+1=",
         "  1.000  2",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -86,6 +87,11 @@ def test_where_no_group_had_two_rewards_the_learning_rate_is_not_blamed(name: st
 @given(st.lists(st.dictionaries(st.sampled_from(sorted(GOOD)), st.floats(allow_nan=False))))
 def test_whatever_the_figures_advice_never_fails(rows: list[dict[str, float]]) -> None:
     troubles(rows)
+
+
+@pytest.mark.parametrize("name", sorted(GOOD))
+def test_figures_that_are_held_at_the_largest_number_end_no_run(name: str) -> None:
+    troubles([GOOD | {name: sys.float_info.max}] * 2 * RECENT)
 
 
 def test_an_adviser_tells_once_and_again_where_it_lasts() -> None:

@@ -86,14 +86,38 @@ def test_the_held_out_figure_has_its_own_name(
 def test_a_run_that_moved_nothing_says_so_and_names_the_cause_that_its_figures_show(
     tmp_path: Path, shares: list[float], cause: str
 ) -> None:
-    rows = [{"step": step, "eval/reward/mean": 0.595} for step in (0, 3)]
+    rows = [{"step": n, "version": n, "eval/reward/mean": 0.595} for n in (0, 3)]
     write(tmp_path / "evals.jsonl", *rows)
     steps = [{"step": n, "groups/constant_fraction": x} for n, x in enumerate(shares, start=1)]
     write(tmp_path / "metrics.jsonl", {"step": 0, "eval/reward/mean": 0.595}, *steps)
     said = ending(tmp_path, tmp_path / "model")[1]
-    assert said.startswith("warning: the held-out figure is exactly")
+    assert said.startswith("warning: each held-out figure is exactly")
     assert cause in said
     assert ("learning rate" in said) == (cause == "a higher learning rate")
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"step": 1},  # the weights before training were never evaluated
+        {"step": 0, "eval/completions/length_mean": 81.5},  # the model says something else now
+        {"step": 0, "eval/reward/std": 0.25},
+    ],
+)
+def test_one_equal_mean_does_not_say_that_nothing_moved(
+    tmp_path: Path, first: dict[str, float]
+) -> None:
+    equal = {"eval/reward/mean": 0.5, "eval/completions/length_mean": 80.0}
+    write(tmp_path / "evals.jsonl", {**equal, **first}, {"step": 3, **equal})
+    assert not [line for line in ending(tmp_path, tmp_path / "model") if "warning" in line]
+
+
+def test_a_reward_that_is_called_reward_is_told_apart_from_the_sum(tmp_path: Path) -> None:
+    names = ("eval/reward/mean", "eval/reward/reward/mean", "eval/reward/math/mean")
+    rows = [{"step": n, **dict.fromkeys(names, n + 0.5)} for n in (0, 2)]
+    write(tmp_path / "evals.jsonl", *rows)
+    told = ending(tmp_path, tmp_path / "model")
+    assert told[1:3] == ["  reward/reward 0.500 -> 2.500", "  math 0.500 -> 2.500"]
 
 
 def test_without_two_evaluations_only_the_commands_are_told(tmp_path: Path) -> None:
