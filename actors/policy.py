@@ -24,12 +24,13 @@ from actors.messages import (
     last_rows,
     sum_rows,
 )
+from actors.models.attention import FLASH
 from actors.models.inputs import collate_rows, idle_inputs
 from actors.models.loading import load_causal_lm
 from actors.models.logprobs import (
     LogProbModel,
     check_model,
-    check_shared,
+    check_packs,
     group_logprobs,
     rows_of,
 )
@@ -69,7 +70,7 @@ class PolicyActor(TrainedRank):
     def _load(self) -> LogProbModel:
         model = LogProbModel(self._causal_lm(), self._tokens_per_chunk)
         self._settle_packing(model)
-        check_model(model, self._packing)
+        check_model(model, self._packing, training=True)
         return model
 
     def _causal_lm(self) -> Any:
@@ -84,9 +85,10 @@ class PolicyActor(TrainedRank):
     def start(self, master_address: str, master_port: int) -> dict[str, Any]:
         """As every rank's, with the `backend` that really runs."""
         started = super().start(master_address, master_port)
-        if self._shared:
-            strategy = self._strategy
-            check_shared(strategy.forward, strategy.model, self._model_spec, strategy.device)
+        spec, strategy = self._model_spec, self._strategy
+        if self._shared or (self._packing and spec.attention.startswith(FLASH)):
+            # No CPU has shown what these kernels do.
+            check_packs(strategy.forward, strategy.model, spec, strategy.device, self._shared)
         return {**started, "backend": self._backend()}
 
     def prepare(self, job: PrepareJob) -> Any:

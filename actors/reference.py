@@ -12,7 +12,7 @@ from actors.models.loading import load_causal_lm
 from actors.models.logprobs import (
     LogProbModel,
     check_model,
-    check_shared,
+    check_packs,
     group_logprobs,
     head_calls,
     rows_of,
@@ -56,7 +56,7 @@ class ReferenceActor(Alive):
         check_model(model, packing=self._shared)
         model.to(self._device)
         if self._shared:
-            check_shared(model, model, self._spec, self._device)
+            check_packs(model, model, self._spec, self._device, shared=True)
         self._model = model
         return {"device": str(self._device), **whereabouts()}
 

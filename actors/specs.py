@@ -57,6 +57,12 @@ class ModelSpec(Spec):
         "sdpa", description="attention kernel of transformers"
     )
 
+    chat_template_kwargs: dict[str, Any] = Field(
+        {},
+        description="what the chat template gets beside the messages, such as {enable_thinking: "
+        "false} of Qwen3",
+    )
+
     def renamed(self, name: str) -> ModelSpec:
         """These settings of the model `name`. A revision is of one model: another has none."""
         other = {} if name == self.name else {"name": name, "revision": None}

@@ -36,7 +36,7 @@ class UnslothPolicyActor(PolicyActor):
     def _load(self) -> LogProbModel:
         model = super()._load()
         # Unsloth takes another path through the model when it trains, without the padding mask.
-        check_model(model, self._packing, training=True)
+        check_model(model, self._packing)
         return model
 
     def _settle_packing(self, model: TrainedModel) -> None:

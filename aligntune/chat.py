@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from actors.models.auto import import_light
+from actors.models.templates import give
 from aligntune.errors import UserError
+from aligntune.runs.reading import open_run
 
 
 def model_folder(place: Path) -> Path:
@@ -26,15 +28,30 @@ def model_folder(place: Path) -> Path:
     raise UserError(f"{place} is neither a run with a model/ nor a model's folder")
 
 
+def variables_of_run(place: Path) -> dict[str, Any]:
+    """`model.chat_template_kwargs` of a run directory or a quickstart's; a model's folder says
+    none."""
+    for run in (place, place / "run"):
+        if (run / "config.yaml").is_file():
+            model = open_run(run).config.get("model")
+            return dict((model or {}).get("chat_template_kwargs") or {})
+    return {}
+
+
 class Conversation:
     """One conversation with the model in `folder`.
 
-    `temperature` 0 takes the likeliest token each time. A model without a chat template continues
-    the line as plain text, and remembers nothing.
+    `temperature` 0 takes the likeliest token each time. The chat template gets `variables` too. A
+    model without one continues the line as plain text, and remembers nothing.
     """
 
     def __init__(
-        self, folder: Path, system: str | None, temperature: float, max_tokens: int
+        self,
+        folder: Path,
+        system: str | None,
+        temperature: float,
+        max_tokens: int,
+        variables: Mapping[str, Any] | None = None,
     ) -> None:
         import_light()
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -49,6 +66,7 @@ class Conversation:
         except (OSError, ValueError) as error:
             said = str(error).strip().splitlines()[0]
             raise UserError(f"the model in {folder} cannot be loaded: {said}") from error
+        give(self._tokenizer, variables or {})
         if system is not None and not self._tokenizer.chat_template:
             raise UserError(f"--system: the model in {folder} has no chat template to put it in")
         self._system = [] if system is None else [{"role": "system", "content": system}]

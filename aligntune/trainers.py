@@ -52,7 +52,8 @@ def create_rl_trainer(
     """A trainer from keyword arguments, a config file or mapping, or both.
 
     An explicit argument wins over the config, and `overrides` win over everything. None counts as
-    not given. Nothing is started before `train()` or `evaluate()` of the trainer is called.
+    not given. Nothing is started before `train()`, `evaluate()` or `export()` of the trainer is
+    called; `summary()` and `check()` start nothing.
 
     Args:
         model_name: a local folder, a hub name or an fsspec URI.
@@ -84,7 +85,9 @@ def create_rl_trainer(
         temperature: of sampling.
         max_prompt_length: tokens.
         max_completion_length: tokens.
-        max_seq_length: tokens of prompt and completion together; give max_completion_length too.
+        max_seq_length: tokens of prompt and completion together. Of an online algorithm give
+            max_completion_length too: the prompt has what it leaves. In a preference job it stands
+            for data.max_length.
         seed: of data order, sampling and new weights.
 
     Raises:

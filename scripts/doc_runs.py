@@ -53,6 +53,13 @@ ACCURACY = Panel(
     ),
 )
 LOSS = Panel("loss", (Line("loss", "training"), Line("eval/loss", "held-out", HELD_OUT)))
+TOKENS = Panel(
+    "share of tokens that are the likeliest",
+    (
+        Line("policy/token_accuracy", "training"),
+        Line("eval/policy/token_accuracy", "held-out", HELD_OUT),
+    ),
+)
 ENTROPY = Panel("entropy, nats per token", (Line("policy/entropy", "entropy"),))
 PANELS: dict[str, tuple[Panel, Panel]] = {
     "grpo": (_learning(), ENTROPY),
@@ -73,6 +80,7 @@ PANELS: dict[str, tuple[Panel, Panel]] = {
         Panel("explained variance of the critic", (Line("ppo/explained_variance", "critic"),)),
     ),
     "dpo": (ACCURACY, LOSS),
+    "sft": (LOSS, TOKENS),
     "reward_model": (ACCURACY, LOSS),
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 from actors.environments.chat_messages import too_deep
 from actors.environments.tokens import ChatTokens, Tools, Turn
 from actors.messages import Messages
+from actors.models.templates import given
 from actors.specs import ModelSpec
 
 _DUMMY = [{"role": "user", "content": "dummy"}]
@@ -36,13 +37,14 @@ def chat_tokens(model: ModelSpec, tools: bool = True) -> ChatTokens:
 
 def known(tokenizer: Any, why: str) -> ChatTokens | None:
     """The tokens of a model that the library knows by its exact name; None where it is not
-    installed, or does not know it. `why`: what TRL says of the model."""
+    installed, or does not know it, or where the chat template is given variables, which the library
+    does not take. `why`: what TRL says of the model."""
     try:
         from renderers import AutoRendererConfig, create_renderer
         from renderers.base import MODEL_RENDERER_MAP
     except ImportError:
         return None
-    if tokenizer.name_or_path not in MODEL_RENDERER_MAP:
+    if tokenizer.name_or_path not in MODEL_RENDERER_MAP or given(tokenizer):
         return None
     # Thinking stays in the history, as with TRL's training templates.
     config = AutoRendererConfig(thinking_retention="all")

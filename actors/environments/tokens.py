@@ -14,6 +14,7 @@ from typing import Any
 
 from actors.environments.chat_messages import too_deep
 from actors.messages import Messages
+from actors.models.templates import check_given
 
 Tools = Sequence[dict[str, Any]]
 
@@ -80,9 +81,11 @@ class ChatTokens:
                 "template for it; give the model a template that only appends"
             )
             try:
-                self._template = trl.get_training_chat_template(tokenizer)
+                template = trl.get_training_chat_template(tokenizer)
             except ValueError as error:
                 raise ValueError(refusal) from error
+            check_given(tokenizer, template)
+            self._template = template
             self.notes.append(
                 f"the chat template of {name} changes earlier messages when more follow; TRL's "
                 "training template, which only appends, takes its place"

@@ -29,6 +29,7 @@ from actors.specs import ModelSpec
 
 PACKED_ROWS = "packed_rows"  # among the attention implementations of transformers
 FLASH = "flash_attention"  # how the names of those begin that read row ends themselves
+ANYWHERE = "eager"  # what every model has, on every device
 LAYERS = {"full_attention", "sliding_attention"}
 AMPERE = (8, 0)  # compute capability from which the kernels run
 WIDEST = 256  # d that they take
@@ -140,6 +141,28 @@ def causal_alone(model: Any) -> bool:
     """Whether a padded batch needs no mask: padding comes after all that a row's tokens see, and
     the kernels that take causal rows without a mask are the fast ones."""
     return model.config._attn_implementation in ("sdpa", "eager", PACKED_ROWS)
+
+
+@contextmanager
+def on_its_device(model: Any) -> Iterator[None]:
+    """Around a check of `model`, plain or under PEFT, where its weights lie. Flash kernels are of
+    GPUs alone: on a CPU, where a model is loaded, one that is to use them attends without."""
+    flash = []
+    if next(model.parameters()).device.type == "cpu":
+        configs = {id(part.config): part.config for part in model.modules() if _attends(part)}
+        flash = [(each, each._attn_implementation) for each in configs.values()]
+        flash = [(config, used) for config, used in flash if used and "flash" in used]
+    try:
+        for config, _ in flash:
+            config._attn_implementation_internal = ANYWHERE
+        yield
+    finally:
+        for config, used in flash:
+            config._attn_implementation_internal = used
+
+
+def _attends(part: Any) -> bool:
+    return hasattr(getattr(part, "config", None), "_attn_implementation_internal")
 
 
 def row_arguments(

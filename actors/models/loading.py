@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from actors.models.auto import import_light
 from actors.models.hub import why_silent
 from actors.models.staging import StagingFailed, on_this_node
+from actors.models.templates import give
 from actors.specs import LoRASpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -28,6 +29,20 @@ if TYPE_CHECKING:
 # complaints about kernels for other machines would be the first thing a user reads.
 for noisy in ("torchao", "torch.utils._pytree"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+SAMPLING_ONLY = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
+"""Options of a generation config that it must not set unless it samples."""
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class ModelError(ValueError):
@@ -74,6 +89,7 @@ def load_causal_lm(spec: ModelSpec, lora: bool = False) -> PreTrainedModel:
         raise ModelError(f"model {spec.name!r} could not be loaded: {error}") from error
     _require_all(info, spec, config)
     switch_off_dropout(model)
+    make_savable(model)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if lora:
@@ -112,6 +128,7 @@ def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
 
 def load_tokenizer(spec: ModelSpec, writes: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer of `spec`; padding falls back to the end-of-sequence token, which masks cover.
+    Its chat template gets `spec.chat_template_kwargs`, unchecked.
 
     Raises:
         ModelError: there is no tokenizer, or it has no end-of-sequence token and the model `writes`
@@ -137,6 +154,7 @@ def load_tokenizer(spec: ModelSpec, writes: bool = True) -> PreTrainedTokenizerB
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    give(tokenizer, spec.chat_template_kwargs)
     return tokenizer
 
 
@@ -291,6 +309,28 @@ def switch_off_dropout(model: nn.Module) -> None:
         for name, value in list(vars(module).items()):
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def make_savable(model: Any) -> None:
+    """Let `model.save_pretrained` write its generation config: transformers loads one that
+    contradicts itself, as a temperature without `do_sample`, and refuses to save it.
+
+    What is read only by sampling goes where nothing samples. Where that is not enough, all goes but
+    the special tokens.
+    """
+    found = getattr(model, "generation_config", None)
+    if found is None:  # remote code that does not generate
+        return
+    if found.do_sample is not True:
+        for name in SAMPLING_ONLY:
+            setattr(found, name, None)
+    try:
+        found.validate(strict=True)
+    except ValueError:
+        tokens = {name: getattr(found, name) for name in SPECIAL_TOKENS}
+        if isinstance(tokens["pad_token_id"], int) and tokens["pad_token_id"] < 0:
+            del tokens["pad_token_id"]
+        model.generation_config = type(found)(**tokens)
 
 
 def shared_embeddings(model: Any) -> dict[str, nn.Module]:

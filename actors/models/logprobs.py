@@ -19,7 +19,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from actors.messages import GroupTensors, Row
-from actors.models.attention import Pieces, causal_alone, row_arguments, without_mask
+from actors.models.attention import (
+    Pieces,
+    causal_alone,
+    on_its_device,
+    row_arguments,
+    without_mask,
+)
 from actors.models.head import chosen
 from actors.models.inputs import collate, collate_rows, idle_inputs
 from actors.models.loading import ModelError
@@ -145,13 +151,20 @@ class LogProbModel(TrainedModel):
 def check_model(model: LogProbModel, packing: bool, training: bool = False) -> None:
     """Compare with the model's own logits on a few tokens, before any training leans on it.
 
-    With `training` the log-probs are those of the training mode. New adapters add nothing yet, so
-    their dropout does not show.
+    With `training` the log-probs are those of the training mode, and must not be random. New
+    adapters add nothing yet, so their dropout does not show.
 
     Raises:
-        ModelError: log-probs differ from those of the model's logits, or (with `packing`) sequences
-            packed together see each other.
+        ModelError: log-probs differ from those of the model's logits, the model draws at random
+            while it trains, or (with `packing`) sequences packed together see each other.
     """
+    was_training = model.training
+    with on_its_device(model.causal_lm):
+        _compare(model, packing, training)
+    model.train(was_training)
+
+
+def _compare(model: LogProbModel, packing: bool, training: bool) -> None:
     causal = model.causal_lm
     vocabulary = causal.get_output_embeddings().weight.shape[0]
     device = next(causal.parameters()).device
@@ -162,7 +175,6 @@ def check_model(model: LogProbModel, packing: bool, training: bool = False) -> N
         (draw[2, :3], draw[2, 3:]),
     ]
     inputs = collate(sequences, packed=False).to(device)
-    was_training = model.training
     model.eval()
     logits = causal(
         input_ids=inputs.input_ids,
@@ -173,9 +185,24 @@ def check_model(model: LogProbModel, packing: bool, training: bool = False) -> N
     wanted = logits.float().log_softmax(-1).gather(-1, inputs.targets[:, None]).squeeze(-1)
     precision = max(1e-4, 4 * torch.finfo(logits.dtype).eps) * max(1.0, float(logits.abs().max()))
     model.train(training)
-    got, _ = model(**vars(inputs), temperature=1.0)
-    gap = float((got - wanted).abs().max())
+
+    def padded(drawn: int) -> torch.Tensor:
+        """Log-probs, where the random stream is as far on as `drawn` numbers take it."""
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.rand(drawn, device=device)
+            found: torch.Tensor = model(**vars(inputs), temperature=1.0)[0]
+            return found
+
+    got = padded(0)
     name = type(causal).__name__
+    # A kernel's order of adding may make a difference too, but then not by the random stream.
+    if training and not torch.equal(got, padded(1)) and torch.equal(got, padded(0)):
+        raise ModelError(
+            f"{name} draws at random while it trains (as routers of experts do that have noise), "
+            "so a log-prob would hang on when it is computed: set that noise to 0 in its "
+            "config.json where it can be, or use another model"
+        )
+    gap = float((got - wanted).abs().max())
     if not gap <= precision:
         raise ModelError(
             f"log-probs computed from {name}'s hidden states and output head differ from those of "
@@ -190,18 +217,19 @@ def check_model(model: LogProbModel, packing: bool, training: bool = False) -> N
                 f"{name} gives packed sequences other log-probs than padded ones (difference "
                 f"{gap:.3g}, allowed {4 * precision:.3g}): set policy.packing to false"
             )
-    model.train(was_training)
 
 
 @torch.no_grad()
-def check_shared(
+def check_packs(
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
     model: LogProbModel,
     spec: ModelSpec,
     device: torch.device,
+    shared: bool,
 ) -> None:
-    """Compare packs that hold prompts once with packs that repeat them, by `forward` of `model` on
-    `device`, whose kernels may be others than a CPU's; all ranks together.
+    """Compare packs that hold prompts once (`shared`) with packs that repeat them, or these with
+    padded rows, by `forward` of `model` on `device`, whose kernels may be others than a CPU's; all
+    ranks together.
 
     Raises:
         ModelError: the log-probs differ.
@@ -221,18 +249,23 @@ def check_shared(
         for work, (prompt, lengths) in enumerate([(7, (9, 4, 12)), (3, (1, 20))])
     }
     rows = rows_of(groups)
-    once, repeated = (
-        forward(**vars(collate_rows(groups, rows, True, shared).to(device)), temperature=1.0)[0]
-        for shared in (True, False)
+    layouts = ((True, True), (True, False)) if shared else ((True, False), (False, False))
+    pack, plain = (
+        forward(**vars(collate_rows(groups, rows, *layout).to(device)), temperature=1.0)[0]
+        for layout in layouts
     )
-    gap = float((once - repeated).abs().max())
+    gap = float((pack - plain).abs().max())
     digits = max(1e-4, 4 * torch.finfo(getattr(torch, spec.dtype)).eps)
-    allowed = 4 * digits * max(1.0, float(repeated.abs().max()))
+    allowed = 4 * digits * max(1.0, float(plain.abs().max()))
     if not gap <= allowed:
+        what, other, key = (
+            ("completions behind a shared prompt", "behind one of their own", "shared_prompts")
+            if shared
+            else ("packed rows", "padded ones", "packing")
+        )
         raise ModelError(
-            f"model {spec.name!r} gives completions behind a shared prompt other log-probs than "
-            f"behind one of their own (difference {gap:.3g}, allowed {allowed:.3g}): set "
-            "policy.shared_prompts to false"
+            f"model {spec.name!r} gives {what} other log-probs than {other} (difference "
+            f"{gap:.3g}, allowed {allowed:.3g}): set policy.{key} to false"
         )
 
 

@@ -64,6 +64,7 @@ def load_unsloth(spec: ModelSpec, max_length: int, seed: int) -> Any:
         ModelError,
         check_complete,
         local,
+        make_savable,
         refuse_adapters_of,
         shared_embeddings,
         switch_off_dropout,
@@ -95,6 +96,7 @@ def load_unsloth(spec: ModelSpec, max_length: int, seed: int) -> Any:
                 "do here; remove model.load_in_4bit"
             )
         switch_off_dropout(model)
+        make_savable(model)
         if spec.lora is None:
             return model
         shared = shared_embeddings(model)

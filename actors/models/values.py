@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from actors.messages import GroupTensors, Row, StateValues
+from actors.models.attention import on_its_device
 from actors.models.inputs import ModelInputs, collate, collate_rows, idle_inputs
 from actors.models.loading import ModelError
 from actors.models.logprobs import decoded
@@ -84,19 +85,20 @@ def check_packing(model: ValueModel, name: str) -> None:
     """
     draw = np.random.default_rng(0).integers(0, model.unwrapped.config.vocab_size, size=(2, 9))
     pair = [(draw[0, :4], draw[0, 4:]), (draw[1, :2], draw[1, 2:])]
-    packed, padded = (
-        decoded(
-            model.unwrapped,
-            inputs.input_ids,
-            inputs.position_ids,
-            inputs.attention_mask,
-            inputs.row_ends,
-            inputs.longest,
+    with on_its_device(model.unwrapped):
+        packed, padded = (
+            decoded(
+                model.unwrapped,
+                inputs.input_ids,
+                inputs.position_ids,
+                inputs.attention_mask,
+                inputs.row_ends,
+                inputs.longest,
+            )
+            .flatten(0, 1)
+            .index_select(0, inputs.positions)
+            for inputs in (collate(pair, packed=True), collate(pair, packed=False))
         )
-        .flatten(0, 1)
-        .index_select(0, inputs.positions)
-        for inputs in (collate(pair, packed=True), collate(pair, packed=False))
-    )
     gap = float((packed - padded).abs().max())
     allowed = max(1e-4, 4 * torch.finfo(padded.dtype).eps) * max(1.0, float(padded.abs().max()))
     if not gap <= 4 * allowed:

@@ -35,8 +35,6 @@ class GoesOn:
         return made
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        from torch.optim.lr_scheduler import LambdaLR
-
         from actors.strategies.optimizer import put_back
 
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
@@ -45,11 +43,10 @@ class GoesOn:
         put_back(self.optimizer, self._settings)
         if self.is_deepspeed_enabled:  # which loads its optimiser with the model, and clips itself
             self.optimizer.optimizer.clip_grad = self.model_wrapped.gradient_clipping()
-        schedule = self.lr_scheduler
-        if isinstance(schedule, LambdaLR):  # else it is of a DeepSpeed config
-            schedule.base_lrs = [group["initial_lr"] for group in self._settings]
-            factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-            rates = [full * f for full, f in zip(schedule.base_lrs, factors, strict=True)]
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            schedule._last_lr = rates
+        schedule = self.lr_scheduler  # a LambdaLR
+        schedule.base_lrs = [group["initial_lr"] for group in self._settings]
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        rates = [full * f for full, f in zip(schedule.base_lrs, factors, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates

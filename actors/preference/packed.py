@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from actors.models.attention import on_its_device
 from actors.models.loading import ModelError
 
 SAME = 1e-2  # of the largest logit: far above what a kernel's order of adding does
@@ -17,14 +18,15 @@ def check_apart(trainer: Any) -> None:
     """
     import torch
 
-    model, device = trainer.model, trainer.args.device
+    model = trainer.model
+    device = next(model.parameters()).device  # a CPU still where DeepSpeed is to place it
     ids = torch.arange(8, device=device)[None] % model.config.get_text_config().vocab_size
     positions = torch.arange(4, device=device).repeat(2)[None]
     other = ids.clone()
     other[:, :4] = ids[:, 4:]
     training = model.training
     model.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager():
+    with torch.no_grad(), on_its_device(model), trainer.compute_loss_context_manager():
         one, two = (
             model(input_ids=row, position_ids=positions, use_cache=False).logits[0, 4:].float()
             for row in (ids, other)

@@ -32,7 +32,10 @@ run has this name; `reward` and `score` are names that people give their own fun
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the config falls back to where the user is silent (ALGORITHMS.md, table of defaults)."""
+    """What the config falls back to where the user sets nothing.
+
+    `epochs` are passes over the batch of a step, `minibatches` the optimiser steps of one pass.
+    """
 
     learning_rate: float
     completions_per_group: int
@@ -266,7 +269,7 @@ class Algorithm(BaseModel):
             self.sequence_advantages(groups_of, torch.ones(1)) if groups_of else [penalised]
         )
         targets = rows.targets(advantages[:, None].expand_as(kl))
-        return targets, {"kl/reference": rows.mean(kl, all_sum)}
+        return targets, rows.figure("kl/reference", kl, all_sum)
 
     def loss(self, batch: TokenBatch) -> LossTerms:
         """This micro-batch's share of the loss of the optimiser step."""

@@ -104,11 +104,12 @@ class PPO(Algorithm):
         return None if self.max_update_kl is None else ("kl/update", self.max_update_kl)
 
     def after_step(self, metrics: dict[str, float], completions: int) -> Self:
-        """With `kl_target`, the adaptive beta of the next step. Raises KeyError without the KL."""
-        if self.kl_target is None:
+        """With `kl_target`, the adaptive beta of the next step. A step without a trained token has
+        no KL, and leaves it as it is."""
+        kl = metrics.get("kl/reference")
+        if self.kl_target is None or kl is None:
             return self
-        state = AdaptiveKL(self.beta, self.kl_target, self.kl_horizon)
-        adapted = state.after(metrics["kl/reference"], completions)
+        adapted = AdaptiveKL(self.beta, self.kl_target, self.kl_horizon).after(kl, completions)
         return self.model_copy(update={"beta": adapted.beta})
 
     def carried_on(self, saved: Mapping[str, Any]) -> Self:
@@ -151,7 +152,8 @@ class PPO(Algorithm):
         """Old log-probs, whitened advantages, returns and old values per token, and figures.
 
         Raises ValueError where a group has no critic values, or no reference with a KL in the
-        reward. `ppo/explained_variance` is left out where all returns are equal, up to rounding.
+        reward. `ppo/explained_variance` is left out where all returns are equal, up to rounding,
+        and means over tokens where none is trained.
         """
         import torch
 
@@ -173,11 +175,13 @@ class PPO(Algorithm):
         of_returns = moments(returns[mask], all_sum)
         of_errors = moments((returns - values)[mask], all_sum)
         of_advantages = moments(advantages[mask], all_sum)
-        figures = {"ppo/return_mean": of_returns.mean, "ppo/beta": self.beta}
+        figures = {"ppo/beta": self.beta}
+        if of_returns.count:
+            figures["ppo/return_mean"] = of_returns.mean
         if of_returns.varies:
             figures["ppo/explained_variance"] = 1 - of_errors.variance / of_returns.variance
         if in_reward:
-            figures["kl/reference"] = rows.mean(k, all_sum)
+            figures |= rows.figure("kl/reference", k, all_sum)
         if self.whiten_advantages:
             advantages = whiten(advantages, of_advantages)
         return rows.targets(advantages, returns, values), figures

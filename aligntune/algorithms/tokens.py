@@ -75,9 +75,10 @@ class TokenRows:
         d_ref = self.old - self.padded("reference", "a KL in the reward")
         return estimate(torch.where(self.sampled, d_ref, 0.0), estimator)
 
-    def mean(self, x: torch.Tensor, all_sum: AllSum) -> float:
-        """The mean of [R, T] over the valid tokens of all ranks."""
-        return moments(x[self.mask], all_sum).mean
+    def figure(self, name: str, x: torch.Tensor, all_sum: AllSum) -> dict[str, float]:
+        """{name: mean of [R, T] over the valid tokens of all ranks}; empty where there is none."""
+        of = moments(x[self.mask], all_sum)
+        return {name: of.mean} if of.count else {}
 
     def split(self, per_row: torch.Tensor) -> list[torch.Tensor]:
         """A tensor over rows cut into one piece per group."""

@@ -75,7 +75,7 @@ def chat(
 
         aligntune chat runs/quickstart/run
     """
-    from aligntune.chat import Conversation, model_folder
+    from aligntune.chat import Conversation, model_folder, variables_of_run
 
     with ExitStack() as kept:
         if checkpoint is None:
@@ -85,7 +85,8 @@ def chat(
             which = None if checkpoint == "newest" else checkpoint
             note(f"made a model of the checkpoint of step {exported(model, folder, which)}")
         note(f"loading {folder}")
-        conversation = Conversation(folder, system, temperature, max_tokens)
+        variables = variables_of_run(model)
+        conversation = Conversation(folder, system, temperature, max_tokens, variables)
     note("type a line and Enter; an empty line starts anew, Ctrl-D ends")
     while True:
         try:

@@ -156,8 +156,7 @@ def train(
             from aligntune.config.tree import dump
 
             trainer.check(resume)
-            trainer.settle(resume)
-            summary = trainer.summary()  # may yet refuse a reward
+            summary = trainer.summary(resume)  # settles, and may yet refuse a reward
             typer.echo(dump(trainer.config))
             typer.echo(summary)
             return

@@ -14,8 +14,10 @@ from aligntune.config.records import HubSpec
 from aligntune.errors import UserError
 
 if TYPE_CHECKING:
+    from actors.specs import ModelSpec
     from aligntune.config.online import RunConfig
     from aligntune.config.preference import PreferenceConfig
+    from aligntune.data.spec import DatasetSpec
 
 
 def is_set(spec: BaseModel, key: str) -> bool:
@@ -42,9 +44,17 @@ def check_hub_keys(hub: HubSpec) -> None:
         refuse_ignored("hub", hub, ("private", "timeout_s"), why, "set that")
 
 
+def check_template_keys(model: ModelSpec, data: DatasetSpec) -> None:
+    """Refuse what is of a chat template where none is applied (UserError)."""
+    if not data.apply_chat_template:
+        why = "with data.apply_chat_template=false no chat template is applied"
+        refuse_ignored("model", model, ("chat_template_kwargs",), why)
+
+
 def check_online_keys(config: RunConfig) -> None:
     """Refuse the keys of an online run that would do nothing (UserError)."""
     check_hub_keys(config.hub)
+    check_template_keys(config.model, config.data)
     if config.checkpoint.storage is None:
         refuse_ignored(
             "checkpoint",
@@ -74,6 +84,10 @@ def check_online_keys(config: RunConfig) -> None:
 def check_table_keys(config: PreferenceConfig) -> None:
     """Refuse the keys of a job over a table that would do nothing (UserError)."""
     check_hub_keys(config.hub)
+    check_template_keys(config.model, config.data)
+    if config.algorithm_name == "reward_model":
+        why = "what scores with a reward model renders by the template's own defaults"
+        refuse_ignored("model", config.model, ("chat_template_kwargs",), why)
     refuse_ignored(
         "cluster",
         config.cluster,

@@ -81,7 +81,9 @@ RewardField = Annotated[RewardFunctionSpec | RewardModelSpec | RewardUrlSpec, On
 class TrainSpec(Spec):
     """How much is trained and in which units."""
 
-    steps: Positive | None = Field(None, description="optimiser batches; or give epochs")
+    steps: Positive | None = Field(
+        None, description="of the run, each with groups_per_step prompts; or give epochs"
+    )
     epochs: float | None = Field(None, gt=0, description="passes over the prompts; default 1")
     groups_per_step: Positive = Field(32, description="prompts of a step")
     completions_per_group: Positive | None = Field(None, description="G; default: the algorithm's")

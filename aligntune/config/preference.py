@@ -219,7 +219,9 @@ class PreferenceTrainSpec(OptimizerSpec):
         1, description="forward passes of an optimiser step", json_schema_extra=AUTO
     )
     seed: int = Field(0, ge=0, description="of data order and new weights")
-    deepspeed: dict[str, Any] | None = Field(None, description="a DeepSpeed config, passed on")
+    deepspeed: dict[str, Any] | None = Field(
+        None, description="a DeepSpeed config, passed on; without optimizer and scheduler"
+    )
     max_failures: int = Field(3, ge=0, description="restarts from the last checkpoint per run")
     start_timeout_s: Seconds = Field(600.0, description="longest wait for the workers to start")
     step_timeout_s: Seconds = Field(3600.0, description="longest time without a sign of life")
@@ -348,6 +350,13 @@ def _check(config: PreferenceConfig) -> None:
         "train",
         "train.deepspeed" if train.deepspeed is not None else None,
     )
+    for section in ("optimizer", "scheduler"):
+        if section in (train.deepspeed or {}):
+            raise UserError(
+                f"train.deepspeed has the section {section}, and train has the settings of AdamW "
+                "and its schedule (learning_rate, weight_decay, adam_betas, adam_epsilon, "
+                "scheduler, warmup_steps); remove the section"
+            )
     stage = ((train.deepspeed or {}).get("zero_optimization") or {}).get("stage")
     if stage == 3 and config.model.lora is not None:
         raise UserError("train.deepspeed stage 3 and model.lora do not go together; use stage 2")

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from actors.messages import Messages
+from actors.models.templates import check_given
 from actors.scoring.model import rendered, tokens_of
 from aligntune.data.dropped import RowRules, settle_rows
 from aligntune.data.errors import DataError, Reason
@@ -305,17 +306,23 @@ def _known_to_trl(tokenizer: Any) -> str:
     from trl.chat_template_utils import get_training_chat_template
 
     try:
-        return str(get_training_chat_template(tokenizer))
+        template = str(get_training_chat_template(tokenizer))
     except ValueError as error:
         raise NoMarks from error
+    try:
+        check_given(tokenizer, template)
+    except ValueError as error:
+        raise NoMarks(f"model.chat_template_kwargs: {error}") from error
+    return template
 
 
 class NoMarks(DataError):
-    """The chat template does not say which tokens are answers."""
+    """The chat template does not say which tokens are answers, or not as it was asked to."""
 
-    def __init__(self) -> None:
+    def __init__(self, why: str | None = None) -> None:
         super().__init__(
-            "the model's chat template does not mark what the assistant writes "
+            why
+            or "the model's chat template does not mark what the assistant writes "
             "({% generation %}), and TRL knows no form of it that does: mark it, give columns "
             "prompt and completion, or set algorithm.loss_on: all"
         )

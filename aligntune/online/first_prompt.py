@@ -16,9 +16,10 @@ from actors.scoring.said import Completion
 from actors.specs import RewardFunctionSpec
 from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
-from aligntune.rewards.trial import REMOTE, Group, called_once, short_completions, why
+from aligntune.rewards.trial import REMOTE, Group, called_once, is_ours, short_completions, why
 
 TEXT_CHARACTERS = 40  # of a completion, where it is shown
+NOTE = "note: "  # begins a line that a run tells too, not the dry run alone
 
 
 def try_rewards(
@@ -58,6 +59,12 @@ def try_rewards(
             for text, score in zip(texts, scores, strict=True)
         )
         lines.append(f"reward {criterion.name}: {values} (row {first.row})")
+        messages = config.plays or not isinstance(first.source, str)
+        if messages and not is_ours(criterion) and scores[0] == scores[1] is not None:
+            lines.append(
+                f"{NOTE}reward {criterion.name} gives two completions the same score. They are "
+                "lists of messages here: the text of one is completion[-1]['content']"
+            )
     return lines
 
 

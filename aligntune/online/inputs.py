@@ -20,6 +20,7 @@ from actors.models.loading import (
     load_tokenizer,
 )
 from actors.models.positions import model_positions
+from actors.models.templates import check_given
 from actors.reward import Criterion
 from actors.scoring.criteria import EpisodeCriterion
 from actors.specs import RewardFunctionSpec
@@ -118,6 +119,10 @@ class RunInputs:
             check_adapters(self.config.model)
         except ModelError as error:
             raise UserError(f"model.lora: {error}") from error
+        try:
+            check_given(tokenizer)
+        except ValueError as error:
+            raise UserError(f"model.chat_template_kwargs: {error}") from error
         return tokenizer
 
     @cached_property

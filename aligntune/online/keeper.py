@@ -27,7 +27,7 @@ from aligntune.runs.deadline import asked
 from aligntune.runs.mirror import Mirror
 from aligntune.runs.modes import as_usual
 from aligntune.runs.publish import write_card_of
-from aligntune.runs.rundir import RunDir
+from aligntune.runs.rundir import RunDir, identity
 from aligntune.tracking.metrics import EventKind
 
 Stands = Callable[[int], Awaitable[bool]]  # (step): whether its checkpoint may be complete
@@ -61,6 +61,7 @@ class Keeper:
         self._learner = learner
         self._log = log
         self._fingerprint = fingerprint
+        self._identity = identity(config)
         self._checkpoints = checkpoints
         self._recorder = recorder
         self._rundir = Path(config.output_dir).absolute()
@@ -156,6 +157,7 @@ class Keeper:
             "ledger": boundary.ledger,
             "algorithm": boundary.algorithm.model_dump(mode="json"),
             "prompts": self._fingerprint,
+            "run": self._identity,
         }
         commit = self._commit(state, staging, stands)
         self._committing = asyncio.create_task(commit, name="commit")

@@ -1,7 +1,7 @@
 """What a process of a run starts from, as the disk was left.
 
-Invariant: a run starts from a checkpoint that is whole, with books that can go back to it. What was
-damaged is passed over, and said.
+Invariant: a run starts from a checkpoint of its own kind that is whole, with books that can go back
+to it. What was damaged is passed over, and said.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ def starting_point(
             damaged += mirror.fetch(checkpoints)
     damaged += checkpoints.damaged()
     checkpoint = rundir.start_from(checkpoints, resume)
+    if checkpoint and checkpoints.is_from_elsewhere(checkpoint):
+        _check_same(checkpoint, config, f"--resume {resume}")
     if checkpoint and checkpoint.step > total_steps:
         raise too_few_steps(config.train.steps, total_steps, checkpoint.step)
     if checkpoint and checkpoint.state["prompts"] != fingerprint:
@@ -77,6 +79,20 @@ def starting_point(
             "restore the data, or name another output_dir"
         )
     return Start(checkpoint, tuple(damaged))
+
+
+def _check_same(checkpoint: Checkpoint, config: RunConfig, where: str) -> None:
+    """Whether the run that made it, in another folder, could go on with `config`. Raises
+    UserError."""
+    run = checkpoint.state.get("run")
+    if run is None:  # an older version wrote it
+        run = RunDir(checkpoint.path.resolve().parent.parent).previous()
+    if run is None:
+        raise UserError(
+            f"{where} does not say what run it is of; leave it in the checkpoints/ of that run, "
+            "with its config.yaml beside them"
+        )
+    changes(run, config, where)
 
 
 def begin_from(

@@ -19,6 +19,7 @@ from aligntune.data.prompts import PromptSource
 from aligntune.errors import UserError
 from aligntune.online.doing import starts
 from aligntune.online.figures import check_best
+from aligntune.online.first_prompt import NOTE
 from aligntune.online.ignoring import ignore
 from aligntune.online.inputs import RunInputs
 from aligntune.online.ledger import audit
@@ -68,6 +69,7 @@ class OnlineTrainer:
         """`functions` are reward callables by criterion name, for those without an import path;
         `objects` are tools, environments and the agent by their path in the config."""
         self.inputs = RunInputs(config, functions or {}, objects)
+        self._settled = False
 
     @property
     def config(self) -> RunConfig:
@@ -126,14 +128,22 @@ class OnlineTrainer:
         return rundir
 
     def settle(self, resume: str = "auto") -> None:
-        """Decide what the config leaves open of what the roles take, by the machines that there
-        are; connects to the cluster that the config names, if it names one. Raises UserError."""
+        """Decide, the first time, what the config leaves open of what the roles take, by the
+        machines that there are; connects to the cluster that the config names, if it names one.
+        Raises UserError."""
+        if self._settled:
+            return
         mirror = self._mirror(RunDir(Path(self.config.output_dir).absolute()))
         self.inputs.settle_resources(resume, mirror.config() if mirror else None)
+        self._settled = True
 
-    def summary(self) -> str:
-        """What a run would do, for --dry-run: data, steps and what the roles ask for, and what the
-        rewards say of the first prompt, on which they are called here. Raises UserError."""
+    def summary(self, resume: str = "auto") -> str:
+        """What `train(resume)` would do: data, steps, what was decided and what the roles ask for,
+        and what the rewards say of the first prompt, on which they are called here.
+
+        It settles first, and starts nothing. Raises UserError.
+        """
+        self.settle(resume)
         source, train = self.prompts, self.config.train
         requests = role_requests(self.config)
         asked = totals(requests)
@@ -184,7 +194,7 @@ class OnlineTrainer:
             at_end = checkpoint is not None and checkpoint.step == self.total_steps
             if at_end and resume == "auto" and is_over(rundir, self.total_steps):
                 return self._result_of_before(rundir)
-            self.inputs.tried(rundir.file(LOGS) / TRIED)
+            tried = self.inputs.tried(rundir.file(LOGS) / TRIED)
             rundir.describe(self.config)
             start = begin_from(start, rundir, checkpoints, mirror, resume)
             checkpoint = start.checkpoint
@@ -197,7 +207,8 @@ class OnlineTrainer:
             ) as recorder:
                 for kind, fields in self.inputs.events():
                     recorder.event(kind, **fields)
-                for line in [*rundir.told(), *self.inputs.told()]:
+                notes = [line for line in tried if line.startswith(NOTE)]
+                for line in [*rundir.told(), *self.inputs.told(), *notes]:
                     recorder.note(line)
                 start.tell(recorder)
                 with self._roles(recorder.stage) as roles:
@@ -322,6 +333,8 @@ class OnlineTrainer:
 
     def export(self, path: str | Path, step: int | str | None = None) -> int:
         """Write the model of a checkpoint to a new folder, and return the checkpoint's step.
+
+        This starts the policy's ranks, to load the checkpoint.
 
         Args:
             path: the folder to make.

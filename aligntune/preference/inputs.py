@@ -19,6 +19,7 @@ from actors.models.loading import (
     load_tokenizer,
 )
 from actors.models.positions import model_positions
+from actors.models.templates import check_given
 from actors.scoring.criteria import RewardCriterion
 from aligntune.config.preference import PreferenceConfig
 from aligntune.config.warm_up import SFTSpec
@@ -100,6 +101,10 @@ class PairInputs:
                 check_adapters(self.config.model)
         except ModelError as error:
             raise UserError(f"model.lora: {error}") from error
+        try:
+            check_given(tokenizer)
+        except ValueError as error:
+            raise UserError(f"model.chat_template_kwargs: {error}") from error
         return tokenizer
 
     @cached_property

@@ -80,6 +80,7 @@ class PreferenceTrainer:
     ) -> None:
         """`functions` are reward callables by criterion name, for those without an import path."""
         self.inputs = PairInputs(config, functions or {})
+        self._settled = False
 
     @property
     def config(self) -> PreferenceConfig:
@@ -134,12 +135,20 @@ class PreferenceTrainer:
         return rundir
 
     def settle(self, resume: str = "auto") -> None:
-        """Decide what the config leaves open of what the workers take, by the machines that there
-        are; connects to the cluster that the config names, if it names one. Raises UserError."""
+        """Decide, the first time, what the config leaves open of what the workers take, by the
+        machines that there are; connects to the cluster that the config names, if it names one.
+        Raises UserError."""
+        if self._settled:
+            return
         self.inputs.settle_workers(self._storage(self._rundir).config())
+        self._settled = True
 
-    def summary(self) -> str:
-        """What a job would do, for --dry-run."""
+    def summary(self, resume: str = "auto") -> str:
+        """What `train(resume)` would do: steps, data, what was decided and what workers ask for.
+
+        It settles first, and starts nothing. Raises UserError.
+        """
+        self.settle(resume)
         pairs, train = self.pairs, self.config.train
         held_out = len(self.eval_pairs) if self.eval_pairs else 0
         things, table = self.inputs.things, self.inputs.table

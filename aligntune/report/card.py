@@ -75,7 +75,7 @@ def card(run: RunOnDisk, step: int) -> str:
         f"# {run.name}",
         f"{_named(base)}, trained by {method} for {step} steps with aligntune.",
         "## How to use it",
-        _usage(rewards),
+        _usage(rewards, run.config.get("model", {}).get("chat_template_kwargs") or {}),
         "## What it was trained on",
         "\n".join(_data(run)),
         "## Results",
@@ -88,21 +88,22 @@ def card(run: RunOnDisk, step: int) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _usage(rewards: bool) -> str:
+def _usage(rewards: bool, variables: Mapping[str, Any]) -> str:
     if rewards:
         return (
             "Score texts with it in another run by `rewards: [{model: FOLDER}]`, or load it with\n"
             "`AutoModelForSequenceClassification.from_pretrained(FOLDER)`; its one label is the\n"
             "score."
         )
-    return """```python
+    more = "".join(f", {name}={value!r}" for name, value in variables.items())
+    return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
-question = [{"role": "user", "content": "..."}]
+question = [{{"role": "user", "content": "..."}}]
 inputs = tokenizer.apply_chat_template(
-    question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    question, add_generation_prompt=True, return_tensors="pt", return_dict=True{more}
 )
 answer = model.generate(**inputs, max_new_tokens=256)[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))

@@ -127,11 +127,16 @@ def called_once(
     return dict(zip(criteria, loops.run(all_of_them()), strict=True))
 
 
+def is_ours(criterion: RewardCriterion) -> bool:
+    """Whether the function is one of this project's, and none of the user's own."""
+    target = criterion.target
+    return isinstance(target, str) and target.startswith("aligntune.rewards.")
+
+
 def why(criterion: RewardCriterion | RewardModelCriterion, failed: RewardFailed) -> tuple[str, str]:
     """A failure for a person: one line, and the lines of the user's own code below it; none where
     the reward is of ours."""
-    target = criterion.target if isinstance(criterion, RewardCriterion) else None
-    if isinstance(target, str) and target.startswith("aligntune.rewards."):
+    if isinstance(criterion, RewardCriterion) and is_ours(criterion):
         last = failed.detail.splitlines()[-1]
         return f"reward {failed.criterion!r} failed ({failed.reason}): {last}", ""
     first, *below = str(failed).splitlines()

@@ -58,8 +58,9 @@ def best_checkpoint(rundir: RunDir, best: Best | None) -> tuple[Checkpoint, str]
     none, or has none yet."""
     if best is None:
         raise UserError(
-            f"the run in {rundir.path} keeps no best checkpoint; set checkpoint.best.metric, as in "
-            "checkpoint.best.metric=eval/reward/mean, when it is trained"
+            f"the run in {rundir.path} keeps no best checkpoint; set checkpoint.best.metric and "
+            "eval.every_steps when it is trained, as in checkpoint.best.metric=eval/reward/mean "
+            "eval.every_steps=20"
         )
     checkpoints = Checkpoints(rundir.file("checkpoints"), keep_last=1, to_read=True)
     values = best.values(readable(rundir.file(EVALS)))

@@ -33,7 +33,9 @@ from aligntune.runs.jsonl import readable
 IDENTITY = (
     "algorithm.name",
     "model.name",
+    "model.revision",
     "model.lora",
+    "critic.model",
     "data.path",
     "data.train",
     "data.split",
@@ -48,7 +50,7 @@ IDENTITY = (
     "train.pairs_per_worker",
     "train.accumulation_steps",
 )
-PLACES = ("model.name", "data.path")
+PLACES = ("model.name", "critic.model", "data.path")
 """Those of them that may be local paths: two spellings of one folder are the same."""
 LOGS = "logs"
 TRIED = "reward.log"
@@ -123,6 +125,15 @@ def changes(old: dict[str, Any], config: BaseModel, where: str) -> dict[str, tup
     return changed
 
 
+def identity(config: BaseModel) -> dict[str, Any]:
+    """What makes a run the same run: {dotted path: value}, which `changes` takes as a tree."""
+    return {path: value for path, value in flatten(tree_of(config)).items() if _of_identity(path)}
+
+
+def _of_identity(path: str) -> bool:
+    return any(path == own or path.startswith(f"{own}.") for own in IDENTITY)
+
+
 def _of_the_kernel(folder: Path) -> bool:
     """Whether it lies in /proc or /sys, where access says what is not so."""
     return any(part in (Path("/proc"), Path("/sys")) for part in (folder, *folder.parents))
@@ -134,7 +145,7 @@ def _identifies(path: str, config: BaseModel) -> bool:
     strategy = getattr(getattr(config, role, None), "strategy", None)
     if key == "ranks" and isinstance(strategy, StrategySpec) and strategy.reshards:
         return False
-    return any(path == own or path.startswith(f"{own}.") for own in IDENTITY)
+    return _of_identity(path)
 
 
 def _same_place(path: str, was: Any, now: Any) -> bool:

@@ -12,16 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from actors.engines.transformers import matched_parameters
 from actors.messages import LossTerms, TokenBatch, TokenTargets, UpdateJob
 from actors.models.adapters import adapters_of
+from actors.models.attention import attend
 from actors.models.loading import ModelError, check_adapters, load_causal_lm, load_tokenizer
 from actors.policy import PolicyActor
 from actors.ranks import NonFiniteUpdate
 from actors.specs import LoRASpec, ModelSpec
 from actors.strategies.optimizer import learning_rate
 from actors.strategies.specs import DeepSpeedSpec, FSDPSpec, StrategySpec
+from actors.strategies.torch import TorchStrategy
 from aligntune.algorithms.grpo import GRPO
 from tests.actors.policy_cases import (
     Probe,
@@ -468,6 +471,31 @@ def test_an_exported_model_loads_and_says_the_same(
     assert load_tokenizer(spec).encode("w5 w9") == [5, 9]
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}, {"eos_token_id": 2}),
+        ({"do_sample": True, "temperature": 0.9}, {"do_sample": True, "temperature": 0.9}),
+        (
+            {"length_penalty": 2.0, "eos_token_id": [2, 3], "pad_token_id": -1},
+            {"eos_token_id": [2, 3]},
+        ),
+    ],
+    ids=["sampling only", "samples", "beams only"],
+)
+def test_a_model_is_exported_though_its_generation_config_contradicts_itself(
+    folder: Path, tmp_path: Path, given: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    """transformers loads such a one, and refuses to save it."""
+    shutil.copytree(folder, tmp_path / "given")
+    (tmp_path / "given" / "generation_config.json").write_text(json.dumps(given))
+    one_rank(tmp_path / "given").save_model(tmp_path / "model")
+    load_causal_lm(ModelSpec(name=str(tmp_path / "model")))
+    written = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    del written["transformers_version"]
+    assert written == kept
+
+
 def test_bfloat16_keeps_updates_smaller_than_its_last_digit(folder: Path) -> None:
     actor = one_rank(folder, {"dtype": "bfloat16"}, learning_rate=1e-6)
     start = {n: p.detach().clone() for n, p in actor._strategy.model.named_parameters()}
@@ -485,6 +513,48 @@ def test_gradient_checkpointing_gives_the_same_gradient(folder: Path) -> None:
     )
     for name in plain:
         torch.testing.assert_close(saved[name], plain[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_flash_kernels_run_on_the_device_alone_and_are_looked_at_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, apart: bool
+) -> None:
+    placed: list[bool] = []
+
+    def kernel(module: Any, q: Any, k: Any, v: Any, mask: Any, **options: Any) -> Any:
+        assert placed, "the weights lie on a CPU"
+        ends = options.pop("cu_seq_lens_q", None)
+        return attend(module, q, k, v, None, cu_seq_lens_q=ends if apart else None, **options)
+
+    def load(spec: ModelSpec, lora: bool) -> Any:
+        model = load_causal_lm(spec.model_copy(update={"attention": "sdpa"}), lora)
+        model.config._attn_implementation = spec.attention
+        return model
+
+    def setup(strategy: TorchStrategy, *address: Any) -> None:
+        place(strategy, *address)
+        placed.append(True)
+
+    place = TorchStrategy.setup
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", kernel)
+    monkeypatch.setattr("actors.policy.load_causal_lm", load)
+    monkeypatch.setattr(TorchStrategy, "setup", setup)
+    model, settings = {"attention": "flash_attention_2"}, {"packing": True}
+    if apart:
+        assert one_rank(folder, model, **settings)._attention == "packed rows, flash_attention_2"
+        return
+    with pytest.raises(ModelError, match=r"packed rows other .*set policy.packing to false"):
+        one_rank(folder, model, **settings)
+
+
+def test_a_policy_that_draws_at_random_while_it_trains_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "noisy")
+    noise = {"num_local_experts": 4, "router_jitter_noise": 1.0}
+    causal_lm("Phimoe", **noise).save_pretrained(tmp_path / "noisy")
+    with pytest.raises(ModelError, match="PhimoeForCausalLM draws at random while it trains"):
+        one_rank(tmp_path / "noisy")
 
 
 @pytest.mark.slow

@@ -74,7 +74,9 @@ def process() -> Iterator[Process]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_folder(tmp_path_factory.mktemp("policy"))
+    folder = make_model_folder(tmp_path_factory.mktemp("policy"))
+    (folder / "generation_config.json").write_text('{"temperature": 0.9, "eos_token_id": 2}')
+    return folder
 
 
 def make_actor(backend: str, model: ModelSpec, settings: dict[str, Any]) -> PolicyActor:

@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 import torch
 
+from actors.preference.worker import METRICS
 from aligntune import cli
 from aligntune.algorithms import registry
 from aligntune.config import keywords
@@ -580,9 +581,22 @@ def test_algorithms_are_listed_with_their_needs_and_backends() -> None:
         assert ("a reward model" in row[3]) == needs.reward_model
 
 
-def test_commands_that_are_said_not_to_be_there_are_not() -> None:
-    names = {name.removeprefix("aligntune ") for name in missing_commands()}
-    assert names.isdisjoint(command_names())
+def test_what_is_said_not_to_be_there_is_not() -> None:
+    """Neither a command nor, by its name in capitals or backticks, a key or a choice."""
+    tables = "\n".join(doc_tables().tables().values())
+    choices = {name for row in rows_of(tables) for name in in_backticks(" ".join(row[:2]))}
+    assert {"fsdp", "nccl", "weight_sync"} <= choices
+    for row in rows_of(section_of("README.md", "What works today")):
+        if row[1] == "not there yet":
+            named = {*in_backticks(row[0]), *re.findall(r"\b[A-Z]{3,}\b", row[0])}
+            named = {name.removeprefix("aligntune ").lower() for name in named}
+            assert named.isdisjoint(choices | command_names()), row
+
+
+def test_figures_of_jobs_over_tables_are_documented() -> None:
+    rows = rows_of(section_of("docs/architecture.md", "Metrics of a job over a table"))
+    named = {name.removeprefix("eval/") for row in rows for name in in_backticks(row[0])}
+    assert set(METRICS.values()) <= named
 
 
 def test_registered_rewards_are_in_the_changelog() -> None:

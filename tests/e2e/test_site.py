@@ -122,6 +122,17 @@ def keys_of_trl(*names: str) -> set[str]:
     return shared.union(*own)
 
 
+def arguments_of_trl(*names: str) -> set[str]:
+    """What TRL's trainers take beside their settings."""
+    found = set()
+    for name in names:
+        path = installed("trl") / "trainer" / f"{name}_trainer.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                found |= {argument.arg for argument in node.args.args}
+    return found
+
+
 def our_keys() -> set[str]:
     """Every key of both trees, by its dotted path."""
     tables = doc_tables()
@@ -152,7 +163,9 @@ def test_the_keys_of_trl_that_are_moved_from_exist() -> None:
     of = {
         "TRL: GRPOConfig": keys_of_trl("grpo"),
         "TRL: what all its trainers share": keys_of_trl(),
+        "TRL: SFTConfig": keys_of_trl("sft"),
         "TRL: DPOConfig and RewardConfig": keys_of_trl("dpo", "reward"),
+        "TRL: arguments of its trainers": arguments_of_trl("grpo", "dpo", "reward", "sft"),
     }
     shown = dict(tables_of_moving())
     for heading, known in of.items():

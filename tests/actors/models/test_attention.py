@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AttentionInterface
 
 import actors.models.attention as attention
 from actors.models.attention import PACKED_ROWS, attend, settle
 from actors.models.inputs import collate
+from actors.models.loading import ModelError
 from actors.models.logprobs import LogProbModel, check_model
+from actors.models.values import ValueModel, check_packing
+from actors.preference.packed import check_apart
 from actors.specs import ModelSpec
 from tests.actors.policy_cases import VOCABULARY, causal_lm
 
@@ -93,6 +100,39 @@ def test_a_model_that_cannot_attend_by_rows_keeps_its_own_attention_and_it_is_sa
         assert packing(causal, True) == (True, f"packed rows, sdpa with a dense mask: {why}")
         assert causal.config._attn_implementation != PACKED_ROWS
         check_model(LogProbModel(causal, 16), packing=True)
+
+
+def check_rows(causal: Any) -> None:
+    """The check of a job over packed rows, of which DeepSpeed has not placed the model yet."""
+    where = SimpleNamespace(device=torch.device("meta"))
+    check_apart(SimpleNamespace(model=causal, args=where, compute_loss_context_manager=nullcontext))
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda causal: check_model(LogProbModel(causal, 16), packing=True, training=True),
+        lambda causal: check_packing(ValueModel(causal), "m"),
+        check_rows,
+    ],
+    ids=["log-probs", "values", "rows of a job"],
+)
+def test_on_a_cpu_a_model_is_checked_without_flash_kernels_and_keeps_them(
+    check: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kernel(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a kernel of GPUs was given tensors on a CPU")
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", kernel)
+    causal = causal_lm()
+    causal.config._attn_implementation = "flash_attention_2"
+    check(causal)
+    assert causal.config._attn_implementation == "flash_attention_2"
+    mixing = causal.base_model.embed_tokens
+    mixing.register_forward_hook(lambda _, __, found: found + found.cumsum(1))
+    with pytest.raises(ModelError, match="pack"):
+        check(causal)
+    assert causal.config._attn_implementation == "flash_attention_2"
 
 
 @pytest.mark.parametrize("asked", [{"softcap": 30.0}, {"s_aux": torch.ones(2)}, {"dropout": 0.1}])

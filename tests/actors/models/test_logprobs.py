@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -163,6 +164,33 @@ def test_a_model_whose_logits_are_not_understood_is_refused() -> None:
     model.forward = odd
     with pytest.raises(ModelError, match="transforms its logits in a way that is not supported"):
         check_model(LogProbModel(model, 4), packing=False)
+
+
+def test_a_model_whose_training_mode_is_random_is_refused_and_the_random_stream_stays() -> None:
+    noisy = causal_lm("Phimoe", num_local_experts=4, router_jitter_noise=1.0)
+    before = torch.get_rng_state()
+    check_model(LogProbModel(noisy, 4), packing=False)
+    with pytest.raises(ModelError, match="PhimoeForCausalLM draws at random while it trains"):
+        check_model(LogProbModel(noisy, 4), packing=False, training=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_neither_dropout_of_new_adapters_nor_an_order_of_adding_is_taken_for_that() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.5)
+    model = LogProbModel(get_peft_model(causal_lm(), lora), 64)
+    check_model(model, packing=True, training=True)
+    decoder, rounding = model.causal_lm.base_model, itertools.count(1)
+    honest = decoder.forward
+
+    def inexact(**kwargs: Any) -> Any:
+        out = honest(**kwargs)
+        out.last_hidden_state = out.last_hidden_state * (1 + 1e-7 * next(rounding))
+        return out
+
+    decoder.forward = inexact
+    check_model(model, packing=True, training=True)
 
 
 def test_a_model_that_mixes_packed_sequences_is_refused_for_packing_only() -> None:

@@ -15,7 +15,7 @@ from actors.messages import GroupTensors, Row
 from actors.models.attention import Pieces, settle
 from actors.models.inputs import collate_rows
 from actors.models.loading import ModelError
-from actors.models.logprobs import LogProbModel, check_shared, rows_of
+from actors.models.logprobs import LogProbModel, check_packs, rows_of
 from actors.specs import ModelSpec
 from tests.actors.policy_cases import causal_lm, make_group
 
@@ -196,7 +196,7 @@ def test_a_device_that_attends_otherwise_is_found_at_the_start(
 ) -> None:
     causal = causal_lm()
     model = sharing(causal, causal)
-    check_shared(model, model, SPEC, CPU)
+    check_packs(model, model, SPEC, CPU, shared=True)
     monkeypatch.setattr(where, name, broken)
     with pytest.raises(ModelError, match=r"set policy\.shared_prompts to false"):
-        check_shared(model, model, SPEC, CPU)
+        check_packs(model, model, SPEC, CPU, shared=True)

@@ -364,8 +364,17 @@ def test_the_adaptive_weight_goes_to_the_next_step() -> None:
     assert after.kl_target == 0.2
     assert algorithm.beta == 0.1
     assert PPO(beta=0.1).after_step({}, completions=10).beta == 0.1
-    with pytest.raises(KeyError, match="kl/reference"):
-        algorithm.after_step({}, completions=10)
+    assert algorithm.after_step({}, completions=10) == algorithm, "no token was trained"
+
+
+@pytest.mark.parametrize("algorithm", [PPO(beta=0.1), GRPO(beta=0.1, kl_in="reward")])
+def test_a_step_without_a_trained_token_has_no_mean_over_tokens(algorithm: Algorithm) -> None:
+    groups = [
+        dataclasses.replace(group, trained=(False,) * len(group.lengths))
+        for group in random_groups(0)
+    ]
+    _, figures = algorithm.prepare(groups)
+    assert figures.keys() <= {"ppo/beta"}
 
 
 def test_a_resumed_run_keeps_the_adapted_weight_and_else_what_the_config_says() -> None:

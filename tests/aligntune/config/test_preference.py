@@ -41,7 +41,7 @@ def test_a_dumped_config_is_read_back_equal() -> None:
 
 
 def test_auto_is_a_value_where_the_machines_decide_nothing() -> None:
-    given = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "bf16": {"enabled": "auto"}}
+    given = {"zero_optimization": {"reduce_bucket_size": "auto"}, "bf16": {"enabled": "auto"}}
     made = config(train={"deepspeed": given, "workers": "auto"}, data={"path": "d"})
     for one in (made, load_config(yaml.safe_load(dump(made)))):
         assert isinstance(one, PreferenceConfig)
@@ -99,6 +99,12 @@ REFUSED = {
     "'train.worker'; did you mean 'train.workers'": ["train.worker=1"],
     "'rollout'": ["rollout.temperature=1"],
     "needs the chat template": ["data.system_prompt=s", "data.apply_chat_template=false"],
+    "train.deepspeed has the section optimizer": [
+        "train.deepspeed={optimizer: {type: Lamb, params: {lr: auto}}}"
+    ],
+    "train.deepspeed has the section scheduler": [
+        "train.deepspeed={scheduler: {type: WarmupLR, params: {warmup_num_steps: auto}}}"
+    ],
     "stage 3 and model.lora": [
         "train.deepspeed={zero_optimization: {stage: 3}}",
         "model.lora={}",

@@ -22,10 +22,14 @@ from aligntune import create_rl_trainer
 from aligntune.config.load import load_config
 from aligntune.config.tree import dump
 from aligntune.errors import UserError
-from aligntune.online.first_prompt import try_rewards
+from aligntune.online import settle_resources
+from aligntune.online.first_prompt import NOTE, try_rewards
 from aligntune.online.trainer import OnlineTrainer
+from aligntune.preference import settle_workers
 from aligntune.preference.trainer import PreferenceTrainer
 from aligntune.tracking.metrics import EventKind
+from cluster.machines import Machines
+from cluster.resources import described
 
 
 @pytest.fixture
@@ -65,9 +69,6 @@ def test_a_group_algorithm_runs_on_preferences_with_nothing_else_set(
     assert trainer.config.rollout.max_prompt_length == 6
     assert len(trainer.prompts) == 20
     assert trainer.prompts.prompt_at(0).columns.keys() == {"chosen", "rejected"}
-    summary = trainer.summary()
-    assert "settled: rewards=['preference']" in summary
-    assert "train: 2 of 22 rows dropped: 1 equal, 1 too long" in summary
     *settled, dropped = trainer.inputs.events()
     assert {fields["path"] for kind, fields in settled if kind is EventKind.SETTLED} == {
         "rewards",
@@ -75,6 +76,31 @@ def test_a_group_algorithm_runs_on_preferences_with_nothing_else_set(
         "rollout.max_completion_length",  # the default is more than the model reads
     }
     assert dropped[0] is EventKind.ROWS_DROPPED
+    summary = trainer.summary()
+    assert "settled: rewards=['preference']" in summary
+    assert "train: 2 of 22 rows dropped: 1 equal, 1 too long" in summary
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
+def test_a_summary_says_what_the_machines_decide_and_asks_them_once(
+    make: Any, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    asked: list[object] = []
+
+    def one_gpu(spec: object) -> Machines:
+        asked.append(spec)
+        return Machines(described(1, 1, "h100-80gb"), 16, here=True)
+
+    for module in (settle_resources, settle_workers):
+        monkeypatch.setattr(module, "machines", one_gpu)
+    trainer = make(algorithm)
+    summary = trainer.summary()
+    assert "settled: model.dtype=bfloat16" in summary
+    assert re.search(r"^(policy|trainer): 1 x .* 1 GPU$", summary, re.MULTILINE)
+    assert trainer.config.model.dtype == "bfloat16"
+    trainer.settle()
+    assert trainer.summary() == summary
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
@@ -186,7 +212,10 @@ def broken(completions, **columns):
     return [1 / len(text) for text in completions]
 def roles(completions, **columns):
     return [float(said[0]["role"] == "assistant") for said in completions]
-
+def correct(completions, answer, **columns):
+    return [float(text == right) for text, right in zip(completions, answer)]
+def correct_text(completions, answer, **columns):
+    return correct([said[-1]["content"] for said in completions], answer)
 def slow(completions, **columns):
     time.sleep(3600)
 """
@@ -233,7 +262,24 @@ def test_where_rollouts_are_episodes_the_first_call_has_messages_too(own: str) -
     )
     first = Prompt(3, "2+3", "2+3", np.zeros(1, np.int32), {"answer": "5"})
     assert try_rewards(config, [criterion], first, None) == [  # type: ignore[arg-type]
-        "reward roles: '' -> 1, '5' -> 1 (row 3)"
+        "reward roles: '' -> 1, '5' -> 1 (row 3)",
+        f"{NOTE}reward roles gives two completions the same score. {OF_MESSAGES}",
+    ]
+
+
+OF_MESSAGES = "They are lists of messages here: the text of one is completion[-1]['content']"
+
+
+def test_a_function_that_may_take_messages_for_text_is_told_in_the_run(
+    make: Any, own: str, pairs: Path
+) -> None:
+    asked = [{"role": "user", "content": "2+3"}]
+    pairs.write_text(json.dumps({"prompt": asked, "answer": "5"}) + "\n")
+    trainer = make("grpo", reward_functions=[f"{own}:correct", f"{own}:correct_text"])
+    assert trainer.inputs.tried() == [
+        "reward correct: '' -> 0, '5' -> 0 (row 0)",
+        f"{NOTE}reward correct gives two completions the same score. {OF_MESSAGES}",
+        "reward correct_text: '' -> 0, '5' -> 1 (row 0)",
     ]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,17 @@ from aligntune.online.starting import Start, begin_from, starting_point
 from aligntune.online.trainer import OnlineTrainer
 from aligntune.runs.checkpoint import Checkpoint, Checkpoints
 from aligntune.runs.mirror import Mirror
-from aligntune.runs.rundir import RunDir
+from aligntune.runs.rundir import RunDir, identity
 from tests.aligntune.online.test_settle_resources import config
+from tests.aligntune.online.world import World, ahead
 
 
-def save(folder: Path, step: int, fingerprint: str = "f") -> Checkpoint:
-    """A checkpoint of `step` of the run in `folder`."""
+def save(folder: Path, step: int, **state: Any) -> Checkpoint:
+    """A checkpoint of `step` of a run in `folder`, of `config()`'s kind."""
     checkpoints = Checkpoints(folder / "checkpoints", 2)
     checkpoints.begin(step)
-    state = {"step": step, "prompts": fingerprint, "ledger": Ledger.beginning()}
-    return checkpoints.commit(step, state)
+    kept = {"prompts": "f", "ledger": Ledger.beginning(), "run": identity(config())}
+    return checkpoints.commit(step, {"step": step, **kept, **state})
 
 
 def start(config: RunConfig, folder: Path, storage: Path, resume: str = "auto") -> Start:
@@ -76,6 +79,44 @@ def test_a_run_that_went_back_stays_there_though_its_storage_was_ahead(
     anew = start(config(), tmp_path / "new", storage)
     assert anew.checkpoint is not None
     assert anew.checkpoint.step == 5
+
+
+@pytest.mark.parametrize("version", ["this", "an older one"])
+def test_a_checkpoint_of_another_kind_of_run_is_refused_and_nothing_is_changed(
+    tmp_path: Path, version: str
+) -> None:
+    other, run = tmp_path / "other", tmp_path / "run"
+    run.mkdir()
+    state = {} if version == "this" else {"run": None}
+    chosen = str(save(other, 5, **state).path)
+    if version != "this":
+        with pytest.raises(UserError, match="does not say what run it is of; leave it in the"):
+            start(config(), run, tmp_path / "bucket", chosen)
+        RunDir(other).describe(config())
+    now = ("train.groups_per_step=3", "model.lora={alpha: 7}", "policy.learning_rate=1e-3")
+    with pytest.raises(UserError, match=f"{re.escape(chosen)} holds another run: ") as refused:
+        start(config(*now), run, tmp_path / "bucket", chosen)
+    said = str(refused.value)
+    assert "\n" not in said
+    assert "model.lora.alpha was None there and is 7.0 here" in said
+    assert "train.groups_per_step was " in said
+    assert "learning_rate" not in said
+    assert not list(run.iterdir())
+    begun = start(config(now[-1]), run, tmp_path / "bucket", chosen)
+    assert begun.checkpoint is not None
+    assert begun.checkpoint.step == 5
+
+
+def test_a_checkpoint_that_was_copied_alone_says_what_run_made_it(
+    world: World, tmp_path: Path
+) -> None:
+    world.run()
+    made = Checkpoints(world.folder / "checkpoints", 2).latest()
+    assert made is not None
+    alone = shutil.copytree(made.path, tmp_path / "alone")
+    world.configure(train={**ahead(0), "seed": 5})
+    with pytest.raises(UserError, match=r"holds another run: train\.seed was 0 there and is 5"):
+        start(world.config, tmp_path / "new", tmp_path / "bucket", str(alone))
 
 
 def test_where_the_storage_does_not_take_it_a_run_that_goes_back_is_refused(
@@ -135,8 +176,8 @@ def test_neither_does_one_of_a_run_that_begins_with_a_checkpoint_of_another(
     trainer = refused()
     trainer.check()
     other = tmp_path / "other"
-    chosen = save(other, 1, trainer.prompts.fingerprint)
-    RunDir(other).describe(trainer.config)
+    run = identity(trainer.config)
+    chosen = save(other, 1, prompts=trainer.prompts.fingerprint, run=run)
     for _ in range(2):
         with pytest.raises(UserError, match="odd"):
             refused().train(str(chosen.path))

@@ -72,7 +72,7 @@ def test_a_damaged_best_one_gives_way_to_the_next_and_that_is_said(rundir: RunDi
 
 
 def test_a_run_that_keeps_none_or_has_none_yet_says_so(rundir: RunDir) -> None:
-    with pytest.raises(UserError, match=r"set checkpoint\.best\.metric"):
+    with pytest.raises(UserError, match=r"set checkpoint\.best\.metric and eval\.every_steps"):
         best_checkpoint(rundir, None)
     evaluate(rundir, {5: 0.5})
     keep(rundir, 4)

@@ -117,6 +117,28 @@ def test_only_where_a_checkpoint_loads_on_them_ranks_may_be_more_or_fewer(
         changes(old, ranks(1, 3), "here")
 
 
+def test_a_critic_or_a_commit_of_another_model_makes_another_run(tmp_path: Path) -> None:
+    def run(model: dict[str, str], critic: str) -> RunConfig:
+        tree = {
+            "algorithm": "ppo",
+            "model": model,
+            "data": {"path": "x.jsonl"},
+            "output_dir": str(tmp_path),
+            "rewards": [{"model": "scorer"}],
+            "critic": {"model": critic},
+        }
+        return load_online_config(tree)
+
+    old = tree_of(run({"name": "a/b"}, "./c"))
+    assert changes(old, run({"name": "a/b"}, "c"), "here") == {"critic.model": ("./c", "c")}
+    wanted = (
+        r"critic\.model was '\./c' there and is 'd' here, "
+        r"model\.revision was None there and is 'v2' here"
+    )
+    with pytest.raises(UserError, match=wanted):
+        changes(old, run({"name": "a/b", "revision": "v2"}, "d"), "here")
+
+
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300, "file/below"])
 def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()

@@ -1,0 +1,57 @@
+"""What a model's chat template gets beside the messages, such as Qwen3's `enable_thinking`.
+
+Invariant: a tokenizer that was given some passes them on in every call of its template, so prompts,
+episodes, rows to imitate and pairs are rendered alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+OURS = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "documents",
+    "max_length",
+    "messages",
+    "padding",
+    "processor_kwargs",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "self",
+    "tokenize",
+    "tokenizer_kwargs",
+    "tools",
+    "truncation",
+}
+"""Arguments of the call that say something else, and what the rows say themselves."""
+
+
+def give(tokenizer: Any, variables: Mapping[str, Any]) -> None:
+    """From now on `tokenizer` hands `variables` to its chat template, whoever calls."""
+    if variables:
+        tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **variables)
+
+
+def given(tokenizer: Any) -> Mapping[str, Any]:
+    """What `give` gave."""
+    called = tokenizer.apply_chat_template
+    return called.keywords if isinstance(called, partial) else {}
+
+
+def check_given(tokenizer: Any, template: str | None = None) -> None:
+    """Raises ValueError where a variable that was given would do nothing in `template`, by default
+    the tokenizer's own, or is no variable."""
+    text = str(tokenizer.chat_template or "") if template is None else template
+    for name in given(tokenizer):
+        if name in OURS:
+            raise ValueError(f"{name!r} is no variable of chat templates; remove it")
+        if not re.search(rf"\b{re.escape(name)}\b", text):
+            whose = "the model has no chat template" if not text else "no variable of the template"
+            raise ValueError(f"{name!r} would do nothing: {whose}; remove it or correct its name")
