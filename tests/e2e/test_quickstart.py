@@ -16,7 +16,7 @@ from aligntune.errors import UserError
 from aligntune.online.trainer import OnlineTrainer
 from aligntune.quickstart.run import run_quickstart
 from aligntune.quickstart.settings import quickstart_settings
-from aligntune.quickstart.task import write_assets
+from aligntune.quickstart.task import SETTLED, accuracy, make_task, write_assets
 from aligntune.quickstart.tiny import Assets
 from aligntune.trainers import create_rl_trainer
 from tests import drivers
@@ -144,6 +144,30 @@ def test_an_agent_learns_to_call_its_tool_as_often_as_it_must(
     assert f"{result['accuracy_after']:.3f}" in printed
     before, *_, after = read(out / "run" / "evals.jsonl")
     assert before["eval/turns/mean"] < after["eval/turns/mean"] <= 3.1
+
+
+def test_written_assets_load_and_have_the_accuracy_they_say(assets: Assets) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    task = make_task(0)
+    model = AutoModelForCausalLM.from_pretrained(assets.model)
+    tokenizer = AutoTokenizer.from_pretrained(assets.model)
+    measured = accuracy(model, tokenizer, task.held_out)
+    assert measured.right == json.loads(assets.accuracy.read_text())
+    assert 0.3 <= measured.right <= 0.7
+    assert measured.settled >= SETTLED
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+    lines = assets.eval.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"prompt": q.prompt, "answer": q.answer} for q in task.held_out
+    ]
+    assert len(assets.train.read_text().splitlines()) == len(task.train)
+    assert set(json.loads(assets.pairs.read_text().splitlines()[0])) == {
+        "prompt",
+        "chosen",
+        "rejected",
+    }
 
 
 @pytest.mark.usefixtures("ray_session")

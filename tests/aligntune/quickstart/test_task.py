@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import string
 import subprocess
 import sys
@@ -186,32 +185,6 @@ def test_every_algorithm_has_settings_of_the_config_tree(name: str, tmp_path: Pa
 def test_importing_it_loads_no_transformers() -> None:
     code = "import sys, aligntune.quickstart; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.slow
-def test_written_assets_load_and_have_the_accuracy_they_say(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    assets = quickstart.write_assets(tmp_path, seed=0)
-    task = quickstart.make_task(0)
-    model = AutoModelForCausalLM.from_pretrained(assets.model)
-    tokenizer = AutoTokenizer.from_pretrained(assets.model)
-    measured = quickstart.accuracy(model, tokenizer, task.held_out)
-    assert measured.right == json.loads(assets.accuracy.read_text())
-    assert 0.3 <= measured.right <= 0.7
-    assert measured.settled >= quickstart.SETTLED
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-
-    lines = assets.eval.read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"prompt": q.prompt, "answer": q.answer} for q in task.held_out
-    ]
-    assert len(assets.train.read_text().splitlines()) == len(task.train)
-    assert set(json.loads(assets.pairs.read_text().splitlines()[0])) == {
-        "prompt",
-        "chosen",
-        "rejected",
-    }
 
 
 def test_an_algorithm_without_settings_is_told_what_has_some() -> None:
