@@ -79,10 +79,21 @@ def ray_up(
                     "no folder"
                 )
             hosts = ray_up_files.aws(launch, region, instance_type, image_id)
+        gpus = launch.size.gpus
+        if (
+            install is not None
+            and size.gpus_per_node is None
+            and _extra(config, gpus=1)
+            and not gpus
+        ):
+            raise UserError(
+                "--install takes vLLM along where nodes have GPUs, and the config leaves open "
+                "whether the run takes any; say with --gpus-per-node how many a node has (0: none)"
+            )
         return ray_up_files.render(
             launch,
             hosts,
-            ray_up_files.choose_software(venv, install, _extra(config, launch.size.gpus)),
+            ray_up_files.choose_software(venv, install, _extra(config, gpus)),
             token_file=token_file,
             config_file=str(path.absolute()),
             nfs=nfs,

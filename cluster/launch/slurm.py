@@ -18,6 +18,7 @@ from cluster.launch.files import (
 )
 
 STOPPED = 128 + signal.SIGTERM  # what `aligntune train` ends with after its last checkpoint
+KILLED = 256 - signal.SIGTERM  # what symmetric-run makes of a command that SIGTERM itself has ended
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 LEAST_SECONDS = 2 * STOP_SECONDS  # of a job: else its nodes start and stop, and hardly train
 
@@ -89,6 +90,7 @@ def render(launch: Launch, site: Site, *, venv: str, token_file: str) -> str:
             wait=max(120, 2 * launch.nodes),
             command=shell(launch.command),
             stopped=STOPPED,
+            killed=KILLED,
         )
     )
 
@@ -141,19 +143,23 @@ esac
   refuse "port {port} of $(hostname) is in use, by another Ray or a service; end it, or keep" \\
     "off this node (sbatch --exclude)"
 
+# The run's process, and whether it is to stop. Both sides write their file before they look for the
+# other's, so that a stop which comes while Ray starts is not lost.
 driver="$PWD/.aligntune-$SLURM_JOB_ID.pid"
-rm -f "$driver" # of a start whose node was lost
-forward() {{ reason=$1; [ -s "$driver" ] && kill -TERM "$(cat "$driver")"; }}
+forget() {{ rm -f "$driver" "$driver.stop"; }}
+forget # of a start whose node was lost
+forward() {{ reason=$1; touch "$driver.stop"; [ -s "$driver" ] && kill -TERM "$(cat "$driver")"; }}
 reason=
 trap 'forward time' USR1
 trap 'forward stop' TERM
-trap 'rm -f "$driver"' EXIT
+trap forget EXIT
 
 # A node that is lost costs the run what was on it; the job goes on with the others.
 srun --ntasks-per-node=1 --kill-on-bad-exit=0 --no-kill --wait=0 \\
   ray symmetric-run --address "$head_ip:{port}" --min-nodes {nodes} \\
   {ray_start} \\
-  -- bash -c 'echo $$ > "$0"; exec "$@"' "$driver" {command} &
+  -- bash -c 'echo $$ > "$0"; [ ! -e "$0.stop" ] || exit {stopped}; exec "$@"' "$driver" \\
+  {command} &
 steps=$!
 wait $steps
 code=$?
@@ -162,6 +168,9 @@ while kill -0 $steps 2>/dev/null; do # a signal ends `wait` before the steps hav
   code=$?
 done
 
+if [ -n "$reason" ] && [ $code = {killed} ]; then # before the run could hear of it
+  code={stopped}
+fi
 if [ $code = 0 ] && [ ! -s "$driver" ]; then # a Ray that does not start ends with 0 too
   echo "aligntune: the run did not start; see above" >&2
   code=1
@@ -170,7 +179,7 @@ fi
 # again and again.
 if [ "$reason" = time ] && [ $code = {stopped} ]; then
   echo "aligntune: out of time; back to the queue, from the newest checkpoint"
-  rm -f "$driver"
+  forget
   exec scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $code

@@ -37,6 +37,7 @@ AWS = [
 ]
 IMAGE = ["--image-id", "ami-0123456789abcdef0"]
 URL = ["--install", "git+https://git.example/aligntune"]
+OPEN = ["policy.resources.gpus=auto", "rollout.resources.gpus=auto"]
 
 
 @pytest.fixture
@@ -263,6 +264,15 @@ def test_aligntune_comes_from_what_the_user_names_and_never_by_its_name(
     expected = ["install", *(word.format(**names) for word in taken)]
     expected += ["install", "boto3"] if where == "aws" else []
     assert (tmp_path / "home" / "pip").read_text().splitlines() == expected
+
+
+@pytest.mark.parametrize(("gpus", "extra"), [("4", True), ("0", False)])
+def test_vllm_comes_with_aligntune_where_the_user_says_that_hosts_have_gpus(
+    launch: Any, gpus: str, extra: bool
+) -> None:
+    code, text, err = launch("ray-up", *HOSTS, *URL, *OPEN, "--gpus-per-node", gpus)
+    assert code == 0, err
+    assert ("aligntune[vllm-cuda] @" in text) == extra
 
 
 def test_machines_of_aws_have_an_image_and_a_mounted_folder_that_their_user_owns(
@@ -643,8 +653,10 @@ def script(launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (signal.SIGUSR1, 0, 0, ""),
         (signal.SIGUSR1, 1, 1, ""),
         (signal.SIGTERM, 143, 143, ""),
+        (signal.SIGUSR1, slurm.KILLED, 0, "requeue 7\n"),
+        (signal.SIGTERM, slurm.KILLED, 143, ""),
     ],
-    ids=["time, stopped", "time, done", "time, failed", "stopped"],
+    ids=["time, stopped", "time, done", "time, failed", "stopped", "time, killed", "killed"],
 )
 def test_a_signal_to_the_slurm_script_stops_the_run_and_time_requeues_what_is_not_done(
     script: Any, tmp_path: Path, number: int, stopped: int, code: int, requeued: str
@@ -658,6 +670,31 @@ def test_a_signal_to_the_slurm_script_stops_the_run_and_time_requeues_what_is_no
     assert (log.read_text() if log.exists() else "") == requeued
     assert not list(tmp_path.glob(".aligntune-*"))
     assert "secret" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "requeued"),
+    [(signal.SIGTERM, 143, False), (signal.SIGUSR1, 0, True)],
+    ids=["stopped", "time"],
+)
+def test_a_stop_that_comes_while_ray_starts_is_not_lost(
+    script: Any, tmp_path: Path, number: int, code: int, requeued: bool
+) -> None:
+    ray = tmp_path / "venv/bin/ray"
+    starts = "touch starting; while [ ! -e all-there ]; do sleep 0.05; done"
+    ray.write_text(f"#!/bin/bash\n{starts}\n{STUBS['ray']}\n")
+    (tmp_path / ".aligntune-7.pid.stop").touch()  # of a start whose node was lost
+    process = script()
+    wait_for((tmp_path / "starting").exists, "Ray to start", 10)
+    assert not list(tmp_path.glob(".aligntune-*"))
+    os.kill(process.pid, number)
+    wait_for((tmp_path / ".aligntune-7.pid.stop").exists, "the stop to be kept", 10)
+    (tmp_path / "all-there").touch()
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == code, out + err
+    assert not (tmp_path / "started").exists()
+    assert (tmp_path / "requeued").exists() == requeued
+    assert not list(tmp_path.glob(".aligntune-*"))
 
 
 @pytest.mark.parametrize(
@@ -759,6 +796,7 @@ def test_the_slurm_script_names_a_port_that_is_in_use(script: Any, tmp_path: Pat
         (["ray-up", *HOSTS, "--install", "aligntune==0.1.0"], "or --venv, an environment"),
         (["ray-up", *HOSTS, *VENV, "--install", "aligntune"], "no package index has aligntune"),
         (["ray-up", *HOSTS, "--install", "dist/no.whl"], "is no file here"),
+        (["ray-up", *HOSTS, *URL, *OPEN], "say with --gpus-per-node"),
         (["ray-up", *HOSTS, "output_dir=/elsewhere"], "does not lie in /shared"),
         (["ray-up", *HOSTS[:5], "shared"], "is no absolute path"),
         (["kuberay"], "needs --image"),
