@@ -8,7 +8,7 @@ from actors.specs import ModelSpec
 from aligntune.errors import UserError
 from aligntune.paths import located
 from cluster.plan.shapes import ModelShape, from_config, from_folder, from_table
-from cluster.resources import UnknownName
+from cluster.tables import UnknownName
 
 
 def known_shape(name: str) -> ModelShape:

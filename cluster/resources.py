@@ -6,56 +6,20 @@ connected cluster is asked about.
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
 import os
-import shutil
-import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-DATA = Path(__file__).parent / "data"
+from cluster.gpus import gpu_names, gpu_type, local_gpus, type_by_memory, type_by_ray
+
 ROOT = Path("/")  # of the files in which the kernel tells of control groups
-NVIDIA_SMI_SECONDS = 60.0  # without persistence mode it loads the driver first, GPU after GPU
-
-
-class UnknownName(ValueError):
-    """A GPU or model that no table has; the message names the nearest. Or GPUs of which nothing can
-    be learnt, since nvidia-smi does not answer; the message names the cure."""
 
 
 class BadDescription(ValueError):
     """A description of a cluster that describes none; the message says which number."""
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """'did you mean X?' for a name close to a valid one, else all valid ones (of many: a few)."""
-    folded = {known.lower(): known for known in sorted(valid)}
-    if starts := [known for known in folded if name and known.startswith(name.lower())]:
-        return f"did you mean {folded[starts[0]]!r}?"
-    close = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.0)
-    if close and difflib.SequenceMatcher(None, name.lower(), close[0]).ratio() >= 0.6:
-        return f"did you mean {folded[close[0]]!r}?"
-    if len(folded) > 20:
-        return f"the nearest are {', '.join(folded[one] for one in close)}"
-    return f"known are {', '.join(folded.values())}"
-
-
-@dataclass(frozen=True)
-class GpuType:
-    """One kind of GPU; rates are peaks from data sheets."""
-
-    name: str
-    memory_bytes: int
-    flops: float  # dense bfloat16 FLOP/s; of float32 where it has no bfloat16
-    memory_bandwidth: float  # bytes/s
-    link_bandwidth: float  # bytes/s to another GPU of the node, one direction
-    network_bandwidth: float  # bytes/s to another node, one direction
-    bfloat16: bool = True
 
 
 class Node(NamedTuple):
@@ -82,34 +46,6 @@ class Cluster:
         kinds = sorted({node.gpu or "unknown type" for node in self.nodes if node.gpus})
         what = f" ({', '.join(kinds)})" if kinds else ""
         return f"{self.source}: {len(self.nodes)} node(s), {cpus:g} CPU, {gpus:g} GPU{what}"
-
-
-@cache
-def _gpu_table() -> Mapping[str, Mapping[str, Any]]:
-    table: dict[str, Mapping[str, Any]] = json.loads((DATA / "gpus.json").read_text())["gpus"]
-    return table
-
-
-def gpu_names() -> list[str]:
-    """The GPUs that are known."""
-    return sorted(_gpu_table())
-
-
-@cache
-def gpu_type(name: str) -> GpuType:
-    """The GPU called `name`. Raises UnknownName with the nearest one."""
-    row = _gpu_table().get(name.lower())
-    if row is None:
-        raise UnknownName(f"unknown GPU {name!r}; {nearest(name, gpu_names())}")
-    return GpuType(
-        name=name.lower(),
-        memory_bytes=row["memory_mib"] * 2**20,
-        flops=row.get("bf16_tflops", row.get("fp32_tflops")) * 1e12,
-        memory_bandwidth=row["memory_gb_s"] * 1e9,
-        link_bandwidth=row["link_gb_s"] * 1e9,
-        network_bandwidth=row["network_gb_s"] * 1e9,
-        bfloat16="bf16_tflops" in row,
-    )
 
 
 MOST_DESCRIBED = 65_536  # nodes or GPUs of a cluster that need not exist
@@ -167,8 +103,8 @@ def this_machine(cpus: float = 0) -> Cluster:
     """
     found = max(os.cpu_count() or 1, -(-cpus // 1))
     memory, _ = host_memory()
-    gpus = _local_gpus()
-    kind = _by_memory(gpus[0]) if gpus else None
+    gpus = local_gpus()
+    kind = type_by_memory(gpus[0]) if gpus else None
     node = Node("this-machine", float(found), float(len(gpus)), memory, kind)
     return Cluster((node,), "this machine")
 
@@ -260,75 +196,6 @@ def _cpu_quotas() -> Iterator[float]:
                 yield int(quota) / int(period)
 
 
-class LocalGpu(NamedTuple):
-    """A GPU that nvidia-smi lists."""
-
-    product: str
-    mib: int
-    bfloat16: bool
-
-
-def _local_gpus() -> list[LocalGpu]:
-    """The GPUs that CUDA would show a process here; none where there is no nvidia-smi.
-
-    Raises UnknownName where it does not answer within `NVIDIA_SMI_SECONDS`.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible in ("", "-1") or shutil.which("nvidia-smi") is None:
-        return []
-    query = [
-        "nvidia-smi",
-        "--query-gpu=index,uuid,name,memory.total,compute_cap",
-        "--format=csv,noheader,nounits",
-    ]
-    try:
-        done = subprocess.run(
-            query, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise UnknownName(
-            f"nvidia-smi does not answer within {NVIDIA_SMI_SECONDS:g} s: keep the driver loaded "
-            "with `nvidia-smi -pm 1`, see `aligntune doctor`, or set CUDA_VISIBLE_DEVICES= to use "
-            "no GPU"
-        ) from error
-    if done.returncode:
-        return []  # the tool is there and the driver is not
-    found: dict[str, LocalGpu] = {}
-    names: dict[str, str] = {}
-    for line in done.stdout.splitlines():
-        fields = [field.strip() for field in line.split(",")]
-        if len(fields) == 5 and fields[3].isdigit():
-            index, uuid, product, mib, capability = fields
-            found[index] = LocalGpu(product, int(mib), float(capability) >= 8.0)
-            names |= {index: index, uuid: index}
-    if visible is None:
-        return list(found.values())
-    shown = []
-    for name in visible.split(","):  # CUDA stops at the first that it does not know
-        alike = (uuid for uuid in names if uuid.startswith(name))  # a part of it will do
-        known = name if name.isdigit() else next(alike, "")
-        if not name or known not in names:
-            break
-        shown.append(found[names[known]])
-    return shown
-
-
-def _by_memory(gpu: LocalGpu) -> str | None:
-    """The known GPU whose name is in the product name and whose memory is within 3 %; else the
-    largest known one that it has the memory and the arithmetic of."""
-    product = gpu.product.lower().replace(" ", "-")
-    for name, row in _gpu_table().items():
-        close = abs(row["memory_mib"] - gpu.mib) <= 0.03 * row["memory_mib"]
-        if close and name.rpartition("-")[0] in product:
-            return name
-    smaller = [
-        name
-        for name, row in _gpu_table().items()
-        if row["memory_mib"] <= gpu.mib and ("bf16_tflops" in row) == gpu.bfloat16
-    ]
-    return max(smaller, key=lambda name: (_gpu_table()[name]["memory_mib"], name), default=None)
-
-
 def living_nodes() -> list[Mapping[str, Any]]:
     """Entries of `ray.nodes()` that are alive, by address: the order in which ranks go."""
     import ray
@@ -339,13 +206,18 @@ def living_nodes() -> list[Mapping[str, Any]]:
 
 def connected(free: bool = False) -> Cluster:
     """The connected Ray's living nodes; with `free` what nobody holds of them."""
-    import ray
-
     nodes = living_nodes()
     if free:
         left = free_resources()
         nodes = [{**node, "Resources": left.get(node["NodeID"], {})} for node in nodes]
-    return Cluster(tuple(from_ray(node) for node in nodes), f"Ray at {_gcs_address(ray)}")
+    return as_cluster(nodes)
+
+
+def as_cluster(nodes: Sequence[Mapping[str, Any]]) -> Cluster:
+    """Entries of the connected Ray's `ray.nodes()`, in their order."""
+    import ray
+
+    return Cluster(tuple(map(from_ray, nodes)), f"Ray at {_gcs_address(ray)}")
 
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:
@@ -379,14 +251,5 @@ def from_ray(node: Mapping[str, Any]) -> Node:
         cpus=float(resources.get("CPU", 0.0)),
         gpus=float(resources.get("GPU", 0.0)),
         memory_bytes=None if memory is None else int(memory),
-        gpu=_from_accelerator([*kinds, *([label] if label else [])]),
+        gpu=type_by_ray([*kinds, *([label] if label else [])]),
     )
-
-
-def _from_accelerator(kinds: list[str]) -> str | None:
-    """The known GPU that Ray calls one of `kinds`; the one with a size in its name first."""
-    for kind in sorted(kinds, key=len, reverse=True):
-        for name, row in _gpu_table().items():
-            if kind in row["ray"]:
-                return name
-    return None

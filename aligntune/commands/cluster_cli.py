@@ -35,7 +35,7 @@ def plan(
         aligntune plan config.yaml --nodes 2 --gpus-per-node 8 --gpu h100-80gb
     """
     if gpu == "list":
-        from cluster.resources import gpu_names
+        from cluster.gpus import gpu_names
 
         typer.echo("\n".join(gpu_names()))
         return

@@ -15,19 +15,14 @@ from aligntune.online.settle_resources import settle_resources
 from aligntune.online.work import work_of
 from aligntune.shapes import known_shape
 from cluster.bundles import BadRequest, totals
+from cluster.gpus import gpu_type
 from cluster.machines import Machines, machines
 from cluster.placement import DoesNotFit
 from cluster.plan.plan import Plan, make_plan
 from cluster.plan.shapes import BadModelConfig
-from cluster.resources import (
-    BadDescription,
-    Cluster,
-    UnknownName,
-    described,
-    gpu_type,
-    this_machine,
-)
+from cluster.resources import BadDescription, Cluster, described, this_machine
 from cluster.session import ClusterUnreachable
+from cluster.tables import UnknownName
 
 
 def plan_run(
@@ -90,12 +85,9 @@ def _machines(
 
 
 def _typed(cluster: Cluster, gpu: str | None) -> Cluster:
-    """The cluster with GPUs of unknown type called `gpu`."""
+    """The cluster with its GPUs called `gpu`, whatever they seem to be."""
     if gpu is None:
         return cluster
     kind = gpu_type(gpu).name
-    nodes = tuple(
-        node._replace(gpu=kind) if node.gpus and node.gpu is None else node
-        for node in cluster.nodes
-    )
+    nodes = tuple(node._replace(gpu=kind) if node.gpus else node for node in cluster.nodes)
     return replace(cluster, nodes=nodes)

@@ -23,8 +23,8 @@ from cluster.placement import DoesNotFit
 from cluster.plan.auto import choose
 from cluster.plan.shapes import BadModelConfig, ModelShape
 from cluster.plan.work import Work
-from cluster.resources import UnknownName
 from cluster.session import ClusterUnreachable
+from cluster.tables import UnknownName
 
 OF_THE_RUN = (
     "model.dtype",

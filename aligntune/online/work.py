@@ -10,12 +10,13 @@ from collections.abc import Callable
 from actors.engines.specs import VLLMSpec
 from actors.specs import CriticSpec, PolicySpec, RewardModelSpec, rows_at_once
 from actors.strategies.specs import StrategySpec
+from actors.transfer.nccl import PACKING
 from aligntune.config.online import RunConfig
 from aligntune.online.role_requests import role_requests
 from aligntune.online.role_table import ROLES
 from aligntune.shapes import known_shape
 from cluster.plan.shapes import ModelShape
-from cluster.plan.work import Frozen, Kept, Other, Rollout, Step, Trained, Work
+from cluster.plan.work import Frozen, Kept, Other, Rollout, Step, Trained, Work, microbatch
 
 PROMPT_TOKENS = 512  # where rollout.max_prompt_length is open: a plan reads no data
 REWARD_TEXT_TOKENS = 512  # of a text, where neither its limit nor the rollouts' is longer
@@ -44,13 +45,13 @@ def work_of(config: RunConfig, shape_of: Callable[[str], ModelShape] | None = No
                 of(config.reference.model or config.model.name),
                 config.reference.replicas,
                 dtype_bytes,
-                _microbatch(config.policy.tokens_per_microbatch, step.completions, step.longest),
+                microbatch(config.policy.tokens_per_microbatch, step.completions, step.row),
                 _head_rows(config, of(config.reference.model or config.model.name)),
             )
         )
     for index, reward in enumerate(config.rewards):
         if isinstance(reward, RewardModelSpec):
-            text = reward.max_tokens or max(step.longest, REWARD_TEXT_TOKENS)
+            text = reward.max_tokens or max(step.row, REWARD_TEXT_TOKENS)
             tokens = min(reward.batch_size, step.completions) * text
             of_reward = of(reward.model)
             frozen.append(
@@ -86,15 +87,25 @@ def _threads(config: RunConfig) -> dict[str, int]:
 def _step(config: RunConfig) -> Step:
     train, rollout = config.train, config.rollout
     minibatch = train.groups_per_minibatch or train.groups_per_step
+    prompt = rollout.max_prompt_length or PROMPT_TOKENS
     return Step(
         groups=train.groups_per_step,
         completions=train.completions_per_group or 1,
-        prompt_tokens=rollout.max_prompt_length or PROMPT_TOKENS,
+        prompt_tokens=prompt,
         completion_tokens=rollout.max_completion_length,
         passes=train.epochs_per_batch or 1,
         updates=train.groups_per_step // minibatch,
         max_staleness=train.max_staleness,
+        episode_tokens=_episode_tokens(config, prompt),
     )
+
+
+def _episode_tokens(config: RunConfig, prompt: int) -> int | None:
+    """Of a row with all its turns; None where no episodes are played. Where it is open and no data
+    are read, as `settle_data` decides it for a model with positions enough."""
+    if not config.plays:
+        return None
+    return config.episodes.max_tokens or 2 * (prompt + config.rollout.max_completion_length)
 
 
 def _trained(
@@ -109,8 +120,8 @@ def _trained(
         ranks=spec.ranks,
         kept=kept_of(spec.strategy),
         dtype_bytes=_bytes(model.dtype),
-        tokens=_microbatch(spec.tokens_per_microbatch, rows, step.longest),
-        longest=step.longest,
+        tokens=microbatch(spec.tokens_per_microbatch, rows, step.row),
+        longest=step.row,
         others=others_of(spec.strategy) if config.backend != "unsloth" or not policy else (),
         several=spec.strategy.several,
         lora_rank=model.lora.r if model.lora and policy else None,
@@ -120,7 +131,14 @@ def _trained(
         scores=model.attention == "eager",
         has_four_bit=config.backend == "unsloth" and policy,
         sends_changes=policy and config.rollout.weight_sync.name == "delta",
+        send_buffer=_send_buffer(config) if policy else 0,
+        shares_weights=policy and config.rollout.weight_sync.name == "ipc",
     )
+
+
+def _send_buffer(config: RunConfig) -> int:
+    """Bytes of one of the buffers in which weights go from GPU to GPU; 0 where they do not."""
+    return PACKING["packed_buffer_size_bytes"] if config.rollout.weight_sync.name == "nccl" else 0
 
 
 def _head_rows(config: RunConfig, shape: ModelShape) -> int:
@@ -149,11 +167,6 @@ def others_of(now: StrategySpec) -> tuple[Other, ...]:
     return tuple(others)
 
 
-def _microbatch(budget: int, rows: int, longest: int) -> int:
-    """Tokens of the largest micro-batch: whole rows within the budget, one at least."""
-    return longest * max(1, min(rows, budget // longest))
-
-
 def _rollout(config: RunConfig, shape: ModelShape, dtype_bytes: int) -> Rollout:
     spec = config.rollout
     engine = spec.engine
@@ -176,6 +189,7 @@ def _rollout(config: RunConfig, shape: ModelShape, dtype_bytes: int) -> Rollout:
         gpus_as_set=spec.resources.gpus,
         most_replicas=spec.max_replicas,
         takes_changes=spec.weight_sync.name == "delta",
+        send_buffer=_send_buffer(config),
     )
 
 

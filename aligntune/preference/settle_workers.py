@@ -15,8 +15,8 @@ from cluster.machines import Machines, machines
 from cluster.placement import DoesNotFit
 from cluster.plan.pairs import SHARED_OUT, PairWork, choose_workers
 from cluster.plan.shapes import BadModelConfig
-from cluster.resources import UnknownName
 from cluster.session import ClusterUnreachable
+from cluster.tables import UnknownName
 
 OF_THE_RUN = ("model.dtype", *SHARED_OUT)
 """Open settings that a run keeps when it goes on, whatever machine it goes on with."""

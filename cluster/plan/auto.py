@@ -18,7 +18,8 @@ from cluster.plan.fit import memory_of, shortest, times_of, try_draft
 from cluster.plan.plan import make_plan
 from cluster.plan.variants import Candidate, count_path, variants, with_dtype, with_request
 from cluster.plan.work import Trained, Work
-from cluster.resources import Cluster, UnknownName
+from cluster.resources import Cluster
+from cluster.tables import UnknownName
 
 HEADROOM = 0.95  # of a GPU's memory is planned with; all of it where nothing fits otherwise
 ENOUGH = 1.05  # a step that takes at most this of the best one's time
@@ -55,7 +56,7 @@ def choose(work: Work, open_: frozenset[str], cluster: Cluster, cores: int) -> C
     Raises:
         DoesNotFit: one line: what is short, by how much, and what would fit.
         BadRequest: see `bundle_sets`.
-        UnknownName: GPUs whose type is not known.
+        UnknownName: GPUs whose type is not known, and a role that may have some of them or none.
     """
     wanted = any(
         f"{one.role}.resources.gpus" in open_
@@ -64,13 +65,8 @@ def choose(work: Work, open_: frozenset[str], cluster: Cluster, cores: int) -> C
     )
     if not wanted or not any(node.gpus >= 1 for node in cluster.nodes):
         return _on_cpus(work, open_, cluster, cores)
-    for node in cluster.nodes:
-        if node.gpus >= 1 and node.gpu is None:
-            raise UnknownName(
-                f"the GPUs of {node.name} are of no type that the table has, so what the config "
-                "leaves open cannot be decided by their memory; set the resources of every role, "
-                "or policy.resources.gpus=0 and the others' to train without a GPU"
-            )
+    if unknown := [node.name for node in cluster.nodes if node.gpus >= 1 and node.gpu is None]:
+        return _as_it_is(work, open_, unknown[0])
     for room, offload in ((HEADROOM, False), (HEADROOM, True), (1.0, False), (1.0, True)):
         search = Search(work, open_, cluster, room, offload)
         found = sorted(search.candidates(), key=lambda one: (one.seconds, one.gpus, -one.budget))
@@ -85,6 +81,22 @@ def choose(work: Work, open_: frozenset[str], cluster: Cluster, cores: int) -> C
                 chosen = _first(_with_cpus(within, open_, cpus), cluster) or best
                 return Choice(chosen.work, tuple(_decided(chosen, open_, search)))
     return _refused(work, open_, cluster)
+
+
+def _as_it_is(work: Work, open_: frozenset[str], node: str) -> Choice:
+    """Everything as where there is no GPU, if all roles are told how many they have. Raises
+    UnknownName where one is not."""
+    keys = dict.fromkeys(f"{one.role}.resources.gpus" for one in work.models)
+    if left := [key for key in keys if key in open_]:
+        raise UnknownName(
+            f"the GPUs of {node} are of no type that is known by Ray's name of them, and "
+            "nvidia-smi there does not tell their memory, so what the config leaves open cannot be "
+            f"decided by it; set {', '.join(left)} (0 trains without a GPU, as in "
+            "policy.resources.gpus=0)"
+        )
+    made = _decided(Candidate(0.0, 0, work, 0), open_, None)
+    why = "as without a GPU, for the type of these is not known"
+    return Choice(work, tuple(replace(one, why=why) for one in made))
 
 
 def _with_cpus(

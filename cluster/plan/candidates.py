@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from cluster.gpus import GpuType, gpu_type
 from cluster.plan.durations import Rates, times, update_seconds
 from cluster.plan.fit import memory_of
 from cluster.plan.memory import Memory, kv_bytes
@@ -23,9 +24,9 @@ from cluster.plan.variants import (
     with_request,
 )
 from cluster.plan.work import Work
-from cluster.resources import Cluster, GpuType, gpu_type
+from cluster.resources import Cluster
 
-BUDGETS = (16384, 8192, 4096, 2048, 1024)  # tokens of a micro-batch, where the config names none
+BUDGETS = (16384, 8192, 4096, 2048, 1024, 512)  # tokens of a micro-batch, where none are set
 SHARDS = (1, 2, 4, 8)  # tensor-parallel GPUs of one rollout replica
 ANY_ROOM = 1e6  # as if a GPU held everything
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -210,7 +211,7 @@ class Search:
         cache = mine.device.get("KV cache", 0)
         if mine.peak > left:
             return None
-        if rollout.engine == "vllm" and cache < kv_bytes(work.rollout) * work.step.longest:
+        if rollout.engine == "vllm" and cache < kv_bytes(work.rollout) * work.step.row:
             return None
         return work, mine
 
@@ -225,7 +226,7 @@ class Search:
 
     def _least(self, work: Work) -> int:
         """Bytes with which a vLLM replica decodes one sequence."""
-        one = kv_bytes(work.rollout) * work.step.longest
+        one = kv_bytes(work.rollout) * work.step.row
         return self._shares(work, 0.0)[1].peak + one
 
     def _shared(

@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from cluster.gpus import GpuType
 from cluster.plan.memory import Memory, kv_bytes
 from cluster.plan.shapes import ModelShape
 from cluster.plan.work import Frozen, Rollout, Step, Trained, Work
-from cluster.resources import GpuType
 
 TRAIN_MFU = 0.4  # share of peak FLOP/s that an update reaches
 FORWARD_MFU = 0.5  # and a forward pass or a prefill
@@ -163,7 +163,7 @@ def update_seconds(work: Trained, step: Step, rates: Rates, spans: int) -> float
     trained_all = work.lora_rank is None
     factor = (6 if trained_all else 4) + (2 if work.checkpointing else 0)
     active = work.shape.active if work.head_rows else work.shape.active - _head(work.shape)
-    token = factor * active + (factor / 2) * attention_flops(work.shape, work.longest / 2)
+    token = factor * active + (factor / 2) * attention_flops(work.shape, step.longest / 2)
     flops = step.passes * step.tokens * token
     if work.role == "critic":
         flops += step.tokens * 2 * active

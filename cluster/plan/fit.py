@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from cluster.bundles import bundle_sets
+from cluster.gpus import GpuType, gpu_type
 from cluster.placement import Placement, Shortage, place
 from cluster.plan.durations import Rates, Times, times
 from cluster.plan.memory import (
@@ -22,7 +23,8 @@ from cluster.plan.memory import (
     trained_memory,
 )
 from cluster.plan.work import Work
-from cluster.resources import Cluster, GpuType, UnknownName, gpu_type
+from cluster.resources import Cluster
+from cluster.tables import UnknownName
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ def gpu_of(role: str, placement: Placement, cluster: Cluster) -> GpuType | None:
     }
     if None in names:
         raise UnknownName(
-            f"the GPUs of {names[None]} are of no type that the table has; say what they are like "
-            "with --gpu NAME"
+            f"the GPUs of {names[None]} are of no type that is known by Ray's name of them, and "
+            "nvidia-smi there does not tell their memory; say what they are like with --gpu NAME"
         )
     kinds = [gpu_type(name) for name in names if name is not None]
     return min(kinds, key=lambda kind: kind.flops, default=None)
@@ -164,7 +166,7 @@ def _short_cache(draft: Draft, work: Work) -> Short | None:
     """vLLM takes no more than its share, so what is short shows in its cache."""
     if work.rollout.engine != "vllm":
         return None
-    needed = kv_bytes(work.rollout) * work.step.longest
+    needed = kv_bytes(work.rollout) * work.step.row
     have = draft.memory["rollout"].device["KV cache"]
     if have >= needed:
         return None

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cluster.gpus import GpuType
 from cluster.plan.shapes import ModelShape
 from cluster.plan.work import Frozen, Rollout, Step, Trained
-from cluster.resources import GpuType
 
 GIB = 2**30
 FLOAT = 4
@@ -35,6 +35,7 @@ VLLM_CPU_FRAMEWORK = 1.5 * GIB  # the same, and vLLM with its engine in a proces
 VLLM_BATCH = 8192  # tokens that vLLM makes room for in one pass
 VLLM_ROWS = 1024  # and sequences it samples at once
 VLLM_CPU_CACHE = 1 * GIB
+BUFFERS = 3  # of weights from GPU to GPU: vLLM has two under way, and makes a third meanwhile
 FOUR_BIT = 4.5 / 8  # bytes of a 4-bit weight with its scales (Dettmers et al. 2023, 2305.14314)
 
 
@@ -106,9 +107,8 @@ def trained_memory(work: Trained, on_gpu: bool) -> Memory:
     device["framework"] = int(GPU_FRAMEWORK if on_gpu else CPU_FRAMEWORK)
     host |= _saved(work, trained, frozen)
     if work.head_rows:  # the policy: rank 0 copies its weights out, one tensor after the other
-        one = work.shape.vocabulary * work.shape.hidden * work.dtype_bytes
         bundle = work.shape.parameters * work.dtype_bytes
-        device["transfer"] = one if on_gpu else bundle
+        device["transfer"] = _leaving(work) if on_gpu else bundle
         if on_gpu:
             host["transfer"] = bundle
         if work.sends_changes:
@@ -118,6 +118,24 @@ def trained_memory(work: Trained, on_gpu: bool) -> Memory:
             device[kind] = device.get(kind, 0) + amount
         host = {}
     return Memory(device, host, on_gpu)
+
+
+def _leaving(work: Trained) -> int:
+    """Weights on a rank's GPU as they leave it: the largest one, buffers of them, or all. Shared
+    memory needs copies unless they are whole there, in model.dtype and without LoRA."""
+    if work.send_buffer:
+        return _buffers(work.shape, work.dtype_bytes, work.send_buffer)
+    as_they_are = work.lora_rank is None and not work.kept.weights
+    as_they_are = as_they_are and (work.kept.master or work.dtype_bytes == FLOAT)
+    if work.shares_weights and not as_they_are:
+        return work.shape.parameters * work.dtype_bytes
+    return work.shape.vocabulary * work.shape.hidden * work.dtype_bytes
+
+
+def _buffers(shape: ModelShape, dtype_bytes: int, size: int) -> int:
+    """Buffers of packed weights; one takes whole weights until it has more than `size` bytes."""
+    largest = shape.vocabulary * shape.hidden * dtype_bytes
+    return BUFFERS * min(shape.parameters * dtype_bytes, size + largest)
 
 
 def _compute(work: Trained | Rollout | Frozen) -> int:
@@ -252,7 +270,9 @@ def rollout_memory(work: Rollout, step: Step, gpu: GpuType | None) -> Memory:
         "weights": weights,
         "activations": VLLM_BATCH * wide * b if gpu else 0,
         "logits": VLLM_ROWS * shape.vocabulary * FLOAT if gpu else 0,
-        "transfer": shape.vocabulary * shape.hidden * b // shards,
+        "transfer": _buffers(shape, b, work.send_buffer)
+        if work.send_buffer
+        else shape.vocabulary * shape.hidden * b // shards,
         "framework": int(GPU_FRAMEWORK if gpu else VLLM_CPU_FRAMEWORK),
     }
     if gpu is None:
@@ -278,12 +298,14 @@ def _transformers_memory(work: Rollout, step: Step, on_gpu: bool) -> Memory:
     running sum in float64.
     """
     shape, b = work.shape, work.dtype_bytes
-    cache = step.completions * step.longest * kv_bytes(work)
+    cache = step.completions * step.row * kv_bytes(work)
+    # Of a later turn a prompt is all that was said before.
+    prompt = max(step.prompt_tokens, step.row - step.completion_tokens)
     return _with_last_weights(
         work,
         {
             "weights": shape.parameters * b,
-            "activations": step.prompt_tokens * layer_activations(shape, b, step.longest, False),
+            "activations": prompt * layer_activations(shape, b, step.row, False),
             "logits": step.completions * shape.vocabulary * (b + 6 * FLOAT),
             "KV cache": cache + cache // shape.layers,  # a layer's is copied as it grows
             "transfer": 0 if on_gpu else shape.parameters * b,  # mapped from the object store

@@ -49,7 +49,7 @@ def _smaller_frozen(work: Work, frozen: Frozen) -> Iterator[Option]:
     if frozen.role == "reference":
         if frozen.dtype_bytes == 4:
             yield from _bfloat16(work)
-        for tokens in _halves(frozen.tokens, work.step.longest):
+        for tokens in _halves(frozen.tokens, work.step.row):
             yield _microbatch(work, tokens)
         if frozen.head_rows > CHUNK:
             yield _chunk(work)
@@ -57,7 +57,7 @@ def _smaller_frozen(work: Work, frozen: Frozen) -> Iterator[Option]:
     if frozen.dtype_bytes == 4:
         settings = {f"{frozen.section}.dtype": "bfloat16"}
         yield Option(settings, _other_frozen(work, frozen, dtype_bytes=2))
-    text = frozen.longest or work.step.longest
+    text = frozen.longest or work.step.row
     for tokens in _halves(frozen.tokens, text):
         changed = _other_frozen(work, frozen, tokens=tokens)
         yield Option({f"{frozen.section}.batch_size": str(tokens // text)}, changed)
@@ -70,8 +70,8 @@ def _other_frozen(work: Work, frozen: Frozen, **changes: Any) -> Work:
 
 def _smaller_rank(work: Work, trained: Trained) -> Iterator[Option]:
     role = trained.role
-    if trained.sends_changes:
-        yield _whole_versions(work)
+    if trained.sends_changes or trained.send_buffer or trained.shares_weights:
+        yield _by_the_host(work)
     if not trained.checkpointing:
         yield Option(
             {"model.gradient_checkpointing": "true"}, _all_trained(work, checkpointing=True)
@@ -142,17 +142,18 @@ def _instead(work: Work, trained: Trained, other: Other, **changes: Any) -> Opti
     return Option(settings, _one(work, trained, kept=other.kept, **changes))
 
 
-def _whole_versions(work: Work) -> Option:
-    """Nobody keeps a version for changes of it."""
-    policy = replace(work.policy, sends_changes=False)
-    rollout = replace(work.rollout, takes_changes=False)
+def _by_the_host(work: Work) -> Option:
+    """Whole versions through the object store: nobody keeps one for changes, no GPU has buffers or
+    copies of one."""
+    policy = replace(work.policy, sends_changes=False, send_buffer=0, shares_weights=False)
+    rollout = replace(work.rollout, takes_changes=False, send_buffer=0)
     settings = {"rollout.weight_sync": "full"}
     return Option(settings, replace(work, policy=policy, rollout=rollout))
 
 
 def _smaller_rollout(work: Work, rollout: Rollout) -> Iterator[Option]:
-    if rollout.takes_changes:
-        yield _whole_versions(work)
+    if rollout.takes_changes or rollout.send_buffer:
+        yield _by_the_host(work)
     if rollout.dtype_bytes == 4:
         yield from _bfloat16(work)
     if rollout.engine != "vllm":
@@ -269,7 +270,7 @@ def _from_rollouts(grown: Option, before: Work) -> Option | None:
 
 def _halves(tokens: int, longest: int) -> Iterator[int]:
     """Halves of a budget in whole rows, down to one."""
-    rows = tokens // longest
+    rows = math.ceil(tokens / longest)
     while rows := rows // 2:
         yield rows * longest
 

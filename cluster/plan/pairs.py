@@ -10,13 +10,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from cluster.gpus import gpu_type
 from cluster.placement import DoesNotFit
 from cluster.plan.auto import HEADROOM, Decided
 from cluster.plan.fit import gib
-from cluster.plan.memory import frozen_memory, trained_memory
+from cluster.plan.memory import FLOAT, frozen_memory, trained_memory, trained_parameters
 from cluster.plan.shapes import ModelShape
 from cluster.plan.work import Frozen, Kept, Trained
-from cluster.resources import Cluster, gpu_type
+from cluster.resources import Cluster
 
 SHARED_OUT = ("train.workers", "train.pairs_per_worker", "train.accumulation_steps")
 
@@ -59,8 +60,10 @@ class PairWork:
             four_bit=self.four_bit,
         )
         needed = trained_memory(trained, on_gpu=True).peak
-        if self.reference:
-            frozen = Frozen("reference", self.shape, 1, self.dtype_bytes, tokens, rows)
+        if self.workers > 1:  # DDP's buckets, beside the gradients that are copied into them
+            needed += FLOAT * trained_parameters(trained)[0]
+        if self.reference:  # in float32 like the policy, whatever they compute in
+            frozen = Frozen("reference", self.shape, 1, FLOAT, tokens, rows)
             needed += frozen_memory(frozen, on_gpu=True).device["weights"]
         return needed
 
@@ -81,10 +84,11 @@ def choose_workers(
     if kind is None:
         if open_gpus:
             raise DoesNotFit(
-                "the cluster's GPUs are of no type that the table has, so their memory is not "
-                "known; set train.resources.gpus"
+                "the cluster's GPUs are of no type that is known by Ray's name of them, and "
+                "nvidia-smi there does not tell their memory; set train.resources.gpus"
             )
-        return ()
+        why = "as without a GPU, for the type of these is not known"
+        return tuple(one for one in _as_it_is(work, why) if one.path in open_)
     has_bfloat16 = all(one.bfloat16 for one in kinds)
     if "model.dtype" in open_:
         work = replace(work, dtype_bytes=2 if has_bfloat16 else 4)
@@ -103,7 +107,7 @@ def choose_workers(
     chosen = room[0] if work.fits else ways[0]
     where = f"{chosen.workers} of {there} GPU ({kind.name})"
     steps = f"{chosen.workers * chosen.pairs * chosen.passes} pairs a step, as the memory has room"
-    dtype = "bfloat16" if chosen.dtype_bytes == 2 else "float32"
+    dtype = _dtype(chosen)
     made = (
         Decided("model.dtype", dtype, f"{kind.name} has {'it' if has_bfloat16 else 'no bfloat16'}"),
         Decided("model.gradient_checkpointing", chosen.checkpointing, "the memory of activations"),
@@ -113,6 +117,17 @@ def choose_workers(
         Decided("train.accumulation_steps", chosen.passes, steps),
     )
     return tuple(one for one in made if one.path in open_)
+
+
+def _dtype(work: PairWork) -> str:
+    return "bfloat16" if work.dtype_bytes == 2 else "float32"
+
+
+def _as_it_is(work: PairWork, why: str) -> Iterator[Decided]:
+    yield Decided("model.dtype", _dtype(work), why)
+    yield Decided("model.gradient_checkpointing", work.checkpointing, why)
+    for key, value in zip(SHARED_OUT, (work.workers, work.pairs, work.passes), strict=True):
+        yield Decided(key, value, why)
 
 
 def _on_cpus(work: PairWork, cores: int) -> Iterator[Decided]:

@@ -150,7 +150,7 @@ def _explain(short: Short, draft: Draft, work: Work, cluster: Cluster) -> str:
     if short.cache:
         said = (
             f"{where} ({who}): after weights and workspace vLLM's share leaves {gib(short.by)} too "
-            f"little KV cache for one sequence of {work.step.longest} tokens"
+            f"little KV cache for one sequence of {work.step.row} tokens"
         )
     else:
         said = (

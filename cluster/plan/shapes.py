@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cluster.resources import DATA, UnknownName, nearest
+from cluster.tables import DATA, UnknownName, nearest
 
 # What is put behind the names of one model's variants, all of one shape.
 VARIANTS = (

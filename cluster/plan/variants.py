@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from cluster.plan.work import Trained, Work
+from cluster.plan.work import Frozen, Trained, Work, microbatch
 
 STRATEGY = "deepspeed"  # the one that is chosen where ranks share a model
 LEAST_SHARED = 2  # of optimiser, gradients and weights: to share out less is no faster
@@ -86,7 +86,8 @@ def variants(
                 changed = _budgeted(sharded, open_, budget)
                 for one in changed.trained:
                     changed = _trained(changed, replace(one, checkpointing=checkpointing))
-                if (tokens := tuple(one.tokens for one in changed.trained)) in seen:
+                counted: tuple[Trained | Frozen, ...] = (*changed.trained, *changed.frozen)
+                if (tokens := tuple(one.tokens for one in counted)) in seen:
                     continue  # a row is as short as it gets
                 seen.add(tokens)
                 yield Candidate(0.0, 0, changed, budget)
@@ -129,13 +130,12 @@ def _budgeted(work: Work, open_: frozenset[str], budget: int) -> Work:
         rows = math.ceil(step.sequences / step.updates / one.ranks)
         tokens = one.tokens
         if f"{one.role}.tokens_per_microbatch" in open_:
-            tokens = one.longest * max(1, budget // one.longest)
-        work = _trained(work, replace(one, tokens=min(tokens, rows * one.longest)))
+            tokens = budget
+        work = _trained(work, replace(one, tokens=microbatch(tokens, rows, one.longest)))
     if "policy.tokens_per_microbatch" in open_:
-        rows = max(1, min(step.completions, budget // step.longest))
+        tokens = microbatch(budget, step.completions, step.row)
         frozen = (
-            replace(one, tokens=rows * step.longest) if one.role == "reference" else one
-            for one in work.frozen
+            replace(one, tokens=tokens) if one.role == "reference" else one for one in work.frozen
         )
         work = replace(work, frozen=tuple(frozen))
     return work

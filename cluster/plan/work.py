@@ -20,6 +20,7 @@ class Step:
     passes: int  # over the batch
     updates: int  # optimiser steps in one pass
     max_staleness: int
+    episode_tokens: int | None = None  # of a row with all its turns; None: no episodes are played
 
     @property
     def sequences(self) -> int:
@@ -28,8 +29,13 @@ class Step:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row."""
+        """Tokens of prompt and completion: as long as a row is planned to take."""
         return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def row(self) -> int:
+        """Tokens of the longest row that there may be: as long as a row has to have room."""
+        return self.longest if self.episode_tokens is None else self.episode_tokens
 
     @property
     def tokens(self) -> int:
@@ -73,7 +79,7 @@ class Trained:
     kept: Kept
     dtype_bytes: int  # of model.dtype
     tokens: int  # of one micro-batch of one rank
-    longest: int  # tokens of its longest row
+    longest: int  # tokens of its longest row: `Step.row`
     others: tuple[Other, ...] = ()  # none where the backend runs no other
     several: bool = True  # whether there may be more than one rank
     lora_rank: int | None = None
@@ -84,6 +90,8 @@ class Trained:
     scores: bool = False  # attention keeps its matrix of scores (model.attention: eager)
     has_four_bit: bool = False  # the backend has 4 bits to offer: Unsloth
     sends_changes: bool = False  # rank 0 keeps the weights that it has sent last
+    send_buffer: int = 0  # bytes of one that goes from GPU to GPU; 0: weights go by the host
+    shares_weights: bool = False  # replicas on the ranks' GPUs load them from there
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,7 @@ class Rollout:
     gpus_as_set: float = 1.0  # rollout.resources.gpus: 1 is each shard's, else of all shards
     most_replicas: int | None = None  # rollout.max_replicas
     takes_changes: bool = False  # a replica keeps the weights that changes are put on
+    send_buffer: int = 0  # as of the policy
     role: str = "rollout"
 
 
@@ -117,6 +126,12 @@ class Frozen:
     head_rows: int = 0
     section: str = "reference"  # of the config; a reward model's has its index: rewards.0
     longest: int | None = None  # tokens of the longest row; None: that of the step
+
+
+def microbatch(budget: int, rows: int, longest: int) -> int:
+    """Tokens of the largest micro-batch of `rows`, as `actors.packing` fills it: up to the budget,
+    with rows that may be shorter than the longest. A row over the budget is one of its own."""
+    return min(rows * longest, max(longest, budget))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from aligntune.errors import UserError
 from aligntune.online.settle_resources import settle_resources
 from aligntune.preference.settle_workers import settle_workers
 from aligntune.shapes import known_shape
-from cluster import machines, resources
+from cluster import gpus, machines, resources
 from cluster.doctor import probe
 from tests.aligntune.online.test_settle_resources import config
 from tests.aligntune.preference.test_settle_workers import config as preference_config
@@ -32,7 +32,7 @@ def silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(machines, "connected_already", lambda: False)
     monkeypatch.setattr(resources, "host_memory", lambda: (2**40, 2**40))
-    monkeypatch.setattr(resources, "NVIDIA_SMI_SECONDS", 0.05)
+    monkeypatch.setattr(gpus, "NVIDIA_SMI_SECONDS", 0.05)
     monkeypatch.setattr(probe, "NVIDIA_SMI_S", 0.05)
 
 

@@ -7,9 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cluster import resources
-from cluster.resources import BadDescription, described, host_cpus, this_machine
+from cluster import machines, resources
+from cluster.gpus import LocalGpu, gpu_names, gpu_type, type_by_memory, type_of_machine
+from cluster.resources import BadDescription, Cluster, described, host_cpus, this_machine
 
 QUERY = """#!/bin/sh
 cat <<'END'
@@ -17,6 +20,10 @@ cat <<'END'
 1, GPU-bb22, NVIDIA L4, 23034, 8.9
 2, GPU-cc33, Tesla T4, 15360, 7.5
 3, GPU-dd44, NVIDIA GeForce RTX 5090, 32607, 12.0
+4, GPU-ee55, NVIDIA GeForce RTX 4080, 16376, 8.9
+5, GPU-ff66, NVIDIA GeForce GTX 1080 Ti, 11264, 6.1
+6, GPU-ab77, NVIDIA A10G, 23028, 8.6
+7, GPU-cd88, NVIDIA A10, 23028, 8.6
 END
 """
 
@@ -33,7 +40,7 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("visible", "count", "kind"),
     [
-        (None, 4, "h100-80gb"),
+        (None, 8, "h100-80gb"),
         ("", 0, None),
         ("-1", 0, None),
         ("1", 1, "l4-24gb"),
@@ -41,6 +48,10 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("GPU-bb", 1, "l4-24gb"),
         ("1,9,0", 1, "l4-24gb"),  # CUDA stops at the first that it does not know
         ("3", 1, "rtx-3090-24gb"),  # the largest known one that it has the memory of
+        ("4", 1, "bf16-16376mib"),  # less than any known one with its arithmetic
+        ("5", 1, "fp32-11264mib"),
+        ("6", 1, "a10g-24gb"),
+        ("7", 1, "a10-24gb"),
     ],
 )
 def test_the_gpus_of_this_machine_are_those_that_cuda_shows(
@@ -50,6 +61,55 @@ def test_the_gpus_of_this_machine_are_those_that_cuda_shows(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     node = this_machine().nodes[0]
     assert (node.gpus, node.gpu) == (count, kind)
+
+
+def test_what_ray_shows_no_gpu_still_sees_the_machines(
+    gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as Ray sets it for a task without a GPU
+    assert type_of_machine() == "h100-80gb"
+
+
+@given(st.sampled_from(["NVIDIA A100", "Tesla X"]), st.integers(1, 300_000), st.booleans())
+def test_every_gpu_has_a_type_with_its_arithmetic_and_no_more_than_its_memory(
+    product: str, mib: int, bfloat16: bool
+) -> None:
+    kind = gpu_type(type_by_memory(LocalGpu(product, mib, bfloat16)))
+    assert kind.bfloat16 == bfloat16
+    assert 0 < kind.memory_bytes <= mib * 2**20 * 1.031  # as near as a name's own memory has to be
+    assert kind.flops >= min(
+        gpu_type(name).flops for name in gpu_names() if gpu_type(name).bfloat16 == bfloat16
+    )
+
+
+def test_a_gpu_below_the_table_has_its_own_memory_and_the_least_rates() -> None:
+    kind = gpu_type("bf16-16376mib")
+    assert kind.memory_bytes == 16376 * 2**20
+    assert (kind.flops, kind.name) == (gpu_type("a10g-24gb").flops, "bf16-16376mib")
+    assert gpu_type("fp32-11264MiB").flops == gpu_type("t4-16gb").flops
+
+
+def test_nodes_whose_gpus_rays_name_leaves_open_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, plain = described(1, 2, "h100-80gb").nodes[0], described(1, 0).nodes[0]
+    open_ = known._replace(gpu=None)
+    asked: list[str] = []
+
+    def ask(ids: list[str]) -> dict[str, str]:
+        asked.extend(ids)
+        return {"b": "a100-80gb"}
+
+    monkeypatch.setattr(machines, "_ask", ask)
+    cluster = Cluster((known, open_, plain, open_), "Ray")
+    typed = machines._typed(cluster, ["a", "b", "c", "d"])
+    assert asked == ["b", "d"]
+    assert [node.gpu for node in typed.nodes] == ["h100-80gb", "a100-80gb", None, None]
+
+
+def test_a_head_without_processors_is_not_the_node_with_the_fewest() -> None:
+    nodes = described(3, 0, None, 8).nodes
+    head = nodes[0]._replace(cpus=0.0)
+    assert machines._cores(Cluster((head, *nodes[1:]), "Ray")) == 8
+    assert machines._cores(Cluster((head,), "Ray")) == 1
 
 
 @pytest.mark.parametrize(

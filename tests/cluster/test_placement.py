@@ -9,16 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.bundles import BadRequest, RoleRequest, Strategy, bundle_sets, totals
+from cluster.gpus import gpu_type, type_by_ray
 from cluster.placement import Placement, Shortage, place
-from cluster.resources import (
-    BadDescription,
-    Cluster,
-    Node,
-    UnknownName,
-    described,
-    from_ray,
-    gpu_type,
-)
+from cluster.resources import BadDescription, Cluster, Node, described, from_ray
+from cluster.tables import UnknownName
 
 ROLES = ("policy", "rollout", "reward", "reference", "critic")
 STRATEGIES: tuple[Strategy, ...] = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
@@ -317,5 +311,32 @@ def test_a_node_of_ray_says_its_gpu_by_resource_or_label() -> None:
     assert from_ray(node).gpu is None
     label = {**node, "Labels": {"ray.io/accelerator-type": "H100"}}
     assert from_ray(label).gpu == "h100-80gb"
+    unlisted = {**node, "Labels": {"ray.io/accelerator-type": "GeForce-RTX-4080"}}
+    assert from_ray(unlisted).gpu is None
     both = {"CPU": 4.0, "GPU": 1.0, "accelerator_type:A100": 1.0, "accelerator_type:A100-80G": 1.0}
     assert from_ray({**node, "Resources": both}).gpu == "a100-80gb"
+
+
+@pytest.mark.parametrize(
+    ("product", "kind"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-80gb"),
+        ("NVIDIA A10G", "a10g-24gb"),
+        ("NVIDIA A10", "a10-24gb"),
+        ("Tesla T4", "t4-16gb"),
+        ("NVIDIA L40S", "l40s-48gb"),
+        ("NVIDIA GeForce RTX 3090", "rtx-3090-24gb"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090-24gb"),
+        ("NVIDIA RTX A6000", "rtx-a6000-48gb"),
+        ("NVIDIA A100-SXM4-80GB", None),  # Ray's name is the same for 40 GB
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("Tesla V100-SXM2-32GB", None),
+    ],
+)
+def test_a_gpu_is_known_by_the_name_that_ray_makes_of_its_product(
+    product: str, kind: str | None
+) -> None:
+    from ray._private.accelerators import NvidiaGPUAcceleratorManager
+
+    name = NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(product)
+    assert type_by_ray([name]) == kind

@@ -142,6 +142,7 @@ def test_runs_of_one_name_do_not_meet(ray_session: None) -> None:
 FOUR_NODES = """
 import json, ray
 from ray.cluster_utils import Cluster
+from cluster import machines
 from cluster.bundles import RoleRequest
 from cluster.reservation import reserve
 from cluster.resources import connected, living_nodes
@@ -160,6 +161,14 @@ class Where:
         return ray.get_runtime_context().get_node_id(), ray.get_gpu_ids()
 
 order = [node["NodeID"] for node in living_nodes()]
+
+def type_of_machine():
+    node = ray.get_runtime_context().get_node_id()
+    if node == order[0]:
+        raise RuntimeError("nvidia-smi does not answer")
+    return node
+
+machines.type_of_machine = type_of_machine
 requests = [
     RoleRequest("policy", 4, 1, 1, "SPREAD"),
     RoleRequest("rollout", 4, 1, 1, "SPREAD"),
@@ -180,8 +189,10 @@ with reserve(requests, 30, [["policy", "rollout"]], "four") as places:
         ]
         for role, of_role in actors.items()
     }
+    told = machines._ask(order)  # also where all is reserved
+    asked = [[order.index(node), order.index(kind)] for node, kind in sorted(told.items())]
 plain = [index for index, node in enumerate(connected().nodes) if not node.gpus]
-print(json.dumps({"found": found, "nodes": len(order), "plain": plain}))
+print(json.dumps({"found": found, "nodes": len(order), "plain": plain, "asked": sorted(asked)}))
 ray.shutdown()
 made.shutdown()
 """
@@ -207,6 +218,7 @@ def test_on_four_nodes_ranks_are_in_order_and_environments_on_the_one_without_gp
     assert all(len(devices) == 1 for _, devices in policy)
     environments = [node for node, _ in answer["found"]["environment"]]
     assert environments.count(plain) == 2, "the third has no room there"
+    assert answer["asked"] == [[1, 1], [2, 2], [3, 3]], "each says its own, but for one that fails"
 
 
 def test_options_of_a_role_that_is_not_reserved_are_an_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,11 @@ from aligntune.config.tree import dump
 from aligntune.errors import UserError
 from aligntune.preference.settle_workers import settle_workers
 from aligntune.runs.rundir import changes
+from cluster.gpus import gpu_names
 from cluster.machines import Machines
-from cluster.resources import described, gpu_names
+from cluster.plan.pairs import PairWork
+from cluster.plan.shapes import from_table
+from cluster.resources import described
 
 
 def config(*overrides: str, name: str = "dpo", model: str = "Qwen/Qwen3-0.6B") -> PreferenceConfig:
@@ -50,6 +54,32 @@ def test_with_gpus_each_has_a_worker_and_a_step_its_pairs() -> None:
     assert now.train.pairs_per_step == 8
     assert now.train.resources.gpus == 1
     assert now.model.dtype == "bfloat16"
+
+
+def test_several_workers_hold_buckets_as_large_as_the_gradients_and_a_reference_in_float32() -> (
+    None
+):
+    shape = from_table("Qwen/Qwen3-0.6B")
+    alone = PairWork(shape, 64, 1, 1, 1, 2, True, None, False, logits=True, reference=False)
+    assert replace(alone, workers=2).bytes - alone.bytes == 4 * shape.parameters
+    for size in (2, 4):
+        one = replace(alone, dtype_bytes=size)
+        assert replace(one, reference=True).bytes - one.bytes == 4 * shape.parameters
+    adapter = replace(alone, lora_rank=8)
+    buckets = replace(adapter, workers=2).bytes - adapter.bytes
+    assert buckets == 4 * shape.lora_parameters(8)
+
+
+def test_gpus_of_no_known_type_leave_what_is_open_as_without_one() -> None:
+    there = machines(1, 4, "h100-80gb")
+    nodes = tuple(node._replace(gpu=None) for node in there.cluster.nodes)
+    there = replace(there, cluster=replace(there.cluster, nodes=nodes))
+    with pytest.raises(UserError, match=r"set train\.resources\.gpus"):
+        settle_workers(config(), 1024, there=there)
+    now, decided = settle_workers(config("train.resources.gpus=1"), 1024, there=there)
+    assert (now.train.workers, now.train.resources.gpus) == (1, 1)
+    values = {one.path: one.value for one in decided}
+    assert values["model.dtype"] == now.model.dtype == "float32"
 
 
 @given(

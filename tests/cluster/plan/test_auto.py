@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.messages import Row
+from actors.packing import microbatches
 from actors.strategies.specs import TorchSpec
 from aligntune.online.work import others_of
 from cluster.bundles import RoleRequest
+from cluster.gpus import gpu_names, gpu_type
 from cluster.placement import DoesNotFit
 from cluster.plan.auto import HEADROOM, Choice, choose
 from cluster.plan.fit import shortest, times_of, try_draft
 from cluster.plan.memory import kv_bytes
 from cluster.plan.shapes import from_table, model_names
-from cluster.plan.work import Frozen, Kept, Rollout, Step, Trained, Work
-from cluster.resources import Cluster, UnknownName, described, gpu_names, gpu_type
+from cluster.plan.work import Frozen, Kept, Rollout, Step, Trained, Work, microbatch
+from cluster.resources import Cluster, described
+from cluster.tables import UnknownName
 
 SMALL, MIDDLE, LARGE = "Qwen/Qwen3-0.6B", "Qwen/Qwen2.5-7B", "meta-llama/Llama-3.1-70B"
 ROLES = ("policy", "rollout", "reference", "critic", "reward")
@@ -159,6 +164,11 @@ def test_what_is_decided_fits_and_changes_nothing_that_is_set_or_there_is_a_reas
         key: before[key] for key in before if key not in open_
     }
     assert {one.path for one in choice.decided} <= open_
+    decided = {one.path: one.value for one in choice.decided}
+    for one in choice.work.trained:  # what is decided is what was counted
+        if budget := decided.get(f"{one.role}.tokens_per_microbatch"):
+            rows = math.ceil(choice.work.step.sequences / choice.work.step.updates / one.ranks)
+            assert one.tokens == microbatch(budget, rows, one.longest)
 
 
 def _answer(work: Work, open_: frozenset[str], cluster: Cluster) -> Choice | str:
@@ -266,8 +276,38 @@ def test_roles_that_work_beside_each_other_share_the_processors() -> None:
     }  # fmt: skip
 
 
-def test_gpus_of_no_known_type_are_refused_with_what_to_set() -> None:
-    cluster = described(1, 1, "l4-24gb")
+def test_gpus_of_no_known_type_are_refused_with_what_to_set_and_then_taken_as_set() -> None:
+    cluster = described(1, 2, "l4-24gb")
     unknown = replace(cluster, nodes=(cluster.nodes[0]._replace(gpu=None),))
-    with pytest.raises(UnknownName, match=r"policy\.resources\.gpus=0"):
+    keys = ["policy.resources.gpus", "rollout.resources.gpus"]
+    with pytest.raises(UnknownName, match=f"set {', '.join(keys)} .*policy.resources.gpus=0"):
         choose(work_of(), OPEN, unknown, cores=8)
+    with pytest.raises(UnknownName, match=rf"set {keys[1]} \("):
+        choose(work_of(), OPEN - {keys[0]}, unknown, cores=8)
+    work = work_of()
+    ones = tuple(replace(one, gpus=float(one.role != "reward")) for one in work.requests)
+    given = replace(work, requests=ones)
+    choice = choose(given, OPEN - set(keys), unknown, cores=8)
+    assert choice.work == given
+    said = {one.path: one for one in choice.decided}
+    assert said["model.dtype"].value == "float32"
+    assert "is not known" in said["model.dtype"].why
+    assert said["policy.ranks"].value == 1
+
+
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=24), st.integers(1, 4000), st.booleans())
+def test_no_micro_batch_has_more_tokens_than_are_counted(
+    lengths: list[int], budget: int, packed: bool
+) -> None:
+    rows = [Row(0, index, tokens) for index, tokens in enumerate(lengths)]
+    counted = microbatch(budget, len(rows), max(lengths))
+    for batch in microbatches(rows, budget, packed):
+        own = [row.tokens for row in batch]
+        assert (sum(own) if packed else len(own) * max(own)) <= counted
+
+
+def test_the_reference_is_counted_by_the_budget_that_is_decided() -> None:
+    choice = choose(work_of(reference=True), OPEN, described(1, 8, "h100-80gb"), cores=8)
+    budget = {one.path: one.value for one in choice.decided}["policy.tokens_per_microbatch"]
+    assert [one.tokens for one in choice.work.frozen] == [microbatch(budget, 8, 768)]
+    assert budget % 768, "no whole rows: else this shows nothing"

@@ -27,6 +27,8 @@ from aligntune.config.load import load_config
 from aligntune.online.work import kept_of, others_of
 from aligntune.online.work import work_of as work_from
 from cluster.bundles import RoleRequest
+from cluster.gpus import gpu_type
+from cluster.machines import Machines
 from cluster.placement import DoesNotFit
 from cluster.plan.draw import draw
 from cluster.plan.memory import frozen_memory, kv_bytes, rollout_memory, trained_memory
@@ -41,7 +43,8 @@ from cluster.plan.shapes import (
     published_parameters,
 )
 from cluster.plan.work import Frozen, Rollout, Step, Trained, Work
-from cluster.resources import Cluster, UnknownName, described, gpu_type
+from cluster.resources import Cluster, described
+from cluster.tables import UnknownName
 
 SMALL, LARGE = "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B"
 H100 = gpu_type("h100-80gb")
@@ -252,6 +255,34 @@ def test_who_sends_and_takes_changes_keeps_a_whole_version_on_the_host() -> None
         make_plan(delta, replace(cluster, nodes=small))
 
 
+def test_weights_from_gpu_to_gpu_take_buffers_on_both_sides_and_shared_ones_copies() -> None:
+    work = work_of(ranks=2)
+    policy, rollout, shape = work.policy, work.rollout, work.policy.shape
+    largest, version = 2 * shape.vocabulary * shape.hidden, 2 * shape.parameters
+
+    def leaving(**changes: Any) -> int:
+        return trained_memory(replace(policy, **changes), on_gpu=True).device["transfer"]
+
+    size = 256 * 2**20
+    assert leaving() == largest
+    assert leaving(send_buffer=size) == 3 * (size + largest)
+    assert leaving(send_buffer=2 * version) == 3 * version  # one takes no more than there is
+    for shards in (1, 2):  # each worker is sent whole weights
+        sent = replace(rollout, send_buffer=size, tensor_parallel=shards)
+        device = rollout_memory(sent, work.step, H100).device
+        assert device["transfer"] == 3 * (size + largest)
+        assert {"rollout.weight_sync": "full"} in [
+            dict(one.settings) for one in to_fit(replace(work, rollout=sent), "rollout")
+        ]
+
+    shared: dict[str, Any] = {"shares_weights": True}
+    assert leaving(**shared, **keeping(TorchSpec())) == version  # float32 there, sent in bfloat16
+    assert leaving(**shared, **zero(2)) == largest  # as they are
+    assert leaving(**shared, **zero(3)) == version
+    assert leaving(**shared, **zero(2), lora_rank=8) == version
+    assert leaving(**shared, **keeping(TorchSpec()), dtype_bytes=4) == 2 * largest
+
+
 def test_vllm_takes_its_share_of_a_gpu_and_shards_divide_the_weights() -> None:
     step, work = work_of().step, work_of(LARGE).rollout
     one, two = (rollout_memory(replace(work, tensor_parallel=n), step, H100) for n in (1, 2))
@@ -334,6 +365,17 @@ def test_a_rollout_whose_weights_leave_no_cache_is_told_to_shard() -> None:
     frozen = (replace(work.frozen[0], shape=from_table(SMALL)),)
     with pytest.raises(DoesNotFit, match=r"rollout\.engine\.tensor_parallel_size=2"):
         make_plan(replace(work, frozen=frozen), described(4, 8, "h200-141gb"))
+
+
+def test_a_cache_has_to_hold_a_whole_episode() -> None:
+    work = work_of(replicas=1)
+    token = kv_bytes(work.rollout)
+    work = replace(work, rollout=replace(work.rollout, kv_cache_bytes=2000 * token))
+    cluster = described(1, 8, "h100-80gb")
+    make_plan(work, cluster)
+    longer = replace(work, step=replace(work.step, episode_tokens=3072))
+    with pytest.raises(DoesNotFit, match="one sequence of 3072 tokens"):
+        make_plan(longer, cluster)
 
 
 def test_the_weights_of_both_colocated_roles_count_on_their_device() -> None:
@@ -621,6 +663,63 @@ def test_every_suggestion_is_accepted_and_does_what_was_said(
         assert promised is None or seconds == pytest.approx(promised), settings_
 
 
+def config_of(**changes: Any) -> Work:
+    """The work of a config."""
+    tree = {
+        "algorithm": {"name": "grpo", "beta": 0.1},
+        "model": {"name": SMALL},
+        "data": {"path": "not-read.jsonl"},
+        "rewards": ["exact_match"],
+        "output_dir": "not-written",
+        **changes,
+    }
+    lengths = {"max_prompt_length": 400, "max_completion_length": 600}
+    return work_from(load_config({**tree, "rollout": {**lengths, **changes.get("rollout", {})}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "row"),
+    [
+        ({}, 1000),
+        ({"tools": ["a:b"]}, 2000),  # as much again for what tools say
+        ({"tools": ["a:b"], "episodes": {"max_tokens": 5000}}, 5000),
+        ({"tools": ["a:b"], "rollout": {"max_prompt_length": None}}, 2 * (512 + 600)),
+    ],
+    ids=["no episodes", "open", "set", "open, and so is the prompt"],
+)
+def test_rows_of_episodes_are_counted_with_all_their_turns(
+    changes: dict[str, Any], row: int
+) -> None:
+    work = config_of(**changes, rewards=[{"model": REWARD}])
+    assert work.policy.longest == row
+    reference, reward = work.frozen
+    groups = work.step.completions
+    assert reference.tokens == min(groups * row, max(row, 16384))
+    assert reward.longest == row
+    assert work.step.longest == work.step.prompt_tokens + 600
+
+
+def test_the_way_of_weights_is_known_to_a_plan() -> None:
+    sizes = {}
+    for way in ("full", "nccl", "ipc"):
+        on_gpus = {"resources": {"gpus": 1}}
+        rollout = {"engine": "vllm", "weight_sync": way, **on_gpus}
+        colocate = [["policy", "rollout"]] if way == "ipc" else []
+        work = config_of(rollout=rollout, policy=on_gpus, cluster={"colocate": colocate})
+        sizes[way] = (
+            work.policy.send_buffer, work.rollout.send_buffer, work.policy.shares_weights
+        )  # fmt: skip
+    size = 256 * 2**20
+    assert sizes == {"full": (0, 0, False), "nccl": (size, size, False), "ipc": (0, 0, True)}
+
+
+def test_a_budget_between_rows_may_be_halved_to_whole_ones() -> None:
+    work = work_of(LARGE)
+    work = replace(work, policy=replace(work.policy, tokens=2000))  # rows have 1536
+    settings = [dict(option.settings) for option in to_fit(work, "policy")]
+    assert {"policy.tokens_per_microbatch": "1536"} in settings
+
+
 def test_more_ranks_have_fewer_rows_each() -> None:
     work = work_of(LARGE)
     few = replace(work, step=replace(work.step, groups=2))
@@ -794,6 +893,18 @@ def test_a_setting_that_the_refusal_names_makes_it_fit(run: Run) -> None:
     settings_ = [part for text in first.split(" and ") for part in text.split(", ")]
     code, _, error = run(*ON_H100, *AS_SET, *settings_)
     assert code == 0, error
+
+
+def test_the_type_that_is_given_is_that_of_all_gpus_of_a_connected_cluster(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Machines(described(1, 4, "a100-40gb"), 16, here=False)
+    monkeypatch.setattr("aligntune.commands.plan.machines", lambda spec: there)
+    for asked, kind in (([], "a100-40gb"), (["--gpu", "a100-80gb"], "a100-80gb")):
+        code, out, error = run(f"model.name={SMALL}", "rollout.engine=vllm", *asked, "--json")
+        assert code == 0, error
+        capacities = {one["capacity"] for one in json.loads(out)["devices"]}
+        assert gpu_type(kind).memory_bytes in capacities
 
 
 @pytest.mark.parametrize(
