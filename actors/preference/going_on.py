@@ -1,7 +1,7 @@
 """What a trainer of TRL's does that goes on from a checkpoint.
 
-Invariant: weights, moments and the place in the schedule are the checkpoint's; learning rate,
-decay, betas, epsilon and clipping are the job's.
+Invariant: weights, moments, the place in the schedule and the count of tokens are the checkpoint's;
+learning rate, decay, betas, epsilon and clipping are the job's.
 """
 
 from __future__ import annotations
@@ -14,11 +14,23 @@ class GoesOn:
     from the checkpoint, and train a step more where the checkpoint has them all."""
 
     args: Any
+    model: Any
     state: Any
     optimizer: Any
     lr_scheduler: Any
     model_wrapped: Any
     is_deepspeed_enabled: bool
+    _total_train_tokens: int
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        """As transformers', but for adapters: that one passes over `default` where another lies in
+        a folder of its own, as TRL's copy for the reference, `ref`, did."""
+        from peft import PeftModel
+
+        if isinstance(self.model, PeftModel):
+            self.model.load_adapter(checkpoint, "default", is_trainable=True)
+        else:
+            super()._load_from_checkpoint(checkpoint, model)  # type: ignore[misc]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:
@@ -40,6 +52,8 @@ class GoesOn:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is None:
             return
+        counts = [row["num_tokens"] for row in self.state.log_history if "num_tokens" in row]
+        self._total_train_tokens = int(counts[-1]) if counts else 0
         put_back(self.optimizer, self._settings)
         if self.is_deepspeed_enabled:  # which loads its optimiser with the model, and clips itself
             self.optimizer.optimizer.clip_grad = self.model_wrapped.gradient_clipping()

@@ -145,7 +145,7 @@ def _dpo(
     for each in (model, reference):
         if each is not None:
             _give_float_logits(each)
-    return Trainer(
+    trainer = Trainer(
         model=model,
         ref_model=reference,
         args=DPOConfig(**common),
@@ -153,6 +153,11 @@ def _dpo(
         eval_dataset=evaluation,
         processing_class=tokenizer,
     )
+    if "ref" in getattr(trainer.model, "peft_config", ()):
+        # TRL's copy of adapters that it takes for trained ones. These are new and add nothing, so
+        # the reference is the model without them, as TRL has it where there is no copy.
+        trainer.model.delete_adapter("ref")
+    return trainer
 
 
 def _give_float_logits(model: Any) -> None:

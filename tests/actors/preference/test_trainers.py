@@ -356,6 +356,9 @@ def test_a_bfloat16_model_is_written_in_bfloat16(
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     if model == "whole":
         assert written.keys() <= set(names)
+    else:
+        adapter = {path.name for path in (tmp_path / "model" / "adapter").iterdir()}
+        assert adapter == {"adapter_config.json", "adapter_model.safetensors"}
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -481,7 +484,7 @@ os._exit(0)
 
 @pytest.mark.long
 @pytest.mark.parametrize("model", ["whole", "lora"])
-def test_unsloth_in_bfloat16_starts_from_the_same_first_loss_and_trains_in_float32(
+def test_unsloth_in_bfloat16_starts_from_the_same_first_loss_trains_in_float32_and_goes_on(
     tiny_model: Path, tmp_path: Path, model: str
 ) -> None:
     """In a process of its own, which Unsloth patches for good."""
@@ -490,12 +493,16 @@ import sys
 from pathlib import Path
 from actors.models.unsloth import import_unsloth
 import_unsloth()
-from tests.actors.preference.test_trainers import made_of, weights
-trainer = made_of(Path(sys.argv[1]), Path(sys.argv[2]), (
-    "model.dtype=bfloat16", "backend=unsloth", *sys.argv[3:]
-))
+from tests.actors.preference.test_trainers import made_of, saving_at, weights
+model, folder = Path(sys.argv[1]), Path(sys.argv[2])
+options = ("model.dtype=bfloat16", "backend=unsloth", *sys.argv[3:])
+trainer = made_of(model, folder, options)
+trainer.add_callback(saving_at(2))
 before = weights(trainer)
 trainer.train()
+again = made_of(model, folder, options)
+again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+print("resumed", all(bool((weights(again)[n] == w).all()) for n, w in weights(trainer).items()))
 moved = [bool((weights(trainer)[name] != weight).any()) for name, weight in before.items()]
 print("all moved", all(moved), {weight.dtype for weight in before.values()})
 print("first", next(e["loss"] for e in trainer.state.log_history if "loss" in e), flush=True)
@@ -509,6 +516,7 @@ print("first", next(e["loss"] for e in trainer.state.log_history if "loss" in e)
         cwd=Path(__file__).parents[3],
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "resumed True" in ran.stdout
     assert "all moved True {torch.float32}" in ran.stdout
     first = float(ran.stdout.rpartition("first ")[2].split()[0])
     assert first == pytest.approx(math.log(2), abs=1e-6)
@@ -588,11 +596,12 @@ def test_a_run_that_goes_on_has_the_rates_and_settings_of_its_config_from_the_ne
     assert adam(again) == adam(whole) != adam(first)
 
 
+@pytest.mark.parametrize("model", ["whole", "lora"])
 @pytest.mark.parametrize("kind", ["dpo", "reward_model"])
 def test_a_run_that_is_resumed_at_its_last_step_trains_none(
-    build: Build, tmp_path: Path, kind: str
+    build: Build, tmp_path: Path, kind: str, model: str
 ) -> None:
-    changes = ("train.scheduler=constant", "train.learning_rate=1e-3")
+    changes = ("train.scheduler=constant", "train.learning_rate=1e-3", *MODELS[model])
     split = "train.pairs_per_worker=2"  # three steps an epoch
     for pairs in (split, "train.pairs_per_worker=4"):
         first = build(*changes, pairs, kind=kind, steps=3)
@@ -606,6 +615,53 @@ def test_a_run_that_is_resumed_at_its_last_step_trains_none(
         longer = build(*changes, pairs, kind=kind, steps=4)
         longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
         assert longer.state.global_step == 4
+
+
+LORA = ("model.lora={r: 2, dropout: 0.1}", "train.pairs_per_worker=2", "train.learning_rate=1e-3")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("dpo", ()),
+        ("dpo", ("algorithm.precompute_reference=true",)),
+        ("dpo", ("algorithm.reference_free=true",)),
+        ("reward_model", ()),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_of_adapters_is_the_run_that_was_not_interrupted(
+    build: Build, tmp_path: Path, kind: str, options: tuple[str, ...]
+) -> None:
+    whole = build(*LORA, *options, kind=kind)
+    whole.add_callback(saving_at(2))
+    whole.train()
+    again = build(*LORA, *options, kind=kind)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, weight in weights(whole).items():
+        assert torch.equal(weights(again)[name], weight), name
+    assert counted(again) == counted(whole)
+
+
+def counted(trainer: Any) -> list[float]:
+    """The tokens after each step."""
+    return [row["num_tokens"] for row in trainer.state.log_history if "num_tokens" in row]
+
+
+def test_adapters_of_a_checkpoint_that_has_a_copy_for_the_reference_are_read(
+    build: Build, tmp_path: Path
+) -> None:
+    first = build(*LORA, steps=2)
+    disturb(first)
+    first.model.add_adapter("ref", first.model.peft_config["default"])
+    first.add_callback(saving_at(2))
+    first.train()
+    assert (tmp_path / "checkpoint-2" / "ref" / "adapter_model.safetensors").is_file()
+    again = build(*LORA, steps=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    found = weights(again)
+    for name, weight in weights(first).items():
+        assert torch.equal(found[name], weight), name
 
 
 def held_out_figures(trainer: Any) -> dict[str, float]:
