@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -259,6 +261,11 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(
     assert again.state.global_step == 5
     weights = dict(whole.model.named_parameters())
     assert all(torch.equal(weights[name], p) for name, p in again.model.named_parameters())
+    counts = [
+        [row["num_tokens"] for row in trainer.state.log_history if "num_tokens" in row]
+        for trainer in (whole, again)
+    ]
+    assert counts[0] == counts[1] == sorted(set(counts[0]))
 
 
 @pytest.mark.long
@@ -314,3 +321,18 @@ def test_a_model_that_lets_packed_rows_see_each_other_is_refused(
         check_apart(trainer)
     mixing.remove()
     check_apart(trainer)
+
+
+def test_a_model_that_deepspeed_has_yet_to_place_is_tried_where_it_is() -> None:
+    class Apart(torch.nn.Embedding):
+        """Gives a token the logits of its row, whatever stands beside it."""
+
+        config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=8))
+
+        def forward(self, input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:  # type: ignore[override]
+            return SimpleNamespace(logits=super().forward(input_ids))
+
+    elsewhere = SimpleNamespace(device=torch.device("meta"))  # for the GPU of a job
+    check_apart(
+        SimpleNamespace(model=Apart(8, 8), args=elsewhere, compute_loss_context_manager=nullcontext)
+    )
