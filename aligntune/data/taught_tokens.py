@@ -24,30 +24,14 @@ from actors.scoring.model import rendered, tokens_of
 from aligntune.data.dropped import RowRules, settle_rows
 from aligntune.data.errors import DataError, Reason
 from aligntune.data.formats import check_template, uses_template
-from aligntune.data.messages import (
-    CONVERSATIONS,
-    TOOLS,
-    check_messages,
-    check_tools,
-    check_unicode,
-    what_is_lost,
-)
+from aligntune.data.messages import TOOLS, check_messages, check_tools, check_unicode, what_is_lost
 from aligntune.data.row_tokens import RowTokens
-from aligntune.data.sources import Rows, require_column
+from aligntune.data.sources import Rows
+from aligntune.data.taught_forms import Columns, Completions, form_of
 
 MASKED = -100  # the label of a token that no loss is of
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Taught = dict[str, np.ndarray]  # input_ids and labels, int32, of one row
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What the columns are called."""
-
-    messages: str = "messages"
-    prompt: str = "prompt"
-    completion: str = "completion"
-    text: str = "text"
 
 
 @dataclass(frozen=True)
@@ -135,7 +119,7 @@ def tokenise_taught(
     wrong: dict[int, DataError] = {}
     for row in range(len(rows)):
         try:
-            ids, trained = read(rows[row])
+            ids, trained = read(row)
             labels = _first_masked(np.where(trained, ids, MASKED).astype(np.int32))
             if (labels == MASKED).all():
                 raise DataError("no token of it is trained", Reason.EMPTY)
@@ -169,8 +153,13 @@ class _Reader:
     ) -> None:
         self._tokenizer, self._system = tokenizer, system_prompt
         self._template = uses_template(tokenizer, apply_chat_template)
-        self._columns = columns
-        self.form, self._column = _form(rows, columns)
+        self._rows = rows
+        self.form, self._column = form_of(rows, columns)
+        if self.form == "text" and system_prompt is not None:
+            raise DataError(
+                f"{rows.origin}: data.system_prompt has no place in column {self._column!r}, which "
+                "is plain text; remove it and write it into the text, or give messages"
+            )
         if self.form == "text" and loss_on == "answers":
             raise DataError(
                 f"{rows.origin}: algorithm.loss_on is answers, and column {self._column!r} is text "
@@ -181,31 +170,27 @@ class _Reader:
                 f"{rows.origin}: column {self._column!r} holds messages, but no chat template is "
                 "in use; use a model that has one with data.apply_chat_template: true, or give text"
             )
+        self._completions = Completions(rows, columns) if self.form == "completion" else None
         self._all = loss_on == "all"
         self._marked: str | None = None
 
-    def __call__(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Raises DataError, or ValueError where the template refuses the row."""
+        values = self._rows[row]
         if self.form == "text":
-            return self._text(row[self._column])
-        tools = check_tools(row.get(TOOLS))
-        if self.form == "messages":
-            value = row[self._column]
+            return self._text(values[self._column])
+        tools = check_tools(values.get(TOOLS))
+        if self._completions is None:
+            value = values[self._column]
             if not isinstance(value, list):
                 raise DataError(f"{self._column} is a {type(value).__name__}; give messages")
             return self._conversation(check_messages(value, "the conversation"), 0, tools)
-        prompt, completion = row[self._columns.prompt], row[self._columns.completion]
-        if isinstance(completion, dict):
-            completion = [completion]
-        for name, value in (("the prompt", prompt), ("the completion", completion)):
-            if value is None or value in ("", []) or (isinstance(value, str) and value.isspace()):
-                raise DataError(f"{name} is empty", Reason.EMPTY)
-            if not isinstance(value, str | list):
-                raise DataError(f"{name} is a {type(value).__name__}; give a string or messages")
+        asked, said = self._completions.parts(row, values)
         if not self._template:
-            return self._plain(prompt, completion, tools)
-        asked = _messages(prompt, "user", "the prompt")
-        said = _messages(completion, "assistant", "the completion")
+            return self._plain(asked, said, tools)
+        if isinstance(asked, str) or isinstance(said, str):
+            asked = [{"role": "user", "content": asked}]
+            said = [{"role": "assistant", "content": said}]
         return self._conversation([*asked, *said], len(asked), tools)
 
     def _text(self, text: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -326,35 +311,3 @@ class NoMarks(DataError):
             "({% generation %}), and TRL knows no form of it that does: mark it, give columns "
             "prompt and completion, or set algorithm.loss_on: all"
         )
-
-
-def _messages(value: str | list[Any], role: str, what: str) -> Messages:
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return check_messages(value, what)
-
-
-def _form(rows: Rows, columns: Columns) -> tuple[Literal["messages", "completion", "text"], str]:
-    """The form of the data, and the column that it is named for: the first that is there of
-    messages, conversations, prompt and completion, text; one that the config names, at once."""
-    usual, there = Columns(), {*rows.columns}
-    if columns.messages != usual.messages or columns.messages in there:
-        require_column(rows, columns.messages, "data.messages_column")
-        return "messages", columns.messages
-    named = (columns.prompt, columns.completion) != (usual.prompt, usual.completion)
-    if named or {columns.prompt, columns.completion} <= there:
-        require_column(rows, columns.prompt, "data.prompt_column")
-        require_column(rows, columns.completion, "data.completion_column")
-        return "completion", columns.completion
-    if columns.text == usual.text and CONVERSATIONS in there:
-        require_column(rows, CONVERSATIONS, "of ShareGPT")
-        return "messages", CONVERSATIONS
-    if columns.text != usual.text or columns.text in there:
-        require_column(rows, columns.text, "data.text_column")
-        return "text", columns.text
-    raise DataError(
-        f"{rows.origin}: has no column {columns.messages!r} or {CONVERSATIONS!r}, nor "
-        f"{columns.prompt!r} with {columns.completion!r}, nor {columns.text!r}; it has "
-        f"{', '.join(rows.columns)}: name yours in data.messages_column, data.prompt_column and "
-        "data.completion_column, or data.text_column"
-    )

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from aligntune import cli, create_rl_trainer
 from aligntune.data.dropped import RowRules
 from aligntune.data.errors import DataError
+from aligntune.data.mixture import Sources
 from aligntune.data.row_tokens import RowTokens
 from aligntune.data.shown import taught_parts
-from aligntune.data.taught_tokens import MASKED, Columns, packed, tokenise_taught
+from aligntune.data.taught_forms import Columns
+from aligntune.data.taught_tokens import MASKED, packed, tokenise_taught
 from aligntune.errors import UserError
 from tests.aligntune.data.conftest import TEMPLATE, byte_tokenizer
 from tests.aligntune.data.test_preference import Table
@@ -147,6 +149,18 @@ def test_rows_that_teach_nothing_are_dropped_and_counted_by_reason() -> None:
         ({}, {"question": "a"}, {}, "has no column 'messages' or 'conversations'"),
         ({"completion": "answr"}, {"prompt": "a", "answer": "b"}, {}, "did you mean 'answer'"),
         ({"messages": "chat"}, {"messages": [ASK, SAY]}, {}, "no column 'chat'"),
+        (
+            {"prompt": "q", "text": "t"},
+            {"q": "a", "completion": "b", "t": "c"},
+            {},
+            "data.prompt_column and data.text_column name columns of several forms",
+        ),
+        (
+            {},
+            {"text": "a"},
+            {"system_prompt": "s"},
+            "data.system_prompt has no place in column 'text'",
+        ),
         ({}, {"text": "a"}, {"loss_on": "answers"}, "does not say which they are"),
         ({}, {"messages": [ASK, SAY]}, {"apply_chat_template": False}, "no chat template is in"),
     ],
@@ -156,6 +170,52 @@ def test_what_fits_no_form_is_refused_by_name(
 ) -> None:
     with pytest.raises(DataError, match=why):
         taught(MARKED, row, columns=Columns(**columns), **options)
+
+
+def test_columns_that_are_named_are_taken_before_those_that_are_there() -> None:
+    row = {"messages": [ASK, SAY], "conversations": [ASK, SAY], "text": "t", "note": "n"}
+    row |= {"prompt": "1+1", "completion": "3", "answer": "4"}
+    for columns, wanted in {
+        Columns(): "<user>1+1</><assistant>[2</>]",
+        Columns(completion="answer"): "<user>1+1</><assistant>[4</>]",
+        Columns(text="note"): "n[<eos>]",
+    }.items():
+        assert spelled(MARKED, row, columns=columns) == [wanted]
+
+
+def test_a_prompt_that_the_completion_repeats_is_taught_once() -> None:
+    one = "<user>1+1</><assistant>[2</>]"
+    both = [ASK, SAY]
+    for prompt in ("1+1", [ASK]):
+        assert spelled(MARKED, {"prompt": prompt, "completion": both}) == [one]
+    asked = [{"role": "system", "content": "s"}, ASK]
+    for prompt in ("1+1", asked):
+        repeated = {"prompt": prompt, "completion": [*asked, SAY]}
+        assert spelled(MARKED, repeated) == [f"<system>s</>{one}"]
+    for prompt, why in (("2+2", "none of its questions"), ([SAY, ASK], "ends with a question")):
+        rows = {"prompt": prompt, "completion": both}, *[{"prompt": "1+1", "completion": both}] * 2
+        assert why in taught(MARKED, *rows).dropped.examples["unreadable"][0]
+    nothing = {"prompt": [ASK], "completion": [ASK]}, {"prompt": "1+1", "completion": [ASK]}
+    made = taught(MARKED, *nothing, {"prompt": "a", "completion": "b"})
+    assert made.dropped.reasons == {"empty": 2}
+
+
+def test_strings_that_repeat_the_prompt_have_it_once_where_most_rows_of_a_source_do() -> None:
+    joined = [{"prompt": f"Q{n}:", "completion": f"Q{n}: a"} for n in range(2)]
+    assert spelled(PLAIN, *joined) == [f"<bos>Q{n}:[ a<eos>]" for n in range(2)]
+    assert spelled(MARKED, *joined)[0] == "<user>Q0:</><assistant>[ a</>]"
+    other = {"prompt": "p", "completion": "b"}
+    made = taught(PLAIN, *joined, other, {"prompt": "Q:", "completion": "Q: "})
+    assert made.dropped.reasons == {"unreadable": 1, "empty": 1}
+    assert "most rows repeat the prompt" in made.dropped.examples["unreadable"][0]
+    greeting = {"prompt": "Hello", "completion": "Hello! What is it?"}
+    assert spelled(PLAIN, greeting, other)[0] == "<bos>Hello[Hello! What is it?<eos>]"
+    sources = Sources([Table(*joined), Table(other, other, other)], [None, None])
+    read = tokenise_taught(
+        sources, PLAIN, columns=Columns(), loss_on=None, apply_chat_template=True
+    )
+    texts = [PLAIN.decode(read.taught[row]["input_ids"]) for row in range(5)]
+    assert texts == [*(f"<bos>Q{n}: a<eos>" for n in range(2)), *["<bos>pb<eos>"] * 3]
 
 
 def test_long_rows_are_cut_where_an_answer_is_left() -> None:
