@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from actors.messages import Messages
 from actors.scoring.model import rendered, scored_text, tokens_of
 from aligntune.data.dropped import RowRules, settle_rows
@@ -32,7 +34,7 @@ class TokenisedPairs:
     """Every row of a data set as tokens, of whatever length, or with what is wrong with it."""
 
     rows: Rows
-    sides: dict[int, dict[str, list[int]]]  # by row: what RowTokens.columns has of a pair
+    sides: dict[int, dict[str, np.ndarray]]  # by row: what RowTokens.columns has of a pair, int32
     wrong: dict[int, DataError]
 
     @property
@@ -102,7 +104,7 @@ def tokenise_pairs(
     render = _scored(tokenizer, template)
     if kind == "dpo":
         render = _by_template(tokenizer, system_prompt) if template else _as_text(tokenizer)
-    sides: dict[int, dict[str, list[int]]] = {}
+    sides: dict[int, dict[str, np.ndarray]] = {}
     wrong: dict[int, DataError] = {}
     for first in range(0, len(pairs), BATCH):
         texts: dict[int, tuple[str, ...]] = {}
@@ -126,17 +128,17 @@ def tokenise_pairs(
                     "the tokenizer makes chosen and rejected the same tokens", Reason.EQUAL
                 )
             else:
-                sides[row] = made
+                sides[row] = {name: np.asarray(ids, np.int32) for name, ids in made.items()}
     return TokenisedPairs(rows, sides, wrong)
 
 
-def _length(side: dict[str, list[int]]) -> int:
+def _length(side: dict[str, np.ndarray]) -> int:
     longer = max(len(side["chosen_ids"]), len(side["rejected_ids"]))
     return len(side.get("prompt_ids", ())) + longer
 
 
 def _spoiled_by_a_cut(
-    side: dict[str, list[int]], max_length: int, long_rows: str
+    side: dict[str, np.ndarray], max_length: int, long_rows: str
 ) -> DataError | None:
     """What is wrong with the pair once it is cut; None where it still says something."""
     asked = len(side.get("prompt_ids", ()))
@@ -150,11 +152,11 @@ def _spoiled_by_a_cut(
 
 
 def _equal_once_cut(
-    side: dict[str, list[int]], asked: int, max_length: int, long_rows: str
+    side: dict[str, np.ndarray], asked: int, max_length: int, long_rows: str
 ) -> bool:
     """Whether what is left of the two completions is the same."""
     cut = slice(max_length - asked) if long_rows == "keep_start" else slice(-max_length, None)
-    return side["chosen_ids"][cut] == side["rejected_ids"][cut]
+    return np.array_equal(side["chosen_ids"][cut], side["rejected_ids"][cut])
 
 
 def _reward_sides(chosen: list[int], rejected: list[int]) -> dict[str, list[int]]:

@@ -160,6 +160,7 @@ def pair_parts(side: Mapping[str, Sequence[int]], bound: Bound) -> list[Part]:
     Of a DPO pair the prompt is masked and the rest trained, cut as TRL's collator cuts it. A reward
     model reads the whole of both sides for one score each.
     """
+    side = {name: np.asarray(ids).tolist() for name, ids in side.items()}
     if "prompt_ids" not in side:
         fate = "read whole for one score; trained"
         return [Part(n, fate, side[f"{n}_ids"]) for n in ("chosen", "rejected")]

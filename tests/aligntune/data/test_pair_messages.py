@@ -35,7 +35,7 @@ def sides(tokenizer: Any, kind: Literal["dpo", "reward_model"], *rows: Any, **ru
     columns = tokens(tokenizer, kind, *rows, **rules).columns
     asked = columns.get("prompt_ids", [[]] * len(rows))
     return [
-        tuple(tokenizer.decode(prompt + side) for side in pair)
+        tuple(tokenizer.decode([int(token) for token in (*prompt, *side)]) for side in pair)
         for prompt, *pair in zip(asked, columns["chosen_ids"], columns["rejected_ids"], strict=True)
     ]
 

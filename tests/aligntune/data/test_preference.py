@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -269,45 +270,48 @@ def tokens(tokenizer: Any, kind: Any, *rows: dict[str, Any], **changes: Any) -> 
     return tokenise_pairs(Table(*rows), tokenizer, kind, **COLUMNS, **options).within(40, rules)
 
 
+def columns_of(tokenizer: Any, kind: Any, pair: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The columns of one row, each with its tokens."""
+    columns = tokens(tokenizer, kind, pair, **changes).columns
+    assert {ids[0].dtype for ids in columns.values()} == {np.dtype("int32")}  # 4 bytes a token
+    return {name: ids[0].tolist() for name, ids in columns.items()}
+
+
 class TestTokens:
     def test_dpo_pairs_are_the_chat_templates_rendering(self, tokenizer: Any) -> None:
-        columns = tokens(tokenizer, "dpo", row("1+1", "2", "31")).columns
-        assert {name: tokenizer.decode(ids[0]) for name, ids in columns.items()} == {
+        columns = columns_of(tokenizer, "dpo", row("1+1", "2", "31"))
+        assert {name: tokenizer.decode(ids) for name, ids in columns.items()} == {
             "prompt_ids": "<|user|>1+1<|assistant|>",
             "chosen_ids": "2<|end|>",
             "rejected_ids": "31<|end|>",
         }
 
     def test_a_system_prompt_comes_first(self, tokenizer: Any) -> None:
-        columns = tokens(tokenizer, "dpo", row("1", "2", "3"), system_prompt="s").columns
-        assert tokenizer.decode(columns["prompt_ids"][0]) == "<|system|>s<|user|>1<|assistant|>"
+        columns = columns_of(tokenizer, "dpo", row("1", "2", "3"), system_prompt="s")
+        assert tokenizer.decode(columns["prompt_ids"]) == "<|system|>s<|user|>1<|assistant|>"
 
     def test_without_the_template_text_is_joined_and_ended(self, tokenizer: Any) -> None:
-        columns = tokens(
-            tokenizer, "dpo", row("1+1=", "2", "31"), apply_chat_template=False
-        ).columns
-        assert tokenizer.decode(columns["prompt_ids"][0] + columns["chosen_ids"][0]) == (
-            "1+1=2<|end|>"
-        )
+        columns = columns_of(tokenizer, "dpo", row("1+1=", "2", "31"), apply_chat_template=False)
+        assert tokenizer.decode(columns["prompt_ids"] + columns["chosen_ids"]) == "1+1=2<|end|>"
 
     def test_dpo_tokens_are_those_trl_makes_of_the_same_conversation(self, tokenizer: Any) -> None:
         from trl.data_utils import _tokenize
 
-        columns = tokens(tokenizer, "dpo", row("12+34", "46", "45")).columns
+        columns = columns_of(tokenizer, "dpo", row("12+34", "46", "45"))
         asked = _tokenize(tokenizer, [user("12+34")], add_generation_prompt=True)["input_ids"]
         whole = _tokenize(tokenizer, [user("12+34"), assistant("46")])["input_ids"]
-        assert columns["prompt_ids"][0] == asked
-        assert columns["prompt_ids"][0] + columns["chosen_ids"][0] == whole
+        assert columns["prompt_ids"] == asked
+        assert columns["prompt_ids"] + columns["chosen_ids"] == whole
 
     @pytest.mark.parametrize("template", [True, False])
     def test_a_reward_model_is_trained_on_what_it_is_asked_about(
         self, tokenizer: Any, template: bool
     ) -> None:
-        columns = tokens(
+        columns = columns_of(
             tokenizer, "reward_model", row("1+1", "2", "31"), apply_chat_template=template
-        ).columns
+        )
         asked = scored_ids(tokenizer, [("1+1", "2"), ("1+1", "31")], template)
-        assert [columns["chosen_ids"][0], columns["rejected_ids"][0]] == asked
+        assert [columns["chosen_ids"], columns["rejected_ids"]] == asked
 
     def test_a_pair_over_the_limit_is_refused_dropped_or_kept_for_cutting(
         self, tokenizer: Any
