@@ -309,7 +309,8 @@ def check(config: RunConfig) -> None:
     if config.eval != EvalSpec() and not config.data.evaluates:
         raise UserError(
             "the eval section is set and there is no held-out data, so it would be ignored; set "
-            "data.eval_split (as in train[95%:]) or data.eval_path, or remove it"
+            "data.eval_path, or both data.split and data.eval_split (as in train[:95%] and "
+            "train[95%:]), or remove it"
         )
     if config.checkpoint.best is not None and config.eval.every_steps is None:
         raise UserError(

@@ -310,7 +310,8 @@ def _check(config: PreferenceConfig) -> None:
     if config.eval != PreferenceEvalSpec() and not data.evaluates:
         raise UserError(
             "the eval section is set and there is no held-out data, so it would be ignored; set "
-            "data.eval_split (as in train[95%:]) or data.eval_path, or remove it"
+            "data.eval_path, or both data.split and data.eval_split (as in train[:95%] and "
+            "train[95%:]), or remove it"
         )
     if config.rewards and name != "reward_model":
         raise UserError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import re
+from itertools import takewhile
 from pathlib import Path
 
 from aligntune.data.errors import DataError
@@ -77,7 +78,7 @@ def folder_files(folder: Path, name: str | None, split: str | None) -> list[Path
     elif split not in (None, "train"):
         raise DataError(
             f"{folder}: no file is named for split {split!r}, so all of it is 'train'; "
-            "take a slice, as in train[90%:]"
+            "take slices, as in train[:90%] and train[90%:]"
         )
     if not files:
         raise DataError(f"{folder}: holds no data file ({', '.join(KINDS)})")
@@ -90,18 +91,22 @@ def has_magic(path: str) -> bool:
 
 
 def glob_files(pattern: str, name: str | None, split: str | None) -> list[Path]:
-    """The files that a pattern matches, sorted by name, all of one kind and one split.
+    """The files that a pattern matches, sorted by name, all of one kind and one split, which what
+    stands for its open parts names.
 
     Raises: DataError.
     """
-    found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+    path = Path(pattern).expanduser()
+    fixed = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+    found = glob.glob(str(path), recursive=True)
     files = [Path(file) for file in sorted(found) if Path(file).is_file()]
     if not files:
         raise DataError(
             f"{pattern}: matches no file here ({Path.cwd()}); ** stands for folders at any depth, "
             "and what begins with a dot is left out"
         )
-    splits = sorted({of for file in files if (of := _split_of(Path(file.name))) is not None})
+    named = {_split_of(file.relative_to(fixed)) for file in files}
+    splits = sorted(split for split in named if split is not None)
     if len(splits) > 1:
         raise DataError(
             f"{pattern}: matches files of {len(splits)} splits ({', '.join(splits)}); match those "
@@ -109,8 +114,8 @@ def glob_files(pattern: str, name: str | None, split: str | None) -> list[Path]:
         )
     if split not in (None, "train", *splits):
         raise DataError(
-            f"{pattern}: its files are of one split, and it is not {split!r}; take a slice, as in "
-            "train[90%:], or match other files (data.eval_path)"
+            f"{pattern}: its files are of one split, and it is not {split!r}; take slices, as in "
+            "train[:90%] and train[90%:], or match other files (data.eval_path)"
         )
     return _of_one_kind(pattern, [lone_file(file, name, None) for file in files])
 

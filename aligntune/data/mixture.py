@@ -57,7 +57,7 @@ class Renamed:
     def __init__(self, rows: Rows, columns: Mapping[str, str], key: str) -> None:
         """`columns` has for a new name the old one, or the path `column.field`; `key` is the
         setting that says so. Raises: DataError for a column that is not there."""
-        self._rows = rows
+        self.rows = rows
         self._paths = {new: _path(rows, old) for new, old in columns.items()}
         for new, path in self._paths.items():
             require_column(rows, path[0], f"{key}.{new}")
@@ -67,16 +67,16 @@ class Renamed:
         self.origin = rows.origin
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._rows[index]
+        row = self.rows[index]
         named = {new: _inside(row, path) for new, path in self._paths.items()}
         return {name: row[name] for name in self._kept} | named
 
     def where(self, index: int) -> str:
         """As the data set has it."""
-        return self._rows.where(index)
+        return self.rows.where(index)
 
 
 def _path(rows: Rows, old: str) -> list[str]:

@@ -11,7 +11,7 @@ import difflib
 import errno
 import re
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from glob import escape
 from itertools import accumulate
 from pathlib import Path
@@ -62,7 +62,7 @@ class FileRows:
 
     def __init__(self, files: list[TextFile], origin: str) -> None:
         self.origin = origin
-        self._files = files
+        self.files = files
         self._ends = list(accumulate(len(file) for file in files))
         self.columns = tuple(dict.fromkeys(name for file in files for name in file.columns))
 
@@ -80,14 +80,16 @@ class FileRows:
 
     def _locate(self, index: int) -> tuple[TextFile, int]:
         at = bisect_right(self._ends, index)
-        return self._files[at], index - (self._ends[at - 1] if at else 0)
+        return self.files[at], index - (self._ends[at - 1] if at else 0)
 
 
 class ArrowRows:
     """A `datasets.Dataset`."""
 
-    def __init__(self, dataset: Any, origin: str) -> None:
+    def __init__(self, dataset: Any, origin: str, place: Hashable) -> None:
+        """`place` is what its rows were read from: equal for the same rows."""
         self.origin = origin
+        self.place = place
         self._dataset = dataset
         self.columns: tuple[str, ...] = tuple(dataset.column_names)
 
@@ -107,20 +109,20 @@ class Slice:
     """Rows `start` to `stop` of a data set, renumbered from 0; `where` stays the true place."""
 
     def __init__(self, rows: Rows, start: int, stop: int) -> None:
-        self._rows = rows
-        self._range = range(start, stop)
+        self.rows = rows
+        self.range = range(start, stop)
         self.columns = rows.columns
         self.origin = rows.origin
 
     def __len__(self) -> int:
-        return len(self._range)
+        return len(self.range)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[self._range[index]]
+        return self.rows[self.range[index]]
 
     def where(self, index: int) -> str:
         """Of the row in the data set that was cut."""
-        return self._rows.where(self._range[index])
+        return self.rows.where(self.range[index])
 
 
 def load_rows(
@@ -235,7 +237,7 @@ def _read_parquet(files: list[Path], origin: str) -> Rows:
     finally:
         if not silent:
             datasets.enable_progress_bars()
-    return ArrowRows(dataset, origin)
+    return ArrowRows(dataset, origin, tuple(file.resolve() for file in files))
 
 
 def _read_saved(folder: Path, split: str | None) -> Rows:
@@ -249,7 +251,8 @@ def _read_saved(folder: Path, split: str | None) -> Rows:
             f"{folder}: cannot be read as a folder of save_to_disk ({_first_line(error)}); save it "
             "anew"
         ) from error
-    if isinstance(found, datasets.DatasetDict):
+    one_of_several = isinstance(found, datasets.DatasetDict)
+    if one_of_several:
         if split is None and len(found) == 1:
             split = next(iter(found))
         if split not in found:
@@ -258,11 +261,13 @@ def _read_saved(folder: Path, split: str | None) -> Rows:
         found = found[split]
     elif split not in (None, "train", str(found.split)):
         raise DataError(
-            f"{folder}: holds one split, and it is not {split!r}; take a slice, as in train[90%:]"
+            f"{folder}: holds one split, and it is not {split!r}; take slices, as in "
+            "train[:90%] and train[90%:]"
         )
     if not len(found):
         raise DataError(f"{folder}: empty, there is no row in it")
-    return ArrowRows(found.with_format(None), str(folder))
+    place = (folder.resolve(), split if one_of_several else None)
+    return ArrowRows(found.with_format(None), str(folder), place)
 
 
 def _read_hub(path: str, name: str | None, revision: str | None, split: str | None) -> Rows:
@@ -289,7 +294,7 @@ def _read_hub(path: str, name: str | None, revision: str | None, split: str | No
             f"{path}: neither a local file or folder nor a data set the hub gave "
             f"({_first_line(error)}); check the name, data.name, the split and the network"
         ) from error
-    return ArrowRows(dataset, path)
+    return ArrowRows(dataset, path, (path, name, revision, split))
 
 
 def _check_cache(origin: str, error: BaseException) -> None:

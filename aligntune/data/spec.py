@@ -87,7 +87,7 @@ class DatasetSpec(Spec):
         if self.eval_samples is not None and not self.evaluates:
             raise ValueError(
                 "eval_samples says how many held-out rows to use, but nothing says which: "
-                "set eval_path or eval_split (as in train[95%:])"
+                "set eval_path, or split and eval_split (as in train[:95%] and train[95%:])"
             )
         if self.system_prompt is not None and not self.apply_chat_template:
             raise ValueError(

@@ -28,7 +28,7 @@ from aligntune.algorithms.base import SCORE
 from aligntune.config.episodes import ENVIRONMENT, scores_itself
 from aligntune.config.online import RunConfig
 from aligntune.data.dropped import Dropped
-from aligntune.data.mixture import held_out_data, training_data
+from aligntune.data.held_out import ReadData
 from aligntune.data.prompt_rows import PromptRows
 from aligntune.data.prompts import (
     PromptSource,
@@ -36,7 +36,6 @@ from aligntune.data.prompts import (
     evaluation_prompts,
     training_prompts,
 )
-from aligntune.data.sources import Rows
 from aligntune.decisions import Decision, events, told
 from aligntune.errors import UserError
 from aligntune.online.episodes import UserCode, check_rows
@@ -60,6 +59,7 @@ class RunInputs:
         """`functions` are reward callables by criterion name, for those without an import path;
         `objects` are tools, environments and the agent by their path in the config."""
         self.config = config  # settled once `settle` was called
+        self.data = ReadData(config.data)
         self.functions = dict(functions)
         self.objects = dict(objects or {})
         self._decisions: tuple[Decision, ...] | None = None
@@ -75,7 +75,7 @@ class RunInputs:
             check_place(self.config.model)
         except ModelError as error:
             raise UserError(f"model.name: {error}") from error
-        _ = self._training, self._held_out
+        _ = self.data.training, self.data.held_out
 
     def settle(self, resume: str = "auto") -> tuple[Decision, ...]:
         """Fill in what the config leaves open, the first time; returns what was decided.
@@ -229,10 +229,10 @@ class RunInputs:
     def held_out(self) -> PromptSource | None:
         """The held-out prompts, all checked; None where the config names none. Raises DataError."""
         self.settle()
-        if self._held_out is None:
+        if self.data.held_out is None:
             return None
         data, tokenizer = self.config.data, self.tokenizer
-        rows = as_prompts(data, self._held_out, tokenizer, self._may_ask)
+        rows = as_prompts(data, self.data.held_out, tokenizer, self._may_ask)
         source = evaluation_prompts(data, rows, tokenizer, max_prompt_length=self._longest)
         check_rows(self.config, source)
         return source
@@ -254,17 +254,7 @@ class RunInputs:
     @cached_property
     def _rows(self) -> PromptRows:
         """The training data as prompts of whatever length."""
-        return as_prompts(self.config.data, self._training, self.tokenizer, self._may_ask)
-
-    @cached_property
-    def _training(self) -> Rows:
-        """The training data as they are."""
-        return training_data(self.config.data)
-
-    @cached_property
-    def _held_out(self) -> Rows | None:
-        """The held-out data as they are; None where the config names none."""
-        return held_out_data(self.config.data)
+        return as_prompts(self.config.data, self.data.training, self.tokenizer, self._may_ask)
 
     @property
     def _may_ask(self) -> bool:

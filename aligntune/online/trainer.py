@@ -106,6 +106,7 @@ class OnlineTrainer:
         rundir = RunDir(Path(self.config.output_dir).absolute())
         rundir.check_place()
         self.inputs.check_places()
+        self.inputs.data.check_apart()
         self.inputs.settle(resume)
         rundir.check(self.config, resume)
         try:

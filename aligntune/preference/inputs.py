@@ -24,12 +24,14 @@ from actors.scoring.criteria import RewardCriterion
 from aligntune.config.preference import PreferenceConfig
 from aligntune.config.warm_up import SFTSpec
 from aligntune.data.dropped import Dropped
-from aligntune.data.mixture import held_out_data, mixed, training_data
+from aligntune.data.held_out import ReadData
+from aligntune.data.mixture import mixed
 from aligntune.data.pair_tokens import TokenisedPairs, tokenise_pairs
 from aligntune.data.row_tokens import RowTokens
 from aligntune.data.scored_pairs import ScoredPairs, scored_pairs
 from aligntune.data.sources import Rows
-from aligntune.data.taught_tokens import Columns, TaughtRows, packed, tokenise_taught
+from aligntune.data.taught_forms import Columns
+from aligntune.data.taught_tokens import TaughtRows, packed, tokenise_taught
 from aligntune.decisions import Decision, events, told
 from aligntune.errors import UserError
 from aligntune.preference.settle import settle_max_length
@@ -47,6 +49,7 @@ class PairInputs:
     ) -> None:
         """`functions` are reward callables by criterion name, for those without an import path."""
         self.config = config  # settled once `settle` was called
+        self.data = ReadData(config.data)
         self._functions = dict(functions)
         self._decisions: tuple[Decision, ...] | None = None
 
@@ -58,7 +61,7 @@ class PairInputs:
             check_place(self.config.model)
         except ModelError as error:
             raise UserError(f"model.name: {error}") from error
-        _ = self._training, self._held_out
+        _ = self.data.training, self.data.held_out
 
     def settle(self) -> tuple[Decision, ...]:
         """Fill in `data.max_length` where it is open, the first time; returns what was decided.
@@ -125,7 +128,7 @@ class PairInputs:
     @cached_property
     def rows(self) -> Rows:
         """The training pairs as rows; formed here where they are to be made of scored texts."""
-        return self._rows(self._training)
+        return self._rows(self.data.training)
 
     @property
     def things(self) -> str:
@@ -165,9 +168,9 @@ class PairInputs:
         """The held-out pairs, if the config names any. Raises DataError, a UserError."""
         self.settle()
         data = self.config.data
-        if self._held_out is None:
+        if self.data.held_out is None:
             return None
-        rows = self._rows(self._held_out)
+        rows = self._rows(self.data.held_out)
         return self._tokens(rows).within(self.max_length, data.rules)
 
     @property
@@ -193,16 +196,6 @@ class PairInputs:
     def events(self) -> list[tuple[EventKind, dict[str, Any]]]:
         """The same for events.jsonl."""
         return events(self.settle(), self.dropped)
-
-    @cached_property
-    def _training(self) -> Rows:
-        """The training data as they are."""
-        return training_data(self.config.data)
-
-    @cached_property
-    def _held_out(self) -> Rows | None:
-        """The held-out data as they are; None where the config names none."""
-        return held_out_data(self.config.data)
 
     @cached_property
     def _tokenised(self) -> TokenisedPairs | TaughtRows:

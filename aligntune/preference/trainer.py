@@ -115,6 +115,7 @@ class PreferenceTrainer:
         rundir = self._rundir
         rundir.check_place()
         self.inputs.check_places()
+        self.inputs.data.check_apart()
         self.inputs.settle()
         rundir.check(self.config, resume)
         config = self.config

@@ -67,7 +67,7 @@ def test_a_run_of_episodes_killed_and_resumed_is_bit_identical(
     playing: dict[str, Any], tmp_path: Path, launch: Callable[..., Run]
 ) -> None:
     steps = playing["train"]["steps"] = 2
-    playing["data"].update(eval_path=playing["data"]["path"], eval_samples=4)
+    playing["data"].update(split="train[4:]", eval_split="train[:4]")
     playing["eval"] = {"at_start": False, "completions": 2, "temperature": 1.0}
     whole = launch()
     assert whole.finish() == 0, whole.output()

@@ -16,10 +16,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixture
 
 
 def test_an_online_run_trains_and_evaluates_in_a_running_loop(
-    tree: dict[str, Any], questions: Path, tmp_path: Path
+    tree: dict[str, Any], tmp_path: Path
 ) -> None:
     tree["train"]["steps"] = 1
-    tree["data"] |= {"eval_path": str(questions), "eval_samples": 4}
+    tree["data"] |= {"split": "train[4:]", "eval_split": "train[:4]"}
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(tree))
 

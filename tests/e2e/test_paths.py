@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 COMMON = "--model models/qwen train.steps=2 tracking.trackers=[] checkpoint.every_steps=1"
 PAIRS = f"--dataset ./pairs.jsonl data.eval_path=held.jsonl train.pairs_per_worker=4 {COMMON}"
 PROMPTS = (
-    f"--dataset questions.jsonl data.eval_path=./questions.jsonl {COMMON} algorithm.beta=0.1 "
+    f"--dataset questions.jsonl data.eval_path=./asked.jsonl {COMMON} algorithm.beta=0.1 "
     "reference.model=./models/qwen rollout.engine=transformers rollout.max_completion_length=4 "
     "train.groups_per_step=2 train.completions_per_group=2 checkpoint.storage=kept"
 )
@@ -39,7 +39,8 @@ def folder(tiny_model: Path, tmp_path: Path) -> Path:
     (place / "models/qwen").symlink_to(tiny_model, target_is_directory=True)
     pairs = [{"prompt": f"{i}+1", "chosen": "24", "rejected": "13"} for i in range(16)]
     questions = [{"prompt": f"{10 + i}+1"} for i in range(8)]
-    for name, rows in (("pairs", pairs), ("held", pairs[:4]), ("questions", questions)):
+    made = {"pairs": pairs, "held": pairs[:4], "questions": questions, "asked": questions[:4]}
+    for name, rows in made.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (place / f"{name}.jsonl").write_text(text)
     (place / "own.py").write_text((REPOSITORY / "tests/e2e/rewards.py").read_text())

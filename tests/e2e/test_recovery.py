@@ -46,7 +46,7 @@ def test_a_run_killed_at_random_and_resumed_is_bit_identical(
     tree: dict[str, Any], tmp_path: Path, launch: Callable[..., Run]
 ) -> None:
     tree["algorithm"]["beta"] = 0.04
-    tree["data"].update(eval_path=tree["data"]["path"], eval_samples=8)
+    tree["data"].update(split="train[8:]", eval_split="train[:8]")
     tree["eval"] = {"every_steps": 1, "completions": 2, "temperature": 1.0}
     steps = tree["train"]["steps"]
     whole = launch()

@@ -47,7 +47,7 @@ def test_a_groups_texts_stay_out_of_the_driver_and_every_call_is_on_the_trace(
     tree["algorithm"]["beta"] = 0.04
     tree["train"].update(steps=2, groups_per_step=2, completions_per_group=COMPLETIONS)
     tree["rollout"]["max_completion_length"] = TOKENS
-    tree["data"].update(eval_path=tree["data"]["path"], eval_samples=2)
+    tree["data"].update(split="train[2:]", eval_split="train[:2]")
     tree["tracking"] = {"trackers": [], "samples_per_step": 1, "profile": True}
     folder = create_rl_trainer(config=tree).train().output_dir
 

@@ -25,7 +25,7 @@ def trained(tree: dict[str, Any], folder: Path, sync: str) -> Path:
     tree["rollout"]["weight_sync"] = sync
     tree["train"] |= {"steps": STEPS, "max_staleness": 0, "groups_per_minibatch": 2}
     tree["policy"]["learning_rate"] = 1e-2
-    tree["data"] |= {"eval_path": tree["data"]["path"], "eval_samples": HELD_OUT}
+    tree["data"] |= {"split": f"train[{HELD_OUT}:]", "eval_split": f"train[:{HELD_OUT}]"}
     return create_rl_trainer(config=tree).train().output_dir
 
 

@@ -205,6 +205,13 @@ def test_a_glob_is_its_files_in_order_and_one_that_matches_nothing_is_refused(
     with pytest.raises(DataError, match=r"files of 2 splits \(test, train\)"):
         load_rows("data/*.jsonl")
     assert len(load_rows("data/tes*.jsonl", split="test")) == 1
+    for name in ("train", "test"):  # a folder's name counts where the pattern leaves it open
+        numbered(tmp_path / "test" / "parts" / name / "0.jsonl", 1)
+    for pattern in ("test/parts/**/*.jsonl", "test/parts/*/0.jsonl"):
+        with pytest.raises(DataError, match=r"files of 2 splits \(test, train\)"):
+            load_rows(pattern)
+    assert len(load_rows("test/parts/tr*/*.jsonl")) == 1
+    assert len(load_rows("test/parts/train/*.jsonl")) == 1
     (tmp_path / "data" / "d.csv").write_text("prompt\nd\n")
     with pytest.raises(DataError, match="files of 2 kinds"):
         load_rows("data/[abd].*")

@@ -281,7 +281,7 @@ def test_training_and_evaluation_prompts_of_a_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"eval_samples": 3}, "eval_path or eval_split"),
+        ({"eval_samples": 3}, "eval_path, or split and eval_split"),
         ({"system_prompt": "x", "apply_chat_template": False}, "apply_chat_template"),
         ({"promt_column": "x"}, "promt_column"),
         ({"max_samples": 0}, "max_samples"),

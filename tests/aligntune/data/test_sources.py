@@ -94,7 +94,7 @@ def test_a_folder_with_splits_gives_the_one_asked_for(tmp_path: Path) -> None:
 def test_only_split_is_taken_where_none_is_named(tmp_path: Path) -> None:
     write(tmp_path / "one" / "test.jsonl", ROWS)
     assert len(load_rows(str(tmp_path / "one"), split=None)) == 3
-    assert "take a slice" in refused(write(tmp_path / "two" / "x.csv", ROWS).parent, split="test")
+    assert "take slices" in refused(write(tmp_path / "two" / "x.csv", ROWS).parent, split="test")
 
 
 def test_split_words_are_whole_words(tmp_path: Path) -> None:

@@ -159,8 +159,17 @@ def test_a_reward_may_be_called_reward_and_none_as_the_sum_of_all(make: Any) -> 
         make("grpo", config={"rewards": [digits | {"name": "weighted sum"}]}).check()
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
+def test_rows_that_are_held_out_are_not_trained_on(make: Any, algorithm: str) -> None:
+    trainer = make(algorithm, overrides=["data.eval_split=train[20:]"])
+    with pytest.raises(UserError, match=r"train on 2 of the 2 rows that it holds out; give each"):
+        trainer.check()
+    make(algorithm, overrides=["data.split=train[:20]", "data.eval_split=train[20:]"]).check()
+
+
 def test_held_out_rows_are_dropped_and_counted_too(make: Any, pairs: Path) -> None:
-    trainer = make("grpo", overrides=[f"data.eval_path={pairs}"])
+    held_out = shutil.copy(pairs, pairs.with_name("held.jsonl"))
+    trainer = make("grpo", overrides=[f"data.eval_path={held_out}"])
     trainer.check()
     assert len(trainer.eval_prompts) == 20
     assert "eval: 2 of 22 rows dropped" in trainer.summary()

@@ -119,7 +119,7 @@ def test_a_real_run_exports_what_the_dashboard_shows(
     monkeypatch.chdir(tmp_path)
     tree = tiny_run(tmp_path, tiny_model, steps=2)
     tree |= {"algorithm": {"name": "grpo", "beta": 0.04}, "tracking": {"trackers": ["prometheus"]}}
-    tree["data"]["eval_split"] = "train[:2]"
+    tree["data"] |= {"split": "train[2:]", "eval_split": "train[:2]"}
     create_rl_trainer(config=tree).train()
     of_a_critic = {"loss/value", "critic/grad_norm"}
     shown = {exported(metric) for metric in metrics() - of_a_critic}
