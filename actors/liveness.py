@@ -121,7 +121,7 @@ async def listen(
                 await asyncio.wait((answer,), timeout=patience.every_s)
                 silent += min(now() - began, 2 * patience.every_s)
                 if silent >= patience.lost_s and not answer.done():
-                    return f"no sign of life for {silent:.0f} s"
+                    return f"no sign of life for {silent:.0f} s (train.silence_timeout_s)"
                 if silent >= patience.suspect_s and not suspected and not answer.done():
                     suspected = True
                     suspect(silent)

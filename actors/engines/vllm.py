@@ -45,7 +45,9 @@ from actors.transfer.memory_file import MemoryFile
 log = logging.getLogger(__name__)
 
 _CPU_KV_CACHE_GIB = 1.0
-_LOOK_S = 1.0  # between two looks at an engine that loads
+_LOOK_S = 1.0  # between two looks at the work of an engine that does not answer
+_DEATH_S = 5.0  # for a death to be known after it has failed a call
+_AGAIN_S = 0.1  # between two looks for it
 
 
 class VLLMEngine:
@@ -81,6 +83,7 @@ class VLLMEngine:
         self._llm: Any = None
         self._processes: list[int] = []
         self._loading = False  # its processes answer nothing then
+        self._on_cpu = False
 
     @property
     def version(self) -> int:
@@ -163,11 +166,22 @@ class VLLMEngine:
             except BaseException as error:
                 reason = str(error) or type(error).__name__
                 self._broken = f"weights of version {bundle.version} did not load: {reason}"
-                if isinstance(error, Exception) and not isinstance(error, EngineDead):
-                    raise WeightMismatch(self._broken) from error
-                raise
+                if not isinstance(error, Exception) or isinstance(error, EngineDead):
+                    raise
+                if not isinstance(error, WeightMismatch):
+                    await self._outlives()
+                raise WeightMismatch(self._broken) from error
             finally:
                 self._loading = False
+
+    async def _outlives(self) -> None:
+        """Raise EngineDead where vLLM knows within `_DEATH_S` that it is dead: a worker that dies
+        fails the call that waits for it as any error does, and vLLM finds the death after that."""
+        with _deaths_translated(), contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DEATH_S):
+                while True:
+                    await self._llm.check_health()
+                    await asyncio.sleep(_AGAIN_S)
 
     def _laid_out(self, bundle: WeightBundle | Arrival) -> Callable[[], Awaitable[None]]:
         """Put weights where vLLM's processes read them, unless they come there by themselves; what
@@ -210,14 +224,16 @@ class VLLMEngine:
             await self._llm.check_health()
 
     async def answers(self) -> None:
-        """Have the engine's process answer, between two of its steps; one that loads weights has
-        answered once its processes have worked."""
+        """Have the engine's process answer, between two of its steps. One that loads weights, or
+        is on CPU, has answered too once its processes have worked: a step may take minutes there,
+        and one that hangs does not work. On a GPU one that waits for the GPU does.
+        """
         worked = work_of(self._processes)
         asked = asyncio.ensure_future(self._llm.is_sleeping())
         try:
             with _deaths_translated():
                 while not (await asyncio.wait((asked,), timeout=_LOOK_S))[0]:
-                    if self._loading and worked():
+                    if (self._loading or self._on_cpu) and worked():
                         return
                 asked.result()
         finally:
@@ -234,7 +250,7 @@ class VLLMEngine:
 
     def _start(self) -> Any:
         """Set up and import vLLM, then build the engine (tens of seconds)."""
-        on_cpu = not torch.accelerator.is_available()
+        on_cpu = self._on_cpu = not torch.accelerator.is_available()
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         if on_cpu:

@@ -17,6 +17,7 @@ _OURS = {
     "tensor_parallel_size": "rollout.engine.tensor_parallel_size",
     "gpu_memory_utilization": "rollout.engine.gpu_memory_utilization",
     "seed": "train.seed",
+    "disable_log_stats": None,
     "logprobs_mode": None,
     "weight_transfer_config": None,
     "worker_extension_cls": None,

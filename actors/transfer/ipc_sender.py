@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,35 +22,35 @@ class IpcSender:
         self._strategy = strategy
         self._kept: list[torch.Tensor] = []  # a handle alone keeps no memory
 
-    def share(self, version: int) -> Shared | None:
-        """Have every rank's GPU hold all weights until `let_go`; all ranks together, and rank 0
-        answers for all.
+    def share(self, version: int, replicas: Mapping[str, int]) -> Shared | None:
+        """Have the GPU of each rank whose replica is among `replicas` (name: index, which is that
+        of the rank) hold all weights until `let_go`; all ranks together, and rank 0 answers for
+        all.
 
         What the ranks share are copies, unless a weight is whole on its rank, in the model's dtype
         and without LoRA.
         """
         self.let_go()
-        device = self._strategy.device
-        named = [
-            (name, tensor.detach().to(device).contiguous())
-            for name, tensor in self._strategy.full_state()
-        ]
-        self._kept = [tensor for _, tensor in named]
-        own = [reduce_tensor(tensor)[1] for tensor in self._kept]
-        torch.cuda.synchronize()
+        shares = self._strategy.rank in replicas.values()
+        described: list[tuple[str, str, tuple[int, ...]]] = []
+        kept = []
+        for name, tensor in self._strategy.full_state():  # all ranks gather it together
+            described.append((name, dtype_name(tensor), tuple(tensor.shape)))
+            if shares:
+                kept.append(tensor.detach().to(self._strategy.device).contiguous())
+        self._kept = kept
+        own = [reduce_tensor(tensor)[1] for tensor in kept]
+        if shares:
+            torch.cuda.synchronize()
         ranks = self._strategy.gather((_gpu(), own))
         if self._strategy.rank > 0:
             return None
+        names, dtypes, shapes = zip(*described, strict=True)
         handles: list[dict[str, Any]] = [
-            {gpu: of_rank[index] for gpu, of_rank in ranks} for index in range(len(named))
+            {gpu: of_rank[index] for gpu, of_rank in ranks if of_rank}
+            for index in range(len(described))
         ]
-        return Shared(
-            version,
-            tuple(name for name, _ in named),
-            tuple(dtype_name(tensor) for _, tensor in named),
-            tuple(tuple(tensor.shape) for _, tensor in named),
-            pickle.dumps(handles),
-        )
+        return Shared(version, tuple(replicas), names, dtypes, shapes, pickle.dumps(handles))
 
     def let_go(self) -> None:
         """Share no more; all ranks together."""

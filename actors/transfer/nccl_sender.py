@@ -10,9 +10,11 @@ vLLM is imported by the first `meet`: whoever sends weights otherwise does witho
 from __future__ import annotations
 
 import logging
+import queue
 import socket
 import threading
 from collections.abc import Collection, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from actors.whereabouts import node_address
 
 log = logging.getLogger(__name__)
 
-MEET_S = 30  # for all workers of a replica to come to where rank 0 waits for them
+MEET_S = 30  # for all workers of all replicas to come to where rank 0 waits for them
 
 
 class Pairs:
@@ -53,19 +55,28 @@ class Pairs:
                 self._made[name] = communicator
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
-        """Send `tensor` to each replica, one after the other in the current stream."""
+        """Send `tensor` to each replica, one after the other in the current stream. One whose
+        connection is broken is left out."""
         for name in list(self._made):
             with self._lock:
-                if name in self._made:
-                    self._made[name].broadcast(tensor, src=src, stream=stream)
+                if (communicator := self._made.get(name)) is None:
+                    continue
+                try:
+                    communicator.broadcast(tensor, src=src, stream=stream)
+                except RuntimeError as error:
+                    _none_for(name, error)
+                    self._without(name)
 
     def leave_out(self, replicas: Collection[str]) -> None:
         """Send to these no more."""
         with self._lock:
-            self._out |= set(replicas)
             for name in replicas:
-                if (communicator := self._made.pop(name, None)) is not None:
-                    communicator.destroy()
+                self._without(name)
+
+    def _without(self, name: str) -> None:
+        self._out.add(name)
+        if (communicator := self._made.pop(name, None)) is not None:
+            communicator.destroy()
 
 
 class NcclSender:
@@ -76,6 +87,7 @@ class NcclSender:
         self._strategy = strategy
         self._pairs = Pairs()
         self._doors: dict[str, socket.socket] = {}
+        self._news: _News = queue.SimpleQueue()
         self._described: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
         if strategy.rank == 0:
             check_library()
@@ -89,7 +101,7 @@ class NcclSender:
             ]
         for door in self._doors.values():  # to those who never came
             door.close()
-        self._doors = {}
+        self._doors, self._news = {}, queue.SimpleQueue()
         address = node_address()
         if self._strategy.rank == 0:
             for name in self._pairs.begin(replicas):
@@ -119,16 +131,29 @@ class NcclSender:
     def leave_out(self, replicas: Collection[str]) -> None:
         """Go on without these; for rank 0 alone, beside `send`."""
         self._pairs.leave_out(replicas)
+        for name in replicas:
+            self._news.put((name, None))
 
     def _open(self, world: int) -> None:
-        """Wait for each replica at its door. One that does not come is left out."""
+        """Wait at all doors at once, and meet the replicas in the order in which they come. One
+        that does not come is left out; one that was left out is not waited for."""
         doors, self._doors = self._doors, {}
         for name, door in doors.items():
-            address, port = door.getsockname()[:2]
+            args = (name, door, world, self._news)
+            threading.Thread(target=_wait_at, args=args, name=f"meet {name}", daemon=True).start()
+        waited = set(doors)
+        while waited:
+            name, came = self._news.get()  # each door has its own deadline
+            if name not in waited:
+                continue
+            waited.remove(name)
             try:
-                self._pairs.add(name, communicator(address, port, world, door))
-            except (torch.distributed.DistError, OSError) as error:  # vLLM closes the door twice
-                log.warning("%s gets no weights: it did not come to be sent them: %s", name, error)
+                if isinstance(came, Exception):
+                    raise came
+                if came is not None:
+                    self._pairs.add(name, communicator(came))
+            except RuntimeError as error:
+                _none_for(name, error)
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, whole weight on this rank's device); all ranks together."""
@@ -136,18 +161,49 @@ class NcclSender:
             yield name, tensor.to(self._strategy.device)
 
 
-def communicator(address: str, port: int, world: int, door: socket.socket) -> Any:
-    """Rank 0's communicator of `world` ranks, the others of which come to `door`. Raises DistError
-    or OSError where they do not come within `MEET_S`."""
-    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+_News = queue.SimpleQueue[tuple[str, Any]]
+"""(replica, its process group; or why it did not come; or None: it was left out)."""
+
+
+def _wait_at(name: str, door: socket.socket, world: int, news: _News) -> None:
+    """Tell `news` once the other ranks of `world` have come to `door`, or have not in `MEET_S`."""
     from vllm.distributed.utils import StatelessProcessGroup
+
+    address, port = door.getsockname()[:2]
+    try:
+        # As `StatelessProcessGroup.create`, which where nobody comes closes the door's number once
+        # more when it may be another's.
+        store = torch.distributed.TCPStore(
+            address,
+            port,
+            world,
+            is_master=True,
+            timeout=timedelta(seconds=MEET_S),
+            master_listen_fd=door.detach(),
+            use_libuv=False,
+        )
+        news.put((name, StatelessProcessGroup(0, world, store)))
+    except Exception as error:  # noqa: BLE001 - whoever waits for the news raises it
+        news.put((name, error))
+
+
+def communicator(group: Any) -> Any:
+    """Rank 0's communicator with the others of a process group of vLLM's. Raises RuntimeError, as
+    NCCL's."""
+    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
     from vllm.utils.nccl import unpinned_nccl_env
 
-    group = StatelessProcessGroup.create(
-        address, port, 0, world, store_timeout=MEET_S, listen_socket=door
-    )
     with unpinned_nccl_env():
         return PyNcclCommunicator(group, device=torch.accelerator.current_device_index())
+
+
+def _none_for(name: str, error: RuntimeError) -> None:
+    """Log that a replica gets no weights, since it is gone. Raises `error` where it says something
+    else: stores have a class of their own, and vLLM's NCCL names itself."""
+    gone = isinstance(error, torch.distributed.DistError) or str(error).startswith("NCCL error")
+    if not gone:
+        raise error
+    log.warning("%s gets no weights: %s", name, error)
 
 
 class _Source:

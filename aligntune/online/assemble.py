@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from actors.messages import Prompt
 from actors.reward import Criterion
@@ -62,7 +62,9 @@ def assemble(
         config, roles.maker(ROLES["policy"]), roles.maker(ROLES["critic"]), changed.set
     )
     sends = transport(
-        config, learner, lambda: [each.name for each in serving.rollouts.replicas.reached]
+        config,
+        learner,
+        lambda: {each.name: each.index for each in serving.rollouts.replicas.reached},
     )
     weights = WeightSync(
         sends,
@@ -108,9 +110,10 @@ def assemble(
 
 
 def transport(
-    config: RunConfig, learner: Learner, serving: Callable[[], Sequence[str]]
+    config: RunConfig, learner: Learner, serving: Callable[[], Mapping[str, int]]
 ) -> Transport:
-    """What `rollout.weight_sync` names. `serving()` names the replicas that get new weights."""
+    """What `rollout.weight_sync` names. `serving()` names the replicas that get new weights, each
+    with its index."""
     match config.rollout.weight_sync.name:
         case "delta":
             return Deltas(learner.export_changes)
@@ -125,6 +128,6 @@ def transport(
                 timeout_s=config.rollout.weight_timeout_s,
             )
         case "ipc":
-            return Ipc(learner.send, timeout_s=config.rollout.weight_timeout_s)
+            return Ipc(learner.send, serving, timeout_s=config.rollout.weight_timeout_s)
         case _:
             return ObjectStore(learner.export)

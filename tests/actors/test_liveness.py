@@ -192,7 +192,7 @@ def test_a_rank_that_is_stopped_is_lost_busy_or_idle_and_one_that_works_for_long
 
         os.kill(started[1][1]["pid"], signal.SIGSTOP)
         busy = asyncio.create_task(ranks.all("work", 600.0))
-        with pytest.raises(PolicyLost, match=r"critic-1: no sign of life for \d+ s"):
+        with pytest.raises(PolicyLost, match=r"critic-1: no sign of life for \d+ s \(train\."):
             async with asyncio.timeout(30):
                 await busy
         ranks.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import os
 import select
@@ -9,16 +10,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
 from actors.engines import base
-from actors.engines.base import resolve_engine
+from actors.engines.base import EngineDead, WeightMismatch, resolve_engine
 from actors.engines.lifeline import work_of
 from actors.engines.specs import AutoEngineSpec, TransformersSpec, VLLMSpec
-from actors.specs import ModelSpec
+from actors.specs import LoRASpec, ModelSpec
+from actors.transfer.base import Arrival
 from tests.actors.engines.replicas import WAIT_S, rollout_spec, until
 
 
@@ -43,6 +46,34 @@ def test_an_engine_option_that_is_unknown_or_ours_is_refused():
     with pytest.raises(ValueError, match=r"set rollout\.max_prompt_length"):
         check_engine_options({"max_model_len": 4}, known)
     check_engine_options({"enforce_eager": True}, known)
+
+
+def test_every_option_of_vllms_that_aligntune_sets_is_refused_from_a_config():
+    from actors.engines import vllm_options
+
+    source = Path(vllm_options.__file__).with_name("vllm.py").read_text()
+    (made,) = (
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "AsyncEngineArgs"
+    )
+    ours = {keyword.arg for keyword in made.keywords if keyword.arg is not None}
+    assert len(ours) > 10
+    for name in ours:
+        with pytest.raises(ValueError, match=f"'{name}' is set by aligntune"):
+            vllm_options.check_engine_options({name: None}, ours)
+
+
+def test_every_option_of_an_adapters_engine_is_refused_from_a_config():
+    pytest.importorskip("vllm")
+    from actors.engines.vllm_adapter import lora_options
+    from actors.engines.vllm_options import check_engine_options
+
+    for name in (ours := lora_options(LoRASpec())):
+        with pytest.raises(ValueError, match=f"'{name}' is set by aligntune"):
+            check_engine_options({name: None}, set(ours))
 
 
 def test_vllms_batches_follow_from_the_groups_that_a_replica_is_given():
@@ -163,26 +194,38 @@ class Silent:
         return False
 
 
-@pytest.mark.slow
-def test_an_engine_that_loads_answers_by_its_work_and_any_other_does_not(busy, monkeypatch):
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """One that was not started, and soon looks again."""
     pytest.importorskip("vllm")
     from actors.engines import vllm
 
     monkeypatch.setattr(vllm, "_LOOK_S", 0.01)
+    monkeypatch.setattr(vllm, "_AGAIN_S", 0.01)
+    return vllm.VLLMEngine(ModelSpec(name="none"), rollout_spec(VLLMSpec()), 0, 8, 1)
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["on CPU", "on a GPU"])
+def test_an_engine_answers_by_its_work_as_it_loads_or_on_cpu_and_not_where_it_waits_for_a_gpu(
+    engine, busy, where
+):
     async def run() -> None:
-        engine: Any = vllm.VLLMEngine(ModelSpec(name="none"), rollout_spec(VLLMSpec()), 0, 8, 1)
         engine._llm, engine._processes = Silent(), [busy]
-        serving = asyncio.create_task(engine.answers())
-        used = work_of([busy])
-        while not used():  # noqa: ASYNC110 - a process sets no event
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.1)
-        assert not serving.done(), "it hangs, whatever its processes use"
-        engine._loading = True
+        if where == "on CPU":
+            engine._on_cpu = True
+        else:
+            serving = asyncio.create_task(engine.answers())
+            used = work_of([busy])
+            while not used():  # noqa: ASYNC110 - a process sets no event
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            assert not serving.done(), "it hangs, whatever its processes use"
+            engine._loading = True
+            async with asyncio.timeout(WAIT_S):
+                await serving
         async with asyncio.timeout(WAIT_S):
             await engine.answers()
-            await serving
         os.kill(busy, signal.SIGSTOP)
         until(lambda: psutil.Process(busy).status() == psutil.STATUS_STOPPED)
         stopped = asyncio.create_task(engine.answers())
@@ -190,5 +233,47 @@ def test_an_engine_that_loads_answers_by_its_work_and_any_other_does_not(busy, m
         engine._llm.let.set()
         async with asyncio.timeout(WAIT_S):
             await stopped
+
+    asyncio.run(run())
+
+
+class Fails:
+    """Stands in for vLLM's client, of which an update fails and which is found dead at look
+    `dies`; 0: it lives."""
+
+    def __init__(self, dies: int) -> None:
+        self.dies = dies
+        self.looks = 0
+
+    async def check_health(self) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self.looks += 1
+        if self.looks == self.dies:
+            raise EngineDeadError
+
+    async def pause_generation(self, **_: Any) -> None: ...
+
+    async def start_weight_update(self) -> None: ...
+
+    async def update_weights(self, request: Any) -> None:
+        raise Exception("cancelled")
+
+
+@pytest.mark.parametrize(("dies", "error"), [(3, EngineDead), (0, WeightMismatch)])
+def test_a_worker_that_dies_amid_an_update_is_a_death_and_no_mismatch(
+    engine, monkeypatch, dies, error
+):
+    """A dead one is replaced; weights that do not fit end the run."""
+    from actors.engines import vllm
+
+    monkeypatch.setattr(vllm, "_DEATH_S", WAIT_S if dies else 0.05)
+
+    async def run() -> None:
+        engine._llm = Fails(dies)
+        with pytest.raises(error):
+            await engine.load_weights(Arrival(1, {}))
+        with pytest.raises(EngineDead, match="version 1 did not load: cancelled"):
+            await engine.check()
 
     asyncio.run(run())

@@ -17,13 +17,16 @@ from actors.transfer.ipc import SENDER, Ipc, Shared
 from actors.transfer.ipc_sender import IpcSender
 
 GPU = "GPU-0"
+BOTH = {"rollout-0.0": 0, "rollout-1.1": 1}
 
 
 class Weights:
-    """A strategy of two ranks, on GPUs of their own; `shared` are the other rank's handles."""
+    """A strategy of two ranks, on GPUs of their own; of the other one it has the handles, where
+    that shares too."""
 
-    def __init__(self, rank: int = 0) -> None:
+    def __init__(self, rank: int = 0, both: bool = True) -> None:
         self.rank = rank
+        self.both = both
         self.device = torch.device("cpu")
 
     def full_state(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -31,8 +34,8 @@ class Weights:
         yield "turned", torch.arange(6.0).view(2, 3).T
 
     def gather(self, value: Any) -> list[Any]:
-        _, own = value
-        return [value, ("GPU-1", [("elsewhere",)] * len(own))]
+        other = ("GPU-1", [("elsewhere",)] * 2 if self.both else [])
+        return [value, other] if self.rank == 0 else [other, value]
 
 
 @pytest.fixture
@@ -54,7 +57,7 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> dict[int, torch.Tensor]:
 
 def share(version: int = 5) -> tuple[IpcSender, Shared]:
     sender = IpcSender(Weights())  # type: ignore[arg-type]
-    shared = sender.share(version)
+    shared = sender.share(version, BOTH)
     assert shared is not None
     return sender, shared
 
@@ -76,7 +79,9 @@ def test_vllms_engine_opens_what_the_rank_on_its_gpu_shares(
     monkeypatch.setattr(ipc_engine, "rebuild_cuda_tensor", rebuild)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
     _, shared = share()
-    told = dict(shared.arrival("whoever").update)
+    arrival = shared.arrival("rollout-0.0")
+    assert arrival is not None
+    told = dict(arrival.update)
     got: dict[str, torch.Tensor] = {}
 
     def load(weights: list[tuple[str, torch.Tensor]]) -> set[str]:
@@ -111,8 +116,25 @@ def test_a_weight_has_a_handle_for_the_gpu_of_every_rank(
     handles = pickle.loads(shared.handles)
     assert [list(each) for each in handles] == [[GPU, "GPU-1"]] * 2
     other = IpcSender(Weights(rank=1))  # type: ignore[arg-type]
-    assert other.share(5) is None
+    assert other.share(5, BOTH) is None
     assert len(other._kept) == 2, "it shares its own"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_replica_is_down_shares_nothing(
+    exported: dict[int, torch.Tensor], rank: int
+) -> None:
+    """Nobody would open it, and torch frees only what was opened."""
+    sender = IpcSender(Weights(rank, both=rank == 0))  # type: ignore[arg-type]
+    name, other = list(BOTH)[rank], list(BOTH)[1 - rank]
+    shared = sender.share(5, {other: 1 - rank})
+    assert sender._kept == []
+    assert exported == {}
+    if shared is not None:
+        assert shared.names == ("embed", "turned")
+        assert [list(each) for each in pickle.loads(shared.handles)] == [["GPU-1"]] * 2
+        assert shared.arrival(other) is not None
+        assert shared.arrival(name) is None, "it takes the version from the store"
 
 
 def test_a_version_is_kept_until_it_is_let_go_and_no_two_at_once(
@@ -120,7 +142,7 @@ def test_a_version_is_kept_until_it_is_let_go_and_no_two_at_once(
 ) -> None:
     sender, _ = share(5)
     first = sender._kept
-    sender.share(6)
+    sender.share(6, BOTH)
     assert len(sender._kept) == len(first)
     assert all(new is not old for new, old in zip(sender._kept, first, strict=True))
     sender.let_go()
@@ -135,24 +157,26 @@ def test_ranks_let_go_once_all_replicas_have_loaded(fails: bool) -> None:
     async def ask(sender: str, method: str, *args: Any, deadline_s: float) -> Any:
         assert (sender, deadline_s) == (SENDER, 30)
         calls.append((method, *args))
-        return Shared(4, ("a",), ("float32",), ((2,),), b"handles") if method == "share" else None
+        if method == "let_go":
+            return None
+        return Shared(4, tuple(args[1]), ("a",), ("float32",), ((2,),), b"handles")
 
     async def receive(offer: Offer) -> None:
         calls.append((offer.version, offer.method))
-        assert offer.payload.arrival("any").update["handles"] == b"handles"
+        assert offer.payload.arrival("rollout-0.0").update["handles"] == b"handles"
         await asyncio.sleep(0)
         if fails:
             raise KeyError("weights do not fit")
 
     async def main() -> None:
-        transport = Ipc(ask, timeout_s=30)
+        transport = Ipc(ask, lambda: BOTH, timeout_s=30)
         assert not transport.rereadable
         if fails:
             with pytest.raises(KeyError):
                 await transport.publish(4, receive)
         else:
             await transport.publish(4, receive)
-        wanted = [("share", 4), (4, "receive_weights")]
+        wanted = [("share", 4, BOTH), (4, "receive_weights")]
         assert calls == wanted + [("let_go",)] * (not fails)
 
     asyncio.run(main())

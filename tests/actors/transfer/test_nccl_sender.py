@@ -72,7 +72,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("vllm")
     stand_in(monkeypatch.setattr)
     # So that the weights take several buffers.
-    monkeypatch.setitem(nccl.PACKING, "packed_buffer_size_bytes", 1000)
+    monkeypatch.setitem(nccl.PACKING, "packed_buffer_size_bytes", 500)
 
 
 @pytest.fixture
@@ -172,6 +172,99 @@ def test_a_replica_that_dies_amid_it_is_left_out_and_the_others_get_all(
     sending.result(WAIT_S)
     taking.result(WAIT_S)
     assert same(lives.got, weights.now())
+
+
+class Broken(Communicator):
+    """Of a replica that has died: NCCL finds the connection broken at the second buffer."""
+
+    sent = 0
+
+    def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
+        assert not self.destroyed
+        self.sent += 1
+        if self.sent == 2:
+            raise RuntimeError(self.group)
+
+
+def test_a_replica_that_nccl_finds_gone_is_left_out_and_the_others_get_all(
+    threads: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = Weights()
+    sender = NcclSender(weights)  # type: ignore[arg-type]
+    lives = Receiver("r1")
+    sent = Broadcast(1, ("r0", "r1"), 1, sender.meet(("r0", "r1")))
+    sender._doors.pop("r0").close()
+    sender._pairs.add("r0", gone := Broken("NCCL error: remote process exited", None))
+    taking = threads.submit(lives.take, sent)
+    sender.send(2)
+    taking.result(WAIT_S)
+    assert same(lives.got, weights.now())
+    assert gone.sent == 2
+    assert gone.destroyed
+    assert "r0 gets no weights: NCCL error: remote process exited" in caplog.text
+    assert sender.meet(("r0", "r1")).ports.keys() == {"r0"}, "it is met again"
+
+
+def test_an_error_that_is_not_a_replicas_ends_the_sending() -> None:
+    pairs = Pairs()
+    pairs.add("r0", Broken("CUDA out of memory", None))
+    pairs.broadcast(torch.zeros(1), src=0)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        pairs.broadcast(torch.zeros(1), src=0)
+
+
+def test_a_replica_that_dies_as_its_communicator_is_made_is_left_out(
+    threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.distributed.utils import StatelessProcessGroup
+
+    met = threading.Event()
+
+    def communicator(group: Any) -> Communicator:
+        if not met.is_set():
+            met.set()
+            raise RuntimeError("NCCL error: unhandled system error")
+        return Communicator(group, None)
+
+    monkeypatch.setattr(nccl_sender, "communicator", communicator)
+    weights = Weights()
+    sender = NcclSender(weights)  # type: ignore[arg-type]
+    sent = Broadcast(1, ("r0", "r1"), 1, sender.meet(("r0", "r1")))
+    sending = threads.submit(sender.send, 2)
+    said = sent.meeting
+    coming = threads.submit(StatelessProcessGroup.create, said.address, said.ports["r0"], 1, 2)
+    assert met.wait(WAIT_S)
+    coming.result(WAIT_S)
+    (lives := Receiver("r1")).take(sent)
+    sending.result(WAIT_S)
+    assert same(lives.got, weights.now())
+
+
+def test_a_replica_is_met_though_others_before_it_do_not_come_and_who_is_lost_is_not_waited_for(
+    threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met = threading.Event()
+    made = nccl_sender.communicator
+
+    def communicator(group: Any) -> Any:
+        met.set()
+        return made(group)
+
+    monkeypatch.setattr(nccl_sender, "communicator", communicator)
+    monkeypatch.setattr(nccl_sender, "MEET_S", 2 * WAIT_S)
+    weights = Weights()
+    sender = NcclSender(weights)  # type: ignore[arg-type]
+    comes = Receiver("r2")
+    names = ("r0", "r1", "r2")
+    sent = Broadcast(1, names, 1, sender.meet(names))
+    taking: Future[None] = threads.submit(comes.take, sent)
+    sending = threads.submit(sender.send, 2)
+    assert met.wait(WAIT_S)
+    assert not sending.done()
+    sender.leave_out(("r0", "r1"))
+    sending.result(WAIT_S)
+    taking.result(WAIT_S)
+    assert same(comes.got, weights.now())
 
 
 def test_one_that_does_not_come_is_left_out(
