@@ -76,6 +76,7 @@ CASES = [
     ("deepspeed", 1, 2, False),
     ("deepspeed", 2, 2, False),
     ("deepspeed", 3, 2, False),
+    ("fsdp", 0, 2, False),
 ]
 
 
