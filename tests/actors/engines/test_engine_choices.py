@@ -183,6 +183,20 @@ def test_processes_work_that_use_time_and_none_is_stopped_or_gone(busy, idle):
     assert not of_both()
 
 
+@pytest.mark.slow
+def test_processes_that_only_poll_do_not_work():
+    line = "import time\nprint(flush=True)\nwhile True: time.sleep(0.002)"
+    with subprocess.Popen([sys.executable, "-c", line], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        spent = psutil.Process(child.pid).cpu_times
+        worked, before = work_of([child.pid]), sum(spent()[:2])
+        until(lambda: sum(spent()[:2]) > before + 0.03)
+        polls = not worked()
+        child.kill()
+    assert polls
+
+
 class Silent:
     """Stands in for vLLM's client: the engine answers once it is let."""
 
