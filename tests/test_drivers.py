@@ -63,6 +63,7 @@ threading.Thread(target=lambda: (time.sleep(0.1), print("its thread"))).start()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "code", "printed", "said"),
     [

@@ -142,6 +142,7 @@ def test_without_groups_a_rank_still_answers(folder: Path) -> None:
     assert critic(folder).values([]) == 0
 
 
+@pytest.mark.slow
 def test_from_a_causal_lm_every_value_starts_at_zero_and_is_learnt(folder: Path) -> None:
     actor = critic(folder, learning_rate=3e-2, tokens_per_microbatch=1000)
     assert all(not v.values.any() and not v.final.any() for v in values_of(actor, GROUPS))
@@ -258,6 +259,7 @@ def test_on_two_ranks_a_critic_learns_resumes_and_is_exported_as_on_one(
         np.testing.assert_allclose(exported.values, one.values, atol=near, rtol=near)
 
 
+@pytest.mark.slow
 def test_a_saved_critic_goes_on_bit_for_bit(folder: Path, scorer: Path, tmp_path: Path) -> None:
     job = jobs_with_targets(GROUPS, minibatches=2)
     straight = critic(folder, scorer)

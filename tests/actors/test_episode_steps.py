@@ -241,6 +241,7 @@ def step(
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 @settings(deadline=None, max_examples=6)
 @given(groups=some_groups | many_groups, cut=cuts, ranks=st.integers(1, 3))

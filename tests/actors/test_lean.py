@@ -60,6 +60,7 @@ def test_a_message_comes_out_as_it_went_in(message: Any) -> None:
     assert vars(crossed(message)) == vars(message)
 
 
+@pytest.mark.slow
 @given(
     ids=st.lists(st.integers(0, 2**31 - 1), max_size=9),
     dtype=st.sampled_from([np.int32, np.int64]),

@@ -59,6 +59,7 @@ def test_every_row_goes_to_one_rank_and_loads_differ_by_at_most_the_costliest_pa
         assert sum(len({row.work for row in share}) for share in shares) == len(groups)
 
 
+@pytest.mark.slow
 @given(rows=rows_of_any_length, ranks=st.integers(1, 5), data=st.data())
 def test_a_share_does_not_depend_on_the_order_the_rows_come_in(
     rows: list[Row], ranks: int, data: st.DataObject
@@ -67,6 +68,7 @@ def test_a_share_does_not_depend_on_the_order_the_rows_come_in(
     assert share_out(alone(shuffled), ranks) == share_out(alone(rows), ranks)
 
 
+@pytest.mark.slow
 @given(costs=st.lists(st.integers(0, 60), max_size=30), ranks=st.integers(1, 5))
 def test_a_split_has_every_item_once(costs: list[int], ranks: int) -> None:
     shares = split(costs, ranks)
@@ -97,6 +99,7 @@ def test_a_long_sequence_costs_more_than_as_many_tokens_of_short_ones() -> None:
     assert sum(row.tokens for row in long) < sum(row.tokens for row in short)
 
 
+@pytest.mark.slow
 @given(rows=rows_of_any_length, budget=st.integers(1, 200), packed=st.booleans())
 def test_microbatches_hold_every_row_once_within_the_budget(
     rows: list[Row], budget: int, packed: bool
@@ -137,6 +140,7 @@ falling = st.lists(st.integers(1, 2000), max_size=40).map(lambda w: sorted(w, re
 budgets = st.integers(1, 20_000)
 
 
+@pytest.mark.slow
 @given(widths=falling, budget=budgets)
 def test_a_cut_pads_no_more_than_filling_one_after_the_other(
     widths: list[int], budget: int

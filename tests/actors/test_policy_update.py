@@ -66,6 +66,7 @@ def logits_of(model: Any) -> torch.Tensor:
         return model.eval()(input_ids=PROMPT).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [{}, LORA], ids=["full", "lora"])
 def test_the_same_updates_give_the_same_bits(folder: Path, model: dict) -> None:
     ends = []
@@ -77,6 +78,7 @@ def test_the_same_updates_give_the_same_bits(folder: Path, model: dict) -> None:
     assert_equal(ends[0][1], ends[1][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [{}, LORA], ids=["full", "lora"])
 def test_a_resumed_policy_goes_on_bit_for_bit(folder: Path, model: dict, tmp_path: Path) -> None:
     schedule = {"scheduler": "cosine", "warmup_steps": 3}
@@ -191,6 +193,7 @@ def test_old_is_the_policy_at_the_start_of_the_update(folder: Path) -> None:
     assert torch.equal(*seen[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("minibatches", "model", "left_out", "recomputed"),
     [
@@ -337,6 +340,7 @@ def test_groups_with_and_without_reference_do_not_mix(folder: Path) -> None:
         one_rank(folder, tokens_per_microbatch=10_000).update(job)
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_and_reported_unclipped(folder: Path) -> None:
     (job,) = make_jobs(GROUPS, simple_loss)
     free = one_rank(folder)
@@ -367,6 +371,7 @@ def test_the_learning_rate_of_every_step(scheduler: str, warmup: int, rates: lis
     assert [learning_rate(spec, step, 4) for step in (1, 2, 3, 4)] == pytest.approx(rates)
 
 
+@pytest.mark.slow
 def test_lora_export_is_the_merged_model_and_leaves_training_weights_alone(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -395,6 +400,7 @@ def test_adapters_on_embeddings_that_are_the_head_too_are_refused(
             load(spec)
 
 
+@pytest.mark.slow
 def test_an_exported_adapter_alone_makes_the_policy_of_the_model_it_started_from(
     folder: Path,
 ) -> None:
@@ -413,6 +419,7 @@ def test_an_exported_adapter_alone_makes_the_policy_of_the_model_it_started_from
     assert set(adapters_of(spec).shapes) == set(bundle.arrays)
 
 
+@pytest.mark.slow
 def test_lora_of_a_mixtures_experts_is_merged_under_the_plain_models_names(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -184,6 +184,7 @@ def test_a_rank_without_groups_prepares_nothing_and_still_has_figures(policy: Po
     assert figures["ppo/beta"] == 0.05
 
 
+@pytest.mark.slow
 def test_the_update_takes_old_log_probs_and_advantages_from_the_targets(folder: Path) -> None:
     (job,) = make_jobs(GROUPS, simple_loss, minibatches=3)
     old = logprobs_of(one_rank(folder), GROUPS, job.temperature)

@@ -362,6 +362,7 @@ class Histories(RuleBasedStateMachine):
             )
 
 
+@pytest.mark.slow
 def test_no_slot_is_lost_or_given_twice_and_all_are_served_in_order_whatever_happens() -> None:
     run_state_machine_as_test(
         Histories, settings=settings(max_examples=150, stateful_step_count=40)

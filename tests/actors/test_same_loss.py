@@ -199,6 +199,7 @@ def test_a_prompt_that_is_computed_once_gives_the_same_loss(
     assert_same(sharing.gradient(job, *cut), wanted, exact=exact)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(shapes=batches, cut=cuts)
 def test_the_law_is_exact_beyond_rounding(single_float64: Probe, shapes: Any, cut: Any) -> None:
@@ -228,6 +229,7 @@ class Gather:
         return gather
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=6)
 @given(shapes=many, cut=cuts)
 def test_whole_groups_on_each_rank_add_up_to_the_gradient_of_the_step(
@@ -319,6 +321,7 @@ INDEPENDENT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INDEPENDENT)
 @pytest.mark.parametrize("cut", [(1, 3, False), (40, 7, True), (WHOLE, WHOLE, False)])
 def test_ragged_groups_have_the_loss_and_gradient_of_the_independent_implementation(

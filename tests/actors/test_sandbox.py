@@ -35,6 +35,7 @@ def python(program: str, mode: Mode = "auto", limits: Limits = SMALL, stdin: byt
     return asyncio.run(run(command, files=files, stdin=stdin, limits=limits, mode=mode))
 
 
+@pytest.mark.slow
 def test_a_program_reads_its_input_and_says_its_output(mode: Mode) -> None:
     ran = python("print(input()[::-1]); import sys; sys.stderr.write('aside')", mode, stdin=b"abc")
     assert (ran.stdout, ran.stderr, ran.well) == (b"cba\n", b"aside", True)
@@ -165,6 +166,7 @@ def test_what_a_program_leaves_behind_ends_with_it(mode: Mode, stay: int, tmp_pa
     assert not alive(mark)
 
 
+@pytest.mark.slow
 def test_a_program_whose_caller_leaves_ends(mode: Mode, tmp_path: Path) -> None:
     mark = f"left-{os.getpid()}-{tmp_path.name}"
     program = DAEMON.format(python=sys.executable, mark=mark, stay=300)

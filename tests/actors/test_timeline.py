@@ -32,6 +32,7 @@ def test_a_union_counts_each_moment_once(spans: list[tuple[int, int]]) -> None:
     assert union(iter(intervals)) == len(moments)
 
 
+@pytest.mark.slow
 @given(INTERVALS, st.lists(st.integers(1, 45), max_size=4))
 def test_what_is_taken_between_adds_up_and_calls_that_overlap_share_no_lane(
     calls: list[tuple[int, int]], takes: list[int]

@@ -21,6 +21,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.name)
 def test_the_commands_in_a_yaml_example_of_an_agent_dry_run(
     path: Path,
@@ -40,6 +41,7 @@ def test_the_commands_in_a_yaml_example_of_an_agent_dry_run(
         assert "64 prompts, longest " in shown.out
 
 
+@pytest.mark.slow
 def test_the_commands_in_the_python_example_of_an_agent_dry_run(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

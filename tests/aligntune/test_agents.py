@@ -160,6 +160,7 @@ def test_an_agent_whose_own_reward_is_not_counted_is_told_of(
     assert any("what the agent returns is none" in note for note in notes) is not counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("agent", "taken", "message"),
     [

@@ -54,6 +54,7 @@ def test_a_signal_before_a_run_has_begun_is_its_exit_code(
     assert capsys.readouterr().err == "aligntune: stopped; no run had begun\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [(), ("jobs",), ("launch",)])
 def test_without_a_command_the_help_is_shown_and_no_error(arguments: tuple[str, ...]) -> None:
     done = aligntune(*arguments)
@@ -62,12 +63,14 @@ def test_without_a_command_the_help_is_shown_and_no_error(arguments: tuple[str, 
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_help_has_its_short_form_everywhere() -> None:
     assert "quickstart" in aligntune("-h").stdout
     assert "--resume" in aligntune("train", "-h").stdout
     assert "status" in aligntune("jobs", "-h").stdout
 
 
+@pytest.mark.slow
 def test_commands_are_completed_in_a_shell(tmp_path: Path) -> None:
     script = tmp_path / "aligntune"  # the name that completion knows the program by
     script.write_text("from aligntune.cli import console\nconsole()\n")
@@ -101,6 +104,7 @@ def test_the_help_lists_every_command_and_says_where_to_read_on(
     assert "docs/configuration.md" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", ["train", "quickstart", "plan", "submit", "evaluate", "doctor", "launch slurm"]
 )
@@ -301,6 +305,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
         asked.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "said"), SLIPS)
 def test_a_slip_is_told_before_anything_heavy_is_loaded(
     told: Told, arguments: str, said: str
@@ -397,6 +402,7 @@ def test_a_disk_that_takes_nothing_ends_a_command_in_one_line_and_how_to_go_on(
     assert second == "resume with: aligntune train config.yaml"
 
 
+@pytest.mark.slow
 def test_the_audit_of_a_folder_above_a_run_names_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

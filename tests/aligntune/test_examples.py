@@ -97,6 +97,7 @@ def test_an_example_shows_itself_by_hub_name_and_by_local_folder(path: Path) -> 
     assert overrides.issuperset(DATA_AND_MODEL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", tried(YAMLS), ids=lambda p: p.name)
 def test_the_commands_in_a_yaml_example_dry_run(
     path: Path,
@@ -118,6 +119,7 @@ def test_the_commands_in_a_yaml_example_dry_run(
         assert wanted in shown.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", tried(SCRIPTS), ids=lambda p: p.name)
 def test_the_commands_in_a_python_example_dry_run(
     path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch

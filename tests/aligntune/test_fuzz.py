@@ -16,6 +16,7 @@ from tests.fuzz.trial import NotRight, Refused, kind_of, one_line, outcome
 PART = 12  # of each kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_input_gives_a_result_or_one_line(kind: str, tmp_path: Path) -> None:
     for number in range(PART):

@@ -14,12 +14,14 @@ from tests.bench.control import calls_a_group, ready
 from tests.bench.report import Measured, Target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_staleness", [0, 1])
 def test_function_calls_a_group_do_not_grow_with_the_groups_of_a_step(max_staleness: int) -> None:
     few, many = calls_a_group(64, 2, max_staleness), calls_a_group(384, 1, max_staleness)
     assert many <= 1.1 * few
 
 
+@pytest.mark.slow
 def test_a_step_wakes_one_waiter_a_slot_and_writes_the_ledger_once_a_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,7 @@ def test_a_start_of_another_commit_or_work_is_measured_again(tmp_path: Path) -> 
     assert there(path, SMALL) is None
 
 
+@pytest.mark.slow
 def test_kinds_take_turns_in_parts_that_outlive_a_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from tests.bench.overlap_sim import SYNC, UPDATE, Case, a_step, draws, starts
 from tests.bench.staleness import ages, violations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", [0, 1, 3])
 def test_whatever_takes_how_long_no_group_is_too_old_and_each_is_trained_on_once(
     bound: int,
@@ -19,6 +20,7 @@ def test_whatever_takes_how_long_no_group_is_too_old_and_each_is_trained_on_once
         assert max(found) == bound, "the bound is made use of"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ratio", "staleness", "slots"), [(1.0, 1, 16), (2.0, 2, 8)])
 def test_a_run_takes_as_long_as_list_scheduling_under_the_same_bound(
     ratio: float, staleness: int, slots: int
@@ -28,6 +30,7 @@ def test_a_run_takes_as_long_as_list_scheduling_under_the_same_bound(
     assert ours[-1] == pytest.approx(best[-1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_weights_are_loaded_beside_the_next_update_where_the_bound_allows_it() -> None:
     export, load = SYNC
     ahead, _ = starts(Case(0.0, 0.5, 1, sync=SYNC, steps=14))

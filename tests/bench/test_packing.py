@@ -25,6 +25,7 @@ def test_ranks_in_step_wait_less_for_each_other_than_with_filled_or_dealt_microb
     assert found["whole"]["reads"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("groups", "ranks"), [(32, 8), (128, 8), (512, 64)])
 def test_four_groups_a_rank_and_more_balance_within_one_percent(groups: int, ranks: int) -> None:
     found = [figures(ways(groups_of(groups, 1.0, seed), ranks)["whole"]) for seed in range(3)]

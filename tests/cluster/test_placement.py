@@ -86,6 +86,7 @@ def used(requests: list[RoleRequest], placement: Placement) -> tuple[Counter, Co
     return cpus, memory, gpus
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), cluster=clusters())
 def test_every_role_has_a_place_and_no_device_is_given_out_twice_or_there_is_a_reason(
@@ -119,6 +120,7 @@ def test_every_role_has_a_place_and_no_device_is_given_out_twice_or_there_is_a_r
             assert len(set(nodes_of(found, request.role))) == request.replicas
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(data=st.data(), cluster=clusters())
 def test_one_role_alone_is_refused_only_where_the_nodes_cannot_hold_it(

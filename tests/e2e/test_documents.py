@@ -167,6 +167,7 @@ def test_every_block_is_of_a_kind_that_is_checked(block: Block) -> None:
             assert language in SHOWN_ONLY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("block", "command"), COMMANDS, ids=[f"{b.document.stem}: {' '.join(c)}" for b, c in COMMANDS]
 )
@@ -470,6 +471,7 @@ def doc_tables() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_tables_of_options_are_those_of_the_code() -> None:
     tables, shown = doc_tables(), set()
     for document in DOCUMENTS:
@@ -479,6 +481,7 @@ def test_tables_of_options_are_those_of_the_code() -> None:
     assert shown == set(tables.tables()), "a section of the config has no table in the documents"
 
 
+@pytest.mark.slow
 def test_every_option_says_what_it_is() -> None:
     tables = doc_tables()
     silent = [

@@ -78,6 +78,7 @@ def is_said(message: str) -> bool:
     return re.search(pattern, texts_of_the_code()) is not None
 
 
+@pytest.mark.slow
 def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
     rows = rows_of(text_of("docs/troubleshooting.md"))
     messages = [in_backticks(row[0])[0] for row in rows]
@@ -263,6 +264,7 @@ def rendered(text: str) -> str:
     return str(hooks.on_page_content(made, page=None))
 
 
+@pytest.mark.slow
 def test_every_equation_of_an_algorithms_page_is_mathml() -> None:
     pages = pages_of_algorithms()
     assert {"algorithms.md", "grpo.md", "ppo.md", "dpo.md"} < set(pages)

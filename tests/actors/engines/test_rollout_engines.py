@@ -99,6 +99,7 @@ def replica(request: pytest.FixtureRequest) -> Replica:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_a_plain_forward_before_and_after_an_update(
     replica, policies, bundles, temperature
@@ -110,6 +111,7 @@ def test_logprobs_are_those_of_a_plain_forward_before_and_after_an_update(
         assert worst_error(group, policies, temperature) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_greedy_output_after_an_update_is_the_new_models(replica, policies, bundles):
     for version in (0, 1):
         replica.get("load_weights", bundles[version])
@@ -122,6 +124,7 @@ def test_greedy_output_after_an_update_is_the_new_models(replica, policies, bund
         assert worst_error(group, policies, temperature=1.0) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_changed_weights_alone_make_the_new_model_and_are_refused_on_any_other(
     replica, policies, bundles
 ):
@@ -216,6 +219,7 @@ def _changes_that_nobody_can_take(policies):
     return exports.take(5, moved.items(), 4)
 
 
+@pytest.mark.slow
 def test_a_cached_prefix_does_not_outlive_an_update(replica, policies, bundles):
     replica.get("load_weights", bundles[0])
     long = prompt_of(0, tokens=300)  # more than two of vLLM's blocks of 128 on CPU
@@ -228,6 +232,7 @@ def test_a_cached_prefix_does_not_outlive_an_update(replica, policies, bundles):
         assert worst_error(group, policies, 1.0) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_lengths_finish_reasons_and_masks_agree_with_the_tokens(replica, bundles):
     replica.get("load_weights", bundles[0])
     sampling = sampling_of(completions=32, max_tokens=150)
@@ -257,6 +262,7 @@ def test_lengths_finish_reasons_and_masks_agree_with_the_tokens(replica, bundles
         assert [(span.version, span.tokens) for span in spans] == [(0, length)]
 
 
+@pytest.mark.slow
 def test_completions_of_a_group_differ_and_so_do_groups(replica, bundles):
     replica.get("load_weights", bundles[0])
     seen = set()
@@ -345,6 +351,7 @@ def test_turns_of_other_lengths_and_limits_have_the_logprobs_of_a_plain_forward(
         assert worst_error(group, policies, 1.0) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_group_says_what_its_replica_did_meanwhile(replica, bundles):
     replica.get("load_weights", bundles[0])
     calls = [

@@ -82,6 +82,7 @@ async def played(
         await actor.end("life")
 
 
+@pytest.mark.slow
 def test_an_agent_that_is_killed_amid_its_episode_is_begun_anew_alone(
     actor: EnvironmentActor, row: Callable[..., Prompt], tmp_path: Path, loop: Any
 ) -> None:
@@ -97,6 +98,7 @@ def test_an_agent_that_is_killed_amid_its_episode_is_begun_anew_alone(
     assert [len(said) for said in talks.messages] == [len(talks.messages[0])] * ROLLOUTS
 
 
+@pytest.mark.slow
 def test_an_agent_that_is_killed_each_time_is_a_fault_of_machines_and_never_a_score(
     actor: EnvironmentActor, row: Callable[..., Prompt], tmp_path: Path, loop: Any
 ) -> None:
@@ -116,6 +118,7 @@ def test_faults_of_machines_and_of_the_agent_have_budgets_of_their_own(
     assert record.episodes.rewards == {"environment": (1.0,)}
 
 
+@pytest.mark.slow
 def test_where_the_process_that_forks_is_killed_another_takes_its_place(
     actor: EnvironmentActor, row: Callable[..., Prompt], loop: Any
 ) -> None:
@@ -128,6 +131,7 @@ def test_where_the_process_that_forks_is_killed_another_takes_its_place(
     assert record.episodes.rewards == {"environment": (1.0,) * ROLLOUTS}
 
 
+@pytest.mark.slow
 def test_an_end_of_it_that_is_not_heard_of_yet_costs_no_attempt(
     actor: EnvironmentActor, row: Callable[..., Prompt], loop: Any
 ) -> None:

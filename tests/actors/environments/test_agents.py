@@ -212,6 +212,7 @@ def test_agents_play_side_by_side(episodes: Episodes, tokenizer: Any, loop: Any)
     assert [episode.messages[0]["content"] for episode in found] == [f"{i}+1?" for i in range(4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("agent", "message"),
     [

@@ -69,6 +69,7 @@ def episodes(draw: st.DrawFn, first: int = 0) -> list[ModelCall]:
     return calls
 
 
+@pytest.mark.slow
 @given(episodes())
 def test_every_sampled_token_is_trained_once_with_its_own_log_prob_and_version(
     calls: list[ModelCall],
@@ -77,6 +78,7 @@ def test_every_sampled_token_is_trained_once_with_its_own_log_prob_and_version(
     assert sorted(map(id, found)) == sorted(id(call.sampled) for call in calls)
 
 
+@pytest.mark.slow
 @given(episodes())
 def test_a_row_is_what_the_model_saw_for_its_last_call_and_what_it_sampled(
     calls: list[ModelCall],
@@ -97,6 +99,7 @@ def test_a_row_is_what_the_model_saw_for_its_last_call_and_what_it_sampled(
     assert rows[-1].finish_reason == FinishReason.TURNS
 
 
+@pytest.mark.slow
 @given(st.lists(episodes(), min_size=1, max_size=4))
 def test_the_rows_of_a_group_go_on_from_one_prompt_as_long_as_can_be(
     group: list[list[ModelCall]],
@@ -113,6 +116,7 @@ def test_the_rows_of_a_group_go_on_from_one_prompt_as_long_as_can_be(
     assert all(len(segment.token_ids) for row in rest for segment in row.segments)
 
 
+@pytest.mark.slow
 @given(st.lists(episodes(), min_size=1, max_size=4))
 def test_the_last_token_of_a_turn_is_found_in_the_groups_arrays(
     group: list[list[ModelCall]],

@@ -69,6 +69,7 @@ BETWEEN = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(asked=ODD, system=st.none() | ODD, tools=st.booleans(), after=BETWEEN, cut=st.booleans())
 def test_both_ways_give_qwen3_the_same_ids(

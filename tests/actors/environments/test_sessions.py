@@ -215,6 +215,7 @@ def test_ids_in_are_answered_with_ids_out(chat: Chat) -> None:
     run(talk)
 
 
+@pytest.mark.slow
 def test_a_retry_gets_the_one_answer_and_a_new_request_a_new_one(chat: Chat) -> None:
     async def talk() -> None:
         async with serving(chat, ["2", "two"]) as served:
@@ -316,6 +317,7 @@ def test_what_is_asked_when_the_session_ends_is_refused(chat: Chat) -> None:
     run(talk)
 
 
+@pytest.mark.slow
 def test_sessions_side_by_side_keep_apart(chat: Chat) -> None:
     async def talk() -> None:
         async with serving(chat, []) as served:

@@ -115,6 +115,7 @@ def turns(draw: st.DrawFn) -> list[int]:
     return [*ids, tokenizer.eos_token_id]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=60)
 @given(data=st.data())
@@ -136,6 +137,7 @@ def test_what_is_trained_is_what_was_sampled(name: str, data: st.DataObject) -> 
     assert episode.figures.extended == len(sampled) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=30)
 @given(

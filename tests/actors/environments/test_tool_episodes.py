@@ -272,6 +272,7 @@ class TestLimits:
         with pytest.raises(EpisodeFailed, match=f"the prompt has {first} tokens with its tools"):
             play("x", limits=replace(LIMITS, max_tokens=first))
 
+    @pytest.mark.slow
     def test_time_spent_on_tools(self, play: Play) -> None:
         limits = replace(LIMITS, episode_timeout_s=0.5)
         episode, _ = play(call_text("misbehave", how="hang"), "x", limits=limits)

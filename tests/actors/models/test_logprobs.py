@@ -252,6 +252,7 @@ def adapted(model: Any) -> Any:
     return get_peft_model(model, lora)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [4, 64])
 @pytest.mark.parametrize(
     ("tied", "wrap"),

@@ -48,6 +48,7 @@ def test_what_is_at_a_uri_lies_in_a_folder_of_this_node(model: str) -> None:
     assert on_this_node(named) is named
 
 
+@pytest.mark.slow
 def test_of_the_processes_of_a_node_one_fetches(model: str, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     start = context.Barrier(4)

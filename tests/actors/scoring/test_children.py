@@ -235,6 +235,7 @@ class TestSideBySide:
 
         run(body)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("what", "reason"),
         [
@@ -270,6 +271,7 @@ class TestSideBySide:
 
         run(body)
 
+    @pytest.mark.slow
     def test_a_caller_that_leaves_ends_its_call_of_an_async_function(
         self, scorer: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -298,6 +300,7 @@ class TestAnswers:
 
         run(body)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "line",
         [
@@ -395,6 +398,7 @@ class TestEnds:
                 break
         assert gone(pid())
 
+    @pytest.mark.slow
     def test_what_is_printed_goes_to_the_log_until_it_is_too_much(
         self, scorer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -68,6 +68,7 @@ def logits(folder: str, text: str) -> Any:
         return model(input_ids=ids).logits[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*ENCODERS, "qwen2", "llama"])
 def test_a_reward_model_of_any_architecture_scores_prompt_and_completion(
     tmp_path: Path, kind: str
@@ -111,6 +112,7 @@ class TestLabels:
     def classifier(self, tmp_path_factory: pytest.TempPathFactory) -> str:
         return write(tmp_path_factory.mktemp("classifier"), "bert", id2label=LABELS)
 
+    @pytest.mark.slow
     def test_a_label_has_its_logit_and_its_probability_among_all(self, classifier: str) -> None:
         own = logits(classifier, "1+1=2")
         for index, label in LABELS.items():

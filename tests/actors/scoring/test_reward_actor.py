@@ -208,6 +208,7 @@ def reward_model(tokenizer_spec: ModelSpec, tmp_path_factory: pytest.TempPathFac
 
 
 class TestRewardModels:
+    @pytest.mark.slow
     def test_functions_and_models_score_the_same_group_in_the_order_they_were_given(
         self, tokenizer_spec: ModelSpec, reward_model: ModelSpec, criterion: Any
     ) -> None:
@@ -231,6 +232,7 @@ class TestRewardModels:
 
 
 class TestScoring:
+    @pytest.mark.slow
     def test_completions_are_decoded_without_special_tokens_and_scored_by_every_criterion(
         self, tokenizer_spec: ModelSpec, criterion: Any
     ) -> None:
@@ -308,6 +310,7 @@ class TestScoring:
 
         run(body)
 
+    @pytest.mark.slow
     def test_registered_and_pickled_functions_are_run_alike(
         self, tokenizer_spec: ModelSpec
     ) -> None:
@@ -346,6 +349,7 @@ class TestScoring:
 
         run(body)
 
+    @pytest.mark.slow
     def test_tags_that_are_special_tokens_are_part_of_what_the_model_wrote(
         self, tokenizer_spec: ModelSpec, tmp_path: Path
     ) -> None:
@@ -370,6 +374,7 @@ class TestScoring:
 
         run(body)
 
+    @pytest.mark.slow
     def test_a_data_column_of_an_option_s_name_is_not_that_option(
         self, tokenizer_spec: ModelSpec
     ) -> None:
@@ -385,6 +390,7 @@ class TestScoring:
 
 
 class TestFailures:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("what", "reason", "detail"),
         [
@@ -432,6 +438,7 @@ class TestFailures:
 
         run(body)
 
+    @pytest.mark.slow
     def test_a_hang_ends_at_the_limit_and_costs_other_groups_and_criteria_no_more(
         self, tokenizer_spec: ModelSpec, criterion: Any
     ) -> None:
@@ -456,6 +463,7 @@ class TestFailures:
 
         run(body)
 
+    @pytest.mark.slow
     def test_a_group_waiting_behind_a_hang_keeps_its_own_time_limit(
         self, tokenizer_spec: ModelSpec, criterion: Any
     ) -> None:
@@ -471,6 +479,7 @@ class TestFailures:
 
         run(body)
 
+    @pytest.mark.slow
     def test_a_caller_that_leaves_does_not_leave_its_call_running(
         self, tokenizer_spec: ModelSpec, criterion: Any
     ) -> None:
@@ -544,6 +553,7 @@ class TestProcesses:
             parent.wait()
         assert within(10, lambda: gone(child) and gone(above))
 
+    @pytest.mark.slow
     def test_a_child_that_hangs_holding_the_interpreter_lock_is_killed_at_the_limit(
         self, tokenizer_spec: ModelSpec, criterion: Any, tmp_path: Path
     ) -> None:

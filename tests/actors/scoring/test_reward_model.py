@@ -85,6 +85,7 @@ class TestScoredText:
 
 
 class TestScoring:
+    @pytest.mark.slow
     def test_scores_are_those_of_the_model_whatever_the_batch_size(
         self, reward_model: Path, criterion: Callable[..., RewardModelCriterion]
     ) -> None:

@@ -15,6 +15,7 @@ from actors.transfer.bundle import WeightBundle
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
 
 
+@pytest.mark.slow
 @given(
     dtype=st.sampled_from(DTYPES),
     shape=st.lists(st.integers(0, 5), max_size=3).map(tuple),

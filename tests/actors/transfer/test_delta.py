@@ -52,6 +52,7 @@ def assert_bits(bundle: WeightBundle, wanted: Tensors) -> None:
         assert bundle.arrays[name].tobytes() == array.tobytes()
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=1, max_size=4),

@@ -47,6 +47,7 @@ def test_group_advantages_are_standardised_rewards(groups: list[list[float]]) ->
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @timeless
 @given(groups)
 def test_dr_grpo_only_centres(groups: list[list[float]]) -> None:
@@ -87,6 +88,7 @@ def test_a_small_contrast_is_not_a_constant_group(group: list[float]) -> None:
     assert (sequence_advantages(GRPO(), single([group]), ONE) != 0).all()
 
 
+@pytest.mark.slow
 @timeless
 @given(groups, st.floats(-100, 100), st.floats(0.5, 20))
 def test_group_advantages_do_not_see_an_offset(
@@ -107,6 +109,7 @@ def test_combine_sum_weighs_the_criteria_first() -> None:
     assert got[0].tolist() == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.slow
 @timeless
 @given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
 def test_combine_decoupled_normalises_each_criterion_then_the_batch(
@@ -256,6 +259,7 @@ def test_shaping_is_added_to_the_sum_otherwise() -> None:
     assert got[0].tolist() == pytest.approx(slow.standardised(scores.tolist()), abs=1e-12)
 
 
+@pytest.mark.slow
 @timeless
 @given(
     st.integers(0, 10_000),
@@ -294,6 +298,7 @@ def test_groups_of_other_sizes_are_each_their_own_baseline(
     )
 
 
+@pytest.mark.slow
 @timeless
 @given(
     st.integers(0, 10_000),
@@ -328,6 +333,7 @@ def test_gae_steps_over_interior_zeros_as_if_they_were_not_there() -> None:
     assert (full[~mask] == 0).all()
 
 
+@pytest.mark.slow
 @timeless
 @given(st.lists(st.floats(-1e3, 1e3), max_size=30))
 def test_whitening_is_that_of_all_values(xs: list[float]) -> None:

@@ -14,6 +14,7 @@ from aligntune.algorithms.kl import AdaptiveKL, Estimator, estimate
 from . import slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @settings(deadline=None)
 @given(st.floats(-5, 5))

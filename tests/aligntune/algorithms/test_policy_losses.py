@@ -103,6 +103,7 @@ def case(request: pytest.FixtureRequest) -> tuple[Algorithm, slow.Options]:
     return CASES[request.param]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("drift", [0.4, 1e-3])
 @pytest.mark.parametrize("per_token", [False, True])
@@ -148,6 +149,7 @@ def test_the_random_batches_reach_every_branch() -> None:
     assert seen >= {*sides, "over", "under", "kept", "dual"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("name", [n for n in CASES if n != "gspo, token"])  # it stops a gradient
 def test_gradients_pass_gradcheck(name: str, per_token: bool) -> None:

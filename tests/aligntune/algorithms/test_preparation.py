@@ -275,6 +275,7 @@ class Ranks:
         return reduce
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 1000), st.integers(1, 3), st.lists(st.integers(0, 2), min_size=4, max_size=4),

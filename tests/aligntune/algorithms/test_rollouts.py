@@ -116,6 +116,7 @@ def splits(draw: st.DrawFn) -> tuple[TokenBatch, list[int], list[int]]:
     return several_rows(batch, owners), owners, shares
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 @settings(max_examples=40, deadline=None)
 @given(splits())

@@ -41,6 +41,7 @@ def splits(draw: st.DrawFn) -> tuple[TokenBatch, list[list[int]], list[int]]:
     return batch, shares, [draw(st.integers(0, 3)) for _ in shares]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 @settings(max_examples=60, deadline=None)
 @given(splits())

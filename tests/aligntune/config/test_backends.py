@@ -124,6 +124,7 @@ def test_four_bits_are_taken_where_there_is_a_gpu(algorithm: str, role: str) -> 
     load_config(tree(algorithm), [*QLORA, f"{role}.resources.gpus=1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
 def test_a_missing_package_is_found_before_anything_starts(
     algorithm: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -62,6 +62,7 @@ def test_unknown_config_key(fail: Fail) -> None:
     assert "did you mean 'rollout.temperature'" in fail("rollout.temprature=1")
 
 
+@pytest.mark.slow
 def test_unknown_algorithm(fail: Fail) -> None:
     assert "did you mean 'grpo'" in fail(algorithm="grpoo")
     error = fail(algorithm="gpro")
@@ -77,6 +78,7 @@ def test_a_run_directory_that_cannot_be(fail: Fail, tmp_path: Path, name: str) -
     assert "cannot be used" in fail(out=str(tmp_path / name))
 
 
+@pytest.mark.slow
 def test_values_that_no_run_can_have(fail: Fail) -> None:
     assert "train.seed" in fail("train.seed=-5")
     assert "a name, or a section with a name, not 5" in fail("algorithm=5")
@@ -98,6 +100,7 @@ def test_a_truth_is_no_number(fail: Fail, change: str, key: str) -> None:
     assert f"{key}: a number is wanted, not " in fail(change)
 
 
+@pytest.mark.slow
 def test_numbers_and_texts_that_nothing_can_hold(fail: Fail) -> None:
     assert "train.seed: the number is too large" in fail(f"train.seed={10**20}")
     assert "NUL character" in fail('data.system_prompt="a\\0b"')
@@ -129,6 +132,7 @@ def test_a_run_directory_where_nothing_can_be_written(fail: Fail, where: str) ->
     assert "nothing can be written" in fail(out=where)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "said"),
     [
@@ -181,6 +185,7 @@ def test_no_reward(fail: Fail) -> None:
     assert "no reward" in fail(reward="")
 
 
+@pytest.mark.slow
 def test_reward_that_cannot_be_imported(fail: Fail) -> None:
     assert "tests.e2e.rewards" in fail(reward="tests.e2e.rewards:digitz")
     assert "no_such_module" in fail(reward="no_such_module:f")
@@ -259,6 +264,7 @@ def test_an_output_directory_with_something_else_in_it(fail: Fail, tmp_path: Pat
     assert "not empty" in fail()
 
 
+@pytest.mark.slow
 def test_a_start_that_was_refused_or_killed_stands_in_nobody_s_way(
     fail: Fail, tmp_path: Path
 ) -> None:
@@ -296,6 +302,7 @@ def test_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--algorythm" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_dry_run_starts_nothing_and_prints_the_resolved_tree(
     fail: Fail, tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

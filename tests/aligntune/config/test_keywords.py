@@ -137,6 +137,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(
     arguments=st.dictionaries(st.sampled_from([*PATHS, *SPECIAL]), VALUES, max_size=3),
     algorithm=st.sampled_from(["grpo", "dpo", "reward_model"]) | VALUES,

@@ -43,6 +43,7 @@ def test_a_value_is_what_it_looks_like(text: str, value: Any) -> None:
     assert type(read) is type(value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -79,6 +80,7 @@ TEXT = st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]))  # PyYAML ch
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(
         TEXT,
@@ -101,6 +103,7 @@ def said_of(text: str) -> str:
     return ""
 
 
+@pytest.mark.slow
 @given(st.text() | st.text(alphabet="[]{}:,&*!|>-?'\"# \n\tabc012.%@`<~"))
 def test_any_text_is_a_value_or_one_line(text: str) -> None:
     assert "\n" not in said_of(text)

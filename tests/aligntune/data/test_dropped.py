@@ -75,6 +75,7 @@ def test_the_kind_that_is_to_be_an_error_is_one_and_the_other_is_not() -> None:
         settle_rows(ROWS, found, rules(long_rows="error"))
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=60))
 def test_at_most_a_twentieth_is_longer_than_the_percentile(lengths: list[int]) -> None:
     found = percentile_length(lengths)

@@ -42,6 +42,7 @@ def source_of(tokenizer: Any, seed: int = 0, **data: Any) -> PromptSource:
     return training_prompts(spec, rows, tokenizer, max_prompt_length=64, seed=seed)
 
 
+@pytest.mark.slow
 @given(
     sizes=SIZES, weights=st.lists(st.floats(0.1, 9), min_size=4, max_size=4), seed=st.integers(0, 9)
 )
@@ -67,6 +68,7 @@ def test_each_source_has_its_share_of_each_epoch_and_its_rows_come_equally_often
     )
 
 
+@pytest.mark.slow
 @given(sizes=SIZES, seed=st.integers(0, 9), epoch=st.integers(0, 5))
 def test_without_weights_every_row_comes_once_an_epoch(
     sizes: list[int], seed: int, epoch: int

@@ -139,6 +139,7 @@ class TestTranscripts:
         assert messages.chosen == [assistant("a"), user("b"), assistant("c")]
         assert messages.rejected == [assistant("d")]
 
+    @pytest.mark.slow
     @given(openings, speakers, st.booleans(), speakers, speakers)
     def test_joined_again_a_transcript_is_the_input(
         self, opening: str, shared: Any, opens: bool, one: Any, other: Any
@@ -294,6 +295,7 @@ class TestTokens:
         columns = columns_of(tokenizer, "dpo", row("1+1=", "2", "31"), apply_chat_template=False)
         assert tokenizer.decode(columns["prompt_ids"] + columns["chosen_ids"]) == "1+1=2<|end|>"
 
+    @pytest.mark.slow
     def test_dpo_tokens_are_those_trl_makes_of_the_same_conversation(self, tokenizer: Any) -> None:
         from trl.data_utils import _tokenize
 

@@ -78,12 +78,14 @@ sizes = st.integers(1, 40)
 seeds = st.integers(0, 2**63)
 
 
+@pytest.mark.slow
 @given(rows=sizes, seed=seeds, epoch=st.integers(0, 10**6))
 def test_each_epoch_is_a_permutation(rows: int, seed: int, epoch: int) -> None:
     prompts = source(rows, seed=seed)
     assert sorted(order(prompts, epoch * rows, (epoch + 1) * rows)) == list(range(rows))
 
 
+@pytest.mark.slow
 @given(rows=sizes, seed=seeds, cut=st.integers(0, 100), length=st.integers(1, 60))
 def test_resuming_anywhere_gives_the_same_sequence(
     rows: int, seed: int, cut: int, length: int
@@ -98,6 +100,7 @@ def test_the_order_does_not_depend_on_what_was_asked_before() -> None:
     assert [backwards.prompt_at(n).row for n in reversed(range(50))][::-1] == expected
 
 
+@pytest.mark.slow
 @given(seed=seeds)
 def test_seeds_and_epochs_differ(seed: int) -> None:
     prompts = source(30, seed=seed)

@@ -67,6 +67,7 @@ def test_every_two_texts_of_a_prompt_are_a_pair_or_a_tie(rows: list[tuple[str, i
     assert len(ranked.pairs) + ranked.ties == sum(n * (n - 1) // 2 for n in of_each)
 
 
+@pytest.mark.slow
 def test_the_higher_score_is_chosen_and_ties_are_counted(tmp_path: Path) -> None:
     pairs = pairs_of(TEXTS, tmp_path)
     found = {(p["prompt"], p["chosen"], p["rejected"]) for p in (pairs[i] for i in range(3))}
@@ -76,6 +77,7 @@ def test_the_higher_score_is_chosen_and_ties_are_counted(tmp_path: Path) -> None
     assert "make 3 pairs; 1 ties left out" in pairs.describe()
 
 
+@pytest.mark.slow
 def test_a_text_without_a_score_is_reported_with_its_row(tmp_path: Path) -> None:
     broken = [*TEXTS, {"prompt": "1+1", "completion": " ", "answer": "2"}]
     with pytest.raises(DataError, match=r"row 6 \(line 7\): completion is empty"):
@@ -93,11 +95,13 @@ def test_a_text_that_only_a_reward_of_weight_0_scores_is_in_no_pair(tmp_path: Pa
     assert pairs.dropped.count == 1
 
 
+@pytest.mark.slow
 def test_texts_that_no_reward_tells_apart_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing is preferred to anything.*several completions"):
         pairs_of(TEXTS[:1] + TEXTS[5:], tmp_path)
 
 
+@pytest.mark.slow
 def test_a_reward_model_config_may_name_texts_and_rewards(tmp_path: Path, tiny_model: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in TEXTS), encoding="utf-8")

@@ -132,6 +132,7 @@ def test_a_pair_is_cut_as_trls_collator_cuts_it(
         assert trained == batch["completion_mask"][index][real].bool().tolist()
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=60), st.integers(1, 6000))
 def test_a_histogram_counts_every_row_once_and_marks_those_above_the_bound(
     lengths: list[int], bound: int
@@ -208,6 +209,7 @@ def test_the_command_shows_pairs(
     assert "Columns that rewards get: no reward is called" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
 def test_the_command_shows_every_source_with_its_share(
     algorithm: str, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]

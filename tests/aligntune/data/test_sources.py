@@ -311,6 +311,7 @@ def test_missing_column_lists_the_columns_and_offers_the_nearest(tmp_path: Path)
     assert "did you mean 'prompts'" in message
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_is_one_clear_error() -> None:
     code = (
         "import sys\n"
@@ -342,6 +343,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     rows=st.lists(st.fixed_dictionaries({"prompt": values, "other": values}), min_size=1),
@@ -365,6 +367,7 @@ def test_json_round_trip(
     assert contents(load_rows(str(lines))) == rows
 
 
+@pytest.mark.slow
 @given(
     rows=st.lists(
         st.fixed_dictionaries(

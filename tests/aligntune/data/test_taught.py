@@ -226,6 +226,7 @@ def test_long_rows_are_cut_where_an_answer_is_left() -> None:
     assert end == ["[xyz</>]"[1:].replace("x", "x[", 1)] * 2
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(2, 12), min_size=1, max_size=30))
 def test_packing_loses_no_token_and_cuts_no_row(sizes: list[int]) -> None:
     rows = [{"text": "a" * size} for size in sizes]

@@ -106,6 +106,7 @@ def evaluate(*arguments: object) -> None:
     assert not ended.value.code
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_the_model_is_said_first_and_all_of_it_is_kept(
     run: Path, capsys: pytest.CaptureFixture[str]
@@ -146,6 +147,7 @@ def test_the_model_is_said_first_and_all_of_it_is_kept(
     }, "no model is left behind"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_the_best_one_the_start_and_another_model_and_what_is_there_stays(
     run: Path,
@@ -190,6 +192,7 @@ def job(folder: Path, algorithm: str, model: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("algorithm", ["dpo", "sft"])
 def test_the_model_of_a_job_over_a_table_is_evaluated_by_the_prompts_and_rewards_of_a_config(

@@ -22,6 +22,7 @@ from aligntune.evaluation.statistics import (
 said = st.lists(st.tuples(st.sampled_from("abcd"), st.booleans()), min_size=1, max_size=8)
 
 
+@pytest.mark.slow
 @given(st.lists(st.booleans(), min_size=1, max_size=9), st.data())
 def test_pass_at_k_is_the_share_of_subsets_with_a_pass(
     passed: list[bool], data: st.DataObject
@@ -32,6 +33,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_pass(
     assert pass_at_k(len(passed), sum(passed), k) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(said, st.data())
 def test_majority_at_k_is_the_mean_over_subsets_of_what_their_commonest_answer_scores(
@@ -51,6 +53,7 @@ def test_majority_at_k_is_the_mean_over_subsets_of_what_their_commonest_answer_s
     assert majority_at_k(answers, passed, k) == pytest.approx(statistics.fmean(scores), abs=1e-9)
 
 
+@pytest.mark.slow
 @given(said)
 def test_of_one_completion_both_are_the_share_that_passes(said: list[tuple[str, bool]]) -> None:
     answers, passed = zip(*said, strict=True)

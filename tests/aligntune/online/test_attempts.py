@@ -92,6 +92,7 @@ async def make_all(
     return made, len(lost)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     poison=st.integers(0, 39), replicas=st.integers(1, 3), slots=st.sampled_from([1, 2, 7, 16, 32])

@@ -68,6 +68,7 @@ def test_figures_that_overflow_are_told_and_end_nothing(
     ]
 
 
+@pytest.mark.slow
 def test_groups_are_filtered_by_the_algorithm_as_it_has_adapted(
     world: World, tmp_path: Path
 ) -> None:

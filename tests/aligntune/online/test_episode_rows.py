@@ -37,6 +37,7 @@ def trainer(tmp_path: Path, model: Path, rows: list[dict[str, Any]], **code: Any
     return made
 
 
+@pytest.mark.slow
 def test_a_row_with_tools_of_its_own_is_refused(tmp_path: Path, model: Path) -> None:
     schema = {"type": "function", "function": {"name": "weather", "parameters": {}}}
     rows = [{"prompt": "1", "answer": "1", "tools": None}, {"prompt": "2", "tools": [schema]}]
@@ -51,6 +52,7 @@ def test_a_row_of_no_environment_that_is_named_is_refused(tmp_path: Path, model:
         trainer(tmp_path, model, rows, environment={"quiet": Quiet}).check()
 
 
+@pytest.mark.slow
 def test_an_environment_may_ask_in_the_rows_stead(tmp_path: Path, model: Path) -> None:
     rows: list[dict[str, Any]] = [{"seed": 1}, {"seed": 2}]
     trainer(tmp_path, model, rows, environment=Quiet).check()

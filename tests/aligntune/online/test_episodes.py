@@ -35,6 +35,7 @@ def _no_ray() -> Iterator[None]:
     assert ray.is_initialized() == before
 
 
+@pytest.mark.slow
 def test_a_run_of_episodes_trains_evaluates_and_tells_of_turns_tools_and_talk(
     play: Callable[..., Play],
 ) -> None:
@@ -72,6 +73,7 @@ def test_all_turns_of_a_group_are_asked_of_the_replica_that_has_its_prefixes_in_
     assert len(set.union(*homes.values())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["rollout", "environment"])
 @pytest.mark.parametrize("call", [0, 3, 4, 9])
 def test_a_replica_killed_amid_an_episode_costs_nothing_but_time(
@@ -101,6 +103,7 @@ def test_a_replica_killed_amid_an_episode_costs_nothing_but_time(
     assert begun_again == (role == "environment")
 
 
+@pytest.mark.slow
 def test_an_environment_actor_in_which_nothing_moves_is_replaced(
     play: Callable[..., Play], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +123,7 @@ def test_an_environment_actor_in_which_nothing_moves_is_replaced(
     assert all("no turn was answered" in event["reason"] for event in lost)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["sample", "update", "save"])
 def test_a_run_of_episodes_whose_driver_dies_goes_on_and_its_books_balance(
     play: Callable[..., Play], place: str
@@ -139,6 +143,7 @@ def test_a_run_of_episodes_whose_driver_dies_goes_on_and_its_books_balance(
     assert made.run() == expected
 
 
+@pytest.mark.slow
 def test_an_episode_that_fails_costs_itself_alone(play: Callable[..., Play]) -> None:
     expected = play().run()
     made = play()

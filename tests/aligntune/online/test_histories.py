@@ -45,6 +45,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> World:
     return world
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(accidents=ACCIDENTS, every_steps=st.integers(1, 3))
 def test_a_run_is_the_same_whatever_happens_to_it(

@@ -59,6 +59,7 @@ def make(tiny_model: Path, pairs: Path, tmp_path: Path) -> Any:
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["grpo", "drgrpo", "dapo", "gspo"])
 def test_a_group_algorithm_runs_on_preferences_with_nothing_else_set(
     make: Any, algorithm: str
@@ -167,6 +168,7 @@ def test_rows_that_are_held_out_are_not_trained_on(make: Any, algorithm: str) ->
     make(algorithm, overrides=["data.split=train[:20]", "data.eval_split=train[20:]"]).check()
 
 
+@pytest.mark.slow
 def test_held_out_rows_are_dropped_and_counted_too(make: Any, pairs: Path) -> None:
     held_out = shutil.copy(pairs, pairs.with_name("held.jsonl"))
     trainer = make("grpo", overrides=[f"data.eval_path={held_out}"])
@@ -188,6 +190,7 @@ def test_nothing_is_read_before_it_is_asked_for(make: Any, pairs: Path) -> None:
         trainer.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "values"),
     [
@@ -239,6 +242,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     sys.modules.pop("first_row_rewards", None)
 
 
+@pytest.mark.slow
 def test_every_function_is_called_once_on_the_first_prompt_in_a_process_of_its_own(
     make: Any, own: str, tmp_path: Path
 ) -> None:
@@ -292,6 +296,7 @@ def test_a_function_that_may_take_messages_for_text_is_told_in_the_run(
     ]
 
 
+@pytest.mark.slow
 def test_a_function_that_fails_on_the_first_row_is_refused_with_its_own_frames(
     make: Any, own: str
 ) -> None:

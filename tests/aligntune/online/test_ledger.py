@@ -288,6 +288,7 @@ def recounted(ledger: Ledger, version_of: dict[int, int]) -> dict[int, tuple[int
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_the_log_agrees_with_the_ledger_under_any_history(

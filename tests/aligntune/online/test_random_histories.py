@@ -63,6 +63,7 @@ FOUND = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 40, 10))
 def test_whatever_breaks_every_group_ends_once_and_nothing_waits_for_ever(
     first: int, tmp_path: Path
@@ -73,6 +74,7 @@ def test_whatever_breaks_every_group_ends_once_and_nothing_waits_for_ever(
         play(drawn(number), folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [17, 31, 48, 59])  # with episodes, some on two ranks
 def test_a_history_is_the_same_each_time(number: int, tmp_path: Path) -> None:
     books = []
@@ -85,6 +87,7 @@ def test_a_history_is_the_same_each_time(number: int, tmp_path: Path) -> None:
     assert books[0] == books[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("history", FOUND.values(), ids=FOUND)
 def test_a_history_that_once_showed_a_fault(history: History, tmp_path: Path) -> None:
     assert play(history, tmp_path)[-1] == "finished"
@@ -107,6 +110,7 @@ def test_a_group_that_is_trained_twice_is_seen(
         play(History(0, "grpo", dict(DEFAULT), faults=(kill,)), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_wait_without_end_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The histories can fail: here nobody tells the loop that groups have come to an end."""
     monkeypatch.setattr(
@@ -125,6 +129,7 @@ def test_episodes_of_one_group_that_are_taken_for_those_of_another_are_seen(
         play(History(0, "grpo", {**DEFAULT, "environments": 1}), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_history_without_episodes_is_the_same_each_time(tmp_path: Path) -> None:
     drew = drawn(3)
     history = replace(drew, faults=(), settings={**drew.settings, "environments": 0})

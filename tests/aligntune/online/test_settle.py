@@ -68,6 +68,7 @@ class TestBudgets:
         config, _ = settled(lengths=[10], positions=64)
         assert (config.rollout.max_prompt_length, config.rollout.max_completion_length) == (10, 54)
 
+    @pytest.mark.slow
     @given(
         st.lists(st.integers(1, 5000), min_size=1, max_size=30),
         st.integers(2, 6000),

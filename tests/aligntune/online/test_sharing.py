@@ -69,6 +69,7 @@ def test_the_order_is_a_function_of_seed_and_step_alone() -> None:
     assert minibatches(many, 3) != minibatches(other_seed, 3)
 
 
+@pytest.mark.slow
 @given(
     lengths=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=3), min_size=6, max_size=6),
     ranks=st.integers(1, 3),
@@ -125,6 +126,7 @@ def test_a_rank_is_sent_the_groups_that_its_rows_come_from_and_no_others() -> No
         assert len({work.group_id for work in job.groups}) == len(job.groups)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "ranks"), [(512, 1), (512, 8), (4096, 64)])
 def test_the_bytes_of_an_updates_jobs_grow_with_the_groups_and_not_with_the_ranks(
     number: int, ranks: int
@@ -151,6 +153,7 @@ def test_values_and_targets_are_made_where_the_group_is_trained_on(per_minibatch
     assert max(loads) <= 1.05 * sum(loads) / 4
 
 
+@pytest.mark.slow
 @given(
     joined=st.lists(st.lists(st.booleans(), min_size=1, max_size=4), min_size=6, max_size=6),
     ranks=st.integers(1, 4),

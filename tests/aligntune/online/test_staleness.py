@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,6 +50,7 @@ def by_the_definition(
     return sorted(taken)
 
 
+@pytest.mark.slow
 @given(
     shape=st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=24),
     version=st.integers(0, 5),
@@ -92,6 +94,7 @@ def test_a_late_group_within_its_age_is_overtaken() -> None:
     assert choose_batch(groups, version=0, max_staleness=1, groups_per_step=4) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(seed=st.integers(0, 2**32), staleness=st.integers(0, 3), per_step=st.integers(1, 5))
 def test_no_group_is_ever_trained_beyond_its_age_and_none_starves(

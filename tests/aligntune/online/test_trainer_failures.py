@@ -60,6 +60,7 @@ def stopped(folder: Path) -> dict[str, Any]:
     return event
 
 
+@pytest.mark.slow
 def test_a_failure_that_nobody_foresaw(train: Train, tmp_path: Path) -> None:
     code, said = train(KeyError("an\nodd one"))
     assert code == 1
@@ -71,6 +72,7 @@ def test_a_failure_that_nobody_foresaw(train: Train, tmp_path: Path) -> None:
     assert "in run" in event["traceback"]
 
 
+@pytest.mark.slow
 def test_a_ray_that_is_too_slow_is_no_fault_of_the_input(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +89,7 @@ def test_a_ray_that_is_too_slow_is_no_fault_of_the_input(
     assert "in time" in stopped(tmp_path / "run")["reason"]
 
 
+@pytest.mark.slow
 def test_a_failure_that_is_known_needs_no_traceback(train: Train, tmp_path: Path) -> None:
     code, said = train(RewardFailed("judged", RewardFailure.RAISED, "its service is down"))
     assert code == 1
@@ -95,6 +98,7 @@ def test_a_failure_that_is_known_needs_no_traceback(train: Train, tmp_path: Path
     assert "traceback" not in stopped(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_wrong_input_that_only_the_cluster_shows(train: Train, tmp_path: Path) -> None:
     code, said = train(UserError("output_dir is not seen by policy-1"))
     assert (code, said.splitlines()[-1]) == (2, "aligntune: output_dir is not seen by policy-1")

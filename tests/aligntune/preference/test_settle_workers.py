@@ -82,6 +82,7 @@ def test_gpus_of_no_known_type_leave_what_is_open_as_without_one() -> None:
     assert values["model.dtype"] == now.model.dtype == "float32"
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(gpu_names()),
     st.sampled_from([1, 2, 3, 8, 64]),

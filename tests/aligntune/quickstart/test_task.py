@@ -29,6 +29,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return quickstart.make_tokenizer()
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**31))
 @settings(max_examples=20, deadline=None)
 def test_no_held_out_question_is_trained_on(seed: int) -> None:
@@ -140,6 +141,7 @@ def test_the_model_depends_on_the_seed_and_leaves_the_global_generator_alone() -
     assert 200_000 < quickstart.make_model(0).num_parameters() < 2_000_000
 
 
+@pytest.mark.slow
 def test_a_warm_up_that_does_not_settle_says_so_and_what_to_do(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
@@ -148,6 +150,7 @@ def test_a_warm_up_that_does_not_settle_says_so_and_what_to_do(
         quickstart.warm_up(model, tokenizer, task, 0, max_steps=2)
 
 
+@pytest.mark.slow
 def test_a_warm_up_is_a_function_of_its_seed(tokenizer: PreTrainedTokenizerFast) -> None:
     import torch
 

@@ -142,6 +142,7 @@ def test_a_run_that_goes_on_tells_why_a_setting_was_decided_when_it_began(tmp_pa
     assert why == {"model.dtype": "no GPU computes here", "policy.learning_rate": kept}
 
 
+@pytest.mark.slow
 def test_what_differs_from_the_defaults_is_marked_with_them(tmp_path: Path) -> None:
     run = online_run(tmp_path / "run")
     text = (run / "out.html").write_text("") or write_report([run]).read_text()
@@ -222,6 +223,7 @@ def test_a_preference_job_has_its_own_curves_and_no_samples(tmp_path: Path) -> N
     assert "Samples" not in page.said
 
 
+@pytest.mark.slow
 def test_a_long_run_makes_a_page_of_bounded_size_in_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +257,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         write_report([tmp_path])
 
 
+@pytest.mark.slow
 def test_a_report_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
     run = online_run(tmp_path / "run", steps=3)
     script = (

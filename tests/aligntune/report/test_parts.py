@@ -29,6 +29,7 @@ OWN = [
 ]
 
 
+@pytest.mark.slow
 @given(st.sets(st.sampled_from([*KNOWN, *OWN])))
 def test_every_metric_is_in_one_chart_and_every_chart_has_a_name_of_its_own(
     metrics: set[str],

@@ -54,6 +54,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, str,
     return out, err, int(str(ended.value.code))
 
 
+@pytest.mark.slow
 def test_the_last_step_or_another_the_worst_or_the_best(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

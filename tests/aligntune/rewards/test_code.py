@@ -21,6 +21,7 @@ def score(completions: list[str], tests: Any, **options: Any) -> list[float]:
     return asyncio.run(code_passes(list(completions), tests=rows, **options))
 
 
+@pytest.mark.slow
 def test_programs_are_scored_by_their_tests_many_at_once() -> None:
     fenced = f"I think:\n```python\nnonsense(\n```\nno, rather\n```python\n{ADD}```\nDone."
     wrong = ADD.replace("+", "-")
@@ -28,6 +29,7 @@ def test_programs_are_scored_by_their_tests_many_at_once() -> None:
     assert score([ADD], "\n".join(ASSERTS)) == [1]
 
 
+@pytest.mark.slow
 def test_programs_are_scored_by_what_they_print_for_their_input() -> None:
     good = "print(sum(map(int, input().split())))"
     assert score([good, "print(3)", "print(4)"], ECHO) == [1, 0, 0]
@@ -37,6 +39,7 @@ def test_programs_are_scored_by_what_they_print_for_their_input() -> None:
     assert score([good], json.dumps(inputs)) == [1]
 
 
+@pytest.mark.slow
 def test_a_share_of_the_asserts_counts_where_that_is_asked_for() -> None:
     half = "def add(a, b):\n    return 3\n"
     assert score([half], ASSERTS) == [0]
@@ -59,6 +62,7 @@ def test_no_input_is_given_to_a_program_that_has_failed_unless_a_share_counts(
     assert len(given) == runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "trick",
     [

@@ -55,6 +55,7 @@ class TestWords:
 
 @pytest.mark.parametrize("function", [preference, preference_overlap])
 class TestBoth:
+    @pytest.mark.slow
     @given(text=words, chosen=answers, rejected=answers)
     def test_within_one_and_changed_in_sign_where_the_answers_change_places(
         self, function: Any, text: str, chosen: str, rejected: str

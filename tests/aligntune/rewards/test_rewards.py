@@ -43,6 +43,7 @@ def score_math(completion: str, answer: Any) -> float:
 
 
 class TestMath:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("completion", "answer"),
         [
@@ -88,6 +89,7 @@ class TestMath:
     def test_an_equal_answer_scores_one(self, completion: str, answer: Any) -> None:
         assert score_math(completion, answer) == 1.0
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("completion", "answer"),
         [
@@ -127,6 +129,7 @@ class TestMath:
         with pytest.raises(ValueError, match="'answer' holds ''"):
             score_math("42", "")
 
+    @pytest.mark.slow
     def test_what_takes_too_long_scores_zero_and_costs_the_others_nothing(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -141,6 +144,7 @@ class TestMath:
     def test_a_long_list_that_ends_in_a_word_is_read_at_once(self, before: str, group: str) -> None:
         assert answer_place(f"{before}{group * 300}000x").endswith(("000x", "1}"))
 
+    @pytest.mark.slow
     def test_an_expected_answer_that_takes_too_long_is_an_error(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -155,6 +159,7 @@ class TestMath:
 
         assert judged(lambda: 1, judge, [0.3, 0.0], 0.1, 0.1) == [True, True]
 
+    @pytest.mark.slow
     def test_what_ends_the_process_that_judges_it_is_false_and_what_fails_there_is_an_error(
         self,
     ) -> None:
@@ -315,6 +320,7 @@ class TestRegistry:
         assert (criterion.options, criterion.timeout_s) == (options, 7)
         assert "\n" not in REWARDS[name].description
 
+    @pytest.mark.slow
     def test_listing_rewards_loads_neither_torch_nor_a_reward(self) -> None:
         code = (
             "import sys, aligntune.rewards.registry; heavy = {'torch', 'ray', 'math_verify'}; "

@@ -45,6 +45,7 @@ class TestNgrams:
 
 
 class TestReadability:
+    @pytest.mark.slow
     def test_within_beyond_and_far_beyond(self) -> None:
         easy = "The cat sat on the mat. It was warm."  # 28 characters, 9 words, 2 sentences
         index = 4.71 * 28 / 9 + 0.5 * 9 / 2 - 21.43
@@ -63,6 +64,7 @@ class TestReadability:
 
 
 class TestLanguage:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("text", "code"),
         [
@@ -81,6 +83,7 @@ class TestLanguage:
     def test_a_text_without_letters_is_in_none(self) -> None:
         assert language(["", "123", "😀"], language="en") == [0.0] * 3
 
+    @pytest.mark.slow
     def test_codes_that_are_not_known_are_named(self) -> None:
         with pytest.raises(ValueError, match="'language' is 'english', which py3langid does not"):
             one(language, "a", language="english")
@@ -259,6 +262,7 @@ TEXTS = st.lists(st.text(max_size=12) | st.text("ab <>/`{}1", max_size=20), min_
 BOUNDS = {"0 or 1": {0.0, 1.0}, "0 to 1": (0, 1), "-1 to 0": (-1, 0), "-1 to 1": (-1, 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(REWARDS.keys() - SLOW))
 @given(texts=TEXTS)
 @settings(max_examples=20)

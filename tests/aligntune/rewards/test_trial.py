@@ -76,6 +76,7 @@ def test_every_reward_is_listed_with_its_range(aligntune: Ran) -> None:
     assert "-1 to 0  minus the share of its n-grams that repeat an earlier one" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(REWARDS))
 def test_one_is_shown_with_formula_source_and_options(aligntune: Ran, name: str) -> None:
     code, out, _ = aligntune("show", name)
@@ -84,6 +85,7 @@ def test_one_is_shown_with_formula_source_and_options(aligntune: Ran, name: str)
         assert part in out
 
 
+@pytest.mark.slow
 def test_options_are_shown_with_type_bound_and_default(aligntune: Ran) -> None:
     _, out, _ = aligntune("show", "length")
     assert "  target           integer > 0  (must be given)" in out
@@ -92,6 +94,7 @@ def test_options_are_shown_with_type_bound_and_default(aligntune: Ran) -> None:
     assert "did you mean 'length'" in aligntune("show", "lenght")[2]
 
 
+@pytest.mark.slow
 def test_a_registered_reward_scores_texts(aligntune: Ran) -> None:
     code, out, _ = aligntune(
         "try", "math", "--completion", "it is 1/2", "--completion", "", "--column", "answer=0.5"
@@ -104,6 +107,7 @@ def test_a_registered_reward_scores_texts(aligntune: Ran) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_function_of_a_file_scores_rows_in_its_own_process(aligntune: Ran, folder: Path) -> None:
     rows = [{"prompt": "1+1", "completion": ["2", "3"], "answer": 2},
             {"prompt": "1+2", "completion": "3", "answer": 3}]  # fmt: skip
@@ -196,6 +200,7 @@ def test_a_reward_that_abstains_says_so(aligntune: Ran, folder: Path) -> None:
     assert "abstains" in aligntune("try", "own_rewards_tried.py:unsure", "--completion", "a")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -225,6 +230,7 @@ def test_what_is_wrong_ends_with_code_2_and_the_reason(
     assert ("own_rewards_tried.py" in error) or len(error.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_service_is_tried_by_its_url(aligntune: Ran) -> None:
     class Service(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -248,6 +254,7 @@ def test_a_service_is_tried_by_its_url(aligntune: Ran) -> None:
     assert "option 'retrys'" in error
 
 
+@pytest.mark.slow
 def test_a_reward_model_is_tried_by_its_folder(aligntune: Ran, tmp_path: Path) -> None:
     folder = write_classifier(tmp_path / "model", "bert", num_labels=1)
     given = ("--prompt", "1+1=", "--completion", "2")
@@ -261,6 +268,7 @@ def test_a_reward_model_is_tried_by_its_folder(aligntune: Ran, tmp_path: Path) -
     assert "has no label 'good'" in error
 
 
+@pytest.mark.slow
 def test_trying_a_reward_loads_neither_torch_nor_ray() -> None:
     code = (
         "import sys, aligntune.commands.rewards_shown; "

@@ -41,6 +41,7 @@ def keep(rundir: RunDir, *steps: int) -> None:
         save(checkpoints, step)
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(st.integers(0, 30), st.floats(-5, 5), max_size=8),
     st.sets(st.integers(0, 30), max_size=8),

@@ -88,6 +88,7 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
         checkpoints.at(tmp_path / "step-000002")
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_one_flipped_bit_in_any_file_passes_it_over(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

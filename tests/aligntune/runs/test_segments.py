@@ -46,6 +46,7 @@ ACTIONS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(ACTIONS, st.sampled_from([7, 40, 2**26]))
 @example([("append", 1), ("push", 0), ("forget", 0), ("forget", 0), ("append", 1), ("push", 0)], 7)

@@ -101,6 +101,7 @@ def test_a_section_that_fails_is_off_and_the_others_go_on(monkeypatch: pytest.Mo
     assert run.exit_code(outcomes) == 1
 
 
+@pytest.mark.slow
 def test_a_section_that_raises_is_told_by_its_last_line() -> None:
     said = run.measure("no_such_section", 60)
     assert said == "exit code 1: KeyError: 'no_such_section'"

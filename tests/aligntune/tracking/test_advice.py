@@ -84,6 +84,7 @@ def test_where_no_group_had_two_rewards_the_learning_rate_is_not_blamed(name: st
     assert "policy.learning_rate" in troubles([one, *[flat] * (STILL - 1)])["still"]
 
 
+@pytest.mark.slow
 @given(st.lists(st.dictionaries(st.sampled_from(sorted(GOOD)), st.floats(allow_nan=False))))
 def test_whatever_the_figures_advice_never_fails(rows: list[dict[str, float]]) -> None:
     troubles(rows)

@@ -84,6 +84,7 @@ def test_a_criterion_that_is_called_as_another_figure_hides_neither() -> None:
     }
 
 
+@pytest.mark.slow
 @given(
     st.integers(1, 10**6),
     st.integers(0, 10**6),
@@ -298,6 +299,7 @@ def on_a_terminal(columns: int, looks: int) -> list[list[str]]:
     return [*seen, [text.rstrip() for text in screen.display if text.strip()]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [80, 120])
 def test_on_a_terminal_the_live_lines_are_whole_and_the_trend_stays(columns: int) -> None:
     starting, training, after = on_a_terminal(columns, 2)

@@ -171,6 +171,7 @@ def test_mlflow_takes_every_name_and_each_is_another(names: set[str]) -> None:
     assert found >= {name for name in plain if posixpath.normpath(name) == name}
 
 
+@pytest.mark.slow
 def test_trackio_in_a_folder_has_the_run_its_figures_and_tables(folder: Path) -> None:
     pytest.importorskip("trackio")
     from trackio.sqlite_storage import SQLiteStorage

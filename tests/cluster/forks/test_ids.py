@@ -44,6 +44,7 @@ os.rename(sys.argv[1] + ".part", sys.argv[1])
 MAKES_AN_ACTOR_CLASS = "ray.util.multiprocessing.pool"
 
 
+@pytest.mark.slow
 def test_a_process_that_has_drawn_an_id_is_told_from_one_that_has_not() -> None:
     done = subprocess.run([sys.executable, "-c", SEEN], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

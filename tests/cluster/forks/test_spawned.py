@@ -64,6 +64,7 @@ def running(what: str, server: str, folder: Path) -> int:
     return ask.fork(server, command, dict(os.environ), ray=False)
 
 
+@pytest.mark.slow
 def test_a_spawned_process_is_forked_and_is_as_any_other_to_its_parent(
     server: str, tmp_path: Path
 ) -> None:

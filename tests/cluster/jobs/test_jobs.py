@@ -195,6 +195,7 @@ def test_the_limit_is_that_of_a_request_to_the_jobs_server() -> None:
 # Following
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(
     text=st.text(max_size=60),
@@ -422,6 +423,7 @@ def fail(project: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> F
     return run
 
 
+@pytest.mark.slow
 def test_a_head_that_refuses_connections(fail: Fail) -> None:
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
@@ -455,6 +457,7 @@ def test_a_token_that_is_missing_or_wrong(
     assert said in fail("submit", "config.yaml")
 
 
+@pytest.mark.slow
 def test_a_job_that_is_not_there(fail: Fail) -> None:
     assert "no job 'two'" in fail("jobs", "status", "two")
     assert "the last are one" in fail("jobs", "stop", "two")
@@ -473,6 +476,7 @@ def test_variables_redirect_no_command(
     assert os.environ["RAY_ADDRESS"] == "http://elsewhere:1"
 
 
+@pytest.mark.slow
 def test_what_is_submitted_and_how_it_is_followed_up(
     project: Path,
     server: Server,
@@ -518,6 +522,7 @@ def test_the_secrets_of_a_job_that_is_not_taken_are_erased(tmp_path: Path, serve
     assert left == ERASED
 
 
+@pytest.mark.slow
 def test_what_lies_on_the_clusters_storage_is_left_to_the_job(
     project: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -571,6 +576,7 @@ def test_a_working_directory_over_the_limit(fail: Fail, project: Path) -> None:
     assert "weights.bin (500.0 MiB)" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -602,6 +608,7 @@ def test_what_the_job_could_not_do_is_refused_here(
     assert "abc" not in error
 
 
+@pytest.mark.slow
 def test_a_config_that_does_not_travel(fail: Fail, project: Path) -> None:
     outside = project.parent / "config.yaml"
     outside.write_text((project / "config.yaml").read_text())

@@ -275,6 +275,7 @@ def test_vllm_comes_with_aligntune_where_the_user_says_that_hosts_have_gpus(
     assert ("aligntune[vllm-cuda] @" in text) == extra
 
 
+@pytest.mark.slow
 def test_machines_of_aws_have_an_image_and_a_mounted_folder_that_their_user_owns(
     launch: Any, tmp_path: Path
 ) -> None:
@@ -414,6 +415,7 @@ def manifests(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return settings_map, made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rayjob", "raycluster"])
 def test_kuberay_manifests_ask_for_what_the_roles_need(launch: Any, kind: str) -> None:
     code, text, err = launch(
@@ -775,6 +777,7 @@ def test_the_slurm_script_names_a_port_that_is_in_use(script: Any, tmp_path: Pat
 # Refusals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -820,6 +823,7 @@ def test_what_is_wrong_is_one_line(launch: Any, arguments: list[str], said: str)
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_examples_can_be_launched(capsys: pytest.CaptureFixture[str]) -> None:
     for example in sorted((REPOSITORY / "examples").glob("*.yaml")):
         with pytest.raises(SystemExit) as ended:

@@ -307,6 +307,7 @@ def test_a_frozen_model_keeps_no_gradients() -> None:
 # Plans
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=12)
 @given(
     nodes=st.one_of(st.integers(1, 6), st.sampled_from([63, 1024, 4096])),
@@ -734,6 +735,7 @@ def test_more_ranks_have_fewer_rows_each() -> None:
 # Size
 
 
+@pytest.mark.slow
 def test_planning_takes_work_in_proportion_to_nodes() -> None:
     """Counts calls, not seconds: they are the same on every machine. A plan that compared nodes
     with each other would make eight times as many calls for each node."""
@@ -855,6 +857,7 @@ GPUS = [f"{role}.resources.gpus=1" for role in ("policy", "rollout", "reference"
 ON_H100 = ["--nodes", "64", "--gpus-per-node", "8", "--gpu", "h100-80gb", *GPUS]
 
 
+@pytest.mark.slow
 def test_the_command_tells_everything_as_json(run: Run) -> None:
     code, out, error = run(*ON_H100, f"model.name={SMALL}", "rollout.replicas=500", "--json")
     assert code == 0, error
@@ -886,6 +889,7 @@ AS_SET = [
 ]
 
 
+@pytest.mark.slow
 def test_a_setting_that_the_refusal_names_makes_it_fit(run: Run) -> None:
     code, _, error = run(*ON_H100, *AS_SET)
     assert code == 2
