@@ -124,6 +124,7 @@ def test_a_value_is_that_of_the_text_before_its_token(folder: Path, scorer: Path
             assert len(set(np.round(wanted, 3))) == len(wanted), "states must differ to be told"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("tokens_per_microbatch", [1, 20, 1000])
 def test_values_do_not_depend_on_how_they_are_batched(

@@ -278,6 +278,7 @@ class Weights:
         return self._algorithm.loss(batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "drgrpo", "dapo", "gspo"])
 @pytest.mark.parametrize("cut", [(1, 3, False), (40, 7, True)])
 def test_a_rollout_of_several_rows_weighs_as_much_as_one_of_a_single_row(

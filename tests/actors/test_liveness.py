@@ -131,6 +131,7 @@ def test_a_silent_replica_gets_no_new_call_and_every_new_weight_until_it_speaks_
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_caller_that_was_stopped_itself_takes_nobody_for_dead() -> None:
     """The loop stands still for longer than the patience; the answers are there when it goes on."""
 

@@ -40,6 +40,7 @@ def keys(parts: object) -> list[tuple[int, int]]:
     return sorted((row.work, row.completion) for part in parts for row in part)  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @given(rows=rows_of_any_length, ranks=st.integers(1, 5))
 def test_every_row_goes_to_one_rank_and_loads_differ_by_at_most_the_costliest_part(
     rows: list[Row], ranks: int
@@ -184,6 +185,7 @@ def test_rows_of_very_different_length_do_not_share_a_width() -> None:
     assert microbatches(near, 16_384, packed=False) == (tuple(near),)
 
 
+@pytest.mark.slow
 @given(
     lengths=st.lists(st.lists(st.integers(1, 60), max_size=12), min_size=1, max_size=4),
     budget=st.integers(1, 500),
@@ -223,6 +225,7 @@ def in_a_pack(rows: Sequence[Row], prompts: dict[int, int]) -> int:
     return of_prompts + sum(row.tokens - prompts[row.work] for row in rows)
 
 
+@pytest.mark.slow
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(1, 30), max_size=6))),
     budget=st.integers(1, 120),

@@ -120,6 +120,7 @@ def changed_amid_the_run(folder: Path, state: Path) -> PolicyActor:
     return actor
 
 
+@pytest.mark.slow
 def test_settings_of_the_optimiser_hold_from_the_next_step_on(folder: Path, tmp_path: Path) -> None:
     wanted = changed_amid_the_run(folder, tmp_path)
     got = one_rank(folder, **NOW)
@@ -245,6 +246,7 @@ def test_old_log_probs_cost_no_pass_over_the_rows_of_the_first_optimiser_step(
         np.testing.assert_allclose(old, known, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_dropout_is_in_no_rollout_correction_and_not_in_the_ratio_of_the_first_optimiser_step(
     folder: Path, epochs: int
@@ -381,6 +383,7 @@ def test_lora_export_is_the_merged_model_and_leaves_training_weights_alone(
 ENDS = {"lora": LoRASpec(r=4, alpha=8.0, target_modules=["lm_head", "embed_tokens", "q_proj"])}
 
 
+@pytest.mark.slow
 def test_adapters_on_the_embeddings_are_merged_where_these_are_two_weights(
     folder: Path, tmp_path: Path
 ) -> None:

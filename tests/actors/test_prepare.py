@@ -210,6 +210,7 @@ def test_the_update_takes_old_log_probs_and_advantages_from_the_targets(folder: 
     )
 
 
+@pytest.mark.slow
 def test_an_update_past_its_kl_limit_leaves_the_other_optimiser_steps_out(folder: Path) -> None:
     algorithm = PPO(max_update_kl=1e-7, beta=0)
     policy = one_rank(folder)

@@ -354,6 +354,7 @@ def test_what_was_lost_without_a_restart_comes_back_with_one() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_replica_that_dies_as_it_first_starts_is_replaced_as_anywhere_else() -> None:
     async def run(deaths: int) -> tuple[ReplicaSet, Events]:
         starts: list[str] = []

@@ -92,6 +92,7 @@ time.sleep(20)  # longer than it takes to look
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("use", "over"),
     [
@@ -107,6 +108,7 @@ def test_the_processes_of_a_program_have_its_limits_together(
     assert (ran.status < 0, ran.over) == (True, over)
 
 
+@pytest.mark.slow
 def test_memory_that_processes_share_counts_once(mode: Mode) -> None:
     program = """
 import os, time
@@ -158,6 +160,7 @@ def alive(mark: str) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stay", [0, 300])
 def test_what_a_program_leaves_behind_ends_with_it(mode: Mode, stay: int, tmp_path: Path) -> None:
     mark = f"daemon-{os.getpid()}-{stay}-{tmp_path.name}"
@@ -266,6 +269,7 @@ signal.pause()
     assert ran.status < 0
 
 
+@pytest.mark.slow
 def test_a_lower_limit_of_the_machine_stays() -> None:
     program = """
 import asyncio, resource, sys

@@ -78,6 +78,7 @@ def test_a_start_that_is_too_slow_names_its_setting(monkeypatch: pytest.MonkeyPa
     assert str(lost.value) == said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turns", range(6))
 @pytest.mark.parametrize("said", [1, RayActorError()])
 def test_a_caller_that_is_cancelled_as_the_answer_comes_is_cancelled(

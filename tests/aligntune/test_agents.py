@@ -99,6 +99,7 @@ def test_a_limit_ends_the_episode_with_the_rewards_until_then(tokenizer: Any) ->
     assert (rewards, said[:2]) == ([-0.5, -0.5], ["Go.", "at 0"])
 
 
+@pytest.mark.slow
 def test_an_environment_of_gymnasium_is_played(tokenizer: Any) -> None:
     gymnasium = pytest.importorskip("gymnasium")
 
@@ -149,6 +150,7 @@ def test_the_observation_goes_on_from_what_the_user_says_last(
     assert said == ["Go.", told, "2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counted", [True, False])
 def test_an_agent_whose_own_reward_is_not_counted_is_told_of(
     tiny_model: Path, counted: bool

@@ -96,6 +96,7 @@ def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_help_lists_every_command_and_says_where_to_read_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -316,6 +317,7 @@ def test_a_slip_is_told_before_anything_heavy_is_loaded(
     assert len(error.splitlines()) == 1, error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "said"), LOOKS)
 def test_what_looks_at_names_and_sizes_alone_loads_nothing_heavy(
     told: Told, arguments: str, said: str

@@ -40,6 +40,7 @@ def test_a_traceback_a_lost_row_and_a_long_message_are_seen(tmp_path: Path) -> N
             one_line(RuntimeError(message))
 
 
+@pytest.mark.slow
 def test_a_run_directory_that_nothing_happened_to_comes_to_where_ray_starts(tmp_path: Path) -> None:
     config = copied_run(tmp_path / "run")
     assert gone_on_with(tmp_path / "run", config, "auto") is None

@@ -66,6 +66,7 @@ def test_every_option_of_vllms_that_aligntune_sets_is_refused_from_a_config():
             vllm_options.check_engine_options({name: None}, ours)
 
 
+@pytest.mark.slow
 def test_every_option_of_an_adapters_engine_is_refused_from_a_config():
     pytest.importorskip("vllm")
     from actors.engines.vllm_adapter import lora_options
@@ -274,6 +275,7 @@ class Fails:
         raise Exception("cancelled")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dies", "error"), [(3, EngineDead), (0, WeightMismatch)])
 def test_a_worker_that_dies_amid_an_update_is_a_death_and_no_mismatch(
     engine, monkeypatch, dies, error

@@ -334,6 +334,7 @@ def test_vllm_survives_more_prompts_than_a_step_takes_and_an_update_with_all_in_
         assert worst_error(group, policies, 1.0) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_turns_of_other_lengths_and_limits_have_the_logprobs_of_a_plain_forward(
     replica, policies, bundles
 ):

@@ -54,6 +54,7 @@ def sampled(transformers_replica: Replica, monkeypatch: pytest.MonkeyPatch) -> l
     return keys
 
 
+@pytest.mark.slow
 def test_a_bundle_that_does_not_fit_is_refused_by_name_and_changes_nothing(
     transformers_replica, policies, bundles
 ):
@@ -73,6 +74,7 @@ def test_a_bundle_that_does_not_fit_is_refused_by_name_and_changes_nothing(
     assert worst_error(group, policies, 1.0) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_turns_are_bit_identical_whatever_else_is_in_flight(transformers_replica, bundles):
     transformers_replica.get("load_weights", bundles[0])
     turns = [turn_of(row, tokens) for row, tokens in enumerate((3, 40, 11))]
@@ -94,6 +96,7 @@ def test_a_redundant_tied_head_is_ignored(transformers_replica, policies):
     assert worst_error(group, policies, 1.0) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_group_is_bit_identical_whatever_else_is_in_flight(transformers_replica, bundles):
     transformers_replica.get("load_weights", bundles[0])
     alone = transformers_replica.group(prompt_of(0), sampling_of())
@@ -128,6 +131,7 @@ def test_a_replica_counts_the_tokens_that_are_kept(transformers_replica, bundles
     assert round(record.load.tokens_per_s * record.seconds) == sum(record.sampled)
 
 
+@pytest.mark.slow
 def test_a_call_repeated_while_it_runs_joins_the_first(transformers_replica, sampled):
     calls = [
         transformers_replica.call("generate", prompt_of(0), sampling_of(max_tokens=200))
@@ -138,6 +142,7 @@ def test_a_call_repeated_while_it_runs_joins_the_first(transformers_replica, sam
     assert sampled == ["11/0"]
 
 
+@pytest.mark.slow
 def test_prompts_of_two_data_sets_do_not_join_by_their_row_numbers(transformers_replica):
     """As of the held-out data and the training data, whose rows are numbered alike."""
     prompts = (prompt_of(0), replace(prompt_of(1), row=prompt_of(0).row))
@@ -167,6 +172,7 @@ def test_a_replica_answers_while_it_generates_and_stops_what_nobody_waits_for(
     assert sampled == ["11/0"], "the first was given up"
 
 
+@pytest.mark.slow
 def test_an_untied_head_is_loaded_too(tmp_path, loop):
     tiny_policy(seed=0, untied_qwen3=True).save_pretrained(tmp_path)
     tokenizer_of_characters().save_pretrained(tmp_path)

@@ -108,6 +108,7 @@ def test_an_agent_that_is_killed_each_time_is_a_fault_of_machines_and_never_a_sc
     assert failed.value.infrastructure
 
 
+@pytest.mark.slow
 def test_faults_of_machines_and_of_the_agent_have_budgets_of_their_own(
     actor: EnvironmentActor, row: Callable[..., Prompt], tmp_path: Path, loop: Any
 ) -> None:

@@ -70,6 +70,7 @@ def play(episodes: Episodes, tokenizer: Any, loop: Any) -> Callable[..., Episode
     return played
 
 
+@pytest.mark.slow
 def test_an_async_agent_calls_tools_and_says_its_reward(play: Callable[..., Episode]) -> None:
     episode = play("solves", call_text("add", a=1, b=1), "2", answer="2")
     assert episode.rewards == {"environment": 1.0}
@@ -117,6 +118,7 @@ def test_rewards_of_answers_are_those_of_its_turns(play: Callable[..., Episode])
         play("rates_each_answer", "x", "y", id="other")
 
 
+@pytest.mark.slow
 def test_an_agent_that_a_limit_ends_has_no_reward_and_says_which(
     play: Callable[..., Episode],
 ) -> None:
@@ -196,6 +198,7 @@ def test_a_policy_that_cannot_be_asked_ends_the_episode(episodes: Episodes, loop
         loop(episodes("asks_once").run(prompt_of("hi"), 0, 7, lost))
 
 
+@pytest.mark.slow
 def test_agents_play_side_by_side(episodes: Episodes, tokenizer: Any, loop: Any) -> None:
     async def together() -> list[Episode]:
         which = episodes("solves")

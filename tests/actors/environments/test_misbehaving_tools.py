@@ -79,6 +79,7 @@ def gone(pid: int) -> bool:
 
 
 class TestFunctions:
+    @pytest.mark.slow
     def test_one_that_does_not_end_is_ended_within_its_limit(
         self, episodes: ToolEpisodes, tokenizer: Any, loop: Any
     ) -> None:
@@ -167,6 +168,7 @@ class TestFunctions:
 
 
 class TestMethods:
+    @pytest.mark.slow
     def test_one_that_is_ended_leaves_the_environment_as_it_is(
         self, play: Callable[..., Episode]
     ) -> None:
@@ -186,6 +188,7 @@ class TestMethods:
         """Each waits for all the others, so that one after the other they would not end."""
         assert said(play(call_text("meet_here", others=3) * 3, "x")) == ["met"] * 3
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("how", "reason"),
         [
@@ -235,6 +238,7 @@ class TestMethods:
         assert within(10, lambda: gone(pid))
 
 
+@pytest.mark.slow
 def test_an_import_that_hangs_is_ended_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

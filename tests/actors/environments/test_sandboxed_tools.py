@@ -115,6 +115,7 @@ def test_under_bubblewrap_a_tool_sees_its_module_and_no_secret_and_reaches_nobod
     }
 
 
+@pytest.mark.slow
 def test_without_bubblewrap_auto_leaves_the_environments_variables_out(
     tmp_path: Path,
     home: Path,

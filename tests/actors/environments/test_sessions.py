@@ -64,6 +64,7 @@ def run(talk: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(talk(), 60))
 
 
+@pytest.mark.slow
 def test_an_openai_client_talks_and_calls_tools(chat: Chat) -> None:
     async def talk() -> None:
         async with serving(chat, [f"Adding.{CALL}", "It is 2."]) as served:
@@ -268,6 +269,7 @@ def test_an_equal_request_takes_up_a_turn_whose_client_has_gone(chat: Chat) -> N
     run(talk)
 
 
+@pytest.mark.slow
 def test_a_client_that_times_out_and_sends_again_takes_one_turn(chat: Chat) -> None:
     async def talk() -> None:
         async with serving(chat, ["2"]) as served:

@@ -74,6 +74,7 @@ def said(episode: Episode, role: str = "tool") -> list[str]:
 
 
 class TestConversation:
+    @pytest.mark.slow
     def test_tools_answer_in_the_order_of_the_calls_until_the_policy_calls_none(
         self, play: Play
     ) -> None:
@@ -130,6 +131,7 @@ class TestConversation:
 
 
 class TestEnvironments:
+    @pytest.mark.slow
     def test_an_environment_sees_the_row_answers_and_rewards(self, play: Play) -> None:
         episode, _ = play(
             call_text("guess", n=3),
@@ -191,6 +193,7 @@ class TestEnvironments:
             play("x", code="several", environment=environment, number=1, limits=limits)
         assert failed.value.infrastructure is infrastructure
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("environment", "timeout_s", "call_timeout_s", "said"),
         [

@@ -132,6 +132,7 @@ class TestBeforeARun:
             check_tools(made, chat_model)
         assert str(refused.value).endswith("RuntimeError: no licence")
 
+    @pytest.mark.slow
     def test_a_file_and_pickled_things_are_found_too(
         self, user_folder: Path, chat_model: ModelSpec
     ) -> None:

@@ -50,6 +50,7 @@ def results(model: LogProbModel, packed: bool) -> tuple[torch.Tensor, torch.Tens
     return logp.detach(), torch.cat([gradient.flatten() for gradient in found])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family[0])
 def test_rows_of_a_pack_have_the_log_probs_and_gradient_of_padded_ones(

@@ -37,6 +37,7 @@ def gradient(
     return torch.autograd.grad(loss, leaf)[0]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     rows=st.integers(1, 9),

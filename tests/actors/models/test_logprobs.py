@@ -175,6 +175,7 @@ def test_a_model_whose_training_mode_is_random_is_refused_and_the_random_stream_
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_neither_dropout_of_new_adapters_nor_an_order_of_adding_is_taken_for_that() -> None:
     from peft import LoraConfig, get_peft_model
 

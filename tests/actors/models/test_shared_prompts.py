@@ -93,6 +93,7 @@ def models() -> dict[str, LogProbModel]:
     return made | {"lora": sharing(exactly(adapted(base)), base)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FAMILIES, "lora"])
 @settings(deadline=None, max_examples=12)
 @given(shapes=some_groups, temperature=st.sampled_from([0.7, 1.0]), data=st.data())

@@ -107,6 +107,7 @@ def evaluated(values: Sequence[float], workers: int, batch: int) -> list[dict[st
         return list(pool.map(work, range(workers)))
 
 
+@pytest.mark.slow
 @given(
     values=st.lists(st.integers(-50, 50), min_size=1, max_size=23),
     workers=st.integers(1, 3),

@@ -267,6 +267,7 @@ class TestScoring:
 
         run(body)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("source", ["2+3", [{"role": "user", "content": "2+3"}]])
     def test_of_an_episode_rewards_read_what_the_model_says_last(
         self, tokenizer_spec: ModelSpec, reward_model: ModelSpec, source: Any

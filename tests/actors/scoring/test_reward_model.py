@@ -161,6 +161,7 @@ class TestScoring:
 
         assert asyncio.run(body()) == score(criterion(), "1+1", "2")
 
+    @pytest.mark.slow
     def test_a_model_that_hangs_is_found_by_the_next_group(
         self, criterion: Callable[..., RewardModelCriterion]
     ) -> None:

@@ -152,6 +152,7 @@ def three_versions(size: int, seed: int) -> tuple[list[Any], list[Tensors]]:
     return made, wanted
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.integers(64, 400), st.integers(0, 2**32 - 1), st.data())
 def test_changes_that_arrive_with_any_bit_flipped_are_refused_and_nothing_is_put(
@@ -225,6 +226,7 @@ def test_a_policy_that_begins_again_sends_the_whole_and_goes_on_with_changes() -
     assert_bits(held.take([changes]), weights(3))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     blocks=st.integers(0, 9),

@@ -62,6 +62,7 @@ def share(version: int = 5) -> tuple[IpcSender, Shared]:
     return sender, shared
 
 
+@pytest.mark.slow
 def test_vllms_engine_opens_what_the_rank_on_its_gpu_shares(
     exported: dict[int, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -267,6 +267,7 @@ def test_a_replica_is_met_though_others_before_it_do_not_come_and_who_is_lost_is
     assert same(comes.got, weights.now())
 
 
+@pytest.mark.slow
 def test_one_that_does_not_come_is_left_out(
     threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +329,7 @@ STEPS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(STEPS)
 def test_whoever_is_left_out_hears_nothing_more_and_every_other_hears_all(
     steps: list[tuple[str, set[str]]],

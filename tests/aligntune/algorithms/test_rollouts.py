@@ -73,6 +73,7 @@ def case(request: pytest.FixtureRequest) -> tuple[Algorithm, slow.Options]:
     return CASES[request.param]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("drift", [0.4, 1e-3])
 def test_a_rollout_of_several_rows_has_the_loss_of_its_tokens_end_to_end(

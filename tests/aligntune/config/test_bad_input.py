@@ -71,6 +71,7 @@ def test_unknown_algorithm(fail: Fail) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["x" * 300, "file/below"])
 def test_a_run_directory_that_cannot_be(fail: Fail, tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()

@@ -27,6 +27,7 @@ def digest(**columns: object) -> str:
     return RowTokens(columns, Dropped(), 0, [], [], []).digest()  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @given(one=ROWS, other=ROWS)
 def test_two_tables_have_one_digest_where_they_are_equal(
     one: list[list[int]], other: list[list[int]]
@@ -37,6 +38,7 @@ def test_two_tables_have_one_digest_where_they_are_equal(
     assert (digest(a=one, b=other) == digest(a=other, b=one)) == (one == other)
 
 
+@pytest.mark.slow
 @given(rows=ROWS, at=st.integers(0, 5))
 def test_what_holds_the_rows_does_not_count(rows: list[list[int]], at: int) -> None:
     arrays = [np.asarray(row, dtype=np.int32) for row in rows]

@@ -88,6 +88,7 @@ def test_a_text_without_a_score_is_reported_with_its_row(tmp_path: Path) -> None
         pairs_of(unscored, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_text_that_only_a_reward_of_weight_0_scores_is_in_no_pair(tmp_path: Path) -> None:
     unscored = [*TEXTS, {"prompt": "1+1", "completion": "5", "answer": None}]
     pairs = pairs_of(unscored, tmp_path, "drop", "tests.e2e.rewards:of_answered")

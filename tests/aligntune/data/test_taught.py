@@ -100,6 +100,7 @@ def test_without_a_template_text_is_as_it_stands_and_ends_once() -> None:
     assert spelled(MARKED, asked, apply_chat_template=False) == ["a[b<eos>]"]
 
 
+@pytest.mark.slow
 def test_a_template_without_marks_teaches_what_follows_a_prompt_and_nothing_else() -> None:
     assert spelled(UNMARKED, {"prompt": "1+1", "completion": "2"}) == [
         "<user>1+1</user><assistant>[2</assistant>]"

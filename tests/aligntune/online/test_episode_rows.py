@@ -46,6 +46,7 @@ def test_a_row_with_tools_of_its_own_is_refused(tmp_path: Path, model: Path) -> 
         checked.check()
 
 
+@pytest.mark.slow
 def test_a_row_of_no_environment_that_is_named_is_refused(tmp_path: Path, model: Path) -> None:
     rows = [{"environment": "quiet"}, {"environment": "loud"}]
     with pytest.raises(UserError, match="row 1 of the data has environment 'loud'"):

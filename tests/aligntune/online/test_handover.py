@@ -147,6 +147,7 @@ def test_a_stop_beside_a_load_ends_in_a_checkpoint_and_the_run_goes_on(world: Wo
     assert every_group_is_trained_once(world)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_whatever_breaks_off_beside_an_update_every_group_and_evaluation_is_there_once(
     world: World, seed: int

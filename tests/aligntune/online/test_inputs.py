@@ -82,6 +82,7 @@ def test_a_group_algorithm_runs_on_preferences_with_nothing_else_set(
     assert "train: 2 of 22 rows dropped: 1 equal, 1 too long" in summary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
 def test_a_summary_says_what_the_machines_decide_and_asks_them_once(
     make: Any, monkeypatch: pytest.MonkeyPatch, algorithm: str
@@ -104,6 +105,7 @@ def test_a_summary_says_what_the_machines_decide_and_asks_them_once(
     assert len(asked) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
 def test_adapters_that_cannot_be_are_refused_before_anything_starts(
     make: Any, tiny_model: Path, algorithm: str

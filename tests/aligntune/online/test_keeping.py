@@ -387,6 +387,7 @@ def test_a_disk_that_stays_full_ends_the_run_after_some_tries(
         world.run()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_slow_costs_tries_and_not_the_run(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,6 +158,7 @@ def refused(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return trainer
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_its_trial_leaves_the_folder_to_the_next_try(
     refused: Any, tmp_path: Path
 ) -> None:
@@ -170,6 +171,7 @@ def test_a_reward_that_fails_its_trial_leaves_the_folder_to_the_next_try(
         refused().train()
 
 
+@pytest.mark.slow
 def test_neither_does_one_of_a_run_that_begins_with_a_checkpoint_of_another(
     refused: Any, tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def test_a_run_in_which_nothing_moves_ends_and_says_what_everybody_was_at(world:
     assert world.trained() == [[0, 1], [2, 3], [4, 5]], "the same command goes on"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["load", "write"])
 def test_what_has_a_deadline_of_its_own_is_no_stall(
     world: World, monkeypatch: pytest.MonkeyPatch, what: str

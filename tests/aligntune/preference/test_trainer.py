@@ -56,6 +56,7 @@ def stop_at(trainer: PreferenceTrainer, step: int) -> None:
     rundir.file("metrics.jsonl").write_text(json.dumps({"step": step}) + "\n")
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_lie_elsewhere_does_not_begin_again(
     job: Job, tmp_path: Path
 ) -> None:
@@ -92,6 +93,7 @@ def test_a_place_of_before_that_does_not_answer_is_left_for_a_named_copy(
     job().check(resume=f"{tmp_path}/run/{FOLDER}/step-000010")
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_over_other_rows(job: Job, tmp_path: Path) -> None:
     stop_at(job(), 10)
     job("train.learning_rate=1e-5", "data.max_length=64").check()  # the same rows

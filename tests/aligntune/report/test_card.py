@@ -67,6 +67,7 @@ def test_a_card_says_what_of_what_by_what_with_which_results(tmp_path: Path) -> 
     assert "AutoModelForCausalLM.from_pretrained" in text
 
 
+@pytest.mark.slow
 def test_evaluations_of_its_step_are_in_it_with_their_intervals(tmp_path: Path) -> None:
     folder = online_run(tmp_path / "sums")
     for step in (50, 60):

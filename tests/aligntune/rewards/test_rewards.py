@@ -125,6 +125,7 @@ class TestMath:
     def test_integers_score_one_exactly_when_equal(self, left: int, right: int) -> None:
         assert score_math(f"The answer is {left}", str(right)) == float(left == right)
 
+    @pytest.mark.slow
     def test_an_expected_answer_that_cannot_be_read_is_an_error_not_a_zero(self) -> None:
         with pytest.raises(ValueError, match="'answer' holds ''"):
             score_math("42", "")
@@ -264,6 +265,7 @@ class TestLength:
     ) -> None:
         assert length_penalty(["x" * length], target=10, **options) == [pytest.approx(expected)]
 
+    @pytest.mark.slow
     @given(st.integers(0, 300), st.integers(1, 100), st.integers(0, 20))
     def test_it_stays_in_range_and_falls_with_distance(
         self, length: int, target: int, tolerance: int

@@ -55,6 +55,7 @@ class TestReadability:
         assert one(readability, easy, low=10, high=20) == 0.0
         assert one(readability, easy, low=4.5, high=4.5, index="lix") == 1.0
 
+    @pytest.mark.slow
     def test_a_text_without_words_is_not_readable(self) -> None:
         assert readability(["", "...", " \n"], low=-100, high=100) == [0.0] * 3
 
@@ -80,6 +81,7 @@ class TestLanguage:
             assert one(language, text, language=other) < 0.1
         assert one(language, text, language=code, among=["en", "de", "fr", "zh"]) > 0.99
 
+    @pytest.mark.slow
     def test_a_text_without_letters_is_in_none(self) -> None:
         assert language(["", "123", "😀"], language="en") == [0.0] * 3
 

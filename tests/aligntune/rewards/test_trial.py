@@ -124,6 +124,7 @@ def test_a_function_of_a_file_scores_rows_in_its_own_process(aligntune: Ran, fol
     assert one.splitlines()[-1].startswith("   0  ")
 
 
+@pytest.mark.slow
 def test_the_samples_of_a_run_are_scored_again(aligntune: Ran, folder: Path) -> None:
     sample = {"step": 1, "prompt": "p", "columns": {"answer": "4"},
               "completions": [{"text": "4", "reward": 0}, {"text": "5", "reward": 1}]}  # fmt: skip
@@ -148,6 +149,7 @@ def write_episodes(path: Path, *completions: dict[str, Any]) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_an_episode_is_scored_by_what_was_said_last_as_the_run_does(
     aligntune: Ran, folder: Path
 ) -> None:

@@ -297,6 +297,7 @@ def job(tmp_path: Path, tiny_model: Path, hub: Hub) -> Job:
     return Job(tmp_path, tiny_model, hub)
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_its_model_on_the_hub_and_the_token_in_no_file(job: Job, hub: Hub) -> None:
     done = job.run()
     assert done.returncode == 0, done.stderr
@@ -314,6 +315,7 @@ def test_a_run_ends_with_its_model_on_the_hub_and_the_token_in_no_file(job: Job,
     assert hub.repositories["me/sums"].commits == 1
 
 
+@pytest.mark.slow
 def test_a_run_whose_push_fails_has_ended_well_with_its_model(job: Job, hub: Hub) -> None:
     hub.refused["create"] = (401, f"Invalid credentials {TOKEN}")
     done = job.run()
@@ -326,6 +328,7 @@ def test_a_run_whose_push_fails_has_ended_well_with_its_model(job: Job, hub: Hub
     job.check_no_token()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_while_it_pushes_pushes_when_it_is_called_again(
     job: Job, hub: Hub
 ) -> None:

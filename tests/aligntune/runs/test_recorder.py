@@ -48,6 +48,7 @@ def _lines(capsys: pytest.CaptureFixture[str]) -> Lines:
     return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 def test_a_role_is_ready_when_its_last_replica_or_rank_is(
     rundir: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -131,6 +131,7 @@ cli.console()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux's")
 def test_a_finished_run_exits_well_where_nobody_can_be_told(tmp_path: Path) -> None:
     where = f"from pathlib import Path\ncli_path = Path({str(tmp_path)!r})\n"

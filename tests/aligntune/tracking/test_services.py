@@ -96,6 +96,7 @@ def log_records(content: bytes) -> Iterator[bytes]:
             whole = b""
 
 
+@pytest.mark.slow
 def test_wandb_offline_has_the_run_its_names_figures_tables_and_end(folder: Path) -> None:
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
@@ -129,6 +130,7 @@ def test_wandb_offline_has_the_run_its_names_figures_tables_and_end(folder: Path
     assert told[0]["data"][1][1:] == lines[1][1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ended", "status"), [("finished", "FINISHED"), ("stopped", "KILLED"), ("failed", "FAILED")]
 )
@@ -160,6 +162,7 @@ def test_mlflow_in_a_folder_has_the_run_its_names_figures_table_and_end(
     assert list(shown["completion"])[:2] == ["says 0", HOSTILE[0]]
 
 
+@pytest.mark.slow
 @given(st.sets(st.text("a_.:/<2b正\n\ud800", min_size=1).map(lambda name: f"reward/{name}")))
 def test_mlflow_takes_every_name_and_each_is_another(names: set[str]) -> None:
     found = {mlflow_name(name) for name in names}

@@ -80,6 +80,7 @@ class TestMetricsFile:
         assert steps(path)[-1] == 99
         assert [entry.name for entry in path.parent.iterdir()] == ["metrics.jsonl"]
 
+    @pytest.mark.slow
     def test_a_file_that_is_larger_than_memory_is_truncated_and_its_end_read(
         self, path: Path
     ) -> None:
@@ -152,6 +153,7 @@ def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
 
 
 class TestTrackers:
+    @pytest.mark.slow
     def test_tensorboard_shows_each_step_once_after_a_resume_and_a_rollback(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
