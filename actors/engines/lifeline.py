@@ -20,8 +20,8 @@ import psutil
 _PR_SET_PDEATHSIG = 1
 _NO_MORE = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
 _IDLE = 0.1
-"""Processor seconds a second, of all processes together, that are no work. A vLLM engine on CPU,
-idle or hung amid a call, uses 0.02: it polls."""
+"""Processor seconds a second of one process that are no work. A vLLM engine on CPU, idle or hung
+amid a call, uses 0.02, or each of its workers does: they poll."""
 
 
 def end_with(pid: int) -> None:
@@ -44,15 +44,15 @@ def end_with(pid: int) -> None:
 
 
 def work_of(processes: Sequence[int]) -> Callable[[], bool]:
-    """What says, from outside, whether `processes` have worked since now: together they have used
-    processor time, more than idle ones do, and none is stopped or gone."""
+    """What says, from outside, whether `processes` have worked since now: one of them has used
+    more processor time than an idle one does, and none is stopped or gone."""
 
-    def used() -> float | None:
+    def used() -> list[float] | None:
         try:
             seen = [psutil.Process(pid) for pid in processes]
             if any(one.status() in _NO_MORE for one in seen):
                 return None
-            return sum(sum(one.cpu_times()[:2]) for one in seen)
+            return [sum(one.cpu_times()[:2]) for one in seen]
         except psutil.NoSuchProcess:
             return None
 
@@ -60,6 +60,8 @@ def work_of(processes: Sequence[int]) -> Callable[[], bool]:
 
     def worked() -> bool:
         now, seconds = used(), time.monotonic() - began
-        return before is not None and now is not None and now - before > _IDLE * seconds
+        if before is None or now is None:
+            return False
+        return any(new - old > _IDLE * seconds for old, new in zip(before, now, strict=True))
 
     return worked
