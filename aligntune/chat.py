@@ -29,12 +29,13 @@ def model_folder(place: Path) -> Path:
 
 
 def variables_of_run(place: Path) -> dict[str, Any]:
-    """`model.chat_template_kwargs` of a run directory or a quickstart's; a model's folder says
-    none."""
-    for run in (place, place / "run"):
-        if (run / "config.yaml").is_file():
-            model = open_run(run).config.get("model")
-            return dict((model or {}).get("chat_template_kwargs") or {})
+    """`model.chat_template_kwargs` of a run directory, its model/ or a quickstart's; the folder of
+    another model says none."""
+    own = [place.absolute().parent] if place.absolute().name == "model" else []
+    for run in (*own, place, place / "run"):
+        if (run / "config.yaml").is_file() and (run / "events.jsonl").is_file():
+            model = open_run(run).config.get("model") or {}
+            return dict(model.get("chat_template_kwargs") or {})
     return {}
 
 

@@ -138,12 +138,14 @@ def console() -> None:
         main()
     finally:
         from aligntune.runs.deadline import hangs
-        from aligntune.tracking.output import let_go
+        from aligntune.tracking.output import held_up, let_go
 
-        let_go()
-        if hangs():  # its client would keep the interpreter from ending, or crash it
+        if not (held := held_up()):
+            let_go()
+        if held or hangs():  # its client would keep the interpreter from ending, or crash it
             end = sys.exc_info()[1]
-            sys.stdout.flush()
+            if not held:
+                sys.stdout.flush()
             sys.stderr.flush()
             os._exit(end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 1)
         cycles.no_more()

@@ -172,3 +172,11 @@ def type_by_ray(kinds: Sequence[str]) -> str | None:
             if kind in row["ray"]:
                 return name
     return None
+
+
+def least_by_ray(kinds: Sequence[str]) -> str | None:
+    """The smallest known GPU that Ray calls one of `kinds`, where one name is of several sizes."""
+    for name, row in _gpu_table().items():
+        if set(kinds) & set(row.get("ray_least", ())):
+            return name
+    return None

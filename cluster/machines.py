@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cluster.gpus import type_of_machine
-from cluster.resources import Cluster, as_cluster, host_cpus, living_nodes, this_machine
+from cluster.gpus import least_by_ray, type_of_machine
+from cluster.resources import (
+    Cluster,
+    as_cluster,
+    gpu_kinds,
+    host_cpus,
+    living_nodes,
+    this_machine,
+)
 from cluster.session import connected_already, resolve_address, session
 from cluster.specs import ClusterSpec
 
@@ -33,21 +40,24 @@ def machines(spec: ClusterSpec) -> Machines:
         return Machines(this_machine(PLENTY), host_cpus(), here=True)
     with session(spec, cpus=0, gpus=0):
         nodes = living_nodes()
-        cluster = _typed(as_cluster(nodes), [str(node["NodeID"]) for node in nodes])
+        least = {str(node["NodeID"]): least_by_ray(gpu_kinds(node)) for node in nodes}
+        cluster = _typed(as_cluster(nodes), least)
     return Machines(cluster, _cores(cluster), here=False)
 
 
-def _typed(cluster: Cluster, ids: Sequence[str]) -> Cluster:
-    """The cluster with the types of GPUs that Ray's name leaves open; those nodes are asked."""
+def _typed(cluster: Cluster, least: Mapping[str, str | None]) -> Cluster:
+    """The cluster with the types of GPUs that Ray's name leaves open; those nodes are asked. One
+    that does not tell has the smallest type of that name, by `least`: ids of all nodes, in order.
+    """
     open_ = [
         name
-        for name, node in zip(ids, cluster.nodes, strict=True)
+        for name, node in zip(least, cluster.nodes, strict=True)
         if node.gpus >= 1 and node.gpu is None
     ]
-    said = _ask(open_) if open_ else {}
+    said = dict(least) | (_ask(open_) if open_ else {})
     nodes = (
-        node._replace(gpu=said.get(name, node.gpu))
-        for name, node in zip(ids, cluster.nodes, strict=True)
+        node._replace(gpu=said[name]) if name in open_ else node
+        for name, node in zip(least, cluster.nodes, strict=True)
     )
     return replace(cluster, nodes=tuple(nodes))
 

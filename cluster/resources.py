@@ -243,13 +243,21 @@ def _address_key(address: str) -> tuple[Any, ...]:
 def from_ray(node: Mapping[str, Any]) -> Node:
     """An entry of `ray.nodes()` as a Node; the GPU type comes from its label or its resource."""
     resources = node.get("Resources", {})
-    kinds = [name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")]
-    label = node.get("Labels", {}).get("ray.io/accelerator-type")
     memory = resources.get("memory")
     return Node(
         name=str(node["NodeManagerAddress"]),
         cpus=float(resources.get("CPU", 0.0)),
         gpus=float(resources.get("GPU", 0.0)),
         memory_bytes=None if memory is None else int(memory),
-        gpu=type_by_ray([*kinds, *([label] if label else [])]),
+        gpu=type_by_ray(gpu_kinds(node)),
     )
+
+
+def gpu_kinds(node: Mapping[str, Any]) -> list[str]:
+    """What Ray calls the GPUs of an entry of `ray.nodes()`."""
+    names = (name.partition(":") for name in node.get("Resources", {}))
+    label = node.get("Labels", {}).get("ray.io/accelerator-type")
+    return [
+        *(kind for of, _, kind in names if of == "accelerator_type"),
+        *([label] if label else []),
+    ]

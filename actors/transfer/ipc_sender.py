@@ -50,7 +50,8 @@ class IpcSender:
             {gpu: of_rank[index] for gpu, of_rank in ranks if of_rank}
             for index in range(len(described))
         ]
-        return Shared(version, tuple(replicas), names, dtypes, shapes, pickle.dumps(handles))
+        with_rank = tuple(name for name, index in replicas.items() if index < len(ranks))
+        return Shared(version, with_rank, names, dtypes, shapes, pickle.dumps(handles))
 
     def let_go(self) -> None:
         """Share no more; all ranks together."""

@@ -25,6 +25,7 @@ PACKING = {
 }
 """How both sides cut weights into buffers of GPU memory, under vLLM's own names."""
 LOOK_S = 1.0  # between two looks at who still lives
+MOST_IN_VAIN = 3  # versions in a row that reach nobody by a fault of NCCL's
 GRACE_S = 10.0  # for rank 0 to end once every replica has
 LEAVE_OUT_S = 60.0  # for rank 0 to leave replicas out
 
@@ -94,10 +95,14 @@ class Nccl:
         self._workers = workers
         # Of rank 0, which may wait for a replica until that is lost at its own deadline.
         self._deadline_s = 2 * timeout_s + LEAVE_OUT_S
+        self._in_vain = 0
 
     async def publish(self, version: int, receive: Callable[[Offer], Awaitable[None]]) -> Offer:
         """Have rank 0 send beside the receivers. Where it fails they are told to give up, which
-        ends their engines: weights that are half there cannot be served."""
+        ends their engines: weights that are half there cannot be served.
+
+        Raises RuntimeError where NCCL fails for all, time after time: that is no death of replicas.
+        """
         replicas = tuple(sorted(self._serving()))
         meeting = await self._all("meet", replicas)
         sent = Broadcast(version, replicas, self._workers, meeting)
@@ -105,19 +110,27 @@ class Nccl:
         sending = asyncio.ensure_future(self._all("send", 1 + self._workers))
         receiving = asyncio.ensure_future(receive(offer))
         try:
-            await self._until_sent(replicas, sending, receiving)
+            failed = await self._until_sent(replicas, sending, receiving)
             await receiving
         finally:
             for task in (sending, receiving):
                 task.cancel()
             await asyncio.gather(sending, receiving, return_exceptions=True)
+        self._in_vain = self._in_vain + 1 if replicas and failed.keys() >= set(replicas) else 0
+        if self._in_vain == MOST_IN_VAIN:
+            raise RuntimeError(
+                f"rollout.weight_sync=nccl: no replica took {MOST_IN_VAIN} versions in a row: "
+                f"{next(iter(failed.values()))}; NCCL_DEBUG=INFO tells more, "
+                "rollout.weight_sync=full does without NCCL"
+            )
         return offer
 
     async def _until_sent(
         self, replicas: Sequence[str], sending: asyncio.Future[Any], receiving: asyncio.Future[None]
-    ) -> None:
+    ) -> Mapping[str, str]:
         """Wait for rank 0, and have it leave out whom it would wait for in vain: replicas that are
-        lost, and when all have answered whoever is left. Raises what rank 0 raised."""
+        lost, and when all have answered whoever is left. Raises what rank 0 raised, and returns
+        what NCCL said of replicas that got nothing."""
         out: set[str] = set()
         while not sending.done():
             answered = receiving.done()
@@ -131,7 +144,8 @@ class Nccl:
                 call = ("leave_out", tuple(sorted(gone)))
                 await self._beside(SENDER, *call, deadline_s=LEAVE_OUT_S)
                 out |= gone
-        sending.result()
+        answer: Mapping[str, str] = sending.result()
+        return answer
 
     async def _all(self, method: str, *args: Any) -> Any:
         return await self._ask(SENDER, method, *args, deadline_s=self._deadline_s)

@@ -38,12 +38,13 @@ class Pairs:
     def __init__(self) -> None:
         self._made: dict[str, Any] = {}
         self._out: set[str] = set()
+        self.failed: dict[str, str] = {}  # why by replica, of those that NCCL said were gone
         self._lock = threading.Lock()  # no communicator is used while it is destroyed
 
     def begin(self, replicas: Collection[str]) -> list[str]:
         """Let go of all but `replicas`; returns which of these have to be met."""
         self.leave_out([name for name in self._made if name not in replicas])
-        self._out = set()
+        self._out, self.failed = set(), {}
         return [name for name in replicas if name not in self._made]
 
     def add(self, name: str, communicator: Any) -> None:
@@ -64,8 +65,17 @@ class Pairs:
                 try:
                     communicator.broadcast(tensor, src=src, stream=stream)
                 except RuntimeError as error:
-                    _none_for(name, error)
+                    self.none_for(name, error)
                     self._without(name)
+
+    def none_for(self, name: str, error: RuntimeError) -> None:
+        """Take it that a replica is gone, and log it. Raises `error` where it says something else:
+        stores have a class of their own, and vLLM's NCCL names itself."""
+        if str(error).startswith("NCCL error"):
+            self.failed[name] = str(error)
+        elif not isinstance(error, torch.distributed.DistError):
+            raise error
+        log.warning("%s gets no weights: %s", name, error)
 
     def leave_out(self, replicas: Collection[str]) -> None:
         """Send to these no more."""
@@ -114,9 +124,9 @@ class NcclSender:
             tuple(shape for _, _, shape in self._described),
         )
 
-    def send(self, world: int) -> None:
+    def send(self, world: int) -> dict[str, str]:
         """Send the weights to all who were met, and first meet the others, each in a communicator
-        of `world` ranks; all ranks together."""
+        of `world` ranks; all ranks together. Returns what NCCL said of replicas that got none."""
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
 
         first = self._strategy.rank == 0
@@ -127,6 +137,7 @@ class NcclSender:
         )
         engine.model_update_group = self._pairs if first else None
         engine.send_weights()
+        return self._pairs.failed
 
     def leave_out(self, replicas: Collection[str]) -> None:
         """Go on without these; for rank 0 alone, beside `send`."""
@@ -153,7 +164,7 @@ class NcclSender:
                 if came is not None:
                     self._pairs.add(name, communicator(came))
             except RuntimeError as error:
-                _none_for(name, error)
+                self._pairs.none_for(name, error)
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, whole weight on this rank's device); all ranks together."""
@@ -195,15 +206,6 @@ def communicator(group: Any) -> Any:
 
     with unpinned_nccl_env():
         return PyNcclCommunicator(group, device=torch.accelerator.current_device_index())
-
-
-def _none_for(name: str, error: RuntimeError) -> None:
-    """Log that a replica gets no weights, since it is gone. Raises `error` where it says something
-    else: stores have a class of their own, and vLLM's NCCL names itself."""
-    gone = isinstance(error, torch.distributed.DistError) or str(error).startswith("NCCL error")
-    if not gone:
-        raise error
-    log.warning("%s gets no weights: %s", name, error)
 
 
 class _Source:

@@ -131,7 +131,8 @@ class Completions:
             prompt, completion = values[self._columns.prompt], values[self._columns.completion]
             if isinstance(prompt, str) and isinstance(completion, str) and prompt.strip():
                 plain += 1
-                repeating += completion.startswith(prompt)
+                # One that is equal is an answer of its own: nothing would follow the prompt.
+                repeating += completion.startswith(prompt) and len(completion) > len(prompt)
         return 2 * repeating > plain
 
 

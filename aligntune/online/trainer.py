@@ -106,7 +106,8 @@ class OnlineTrainer:
         rundir = RunDir(Path(self.config.output_dir).absolute())
         rundir.check_place()
         self.inputs.check_places()
-        self.inputs.data.check_apart()
+        if not rundir.trained:  # one that goes on has its rows already
+            self.inputs.data.check_apart()
         self.inputs.settle(resume)
         rundir.check(self.config, resume)
         try:

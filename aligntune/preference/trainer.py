@@ -115,7 +115,8 @@ class PreferenceTrainer:
         rundir = self._rundir
         rundir.check_place()
         self.inputs.check_places()
-        self.inputs.data.check_apart()
+        if not rundir.trained:  # one that goes on has its rows already
+            self.inputs.data.check_apart()
         self.inputs.settle()
         rundir.check(self.config, resume)
         config = self.config

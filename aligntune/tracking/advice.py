@@ -189,4 +189,9 @@ def unmoved(before: Row, after: Row, steps: Sequence[Row]) -> str:
 
 
 def _held_out(row: Row) -> dict[str, float]:
-    return {name: value for name, value in row.items() if name.startswith("eval/")}
+    """What an evaluation says of the model: not how long it took, nor what was trained."""
+    return {
+        name: value
+        for name, value in row.items()
+        if name.startswith("eval/") and not name.startswith(("eval/time/", "eval/tokens"))
+    }

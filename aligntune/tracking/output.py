@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TextIO
+from weakref import WeakSet
 
 from aligntune.errors import RunFailed
 
@@ -90,6 +91,7 @@ class Shown:
         if len(self._given) > MOST:
             self._given.popleft()
         if self._thread is None:
+            _SHOWN.add(self)
             self._thread = threading.Thread(target=self._run, name="output", daemon=True)
             self._thread.start()
         self._changed.notify_all()
@@ -124,6 +126,14 @@ class Shown:
             self._over = True
             with suppress(RunFailed):  # the run's files take nothing either, which it hears itself
                 self._lost(reason=" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+_SHOWN: WeakSet[Shown] = WeakSet()
+
+
+def held_up() -> bool:
+    """Whether a write has not come back: a flush would wait for it, deaf to every signal."""
+    return any(each._writing for each in _SHOWN)
 
 
 def _fitting(text: str, stream: TextIO | None) -> str:

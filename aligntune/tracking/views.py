@@ -57,6 +57,7 @@ class View:
         self._failing = False
         self._changed = threading.Condition()
         self._pending: deque[_Given] = deque()  # at most KEPT
+        self._left_out = 0  # steps that were dropped
         self._new = False  # something was given since the last try
         self._ended: Ended | None = None
         self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
@@ -86,6 +87,9 @@ class View:
         elif self._pending:
             steps = len([each for each in self._pending if isinstance(each, _Figures)])
             self._failed(tracker=self.name, reason=f"{steps} steps were never taken")
+        if self._left_out:
+            reason = f"{self._left_out} steps were left out, for it was more than {KEPT} behind"
+            self._failed(tracker=self.name, reason=reason)
 
     def _give(self, given: _Given) -> None:
         with self._changed:
@@ -98,12 +102,13 @@ class View:
     def _drop(self) -> None:
         """Forget the oldest, but not a rollback, without which steps would be shown twice: it stays
         the first, and of two the one that goes back further."""
-        oldest = self._pending.popleft()
-        if isinstance(oldest, _Forget):
-            second = self._pending.popleft()
-            if isinstance(second, _Forget):
-                oldest = min(oldest, second, key=lambda forget: forget.after)
-            self._pending.appendleft(oldest)
+        dropped = self._pending.popleft()
+        if isinstance(dropped, _Forget):
+            forget, dropped = dropped, self._pending.popleft()
+            if isinstance(dropped, _Forget):
+                forget = min(forget, dropped, key=lambda each: each.after)
+            self._pending.appendleft(forget)
+        self._left_out += isinstance(dropped, _Figures)
 
     def _run(self) -> None:
         ended: Ended | None = None
@@ -145,6 +150,8 @@ class View:
         with self._changed:
             if self._pending and self._pending[0] is given:
                 self._pending.popleft()
+            else:
+                self._left_out -= isinstance(given, _Figures)
 
     def _fails(self, error: Exception) -> None:
         if not self._failing:

@@ -89,8 +89,8 @@ def _as_it_is(work: Work, open_: frozenset[str], node: str) -> Choice:
     keys = dict.fromkeys(f"{one.role}.resources.gpus" for one in work.models)
     if left := [key for key in keys if key in open_]:
         raise UnknownName(
-            f"the GPUs of {node} are of no type that is known by Ray's name of them, and "
-            "nvidia-smi there does not tell their memory, so what the config leaves open cannot be "
+            f"the GPUs of {node} are of no type that is known by Ray's name of them, and no "
+            "nvidia-smi there told their memory in time, so what the config leaves open cannot be "
             f"decided by it; set {', '.join(left)} (0 trains without a GPU, as in "
             "policy.resources.gpus=0)"
         )

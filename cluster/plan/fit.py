@@ -60,7 +60,7 @@ def gpu_of(role: str, placement: Placement, cluster: Cluster) -> GpuType | None:
     if None in names:
         raise UnknownName(
             f"the GPUs of {names[None]} are of no type that is known by Ray's name of them, and "
-            "nvidia-smi there does not tell their memory; say what they are like with --gpu NAME"
+            "nvidia-smi there did not tell their memory; say what they are like with --gpu NAME"
         )
     kinds = [gpu_type(name) for name in names if name is not None]
     return min(kinds, key=lambda kind: kind.flops, default=None)

@@ -85,7 +85,7 @@ def choose_workers(
         if open_gpus:
             raise DoesNotFit(
                 "the cluster's GPUs are of no type that is known by Ray's name of them, and "
-                "nvidia-smi there does not tell their memory; set train.resources.gpus"
+                "nvidia-smi there did not tell their memory; set train.resources.gpus"
             )
         why = "as without a GPU, for the type of these is not known"
         return tuple(one for one in _as_it_is(work, why) if one.path in open_)

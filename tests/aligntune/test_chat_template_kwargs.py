@@ -120,7 +120,11 @@ def test_a_talk_with_the_model_of_a_run_has_its_variables(tiny_model: Path, tmp_
     told = template.replace(begin, f"{begin}{{{{ first }}}}")
     (folder / "chat_template.jinja").write_text(told)
     (tmp_path / "config.yaml").write_text("model: {chat_template_kwargs: {first: '12'}}\n")
-    assert variables_of_run(folder) == {}
+    assert variables_of_run(folder) == {}, "no run: others write such a file too"
+    (tmp_path / "events.jsonl").touch()
+    assert variables_of_run(folder) == variables_of_run(tmp_path) == {"first": "12"}
+    (folder / "config.yaml").write_text("model: some-name\n")
+    assert variables_of_run(folder) == {"first": "12"}
     talks = [Conversation(folder, "1", 0.0, 1, each) for each in ({}, variables_of_run(tmp_path))]
     without, having = (talk._inputs("")["input_ids"].shape[1] for talk in talks)
     assert having == without + len("12")

@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster import machines, resources
-from cluster.gpus import LocalGpu, gpu_names, gpu_type, type_by_memory, type_of_machine
+from cluster.gpus import (
+    LocalGpu,
+    gpu_names,
+    gpu_type,
+    least_by_ray,
+    type_by_memory,
+    type_of_machine,
+)
 from cluster.resources import BadDescription, Cluster, described, host_cpus, this_machine
 
 QUERY = """#!/bin/sh
@@ -100,9 +107,22 @@ def test_nodes_whose_gpus_rays_name_leaves_open_are_asked(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(machines, "_ask", ask)
     cluster = Cluster((known, open_, plain, open_), "Ray")
-    typed = machines._typed(cluster, ["a", "b", "c", "d"])
+    least = {"a": None, "b": least_by_ray(["A100"]), "c": None, "d": None}
+    typed = machines._typed(cluster, least)
     assert asked == ["b", "d"]
     assert [node.gpu for node in typed.nodes] == ["h100-80gb", "a100-80gb", None, None]
+
+
+@pytest.mark.parametrize(("kind", "least"), [("A100", "a100-40gb"), ("V100", "v100-16gb")])
+def test_a_node_that_does_not_tell_its_gpus_has_the_smallest_of_their_name(
+    monkeypatch: pytest.MonkeyPatch, kind: str, least: str
+) -> None:
+    monkeypatch.setattr(machines, "_ask", lambda ids: {})
+    node = {"NodeManagerAddress": "n", "Resources": {"GPU": 8.0, f"accelerator_type:{kind}": 1.0}}
+    cluster = Cluster((resources.from_ray(node),), "Ray")
+    assert cluster.nodes[0].gpu is None
+    typed = machines._typed(cluster, {"a": least_by_ray(resources.gpu_kinds(node))})
+    assert typed.nodes[0].gpu == least
 
 
 def test_a_head_without_processors_is_not_the_node_with_the_fewest() -> None:

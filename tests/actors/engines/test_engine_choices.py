@@ -186,13 +186,13 @@ def test_processes_work_that_use_time_and_none_is_stopped_or_gone(busy, idle):
 
 @pytest.mark.slow
 def test_processes_that_only_poll_do_not_work():
-    line = "import time\nprint(flush=True)\nwhile True: time.sleep(0.002)"
+    line = "import time\nprint(flush=True)\nwhile True: time.sleep(0.02)"
     with subprocess.Popen([sys.executable, "-c", line], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()
         spent = psutil.Process(child.pid).cpu_times
         worked, before = work_of([child.pid]), sum(spent()[:2])
-        until(lambda: sum(spent()[:2]) > before + 0.03)
+        until(lambda: sum(spent()[:2]) > before + 0.01)
         polls = not worked()
         child.kill()
     assert polls
@@ -232,8 +232,9 @@ def test_an_engine_answers_by_its_work_as_it_loads_or_on_cpu_and_not_where_it_wa
         else:
             serving = asyncio.create_task(engine.answers())
             used = work_of([busy])
-            while not used():  # noqa: ASYNC110 - a process sets no event
-                await asyncio.sleep(0.01)
+            async with asyncio.timeout(WAIT_S):
+                while not used():  # noqa: ASYNC110 - a process sets no event
+                    await asyncio.sleep(0.01)
             await asyncio.sleep(0.1)
             assert not serving.done(), "it hangs, whatever its processes use"
             engine._loading = True

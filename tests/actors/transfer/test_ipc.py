@@ -138,6 +138,15 @@ def test_a_rank_whose_replica_is_down_shares_nothing(
         assert shared.arrival(name) is None, "it takes the version from the store"
 
 
+def test_a_replica_beside_no_rank_takes_the_version_from_the_store(
+    exported: dict[int, torch.Tensor],
+) -> None:
+    shared = IpcSender(Weights()).share(5, BOTH | {"rollout-2.2": 2})  # type: ignore[arg-type]
+    assert shared is not None
+    assert shared.arrival("rollout-1.1") is not None
+    assert shared.arrival("rollout-2.2") is None
+
+
 def test_a_version_is_kept_until_it_is_let_go_and_no_two_at_once(
     exported: dict[int, torch.Tensor],
 ) -> None:

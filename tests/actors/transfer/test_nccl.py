@@ -33,6 +33,7 @@ class Side:
         self.free = asyncio.Event()  # it waits for nobody any more
         self.left_out = asyncio.Event()  # somebody was
         self.error: Exception | None = None  # of rank 0's, as it begins to send
+        self.failed: dict[str, str] = {}  # what NCCL said of replicas
 
     async def ask(self, sender: str, method: str, *args: Any, deadline_s: float) -> Any:
         assert sender == SENDER
@@ -47,7 +48,7 @@ class Side:
             raise self.error
         if self.sending:
             await self.free.wait()
-        return None
+        return self.failed
 
     async def beside(self, sender: str, method: str, *args: Any, deadline_s: float) -> None:
         assert sender == SENDER
@@ -159,6 +160,25 @@ def test_one_that_never_came_is_left_out_once_all_others_have_answered() -> None
 
         await side.transport().publish(1, receive)
         assert side.calls[2:] == [("leave_out", ("r0", "r1"))]
+
+    run(main)
+
+
+def test_where_nccl_fails_for_all_time_after_time_its_reason_ends_the_run() -> None:
+    async def main() -> None:
+        side = Side("r0", "r1")
+        transport = side.transport()
+
+        async def receive(offer: Offer) -> None:
+            side.got("r0")
+            side.got("r1")
+
+        one, both = {"r0": "NCCL error: gone"}, dict.fromkeys(("r0", "r1"), "NCCL error: system")
+        for version, failed in enumerate((both, both, one, both, both)):
+            side.failed = failed
+            await transport.publish(version, receive)
+        with pytest.raises(RuntimeError, match=r"took 3 versions .*: NCCL error: system"):
+            await transport.publish(5, receive)
 
     run(main)
 

@@ -196,7 +196,7 @@ def test_a_replica_that_nccl_finds_gone_is_left_out_and_the_others_get_all(
     sender._doors.pop("r0").close()
     sender._pairs.add("r0", gone := Broken("NCCL error: remote process exited", None))
     taking = threads.submit(lives.take, sent)
-    sender.send(2)
+    assert sender.send(2) == {"r0": "NCCL error: remote process exited"}
     taking.result(WAIT_S)
     assert same(lives.got, weights.now())
     assert gone.sent == 2

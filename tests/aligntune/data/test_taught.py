@@ -219,6 +219,13 @@ def test_strings_that_repeat_the_prompt_have_it_once_where_most_rows_of_a_source
     assert texts == [*(f"<bos>Q{n}: a<eos>" for n in range(2)), *["<bos>pb<eos>"] * 3]
 
 
+def test_answers_that_are_mostly_their_questions_are_taught_whole() -> None:
+    same = [{"prompt": f"Q{n}", "completion": f"Q{n}"} for n in range(6)]
+    mended = [{"prompt": f"q{n}", "completion": f"Q{n}."} for n in range(4)]
+    wanted = [f"<bos>Q{n}[Q{n}<eos>]" for n in range(6)]
+    assert spelled(PLAIN, *same, *mended) == wanted + [f"<bos>q{n}[Q{n}.<eos>]" for n in range(4)]
+
+
 def test_long_rows_are_cut_where_an_answer_is_left() -> None:
     row, asks = {"prompt": "p", "completion": "xyz"}, {"prompt": "p" * 30, "completion": "xyz"}
     start = spelled(MARKED, row, asks, most=24, long_rows="keep_start")

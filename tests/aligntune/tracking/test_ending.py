@@ -86,7 +86,10 @@ def test_the_held_out_figure_has_its_own_name(
 def test_a_run_that_moved_nothing_says_so_and_names_the_cause_that_its_figures_show(
     tmp_path: Path, shares: list[float], cause: str
 ) -> None:
-    rows = [{"step": n, "version": n, "eval/reward/mean": 0.595} for n in (0, 3)]
+    rows = [
+        {"step": n, "version": n, "eval/reward/mean": 0.595, "eval/time/eval": n, "eval/tokens": n}
+        for n in (0, 3)
+    ]
     write(tmp_path / "evals.jsonl", *rows)
     steps = [{"step": n, "groups/constant_fraction": x} for n, x in enumerate(shares, start=1)]
     write(tmp_path / "metrics.jsonl", {"step": 0, "eval/reward/mean": 0.595}, *steps)

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -108,6 +109,7 @@ def test_a_terminal_without_a_character_gets_a_mark_for_it() -> None:
     raw = io.BytesIO()
     stream = Shown(io.TextIOWrapper(raw, encoding="latin-1"), lambda reason: told.append(reason))
     print("größer → 3", file=stream, flush=True)
+    stream.end()
     assert raw.getvalue().decode("latin-1") == "größer ? 3\n"
     assert not told
 
@@ -147,3 +149,36 @@ def test_a_finished_run_exits_well_where_nobody_can_be_told(tmp_path: Path) -> N
         )
     assert done.returncode == 0, done.stderr
     assert "Error" not in done.stderr
+
+
+HELD_UP = """
+import signal, sys
+from aligntune import cli
+from aligntune.tracking.output import Shown
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def main():
+    shown = Shown(sys.stdout, print)
+    print("x" * 1_000_000, file=shown, flush=True)
+    print("ending", file=sys.stderr, flush=True)
+    shown.end()
+cli.main = main
+cli.console()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_whose_output_is_held_up_ends_at_ctrl_c() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HELD_UP],
+        stdout=subprocess.PIPE,  # that nobody reads
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        try:
+            assert process.stderr.readline() == "ending\n"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 1
+        finally:
+            process.kill()
