@@ -54,7 +54,7 @@ def _typed(cluster: Cluster, least: Mapping[str, str | None]) -> Cluster:
         for name, node in zip(least, cluster.nodes, strict=True)
         if node.gpus >= 1 and node.gpu is None
     ]
-    said = dict(least) | (_ask(open_) if open_ else {})
+    said = {**least, **(_ask(open_) if open_ else {})}
     nodes = (
         node._replace(gpu=said[name]) if name in open_ else node
         for name, node in zip(least, cluster.nodes, strict=True)
