@@ -180,8 +180,15 @@ def resolve_engine(engine: EngineSpec) -> EngineSpec:
 
 def stop_token_ids(model: ModelSpec) -> tuple[int, ...]:
     """The token ids that end a completion: the generation config's and the tokenizer's."""
+    from actors.models.loading import load_tokenizer
+
+    return tuple(sorted({load_tokenizer(model).eos_token_id, *configured_ends(model)}))
+
+
+def configured_ends(model: ModelSpec) -> tuple[int, ...]:
+    """The token ids that end a completion by the generation config, or else by the config."""
     from actors.models.auto import import_light
-    from actors.models.loading import load_tokenizer, local
+    from actors.models.loading import local
 
     model = local(model)
     import_light()
@@ -196,9 +203,9 @@ def stop_token_ids(model: ModelSpec) -> tuple[int, ...]:
             )
         )
     named = generation.eos_token_id
-    ids = {load_tokenizer(model).eos_token_id}
-    ids.update(named if isinstance(named, list) else [] if named is None else [named])
-    return tuple(sorted(ids))
+    if named is None:
+        return ()
+    return tuple(named) if isinstance(named, list) else (named,)
 
 
 def draw_seed(key: str, completion: int) -> int:

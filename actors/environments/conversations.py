@@ -112,8 +112,18 @@ class Conversation:
         return self._keep(number, call, messages, message, (*history, said(message)), offered)
 
     async def complete(self, prompt_ids: Sequence[int], max_tokens: int | None = None) -> Answer:
-        """What the model writes after `prompt_ids`. Raises as `chat`."""
+        """What the model writes after `prompt_ids`. Raises as `chat`; Refused too where an id is
+        none of the model's."""
         self._require_turn()
+        known = self._tokens.vocabulary
+        unknown = next((token for token in prompt_ids if not 0 <= token < known), None)
+        if unknown is not None:
+            # An engine without a tokenizer looks up whatever it is given.
+            raise Refused(
+                f"the prompt has token {unknown}, and the model knows 0 to {known - 1}; give ids "
+                "of its own tokenizer",
+                "invalid_request",
+            )
         how = self._place(prompt_ids, "extended")
         number, call = await self._call(prompt_ids, max_tokens, how)
         asked = [{"role": "user", "content": self._tokens.text(prompt_ids)}]

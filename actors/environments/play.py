@@ -52,20 +52,23 @@ class Clock:
     """The time that an episode has spent on tools and its environment, in `with` blocks."""
 
     def __init__(self, limits: EpisodeLimits) -> None:
-        self.seconds = 0.0
+        self.seconds = 0.0  # of blocks that have ended
         self._limits = limits
-        self._since = 0.0
+        self._since: float | None = None  # when the block that is open began
 
     def __enter__(self) -> None:
         self._since = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
+        assert self._since is not None, "the block was entered"
         self.seconds += time.monotonic() - self._since
+        self._since = None
 
     @property
     def call_limit(self) -> float:
         """Seconds that the next call may take; 0: the episode's time is over."""
-        left = self._limits.episode_timeout_s - self.seconds
+        spent = self.seconds + (0.0 if self._since is None else time.monotonic() - self._since)
+        left = self._limits.episode_timeout_s - spent
         return max(0.0, min(self._limits.call_timeout_s, left))
 
 
@@ -140,7 +143,8 @@ class Play:
             return FinishReason.TURNS
         if self._sampled >= self._limits.max_sampled_tokens:
             return FinishReason.LENGTH
-        return None
+        # A limit of 0 seconds is none for a call, so nothing is called then.
+        return FinishReason.TIME if self._clock.call_limit == 0 else None
 
     def _after(self, ids: list[int], answers: Messages) -> list[int]:
         """The next turn's prompt. Raises EpisodeFailed."""
@@ -174,9 +178,13 @@ class Play:
             turns = [[place] for place, call in methods.items() if not self._box.methods[call.name]]
             turns.append([place for place, call in methods.items() if self._box.methods[call.name]])
             for places in filter(None, turns):
+                left = self._clock.call_limit  # those before them have taken of it
+                if left == 0:
+                    got.update(dict.fromkeys(places, Outcome("no time is left", timed_out=True)))
+                    continue
                 asked = [methods[place] for place in places]
                 drawn = draw(seed, before + places[0])
-                answers = await self._environment.call(asked, drawn, limit)
+                answers = await self._environment.call(asked, drawn, left)
                 got.update(zip(places, answers, strict=True))
 
         work = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from actors.engines.base import configured_ends
 from actors.environments.chat_messages import too_deep
 from actors.environments.tokens import ChatTokens, Tools, Turn
 from actors.messages import Messages
@@ -26,7 +27,7 @@ def chat_tokens(model: ModelSpec, tools: bool = True) -> ChatTokens:
 
     tokenizer, name = load_tokenizer(model), f"model {model.name!r}"
     try:
-        tokens = ChatTokens(tokenizer, name, tools)
+        tokens = ChatTokens(tokenizer, name, tools, configured_ends(model))
     except ValueError as error:
         if (rendered := known(tokenizer, str(error))) is None:
             raise

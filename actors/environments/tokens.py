@@ -8,7 +8,7 @@ Models that TRL cannot carry may be known to the renderers library: `actors.envi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,15 @@ class Turn:
 class ChatTokens:
     """The tokens of one model's conversations with tools."""
 
-    def __init__(self, tokenizer: Any, name: str = "the model", tools: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        name: str = "the model",
+        tools: bool = True,
+        stops: Collection[int] = (),
+    ) -> None:
         """Settle the policy for `tokenizer`, which gets a response template where it has none.
+        `stops`: the ids that end a turn beside its `eos_token`, as Gemma's `<end_of_turn>`.
 
         `tools`: whether there are any for sure. Where they are not (an agent brings its own, or
         none), a model that cannot carry them is refused when it is told of one.
@@ -40,6 +47,7 @@ class ChatTokens:
             ValueError: it cannot carry tools, or it cannot chat; one line says what to do.
         """
         self._tokenizer = tokenizer
+        self._stops = frozenset(stops)
         self.without: str | None = None  # why the model is told of no tools
         self.notes: list[str] = []  # what a user should know, a line each
         self._template: str | None = None  # of TRL; None: the tokenizer's own
@@ -140,6 +148,11 @@ class ChatTokens:
             return Turn(text, malformed=True)
         return Turn(message)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the tokenizer knows: 0 and up."""
+        return len(self._tokenizer)
+
     def text(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -175,12 +188,15 @@ class ChatTokens:
         before = [{"role": "user", "content": "dummy"}, said]
         try:
             prefix = self._rendered(before)
+            begun = len(self._rendered(before[:1], add_generation_prompt=True))
             whole = self._rendered([*before, *messages], add_generation_prompt=True)
         except (TemplateError, TypeError) as error:
             raise ValueError(str(error)) from error
         # Where the template writes something after the end of a turn, such as a newline, that
         # belongs to what follows: the policy has not sampled it.
         ends = [i for i, token in enumerate(prefix) if token == self._tokenizer.eos_token_id]
+        if not ends:  # another token ends its turns
+            ends = [i for i, t in enumerate(prefix) if i >= begun and t in self._stops]
         if cut and not ends:
             raise ValueError("it does not end a turn as the policy does")
         if ends:

@@ -113,6 +113,24 @@ def test_thinking_in_a_history_that_is_rendered_anew_is_shown_by_either_name(
     assert "<think>\nhm\n</think>\n\n5!" in tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("token", [-1, "the vocabulary", 2**31])
+def test_an_id_that_the_model_does_not_know_is_refused_before_anybody_is_asked(
+    chat: Chat, token: int | str
+) -> None:
+    unknown = len(chat.tokenizer) if isinstance(token, str) else token
+
+    async def talk() -> None:
+        script = Script(chat.tokenizer, ["2"])
+        conversation = Conversation(chat.tokens, script, limits())
+        with pytest.raises(Refused, match=f"has token {unknown}, and the model knows 0 to"):
+            await conversation.complete([0, unknown])
+        assert script.prompts == []
+        answer = await conversation.complete([0, len(chat.tokenizer) - 1])
+        assert answer.message["content"] == "2"
+
+    asyncio.run(talk())
+
+
 def test_a_history_with_an_answer_that_is_not_the_models_is_realigned_where_it_agrees(
     chat: Chat,
 ) -> None:

@@ -133,6 +133,7 @@ class TestChoice:
     def loaded(self, monkeypatch: pytest.MonkeyPatch) -> Any:
         def load(tokenizer: Any, tools: bool = True) -> ChatTokens:
             monkeypatch.setattr("actors.models.loading.load_tokenizer", lambda spec: tokenizer)
+            monkeypatch.setattr("actors.environments.rendered.configured_ends", lambda spec: ())
             return chat_tokens(ModelSpec(name=tokenizer.name_or_path), tools)
 
         return load

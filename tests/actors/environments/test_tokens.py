@@ -218,6 +218,21 @@ class TestRefused:
             == (tokenizer("\n<|im_start|>tool\nb<|im_end|>\n<|im_start|>assistant\n")["input_ids"])
         )
 
+    @pytest.mark.parametrize("cut", [False, True])
+    def test_where_another_token_than_eos_ends_a_turn_what_follows_it_is_kept(
+        self, cut: bool
+    ) -> None:
+        """As with Gemma, whose turns end by `<end_of_turn>` and a newline, and its eos is another
+        token. The user's end of turn in the prefix is not the policy's."""
+        tokenizer = make_tokenizer(PLAIN)
+        tokenizer.response_template = READ
+        end = tokenizer.eos_token_id
+        tokenizer.eos_token = "<|endoftext|>"
+        tokens = ChatTokens(tokenizer, stops=(end,))
+        follows = "\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n"
+        ids = tokenizer("<|im_end|>" * cut + follows)["input_ids"]
+        assert tokens.between([{"role": "user", "content": "b"}], cut) == ids
+
     def test_one_that_drops_earlier_thinking_gives_way_to_trls_own(self) -> None:
         assert len(tokenizer_of("qwen3")) == VOCABULARY
         assert len(tokens_of("qwen3").notes) == 1

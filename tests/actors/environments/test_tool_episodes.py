@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from actors.environments.base import Episode, EpisodeFailed, EpisodeLimits
+from actors.environments.play import Clock, Toolbox
+from actors.environments.play import Play as TurnsOf
+from actors.environments.processes import EnvironmentProcess, Outcome, ToolCall, ToolProcesses
 from actors.environments.specs import EpisodeCode, EpisodeReward
+from actors.environments.tokens import ChatTokens
 from actors.environments.tool_episodes import ToolEpisodes
 from actors.messages import FinishReason
 from actors.specs import ModelSpec
@@ -282,3 +288,33 @@ class TestLimits:
         assert episode.finish_reason is FinishReason.TIME
         assert (len(episode.calls), episode.figures.tools_timed_out) == (1, 1)
         assert 0.5 <= episode.figures.tool_seconds < 30
+
+    def test_no_call_is_made_once_the_time_is_over(self, play: Play) -> None:
+        """What came before it may have taken all, as a `reset` may."""
+        limits = replace(LIMITS, episode_timeout_s=0.0)
+        episode, _ = play(self.ADD, "x", limits=limits)
+        assert episode.finish_reason is FinishReason.TIME
+        assert (len(episode.calls), episode.figures.tool_calls) == (1, 0)
+
+
+def test_methods_one_after_the_other_share_what_is_left_of_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each takes all that it is given: the second is not asked."""
+    now, given = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    class Slow:
+        async def call(self, calls: list[ToolCall], seed: int, limit: float) -> list[Outcome]:
+            given.append(limit)
+            now[0] += limit
+            return [Outcome("", timed_out=True)] * len(calls)
+
+    limits = replace(LIMITS, call_timeout_s=30.0, episode_timeout_s=50.0)
+    box = Toolbox((), frozenset(), {"wait": False})
+    environment, none = cast(EnvironmentProcess, Slow()), cast(ToolProcesses, None)
+    turns = TurnsOf(cast(ChatTokens, None), limits, box, none, environment, Clock(limits))
+    call = {"type": "function", "function": {"name": "wait", "arguments": {}}}
+    asyncio.run(turns._answers([call] * 4, 1))
+    assert given == [30.0, 20.0]
+    assert turns._figures.tools_timed_out == 4
