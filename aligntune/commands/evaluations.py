@@ -134,6 +134,7 @@ def evaluated(
     rows = trainer.evaluated(scored, ways, told.heard, told.stage)
     config = trainer.config
     reader, read = reader_of(config.rewards[0])
+    told.stage("computing the figures")
     rows = [judged(row, passes, reader) for row in rows]
     seed = config.train.seed
     name = Path(scored.model).name if step is None else f"{origin}-{step:06d}"
@@ -149,6 +150,10 @@ def evaluated(
         prompts=len(trainer.eval_prompts),
         failed=sum("failed" in row for row in rows),
         success=passes,
+        weights={
+            criterion.name: spec.weight
+            for criterion, spec in zip(trainer.criteria, config.rewards, strict=True)
+        },
         answers=read,
         confidence=CONFIDENCE,
         seed=seed,

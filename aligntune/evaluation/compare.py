@@ -86,7 +86,8 @@ def compared(
 ) -> Comparison:
     """B against A by `metric`: reward, a criterion's name, or `passed`. Raises UserError where they
     were not asked the same prompts, or one has no such figure."""
-    sides = [_by_prompt(own) for own in rows]
+    by = "source" if all("source" in row for own in rows for row in own) else "prompt"
+    sides = [_by_prompt(own, by) for own in rows]
     first, second = sides
     if first.keys() != second.keys():
         raise UserError(_different(names, first, second))
@@ -124,11 +125,11 @@ def compared(
     )
 
 
-def _by_prompt(rows: Sequence[Row]) -> dict[Key, Row]:
+def _by_prompt(rows: Sequence[Row], by: str) -> dict[Key, Row]:
     seen: Counter[str] = Counter()
     found = {}
     for row in rows:
-        asked = json.dumps(row.get("source", row["prompt"]), sort_keys=True)
+        asked = json.dumps(row[by], sort_keys=True)
         found[asked, seen[asked]] = row
         seen[asked] += 1
     return found

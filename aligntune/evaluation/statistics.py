@@ -56,11 +56,12 @@ def majority_at_k(answers: Sequence[str], passed: Sequence[bool], k: int) -> flo
     if not 1 <= k <= len(answers) or len(answers) != len(passed):
         raise ValueError(f"no maj@{k} of {len(answers)} answers and {len(passed)} verdicts")
     counts = Counter(answers)
-    right = Counter(answer for answer, passes in zip(answers, passed, strict=True) if passes)
+    right = Counter(counts[said] for said, passes in zip(answers, passed, strict=True) if passes)
     total = Fraction(0)
-    for answer, hits in right.items():
-        others = [count for other, count in counts.items() if other != answer]
-        total += Fraction(hits, counts[answer]) * _wins(counts[answer], others, k)
+    for own, hits in right.items():  # answers that are as common win as often
+        others = list(counts.values())
+        others.remove(own)
+        total += Fraction(hits, own) * _wins(own, others, k)
     return float(total / math.comb(len(answers), k))
 
 

@@ -51,6 +51,7 @@ class Summary(BaseModel):
     prompts: int
     failed: int  # that could not be scored, of `prompts` under all decodings
     success: Success
+    weights: dict[str, float] | None = None  # of each criterion in the reward; None: not written
     answers: str  # what majorities count
     confidence: float
     seed: int

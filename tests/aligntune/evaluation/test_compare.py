@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from aligntune.cli import app
 from aligntune.errors import UserError
 from aligntune.evaluation.compare import Comparison, compared
+from aligntune.evaluation.read import both, read_evaluated
 from aligntune.evaluation.store import Decoded, Summary, write_evaluation
 from aligntune.evaluation.summary import Success
-from tests.aligntune.report.written import online_run
+from tests.aligntune.report.written import online_run, preference_run, sft_run
 
 
 def row(number: int, *rewards: float | None, **more: Any) -> dict[str, Any]:
@@ -98,6 +101,12 @@ def test_a_criterion_that_one_has_not_is_named_with_those_there_are() -> None:
         against([row(0, 1.0)], [row(0, 1.0)], metric="maht")
 
 
+def reward_model_run(folder: Path) -> Path:
+    config = preference_run(folder) / "config.yaml"
+    config.write_text(config.read_text().replace("name: dpo, beta: 0.1", "name: reward_model"))
+    return folder
+
+
 def test_two_runs_are_compared_by_the_last_evaluation_of_their_training(tmp_path: Path) -> None:
     folders = [online_run(tmp_path / name) for name in ("a", "b")]
     place = folders[1] / "eval_samples.jsonl"
@@ -109,15 +118,24 @@ def test_two_runs_are_compared_by_the_last_evaluation_of_their_training(tmp_path
     done = CliRunner().invoke(app, ["compare", *map(str, folders), "--json"])
     assert done.exit_code == 0, done.output
     found = Comparison.model_validate_json(done.stdout)
-    assert found.b == f"{folders[1]}, evaluation of step 60 in training"
+    assert found.b == f"{folders[1]}, evaluation of step 60 in training, 4 of its 64 prompts"
     assert (found.wins, found.losses, found.ties) == (2, 0, 2)
     done = CliRunner().invoke(app, ["compare", *map(str, folders)])
     assert "B better on 2, worse on 0, equal on 2" in done.stdout
     assert "sign test, two-sided: p = 0.5, which may be chance at 5 %" in done.stdout
 
 
-def evaluation(parent: Path, at_least: float) -> Path:
-    """One of two rows that were judged by math >= `at_least`."""
+def evaluation(
+    parent: Path,
+    at_least: float,
+    weights: dict[str, float] | None = None,
+    criterion: str = "math",
+) -> Path:
+    """One of two rows that were judged by `criterion` >= `at_least`."""
+    rows = [row(0, 0.5), row(1, 1.0)]
+    for each in rows:
+        for said in each["completions"]:
+            said["scores"] |= {name: 0.25 for name in weights or {} if name != "math"}
     summary = Summary(
         name=f"by-{at_least:g}",
         time="2026-11-27T00:00:00+00:00",
@@ -128,7 +146,8 @@ def evaluation(parent: Path, at_least: float) -> Path:
         data="data/test.jsonl",
         prompts=2,
         failed=0,
-        success=Success(criterion="math", at_least=at_least),
+        success=Success(criterion=criterion, at_least=at_least),
+        weights=weights,
         answers="the whole completion",
         confidence=0.95,
         seed=1,
@@ -136,21 +155,96 @@ def evaluation(parent: Path, at_least: float) -> Path:
         versions=[],
         decodings={"greedy": Decoded(completions=1, temperature=0.0, figures={})},
     )
-    return write_evaluation(parent, summary, [row(0, 0.5), row(1, 1.0)])
+    return write_evaluation(parent, summary, rows)
+
+
+def compare(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["compare", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "said"),
+    [
+        ({"math": 1.0}, {"math": 2.0}, "the reward is math in .* and 2 x math in "),
+        ({"math": 1.0}, {"math": 1.0, "length": 0.5}, r"and math \+ 0\.5 x length in "),
+        (None, {"math": 1.0, "length": 1.0}, r"the reward is math in .* and math \+ length in "),
+    ],
+)
+def test_rewards_that_are_different_sums_are_compared_by_a_criterion_alone(
+    a: dict[str, float] | None, b: dict[str, float], said: str, tmp_path: Path
+) -> None:
+    first, second = (evaluation(tmp_path, 1.0, weights) for weights in (a, b))
+    with pytest.raises(UserError, match=f"{said}.*compare by one criterion, as in --metric math"):
+        both(first, second, None, "reward")
+    assert compare(first, second).exit_code != 0
+    done = compare(first, second, "--metric", "math")
+    assert done.exit_code == 0, done.output
+    assert compare(first, second, "--metric", "passed").exit_code == 0, "that is of math"
+
+
+def test_verdicts_by_different_sums_are_not_compared(tmp_path: Path) -> None:
+    places = [evaluation(tmp_path, 1.0, {"math": weight}, "reward") for weight in (1.0, 3.0)]
+    with pytest.raises(UserError, match="--metric math"):
+        both(*places, None, "passed")
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ({"math": 2.0}, {"math": 2.0}),
+        ({"math": 1.0}, {"math": 1.0, "length": 0.0}),
+        (None, {"math": 2.0}),
+    ],
+)
+def test_rewards_that_are_the_same_sum_as_far_as_is_known_are_compared(
+    a: dict[str, float] | None, b: dict[str, float], tmp_path: Path
+) -> None:
+    done = compare(*(evaluation(tmp_path, 1.0, weights) for weights in (a, b)))
+    assert done.exit_code == 0, done.output
+
+
+def test_the_weights_of_an_evaluation_in_training_are_those_of_its_run(tmp_path: Path) -> None:
+    folders = [online_run(tmp_path / name) for name in ("a", "b")]
+    for folder, weight in zip(folders, (1.0, 2.0), strict=True):
+        rewards = [{"function": "exact_match"}, {"function": "f:format", "weight": weight}]
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        (folder / "config.yaml").write_text(yaml.safe_dump(config | {"rewards": rewards}))
+    with pytest.raises(UserError, match=r"exact_match \+ format in .* \+ 2 x format in .*--metric"):
+        both(*folders, None, "reward")
+    assert both(*folders, None, "format")
+    assert both(folders[1], folders[1], None, "reward")
+
+
+def test_a_side_that_kept_only_what_the_model_saw_is_paired_by_that() -> None:
+    first, second = [row(0, 0.0), row(1, 0.0)], [row(1, 1.0), row(0, 1.0)]
+    for each in second:
+        del each["source"]
+    assert against(first, second).wins == 2
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (preference_run, "make one: aligntune evaluate .* --config CONFIG.yaml"),
+        (sft_run, "make one: aligntune evaluate .* --config CONFIG.yaml"),
+        (reward_model_run, "has a reward model, which writes no completions to compare"),
+    ],
+)
+def test_a_job_over_a_table_says_how_it_is_evaluated(
+    run: Callable[[Path], Path], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=said):
+        read_evaluated(run(tmp_path / "a"))
 
 
 def test_verdicts_by_different_rules_are_not_compared(tmp_path: Path) -> None:
     strict, lax = (evaluation(tmp_path, at_least) for at_least in (1.0, 0.5))
-
-    def compare(*arguments: str) -> Any:
-        return CliRunner().invoke(app, ["compare", str(strict), *arguments])
-
-    refused = compare(str(lax), "--metric", "passed").exception
+    refused = compare(strict, lax, "--metric", "passed").exception
     assert isinstance(refused, UserError)
     assert f"passed by math >= 1 in {strict} and by math >= 0.5 in {lax}" in str(refused)
-    assert compare(str(lax)).exit_code == 0, "their rewards are the same"
+    assert compare(strict, lax).exit_code == 0, "their rewards are the same"
     again = evaluation(tmp_path, 1.0)
-    assert compare(str(again), "--metric", "passed").exit_code == 0
+    assert compare(strict, again, "--metric", "passed").exit_code == 0
 
 
 def test_a_run_without_evaluations_says_how_to_make_one(tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ import itertools
 import math
 import statistics
 from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligntune.evaluation.statistics import (
+    _wins,
     bootstrap,
     majority_at_k,
     pass_at_k,
@@ -66,6 +69,21 @@ def test_many_samples_are_counted_and_not_enumerated() -> None:
     answers = [str(n % 7) for n in range(64)]
     assert majority_at_k(answers, [a == "0" for a in answers], 64) == 1.0, "0 is there once more"
     assert pass_at_k(200, 1, 100) == pytest.approx(0.5)
+
+
+def test_answers_that_are_as_common_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def wins(own: int, others: Sequence[int], k: int) -> Fraction:
+        asked.append((own, k))
+        return _wins(own, others, k)
+
+    monkeypatch.setattr("aligntune.evaluation.statistics._wins", wins)
+    each = [str(n) for n in range(64)]
+    assert majority_at_k(each, [True] * 64, 8) == 1.0
+    assert asked == [(1, 8)]
+    assert majority_at_k([*each, "0"], [True] * 65, 2) == 1.0
+    assert sorted(asked[1:]) == [(1, 2), (2, 2)]
 
 
 @pytest.mark.parametrize("k", [0, 4])
