@@ -14,6 +14,13 @@ def canonical(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum())
 
 
+def same_choice(one: Any, other: str) -> bool:
+    """Whether two names choose the same, in whatever spelling; `module:Class` paths do exactly."""
+    if not isinstance(one, str) or ":" in one or ":" in other:
+        return bool(one == other)
+    return canonical(one) == canonical(other)
+
+
 def preference_name(name: Any) -> str | None:
     """The name of one of PREFERENCE for that name in any spelling, else None."""
     spelled = canonical(name) if isinstance(name, str) else ""

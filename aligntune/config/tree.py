@@ -20,6 +20,7 @@ from actors.settings import OneKind, OneOf
 from aligntune.config.auto import tree_of
 from aligntune.config.yaml_text import comment_behind, parse_yaml
 from aligntune.errors import UserError, nearest, shown
+from aligntune.names import same_choice
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -82,7 +83,7 @@ SHORT_FORMS = {
 
 def _chosen(before: Any, name: str) -> dict[str, Any]:
     """The choice `name`, with its options where it was chosen before; another's go with it."""
-    if isinstance(before, Mapping) and before.get("name", name) == name:
+    if isinstance(before, Mapping) and same_choice(before.get("name", name), name):
         return {**before, "name": name}
     return {"name": name}
 

@@ -16,6 +16,7 @@ from aligntune.config.online import RunConfig
 from aligntune.config.preference import PreferenceConfig
 from aligntune.config.tree import SHORT_FORMS, dump, parse_override
 from aligntune.errors import UserError
+from aligntune.trainers import create_rl_trainer
 
 
 @pytest.fixture
@@ -48,6 +49,22 @@ def test_an_override_wins_over_the_tree_and_keeps_its_type(tree: dict[str, Any])
     assert config.rewards[0].weight == 2
     assert config.model.lora is not None
     assert config.model.lora.r == 4
+
+
+@pytest.mark.parametrize("spelled", ["GRPO", "Grpo", "grpo "])
+def test_a_choice_in_another_spelling_keeps_its_options(tree: dict[str, Any], spelled: str) -> None:
+    tree["algorithm"] = {"name": "grpo", "beta": 0.3}
+    assert load_config(tree, [f"algorithm={spelled}"]).algorithm.beta == 0.3
+    made = create_rl_trainer(config=tree, algorithm=spelled)
+    assert made.config.algorithm.beta == 0.3
+    assert load_config(tree, ["algorithm=Dr. GRPO"]).algorithm.beta == 0, "another's go with it"
+
+
+def test_a_path_to_an_algorithm_is_the_same_choice_only_as_it_stands(tree: dict[str, Any]) -> None:
+    path = "aligntune.algorithms.grpo:GRPO"
+    tree["algorithm"] = {"name": path, "beta": 0.3}
+    assert load_config(tree, [f"algorithm={path}"]).algorithm.beta == 0.3
+    assert load_config(tree, ["algorithm=grpo"]).algorithm.beta == 0.04
 
 
 def test_the_callers_mapping_is_left_as_it_was(tree: dict[str, Any]) -> None:
