@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from actors.models.auto import import_light
+from actors.models.positions import positions_of
 from actors.models.templates import give
 from aligntune.errors import UserError
 from aligntune.runs.reading import open_run
+
+
+class TooLong(UserError):
+    """The conversation has more tokens than the model reads."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What makes the text of a prompt out of what a person says."""
+
+    system: str | None = None  # the first message
+    template: bool = True  # whether the chat template is applied, where the model has one
+    variables: Mapping[str, Any] = field(default_factory=dict)  # for the chat template
+
+    def told(self, system: str | None) -> Asking:
+        """The same with another first message; None keeps this one, and "" leaves it out."""
+        return self if system is None else replace(self, system=system or None)
 
 
 def model_folder(place: Path) -> Path:
@@ -28,60 +47,75 @@ def model_folder(place: Path) -> Path:
     raise UserError(f"{place} is neither a run with a model/ nor a model's folder")
 
 
-def variables_of_run(place: Path) -> dict[str, Any]:
-    """`model.chat_template_kwargs` of a run directory, its model/ or a quickstart's; the folder of
-    another model says none."""
+def asked_by_run(place: Path) -> Asking:
+    """How a run asked its model, by its directory, its model/ or a quickstart's; the folder of
+    another model says nothing of it."""
     own = [place.absolute().parent] if place.absolute().name == "model" else []
     for run in (*own, place, place / "run"):
         if (run / "config.yaml").is_file() and (run / "events.jsonl").is_file():
-            model = open_run(run).config.get("model") or {}
-            return dict(model.get("chat_template_kwargs") or {})
-    return {}
+            config = open_run(run).config
+            model, data = config.get("model") or {}, config.get("data") or {}
+            return Asking(
+                data.get("system_prompt"),
+                bool(data.get("apply_chat_template", True)),
+                model.get("chat_template_kwargs") or {},
+            )
+    return Asking()
 
 
 class Conversation:
     """One conversation with the model in `folder`.
 
-    `temperature` 0 takes the likeliest token each time. The chat template gets `variables` too. A
-    model without one continues the line as plain text, and remembers nothing.
+    `temperature` 0 takes the likeliest token each time. Without a chat template the model continues
+    the line as plain text, and remembers nothing.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        system: str | None,
-        temperature: float,
-        max_tokens: int,
-        variables: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, asking: Asking, temperature: float, max_tokens: int) -> None:
+        """Raises UserError where the model cannot be loaded, writes no text, or cannot be told
+        what it is to be told first."""
         import_light()
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         try:
-            kinds = AutoConfig.from_pretrained(folder).architectures or []
-            if not any("CausalLM" in kind for kind in kinds):
-                what = ", ".join(kinds) or "model of no known kind"
-                raise UserError(f"the model in {folder} writes no text: it is a {what}")
+            config = AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise _not_loaded(folder, error) from error
+        kinds = config.architectures or []
+        if not any("CausalLM" in kind for kind in kinds):
+            what = ", ".join(kinds) or "model of no known kind"
+            raise UserError(f"the model in {folder} writes no text: it is a {what}")
+        try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
             self._model: Any = AutoModelForCausalLM.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            said = str(error).strip().splitlines()[0]
-            raise UserError(f"the model in {folder} cannot be loaded: {said}") from error
-        give(self._tokenizer, variables or {})
-        if system is not None and not self._tokenizer.chat_template:
-            raise UserError(f"--system: the model in {folder} has no chat template to put it in")
-        self._system = [] if system is None else [{"role": "system", "content": system}]
+            raise _not_loaded(folder, error) from error
+        give(self._tokenizer, asking.variables)
+        self._folder, self._positions = folder, positions_of(config)
+        self._template = asking.template and bool(self._tokenizer.chat_template)
+        self._system: list[dict[str, str]] = []
         self._messages: list[dict[str, str]] = []
-        self._limits: dict[str, Any] = {"max_new_tokens": max_tokens, "do_sample": temperature > 0}
+        self._max_tokens = max_tokens
+        self._sampling: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:
-            self._limits |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+            self._sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if asking.system is not None:
+            if not self._template:
+                who = f"the model in {folder} has" if asking.template else "the run applied"
+                raise UserError(f"--system: {who} no chat template to put it in")
+            self._system = [{"role": "system", "content": asking.system}]
+            asked = [{"role": "user", "content": ""}]
+            self._rendered(asked, "; leave --system out")  # some templates refuse it
 
     def forget(self) -> None:
         """Begin a new conversation."""
         self._messages.clear()
 
     def answer(self, text: str, say: Callable[[str], None]) -> str:
-        """The answer to `text`, which `say` hears as it is made; both stay in the conversation."""
+        """The answer to `text`, which `say` hears as it is made; both stay in the conversation.
+
+        It ends where the model has no more positions. Raises TooLong where it has none for an
+        answer; the conversation is as before then.
+        """
         from transformers import TextStreamer
 
         class Heard(TextStreamer):
@@ -90,25 +124,53 @@ class Conversation:
                 say(text)
 
         pieces: list[str] = []
-        self._messages.append({"role": "user", "content": text})
+        inputs = self._inputs(text)
+        length, limit = inputs["input_ids"].shape[1], self._max_tokens
+        if self._positions is not None:
+            limit = min(limit, self._positions - length)
+        if limit < 1:
+            raise TooLong(
+                f"the conversation has {length} tokens now, and the model reads {self._positions}; "
+                "an empty line starts anew"
+            )
         self._model.generate(
-            **self._inputs(text),
-            **self._limits,
+            **inputs,
+            **self._sampling,
+            max_new_tokens=limit,
             streamer=Heard(self._tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
         said = "".join(pieces)
-        self._messages.append({"role": "assistant", "content": said})
+        self._messages += [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": said},
+        ]
         return said
 
     def _inputs(self, text: str) -> dict[str, Any]:
-        """Token ids `[1, T]` and their mask."""
-        if self._tokenizer.chat_template:
-            found = self._tokenizer.apply_chat_template(
-                [*self._system, *self._messages],
+        """Token ids `[1, T]` of the conversation with `text` at its end, and their mask."""
+        if self._template:
+            found = self._rendered([*self._messages, {"role": "user", "content": text}])
+        else:
+            found = self._tokenizer(text, return_tensors="pt")
+        return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
+
+    def _rendered(self, messages: list[dict[str, str]], cure: str = "") -> Any:
+        from jinja2 import TemplateError
+
+        try:
+            return self._tokenizer.apply_chat_template(
+                [*self._system, *messages],
                 add_generation_prompt=True,
                 return_tensors="pt",
                 return_dict=True,
             )
-        else:
-            found = self._tokenizer(text, return_tensors="pt")
-        return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
+        except (TemplateError, TypeError) as error:
+            raise UserError(
+                f"the chat template of the model in {self._folder} refuses the messages "
+                f"({error}){cure}"
+            ) from error
+
+
+def _not_loaded(folder: Path, error: Exception) -> UserError:
+    said = str(error).strip().splitlines()[0]
+    return UserError(f"the model in {folder} cannot be loaded: {said}")

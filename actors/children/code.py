@@ -50,6 +50,12 @@ def import_function(target: str) -> Callable[..., Any]:
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
+            if module_name == "__main__":
+                raise FunctionNotFound(
+                    f"{target!r} is in a script or notebook, and this is another program; name its "
+                    f"file in the config, as in rewards.0.function=FILE.py:{attribute}, or call "
+                    "the trainer there"
+                )
             names = [name for name in dir(found) if not name.startswith("_")]
             where = getattr(found, "__file__", None) or module_name
             raise FunctionNotFound(

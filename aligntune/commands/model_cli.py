@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,13 +10,16 @@ from typing import Annotated
 
 import typer
 
-from aligntune.commands.arguments import note
+from aligntune.commands.arguments import Overrides, note
 from aligntune.commands.look_cli import RunFolder
+
+SHOWN_CHARACTERS = 200  # of what the model is told first
 
 
 def export(
     run: RunFolder,
     out: Annotated[Path, typer.Option(help="the folder to make")],
+    overrides: Overrides = None,
     step: Annotated[
         str | None,
         typer.Option(metavar="STEP|best", help="which checkpoint; default: the newest"),
@@ -26,14 +30,16 @@ def export(
     The run may be going on, or have ended before its last step. The best one is there where
     checkpoint.best was set.
 
-    Example:
+    Examples:
 
         aligntune export runs/grpo --step 40 --out models/grpo-40
+
+        aligntune export runs/grpo --out models/grpo cluster.address=local
     """
-    note(f"the model of step {exported(run, out, step)} is in {out}")
+    note(f"the model of step {exported(run, out, step, overrides or [])} is in {out}")
 
 
-def exported(run: Path, out: Path, which: str | None) -> int:
+def exported(run: Path, out: Path, which: str | None, overrides: Sequence[str] = ()) -> int:
     """Make a model of a checkpoint of `run` in the folder `out`; its step. Raises UserError."""
     from aligntune.config.tree import override
     from aligntune.errors import UserError
@@ -48,9 +54,8 @@ def exported(run: Path, out: Path, which: str | None) -> int:
     from aligntune.online.trainer import OnlineTrainer
     from aligntune.trainers import create_rl_trainer
 
-    trainer = create_rl_trainer(
-        config=run / "config.yaml", overrides=[override("output_dir", str(run.absolute()))]
-    )
+    own = override("output_dir", str(run.absolute()))
+    trainer = create_rl_trainer(config=run / "config.yaml", overrides=[own, *overrides])
     assert isinstance(trainer, OnlineTrainer)
     return trainer.export(out, which)
 
@@ -59,11 +64,15 @@ def chat(
     model: Annotated[
         Path, typer.Argument(metavar="RUN|MODEL", help="a run directory, or a model's folder")
     ],
+    overrides: Overrides = None,
     checkpoint: Annotated[
         str | None,
         typer.Option(metavar="newest|best|STEP", help="of a run, in place of its exported model"),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="what the model is told first")] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(help="what the model is told first; default: what the run told it"),
+    ] = None,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 is greedy: the likeliest token each time")
     ] = 0.0,
@@ -71,22 +80,39 @@ def chat(
 ) -> None:
     """Talk to a trained model on this machine, a line a turn; an empty line starts anew.
 
-    Example:
+    A run's own model is asked as the run asked it: with its data.system_prompt, and by the chat
+    template unless data.apply_chat_template is false. Keys are for making a model of a checkpoint.
+
+    Examples:
 
         aligntune chat runs/quickstart/run
-    """
-    from aligntune.chat import Conversation, model_folder, variables_of_run
 
+        aligntune chat runs/grpo --checkpoint best cluster.address=local
+    """
+    from aligntune.chat import Conversation, TooLong, asked_by_run, model_folder
+    from aligntune.errors import UserError
+    from aligntune.runs.reading import open_run
+    from aligntune.tracking.lines import cut
+
+    if checkpoint is None and overrides:
+        raise UserError(f"{overrides[0]} would do nothing without --checkpoint; leave it out")
+    asking = asked_by_run(model)
     with ExitStack() as kept:
         if checkpoint is None:
             folder = model_folder(model)
         else:
-            folder = Path(kept.enter_context(TemporaryDirectory())) / "model"
+            # Beside the checkpoint, where every node of the run can write it.
+            beside = TemporaryDirectory(dir=open_run(model).path, prefix=".model-")
+            folder = Path(kept.enter_context(beside)) / "model"
             which = None if checkpoint == "newest" else checkpoint
-            note(f"made a model of the checkpoint of step {exported(model, folder, which)}")
+            step = exported(model, folder, which, overrides or [])
+            note(f"made a model of the checkpoint of step {step}")
         note(f"loading {folder}")
-        variables = variables_of_run(model)
-        conversation = Conversation(folder, system, temperature, max_tokens, variables)
+        conversation = Conversation(folder, asking.told(system), temperature, max_tokens)
+    if system is None and asking.system is not None:
+        note(f"told first, as in the run: {cut(asking.system, SHOWN_CHARACTERS)}")
+    if not asking.template:
+        note("without the chat template, as in the run: a line is text for the model to go on with")
     note("type a line and Enter; an empty line starts anew, Ctrl-D ends")
     while True:
         try:
@@ -98,5 +124,8 @@ def chat(
             conversation.forget()
             note("(a new conversation)")
             continue
-        conversation.answer(line, lambda piece: typer.echo(piece, nl=False))
+        try:
+            conversation.answer(line, lambda piece: typer.echo(piece, nl=False))
+        except TooLong as full:
+            note(str(full))
         typer.echo()

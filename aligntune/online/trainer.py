@@ -14,6 +14,7 @@ from actors.messages import Prompt
 from actors.models.loading import ModelError
 from actors.models.vocabulary import check_same_tokens
 from aligntune import loops
+from aligntune.config.auto import open_settings
 from aligntune.config.online import RunConfig
 from aligntune.data.prompts import PromptSource
 from aligntune.errors import UserError
@@ -345,6 +346,7 @@ class OnlineTrainer:
         Raises UserError where there is no such checkpoint, or the folder is there.
         """
         from aligntune.online.export import export_checkpoint
+        from aligntune.online.running import reserved
         from aligntune.report.card import write_card
 
         target = Path(path).absolute()
@@ -352,8 +354,14 @@ class OnlineTrainer:
             raise UserError(f"{target} is there; name a new folder")
         which = NEWEST if step is None else str(step)
         checkpoint, *_ = checkpoint_named(self._rundir, which, best_of(self.config.checkpoint))
-        self.settle()
-        with self._roles(only=(POLICY,)) as roles:
+        prompt = self.config.rollout.max_prompt_length
+        open_ = [p for p in open_settings(self.config) if p.startswith(("model.", "policy."))]
+        if open_ or prompt is None:
+            self.settle()
+        # Nothing is open in a run's own config.yaml. Neither rewards nor data are read then: they
+        # may be of a program that is not there any more.
+        steps = max(1, checkpoint.step)
+        with reserved(self.config, (), steps, None, ignore, only=(POLICY,)) as roles:
             loops.run_until_signal(export_checkpoint(self.config, roles, checkpoint.path, target))
         write_card(open_run(self._rundir.path), target, checkpoint.step)
         return checkpoint.step

@@ -59,7 +59,8 @@ def write_card(run: RunOnDisk, folder: Path, step: int) -> Path:
 
 def card(run: RunOnDisk, step: int) -> str:
     """The card of the run's model after `step`, as Markdown with a head of YAML."""
-    base = str(run.config.get("model", {}).get("name", "an unknown model"))
+    model, data = run.config.get("model") or {}, run.config.get("data") or {}
+    base = str(model.get("name", "an unknown model"))
     public = [path for path, _ in _sources(run) if not _is_local(path)]
     rewards = run.algorithm == "reward_model"
     method = METHODS.get(run.algorithm, run.algorithm)
@@ -75,7 +76,12 @@ def card(run: RunOnDisk, step: int) -> str:
         f"# {run.name}",
         f"{_named(base)}, trained by {method} for {step} steps with aligntune.",
         "## How to use it",
-        _usage(rewards, run.config.get("model", {}).get("chat_template_kwargs") or {}),
+        _usage(
+            rewards,
+            model.get("chat_template_kwargs") or {},
+            data.get("system_prompt"),
+            data.get("apply_chat_template", True),
+        ),
         "## What it was trained on",
         "\n".join(_data(run)),
         "## Results",
@@ -88,7 +94,10 @@ def card(run: RunOnDisk, step: int) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _usage(rewards: bool, variables: Mapping[str, Any]) -> str:
+def _usage(
+    rewards: bool, variables: Mapping[str, Any], system: str | None = None, template: bool = True
+) -> str:
+    """How to ask the model as the run asked it."""
     if rewards:
         return (
             "Score texts with it in another run by `rewards: [{model: FOLDER}]`, or load it with\n"
@@ -96,15 +105,21 @@ def _usage(rewards: bool, variables: Mapping[str, Any]) -> str:
             "score."
         )
     more = "".join(f", {name}={value!r}" for name, value in variables.items())
+    first = "" if system is None else f'{{"role": "system", "content": {system!r}}}, '
+    asked = (
+        f"""question = [{first}{{"role": "user", "content": "..."}}]
+inputs = tokenizer.apply_chat_template(
+    question, add_generation_prompt=True, return_tensors="pt", return_dict=True{more}
+)"""
+        if template
+        else 'inputs = tokenizer("...", return_tensors="pt")'
+    )
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
-question = [{{"role": "user", "content": "..."}}]
-inputs = tokenizer.apply_chat_template(
-    question, add_generation_prompt=True, return_tensors="pt", return_dict=True{more}
-)
+{asked}
 answer = model.generate(**inputs, max_new_tokens=256)[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))
 ```

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from aligntune.chat import Conversation, model_folder
+from aligntune.chat import Asking, Conversation, TooLong, asked_by_run, model_folder
 from aligntune.cli import app
 from aligntune.errors import UserError
 from aligntune.quickstart.task import make_model, make_tokenizer
@@ -26,7 +27,7 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def conversation(talker: Path) -> Conversation:
     """A new one; the likeliest tokens, five at most."""
-    return Conversation(talker, None, temperature=0.0, max_tokens=5)
+    return Conversation(talker, Asking(), temperature=0.0, max_tokens=5)
 
 
 def test_an_answer_is_heard_as_it_is_made_and_is_the_likeliest_one(
@@ -83,8 +84,89 @@ def test_a_model_that_writes_no_text_is_refused(tiny_model: Path, tmp_path: Path
     config = json.loads((tiny_model / "config.json").read_text())
     config["architectures"] = ["Qwen2ForSequenceClassification"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="writes no text: it is a Qwen2ForSequenceClassification"):
-        Conversation(tmp_path, None, 0.0, 5)
+    said = f"^the model in {tmp_path} writes no text: it is a Qwen2ForSequenceClassification$"
+    with pytest.raises(UserError, match=said):
+        Conversation(tmp_path, Asking(), 0.0, 5)
+
+
+def shapes(conversation: Conversation, text: str) -> list[int]:
+    return conversation._inputs(text)["input_ids"][0].tolist()
+
+
+def test_a_model_is_asked_as_its_run_asked_it(talker: Path, tmp_path: Path) -> None:
+    shutil.copytree(talker, tmp_path / "model")
+    (tmp_path / "events.jsonl").touch()
+    data = {"path": "d", "system_prompt": "1+1", "apply_chat_template": True}
+    (tmp_path / "config.yaml").write_text(json.dumps({"data": data}))
+    run = asked_by_run(tmp_path)
+    assert run == Asking(system="1+1")
+    told = [Conversation(talker, each, 0.0, 1) for each in (run, Asking(), run.told("9"))]
+    as_run, without, other = (shapes(each, "7") for each in told)
+    assert len(as_run) > len(without)
+    assert len(other) < len(as_run), "--system is taken in place of the run's"
+    assert run.told("") == Asking()
+
+    data = {"path": "d", "apply_chat_template": False}
+    (tmp_path / "config.yaml").write_text(json.dumps({"data": data}))
+    plain = Conversation(talker, asked_by_run(tmp_path / "model"), 0.0, 1)
+    assert shapes(plain, "7") == make_tokenizer()("7")["input_ids"]
+    with pytest.raises(UserError, match="--system: the run applied no chat template"):
+        Conversation(talker, asked_by_run(tmp_path).told("1"), 0.0, 1)
+
+
+def test_a_template_that_refuses_what_is_told_first_is_said_before_the_first_line(
+    talker: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(talker, tmp_path / "model")
+    template = (folder / "chat_template.jinja").read_text()
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(refuses + template)
+    with pytest.raises(UserError, match=r"refuses the messages \(no system\); leave --system out"):
+        Conversation(folder, Asking(system="1"), 0.0, 1)
+    assert Conversation(folder, Asking(), 0.0, 1)
+
+
+def test_a_conversation_that_the_model_cannot_read_is_told_and_begun_anew(
+    talker: Path, conversation: Conversation, tmp_path: Path
+) -> None:
+    length = len(shapes(conversation, "7"))
+    folder = shutil.copytree(talker, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = length + 2
+    (folder / "config.json").write_text(json.dumps(config))
+    short = Conversation(folder, Asking(), 0.0, 5)
+    first = short.answer("7", lambda piece: None)
+    with pytest.raises(TooLong, match=f"the model reads {length + 2}; an empty line starts anew"):
+        short.answer("7", lambda piece: None)
+    short.forget()
+    assert short.answer("7", lambda piece: None) == first
+    lines = CliRunner().invoke(app, ["chat", str(folder)], input="7\n7\n\n7\n")
+    assert lines.exit_code == 0, lines.output
+    assert lines.output.count("an empty line starts anew") == 2, "at the start, and when full"
+
+
+def test_the_model_of_a_checkpoint_is_made_beside_it_and_goes_again(
+    talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").write_text("model: {name: m}\n")
+    made: list[tuple[Path, str | None, list[str]]] = []
+
+    def exported(run: Path, out: Path, which: str | None, overrides: list[str]) -> int:
+        made.append((out, which, overrides))
+        shutil.copytree(talker, out)
+        return 3
+
+    monkeypatch.setattr("aligntune.commands.model_cli.exported", exported)
+    keys = ["cluster.address=local"]
+    line = ["chat", str(tmp_path), *keys, "--checkpoint", "best", "--max-tokens", "2"]
+    done = CliRunner().invoke(app, line, input="7\n")
+    assert done.exit_code == 0, done.output
+    ((out, which, overrides),) = made
+    assert (out.parent.parent, which, overrides) == (tmp_path, "best", keys)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+    refused = CliRunner().invoke(app, ["chat", str(talker), *keys])
+    assert "cluster.address=local would do nothing without --checkpoint" in str(refused.exception)
 
 
 def test_the_command_answers_line_by_line_until_the_input_ends(talker: Path) -> None:

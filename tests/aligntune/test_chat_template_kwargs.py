@@ -16,7 +16,7 @@ from actors.environments.rendered import chat_tokens
 from actors.models.loading import load_tokenizer
 from actors.specs import ModelSpec
 from aligntune import create_rl_trainer
-from aligntune.chat import Conversation, variables_of_run
+from aligntune.chat import Asking, Conversation, asked_by_run
 from aligntune.errors import UserError
 from aligntune.report.card import _usage
 from tests.actors.environments.chat import make_model, make_tokenizer
@@ -117,15 +117,16 @@ def test_a_talk_with_the_model_of_a_run_has_its_variables(tiny_model: Path, tmp_
     template = (folder / "chat_template.jinja").read_text()
     begin = "{% if add_generation_prompt %}<|assistant|>"
     assert begin in template
-    told = template.replace(begin, f"{begin}{{{{ first }}}}")
-    (folder / "chat_template.jinja").write_text(told)
+    longer = template.replace(begin, f"{begin}{{{{ first }}}}")
+    (folder / "chat_template.jinja").write_text(longer)
     (tmp_path / "config.yaml").write_text("model: {chat_template_kwargs: {first: '12'}}\n")
-    assert variables_of_run(folder) == {}, "no run: others write such a file too"
+    assert asked_by_run(folder) == Asking(), "no run: others write such a file too"
     (tmp_path / "events.jsonl").touch()
-    assert variables_of_run(folder) == variables_of_run(tmp_path) == {"first": "12"}
+    told = Asking(variables={"first": "12"})
+    assert asked_by_run(folder) == asked_by_run(tmp_path) == told
     (folder / "config.yaml").write_text("model: some-name\n")
-    assert variables_of_run(folder) == {"first": "12"}
-    talks = [Conversation(folder, "1", 0.0, 1, each) for each in ({}, variables_of_run(tmp_path))]
+    assert asked_by_run(folder) == told
+    talks = [Conversation(folder, each.told("1"), 0.0, 1) for each in (Asking(), told)]
     without, having = (talk._inputs("")["input_ids"].shape[1] for talk in talks)
     assert having == without + len("12")
 
@@ -139,3 +140,15 @@ def test_a_card_shows_the_call_with_them() -> None:
     ]
     given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
     assert given["enable_thinking"] == "False"
+
+
+def test_a_card_shows_how_the_run_asked() -> None:
+    told = _usage(False, {}, system='Say "yes".\nNo more.')
+    assert (
+        'question = [{"role": "system", "content": \'Say "yes".\\nNo more.\'}, {"role": "us' in told
+    )
+    plain = _usage(False, {}, template=False)
+    assert 'inputs = tokenizer("...", return_tensors="pt")' in plain
+    assert "apply_chat_template" not in plain
+    for text in (told, plain):
+        ast.parse(text.split("```python\n")[1].partition("```")[0])
