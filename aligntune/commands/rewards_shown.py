@@ -203,7 +203,10 @@ def _groups(rows: Rows, column: str, given: Sequence[str]) -> list[Group]:
 def _sampled(row: Mapping[str, Any], where: str) -> Group:
     """A line of samples.jsonl, as the run's rewards got it: of an episode what was said from the
     policy's first message on. Raises UserError."""
-    source, said = _source(row.get("prompt"), where), row["completions"]
+    asked = row.get("source")
+    if asked is None:  # an older run wrote only what the model sees
+        asked = row.get("prompt")
+    source, said = _source(asked, where), row["completions"]
     if not any(each.get("messages") for each in said):
         texts = [each.get("text") for each in said]
         _check_texts(texts, where)

@@ -149,9 +149,9 @@ async def _decoded(
         raise none_scored(results)
     rows = []
     for prompt, result in zip(prompts, results, strict=True):
-        asked = {"decoding": name, "row": prompt.row, "source": plain(prompt.source)}
         if isinstance(result, GroupFailed):
-            rows.append({**asked, "prompt": prompt.text, "failed": str(result)})
+            asked = {"row": prompt.row, "source": plain(prompt.source), "prompt": prompt.text}
+            rows.append({"decoding": name, **asked, "failed": str(result)})
         else:
-            rows.append({**asked, **result})
+            rows.append({"decoding": name, **result})
     return rows

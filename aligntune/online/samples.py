@@ -78,6 +78,7 @@ def _row(
     return {
         "group": record.group_id,
         "row": group.prompt.row,
+        "source": plain(group.prompt.source),
         "prompt": group.prompt.text,
         "columns": plain(group.prompt.columns),
         "completions": completions,

@@ -44,6 +44,11 @@ def roles(completions, **columns):
 async def hangs(completions, **columns):
     import asyncio
     await asyncio.sleep(3600)
+
+
+def given(prompts, completions):
+    print(prompts, completions)
+    return [0.0 for _ in completions]
 """
 
 
@@ -132,6 +137,19 @@ def test_the_samples_of_a_run_are_scored_again(aligntune: Ran, folder: Path) -> 
     code, out, _ = aligntune("try", "exact_match", "--data", "samples.jsonl")
     assert code == 0
     assert [line.split()[1] for line in out.splitlines()[1:]] == ["1", "0"]
+
+
+@pytest.mark.slow
+def test_samples_of_a_conversational_run_are_messages_as_in_the_run(
+    aligntune: Ran, folder: Path
+) -> None:
+    sample = {"step": 1, "source": [{"role": "user", "content": "1+3"}], "prompt": "<user>1+3",
+              "columns": {"answer": "4"}, "completions": [{"text": "4", "reward": 0}]}  # fmt: skip
+    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    code, out, _ = aligntune("try", "own_rewards_tried.py:given", "--data", "samples.jsonl")
+    assert code == 0
+    assert "[{'role': 'user', 'content': '1+3'}]" in out
+    assert "[{'role': 'assistant', 'content': '4'}]" in out
 
 
 SAID = "{% for message in messages %}{{ message.role[0] }}{{ message.content }}{% endfor %}"
