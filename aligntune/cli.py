@@ -101,8 +101,12 @@ def main(argv: list[str] | None = None) -> None:
         lambda record: "Setting acc" not in record.getMessage()
     )
     arguments = sys.argv[1:] if argv is None else argv
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # rewards and algorithms of the user's own lie there
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        _fail(2, "the working directory has been deleted; change to one that is there")
+    if here not in sys.path:
+        sys.path.append(here)  # rewards and algorithms of the user's own lie there
     try:
         code: Any = app(arguments, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

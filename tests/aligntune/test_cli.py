@@ -389,6 +389,19 @@ def test_places_and_numbers_that_cannot_be(
     assert not any(tmp_path.iterdir()), "it is said before anything is made"
 
 
+def test_a_working_directory_that_was_deleted_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit) as ended:
+        main(["rewards", "list"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("aligntune: the working directory has been deleted")
+
+
 def test_a_disk_that_takes_nothing_ends_a_command_in_one_line_and_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
