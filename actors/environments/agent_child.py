@@ -20,6 +20,7 @@ from actors.scoring.calling import named_parameters
 
 CLIENT_SECONDS = 3600.0  # longest wait of the HTTP client that an agent is given
 TAIL_BYTES = 2**16  # of a program's output, where its last line is looked for
+LAST_SECONDS = 1.0  # from a program's end to that of its output, which what it left may hold open
 
 Given = Mapping[str, Any]  # data, base_url, api_key, host, seed
 Wait = Callable[[Awaitable[Any]], Any]
@@ -120,16 +121,30 @@ class _Program:
         assert process.stdout is not None
         row = json.dumps(given["data"], default=str).encode()
         threading.Thread(target=_feed, args=(process.stdin, row), daemon=True).start()
-        tail = b""
-        while data := process.stdout.read(TAIL_BYTES):
-            os.write(1, data)
-            tail = (tail + data)[-TAIL_BYTES:]
+        output = _Output(process.stdout)
         status = process.wait()
+        output.join(LAST_SECONDS)
         if status < 0:
             raise ProgramKilled(f"{self._command[0]!r} was ended by signal {-status}")
         if status:
             raise ValueError(f"{self._command[0]!r} ended with exit status {status}")
-        return _last_line(tail)
+        return _last_line(output.tail)
+
+
+class _Output(threading.Thread):
+    """What a program prints: passed on as this process's own, and the end of it kept."""
+
+    def __init__(self, stdout: Any) -> None:
+        super().__init__(daemon=True)
+        self._stdout = stdout
+        self.tail = b""
+        self.start()
+
+    def run(self) -> None:
+        """Until nobody holds it open any more."""
+        while data := self._stdout.read(TAIL_BYTES):
+            self.tail = (self.tail + data)[-TAIL_BYTES:]
+            os.write(1, data)
 
 
 def _feed(stdin: Any, row: bytes) -> None:

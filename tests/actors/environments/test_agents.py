@@ -101,6 +101,15 @@ def test_a_program_is_given_the_row_and_says_its_reward_in_its_last_line(
         play("program", "2", prompt="fail")
 
 
+def test_a_program_that_leaves_something_running_has_ended_and_so_has_what_it_left(
+    play: Callable[..., Episode], tmp_path: Path, loop: Any
+) -> None:
+    pids = tmp_path / "pids"
+    episode = play("program", "2", prompt="leaves", answer="2", pids=str(pids))
+    assert (episode.finish_reason, episode.rewards) == (FinishReason.STOP, {"environment": 1.0})
+    loop(until(lambda: gone(pids)))
+
+
 def test_no_proxy_stands_between_an_agent_and_a_session_served_everywhere(
     chat_model: ModelSpec, folder: Path, tokenizer: Any, loop: Any
 ) -> None:

@@ -114,6 +114,11 @@ if row["prompt"] == "deep":
     sys.exit()
 if row["prompt"] == "fail":
     sys.exit(4)
+if row["prompt"] == "leaves":
+    import subprocess
+    process = subprocess.Popen(["sleep", "600"])
+    with open(row["pids"], "w") as file:
+        file.write(str(process.pid))
 if row["prompt"] != "quiet":
     print(json.dumps({"reward": float(said == row["answer"])}))
 """
