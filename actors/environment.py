@@ -12,43 +12,24 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from actors.engines.base import Turn, Work, engine_seed
-from actors.environments.base import (
-    Episode,
-    EpisodeFailed,
-    EpisodeFigures,
-    EpisodeLimits,
-    Episodes,
-)
+from actors.environments.base import Episode, EpisodeFailed, EpisodeLimits, Episodes
+from actors.environments.groups import EpisodesGroup, made_group
 from actors.environments.processes import FORK_SECONDS, IMPORT_SECONDS
-from actors.environments.record import common_prompt, rows_of, turn_ends
 from actors.environments.specs import EpisodeCode, EpisodesSpec
 from actors.environments.turns import Turns
-from actors.groups import pack_group
 from actors.liveness import Alive
-from actors.messages import (
-    Completion,
-    Conversations,
-    EpisodesRecord,
-    GroupRecord,
-    GroupSampling,
-    GroupTensors,
-    Prompt,
-    last_rows,
-)
-from actors.sandbox import in_force
+from actors.messages import Completion, GroupSampling, Prompt
 from actors.specs import ModelSpec
 from actors.supervise import ObjectsLost, ReplicaLost, answer, drop
 from actors.waiting import all_of
 from actors.whereabouts import whereabouts
 
-EpisodesGroup = tuple[GroupRecord, GroupTensors, Conversations]
-ENVIRONMENT = "environment"  # the criterion that an environment or agent scores itself by
 LOOKS = 10  # at whether anything has moved, in the time after which nothing counts as stuck
 
 
@@ -113,14 +94,15 @@ class EnvironmentActor(Alive):
         self._silence_s = longest_silence(limits, code.reward_seconds, turn_timeout_s)
         self._episodes = episodes_of(model, spec, code, limits, log_file(log))
         self._lives: dict[str, _Life] = {}
+        self._leaving: set[asyncio.Task[None]] = set()  # calls of `end` under way
 
     async def start(self) -> dict[str, Any]:
         """Get the user's code ready; returns where this runs. Raises EpisodeFailed."""
         started = time.monotonic()
-        await self._episodes.start()
+        sandbox = await self._episodes.start()
         return {
             "replica": self._replica,
-            "sandbox": await asyncio.to_thread(in_force, self._spec.sandbox, "episodes.sandbox"),
+            "sandbox": sandbox,
             **whereabouts(),
             "seconds": time.monotonic() - started,
         }
@@ -173,17 +155,23 @@ class EnvironmentActor(Alive):
         """Forget a life; episodes that still run are ended."""
         found = self._lives.pop(life, None)
         if found is not None:
-            found.task.cancel()
-            await asyncio.gather(found.task, return_exceptions=True)
-            await found.turns.close()
+            leaving = asyncio.create_task(self._leave(found))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+            await leaving
+
+    async def _leave(self, life: _Life) -> None:
+        life.task.cancel()
+        await asyncio.gather(life.task, return_exceptions=True)
+        await life.turns.close()
 
     async def ping(self) -> int:  # type: ignore[override]
         """As every actor's, while its event loop turns."""
         return self.done
 
     async def close(self) -> None:
-        """End every episode and what they started."""
-        await all_of(*(self.end(life) for life in list(self._lives)))
+        """End every episode and what they started; environments have their time to go."""
+        await all_of(*(self.end(life) for life in list(self._lives)), *self._leaving)
         await self._episodes.close()
 
     async def _ask(self, handle: Any, name: str, turns: Sequence[Turn]) -> list[Completion]:
@@ -211,9 +199,17 @@ class EnvironmentActor(Alive):
         before = await self._work(handle, name)
         for rollout in range(sampling.completions):
             turns.begin(rollout)  # all of them, before the first one asks
+        losses: list[EpisodeFailed] = []
         episodes: list[Episode] = await all_of(
-            *(self._episode(prompt, sampling, turns, i) for i in range(sampling.completions))
+            *(
+                self._episode(prompt, sampling, turns, i, losses)
+                for i in range(sampling.completions)
+            )
         )
+        if len(losses) == len(episodes):  # none of them is left to be compared
+            raise EpisodeFailed(
+                f"each episode failed twice at the same turn, the last: {losses[-1].reason}", True
+            ) from losses[-1]
         seconds = time.monotonic() - started
         now = turns.replica[1]
         record, tensors, conversations = made_group(
@@ -225,13 +221,24 @@ class EnvironmentActor(Alive):
         return record, tensors, conversations
 
     async def _episode(
-        self, prompt: Prompt, sampling: GroupSampling, turns: Turns, rollout: int
+        self,
+        prompt: Prompt,
+        sampling: GroupSampling,
+        turns: Turns,
+        rollout: int,
+        losses: list[EpisodeFailed],
     ) -> Episode:
         """One episode, begun anew while its failures are within their budgets: those of processes
-        and machines have one of their own."""
+        and machines have one of their own.
+
+        One that is lost twice by the same turn would be time and again: it ends there, without a
+        score, and why is added to `losses`.
+        """
         # Rollouts of a group begin alike: what they are compared by is what the policy does.
         seed = engine_seed(sampling.seed, f"group {sampling.group_id}")
         failures: Counter[bool] = Counter()
+        before: Episode | None = None
+        retried = 0
         try:
             while True:
                 try:
@@ -244,17 +251,31 @@ class EnvironmentActor(Alive):
                 except EpisodeFailed as failed:
                     failures[failed.infrastructure] += 1
                     self.done += 1
+                    if failed.so_far is not None and _alike(before, failed.so_far):
+                        losses.append(failed)
+                        episode = failed.so_far
+                        break
+                    before = failed.so_far
                     if failures[failed.infrastructure] == self._spec.max_attempts:
                         raise EpisodeFailed(
                             f"an episode failed {failures.total()} times, the last: "
                             f"{failed.reason}",
                             failed.infrastructure,
                         ) from failed
+                    retried += 1
                     turns.begin(rollout)
         finally:
             self.done += 1
             turns.end(rollout)
-        return replace(episode, figures=replace(episode.figures, retried=failures.total()))
+        return replace(episode, figures=replace(episode.figures, retried=retried))
+
+
+def _alike(one: Episode | None, other: Episode) -> bool:
+    """Whether two tries came to the same turn, and the policy said the same in it."""
+    if one is None or len(one.calls) != len(other.calls):
+        return False
+    said, again = one.calls[-1].sampled.token_ids, other.calls[-1].sampled.token_ids
+    return np.array_equal(said, again)
 
 
 def longest_silence(limits: EpisodeLimits, reward_seconds: float, turn_timeout_s: float) -> float:
@@ -290,78 +311,3 @@ def log_file(log: str | None) -> str | None:
         return None
     os.makedirs(folder, exist_ok=True)
     return log
-
-
-def made_group(
-    group_id: int, episodes: Sequence[Episode], discount: float, seconds: float, replica: str
-) -> EpisodesGroup:
-    """A group of episodes: what the controller learns of it, its tokens, its conversations.
-
-    Raises:
-        EpisodeFailed: the conversations have no first token in common.
-    """
-    rows = [rows_of(episode.calls, episode.finish_reason) for episode in episodes]
-    try:
-        prompt_ids, cut = common_prompt(rows)
-    except ValueError as error:
-        raise EpisodeFailed(str(error)) from error
-    record, tensors = pack_group(group_id, prompt_ids, cut, seconds, replica)
-    said = EpisodesRecord(
-        rewards=rewards_of(episodes, discount),
-        figures={
-            field.name: sum(getattr(episode.figures, field.name) for episode in episodes)
-            for field in fields(EpisodeFigures)
-        },
-    )
-    if any(episode.turn_rewards is not None for episode in episodes):
-        said = replace(said, final=tuple(_final(episode) for episode in episodes))
-        ends = turn_ends([episode.calls for episode in episodes], len(prompt_ids))
-        tensors = replace(tensors, rewards=turn_rewards(episodes, ends, len(tensors.token_ids)))
-    conversations = Conversations(
-        messages=tuple(episode.messages for episode in episodes),
-        asked=tuple(episode.prompt_messages for episode in episodes),
-        last_rows=tuple(last_rows(record.rollouts)),
-    )
-    return replace(record, episodes=said), tensors, conversations
-
-
-def rewards_of(episodes: Sequence[Episode], discount: float) -> dict[str, tuple[float | None, ...]]:
-    """[G] by criterion. `environment` is what an episode's end was worth and the sum of its turns'
-    rewards, each turn's discounted once more than the one before; None: it abstains."""
-    names = {name for episode in episodes for name in episode.rewards}
-    names |= {ENVIRONMENT for episode in episodes if episode.turn_rewards is not None}
-    return {
-        name: tuple(
-            _whole(episode, discount) if name == ENVIRONMENT else episode.rewards.get(name)
-            for episode in episodes
-        )
-        for name in sorted(names)
-    }
-
-
-def _final(episode: Episode) -> float | None:
-    """What an episode's end was worth; 0 where only its turns were worth something."""
-    final = episode.rewards.get(ENVIRONMENT)
-    return 0.0 if final is None and episode.turn_rewards is not None else final
-
-
-def _whole(episode: Episode, discount: float) -> float | None:
-    if episode.turn_rewards is None:
-        return _final(episode)
-    turns = (reward * discount**turn for turn, reward in enumerate(episode.turn_rewards))
-    return (_final(episode) or 0.0) + sum(turns)
-
-
-def turn_rewards(
-    episodes: Sequence[Episode], ends: Sequence[Sequence[int]], tokens: int
-) -> np.ndarray:
-    """[N] float32: each turn's reward at its last token, 0 elsewhere.
-
-    Raises ValueError where an episode has not one reward for each of its turns.
-    """
-    rewards = np.zeros(tokens, dtype=np.float32)
-    for episode, own in zip(episodes, ends, strict=True):
-        if episode.turn_rewards is not None:
-            for end, reward in zip(own, episode.turn_rewards, strict=True):
-                rewards[end] += reward
-    return rewards

@@ -30,6 +30,9 @@ Mode = Literal["auto", "required", "off"]
 VARIABLE = "ALIGNTUNE_SANDBOX"
 """Holds the mode in the processes that an actor starts for user code."""
 
+CAPABILITIES = ("CAP_SYS_ADMIN", "CAP_NET_ADMIN")
+"""What a process needs to make namespaces inside a sandbox; none outside of it."""
+
 _HIDDEN = ("/home", "/root", "/run", "/mnt", "/media", "/srv")  # empty inside, where they are here
 _OUTSIDE = os.path.expanduser("~")
 _NOTHING = ("/bin/sh", "-c", "exit 0")
@@ -104,6 +107,15 @@ def bubblewrap() -> tuple[str | None, str]:
 
 
 @functools.cache
+def _grants(program: str) -> tuple[str, ...]:
+    """`CAPABILITIES` where bwrap gives them to what it starts; it does not where it is setuid."""
+    with tempfile.TemporaryDirectory(prefix="aligntune-") as scratch:
+        command = [*_wrapped(program, scratch, granted=CAPABILITIES), *_NOTHING]
+        done = subprocess.run(command, capture_output=True, timeout=20, check=False)
+    return () if done.returncode else CAPABILITIES
+
+
+@functools.cache
 def _sizes(program: str) -> bool:
     """Whether this version of bwrap bounds a file system in memory."""
     done = subprocess.run([program, "--help"], capture_output=True, timeout=20, check=False)
@@ -135,7 +147,8 @@ class Held:
 
 def held(mode: Mode, key: str, scratch: str, imports: Sequence[str], log: str | None) -> Held:
     """A process that runs the user's code as `run` runs programs, without its limits. It sees the
-    folders that it `imports` from too, and writes to `scratch` and `log`.
+    folders that it `imports` from too, writes to `scratch` and `log`, and has `CAPABILITIES` where
+    bwrap gives them, by which it keeps its own processes apart.
 
     Raises SandboxMissing.
     """
@@ -154,7 +167,8 @@ def held(mode: Mode, key: str, scratch: str, imports: Sequence[str], log: str | 
         )
     if log is not None:
         Path(log).touch()
-    return Held(tuple(_wrapped(program, scratch, shown, log)), _environment(scratch))
+    before = _wrapped(program, scratch, shown, log, granted=_grants(program))
+    return Held(tuple(before), _environment(scratch))
 
 
 async def run(
@@ -299,10 +313,12 @@ def _wrapped(
     shown: Sequence[str] = (),
     log: str | None = None,
     most: int | None = None,
+    granted: Sequence[str] = (),
 ) -> list[str]:
     """The beginning of a command that runs under bubblewrap, and sees `shown` too.
 
     `most`: bytes that files in memory may take, in /tmp and in /dev/shm each; none elsewhere.
+    `granted`: capabilities, over what is inside.
     """
     hidden = [place for place in dict.fromkeys((*_HIDDEN, _OUTSIDE)) if os.path.isdir(place)]
     needed = sorted({sys.prefix, sys.base_prefix, sys.exec_prefix, *filter(os.path.exists, shown)})
@@ -311,18 +327,19 @@ def _wrapped(
     ]
     written = [scratch] if log is None else [scratch, log]
     size = [] if most is None else ["--size", str(most)]
-    shared = [] if most is None else [*size, "--tmpfs", "/dev/shm"]
-    closed = [] if most is None else ["/dev", "/var/tmp", *hidden]
+    closed = ["/dev", "/var/tmp", *hidden]
     return [
         program,
         "--unshare-all",
         "--die-with-parent",
         "--new-session",
         "--cap-drop", "ALL",
+        *(part for name in granted for part in ("--cap-add", name)),
         "--ro-bind", "/", "/",
         "--dev", "/dev",
-        *shared,
+        *size, "--tmpfs", "/dev/shm",
         "--proc", "/proc",
+        "--ro-bind-try", "/proc/sys", "/proc/sys",  # of the whole machine, where root may write
         *size, "--tmpfs", "/tmp",
         "--tmpfs", "/var/tmp",
         *(part for place in hidden for part in ("--tmpfs", place)),

@@ -63,7 +63,6 @@ def keep(lifeline: int, log: str | None, serve: Callable[[], None]) -> NoReturn:
     # A stopped keeper goes on when its actor ends, and sees the lifeline's end.
     _prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    keeper = os.getpid()
     heard, said = os.pipe()
     ended, ending = os.pipe()
     child = os.fork()
@@ -75,8 +74,8 @@ def keep(lifeline: int, log: str | None, serve: Callable[[], None]) -> NoReturn:
         os.close(said)
         os.setsid()
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != keeper:
-            os._exit(1)
+        if _unheard():
+            os._exit(1)  # the keeper ended before that held
         _run(serve)
     os.close(said)
     output = Output(log)
@@ -98,6 +97,14 @@ def keep(lifeline: int, log: str | None, serve: Callable[[], None]) -> NoReturn:
         with contextlib.suppress(OSError):
             os.write(lifeline, str(status).encode())
     _end_as(status)
+
+
+def _unheard() -> bool:
+    """Whether nobody reads what this process prints: its keeper has ended. Unlike the parent's
+    number, that is to be seen from another process namespace too."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return bool(poll.poll(0))
 
 
 def _run(serve: Callable[[], None]) -> NoReturn:

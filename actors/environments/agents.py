@@ -23,7 +23,7 @@ from actors.environments.rendered import chat_tokens
 from actors.environments.sessions import Session, SessionServer, require_free
 from actors.environments.specs import EpisodeCode
 from actors.environments.tokens import ChatTokens
-from actors.environments.tool_episodes import first_messages, setup_of
+from actors.environments.tool_episodes import first_messages, lost, setup_of
 from actors.messages import FinishReason, Prompt
 from actors.specs import ModelSpec
 
@@ -58,11 +58,12 @@ class AgentEpisodes:
         self._processes: Server | None = None
         self._sessions: SessionServer | None = None
 
-    async def start(self) -> None:
-        """Import the agent and serve. Raises EpisodeFailed, with one line."""
+    async def start(self) -> str:
+        """Import the agent and serve; no sandbox is around it. Raises EpisodeFailed, with one
+        line."""
         async with self._starting:
             if self._sessions is not None:
-                return
+                return "off"
             try:
                 setup, search_path = setup_of(self._code, self._limits, self._log)
                 self._tokens = await asyncio.to_thread(chat_tokens, self._model, tools=False)
@@ -77,6 +78,7 @@ class AgentEpisodes:
                 await processes.close()
                 raise
             self._processes, self._sessions = processes, sessions
+            return "off"
 
     async def run(self, prompt: Prompt, rollout: int, seed: int, sample: Sampler) -> Episode:
         """One episode, as `Episodes.run` says. Raises EpisodeFailed."""
@@ -84,28 +86,25 @@ class AgentEpisodes:
         assert self._tokens is not None, "start has made them"
         assert self._sessions is not None, "start has made it"
         conversation = Conversation(self._tokens, sample, self._limits)
-        with self._sessions.session(conversation) as session:
-            value, reason = await self._play(prompt, seed, session)
+        try:
+            with self._sessions.session(conversation) as session:
+                value, reason = await self._play(prompt, seed, session)
+        except EpisodeFailed as failed:
+            if not conversation.answers:
+                raise
+            raise lost(failed, _episode(conversation, FinishReason.ERROR)) from failed
         if not conversation.answers:
             raise EpisodeFailed("the agent ended without an answer of the model")
-        messages, before = conversation.messages()
-        episode = Episode(
-            calls=tuple(answer.call for answer in conversation.answers),
-            finish_reason=reason,
-            messages=messages,
-            prompt_messages=before,
-            rewards={ENVIRONMENT: value if not isinstance(value, dict) else None},
-            figures=conversation.figures(),
-        )
+        episode = _episode(conversation, reason)
         if not isinstance(value, dict):
-            return episode
+            return replace(episode, rewards={ENVIRONMENT: value})
         own = {answer.id: 0.0 for answer in conversation.answers}
         if unknown := set(value) - set(own):
             raise EpisodeFailed(
                 f"the agent gives a reward to {min(unknown)!r}, which is the id of none of the "
                 "answers that it got"
             )
-        return replace(episode, rewards={}, turn_rewards=tuple((own | value).values()))
+        return replace(episode, turn_rewards=tuple((own | value).values()))
 
     async def close(self) -> None:
         """End every process and session."""
@@ -170,6 +169,18 @@ class AgentEpisodes:
         if conversation.refused and not said.lost:  # it has ended, as it may, by the refusal
             return None
         raise EpisodeFailed(f"the agent failed: {said.error}{where}", infrastructure=said.lost)
+
+
+def _episode(conversation: Conversation, reason: FinishReason) -> Episode:
+    """What was said, without what it is worth."""
+    messages, before = conversation.messages()
+    return Episode(
+        calls=tuple(answer.call for answer in conversation.answers),
+        finish_reason=reason,
+        messages=messages,
+        prompt_messages=before,
+        figures=conversation.figures(),
+    )
 
 
 def check_agent(code: EpisodeCode, model: ModelSpec, host: str, port: int | None) -> list[str]:

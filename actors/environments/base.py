@@ -9,7 +9,7 @@ tokenised again. Light: importing this loads no framework.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -36,6 +36,7 @@ class EpisodeFigures:
     malformed_calls: int = 0  # the model's text was no call that a parser reads
     tool_seconds: float = 0.0  # the policy waited for tools and the environment
     retried: int = 0  # times the episode was begun anew
+    lost: int = 0  # its environment could not go on, time and again at the same turn
     extended: int = 0  # turns whose prompt extends the last turn's tokens
     realigned: int = 0  # turns whose history was rendered anew and agrees up to the end of a turn
     forked: int = 0  # turns whose history differs earlier: another row
@@ -53,18 +54,34 @@ class Episode:
     turn_rewards: tuple[float, ...] | None = None  # one per call, of a step environment
     figures: EpisodeFigures = EpisodeFigures()
 
+    def lost(self) -> Episode:
+        """This one, as it is where its environment could not go on: nothing is said of its
+        worth."""
+        figures = replace(self.figures, lost=1)
+        return replace(
+            self,
+            finish_reason=FinishReason.ERROR,
+            rewards={},
+            turn_rewards=None,
+            figures=figures,
+        )
+
 
 class EpisodeFailed(RuntimeError):
     """An episode that came to no end: no score, ever.
 
     `infrastructure` tells a fault of a process or machine, which another try may mend, from one of
-    the row or the user's code.
+    the row or the user's code. `so_far` is the episode up to the policy's last turn, where what was
+    done with that has lost the process; it stays where the error is raised.
     """
 
-    def __init__(self, reason: str, infrastructure: bool = False) -> None:
+    def __init__(
+        self, reason: str, infrastructure: bool = False, so_far: Episode | None = None
+    ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.infrastructure = infrastructure
+        self.so_far = so_far
 
     def __reduce__(self) -> tuple[type, tuple[str, bool]]:
         return type(self), (self.reason, self.infrastructure)
@@ -100,8 +117,12 @@ class EpisodeLimits:
 class Episodes(Protocol):
     """What runs episodes: tools and environments in our processes, or an agent that calls us."""
 
-    async def start(self) -> None:
-        """Get ready: import, check and serve. Raises `EpisodeFailed` where that cannot be."""
+    async def start(self) -> str:
+        """Get ready: import, check and serve. Returns what sandbox is in force, for a person.
+
+        Raises:
+            EpisodeFailed: that cannot be.
+        """
 
     async def run(self, prompt: Prompt, rollout: int, seed: int, sample: Sampler) -> Episode:
         """One episode of a data row; `rollout` is its place among its siblings, and `seed` fixes

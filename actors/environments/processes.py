@@ -8,20 +8,23 @@ the user's code, so that another one is a matter of milliseconds.
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import secrets
+import shutil
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from actors.children.channel import clean
 from actors.children.process import Child, ChildEnded, import_path, started
+from actors.environments import apart
 from actors.environments.base import EpisodeFailed
 from actors.environments.channel import Told, parse
 from actors.environments.child import CALL_TIMEOUT, OBSERVATION_CHARACTERS
-from actors.environments.server import FORK, Setup
-from actors.sandbox import Held, Mode, SandboxMissing, held
+from actors.environments.server import Setup, fork_request
+from actors.sandbox import Held, Mode, SandboxMissing, held, in_force
 from actors.scratch import OwnedFolder
 
 IMPORT_SECONDS = 300.0  # to import the user's code, or to make an environment for its description
@@ -31,6 +34,7 @@ LEAVE_SECONDS = 10.0  # of an environment to free what it holds, when its episod
 FORKS_AT_A_TIME = 32  # that have not answered yet
 TOOL_PROCESSES = 512  # at most: calls of tools that are under way
 _CHARACTER_BYTES = 12  # of a character in JSON at most
+_SHARED = "; episodes share processes, ports and /tmp: it lets nobody inside make namespaces"
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Server:
     ) -> None:
         self._setup = setup
         self._sandbox = sandbox
+        self.in_force = "off"  # of a sandbox, for a person
         self._scratch: OwnedFolder | None = None  # the folder that a sandbox may write to
         self._search_path = search_path
         self._log = log
@@ -65,7 +70,8 @@ class Server:
         self._control: socket.socket | None = None
         self._starting = asyncio.Lock()
         self._forks = asyncio.Semaphore(FORKS_AT_A_TIME)
-        self._ending: set[asyncio.Task[None]] = set()
+        self._places: dict[Child[Told], str] = {}  # the names of their folders
+        self._ending: dict[asyncio.Task[None], str] = {}  # by the folder that each has
         self._answer_bytes = 2**16 + _CHARACTER_BYTES * max(
             setup.max_output_characters, OBSERVATION_CHARACTERS
         )
@@ -82,22 +88,24 @@ class Server:
             await self._stop()
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # two for each process
+            around = await asyncio.to_thread(self._held)
             self._child, self._control = await started(
                 "actors.environments.server",
                 parse,
                 self._search_path,
                 self._log,
                 variables={"PYTHONHASHSEED": "0"},  # sets are in one order in every run
-                held=await asyncio.to_thread(self._held),
+                held=around,
             )
+            scratch = self._scratch.path if self._scratch is not None else None
+            setup = replace(self._setup, scratch=scratch, wrapped=bool(around.before))
             try:
-                told = await answered(
-                    self._child.ask(self._setup)[1],
-                    IMPORT_SECONDS,
-                    "importing tools and environments",
-                )
+                asked, doing = self._child.ask(setup)[1], "importing tools and environments"
+                told = await answered(asked, IMPORT_SECONDS, doing)
                 if told.error is not None:
                     raise EpisodeFailed(told.error)
+                if around.before and not told.value:
+                    self.in_force += _SHARED
             except BaseException:  # cancelled too: what runs is taken for one that has imported
                 await self._stop()
                 raise
@@ -109,12 +117,41 @@ class Server:
         self._scratch = self._scratch or OwnedFolder("aligntune-episodes-")
         imports = import_path(self._search_path)
         try:
+            self.in_force = in_force(self._sandbox, "episodes.sandbox")
             return held(self._sandbox, "episodes.sandbox", self._scratch.path, imports, self._log)
         except SandboxMissing as missing:
             raise EpisodeFailed(str(missing)) from missing
 
-    async def fork(self) -> Child[Told]:
-        """A new process with the user's code, which answers. Raises EpisodeFailed."""
+    async def place(self) -> str:
+        """The name of a new folder for the processes of one episode, until `clear`; empty where
+        there is no sandbox. Raises EpisodeFailed."""
+        await self.start()
+        if self._scratch is None:
+            return ""
+        name = secrets.token_hex(apart.NAME_BYTES // 2)
+        try:
+            await asyncio.to_thread(apart.make, self._scratch.path, name)
+        except OSError as error:
+            raise EpisodeFailed(f"an episode has no folder: {error}", True) from error
+        return name
+
+    def clear(self, place: str) -> None:
+        """Remove the folder of an episode, soon: when its processes, which were retired, have
+        ended."""
+        if place:
+            before = [task for task, of in self._ending.items() if of == place]
+            self._soon(self._remove(place, before))
+
+    async def _remove(self, place: str, before: Sequence[asyncio.Task[None]]) -> None:
+        if before:
+            await asyncio.wait(before)
+        if self._scratch is not None:
+            folder = os.path.join(self._scratch.path, place)
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    async def fork(self, place: str = "") -> Child[Told]:
+        """A new process with the user's code, which answers, in the folder `place`. Raises
+        EpisodeFailed."""
         async with self._forks:
             for last in (False, True):
                 await self.start()
@@ -123,7 +160,8 @@ class Server:
                 mine, lifeline = socket.socketpair()
                 mine.setblocking(False)
                 try:
-                    socket.send_fds(self._control, [FORK], [there.fileno(), lifeline.fileno()])
+                    descriptors = [there.fileno(), lifeline.fileno()]
+                    socket.send_fds(self._control, [fork_request(place)], descriptors)
                     break
                 except OSError as error:
                     here.close()
@@ -139,6 +177,7 @@ class Server:
                     lifeline.close()
             reader, writer = await asyncio.open_connection(sock=here, limit=self._answer_bytes)
             child = Child(reader, writer, mine, parse)
+            self._places[child] = place
             try:
                 await answered(child.ask("ready")[1], FORK_SECONDS, "starting")
             except BaseException:
@@ -154,9 +193,13 @@ class Server:
             child.leave()
         else:
             child.let_go()
-        task = asyncio.create_task(child.end(LEAVE_SECONDS if leaving else 0.0))
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+        self._soon(child.end(LEAVE_SECONDS if leaving else 0.0), self._places.pop(child))
+
+    def _soon(self, work: Coroutine[Any, Any, None], place: str = "") -> None:
+        """Have `work` done, which `close` waits for."""
+        task = asyncio.create_task(work)
+        self._ending[task] = place
+        task.add_done_callback(self._ending.pop)
 
     async def close(self) -> None:
         """End the server and every fork: first those that end by themselves, since none outlives
@@ -182,19 +225,26 @@ class Server:
 
 class ToolProcesses:
     """Where tools that belong to no environment run: each call alone in a process, which serves
-    the next call if this one ended well."""
+    the next call if this one ended well: in a sandbox, the next one of its episode."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
+        self._place = ""
         self._idle: list[Child[Told]] = []
-        self._places = asyncio.Semaphore(TOOL_PROCESSES)
+        self._room = asyncio.Semaphore(TOOL_PROCESSES)
+
+    def of(self, place: str) -> Self:
+        """Those of the episode whose folder is `place`; the limit holds for all together."""
+        own = type(self)(self._server)
+        own._place, own._room = place, self._room
+        return own
 
     async def call(self, call: ToolCall, seed: int, limit: float) -> Outcome:
         """One call. Waiting for a process is not counted. Raises EpisodeFailed: none could be had.
 
         Cancelling it ends the process.
         """
-        async with self._places:
+        async with self._room:
             child = await self._one()
             usable = False
             try:
@@ -214,8 +264,8 @@ class ToolProcesses:
                 else:
                     self._server.retire(child)
 
-    async def close(self) -> None:
-        """End the idle processes."""
+    def close(self) -> None:
+        """End the idle processes, soon."""
         while self._idle:
             self._server.retire(self._idle.pop())
 
@@ -225,7 +275,7 @@ class ToolProcesses:
             if child.running:
                 return child
             self._server.retire(child)
-        return await self._server.fork()
+        return await self._server.fork(self._place)
 
 
 class EnvironmentProcess:
@@ -237,9 +287,10 @@ class EnvironmentProcess:
         self._limit = limit
 
     @classmethod
-    async def start(cls, server: Server, limit: float) -> EnvironmentProcess:
-        """A process for one environment; `limit` seconds for what it is asked, each time."""
-        return cls(server, await server.fork(), limit)
+    async def start(cls, server: Server, limit: float, place: str = "") -> Self:
+        """A process for one environment, in the folder `place`; `limit` seconds for what it is
+        asked, each time."""
+        return cls(server, await server.fork(place), limit)
 
     async def begin(self, name: str, seed: int, row: dict[str, Any]) -> str | None:
         """Make environment `name` and reset it; returns its observation. Raises EpisodeFailed."""
@@ -330,13 +381,16 @@ async def described(server: Server) -> dict[str, Any]:
     Raises:
         EpisodeFailed: one of them cannot be used; one line says why.
     """
-    child = await server.fork()
+    place = await server.place()
     try:
-        told = await answered(
-            child.ask("describe")[1], IMPORT_SECONDS, "describing tools and environments"
-        )
+        child = await server.fork(place)
+        asked, doing = child.ask("describe")[1], "describing tools and environments"
+        try:
+            told = await answered(asked, IMPORT_SECONDS, doing)
+        finally:
+            server.retire(child)
     finally:
-        server.retire(child)
+        server.clear(place)
     if told.error is not None:
         raise EpisodeFailed(told.error)
     found: dict[str, Any] = told.value

@@ -1,7 +1,8 @@
 """The process that has imported the user's tools and environments, and forks one for each use.
 
 Invariant: a fork is kept by a process of its own, so that it and all that it starts end with its
-episode, and everything ends with this one's keeper. Standard library and the user's code only.
+episode, and everything ends with this one's keeper. In a sandbox it is apart from the forks of
+other episodes before anything of the user's runs in it. Standard library and the user's code only.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import pickle
 import signal
 import socket
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,12 +22,17 @@ from typing import Any
 from actors.children.channel import HEADER_BYTES, request_length
 from actors.children.code import FunctionNotFound, load, traceback_tail
 from actors.children.keeper import keep
+from actors.environments import apart
 from actors.environments.agent_child import Player, player_of
 from actors.environments.channel import refused, told
 from actors.environments.child import Loaded, serve
 from actors.environments.tools import by_name
 
-FORK = b"f"  # a message of one byte, with a channel and a lifeline
+
+def fork_request(place: str) -> bytes:
+    """The message that asks for a fork, with a channel and a lifeline; `place` is the name of its
+    folder in the scratch folder, empty where there is none."""
+    return place.encode().ljust(apart.NAME_BYTES)
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class Setup:
     memory_bytes: int | None = None
     max_output_characters: int = 2**14
     log: str | None = None
+    scratch: str | None = None  # the folder that a sandbox may write to, where there is one
+    wrapped: bool = False  # bubblewrap is around this process
 
 
 def main(channel: int, lifeline: int, log: str) -> None:
@@ -64,24 +73,40 @@ def _serve(channel: int) -> None:
     except ValueError as error:
         connection.sendall(refused(word, str(error)))
         return
-    connection.sendall(told(word, None))
+    # Before SIGCHLD is ignored: it waits for what it tries.
+    alone = setup.scratch is not None and setup.wrapped and apart.possible(setup.scratch)
+    connection.sendall(told(word, alone))
     gc.collect()
     gc.freeze()  # what forks share stays shared
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks' keepers
     while True:
-        data, descriptors, _, _ = socket.recv_fds(connection, len(FORK), 2)
+        data, descriptors, _, _ = socket.recv_fds(connection, apart.NAME_BYTES, 2)
         if not data:
             return
+        name, place = data.decode().strip(), None
+        if setup.scratch is not None:
+            place = apart.Place(setup.scratch, name, alone, setup.log)
         with contextlib.suppress(OSError):  # no place for another process: its channel is closed
             if os.fork() == 0:
-                with contextlib.suppress(BaseException):
+                try:
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     connection.close()
                     theirs, life = descriptors
-                    keep(life, setup.log, partial(serve, theirs, loaded))
+                    if alone:
+                        apart.leave()
+                    keep(life, setup.log, partial(_begin, place, theirs, loaded))
+                except BaseException:  # noqa: BLE001 - printed; its channel is closed
+                    traceback.print_exc()
                 os._exit(1)
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def _begin(place: apart.Place | None, channel: int, loaded: Loaded) -> None:
+    """Serve what one episode asks for, or a part of it."""
+    if place is not None:
+        apart.enter(place)
+    serve(channel, loaded)
 
 
 def _load(what: str, code: str | bytes) -> Callable[..., Any]:

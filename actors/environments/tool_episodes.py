@@ -7,6 +7,7 @@ for the next one.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,14 @@ from actors.children.code import in_file
 from actors.environments.base import Episode, EpisodeFailed, EpisodeLimits, Sampler
 from actors.environments.child import ENVIRONMENT
 from actors.environments.play import Clock, Play, Toolbox
-from actors.environments.processes import EnvironmentProcess, Server, ToolProcesses, described
+from actors.environments.processes import (
+    EnvironmentProcess,
+    Outcome,
+    Server,
+    ToolCall,
+    ToolProcesses,
+    described,
+)
 from actors.environments.rendered import chat_tokens
 from actors.environments.server import Setup
 from actors.environments.specs import AgentCommand, Code, EpisodeCode
@@ -25,6 +33,32 @@ from actors.sandbox import Mode
 from actors.specs import ModelSpec
 
 EVERY_ROW = ""  # the name of an environment that is every row's
+
+
+class _Clock(Clock):
+    """One that can be stopped: then the episode's time is over."""
+
+    stopped = False
+
+    @property
+    def call_limit(self) -> float:
+        """See `Clock`."""
+        return 0.0 if self.stopped else super().call_limit
+
+
+class _Environment(EnvironmentProcess):
+    """One whose loss in a call ends the episode's turns there, so that they are known."""
+
+    clock: _Clock
+    loss: EpisodeFailed | None = None
+
+    async def call(self, calls: Sequence[ToolCall], seed: int, limit: float) -> list[Outcome]:
+        """As of `EnvironmentProcess`, but what loses the process is the answer of the calls."""
+        try:
+            return await super().call(calls, seed, limit)
+        except EpisodeFailed as failed:
+            self.clock.stopped, self.loss = True, failed  # nothing is called after it
+            return [Outcome(failed.reason, failed=True) for _ in calls]
 
 
 class ToolEpisodes:
@@ -51,15 +85,16 @@ class ToolEpisodes:
         self._boxes: dict[str | None, Toolbox] = {}
         self._scored: frozenset[str] = frozenset()  # environments with a reward of their own
 
-    async def start(self) -> None:
-        """Import the user's code, and settle how conversations become tokens.
+    async def start(self) -> str:
+        """Import the user's code, and settle how conversations become tokens. Returns what sandbox
+        is in force.
 
         Raises:
             EpisodeFailed: the code or the model cannot be used; one line says why.
         """
         async with self._starting:
             if self._server is not None:
-                return
+                return self._server.in_force
             try:
                 setup, search_path = setup_of(self._code, self._limits, self._log)
                 self._tokens = await asyncio.to_thread(chat_tokens, self._model)
@@ -72,6 +107,7 @@ class ToolEpisodes:
                 await server.close()
                 raise
             self._server, self._functions = server, ToolProcesses(server)
+            return server.in_force
 
     def _take(self, found: dict[str, Any]) -> None:
         functions = frozenset(tool["name"] for tool in found["tools"])
@@ -87,24 +123,47 @@ class ToolEpisodes:
         assert self._server is not None, "start has made it"
         assert self._functions is not None, "start has made them"
         name = self._environment_of(prompt)
-        environment: EnvironmentProcess | None = None
+        server, functions = self._server, self._functions
+        place = await server.place()
+        if place:
+            functions = functions.of(place)
+        environment: _Environment | None = None
         try:
-            clock = Clock(self._limits)
+            clock = _Clock(self._limits)
             messages = first_messages(prompt, self._code.system_prompt)
             if name is not None:
                 with clock:
-                    environment = await EnvironmentProcess.start(
-                        self._server, self._limits.call_timeout_s
+                    environment = await _Environment.start(
+                        server, self._limits.call_timeout_s, place
                     )
+                    environment.clock = clock
                     said = await environment.begin(name, seed, row_of(prompt, name))
                 messages = with_observation(messages, said)
             play = Play(
-                self._tokens, self._limits, self._boxes[name], self._functions, environment, clock
+                self._tokens, self._limits, self._boxes[name], functions, environment, clock
             )
             played = await play.run(messages, seed, sample)
-            if environment is None or not (self._code.rewards or self._scored):
+            if environment is None:
                 return played
-            asked = played.prompt_messages
+            if environment.loss is not None:
+                raise lost(environment.loss, played) from environment.loss
+            return await self._scored_by(environment, played, prompt, clock)
+        finally:
+            if environment is not None:
+                environment.end()
+            if place:
+                functions.close()
+                server.clear(place)
+
+    async def _scored_by(
+        self, environment: EnvironmentProcess, played: Episode, prompt: Prompt, clock: Clock
+    ) -> Episode:
+        """The episode with what its environment, and rewards that see it, say. Raises
+        EpisodeFailed."""
+        if not (self._code.rewards or self._scored):
+            return played
+        asked = played.prompt_messages
+        try:
             with clock:
                 rewards = await environment.score(
                     played.messages[:asked],
@@ -112,19 +171,18 @@ class ToolEpisodes:
                     prompt.columns,
                     self._code.reward_seconds,
                 )
-            if self._scored:
-                rewards.setdefault(ENVIRONMENT, None)  # another environment's: it abstains here
-            figures = replace(played.figures, tool_seconds=clock.seconds)
-            return replace(played, rewards=rewards, figures=figures)
-        finally:
-            if environment is not None:
-                environment.end()
+        except EpisodeFailed as failed:
+            raise lost(failed, played) from failed
+        if self._scored:
+            rewards.setdefault(ENVIRONMENT, None)  # another environment's: it abstains here
+        figures = replace(played.figures, tool_seconds=clock.seconds)
+        return replace(played, rewards=rewards, figures=figures)
 
     async def close(self) -> None:
         """End every process."""
         async with self._starting:
             if self._functions is not None:
-                await self._functions.close()
+                self._functions.close()
             if self._server is not None:
                 await self._server.close()
             self._server = self._functions = None
@@ -143,6 +201,12 @@ class ToolEpisodes:
                 f"{', '.join(map(repr, known))}"
             )
         return str(name)
+
+
+def lost(failed: EpisodeFailed, played: Episode) -> EpisodeFailed:
+    """`failed` with the episode up to it, where it is no fault of the row or the user's code."""
+    so_far = played.lost() if failed.infrastructure else None
+    return EpisodeFailed(failed.reason, failed.infrastructure, so_far)
 
 
 def first_messages(prompt: Prompt, system_prompt: str | None) -> Messages:

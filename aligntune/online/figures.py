@@ -40,6 +40,7 @@ EPISODE_COUNTS = {
     "tools/timed_out": "tools_timed_out",
     "tools/malformed": "malformed_calls",
     "episodes/retried": "retried",
+    "episodes/lost": "lost",
 }
 """A metric and the field of EpisodeFigures that it is the sum of."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from actors.environment import EnvironmentStuck, RolloutGone
 from actors.environments.base import EpisodeFailed
-from actors.messages import EpisodesRecord, GroupSampling, Prompt, Scores
+from actors.messages import FinishReason, GroupRecord, GroupSampling, Prompt, Scores
 from actors.reward import Criterion
 from actors.scoring.criteria import EpisodeCriterion
 from actors.supervise import Lent, ReplicaLost, ReplicaSet
@@ -100,8 +100,12 @@ class Playing:
                     ) from lost
                 retried(f"{lost}; its episodes go on")
 
-    def with_episodes(self, scores: Scores, episodes: EpisodesRecord) -> Scores:
-        """The scores in the order of the criteria, with those that the episodes brought."""
+    def with_episodes(self, scores: Scores, record: GroupRecord) -> Scores:
+        """The scores in the order of the criteria, with those that the episodes brought. All
+        criteria abstain from an episode whose environment could not go on."""
+        episodes = record.episodes
+        assert episodes is not None, "it is of episodes"
+        lost = [reason is FinishReason.ERROR for reason in record.finish_reasons]
         columns: list[Sequence[float | None]] = []
         for criterion in self._criteria:
             if isinstance(criterion, EpisodeCriterion):
@@ -113,7 +117,10 @@ class Playing:
         return replace(
             scores,
             criteria=tuple(criterion.name for criterion in self._criteria),
-            values=tuple(zip(*columns, strict=True)),
+            values=tuple(
+                (None,) * len(row) if gone else row
+                for row, gone in zip(zip(*columns, strict=True), lost, strict=True)
+            ),
         )
 
 

@@ -47,6 +47,7 @@ class Role:
     max_concurrent_groups: Callable[[RunConfig], int] = lambda config: 1
     concurrent: bool = False  # whether it works on all of them at once
     calls: Callable[[RunConfig], int] = lambda config: 1  # at a time, of a group
+    leave_s: float = 0.0  # for a replica to `close` by itself at the end; 0: it has nothing to
     key: str = ""  # of its section; default: its name
     models: tuple[str, ...] = ()  # keys of its section that name a model
 
@@ -192,6 +193,7 @@ ROLES: dict[str, Role] = {
             needed=lambda config: config.plays,
             max_concurrent_groups=lambda config: config.episodes.max_concurrent_groups,
             concurrent=True,
+            leave_s=30.0,  # its environments have 10 of them, see `LEAVE_SECONDS`
             key="episodes",
         ),
         Role(

@@ -75,7 +75,7 @@ class Rolling:
         moved(State.SCORING)
         scores, texts = await self._score(prompt, made, retried)
         if self._playing is not None:
-            scores = self._playing.with_episodes(scores, record.episodes)
+            scores = self._playing.with_episodes(scores, record)
         return ReadyGroup(prompt, record, scores, texts, *made)
 
     async def again(self, make: Callable[[int | None], Awaitable[T]], retried: Retried) -> T:

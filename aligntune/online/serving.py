@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -40,10 +41,13 @@ class Serving:
         self._replica_set = replica_set
         self._room_for_rollout = roles.room(ROLES["rollout"])
         self.sets: dict[str, ReplicaSet] = {}  # by role
+        self._leaving: dict[str, float] = {}  # seconds, of roles whose replicas close themselves
         for role in roles_of(config):
             if not role.ranks:
                 own = catch_up if role.name == "rollout" else None
                 self.sets[role.name] = self._set(role, roles.maker(role), own)
+                if role.leave_s:
+                    self._leaving[role.name] = role.leave_s
 
     def _set(
         self, role: Role, make: Callable[[int, str], ActorHandle], catch_up: CatchUp | None
@@ -117,6 +121,17 @@ class Serving:
             self.rollouts.grow(most, self._room_for_rollout)
 
     async def close(self) -> None:
-        """Stop every replica."""
+        """Stop every replica; those that hold what they free at their end have their time for it.
+        One that fails at that is stopped as well."""
+
+        async def leave(name: str, handle: ActorHandle, seconds: float) -> None:
+            await answer(handle.close.remote(), name, "close", seconds)
+
+        leaving = [
+            leave(replica.name, self.sets[role].handles[replica.name], seconds)
+            for role, seconds in self._leaving.items()
+            for replica in self.sets[role].replicas.serving
+        ]
+        await asyncio.gather(*leaving, return_exceptions=True)
         for replicas in self.sets.values():
             await replicas.close()

@@ -14,7 +14,7 @@ from actors import environment
 from actors.environment import EnvironmentActor, EnvironmentStuck, EpisodesGroup, RolloutGone
 from actors.environments.base import EpisodeFailed, EpisodeLimits
 from actors.environments.specs import EpisodeCode, EpisodesSpec
-from actors.messages import GroupSampling, VersionSpan
+from actors.messages import FinishReason, GroupSampling, VersionSpan
 from actors.specs import ModelSpec
 from tests.actors.environments.toy import PROMPT, ToyEpisodes, ToyRollout, failing
 from tests.histories.clock import VirtualLoop
@@ -186,6 +186,56 @@ def test_a_group_fails_when_an_episode_has_failed_as_often_as_it_may(
         run(played(actor(max_attempts=2), ToyRollout()))
     assert seen.value.infrastructure is infrastructure
     assert sorted(toy.ended) == sorted(toy.begun), "no sibling is left behind"
+
+
+@pytest.mark.parametrize("per_turn", [False, True])
+@pytest.mark.parametrize("turn", [0, 1, 2])
+def test_a_turn_that_loses_its_environment_each_time_costs_its_own_episode_alone(
+    toy: ToyEpisodes, per_turn: bool, turn: int
+) -> None:
+    """What a model may do on purpose. Its siblings are kept, and nothing is said of its worth."""
+    toy.per_turn = per_turn
+    toy.loses = lambda number, at: (number, at) == (2, turn)
+    rollout = ToyRollout()
+    record, tensors, _ = run(played(actor(), rollout))
+    stop, error = FinishReason.STOP, FinishReason.ERROR
+    assert record.finish_reasons == (stop, stop, error, stop, stop, stop)
+    assert record.turns == (1, 2, 1 + turn, 1, 2, 3)
+    assert record.episodes is not None
+    rewards = record.episodes.rewards["environment"]
+    assert [number for number, worth in enumerate(rewards) if worth is None] == [2]
+    assert (record.episodes.figures["retried"], record.episodes.figures["lost"]) == (1, 1)
+    if per_turn:
+        assert record.episodes.final == (0.0, 0.0, None, 0.0, 0.0, 0.0)
+        assert not tensors.rewards[tensors.completion(2)].any()
+    assert sorted(toy.begun) == [0, 1, 2, 2, 3, 4, 5]
+    keys = [key for call in rollout.asked for key in call]
+    assert len(keys) == len(set(keys)), "the turn had its answer"
+
+
+def test_an_environment_that_is_lost_once_or_elsewhere_each_time_is_begun_anew(
+    toy: ToyEpisodes,
+) -> None:
+    left = [(2, 0), (2, 1)]
+
+    def loses(number: int, turn: int) -> bool:
+        if left and (number, turn) == left[0]:
+            left.pop(0)
+            return True
+        return False
+
+    toy.loses = loses
+    record, _, _ = run(played(actor(), ToyRollout()))
+    assert set(record.finish_reasons) == {FinishReason.STOP}
+    assert record.episodes is not None
+    assert (record.episodes.figures["retried"], record.episodes.figures["lost"]) == (2, 0)
+
+
+def test_a_group_whose_episodes_all_lose_their_environment_fails(toy: ToyEpisodes) -> None:
+    toy.loses = lambda number, turn: True
+    with pytest.raises(EpisodeFailed, match=r"twice at the same turn, the last: its pro") as seen:
+        run(played(actor(), ToyRollout()))
+    assert seen.value.infrastructure
 
 
 def test_faults_of_the_row_and_of_machines_have_budgets_of_their_own(toy: ToyEpisodes) -> None:

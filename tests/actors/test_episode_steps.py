@@ -20,8 +20,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from actors.critic import CriticActor
-from actors.environment import made_group
 from actors.environments.base import Episode, ModelCall
+from actors.environments.groups import made_group
 from actors.messages import (
     FinishReason,
     GroupWork,

@@ -39,8 +39,9 @@ class Played:
         self._unplayable = unplayable
         self._breaks = breaks
 
-    async def start(self) -> None:
+    async def start(self) -> str:
         """It is ready."""
+        return "off"
 
     async def close(self) -> None:
         """Nothing is left."""

@@ -103,7 +103,7 @@ def test_an_agent_that_is_killed_each_time_is_a_fault_of_machines_and_never_a_sc
     actor: EnvironmentActor, row: Callable[..., Prompt], tmp_path: Path, loop: Any
 ) -> None:
     prompt = row(dies_unless=str(tmp_path / "no folder" / "died"))
-    with pytest.raises(EpisodeFailed, match=r"failed 2 times, the last: .*signal 9") as failed:
+    with pytest.raises(EpisodeFailed, match=r"at the same turn, the last: .*signal 9") as failed:
         loop(played(actor, prompt, ToyRollout()))
     assert failed.value.infrastructure
 

@@ -213,6 +213,9 @@ class TestMethods:
         assert isinstance(failed, EpisodeFailed)
         assert failed.infrastructure, "another try may go well"
         assert reason in failed.reason
+        assert failed.so_far.finish_reason is FinishReason.ERROR
+        assert (len(failed.so_far.calls), failed.so_far.rewards) == (1, {})
+        assert [m["role"] for m in failed.so_far.messages] == ["user", "assistant"]
         assert said(fine) == ["right", "1"]
 
     def test_cancelling_an_episode_ends_what_it_started(

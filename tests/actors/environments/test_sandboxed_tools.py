@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +49,33 @@ def look(home: str, port: int) -> str:
         "scratch": tried(lambda: write(Path(tempfile.gettempdir(), "changed"))),
         "network": tried(lambda: socket.create_connection(("127.0.0.1", port), 5).close()),
         "processes": len([name for name in os.listdir("/proc") if name.isdigit()]) < 20,
+        "kernel": os.access("/proc/sys/vm/swappiness", os.W_OK),
     })
+'''
+SHELL = '''
+import subprocess
+
+
+def run(command: str) -> str:
+    """Run a command.
+
+    Args:
+        command: of the shell.
+    """
+    return subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+class Shell:
+    def reset(self, **row):
+        pass
+
+    def run_here(self, command: str) -> str:
+        """Run a command.
+
+        Args:
+            command: of the shell.
+        """
+        return run(command)
 '''
 
 
@@ -112,7 +139,123 @@ def test_under_bubblewrap_a_tool_sees_its_module_and_no_secret_and_reaches_nobod
         "scratch": 1,
         "network": "ConnectionRefusedError",
         "processes": True,
+        "kernel": False,
     }
+
+
+class Gated:
+    """A policy that waits before some of its turns, and says when some are asked for."""
+
+    def __init__(
+        self, policy: Script, waits: dict[int, asyncio.Event], says: dict[int, asyncio.Event]
+    ) -> None:
+        self._policy, self._waits, self._says = policy, waits, says
+
+    async def __call__(self, token_ids: Any, max_tokens: int, turn: int) -> Any:
+        if turn in self._says:
+            self._says[turn].set()
+        if turn in self._waits:
+            await self._waits[turn].wait()
+        return await self._policy(token_ids, max_tokens, turn)
+
+
+def told(
+    mode: sandbox.Mode, folder: Path, tool: str, model: ModelSpec, tokenizer: Any, *commands: str
+) -> tuple[str, list[str], list[str]]:
+    """What sandbox is in force, and what the tools of two episodes say: the first one runs the
+    first command (twice side by side) and the third, the second one the second, after each."""
+    folder.mkdir()
+    (folder / "shell.py").write_text(SHELL)
+    (folder / "user.log").touch()
+    code = EpisodeCode(("shell:run",), {"": "shell:Shell"}, search_path=(str(folder),))
+    first, second, third = (call_text(tool, command=command) for command in commands)
+
+    async def play() -> tuple[str, list[str], list[str]]:
+        wrote, looked, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        one = Gated(
+            Script(tokenizer, (first + first, third, "done")),
+            waits={1: looked},
+            says={1: wrote, 2: ended},
+        )
+        other = Gated(
+            Script(tokenizer, (second, second, "done")),
+            waits={0: wrote, 1: ended},
+            says={1: looked},
+        )
+        episodes = ToolEpisodes(code, LIMITS, model, str(folder / "user.log"), mode)
+        try:
+            around = await episodes.start()
+            both = [
+                asyncio.create_task(episodes.run(prompt_of("hi"), place, 1, policy))
+                for place, policy in enumerate((one, other))
+            ]
+            played = await asyncio.gather(*both)
+            server = episodes._server
+            assert server is not None
+            assert server._scratch is not None
+            while server._ending:
+                await asyncio.wait(list(server._ending))
+            assert os.listdir(server._scratch.path) == [], "a folder ends with its episode"
+        finally:
+            await episodes.close()
+        answers = [[m["content"] for m in e.messages if m["role"] == "tool"] for e in played]
+        return around, *answers
+
+    return asyncio.run(play())
+
+
+LOOK = "ls . ~ $TMPDIR /tmp /var/tmp /dev/shm; cat /proc/[0-9]*/cmdline; cat {log}"
+
+
+@pytest.mark.parametrize("tool", ["run", "run_here"])
+def test_episodes_of_a_sandbox_see_nothing_of_each_other_and_end_nothing_of_each_other(
+    tool: str, tmp_path: Path, chat_model: ModelSpec, tokenizer: Any
+) -> None:
+    if sandbox.bubblewrap()[0] is None:
+        pytest.skip(sandbox.bubblewrap()[1])
+    folder = tmp_path / "project"
+    around, one, other = told(
+        *("required", folder, tool, chat_model, tokenizer),
+        "for place in . /tmp /var/tmp /dev/shm; do echo x > $place/solution; done;"
+        " echo solution >&2; sleep 9876 > /dev/null 2>&1 &",
+        LOOK.format(log=folder / "user.log"),
+        "cat solution; kill -9 -1; echo still there",
+    )
+    if "share" in around:
+        pytest.skip(around)
+    assert one[2] == "x\nstill there\n", "calls of an episode share its folder"
+    for seen in other:
+        assert "/var/tmp:" in seen
+        assert "python" in seen, "its own process"
+        assert "solution" not in seen
+        assert "9876" not in seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lacking", ["bubblewrap", "capabilities"])
+def test_where_there_are_no_namespaces_an_episode_has_a_folder_of_its_own(
+    lacking: str,
+    tmp_path: Path,
+    chat_model: ModelSpec,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if lacking == "bubblewrap":
+        monkeypatch.setattr(sandbox, "bubblewrap", lambda: (None, "not here"))
+    elif sandbox.bubblewrap()[0] is None:
+        pytest.skip(sandbox.bubblewrap()[1])
+    else:
+        monkeypatch.setattr(sandbox, "_grants", lambda program: ())
+    around, one, other = told(
+        *("auto", tmp_path / "project", "run", chat_model, tokenizer),
+        "echo x > solution",
+        "ls . ~ $TMPDIR; echo",
+        "cat solution",
+    )
+    assert one[2] == "x\n"
+    assert all("solution" not in seen for seen in other)
+    shared = "episodes share processes, ports and /tmp"
+    assert (shared in around) == (lacking == "capabilities")
 
 
 @pytest.mark.slow

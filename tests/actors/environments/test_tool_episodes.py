@@ -11,16 +11,18 @@ from typing import Any, cast
 
 import pytest
 
+from actors.environment import EnvironmentActor
 from actors.environments.base import Episode, EpisodeFailed, EpisodeLimits
 from actors.environments.play import Clock, Toolbox
 from actors.environments.play import Play as TurnsOf
 from actors.environments.processes import EnvironmentProcess, Outcome, ToolCall, ToolProcesses
-from actors.environments.specs import EpisodeCode, EpisodeReward
+from actors.environments.specs import EpisodeCode, EpisodeReward, EpisodesSpec
 from actors.environments.tokens import ChatTokens
 from actors.environments.tool_episodes import ToolEpisodes
-from actors.messages import FinishReason
+from actors.messages import FinishReason, GroupSampling
 from actors.specs import ModelSpec
 from tests.actors.environments.chat import LIMITS, Script, call_text, deep_call, prompt_of
+from tests.actors.environments.toy import ToyRollout
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 FAILING = ("RaisesInReset", "DiesInReset", "HangsInReset", "RewardIsText")
@@ -241,8 +243,46 @@ class TestEnvironments:
                 with pytest.raises(EpisodeFailed, match=said) as failed:
                     loop(made.run(row, 0, 1, Script(tokenizer, ["x"])))
                 assert failed.value.infrastructure
+                assert failed.value.so_far is not None, "what the policy said may be why"
+                assert failed.value.so_far.messages[-1]["content"] == "x"
         finally:
             loop(made.close())
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_an_environment_is_let_go_before_its_actor_is_closed(
+    chat_model: ModelSpec, user_folder: Path, tmp_path: Path, loop: Any, waiting: bool
+) -> None:
+    """Of an episode that has ended, and of one that waits for the policy, whose end is under way
+    when the actor is closed."""
+    code = EpisodeCode(environments={"": "user_tools:Holds"}, search_path=(str(user_folder),))
+    actor = EnvironmentActor(
+        *(chat_model, EpisodesSpec(), code, LIMITS, "environment-0", 60.0, False),
+        drop=lambda ref: ref.drop(),
+    )
+    rollout, asked = ToyRollout(), asyncio.Event()
+
+    async def wait(turns: Any) -> None:
+        asked.set()
+        if waiting:
+            await asyncio.Event().wait()
+
+    rollout.during = wait
+    sampling = GroupSampling(64, 1.0, completions=1, seed=7, group_id=3)
+
+    async def played() -> None:
+        row = prompt_of("hi", folder=str(tmp_path))
+        group = asyncio.create_task(
+            actor.generate("life", row, sampling, rollout.handle, rollout.name)
+        )
+        await (asked.wait() if waiting else group)
+        ending = asyncio.create_task(actor.end("life"))
+        await asyncio.sleep(0)
+        await actor.close()
+        await asyncio.gather(ending, group, return_exceptions=True)
+
+    loop(played())
+    assert [path.name for path in tmp_path.iterdir()] == ["freed"]
 
 
 class TestLimits:

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from actors.environment import made_group
 from actors.environments.base import Episode
+from actors.environments.groups import made_group
 from actors.environments.record import rows_of
 from actors.environments.specs import EpisodeCode, EpisodeReward
 from actors.environments.tool_episodes import ToolEpisodes

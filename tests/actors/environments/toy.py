@@ -34,14 +34,17 @@ class ToyEpisodes:
     """An episode has 1 to 3 turns by its place; in between its environment writes 1 or 2 tokens."""
 
     before_turn: Hook | None = None  # (rollout, turn): called first
+    loses: Hook = lambda rollout, turn: False  # (rollout, turn): whether it loses its process then
+    closed: int = 0  # times that it came to its end
     begun: list[int] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
     seeds: set[int] = field(default_factory=set)
     turns: Callable[[int], int] = lambda rollout: 1 + rollout % 3
     per_turn: bool = True
 
-    async def start(self) -> None:
+    async def start(self) -> str:
         """It is ready."""
+        return "off"
 
     async def run(self, prompt: Prompt, rollout: int, seed: int, sample: Sampler) -> Episode:
         """See `Episodes`."""
@@ -54,9 +57,16 @@ class ToyEpisodes:
                 await _called(self.before_turn, rollout, turn)
                 segment, reason = await sample(ids, 4, turn)
                 calls.append(ModelCall(np.asarray(ids, dtype=np.int32), segment, reason))
+                if self.loses(rollout, turn):
+                    raise EpisodeFailed(
+                        "its process died", True, self._episode(rollout, calls).lost()
+                    )
                 ids = [*ids, *np.asarray(segment.token_ids).tolist(), *range(90, 91 + rollout % 2)]
         finally:
             self.ended.append(rollout)
+        return self._episode(rollout, calls)
+
+    def _episode(self, rollout: int, calls: list[ModelCall]) -> Episode:
         return Episode(
             calls=tuple(calls),
             finish_reason=FinishReason.STOP,
@@ -68,7 +78,10 @@ class ToyEpisodes:
         )
 
     async def close(self) -> None:
-        """Nothing to end."""
+        """Take its time."""
+        for _ in range(5):
+            await asyncio.sleep(0)
+        self.closed += 1
 
 
 @dataclass

@@ -14,6 +14,7 @@ import ray
 
 from actors import environment
 from actors.environment import EnvironmentActor
+from actors.environments.groups import made_group
 from actors.environments.turns import Turns
 from actors.messages import GroupSampling, Scores
 from aligntune.algorithms.grpo import GRPO
@@ -58,6 +59,7 @@ def test_a_run_of_episodes_trains_evaluates_and_tells_of_turns_tools_and_talk(
     assert [row["version"] for row in evaluated] == list(range(STEPS + 1))
     assert {row["eval/turns/mean"] for row in evaluated} == {1.0}
     assert made.judge.talks[0].answers[0] == [{"role": "assistant", "content": "b"}]
+    assert made.toy.closed == 2, "each actor had the time to let its environments go"
 
 
 def test_all_turns_of_a_group_are_asked_of_the_replica_that_has_its_prefixes_in_its_cache(
@@ -153,6 +155,23 @@ def test_an_episode_that_fails_costs_itself_alone(play: Callable[..., Play]) -> 
     assert not made.world.events("group_retried")
 
 
+def test_no_criterion_scores_an_episode_whose_environment_could_not_go_on(
+    play: Callable[..., Play],
+) -> None:
+    made = play(eval={"at_start": False})
+    made.toy.loses = lambda rollout, turn: rollout == 1
+    made.world.run(evaluated=False)
+    rows = made.world.rows()
+    assert sum(row["episodes/lost"] for row in rows) == STEPS * 2
+    assert all(row["reward/environment/mean"] == 1.0 for row in rows), "of its sibling alone"
+    for sample in read_lines(made.world.folder / "samples.jsonl"):
+        kept, gone = sample["completions"]
+        assert None not in kept["scores"].values()
+        assert (gone["finish_reason"], gone["reward"]) == ("error", None)
+        assert set(gone["scores"].values()) == {None}
+    assert not made.world.events("group_quarantined")
+
+
 def test_a_group_whose_episode_keeps_failing_is_quarantined_and_is_never_a_score(
     play: Callable[..., Play],
 ) -> None:
@@ -186,9 +205,8 @@ def test_ppo_is_told_what_each_turn_earned_and_a_group_algorithm_the_sum(
     play: Callable[..., Play],
 ) -> None:
     made = play(rewards=[{"function": "environment", "weight": 2.0}, "length"])
-    record, tensors, talks = environment.made_group(
-        0, asyncio.run(_episodes(made.toy)), 0.5, 0.1, "r"
-    )
+    episodes = asyncio.run(_episodes(made.toy))
+    record, tensors, talks = made_group(0, episodes, 0.5, 0.1, "r")
     assert record.episodes is not None
     values = tuple((e, 10.0) for e in record.episodes.rewards["environment"])
     scores = Scores(0, ("environment", "length"), values, 0.0)
