@@ -15,6 +15,7 @@ from actors.children.process import Child, ChildEnded, started
 from actors.scoring.channel import Answer, parse
 from actors.scoring.child import CONCURRENT
 from actors.scoring.criteria import RewardCriterion, RewardFailed, RewardFailure
+from actors.scoring.said import with_thoughts
 from actors.specs import MAX_CONCURRENT_GROUPS
 
 if TYPE_CHECKING:  # torch: seconds, which trying a reward need not take
@@ -82,19 +83,28 @@ class FunctionScorer:
         said: Sequence[str | Messages] = completions
         if conversations is not None:
             said = conversations.answers
-        return await self.call(prompt.source, said, prompt.columns)
+        return await self.call(prompt.source, said, prompt.columns, prompt.text)
 
     async def call(
         self,
         source: str | Messages,
         completions: Sequence[str | Messages],
         columns: Mapping[str, Any],
+        rendered: str = "",
     ) -> list[float | None]:
         """One call of the function for completions of one prompt and its data columns.
+
+        `rendered` is the prompt as the model saw it: a text gets the `<think>` that it ends with
+        where the criterion reads thoughts.
 
         Raises:
             RewardFailed: whatever kept it from one finite number, or None, per completion.
         """
+        if self._criterion.thoughts:
+            completions = [
+                with_thoughts(rendered, said) if isinstance(said, str) else said
+                for said in completions
+            ]
         message = (source, list(completions), dict(columns))
         await self.start()
         if self._concurrent:

@@ -49,6 +49,7 @@ class RewardCriterion:
     search_path: tuple[str, ...] = ()
     workers: int | None = None  # child processes at most, of a function that is not async
     hidden: tuple[str, ...] = ()  # data columns it never gets: they are named as its own options
+    thoughts: bool = False  # a completion has the `<think>` that its prompt ends with
 
 
 @dataclass(frozen=True)

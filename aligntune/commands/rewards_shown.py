@@ -210,7 +210,7 @@ def _sampled(row: Mapping[str, Any], where: str) -> Group:
     if not any(each.get("messages") for each in said):
         texts = [each.get("text") for each in said]
         _check_texts(texts, where)
-        return Group(source, tuple(texts), row["columns"])
+        return Group(source, tuple(texts), row["columns"], rendered=str(row.get("prompt") or ""))
     cut = [(each.get("messages"), each.get("asked")) for each in said]
     if not all(isinstance(talk, list) and type(first) is int for talk, first in cut):
         raise UserError(

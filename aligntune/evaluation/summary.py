@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from actors.messages import FinishReason
-from actors.scoring.said import text_of
+from actors.scoring.said import text_of, with_thoughts
 from aligntune.errors import UserError
 from aligntune.evaluation.statistics import (
     Estimate,
@@ -97,19 +97,20 @@ def judged(row: Row, success: Success, answer_of: Callable[[str], str]) -> Row:
         {
             **said,
             "passed": success.passes(said),
-            "answer": None if (text := _text(said)) is None else answer_of(text),
+            "answer": None if (text := _text(said, row["prompt"])) is None else answer_of(text),
         }
         for said in row["completions"]
     ]
     return {**row, "completions": completions}
 
 
-def _text(completion: Mapping[str, Any]) -> str | None:
-    """What a completion says; of an episode what the model says last; None where it is lost."""
+def _text(completion: Mapping[str, Any], prompt: str) -> str | None:
+    """What a completion says, with the `<think>` that its prompt ends with; of an episode what the
+    model says last; None where it is lost."""
     if completion.get("messages"):
         return text_of(completion["messages"])
     text: str | None = completion["text"]
-    return text
+    return None if text is None else with_thoughts(prompt, text)
 
 
 def sizes(most: int) -> list[int]:

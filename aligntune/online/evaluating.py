@@ -23,8 +23,9 @@ from aligntune.online.groups import ReadyGroup
 from aligntune.online.ignoring import ignore
 from aligntune.online.roles import Roles
 from aligntune.online.rolling import Rolling
-from aligntune.online.samples import plain, said_of, sample_rows
+from aligntune.online.samples import said_of, sample_rows
 from aligntune.online.serving import Serving
+from aligntune.plain import plain
 from aligntune.runs.ended import Scored
 
 T = TypeVar("T")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from actors.messages import Conversations
 from actors.supervise import ObjectsLost, ReplicaLost, answer
 from aligntune.config.online import RunConfig
 from aligntune.online.groups import ReadyGroup, total_reward
+from aligntune.plain import plain
 
 T = TypeVar("T")
 
@@ -104,17 +104,6 @@ def rows_of(rows: Sequence[T], rollouts: Sequence[int]) -> list[list[T]]:
     for row, rollout in zip(rows, rollouts, strict=True):
         gathered[rollout].append(row)
     return gathered
-
-
-def plain(value: Any) -> Any:
-    """A data column as JSON holds it: what JSON has no word for as text, NaN as null."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 async def said_of(group: ReadyGroup) -> Said:

@@ -18,6 +18,7 @@ class Registered:
     package: str = ""  # which brings it
     remote: bool = False  # it asks another machine, which may cost: it is not tried before a run
     answer: str | None = None  # "module:function" that reads the answer out of a completion
+    thoughts: bool = False  # `<think>` counts, also where the prompt ends with it
 
 
 PAIR = ("chosen", "rejected")
@@ -33,6 +34,7 @@ REWARDS: dict[str, Registered] = {
         "0 or 1",
         "answer",
         answer=_HERE + "math:answer_of",
+        thoughts=True,
     ),
     "exact_match": Registered(
         _HERE + "text:exact_match",
@@ -61,6 +63,7 @@ REWARDS: dict[str, Registered] = {
         _HERE + "format:tags",
         "1 if it is the parts of option 'tags', such as [think, answer], and nothing else",
         "0 or 1",
+        thoughts=True,
     ),
     "json": Registered(
         _HERE + "json_form:json_valid",

@@ -244,7 +244,13 @@ def _criterion(
         workers=spec.workers,
         # What is no option of ours is a column. A column of an option's name is not that option.
         hidden=tuple(options) if ignores_unknown else (),
+        thoughts=_path_of(function) in {own.target for own in REWARDS.values() if own.thoughts},
     )
+
+
+def _path_of(function: Callable[..., Any]) -> str:
+    """Where a function is defined, however it was named."""
+    return f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
 
 
 def _import(target: str, path: tuple[str, ...]) -> Callable[..., Any]:

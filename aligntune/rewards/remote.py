@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from actors.scoring.said import Completion
+from aligntune.plain import plain
 from aligntune.rewards.service import NoAnswer, ask
 
 
@@ -28,7 +29,8 @@ async def remote_scores(
     """The scores that the service at `url` gives to a group.
 
     It is sent {"prompts": [...], "completions": [...], "columns": {...}} and answers
-    {"scores": [number or null, ...]}, one a completion; null abstains. `token_env` names the
+    {"scores": [number or null, ...]}, one a completion; null abstains. What JSON has no word for in
+    a prompt or column is sent as text, NaN and infinity as null. `token_env` names the
     variable that holds a bearer token. At most `concurrency` requests of this process run at once.
 
     Raises:
@@ -36,7 +38,7 @@ async def remote_scores(
     """
     return await ask(
         url,
-        {"prompts": prompts, "completions": completions, "columns": columns},
+        {"prompts": plain(prompts), "completions": completions, "columns": plain(columns)},
         lambda answer: scores_of(answer, len(completions)),
         request_timeout_s=request_timeout_s,
         retries=retries,

@@ -36,6 +36,7 @@ class Group:
     completions: tuple[Completion, ...]
     columns: Mapping[str, Any]
     asked: tuple[Messages, ...] = ()  # of episodes: what stood before the policy's first message
+    rendered: str = ""  # the prompt as the model saw it, where that is known
 
 
 async def called(
@@ -83,7 +84,9 @@ class FunctionGroups:
 
     async def call(self, group: Group) -> list[float | None]:
         """The scores of one group. Raises RewardFailed."""
-        return await self._scorer.call(group.prompt, group.completions, group.columns)
+        return await self._scorer.call(
+            group.prompt, group.completions, group.columns, group.rendered
+        )
 
 
 class ModelGroups:

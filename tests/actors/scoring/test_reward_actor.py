@@ -34,7 +34,7 @@ from aligntune.rewards.registry import from_callable, resolve
 from tests import drivers
 from tests.conftest import plain_environment
 
-CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 "
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 </>"
 USER_MODULE = '''
 import asyncio, os, signal, sys, time
 
@@ -245,6 +245,32 @@ class TestScoring:
             assert scores.criteria == ("lengths", "ones")
             assert scores.values == ((3.0, 1.0), (0.0, 1.0), (3.0, 1.0))
             assert texts == ("abc", "", "a b")
+
+        run(body)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("source", ["p", [{"role": "user", "content": "p"}]])
+    def test_thoughts_that_the_prompt_opens_are_thoughts_to_the_rewards_that_read_them(
+        self, tokenizer_spec: ModelSpec, criterion: Any, source: Any
+    ) -> None:
+        spec = RewardFunctionSpec(function="tags", options={"tags": ["think", "answer"]})
+        ours = resolve(RewardFunctionSpec(function="math")), resolve(spec)
+        said = group(
+            "so 4</think><answer>5</answer>",
+            "<think>so 4</think><answer>5</answer>",
+            "so it is 5",
+        )
+
+        async def body() -> None:
+            asked = replace(prompt(source, answer="5"), text="p<think>\n")
+            seen = (criterion("lengths"),) if isinstance(source, str) else ()
+            async with running(tokenizer_spec, *ours, *seen) as actor:
+                scores, texts = await actor.score(asked, said)
+                plain = await scores_of(actor, prompt(source, answer="5"), said)
+            assert [row[:2] for row in scores.values] == [(1, 1), (1, 1), (0, 0)]
+            assert [row[:2] for row in plain.values] == [(1, 0), (1, 1), (1, 0)]
+            assert texts[0] == "so 4</think><answer>5</answer>"
+            assert [row[2:] for row in scores.values] == [row[2:] for row in plain.values]
 
         run(body)
 

@@ -67,6 +67,17 @@ def test_the_answer_of_an_episode_is_what_the_model_says_last() -> None:
     assert lost["completions"][0]["answer"] is None
 
 
+def test_what_stands_in_thoughts_that_the_prompt_opens_is_no_answer() -> None:
+    reader, _ = reader_of(RewardFunctionSpec(function="math"))
+    told = {
+        "row": 0,
+        "prompt": "0?<think>\n",
+        "completions": [said(0.0, "4, or"), said(1.0, "5</think>6")],
+    }
+    assert [c["answer"] for c in judged(told, MATH, reader)["completions"]] == ["", "6"]
+    assert [c["text"] for c in judged(told, MATH, reader)["completions"]] == ["4, or", "5</think>6"]
+
+
 def test_what_failed_or_has_no_score_enters_no_figure() -> None:
     failed = judged({"row": 9, "prompt": "9?", "failed": "timeout"}, MATH, whole_text)
     found = figures([row(0, said(1.0)), row(1, said(None)), failed])

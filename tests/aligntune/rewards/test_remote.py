@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -66,6 +68,17 @@ def test_a_service_scores_what_it_is_sent() -> None:
 
     assert asked(handler) == [[1.0, 2.0]]
     assert asked(says('{"scores": [0.5, null]}')) == [[0.5, None]]
+
+
+def test_columns_that_json_has_no_word_for_are_sent_as_samples_write_them() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        sent = await request.json()
+        assert sent["columns"]["when"] == ["2024-01-02 00:00:00", None]
+        assert sent["columns"]["level"] == [None, {"1": [2.5, None]}]
+        return web.json_response({"scores": [1, 2]})
+
+    when, level = [datetime(2024, 1, 2), None], [math.nan, {1: (2.5, math.inf)}]
+    assert asked(handler, when=when, level=level) == [[1.0, 2.0]]
 
 
 @pytest.mark.parametrize(

@@ -130,11 +130,17 @@ def test_a_function_of_a_file_scores_rows_in_its_own_process(aligntune: Ran, fol
 
 
 @pytest.mark.slow
-def test_the_samples_of_a_run_are_scored_again(aligntune: Ran, folder: Path) -> None:
-    sample = {"step": 1, "prompt": "p", "columns": {"answer": "4"},
-              "completions": [{"text": "4", "reward": 0}, {"text": "5", "reward": 1}]}  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompt", "text", "reward"),
+    [("p", "4", ["exact_match"]), ("p<think>\n", "4</think>", ["tags", "tags=[think]"])],
+)
+def test_the_samples_of_a_run_are_scored_again(
+    aligntune: Ran, folder: Path, prompt: str, text: str, reward: list[str]
+) -> None:
+    sample = {"step": 1, "prompt": prompt, "columns": {"answer": "4"},
+              "completions": [{"text": text, "reward": 0}, {"text": "5", "reward": 1}]}  # fmt: skip
     (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
-    code, out, _ = aligntune("try", "exact_match", "--data", "samples.jsonl")
+    code, out, _ = aligntune("try", *reward, "--data", "samples.jsonl")
     assert code == 0
     assert [line.split()[1] for line in out.splitlines()[1:]] == ["1", "0"]
 
