@@ -48,6 +48,18 @@ _ALONE = re.compile(
     r"(?=[.,;:!?]?(?:\s+[A-Za-z]{2,}|\s*$|\s*\n))"
 )
 _JOINED = re.compile(r"[\d)]\s+$")  # "5 -3": what stands before makes the sign an operator
+_PRICE = re.compile(r"(?<!\\)\\\$(?=\s?\.?\d)")  # \$12
+# After an operator or a number, brackets are of a product or of a footnote.
+_BRACKETED = re.compile(
+    rf"(^|[A-Za-z]{{2}}\s|[:=]\s?|\n)[(\[{{]\s?((?:[-+]\s?)?{_NUMBER})\s?[)\]}}](?=[.,;:!?]*(?:\s|$))"
+)
+_QUOTED = re.compile(
+    rf"(?<![^\s(:=])[`'\"\u2018\u201c]+({_NUMBER}\s?%?)([.,]?)[`'\"\u2019\u201d]+"
+    r"(?=[.,;:!?)]*(?:\s|$))"
+)
+_SENTENCE_END = re.compile(r"(?<=\d)\.(?=\s|$)")  # math-verify reads "5/3." as 5/3.0, no fraction
+_HEADING = re.compile(r"[*_`\s]*(?:\d+[.):]\s+)?[*_`]*[A-Za-z]{2,}")
+_NUMBERED_HEADING = re.compile(r"[*_`\s]*\d+[.):]\s+[*_`]*[A-Za-z]{2,}")
 
 
 def math_equal(
@@ -61,11 +73,12 @@ def math_equal(
 
     What stands before the last `</think>` and after an open `<think>` is no answer. The answer of
     a completion is in its last `<answer>...</answer>`, else its `\boxed{...}`, else it is what
-    follows its last `####` on that line, else what follows the word answer, else the last formula
-    or number. Numbers with commas between are a list, whose order is free, unless the commas
-    separate thousands. The column may hold a bare answer (number, list, LaTeX, expression), a
-    solution that ends in `\boxed{...}`, or one that ends in `#### 42` as in GSM8K. A completion
-    without a readable answer scores 0, as does one that takes over a second of processor time.
+    follows its last `####` on that line (none that begins a heading, as `#### Step 1: add`), else
+    what follows the word answer, else the last formula or number. Numbers with commas between are a
+    list, whose order is free, unless the commas separate thousands. The column may hold a bare
+    answer (number, list, LaTeX, expression), a solution that ends in `\boxed{...}`, or one that
+    ends in `#### 42` as in GSM8K. A completion without a readable answer scores 0, as does one that
+    takes over a second of processor time.
 
     Raises:
         ValueError: there is no such column, or its value has no readable answer.
@@ -115,10 +128,16 @@ def _balanced(text: str) -> str:
 
 
 def _final_part(text: str) -> str:
-    """What follows the last `####` on its line; the whole text where a box or no such mark is."""
-    text = _SPACED_DIGITS.sub("", text)
-    if "\\boxed" not in text and "####" in text:
-        text = text.rpartition("####")[2].strip().partition("\n")[0]
+    """What follows the last `####` that marks an answer, on its line; the whole text where a box or
+    no such mark is. A heading of Markdown marks none, but on the last line: `#### Total: 18`."""
+    text = _SPACED_DIGITS.sub("", _PRICE.sub("", text.replace("\u2212", "-")))
+    if "\\boxed" in text:
+        return text
+    for number, part in enumerate(reversed(text.split("####")[1:])):
+        line, _, rest = part.lstrip("#").strip().partition("\n")
+        last = number == 0 and not rest and not _NUMBERED_HEADING.match(line)
+        if last or not _HEADING.match(line):
+            return line
     return text
 
 
@@ -129,7 +148,8 @@ def _marked(text: str) -> str:
         return text
     if len(plain_numbers(text) or ()) > 1:
         return f"\\boxed{{{text.strip().rstrip('.')}}}"
-    text = _TIGHT_COLON.sub(" ", _EMPHASIS.sub(lambda m: m[2] or m[3], text))
+    text = _QUOTED.sub(r"\1\2", _EMPHASIS.sub(lambda m: m[2] or m[3], text))
+    text = _TIGHT_COLON.sub(" ", _BRACKETED.sub(r"\1\2", text))
     counts, found = _anchored(text) or (_last(_ANY_NUMBER, text), _last(_TIGHT_LIST, text))
     if counts is None:
         return text
@@ -138,8 +158,15 @@ def _marked(text: str) -> str:
     for alone in _ALONE.finditer(text):
         if alone.start() <= counts.start() < alone.end():
             signed = not alone[0][0].isdigit() and _JOINED.search(text, 0, alone.start())
-            return f" {text}" if signed else alone[0]
-    return f" {text}"
+            return _sentence(text) if signed else alone[0]
+    return _sentence(text)
+
+
+def _sentence(text: str) -> str:
+    """`text` behind a blank, without full stops that would belong to a number."""
+    if plain_numbers(text) is not None:
+        return f" {text.strip().rstrip('.')}"
+    return f" {_SENTENCE_END.sub(',', text)}"
 
 
 def _anchored(text: str) -> tuple[re.Match[str], re.Match[str] | None] | None:

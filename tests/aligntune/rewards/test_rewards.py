@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.scoring.calling import arguments, checked
@@ -84,6 +84,28 @@ class TestMath:
             ("it is **12**", "12"),
             ("0.333333", "1/3"),
             ("50%", "50%"),
+            ("It is 3. 500 people", "500"),
+            ("(3+2)/3.", "5/3"),
+            ("We get 7/3. So x = 5/3.", "5/3"),
+            ("#### 5/3.", "5/3"),
+            ("#### Step 1: count 2 sheep\nThe answer is 18.", "18"),
+            ("#### **2. Add**\n\nThe answer is 18.", "18"),
+            ("#### 2) Add\n3 more\nThe answer is 18.", "18"),
+            ("#### 18\n#### Checked twice\nof 2 ways", "18"),
+            ("#### Answer\n18", "18"),
+            ("I had 5 answers.\n#### Total: 18", "18"),
+            (r"The answer is \$12.", "12"),
+            (r"\$5 and \$7 make -\$12.", "-12"),
+            (r"#### \$12", "12"),
+            ("The answer is `18`.", "18"),
+            ("The answer is [18].", "18"),
+            ("Answer:(18)", "18"),
+            ('The answer is "18."', "18"),
+            ("The answer is \u201c18\u201d.", "18"),
+            ("so `5/3`.", "5/3"),
+            ("It is 18 [1].", "18"),
+            ("Answer: \u22125", "-5"),
+            ("Answer: -5/3.", "\u22125/3"),
         ],
     )
     def test_an_equal_answer_scores_one(self, completion: str, answer: Any) -> None:
@@ -116,6 +138,9 @@ class TestMath:
             ("<think>it is 5", "5"),
             (r"<answer>6</answer> or \boxed{5}", "5"),
             ("Answer:12", "1"),
+            ("#### Step 1: count 2 sheep\nThe answer is 18.", "1"),
+            ("#### 2. Add\nThe answer is 18.", "2"),
+            ("x = 2*(3)", "3"),
         ],
     )
     def test_another_answer_scores_zero(self, completion: str, answer: Any) -> None:
@@ -124,6 +149,16 @@ class TestMath:
     @given(st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9))
     def test_integers_score_one_exactly_when_equal(self, left: int, right: int) -> None:
         assert score_math(f"The answer is {left}", str(right)) == float(left == right)
+
+    @pytest.mark.slow
+    @given(st.integers(-200, 200), st.integers(2, 60), st.sampled_from(["The answer is", "So x ="]))
+    @settings(max_examples=30)
+    def test_a_fraction_at_the_end_of_a_sentence_is_no_decimal(
+        self, above: int, below: int, start: str
+    ) -> None:
+        answer = f"{above}/{below}"
+        said = [f"{start} {answer}.", f"{start} {answer}. That is all."]
+        assert math_equal(said, answer=[answer] * 2) == [1.0, 1.0]
 
     @pytest.mark.slow
     def test_an_expected_answer_that_cannot_be_read_is_an_error_not_a_zero(self) -> None:
