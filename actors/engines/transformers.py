@@ -145,6 +145,10 @@ class TransformersEngine:
 
     def _load(self) -> None:
         model = load_causal_lm(self._spec, lora=self._adapts)
+        config = model.config.get_text_config()
+        if getattr(config, "output_router_logits", False):
+            # They are for a loss, which takes no mask that is longer than what is read now.
+            config.output_router_logits = False
         self._model = model.to(self._device).eval()
         self._stops = torch.tensor(stop_token_ids(self._spec), device=self._device)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from actors.preference.going_on import GoesOn
 from actors.preference.held_out import HeldOutPairs, HeldOutTokens, with_row_lengths
 from actors.preference.relay import PreferenceJob
+from actors.preference.routers import put_back, routing_of
 from actors.specs import ModelSpec
 from actors.storage import Store
 
@@ -255,6 +256,7 @@ def _sft(
         """SFTTrainer that goes on with the settings of its job."""
 
     model = _taught_model(job)
+    routing = routing_of(model.config)
     _give_float_logits(model)
     trainer = Trainer(
         model=model,
@@ -263,6 +265,7 @@ def _sft(
         eval_dataset=evaluation,
         processing_class=tokenizer,
     )
+    trainer.routing = routing
     if common["padding_free"]:
         from actors.preference.packed import check_apart
 
@@ -309,6 +312,8 @@ def export_model(trainer: Any, job: PreferenceJob, scratch: Path) -> None:
             model = model.merge_and_unload()
     if state is None:
         state = model.state_dict()
+    if job.kind == "sft":
+        put_back(trainer.routing, model.config)
     model.save_pretrained(folder, state_dict=_in_dtype(state, dtype))
     name_dtype(folder, job.model.dtype)
     trainer.processing_class.save_pretrained(folder)

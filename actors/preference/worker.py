@@ -41,7 +41,6 @@ METRICS = {
     "logps/rejected": "logprobs/rejected",
     "logits/chosen": "logits/chosen",
     "logits/rejected": "logits/rejected",
-    "aux_loss": "loss/router",
     "runtime": "time/eval",
 }
 """What TRL and transformers call a figure, and what it is called here; others are left out."""

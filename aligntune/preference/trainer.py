@@ -335,6 +335,8 @@ def _arguments(config: PreferenceConfig) -> dict[str, Any]:
             **arguments,
             "loss_type": "nll",
             "padding_free": algorithm.packing,
+            # Or a mixture's own share of the loss would count once a forward pass and worker.
+            "router_aux_loss_coef": 0.0,
             "dataset_kwargs": {"skip_prepare_dataset": True},  # the rows are tokens and labels
         }
     arguments["disable_dropout"] = False  # LoRA's, too; the model's own is off where it is loaded
@@ -349,6 +351,7 @@ def _arguments(config: PreferenceConfig) -> dict[str, Any]:
         "label_smoothing": algorithm.label_smoothing,
         "f_divergence_type": algorithm.f_divergence,
         "use_weighting": algorithm.weighting,
+        "router_aux_loss_coef": 0.0,
         "precompute_ref_log_probs": algorithm.precompute_reference or algorithm.reference_free,
         **({"max_length": config.data.max_length} if cut else {}),
         **({"truncation_mode": config.data.long_rows} if cut else {}),

@@ -6,17 +6,18 @@ import asyncio
 import contextlib
 from concurrent.futures import CancelledError
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from actors.engines.base import WeightMismatch
+from actors.engines.base import Turn, WeightMismatch
 from actors.engines.specs import TransformersSpec
-from actors.engines.transformers import draw, uniforms
+from actors.engines.transformers import TransformersEngine, draw, uniforms
 from actors.groups import Group
-from actors.messages import Sampling
+from actors.messages import Completion, Sampling
 from actors.rollout import RolloutActor
 from actors.transfer.bundle import WeightBundle
 from actors.transfer.specs import AdapterSpec
@@ -35,6 +36,7 @@ from tests.actors.engines.replicas import (
     until,
     worst_error,
 )
+from tests.actors.policy_cases import causal_lm
 
 
 @pytest.fixture
@@ -86,6 +88,35 @@ def test_turns_are_bit_identical_whatever_else_is_in_flight(transformers_replica
     for one, other in zip(alone, again, strict=True):
         assert one.segments[0].token_ids.tolist() == other.segments[0].token_ids.tolist()
         assert one.segments[0].logprobs.tobytes() == other.segments[0].logprobs.tobytes()
+
+
+@pytest.mark.slow
+def test_a_mixture_whose_config_asks_for_a_loss_of_its_routers_answers_turns_of_any_length(
+    tmp_path: Path, loop: asyncio.AbstractEventLoop
+) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    mixture = causal_lm("Qwen3Moe", vocab_size=97, output_router_logits=True, **experts)
+    mixture.save_pretrained(tmp_path)
+    tokenizer_of_characters().save_pretrained(tmp_path)
+    engine = TransformersEngine(model_spec(tmp_path), rollout_spec(TransformersSpec()), 0, 8, 11)
+
+    async def answered(turns: list[Turn]) -> list[Completion]:
+        await engine.start()
+        try:
+            return await engine.sample_turns(turns)
+        finally:
+            await engine.close()
+
+    turns = [turn_of(row, tokens) for row, tokens in enumerate((3, 40))]
+    answers = asyncio.run_coroutine_threadsafe(answered(turns), loop).result(WAIT_S)
+    for turn, answer in zip(turns, answers, strict=True):
+        (segment,) = answer.segments
+        ids = torch.tensor(np.concatenate([turn.token_ids, segment.token_ids]))[None].long()
+        start = len(turn.token_ids)
+        with torch.no_grad():
+            logits = mixture(ids, output_router_logits=False).logits[0, start - 1 : -1]
+        wanted = logits.log_softmax(-1).gather(-1, ids[0, start:, None])[:, 0]
+        np.testing.assert_allclose(segment.logprobs, wanted.numpy(), atol=TOLERANCE)
 
 
 def test_a_redundant_tied_head_is_ignored(transformers_replica, policies):

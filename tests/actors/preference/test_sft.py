@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from aligntune.data.dropped import Dropped
 from aligntune.data.row_tokens import RowTokens
 from aligntune.data.taught_tokens import MASKED, packed
 from aligntune.preference.trainer import _arguments
+from tests.actors.policy_cases import causal_lm
 from tests.stand_ins import REPOSITORY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -48,6 +50,23 @@ def environment() -> Iterator[None]:
     torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def mixture(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of four experts whose config asks for a loss of its routers, with a tokenizer."""
+    folder: Path = tmp_path_factory.mktemp("mixture")
+    shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
+    causal_lm(
+        "Qwen3Moe",
+        vocab_size=100,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        output_router_logits=True,
+        router_aux_loss_coef=0.02,
+    ).save_pretrained(folder)
+    return folder
 
 
 def made_rows() -> list[tuple[list[int], list[int]]]:
@@ -107,7 +126,8 @@ def mean_over_tokens(model: Path) -> tuple[float, float]:
     """The loss of all rows, each alone in float64, and the norm of its gradient."""
     from transformers import AutoModelForCausalLM
 
-    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).double()
+    eager = {"experts_implementation": "eager"}  # the others have no float64
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **eager).double()
     total, count = torch.zeros((), dtype=torch.float64), 0
     for ids, labels in made_rows():
         logps = plain(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
@@ -136,11 +156,28 @@ def first_step(trainer: Any) -> tuple[float, float]:
     ],
     ids=["padded", "accumulated", "packed", "packed-accumulated"],
 )
+@pytest.mark.parametrize("model", ["tiny_model", "mixture"])
 def test_the_loss_is_the_mean_over_the_trained_tokens_of_a_step(
-    tiny_model: Path, tmp_path: Path, shared_out: tuple[str, ...]
+    request: pytest.FixtureRequest, tmp_path: Path, shared_out: tuple[str, ...], model: str
 ) -> None:
-    found = first_step(made_of(tiny_model, tmp_path, "train.max_grad_norm=1e9", *shared_out))
-    assert found == pytest.approx(mean_over_tokens(tiny_model), rel=1e-5)
+    folder = request.getfixturevalue(model)
+    found = first_step(made_of(folder, tmp_path, "train.max_grad_norm=1e9", *shared_out))
+    assert found == pytest.approx(mean_over_tokens(folder), rel=1e-5)
+
+
+@pytest.mark.parametrize("lora", [(), ("model.lora.r=2",)], ids=str)
+def test_what_is_exported_of_a_mixture_says_of_its_routers_what_the_model_said(
+    mixture: Path, tmp_path: Path, lora: tuple[str, ...]
+) -> None:
+    trainer = made_of(mixture, tmp_path, *lora)
+    trainer.train()
+    export_model(trainer, trainer.job, tmp_path / "scratch")
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (mixture, tmp_path / "model")
+    )
+    assert after.keys() == before.keys()
+    for name in ("output_router_logits", "router_aux_loss_coef"):
+        assert after[name] == before[name]
 
 
 def held_out_by_hand(model: Path) -> dict[str, float]:
