@@ -53,7 +53,9 @@ SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
 """The losses in which TRL 1.13 uses `label_smoothing`; the others ignore it."""
 DIVERGENT = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 """The losses that TRL 1.13 takes with an `f_divergence` other than reverse_kl."""
-UNWEIGHTED = ("aot", "aot_unpaired", "sft")
+SORTED = ("aot", "aot_unpaired")
+"""The losses in which TRL sorts the log ratios of a forward pass; of one pair they are sigmoid."""
+UNWEIGHTED = (*SORTED, "sft")
 """The losses that TRL 1.13 cannot weigh pair by pair: they sort the pairs, or have one number."""
 
 
@@ -95,6 +97,11 @@ class DPOSpec(Spec):
     def losses(self) -> list[str]:
         """The losses as a list."""
         return list(self.loss_type) if isinstance(self.loss_type, list) else [self.loss_type]
+
+    @property
+    def sorted_losses(self) -> list[str]:
+        """Those of them that are of all pairs of a forward pass together."""
+        return [loss for loss in self.losses if loss in SORTED]
 
     @model_validator(mode="after")
     def _options_make_sense(self) -> Self:
@@ -357,6 +364,13 @@ def _check(config: PreferenceConfig) -> None:
                 f"train.deepspeed has the section {section}, and train has the settings of AdamW "
                 "and its schedule (learning_rate, weight_decay, adam_betas, adam_epsilon, "
                 "scheduler, warmup_steps); remove the section"
+            )
+    if isinstance(config.algorithm, DPOSpec) and (sort := config.algorithm.sorted_losses):
+        passes = {"train": train.pairs_per_worker, "eval": config.eval.pairs_per_worker}
+        for section in (name for name, pairs in passes.items() if pairs == 1):
+            raise UserError(
+                f"{section}.pairs_per_worker=1 does not go with loss_type {sort[0]}, which sorts "
+                "the pairs of one forward pass and would be sigmoid; set it to 2 or more"
             )
     stage = ((train.deepspeed or {}).get("zero_optimization") or {}).get("stage")
     if stage == 3 and config.model.lora is not None:

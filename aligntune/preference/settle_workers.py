@@ -82,4 +82,5 @@ def _work(config: PreferenceConfig, longest: int) -> PairWork:
         sides=1 if taught else 2,
         reference=second and model.lora is None,
         fits=train.deepspeed is None,
+        whole=isinstance(algorithm, DPOSpec) and bool(algorithm.sorted_losses),
     )

@@ -1,7 +1,7 @@
 """What the workers of a preference job take where the config leaves it open. Pure.
 
 A step has the same pairs however they are shared out: over workers, each with a whole model, and
-over forward passes.
+over forward passes. Where that would make another loss of them, they stay as they are.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class PairWork:
     reference: bool  # a second, frozen model
     sides: int = 2  # of a pair, which go through at once; 1 of what is taught
     fits: bool = True  # the memory is to be counted; not of weights that DeepSpeed shares out
+    whole: bool = False  # the loss is one of all pairs of a forward pass, not a mean over them
 
     @property
     def bytes(self) -> int:
@@ -106,7 +107,9 @@ def choose_workers(
         )
     chosen = room[0] if work.fits else ways[0]
     where = f"{chosen.workers} of {there} GPU ({kind.name})"
-    steps = f"{chosen.workers * chosen.pairs * chosen.passes} pairs a step, as the memory has room"
+    pairs = chosen.workers * chosen.pairs * chosen.passes
+    room_for = "which the loss has in one pass" if work.whole else "as the memory has room"
+    steps = f"{pairs} pairs a step, {room_for}"
     dtype = _dtype(chosen)
     made = (
         Decided("model.dtype", dtype, f"{kind.name} has {'it' if has_bfloat16 else 'no bfloat16'}"),
@@ -141,7 +144,7 @@ def _ways(work: PairWork, open_: frozenset[str], gpus: int) -> Iterator[PairWork
     """The job shared out otherwise, the fastest first: more workers, fewer passes, no recompute."""
     fixed = (work.workers, work.pairs, work.passes)
     shared_out = [fixed]
-    if open_.issuperset(SHARED_OUT):
+    if open_.issuperset(SHARED_OUT) and not work.whole:
         pairs = math.prod(fixed)
         shared_out = [
             (workers, pairs // workers // passes, passes)

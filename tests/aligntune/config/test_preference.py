@@ -89,6 +89,15 @@ REFUSED = {
         "algorithm.loss_type=aot",
         "algorithm.weighting=true",
     ],
+    "train.pairs_per_worker=1 does not go with loss_type aot": [
+        "algorithm.loss_type=[sigmoid, aot]",
+        "train.pairs_per_worker=1",
+    ],
+    "eval.pairs_per_worker=1 does not go with loss_type aot_unpaired": [
+        "algorithm.loss_type=aot_unpaired",
+        "eval.pairs_per_worker=1",
+        "data.eval_path=e",
+    ],
     "leaves no reference to precompute": [
         "algorithm.reference_free=true",
         "algorithm.precompute_reference=true",

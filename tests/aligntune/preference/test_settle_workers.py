@@ -56,6 +56,16 @@ def test_with_gpus_each_has_a_worker_and_a_step_its_pairs() -> None:
     assert now.model.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("loss", ["aot", "aot_unpaired", "[sigmoid, aot]"])
+def test_pairs_that_the_loss_sorts_stay_in_one_forward_pass(loss: str) -> None:
+    for gpus in (1, 4):
+        asked = config(f"algorithm.loss_type={loss}")
+        now, _ = settle_workers(asked, 1024, there=machines(1, gpus, "h100-80gb"))
+        train = now.train
+        assert (train.workers, train.pairs_per_worker, train.accumulation_steps) == (1, 8, 1)
+        assert train.resources.gpus == 1
+
+
 def test_several_workers_hold_buckets_as_large_as_the_gradients_and_a_reference_in_float32() -> (
     None
 ):
