@@ -1,5 +1,5 @@
-"""Held-out figures: means over all pairs, or all trained tokens, however rows are batched and
-shared out."""
+"""Held-out figures: means over all pairs, or all tokens that they are of, however rows are batched
+and shared out."""
 
 from __future__ import annotations
 
@@ -27,21 +27,27 @@ class HeldOut:
     _metrics: dict[str, dict[str, list[float]]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._counts: list[int] = []  # this worker's own of each batch of this evaluation
+        # This worker's own of each batch of this evaluation, by what they are.
+        self._counts: list[Mapping[str, int]] = []
         self._losses: list[float] = []  # of each batch
         super().__init__(*args, **kwargs)
 
-    def _own_part(self, inputs: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
-        """How many of a batch are this worker's own, and the batch with the figures of these."""
+    def _own_part(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+        """How many of a batch are this worker's own, by what they are, and the batch with the
+        figures of these."""
+        raise NotImplementedError
+
+    def _weighed_by(self, figure: str) -> str:
+        """What a figure of a batch is a mean over, as `_own_part` names it."""
         raise NotImplementedError
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        count, own = self._own_part(inputs)
+        counts, own = self._own_part(inputs)
         with _alone(self.accelerator):
             found = super().compute_loss(model, own, *args, **kwargs)  # type: ignore[misc]
-        self._counts.append(count)
+        self._counts.append(counts)
         self._losses.append(float(found[0] if isinstance(found, tuple) else found))
         return found
 
@@ -70,21 +76,46 @@ class HeldOut:
         """Each figure over what all workers have counted."""
         import torch
 
-        mine = [sum(self._counts), *(_part(n, v, self._counts) for n, v in figures.items())]
+        counts = {
+            name: [batch[self._weighed_by(name)] for batch in self._counts] for name in figures
+        }
+        parts = [_part(name, values, counts[name]) for name, values in figures.items()]
+        mine = [*parts, *map(sum, counts.values())]
         row = torch.tensor([mine], dtype=torch.float64, device=self.accelerator.device)
-        counts, *columns = self.accelerator.gather(row).T.tolist()  # [1 + figures][workers]
+        columns = self.accelerator.gather(row).T.tolist()  # [2 * figures][workers]
         return {
-            name: _extreme(name, parts) if name in _EXTREMES else sum(parts) / sum(counts)
-            for name, parts in zip(figures, columns, strict=True)
+            name: _extreme(name, parts) if name in _EXTREMES else sum(parts) / max(1, sum(weights))
+            for name, parts, weights in zip(
+                figures, columns[: len(figures)], columns[len(figures) :], strict=True
+            )
         }
 
 
-class HeldOutPairs(HeldOut):
-    """A figure is a mean over pairs."""
+_OF_TOKENS = {
+    "entropy": "tokens",
+    "mean_token_accuracy": "chosen tokens",
+    "logits/chosen": "chosen tokens",
+    "logits/rejected": "rejected tokens",
+}
+"""The figures of DPO that TRL takes over the tokens of a batch."""
 
-    def _own_part(self, inputs: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
+
+class HeldOutPairs(HeldOut):
+    """A figure is a mean over pairs, or over the tokens of their answers."""
+
+    def _own_part(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, int], Mapping[str, Any]]:
         own = self._own(len(inputs["input_ids"]) // 2)
-        return own, first_pairs(inputs, own)
+        part = first_pairs(inputs, own)
+        counts = {"pairs": own}
+        if "completion_mask" in part:
+            said = part["completion_mask"][:, 1:].sum(1) * (own > 0)
+            chosen, rejected = (int(side.sum()) for side in said.chunk(2))
+            counts |= {"chosen tokens": chosen, "rejected tokens": rejected}
+            counts["tokens"] = chosen + rejected
+        return counts, part
+
+    def _weighed_by(self, figure: str) -> str:
+        return _OF_TOKENS.get(figure, "pairs")
 
 
 class HeldOutTokens(HeldOut):
@@ -104,14 +135,17 @@ class HeldOutTokens(HeldOut):
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
 
-    def _own_part(self, inputs: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
+    def _own_part(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, int], Mapping[str, Any]]:
         labels = inputs["labels"].clone()
         if self._lengths is None:
             labels[self._own(len(labels)) :] = IGNORED
         else:
             own = self._own(len(self._lengths))
             labels[:, int(self._lengths[:own].sum()) :] = IGNORED
-        return int((labels[:, 1:] != IGNORED).sum()), {**inputs, "labels": labels}
+        return {"tokens": int((labels[:, 1:] != IGNORED).sum())}, {**inputs, "labels": labels}
+
+    def _weighed_by(self, figure: str) -> str:
+        return "tokens"
 
 
 def with_row_lengths(collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:

@@ -67,6 +67,12 @@ class Base:
         figures["accuracy"].append(self.accelerator.gather_for_metrics(margins.mean()).item())
         figures["min_reward"].append(chosen.min().item())
         figures["max_reward"].append(chosen.max().item())
+        said = inputs["completion_mask"][:, 1:]
+        values = inputs["input_ids"].double()[:, None] * said
+        sides = zip(values.chunk(2), said.chunk(2), ("chosen", "rejected"), strict=True)
+        for value, own, side in sides:
+            figures[f"logits/{side}"].append((value.sum() / own.sum()).item())
+        figures["entropy"].append((values.sum() / said.sum()).item())
         figures["num_tokens"] = [7]
         return chosen.mean()
 
@@ -80,10 +86,21 @@ class Trainer(HeldOutPairs, Base):
     """Both."""
 
     def see(self, values: Sequence[float]) -> None:
-        """A batch of pairs, both sides of each of one value."""
+        """A batch of pairs, both sides of each of one value, and `tokens` of either."""
         side = torch.tensor(values)
-        inputs = {"input_ids": torch.cat([side, side]), "margin": 10 * side.double()}
+        both = [tokens(value, side) for side in (0, 1) for value in values]
+        said = torch.arange(9) <= torch.tensor(both)[:, None]  # with the prompt's last token
+        inputs = {
+            "input_ids": torch.cat([side, side]),
+            "margin": 10 * side.double(),
+            "completion_mask": said.long(),
+        }
         self.compute_loss(None, inputs)
+
+
+def tokens(value: float, side: int) -> int:
+    """Of the chosen (0) or the rejected (1) answer of a pair of this value."""
+    return 1 + int(value) % (3 + 2 * side)
 
 
 def evaluated(values: Sequence[float], workers: int, batch: int) -> list[dict[str, float]]:
@@ -114,7 +131,7 @@ def evaluated(values: Sequence[float], workers: int, batch: int) -> list[dict[st
     batch=st.integers(1, 5),
 )
 @settings(max_examples=60)
-def test_each_pair_counts_once_however_they_are_shared_out(
+def test_each_pair_and_each_token_counts_once_however_they_are_shared_out(
     values: list[int], workers: int, batch: int
 ) -> None:
     for logged in evaluated(values, workers, batch):
@@ -122,6 +139,14 @@ def test_each_pair_counts_once_however_they_are_shared_out(
         assert logged["accuracy"] == pytest.approx(10 * fmean(values), abs=1e-4)
         assert (logged["min_reward"], logged["max_reward"]) == (min(values), max(values))
         assert logged["num_tokens"] == 7
+        sides = [[(value, tokens(value, side)) for value in values] for side in (0, 1)]
+        for name, of in (
+            ("logits/chosen", sides[0]),
+            ("logits/rejected", sides[1]),
+            ("entropy", sides[0] + sides[1]),
+        ):
+            wanted = sum(value * count for value, count in of) / sum(count for _, count in of)
+            assert logged[name] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_figures_of_training_stay_as_they_are_and_the_next_evaluation_starts_anew() -> None:
