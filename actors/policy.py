@@ -25,6 +25,7 @@ from actors.messages import (
     sum_rows,
 )
 from actors.models.attention import FLASH
+from actors.models.checkpoint_names import checkpoint_weights
 from actors.models.inputs import collate_rows, idle_inputs
 from actors.models.loading import load_causal_lm
 from actors.models.logprobs import (
@@ -130,16 +131,24 @@ class PolicyActor(TrainedRank):
         parts = self._strategy.gather(local)
         return torch.stack(parts).sum(0)
 
-    def export_weights(self, version: int) -> tuple[int, WeightBundle | None]:
-        """(bytes, the weights as policy `version`), on rank 0; all ranks together.
+    def export_weights(
+        self, version: int, as_checkpoint: bool = False
+    ) -> tuple[int, WeightBundle | None]:
+        """(bytes, the weights as policy `version`), on rank 0; all ranks together. They have the
+        names of transformers' model, or those of its checkpoint.
 
         Called with `num_returns=2`: the driver waits for the first and never fetches the second.
         """
-        return self._lent(version, self._strategy.full_state())
+        return self._lent(version, self._weights(as_checkpoint))
 
     def export_adapter(self, version: int) -> tuple[int, WeightBundle | None]:
         """As `export_weights`, of the LoRA adapter alone, under PEFT's names."""
         return self._lent(version, self._strategy.adapter_state())
+
+    def _weights(self, as_checkpoint: bool) -> NamedTensors:
+        weights = self._strategy.full_state()
+        model = self._strategy.model.unwrapped
+        return checkpoint_weights(model, weights) if as_checkpoint else weights
 
     def _lent(self, version: int, tensors: NamedTensors) -> tuple[int, WeightBundle | None]:
         if self._rank == 0:  # Ray copies it out before this rank is asked for anything else
@@ -150,18 +159,18 @@ class PolicyActor(TrainedRank):
         return 0, None
 
     def export_changes(
-        self, version: int, since: int | None
+        self, version: int, since: int | None, as_checkpoint: bool = False
     ) -> tuple[Exported | None, WeightBundle | WeightDelta | None]:
         """What the weights, as policy `version`, have changed since version `since`, or all of
         them; on rank 0, all ranks together.
 
-        Called with `num_returns=2` as `export_weights`.
+        Named, and called with `num_returns=2`, as `export_weights`.
         """
         if self._rank == 0:
-            made = self._exports.take(version, self._strategy.full_state(), since)
+            made = self._exports.take(version, self._weights(as_checkpoint), since)
             whole = isinstance(made, WeightBundle)
             return Exported(made.nbytes, whole, self._exports.nbytes), made
-        for _ in self._strategy.full_state():
+        for _ in self._weights(as_checkpoint):
             pass
         return None, None
 

@@ -16,6 +16,8 @@ class EngineSpec(Choice):
     """The `RolloutEngine`, as module:Class; imported by the rollout replicas alone."""
     package: ClassVar[str]
     """What it runs on, whose version is in the records."""
+    reads_checkpoints: ClassVar[bool] = False
+    """Whether it takes weights as a checkpoint has them; else as transformers' model does."""
 
     @property
     def shards(self) -> int:
@@ -34,6 +36,7 @@ class VLLMSpec(EngineSpec):
 
     implementation: ClassVar[str] = "actors.engines.vllm:VLLMEngine"
     package: ClassVar[str] = "vllm"
+    reads_checkpoints: ClassVar[bool] = True
 
     name: Literal["vllm"] = "vllm"
     tensor_parallel_size: Positive = Field(

@@ -1,9 +1,10 @@
 """One policy version's weights, as they cross from the policy to the rollout actors.
 
-A bundle is plain numpy arrays by Hugging Face parameter name, so that it goes into the object store
-once per version and every receiver on a node maps the same memory: nothing is copied by `ray.get`.
-Its arrays never change after `pack`, whatever the optimiser does to the tensors they came from;
-those of `lend` are the tensors' own memory where it can be, for who copies it out at once.
+A bundle is plain numpy arrays by name: transformers' of the parameter, or the checkpoint's where
+the receiver reads checkpoints. So it goes into the object store once per version and every receiver
+on a node maps the same memory: nothing is copied by `ray.get`. Its arrays never change after
+`pack`, whatever the optimiser does to the tensors they came from; those of `lend` are the tensors'
+own memory where it can be, for who copies it out at once.
 
 Tied weights appear once, under the name that the model's `named_parameters()` yields: the input
 embedding, so `lm_head.weight` is absent where it is tied to it. A receiver whose model ties them

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
+from actors.models.checkpoint_names import checkpoint_weights
 from actors.strategies.base import Strategy
 from actors.transfer.bundle import dtype_name
 from actors.transfer.ipc import Shared
@@ -34,7 +35,8 @@ class IpcSender:
         shares = self._strategy.rank in replicas.values()
         described: list[tuple[str, str, tuple[int, ...]]] = []
         kept = []
-        for name, tensor in self._strategy.full_state():  # all ranks gather it together
+        weights = checkpoint_weights(self._strategy.model.unwrapped, self._strategy.full_state())
+        for name, tensor in weights:  # all ranks gather it together
             described.append((name, dtype_name(tensor), tuple(tensor.shape)))
             if shares:
                 kept.append(tensor.detach().to(self._strategy.device).contiguous())

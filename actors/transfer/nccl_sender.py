@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from actors.models.checkpoint_names import checkpoint_weights
 from actors.strategies.base import Strategy
 from actors.transfer.nccl import PACKING, Meeting, check_library
 from actors.whereabouts import node_address
@@ -167,8 +168,9 @@ class NcclSender:
                 self._pairs.none_for(name, error)
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole weight on this rank's device); all ranks together."""
-        for name, tensor in self._strategy.full_state():
+        """(the checkpoint's name, whole weight on this rank's device); all ranks together."""
+        weights = checkpoint_weights(self._strategy.model.unwrapped, self._strategy.full_state())
+        for name, tensor in weights:
             yield name, tensor.to(self._strategy.device)
 
 

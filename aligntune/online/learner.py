@@ -173,7 +173,8 @@ class Learner:
 
     async def export(self, version: int) -> Any:
         """The reference to a `WeightBundle` of `version`; the driver owns the one object."""
-        _, ref = await self._exported("export_weights", version)
+        reads = self._config.rollout.engine.reads_checkpoints
+        _, ref = await self._exported("export_weights", version, reads)
         return ref
 
     async def export_adapter(self, version: int) -> Any:
@@ -184,7 +185,10 @@ class Learner:
     async def export_changes(self, version: int, since: int | None) -> tuple[Exported, Any]:
         """What changed in the weights since version `since`, or all: what rank 0 says of it, and
         the reference, which the driver owns."""
-        exported: tuple[Exported, Any] = await self._exported("export_changes", version, since)
+        reads = self._config.rollout.engine.reads_checkpoints
+        exported: tuple[Exported, Any] = await self._exported(
+            "export_changes", version, since, reads
+        )
         return exported
 
     async def send(self, sender: str, method: str, *args: Any, deadline_s: float) -> Any:

@@ -122,14 +122,19 @@ def trained_memory(work: Trained, on_gpu: bool) -> Memory:
 
 def _leaving(work: Trained) -> int:
     """Weights on a rank's GPU as they leave it: the largest one, buffers of them, or all. Shared
-    memory needs copies unless they are whole there, in model.dtype and without LoRA."""
+    memory needs copies unless they are whole there, in model.dtype and without LoRA.
+
+    A mixture's experts of a layer are two weights, and the larger one leaves in its two halves.
+    """
+    experts = 4 * work.shape.expert_parameters // (3 * work.shape.layers)  # whole, and the halves
     if work.send_buffer:
-        return _buffers(work.shape, work.dtype_bytes, work.send_buffer)
+        buffers = _buffers(work.shape, work.dtype_bytes, work.send_buffer)
+        return buffers + experts * work.dtype_bytes
     as_they_are = work.lora_rank is None and not work.kept.weights
     as_they_are = as_they_are and (work.kept.master or work.dtype_bytes == FLOAT)
     if work.shares_weights and not as_they_are:
         return work.shape.parameters * work.dtype_bytes
-    return work.shape.vocabulary * work.shape.hidden * work.dtype_bytes
+    return max(work.shape.vocabulary * work.shape.hidden, experts) * work.dtype_bytes
 
 
 def _buffers(shape: ModelShape, dtype_bytes: int, size: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AttentionInterface
 
 from actors.engines.transformers import matched_parameters
@@ -25,6 +26,7 @@ from actors.specs import LoRASpec, ModelSpec
 from actors.strategies.optimizer import learning_rate
 from actors.strategies.specs import DeepSpeedSpec, FSDPSpec, StrategySpec
 from actors.strategies.torch import TorchStrategy
+from actors.transfer.bundle import WeightBundle
 from aligntune.algorithms.grpo import GRPO
 from tests.actors.policy_cases import (
     Probe,
@@ -432,6 +434,26 @@ def test_lora_of_a_mixtures_experts_is_merged_under_the_plain_models_names(
     causal_lm("Qwen3Moe", **experts).save_pretrained(mixture)
     other = causal_lm("Qwen3Moe", seed=5, **experts)
     merges_and_stays(mixture, tmp_path, {"lora": LoRASpec(r=4, alpha=8.0)}, other)
+
+
+@pytest.mark.slow
+def test_a_mixture_leaves_for_who_reads_checkpoints_as_it_is_saved(
+    folder: Path, tmp_path: Path
+) -> None:
+    mixture = tmp_path / "mixture"
+    shutil.copytree(folder, mixture)
+    causal_lm("Mixtral", num_local_experts=4, num_experts_per_tok=2).save_pretrained(mixture)
+    actor = one_rank(mixture, {"lora": LoRASpec(r=4, alpha=8.0)})
+    actor.update(job_of_step(1))
+    actor.save_model(tmp_path / "model")
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    _, bundle = actor.export_weights(1, as_checkpoint=True)
+    _, changes = actor.export_changes(1, None, as_checkpoint=True)
+    for left in (bundle, changes):
+        assert isinstance(left, WeightBundle)
+        assert_equal(dict(left.items()), saved)
+    plain = dict(load_causal_lm(ModelSpec(name=str(mixture))).named_parameters())
+    assert weights(actor).keys() == plain.keys() != saved.keys()
 
 
 def merges_and_stays(folder: Path, tmp_path: Path, lora: dict, plain: Any) -> None:

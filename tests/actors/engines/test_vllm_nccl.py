@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from actors.engines.specs import VLLMSpec
 from actors.messages import Sampling
+from actors.models.wrapped import TrainedModel
 from actors.transfer.bundle import WeightBundle
 from actors.transfer.nccl import Broadcast
 from actors.transfer.nccl_sender import NcclSender
@@ -36,10 +37,10 @@ class Weights:
 
     rank = 0
     device = torch.device("cpu")
-    model: PreTrainedModel
+    model: TrainedModel
 
     def full_state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.model.unwrapped.named_parameters():
             yield name, parameter.detach()
 
 
@@ -60,7 +61,7 @@ def test_what_is_sent_is_what_it_samples_with_and_it_still_reads_what_lies_in_th
         await engine.start()
         stand_in(monkeypatch.setattr)  # in the process of the rank, which is this one
         weights: Any = Weights()
-        weights.model = policies[1]
+        weights.model = TrainedModel(policies[1])
         sender = NcclSender(weights)
 
         async def says(version: int) -> bool:
@@ -70,7 +71,7 @@ def test_what_is_sent_is_what_it_samples_with_and_it_still_reads_what_lies_in_th
             return list(segment.token_ids) == greedy(policies[version], prompt, TOKENS)
 
         async def send(version: int) -> dict[str, Any]:
-            weights.model = policies[version]
+            weights.model = TrainedModel(policies[version])
             sent = Broadcast(version, ("r0",), 1, sender.meet(("r0",)))
             arrival = sent.arrival("r0")
             assert arrival is not None

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from actors.models.wrapped import TrainedModel
 from actors.transfer import ipc_sender
 from actors.transfer.base import Offer
 from actors.transfer.ipc import SENDER, Ipc, Shared
@@ -28,6 +29,7 @@ class Weights:
         self.rank = rank
         self.both = both
         self.device = torch.device("cpu")
+        self.model = TrainedModel(torch.nn.Module())
 
     def full_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "embed", torch.arange(12, dtype=torch.bfloat16).view(3, 4)

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.models.wrapped import TrainedModel
 from actors.transfer import nccl, nccl_sender
 from actors.transfer.nccl import Broadcast, check_library
 from actors.transfer.nccl_sender import NcclSender, Pairs
@@ -27,6 +28,7 @@ class Weights:
     def __init__(self, rank: int = 0) -> None:
         self.rank = rank
         self.device = torch.device("cpu")
+        self.model = TrainedModel(torch.nn.Module())
         self.version = 0
         self.passes = 0
 

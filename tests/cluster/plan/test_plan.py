@@ -282,6 +282,12 @@ def test_weights_from_gpu_to_gpu_take_buffers_on_both_sides_and_shared_ones_copi
     assert leaving(**shared, **zero(2), lora_rank=8) == version
     assert leaving(**shared, **keeping(TorchSpec()), dtype_bytes=4) == 2 * largest
 
+    mixture = from_table("mistralai/Mixtral-8x7B-v0.1")
+    both = 2 * 8 * 2 * 4096 * 14336  # of all experts of a layer, in bfloat16
+    assert leaving(shape=mixture) == 2 * both
+    table = 2 * 32000 * 4096
+    assert leaving(shape=mixture, send_buffer=size) == 3 * (size + table) + 2 * both
+
 
 def test_vllm_takes_its_share_of_a_gpu_and_shards_divide_the_weights() -> None:
     step, work = work_of().step, work_of(LARGE).rollout
