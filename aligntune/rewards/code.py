@@ -39,6 +39,9 @@ def passes(text, name, space):
     except BaseException:
         return False
 space = {"__name__": "solution"}
+for module in sys.argv[1:]:
+    exec(f"from {module} import *", space)
+del sys.argv[1:]
 with open("solution.py", encoding="utf-8") as file:
     runs = passes(file.read(), "solution.py", space)
 with os.fdopen(held, encoding="utf-8") as file:
@@ -48,6 +51,18 @@ os.write(told, (word + json.dumps(verdicts)).encode())
 os._exit(0)
 """
 
+# A call of a function, or of a method of `Solution`, as APPS and TACO have it: what JSON makes of a
+# result counts (lists for tuples, keys as text), and an output may stand in a list of its own.
+CALL = """
+import json as _json
+_name, _wanted = {name!r}, _json.loads({wanted!r})
+_owner = globals().get("Solution")
+_call = getattr(_owner(), _name) if hasattr(_owner, _name) else globals()[_name]
+_got = _json.loads(_json.dumps(_call(*_json.loads({given!r}))))
+assert _got == _wanted or isinstance(_wanted, list) and [_got] == _wanted
+"""
+CALL_IMPORTS = ("typing",)  # as for signatures such as `nums: List[int]`
+
 
 @dataclass(frozen=True)
 class Tests:
@@ -55,6 +70,7 @@ class Tests:
 
     asserts: tuple[str, ...] = ()
     pairs: tuple[tuple[str, str], ...] = ()  # standard input, standard output
+    imports: tuple[str, ...] = ()  # modules whose names the program has beside the asserts
 
     def __len__(self) -> int:
         return len(self.asserts) + len(self.pairs)
@@ -79,7 +95,9 @@ async def code_passes(
     The program is the last fenced block that is tagged as Python, else the last without a tag, else
     the whole text. A row of the column holds asserts (a text, or a list), or inputs and outputs:
     [{input, output}, ...] or {inputs: [...], outputs: [...]}, also as JSON text. Outputs are
-    compared line by line without white space at line ends. Limits are of one run of a program.
+    compared line by line without white space at line ends. With `fn_name` beside them each input is
+    the arguments of a call, and the output what it returns, as in APPS and TACO. Limits are of one
+    run of a program.
 
     Raises:
         ValueError: there is no such column, or a row holds no tests.
@@ -114,7 +132,9 @@ def read_tests(value: Any, column: str) -> Tests:
         found = Tests(asserts=(value,))
     elif isinstance(value, Mapping) and {"inputs", "outputs"} <= value.keys():
         inputs, outputs = list(value["inputs"]), list(value["outputs"])
-        if len(inputs) == len(outputs):
+        if value.get("fn_name"):
+            found = _calls(str(value["fn_name"]), inputs, outputs)
+        elif len(inputs) == len(outputs):
             found = Tests(pairs=tuple(zip(map(_lines, inputs), map(_lines, outputs), strict=True)))
     elif isinstance(value, Sequence) and value:
         if all(isinstance(item, str) and item.strip() for item in value):
@@ -126,9 +146,27 @@ def read_tests(value: Any, column: str) -> Tests:
     if not found:
         raise ValueError(
             f"a row of the data has no tests in column {column!r}: asserts as text, or inputs and "
-            "outputs as [{input, output}, ...] or {inputs: [...], outputs: [...]}"
+            "outputs as [{input, output}, ...] or {inputs: [...], outputs: [...]}, with fn_name "
+            "where each input is the list of a call's arguments"
         )
     return found
+
+
+def _calls(name: str, inputs: list[Any], outputs: list[Any]) -> Tests:
+    """Calls of a function by name; none where a row has another form."""
+    asserts = []
+    try:
+        for given, wanted in zip(inputs, outputs, strict=True):
+            if isinstance(given, str):  # the arguments as JSON, one a line
+                given = [json.loads(line) for line in given.splitlines()]
+                wanted = json.loads(wanted) if isinstance(wanted, str) else wanted
+            if not isinstance(given, list | tuple):
+                return Tests()
+            said = {"given": json.dumps(given), "wanted": json.dumps(wanted)}
+            asserts.append(CALL.format(name=name, **said))
+    except (ValueError, TypeError, RecursionError):
+        return Tests()
+    return Tests(asserts=tuple(asserts), imports=CALL_IMPORTS)
 
 
 def _lines(value: Any) -> str:
@@ -147,7 +185,7 @@ async def _share(program: str, tests: Tests, limits: Limits, partial: bool) -> f
                 return 0.0
             verdicts.append(True)
     if tests.asserts:
-        verdicts += await _asserted(program, tests.asserts, limits)
+        verdicts += await _asserted(program, tests, limits)
     return sum(verdicts) / len(tests) if partial else float(all(verdicts))
 
 
@@ -157,18 +195,18 @@ def _place() -> asyncio.Semaphore:
     return _PLACES.setdefault(asyncio.get_running_loop(), places)
 
 
-async def _asserted(program: str, asserts: Sequence[str], limits: Limits) -> list[bool]:
+async def _asserted(program: str, tests: Tests, limits: Limits) -> list[bool]:
     word = secrets.token_hex(16)
     async with _place():
         ran = await run(
-            [sys.executable, "-I", "harness.py"],
+            [sys.executable, "-I", "harness.py", *tests.imports],
             files={"solution.py": program, "harness.py": HARNESS},
-            stdin=json.dumps([word, list(asserts)]).encode(),
+            stdin=json.dumps([word, list(tests.asserts)]).encode(),
             limits=limits,
         )
     said = ran.stdout.decode(errors="replace")
     if not ran.well or not said.startswith(word):
-        return [False] * len(asserts)
+        return [False] * len(tests.asserts)
     verdicts = json.loads(said.removeprefix(word))
     return [verdict is True for verdict in verdicts]
 

@@ -83,7 +83,44 @@ def test_a_program_that_ends_before_its_tests_has_not_passed_them(trick: str) ->
     assert score([trick], ASSERTS, cpu_seconds=1.0) == [0]
 
 
-@pytest.mark.parametrize("tests", ["", [], {}, {"inputs": ["1"], "outputs": []}, [1], 5, ["", "x"]])
+CALLS = {"fn_name": "add", "inputs": [[1, 2], [-1, 1]], "outputs": [3, [0]]}
+METHOD = "class Solution:\n    def add(self, a: List[int], b: int):\n        return a + b\n"
+BOTH = "def add(a, b):\n    return (a, {b: b})\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "tests", "share"),
+    [
+        (ADD, CALLS, 1),
+        (ADD, json.dumps(CALLS), 1),
+        (METHOD, CALLS, 1),
+        (ADD.replace("+", "-"), CALLS, 0),
+        ("def add(a, b):\n    return 3\n", CALLS, 0.5),
+        ("print(3)", CALLS, 0),
+        ("class Same:\n    __eq__ = lambda *_: True\ndef add(a, b):\n    return Same()", CALLS, 0),
+        (BOTH, {"fn_name": "add", "inputs": [[1, 2]], "outputs": [[1, {"2": 2}]]}, 1),
+        (BOTH, {"fn_name": "add", "inputs": [[1, 2]], "outputs": [[[1, {"2": 2}]]]}, 1),
+        ("def add(a, b):\n    return a", {**CALLS, "outputs": [[1, 2], [-1]]}, 0.5),
+        (
+            ADD,
+            {"fn_name": "add", "inputs": ['"a"\n"b"', "[1]\n[2]"], "outputs": ['"ab"', "[1, 2]"]},
+            1,
+        ),
+        (ADD, {"fn_name": "add", "inputs": [["{x}'", '"\\n']], "outputs": ["{x}'\"\\n"]}, 1),
+    ],
+)
+def test_programs_are_scored_by_what_a_function_returns_as_apps_has_it(
+    program: str, tests: Any, share: float
+) -> None:
+    assert score([program], tests, partial=True) == [share]
+
+
+@pytest.mark.parametrize(
+    "tests",
+    ["", [], {}, {"inputs": ["1"], "outputs": []}, [1], 5, ["", "x"]]
+    + [{**CALLS, "inputs": inputs} for inputs in ([], [[1, 2]], [1, 2], ["a", "b"])],
+)
 def test_a_row_without_tests_is_refused_with_the_column(tests: Any) -> None:
     with pytest.raises(ValueError, match="no tests in column 'tests'"):
         read_tests(tests, "tests")
