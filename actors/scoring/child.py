@@ -21,7 +21,7 @@ from actors.children.code import FunctionNotFound, load, traceback_tail
 from actors.children.keeper import keep
 from actors.scoring.calling import arguments, checked
 from actors.scoring.channel import failed, scored
-from actors.scoring.criteria import RewardCriterion, RewardFailed, RewardFailure
+from actors.scoring.criteria import RewardCriterion, RewardFailed, RewardFailure, Unreached
 
 CONCURRENT = 1.0  # the answer to the first message: how calls are served
 IN_TURN = 0.0
@@ -151,7 +151,9 @@ def _answer(
 def _failure(word: str, error: BaseException) -> bytes:
     if isinstance(error, RewardFailed):
         return failed(word, error.reason, error.detail)
-    return failed(word, RewardFailure.RAISED, traceback_tail(error))
+    away = isinstance(error, Unreached)
+    reason = RewardFailure.UNREACHED if away else RewardFailure.RAISED
+    return failed(word, reason, traceback_tail(error))
 
 
 async def _awaited(values: Any) -> Any:

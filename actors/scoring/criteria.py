@@ -13,6 +13,7 @@ class RewardFailure(StrEnum):
 
     IMPORT = "import"  # the function could not be imported where it runs
     RAISED = "raised"
+    UNREACHED = "unreached"  # what it asks is away, which says nothing of the group
     TIMEOUT = "timeout"
     DIED = "died"  # its process ended: os._exit, a signal, out of memory
     GARBLED = "garbled"  # what came over its process's channel is no answer to a call
@@ -20,6 +21,10 @@ class RewardFailure(StrEnum):
     NOT_A_NUMBER = "not_a_number"
     NOT_FINITE = "not_finite"
     TOO_LONG = "too_long"  # for a reward model, which never scores a part of a text
+
+
+class Unreached(RuntimeError):
+    """A function raises it where a service that it asks is away: the failure is `UNREACHED`."""
 
 
 class RewardFailed(RuntimeError):

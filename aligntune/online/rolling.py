@@ -7,23 +7,27 @@ that was alone on `rollout.max_attempts` replicas that died, or has no scores af
 
 from __future__ import annotations
 
+import asyncio
 import math
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from actors.messages import GroupSampling, Prompt, Scores
 from actors.reward import Criterion
 from actors.scoring.children import IMPORT_SECONDS
-from actors.scoring.criteria import RewardFailed
+from actors.scoring.criteria import RewardFailed, RewardFailure
 from actors.specs import RewardFunctionSpec, RewardModelSpec, RewardUrlSpec
 from actors.supervise import ReplicaSet
 from aligntune.config.online import RunConfig
-from aligntune.online.attempts import GroupFailed, Retried, again, outlive
+from aligntune.online.attempts import LONGEST_PAUSE_S, GroupFailed, Retried, again, outlive
 from aligntune.online.groups import ReadyGroup
 from aligntune.online.ledger import State
 from aligntune.online.playing import Playing
 
 QUEUE_SECONDS = 24 * 3600.0  # groups queue behind busy replicas, whose calls have deadlines
+FIRST_PAUSE_S = 1.0
+UNREACHED_SECONDS = 600.0  # a service that is away is waited for: it may load a model anew
 
 T = TypeVar("T")
 Moved = Callable[..., None]  # (State, **why): where a group is now
@@ -104,7 +108,8 @@ class Rolling:
     async def _score(
         self, prompt: Prompt, made: Sequence[Any], retried: Retried
     ) -> tuple[Scores, Any]:
-        """The scores of what was made of a prompt, and the reference to its texts."""
+        """The scores of what was made of a prompt, and the reference to its texts. Where a service
+        is away, that is no attempt: it is asked again, with growing pauses. Raises GroupFailed."""
         limit = self._config.reward.max_attempts
         deadline = scoring_deadline(self._config)
 
@@ -119,16 +124,24 @@ class Rolling:
                 company=company,
             )
 
-        for attempt in range(1, limit + 1):
+        attempts = unreached = 0
+        away_until = math.inf
+        while True:
             try:
                 scores, texts = await outlive(score, limit, retried)
+                return scores, texts
             except RewardFailed as failure:
-                if attempt == limit:
+                away = failure.reason is RewardFailure.UNREACHED
+                if away:
+                    away_until = min(away_until, time.monotonic() + UNREACHED_SECONDS)
+                else:
+                    attempts, unreached, away_until = attempts + 1, 0, math.inf
+                if attempts == limit or time.monotonic() >= away_until:
                     raise GroupFailed(str(failure)) from failure
                 retried(str(failure))
-            else:
-                return scores, texts
-        raise AssertionError("unreachable: the last attempt returns or raises")
+            if away:
+                await asyncio.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**unreached))
+                unreached += 1
 
 
 def scoring_deadline(config: RunConfig) -> float:

@@ -16,12 +16,15 @@ from weakref import WeakKeyDictionary
 
 import aiohttp
 
+from actors.scoring.criteria import Unreached
+
 T = TypeVar("T")
 
 ANSWER_BYTES = 16 * 2**20
 FIRST_PAUSE_S = 0.25  # before the second try; twice as long before each further one
 LONGEST_PAUSE_S = 30.0
 _AGAIN = frozenset((408, 425, 429, 500, 502, 503, 504))  # what another try may mend
+_AWAY = frozenset((425, 429, 502, 503, 504))  # of these, what says nothing of what was asked
 
 _PLACES: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Semaphore]]
 _PLACES = WeakKeyDictionary()
@@ -31,12 +34,17 @@ class NoAnswer(RuntimeError):
     """The service gave no scores; the message says what it did."""
 
 
-class TryAgain(NoAnswer):
-    """Another try may mend it, after `pause_s` where the service says so."""
+class Away(NoAnswer, Unreached):
+    """No connection, or the service or what stands before it says that it is busy or down."""
 
-    def __init__(self, text: str, pause_s: float | None = None) -> None:
+
+class TryAgain(NoAnswer):
+    """Another try may mend it, after `pause_s` where the service says so; `away` as in `Away`."""
+
+    def __init__(self, text: str, pause_s: float | None = None, away: bool = False) -> None:
         super().__init__(text)
         self.pause_s = pause_s
+        self.away = away
 
 
 async def ask(
@@ -55,20 +63,22 @@ async def ask(
     process to this `url` run at once. `read` may raise NoAnswer, or TryAgain.
 
     Raises:
+        Away: no connection after all retries, or one of 425, 429, 502, 503, 504.
         NoAnswer: no answer in time after all retries, a refusal, or an answer of another form.
     """
     body = _body(message)
     headers = {"Content-Type": "application/json", **_authorised(token_env)}
     places = _PLACES.setdefault(asyncio.get_running_loop(), {})
     place = places.setdefault(url, asyncio.Semaphore(concurrency))
-    timeout = aiohttp.ClientTimeout(total=request_timeout_s)
+    timeout = aiohttp.ClientTimeout(total=request_timeout_s, sock_connect=request_timeout_s / 2)
     for tried in range(retries + 1):
         try:
             async with place, aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
                 return read(await _answer(session, url, body))
         except TryAgain as error:
             if tried == retries:
-                raise NoAnswer(f"{url}: {error}, in {tried + 1} tries") from error
+                kind = Away if error.away else NoAnswer
+                raise kind(f"{url}: {error}, in {tried + 1} tries") from error
             pause = error.pause_s or FIRST_PAUSE_S * 2**tried * random.uniform(0.5, 1.5)
             await asyncio.sleep(min(pause, LONGEST_PAUSE_S))
         except NoAnswer as error:
@@ -83,7 +93,8 @@ async def _answer(session: aiohttp.ClientSession, url: str, body: bytes) -> byte
             if response.status in _AGAIN:
                 wait = response.headers.get("Retry-After", "")
                 pause = float(wait) if wait.isascii() and wait.isdigit() else None
-                raise TryAgain(f"it answered {response.status}", pause)
+                away = response.status in _AWAY
+                raise TryAgain(f"it answered {response.status}", pause, away)
             if response.status != 200:
                 raise NoAnswer(f"it answered {response.status} {response.reason}")
             answer = b""
@@ -92,10 +103,13 @@ async def _answer(session: aiohttp.ClientSession, url: str, body: bytes) -> byte
                 if len(answer) > ANSWER_BYTES:
                     raise NoAnswer(f"its answer has more than {ANSWER_BYTES} bytes")
             return answer
+    except aiohttp.ConnectionTimeoutError as error:
+        raise TryAgain("no connection in time", away=True) from error
     except TimeoutError as error:
         raise TryAgain("no answer in time") from error
     except (aiohttp.ClientError, OSError) as error:
-        raise TryAgain(" ".join(str(error).split()) or type(error).__name__) from error
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise TryAgain(text, away=isinstance(error, aiohttp.ClientConnectorError)) from error
 
 
 def _body(message: Mapping[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from actors.scoring.criteria import RewardFailed, RewardFailure
 from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet, RoleExhausted
 from aligntune.errors import RunFailed
+from aligntune.online import rolling
 from aligntune.online.attempts import GroupFailed, again
 from aligntune.online.ledger import audit
 from tests.actors.stand_in_actors import Actor
@@ -126,6 +127,69 @@ def test_arrays_that_are_lost_say_nothing_of_their_group() -> None:
     heard: list[str] = []
     assert asyncio.run(again(make, 1, heard.append)) == "made"
     assert len(heard) == 6
+
+
+class Replicas:
+    """Rolls out at once; scores once nothing more of `failures` is left."""
+
+    def __init__(self, *failures: RewardFailure) -> None:
+        self.failures = list(failures)
+
+    async def call(self, method: str, *_: Any, **options: Any) -> tuple[Any, ...]:
+        if method == "score" and self.failures:
+            raise RewardFailed("judge", self.failures.pop(0), "why")
+        return ("scores", "texts") if method == "score" else ("record", "tensors")
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    taken: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        taken.append(seconds)
+
+    monkeypatch.setattr(rolling.asyncio, "sleep", sleep)
+    return taken
+
+
+def rolled(world: World, attempts: int, *failures: RewardFailure) -> tuple[Any, list[str]]:
+    world.configure(reward={"max_attempts": attempts})
+    both: Any = Replicas(*failures)
+    heard: list[str] = []
+    asked: Any = "prompt"
+    made = rolling.Rolling(world.config, both, both).roll_and_score(
+        asked, asked, None, heard.append
+    )
+    return asyncio.run(made).scores, heard
+
+
+def test_a_service_that_is_away_is_waited_for_and_costs_no_attempt(
+    world: World, pauses: list[float]
+) -> None:
+    scores, heard = rolled(world, 1, *[RewardFailure.UNREACHED] * 7)
+    assert scores == "scores"
+    assert pauses == [1, 2, 4, 8, 16, 30, 30]
+    assert len(heard) == 7
+    assert "unreached" in heard[0]
+
+
+@pytest.mark.parametrize("away", [0, 1, 3])
+def test_what_a_service_says_once_it_is_there_again_counts(
+    world: World, pauses: list[float], away: int
+) -> None:
+    unreached = [RewardFailure.UNREACHED] * away
+    bad = [*unreached, RewardFailure.RAISED, *unreached, RewardFailure.RAISED]
+    assert rolled(world, 3, *bad)[0] == "scores"
+    with pytest.raises(GroupFailed, match="raised"):
+        rolled(world, 2, *bad)
+
+
+def test_a_service_that_stays_away_fails_its_group_in_the_end(
+    world: World, pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rolling, "UNREACHED_SECONDS", 0.0)
+    with pytest.raises(GroupFailed, match="unreached"):
+        rolled(world, 3, RewardFailure.UNREACHED)
 
 
 def test_groups_that_are_lost_never_end_a_run_as_bad_prompts_do(world: World) -> None:
