@@ -328,6 +328,9 @@ def _wrapped(
     written = [scratch] if log is None else [scratch, log]
     size = [] if most is None else ["--size", str(most)]
     closed = ["/dev", "/var/tmp", *hidden]
+    # Root may write there, for the whole machine. For others nothing is put over a part of /proc:
+    # the kernel would let none of them mount another one inside.
+    kernel = ["--ro-bind-try", "/proc/sys", "/proc/sys"] if os.geteuid() == 0 else []
     return [
         program,
         "--unshare-all",
@@ -339,7 +342,7 @@ def _wrapped(
         "--dev", "/dev",
         *size, "--tmpfs", "/dev/shm",
         "--proc", "/proc",
-        "--ro-bind-try", "/proc/sys", "/proc/sys",  # of the whole machine, where root may write
+        *kernel,
         *size, "--tmpfs", "/tmp",
         "--tmpfs", "/var/tmp",
         *(part for place in hidden for part in ("--tmpfs", place)),

@@ -224,6 +224,16 @@ print(os.access("/proc/sys/vm/swappiness", os.W_OK))
     assert set(eval(listed)) <= prefixes
 
 
+@pytest.mark.parametrize("user", [0, 1000])
+def test_a_part_of_proc_is_covered_for_root_alone(
+    user: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Over a /proc with covered parts nobody but root may mount another, as episodes need."""
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    command = sandbox._wrapped("bwrap", str(tmp_path))
+    assert ("/proc/sys" in command) == (user == 0)
+
+
 def test_required_without_bubblewrap_is_refused_and_auto_says_what_is_in_force(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
