@@ -136,6 +136,7 @@ class ModelScorer:
         self._tokenizer: Any = None
         self._limit = 0  # tokens of one text; 0: nothing bounds them
         self._cure = ""  # of a text that is over it
+        self._padding: int | None = None  # the model's own; a tokenizer's may end each text
         self._turn = asyncio.Lock()
         self._running: asyncio.Future[list[float]] | None = None
 
@@ -196,9 +197,10 @@ class ModelScorer:
 
         self._tokenizer = load_tokenizer(self._criterion.model, writes=False)
         model = load_reward_model(self._criterion.model, self._criterion.label)
-        # The model finds a text's last token by this id; TRL sets the same when it trains one.
-        model.config.pad_token_id = self._tokenizer.pad_token_id
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        config = model.config.get_text_config()
+        padding, vocabulary = config.pad_token_id, config.vocab_size
+        self._padding = padding if padding in range(vocabulary) else None  # also -1, of old configs
+        positions = getattr(config, "max_position_embeddings", None)
         self._limit = self._criterion.max_tokens or positions or 0
         self._cure = f"max_tokens is {self._limit}; raise it if the model can read more, or"
         table = positions_in_table(model)
@@ -262,15 +264,21 @@ class ModelScorer:
 
         from actors.models.reward import score_of
 
-        # Padding is on the right, where no earlier token sees it.
-        batch = self._tokenizer.pad(
-            {"input_ids": rows}, padding_side="right", return_tensors="pt"
-        ).to(self._model.device)
+        criterion, config = self._criterion, self._model.config
+        # Padding is on the right, where no earlier token sees it. A decoder's score is that of the
+        # last token which is not the padding's in its config.
+        pad = self._padding
+        if pad is None:  # of a single text it is the last token's: no text here ends with this id
+            pad = min(set(range(len(rows) + 1)) - {row[-1] for row in rows if row})
+            config.get_text_config().pad_token_id = pad
+        width = max(map(len, rows))
+        ids = [row + [pad] * (width - len(row)) for row in rows]
+        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
         with torch.no_grad():
             logits = self._model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+                input_ids=torch.tensor(ids, device=self._model.device),
+                attention_mask=torch.tensor(mask, device=self._model.device),
             ).logits
-        criterion, config = self._criterion, self._model.config
         scored = score_of(logits.float(), config, criterion.label, criterion.output)
         scores: list[float] = scored.cpu().tolist()
         return scores

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from actors.messages import Prompt
 from actors.models.loading import ModelError, load_tokenizer
@@ -100,6 +101,36 @@ class TestScoring:
             assert score(criterion(batch_size=size), "1+1", *texts) == pytest.approx(
                 expected, abs=1e-5
             )
+        assert len(set(expected)) == len(texts)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("padding", [None, -1, 7, "eos"])
+    def test_a_text_is_read_to_the_token_that_the_model_s_own_padding_leaves_last(
+        self, tiny_model: Path, tmp_path: Path, padding: int | str | None
+    ) -> None:
+        """Where a tokenizer has no padding its end stands for it, and ends each text too."""
+        tokenizer = load_tokenizer(ModelSpec(name=str(tiny_model)))
+        tokenizer.pad_token = None
+        tokenizer.save_pretrained(tmp_path)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_labels=1,
+            pad_token_id=tokenizer.eos_token_id if padding == "eos" else padding,
+        )
+        torch.manual_seed(0)
+        LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+        spec = ModelSpec(name=str(tmp_path))
+        model, texts = load_reward_model(spec), ("2", "31", "", "12345678")
+        expected = [
+            model(torch.tensor([ids])).logits[0, 0].item()
+            for ids in scored_ids(load_tokenizer(spec), [("1+1", text) for text in texts], True)
+        ]
+        given = RewardModelCriterion("rm", spec, batch_size=3, timeout_s=60.0)
+        assert score(given, "1+1", *texts) == pytest.approx(expected, abs=1e-5)
         assert len(set(expected)) == len(texts)
 
     def test_a_text_over_the_limit_is_refused_and_never_cut(
