@@ -43,7 +43,7 @@ from aligntune.online.first_prompt import try_rewards
 from aligntune.online.settle import settle_data
 from aligntune.online.settle_resources import settle_resources
 from aligntune.rewards.registry import check_columns, check_names, from_callable, resolve_all
-from aligntune.runs.rundir import RunDir
+from aligntune.runs.rundir import RunDir, run_of
 from aligntune.tracking.metrics import EventKind
 
 
@@ -58,11 +58,12 @@ class RunInputs:
     ) -> None:
         """`functions` are reward callables by criterion name, for those without an import path;
         `objects` are tools, environments and the agent by their path in the config."""
-        self.config = config  # settled once `settle` was called
+        self.config = self._given = config  # settled once `settle` was called
         self.data = ReadData(config.data)
         self.functions = dict(functions)
         self.objects = dict(objects or {})
         self._decisions: tuple[Decision, ...] | None = None
+        self._start: str | None = None  # for which they are settled: auto, or a checkpoint folder
         self._notes: list[str] = []  # on the tools
         self._tried: list[str] | None = None
 
@@ -77,12 +78,23 @@ class RunInputs:
             raise UserError(f"model.name: {error}") from error
         _ = self.data.training, self.data.held_out
 
+    def of_start(self, resume: str) -> RunInputs:
+        """These inputs where they may be settled for a start with `resume`; where they are settled
+        for another one, new ones of the same data."""
+        if self._start in (None, _start(resume)):
+            return self
+        anew = RunInputs(self._given, self.functions, self.objects)
+        of_all = {"data", "tokenizer", "_rows"}  # nothing of them is settled
+        vars(anew).update({name: read for name, read in vars(self).items() if name in of_all})
+        return anew
+
     def settle(self, resume: str = "auto") -> tuple[Decision, ...]:
         """Fill in what the config leaves open, the first time; returns what was decided.
 
         A run that goes on keeps the values it has. Raises UserError.
         """
         if self._decisions is None:
+            self._start = _start(resume)
             if self.config.rewards:
                 self._resolve()  # wrong names are told before data are read
             asks_data = not self.config.rewards or self.config.rollout.max_prompt_length is None
@@ -280,10 +292,14 @@ class RunInputs:
         return min((positions for positions in found if positions is not None), default=None)
 
 
+def _start(resume: str) -> str:
+    """What a start keeps the values of: `never` differs from `auto` in what it refuses alone."""
+    return "auto" if resume == "never" else resume
+
+
 def _recorded(config: RunConfig, resume: str) -> dict[str, Any] | None:
     """The config tree of the run that is to go on, or None."""
     here = RunDir(Path(config.output_dir))
     if here.trained or resume in ("auto", "never"):
         return here.previous() if here.trained else None
-    checkpoint = Path(resume).resolve()  # RUN/checkpoints/step-N, of whatever run
-    return RunDir(checkpoint.parent.parent).previous()
+    return run_of(Path(resume))

@@ -15,19 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from aligntune.algorithms.base import Algorithm
+from aligntune.config.auto import tree_of
 from aligntune.config.online import RunConfig
 from aligntune.errors import RunFailed, UserError
 from aligntune.online.learner import Learner, PolicyLost
 from aligntune.online.ledger import LedgerLog
 from aligntune.online.recorder import OnlineRecorder
 from aligntune.runs.best import best_of
-from aligntune.runs.checkpoint import Checkpoint, Checkpoints
+from aligntune.runs.checkpoint import RUN, Checkpoint, Checkpoints
 from aligntune.runs.copies import Copies
 from aligntune.runs.deadline import asked
 from aligntune.runs.mirror import Mirror
 from aligntune.runs.modes import as_usual
 from aligntune.runs.publish import write_card_of
-from aligntune.runs.rundir import RunDir, identity
+from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
 
 Stands = Callable[[int], Awaitable[bool]]  # (step): whether its checkpoint may be complete
@@ -61,7 +62,7 @@ class Keeper:
         self._learner = learner
         self._log = log
         self._fingerprint = fingerprint
-        self._identity = identity(config)
+        self._config = tree_of(config)
         self._checkpoints = checkpoints
         self._recorder = recorder
         self._rundir = Path(config.output_dir).absolute()
@@ -157,7 +158,7 @@ class Keeper:
             "ledger": boundary.ledger,
             "algorithm": boundary.algorithm.model_dump(mode="json"),
             "prompts": self._fingerprint,
-            "run": self._identity,
+            RUN: self._config,
         }
         commit = self._commit(state, staging, stands)
         self._committing = asyncio.create_task(commit, name="commit")

@@ -7,7 +7,7 @@ to it. What was damaged is passed over, and said.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
@@ -16,7 +16,7 @@ from aligntune.runs.checkpoint import Checkpoint, Checkpoints
 from aligntune.runs.ended import too_few_steps
 from aligntune.runs.jsonl import readable
 from aligntune.runs.mirror import Mirror
-from aligntune.runs.rundir import RunDir, changes
+from aligntune.runs.rundir import RunDir, changes, run_of
 from aligntune.tracking.metrics import EventKind
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def starting_point(
     damaged += checkpoints.damaged()
     checkpoint = rundir.start_from(checkpoints, resume)
     if checkpoint and checkpoints.is_from_elsewhere(checkpoint):
-        _check_same(checkpoint, config, f"--resume {resume}")
+        rundir.changed = _changed_since(checkpoint, config, f"--resume {resume}")
     if checkpoint and checkpoint.step > total_steps:
         raise too_few_steps(config.train.steps, total_steps, checkpoint.step)
     if checkpoint and checkpoint.state["prompts"] != fingerprint:
@@ -81,18 +81,18 @@ def starting_point(
     return Start(checkpoint, tuple(damaged))
 
 
-def _check_same(checkpoint: Checkpoint, config: RunConfig, where: str) -> None:
-    """Whether the run that made it, in another folder, could go on with `config`. Raises
-    UserError."""
-    run = checkpoint.state.get("run")
-    if run is None:  # an older version wrote it
-        run = RunDir(checkpoint.path.resolve().parent.parent).previous()
+def _changed_since(
+    checkpoint: Checkpoint, config: RunConfig, where: str
+) -> dict[str, tuple[Any, Any]]:
+    """What differs between the run that made it, in another folder, and this one, as `changes`
+    has it. Raises UserError where that run could not go on with `config`."""
+    run = run_of(checkpoint.path)
     if run is None:
         raise UserError(
             f"{where} does not say what run it is of; leave it in the checkpoints/ of that run, "
             "with its config.yaml beside them"
         )
-    changes(run, config, where)
+    return changes(run, config, where)
 
 
 def begin_from(

@@ -106,6 +106,7 @@ class OnlineTrainer:
         """Everything that can be checked without starting Ray. Raises UserError."""
         rundir = RunDir(Path(self.config.output_dir).absolute())
         rundir.check_place()
+        self._begin(resume)
         self.inputs.check_places()
         if not rundir.trained:  # one that goes on has its rows already
             self.inputs.data.check_apart()
@@ -130,15 +131,25 @@ class OnlineTrainer:
         _ = self.criteria, self.inputs.code, self.prompts, self.eval_prompts
         return rundir
 
-    def settle(self, resume: str = "auto") -> None:
-        """Decide, the first time, what the config leaves open of what the roles take, by the
-        machines that there are; connects to the cluster that the config names, if it names one.
+    def settle(self, resume: str | None = None) -> None:
+        """Decide, the first time for each start, what the config leaves open of what the roles
+        take, by the machines that there are; connects to the cluster that the config names, if it
+        names one. `resume` is as in `train`; None is for work without a start, on what is settled.
         Raises UserError."""
+        if resume is not None:
+            self._begin(resume)
         if self._settled:
             return
         mirror = self._mirror(RunDir(Path(self.config.output_dir).absolute()))
-        self.inputs.settle_resources(resume, mirror.config() if mirror else None)
+        self.inputs.settle_resources(resume or "auto", mirror.config() if mirror else None)
         self._settled = True
+
+    def _begin(self, resume: str) -> None:
+        """Forget what was settled for another start than that with `resume`."""
+        inputs = self.inputs.of_start(resume)
+        if inputs is not self.inputs:
+            self.inputs, self._settled = inputs, False
+            vars(self).pop("eval_prompts", None)
 
     def summary(self, resume: str = "auto") -> str:
         """What `train(resume)` would do: data, steps, what was decided and what the roles ask for,

@@ -56,8 +56,9 @@ class JobStorage:
         filesystem, path = Store(self._root).place
         return {"storage_path": path, "storage_filesystem": filesystem, "name": FOLDER}
 
-    def check(self, config: BaseModel, resume: str, fresh: bool) -> None:
-        """Whether the storage answers and is this run's; reads only.
+    def check(self, config: BaseModel, resume: str, fresh: bool) -> dict[str, tuple[Any, Any]]:
+        """Whether the storage answers and is this run's; reads only. Returns what has changed since
+        the run that is there, as `changes` does.
 
         `fresh` says that the run directory knows of no run: what is in the storage must then say
         that it is this run, which has lost its run directory.
@@ -67,7 +68,7 @@ class JobStorage:
                 any run's under resume=never.
         """
         if self._uri is None:
-            return
+            return {}
         if self._uri.startswith("file://") and not self._uri.startswith("file:///"):
             raise UserError(
                 f"checkpoint.storage {self._uri} cannot be used: the path of a file URI is "
@@ -75,7 +76,7 @@ class JobStorage:
             )
         names = answered(self._uri, self.names)
         if not names:
-            return
+            return {}
         if fresh and resume == "never":
             raise UserError(
                 f"checkpoint.storage {self._uri} holds a run and resume=never; name another "
@@ -83,13 +84,14 @@ class JobStorage:
             )
         known = self.config()
         if known is not None:
-            changes(known, config, f"checkpoint.storage {self._uri}")
-        elif fresh:
+            return changes(known, config, f"checkpoint.storage {self._uri}")
+        if fresh:
             raise UserError(
                 f"checkpoint.storage {self._uri} holds checkpoints of a run that is not known "
                 f"({', '.join(names)}), and this would go on with them; name a folder of this "
                 "run's own"
             )
+        return {}
 
     def check_left(self, reached: int) -> None:
         """Whether a run that had its checkpoints here may go on elsewhere, from step `reached`.

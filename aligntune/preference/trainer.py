@@ -186,6 +186,8 @@ class PreferenceTrainer:
         self.settle(resume)
         rundir.check(self.config, resume)
         storage = self._storage(rundir)
+        if not rundir.trained:  # then it may go on from its storage
+            rundir.changed = storage.check(self.config, resume, fresh=True) or rundir.changed
         if resume == "auto" and is_over(rundir, self.total_steps):
             return PreferenceResult(
                 steps=self.total_steps,

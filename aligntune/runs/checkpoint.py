@@ -24,6 +24,8 @@ MANIFEST = "manifest.json"
 STATE = "controller.json"
 POLICY = "policy"
 CRITIC = "critic"
+RUN = "config"
+"""What `STATE` calls the config tree of the run that wrote it."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,11 @@ def _manifest(folder: Path) -> dict[str, dict[str, int]] | None:
         if not part.is_file() or part.stat().st_size != entry["size"]:
             return None
     return files
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """What the controller kept in a checkpoint; nothing where that cannot be read."""
+    return _json(folder / STATE)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -237,7 +244,7 @@ class Checkpoints:
                 return None
         except OSError:  # the disk does not give it back
             return None
-        state = _json(folder / STATE)
+        state = state_of(folder)
         step = state.get("step")
         return Checkpoint(step, folder, state) if isinstance(step, int) else None
 

@@ -24,7 +24,7 @@ from aligntune.config.auto import AUTO, settings_of_machines, tree_of
 from aligntune.config.defaults import other_than_default
 from aligntune.config.tree import dump, tree_of_a_run
 from aligntune.errors import UserError
-from aligntune.runs.checkpoint import Checkpoint, Checkpoints
+from aligntune.runs.checkpoint import RUN, Checkpoint, Checkpoints, state_of
 from aligntune.runs.disk import write_atomically
 from aligntune.runs.jsonl import readable
 
@@ -125,9 +125,16 @@ def changes(old: dict[str, Any], config: BaseModel, where: str) -> dict[str, tup
     return changed
 
 
-def identity(config: BaseModel) -> dict[str, Any]:
-    """What makes a run the same run: {dotted path: value}, which `changes` takes as a tree."""
-    return {path: value for path, value in flatten(tree_of(config)).items() if _of_identity(path)}
+def run_of(checkpoint: Path) -> dict[str, Any] | None:
+    """The config tree of the run that wrote the checkpoint in a folder: what stands in it, which
+    goes with a copy, or the config.yaml of the run that it lies in; None where neither is there.
+
+    Raises UserError where that config.yaml is damaged.
+    """
+    kept = state_of(checkpoint).get(RUN)
+    if isinstance(kept, dict):
+        return kept
+    return RunDir(checkpoint.resolve().parent.parent).previous()  # RUN/checkpoints/step-N
 
 
 def _of_identity(path: str) -> bool:

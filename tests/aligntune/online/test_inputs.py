@@ -19,6 +19,7 @@ from actors.messages import Prompt
 from actors.scoring.criteria import RewardCriterion
 from actors.specs import RewardFunctionSpec
 from aligntune import create_rl_trainer
+from aligntune.config.auto import tree_of
 from aligntune.config.load import load_config
 from aligntune.config.tree import dump
 from aligntune.errors import UserError
@@ -31,6 +32,7 @@ from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
 from cluster.machines import Machines
 from cluster.resources import described
+from tests.aligntune.online.test_starting import save
 
 
 @pytest.fixture
@@ -222,6 +224,31 @@ def test_a_run_that_goes_on_is_the_same_run_with_the_values_it_had(
     assert again.config == settled
     assert rundir.changed == {}
     assert "as the run in output_dir has it" in again.summary()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_was_copied_alone_keeps_what_its_run_had_whatever_was_settled_before(
+    make: Any, tmp_path: Path
+) -> None:
+    first = make("grpo")
+    first.check()
+    had = ["model.dtype=bfloat16", "rollout.max_prompt_length=20"]
+    short = "rollout.max_completion_length=8"
+    settled = load_config(json.loads(first.config.model_dump_json()), [*had, short])
+    made = save(tmp_path / "other", 1, config=tree_of(settled))
+    alone = shutil.copytree(made.path, tmp_path / "alone")
+    fresh = first.summary()
+    assert "settled: model.dtype=float32: no GPU computes here" in fresh
+    assert first.eval_prompts == []
+    summary = first.summary(str(alone))
+    for setting in (*had, short):
+        assert f"settled: {setting}: as the run" in summary
+    assert first.config.rollout.max_length == settled.rollout.max_length == 28
+    first.check(str(alone))
+    assert first.config.model.dtype == "bfloat16"
+    first.settle()  # for no start of its own
+    assert first.config.model.dtype == "bfloat16"
+    assert first.summary("never") == fresh
 
 
 OWN = """

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 
 from aligntune import create_rl_trainer
+from aligntune.config.auto import tree_of
 from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
 from aligntune.online.ledger import Ledger, audit
 from aligntune.online.starting import Start, begin_from, starting_point
 from aligntune.online.trainer import OnlineTrainer
-from aligntune.runs.checkpoint import Checkpoint, Checkpoints
+from aligntune.runs.checkpoint import RUN, Checkpoint, Checkpoints
 from aligntune.runs.mirror import Mirror
-from aligntune.runs.rundir import RunDir, identity
+from aligntune.runs.rundir import RunDir, run_of
 from tests.aligntune.online.test_settle_resources import config
 from tests.aligntune.online.world import World, ahead
 
@@ -27,7 +28,7 @@ def save(folder: Path, step: int, **state: Any) -> Checkpoint:
     """A checkpoint of `step` of a run in `folder`, of `config()`'s kind."""
     checkpoints = Checkpoints(folder / "checkpoints", 2)
     checkpoints.begin(step)
-    kept = {"prompts": "f", "ledger": Ledger.beginning(), "run": identity(config())}
+    kept = {"prompts": "f", "ledger": Ledger.beginning(), RUN: tree_of(config())}
     return checkpoints.commit(step, {"step": step, **kept, **state})
 
 
@@ -87,7 +88,7 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused_and_nothing_is_changed(
 ) -> None:
     other, run = tmp_path / "other", tmp_path / "run"
     run.mkdir()
-    state = {} if version == "this" else {"run": None}
+    state = {} if version == "this" else {RUN: None}
     chosen = str(save(other, 5, **state).path)
     if version != "this":
         with pytest.raises(UserError, match="does not say what run it is of; leave it in the"):
@@ -114,9 +115,23 @@ def test_a_checkpoint_that_was_copied_alone_says_what_run_made_it(
     made = Checkpoints(world.folder / "checkpoints", 2).latest()
     assert made is not None
     alone = shutil.copytree(made.path, tmp_path / "alone")
+    assert run_of(alone) == tree_of(world.config)
     world.configure(train={**ahead(0), "seed": 5})
     with pytest.raises(UserError, match=r"holds another run: train\.seed was 0 there and is 5"):
         start(world.config, tmp_path / "new", tmp_path / "bucket", str(alone))
+
+
+def test_a_run_tells_what_changed_since_the_run_whose_checkpoint_it_begins_with(
+    tmp_path: Path,
+) -> None:
+    chosen = save(tmp_path / "other", 5)
+    rundir, checkpoints = RunDir(tmp_path / "run"), Checkpoints(tmp_path / "run" / "checkpoints", 2)
+    now = config("policy.learning_rate=1e-3", output_dir=str(rundir.path))
+    starting_point(now, rundir, checkpoints, None, str(chosen.path), 20, "f")
+    assert rundir.changed == {
+        "output_dir": ("o", str(rundir.path)),
+        "policy.learning_rate": (config().policy.learning_rate, 1e-3),
+    }
 
 
 def test_where_the_storage_does_not_take_it_a_run_that_goes_back_is_refused(
@@ -178,8 +193,8 @@ def test_neither_does_one_of_a_run_that_begins_with_a_checkpoint_of_another(
     trainer = refused()
     trainer.check()
     other = tmp_path / "other"
-    run = identity(trainer.config)
-    chosen = save(other, 1, prompts=trainer.prompts.fingerprint, run=run)
+    run = tree_of(trainer.config)
+    chosen = save(other, 1, prompts=trainer.prompts.fingerprint, config=run)
     for _ in range(2):
         with pytest.raises(UserError, match="odd"):
             refused().train(str(chosen.path))

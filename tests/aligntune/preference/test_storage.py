@@ -102,7 +102,9 @@ def test_a_run_that_lost_its_directory_goes_on_from_its_storage_and_another_does
 ) -> None:
     shared.describe(config(), "d1")
     assert (tmp_path / "shared" / CONFIG).is_file()
-    shared.check(config("train.learning_rate=1e-5", "output_dir=elsewhere"), "auto", fresh=True)
+    now = config("train.learning_rate=1e-5", "output_dir=elsewhere")
+    changed = shared.check(now, "auto", fresh=True)
+    assert changed.keys() == {"train.learning_rate", "output_dir"}
     assert shared.newest_step() == 10
     with pytest.raises(UserError, match=r"holds another run: train\.seed was 0 there"):
         shared.check(config("train.seed=1"), "auto", fresh=True)
