@@ -111,9 +111,9 @@ class Recorder:
             for file in (*self._steps, self._events):
                 ending.callback(file.close)
             ending.callback(self._writer.close)
+            ending.callback(self._progress.close)  # a terminal may hold it up for hours
             for view in reversed(self._views):
                 ending.callback(view.close, ended)
-            ending.callback(self._progress.close)
             self._report()
 
     def _report(self) -> None:

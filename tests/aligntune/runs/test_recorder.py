@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +14,7 @@ from aligntune.online.recorder import OnlineRecorder
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
+from tests.aligntune.tracking.test_output import HeldUp
 
 
 @pytest.fixture
@@ -123,3 +126,21 @@ def test_an_evaluation_shows_each_criterion_and_what_the_model_said(
         "  asked  1+1=",
         "  1.000  2",
     ]
+
+
+def test_trackers_hear_of_the_end_before_a_terminal_that_is_held_up_has_taken_all(
+    rundir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, told = HeldUp(terminal=False), []
+
+    def close(ended: str) -> None:
+        told.append((ended, stream.getvalue()))
+        stream.free.set()
+
+    monkeypatch.setattr(sys, "stdout", stream)
+    view = SimpleNamespace(close=close)
+    monkeypatch.setattr("aligntune.runs.recorder.open_views", lambda *_: [view])
+    with recorded(rundir) as recorder:
+        recorder.note("the run is done")
+    assert told == [("finished", "")]
+    assert stream.getvalue() == "the run is done\n"
