@@ -36,6 +36,7 @@ class Dropped:
     examples: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # where and what
     cut: int = 0  # rows that are used, but not whole
     folded: int = 0  # rows that repeat the prompt of an earlier one
+    repeating: int = 0  # rows whose answers began with the prompt, which is left out there
 
     @property
     def count(self) -> int:
@@ -60,6 +61,12 @@ class Dropped:
                 f"{self.folded} of {self.rows} rows repeat an earlier prompt and are folded into "
                 "it; the columns are those of the first"
             )
+        if self.repeating:
+            told.append(
+                f"{self.repeating} of {self.rows} rows begin their answers with the prompt, as "
+                "most rows of their source do: what follows it is the answer. Where the prompt "
+                "belongs to the answers, give these as messages"
+            )
         return told
 
     def event(self) -> dict[str, Any]:
@@ -70,13 +77,21 @@ class Dropped:
             "examples": {reason: list(shown) for reason, shown in self.examples.items()},
             "cut": self.cut,
             "folded": self.folded,
+            "repeating": self.repeating,
         }
 
 
 def settle_rows(
-    rows: Rows, wrong: Mapping[int, DataError], rules: RowRules, *, cut: int = 0, folded: int = 0
+    rows: Rows,
+    wrong: Mapping[int, DataError],
+    rules: RowRules,
+    *,
+    cut: int = 0,
+    folded: int = 0,
+    repeating: int = 0,
 ) -> Dropped:
-    """What becomes of the rows in `wrong`, which say why they cannot be used.
+    """What becomes of the rows in `wrong`, which say why they cannot be used. The other numbers are
+    those of `Dropped`.
 
     Raises:
         DataError: a row of a kind that the rules refuse, or more rows than may be dropped.
@@ -98,9 +113,8 @@ def settle_rows(
         if len(shown) < EXAMPLES:
             text = f"{rows.where(row)}: {why}"
             shown.append(text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}...")
-    dropped = Dropped(
-        len(rows), counts, {name: tuple(shown) for name, shown in kinds.items()}, cut, folded
-    )
+    examples = {name: tuple(shown) for name, shown in kinds.items()}
+    dropped = Dropped(len(rows), counts, examples, cut, folded, repeating)
     if dropped.count == len(rows) or dropped.count > rules.max_dropped_fraction * len(rows):
         raise DataError(_too_many(rows, dropped, rules, ordered))
     return dropped

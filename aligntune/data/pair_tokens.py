@@ -36,6 +36,7 @@ class TokenisedPairs:
     rows: Rows
     sides: dict[int, dict[str, np.ndarray]]  # by row: what RowTokens.columns has of a pair, int32
     wrong: dict[int, DataError]
+    repeating: int  # as in `Dropped`
 
     @property
     def lengths(self) -> dict[int, int]:
@@ -63,7 +64,7 @@ class TokenisedPairs:
             else:
                 kept[row] = side
                 cut += 1
-        dropped = settle_rows(self.rows, wrong, rules, cut=cut)
+        dropped = settle_rows(self.rows, wrong, rules, cut=cut, repeating=self.repeating)
         names = next(iter(kept.values()))
         columns = {name: [side[name] for side in kept.values()] for name in names}
         every = [*lengths.values()]
@@ -129,7 +130,7 @@ def tokenise_pairs(
                 )
             else:
                 sides[row] = {name: np.asarray(ids, np.int32) for name, ids in made.items()}
-    return TokenisedPairs(rows, sides, wrong)
+    return TokenisedPairs(rows, sides, wrong, pairs.repeating)
 
 
 def _length(side: dict[str, np.ndarray]) -> int:

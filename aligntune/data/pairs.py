@@ -97,6 +97,7 @@ class PairRows:
             prompt_column = CONVERSATIONS
         self.columns = (prompt_column, chosen_column, rejected_column)
         self._rows = rows
+        self.repeating = 0  # pairs that were given without the prompt that both sides repeat
         self._ends: list[int] = getattr(rows, "ends", [len(rows)])
         self._repeat = [
             prompt_column in rows.columns and self._most_repeat_the_prompt(range(start, end))
@@ -117,7 +118,9 @@ class PairRows:
                 "most rows repeat the prompt in front of both sides, and this one does not"
             )
         cut = len(pair.prompt)
-        return _checked(replace(pair, chosen=pair.chosen[cut:], rejected=pair.rejected[cut:]))
+        pair = _checked(replace(pair, chosen=pair.chosen[cut:], rejected=pair.rejected[cut:]))
+        self.repeating += 1
+        return pair
 
     def _as_written(self, row: int) -> Pair:
         values = self._rows[row]

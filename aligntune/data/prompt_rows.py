@@ -77,6 +77,7 @@ class PromptRows:
         self.wrong: dict[int, DataError] = {}
         self.folded = 0  # rows that repeat the prompt of an earlier one
         self.fingerprint = self._check(fold_duplicates)
+        self.repeating = 0 if self._sides is None else self._sides.repeating  # as in `Dropped`
 
     def _check(self, fold: bool) -> str:
         """Check, render and tokenise every row once; what changes with any usable one."""

@@ -67,7 +67,14 @@ class PromptSource:
                     f"{max_prompt_length}",
                     Reason.TOO_LONG,
                 )
-        self.dropped = settle_rows(prompts.rows, wrong, rules, cut=cut, folded=prompts.folded)
+        self.dropped = settle_rows(
+            prompts.rows,
+            wrong,
+            rules,
+            cut=cut,
+            folded=prompts.folded,
+            repeating=prompts.repeating,
+        )
         self._kept = np.asarray(kept, dtype=np.int64)
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{seed} {shuffle} {max_prompt_length} {prompts.fingerprint}".encode())

@@ -84,6 +84,7 @@ class Completions:
 
     def __init__(self, rows: Rows, columns: Columns) -> None:
         self._columns = columns
+        self.repeating = 0  # rows that were given without the prompt that they repeat
         self._ends: list[int] = getattr(rows, "ends", [len(rows)])
         self._repeat = [
             self._most_repeat_the_prompt(rows, range(start, end))
@@ -120,6 +121,7 @@ class Completions:
             )
         if not (said := completion[len(prompt) :]).strip():
             raise DataError("the completion is empty: nothing follows the prompt", Reason.EMPTY)
+        self.repeating += 1
         return said
 
     def _most_repeat_the_prompt(self, rows: Rows, those: range) -> bool:

@@ -41,6 +41,7 @@ class TaughtRows:
     rows: Rows
     taught: dict[int, Taught]
     wrong: dict[int, DataError]
+    repeating: int  # as in `Dropped`
 
     @property
     def lengths(self) -> dict[int, int]:
@@ -69,7 +70,7 @@ class TaughtRows:
                 continue
             kept[row] = {"input_ids": ids, "labels": labels}
             cut += 1
-        dropped = settle_rows(self.rows, wrong, rules, cut=cut)
+        dropped = settle_rows(self.rows, wrong, rules, cut=cut, repeating=self.repeating)
         columns = {name: [made[name] for made in kept.values()] for name in ("input_ids", "labels")}
         every = [*self.lengths.values()]
         return RowTokens(columns, dropped, max(every), [*kept], every, [*kept])
@@ -130,7 +131,7 @@ def tokenise_taught(
             wrong[row] = error
         except ValueError as error:
             wrong[row] = DataError(str(error))
-    return TaughtRows(rows, taught, wrong)
+    return TaughtRows(rows, taught, wrong, read.repeating)
 
 
 def _first_masked(labels: np.ndarray) -> np.ndarray:
@@ -173,6 +174,11 @@ class _Reader:
         self._completions = Completions(rows, columns) if self.form == "completion" else None
         self._all = loss_on == "all"
         self._marked: str | None = None
+
+    @property
+    def repeating(self) -> int:
+        """Of the rows that were read, as in `Dropped`."""
+        return self._completions.repeating if self._completions is not None else 0
 
     def __call__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Raises DataError, or ValueError where the template refuses the row."""

@@ -27,7 +27,7 @@ def wrong(**rows: Reason) -> dict[int, DataError]:
 
 def test_within_the_bound_they_are_counted_by_reason_with_two_examples_each() -> None:
     found = wrong(r9=Reason.EQUAL, r1=Reason.EQUAL, r5=Reason.EQUAL, r2=Reason.TOO_LONG)
-    dropped = settle_rows(ROWS, found, rules(), cut=3, folded=1)
+    dropped = settle_rows(ROWS, found, rules(), cut=3, folded=1, repeating=2)
     assert dropped.count == 4
     assert dropped.event() == {
         "rows": 20,
@@ -38,10 +38,12 @@ def test_within_the_bound_they_are_counted_by_reason_with_two_examples_each() ->
         },
         "cut": 3,
         "folded": 1,
+        "repeating": 2,
     }
     assert dropped.lines()[0] == "4 of 20 rows dropped: 3 equal, 1 too long"
-    assert dropped.lines()[-2] == "3 of 20 rows are cut to the limit"
-    assert "1 of 20 rows repeat an earlier prompt" in dropped.lines()[-1]
+    assert dropped.lines()[-3] == "3 of 20 rows are cut to the limit"
+    assert "1 of 20 rows repeat an earlier prompt" in dropped.lines()[-2]
+    assert "2 of 20 rows begin their answers with the prompt" in dropped.lines()[-1]
 
 
 def test_where_every_row_is_used_nothing_is_said() -> None:

@@ -86,7 +86,9 @@ class TestForms:
 
     def test_strings_that_repeat_the_prompt_have_it_once_where_most_rows_do(self) -> None:
         joined = [row(f"Q {i}:", f"Q {i}: a", f"Q {i}: b") for i in range(3)]
-        assert PairRows(Table(*joined)).pair(2) == Pair("Q 2:", " a", " b")
+        pairs = PairRows(Table(*joined))
+        assert pairs.pair(2) == Pair("Q 2:", " a", " b")
+        assert pairs.repeating == 1
         with pytest.raises(DataError, match="most rows repeat the prompt"):
             PairRows(Table(*joined, row("p", "a", "b"))).pair(3)
         empty = row("Q 3:", "Q 3:", "Q 3: b")

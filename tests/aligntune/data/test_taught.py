@@ -209,8 +209,12 @@ def test_strings_that_repeat_the_prompt_have_it_once_where_most_rows_of_a_source
     made = taught(PLAIN, *joined, other, {"prompt": "Q:", "completion": "Q: "})
     assert made.dropped.reasons == {"unreadable": 1, "empty": 1}
     assert "most rows repeat the prompt" in made.dropped.examples["unreadable"][0]
+    assert made.dropped.repeating == 2
     greeting = {"prompt": "Hello", "completion": "Hello! What is it?"}
     assert spelled(PLAIN, greeting, other)[0] == "<bos>Hello[Hello! What is it?<eos>]"
+    assert taught(PLAIN, greeting, other).dropped.lines() == []
+    as_messages = {**greeting, "completion": [{"role": "assistant", "content": "Hello!"}]}
+    assert spelled(MARKED, as_messages) == ["<user>Hello</><assistant>[Hello!</>]"]
     sources = Sources([Table(*joined), Table(other, other, other)], [None, None])
     read = tokenise_taught(
         sources, PLAIN, columns=Columns(), loss_on=None, apply_chat_template=True
