@@ -27,6 +27,10 @@ FEWER = 0.75  # is taken where it needs at most this of the best one's GPUs
 CPU_BUDGET = 4096  # tokens of a micro-batch: the caches of a CPU hold no more
 TRIES = 50
 FEW_CPUS = 0.25  # of a replica, where a cluster has too few for one each
+NOWHERE = (
+    "no arrangement of the roles was found on this cluster; where ranks, replicas, resources or "
+    "cluster.colocate are set, leave them out"
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def choose(work: Work, open_: frozenset[str], cluster: Cluster, cores: int) -> C
                 within.sort(key=lambda one: (one.gpus, one.seconds, -one.budget))
                 chosen = _first(_with_cpus(within, open_, cpus), cluster) or best
                 return Choice(chosen.work, tuple(_decided(chosen, open_, search)))
-    return _refused(work, open_, cluster)
+    return _last(work, open_, cluster)
 
 
 def _as_it_is(work: Work, open_: frozenset[str], node: str) -> Choice:
@@ -124,16 +128,17 @@ def _first(found: Iterable[Candidate], cluster: Cluster) -> Candidate | None:
     return None
 
 
-def _refused(work: Work, open_: frozenset[str], cluster: Cluster) -> Choice:
-    """Raise what the plan says of the candidate that asks the least of a GPU."""
+def _last(work: Work, open_: frozenset[str], cluster: Cluster) -> Choice:
+    """A candidate that asks the least of a GPU, where one fits: its rollouts' share of a GPU is no
+    whole hundredth. Else raises what the plan says of the first that has a place."""
     search = Search(work, open_, cluster, ANY_ROOM, offload=True)
-    sparing = sorted(search.candidates(), key=lambda one: _need(one, search))
-    placed = (one.work for one in sparing[:TRIES] if _has_place(one.work, cluster))
+    sparing = sorted(search.candidates(), key=lambda one: _need(one, search))[:TRIES]
+    if fits := _first(sparing, cluster):
+        return Choice(fits.work, tuple(_decided(fits, open_, search)))
+    placed = (one.work for one in sparing if _has_place(one.work, cluster))
     closest = next(placed, sparing[0].work if sparing else search.base)
     make_plan(closest, cluster)
-    raise DoesNotFit(
-        "what is set of the roles' resources leaves no arrangement that fits; set less of it"
-    )
+    raise DoesNotFit(NOWHERE)
 
 
 def _has_place(work: Work, cluster: Cluster) -> bool:
@@ -174,7 +179,7 @@ def _on_cpus(work: Work, open_: frozenset[str], cluster: Cluster, cores: int) ->
         chosen = found[0]  # as it is set: GPUs that are not there are asked for in vain later
     if chosen is None:
         make_plan(found[-1].work, cluster)
-        raise DoesNotFit("no arrangement of the roles was found on this cluster")
+        raise DoesNotFit(NOWHERE)
     return Choice(chosen.work, tuple(_decided(chosen, open_, None)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -245,6 +246,23 @@ def test_a_gpu_without_bfloat16_computes_in_float32() -> None:
 def test_what_is_too_large_is_refused_with_what_is_short_and_by_how_much() -> None:
     with pytest.raises(DoesNotFit, match=r"GPU 0 .* needs [\d.]+ GiB and has 22.5 GiB: .* short"):
         choose(work_of(LARGE), OPEN, described(1, 1, "l4-24gb"), cores=8)
+
+
+def test_of_any_size_a_gpu_is_taken_or_what_is_short_is_said() -> None:
+    """Where nothing is set nothing can be left out, and a share of the GPU need not be round."""
+
+    def refused(mib: int) -> str:
+        try:
+            choose(work_of(), OPEN, described(1, 1, f"bf16-{mib}mib"), cores=8)
+        except DoesNotFit as why:
+            return str(why)
+        return ""
+
+    short, enough = 1024, 65536
+    while enough - short > 1:
+        middle = (short + enough) // 2
+        short, enough = (middle, enough) if refused(middle) else (short, middle)
+    assert re.search(r"GPU 0 .* needs [\d.]+ GiB and has [\d.]+ GiB: .* short", refused(short))
 
 
 def test_a_refusal_names_a_setting_that_makes_it_fit() -> None:
