@@ -15,6 +15,7 @@ from actors.models.values import (
     ValueModel,
     asked,
     check_packing,
+    check_training,
     critic_model,
     group_values,
     load_value_model,
@@ -47,6 +48,7 @@ class CriticActor(TrainedRank):
     def _load(self) -> ValueModel:
         check_same_tokens(self._policy_model, self._critic_spec.model, "critic")
         model = load_value_model(self._model_spec)
+        check_training(model, self._model_spec.name)
         self._settle_packing(model)
         if self._packing:
             check_packing(model, self._model_spec.name)

@@ -186,22 +186,12 @@ def _compare(model: LogProbModel, packing: bool, training: bool) -> None:
     precision = max(1e-4, 4 * torch.finfo(logits.dtype).eps) * max(1.0, float(logits.abs().max()))
     model.train(training)
 
-    def padded(drawn: int) -> torch.Tensor:
-        """Log-probs, where the random stream is as far on as `drawn` numbers take it."""
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.rand(drawn, device=device)
-            found: torch.Tensor = model(**vars(inputs), temperature=1.0)[0]
-            return found
+    def padded() -> torch.Tensor:
+        found: torch.Tensor = model(**vars(inputs), temperature=1.0)[0]
+        return found
 
-    got = padded(0)
     name = type(causal).__name__
-    # A kernel's order of adding may make a difference too, but then not by the random stream.
-    if training and not torch.equal(got, padded(1)) and torch.equal(got, padded(0)):
-        raise ModelError(
-            f"{name} draws at random while it trains (as routers of experts do that have noise), "
-            "so a log-prob would hang on when it is computed: set that noise to 0 in its "
-            "config.json where it can be, or use another model"
-        )
+    got = check_not_random(padded, device, name, "log-prob") if training else padded()
     gap = float((got - wanted).abs().max())
     if not gap <= precision:
         raise ModelError(
@@ -217,6 +207,32 @@ def _compare(model: LogProbModel, packing: bool, training: bool) -> None:
                 f"{name} gives packed sequences other log-probs than padded ones (difference "
                 f"{gap:.3g}, allowed {4 * precision:.3g}): set policy.packing to false"
             )
+
+
+def check_not_random(
+    compute: Callable[[], torch.Tensor], device: torch.device, name: str, what: str
+) -> torch.Tensor:
+    """What `compute` gives, where that does not hang on the random stream of `device`; the stream
+    stays as it is.
+
+    Raises:
+        ModelError: it does hang on it; `name` is who draws at random, and `what` it gives.
+    """
+
+    def after(drawn: int) -> torch.Tensor:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.rand(drawn, device=device)
+            return compute()
+
+    first = after(0)
+    # A kernel's order of adding may make a difference too, but then not by the random stream.
+    if not torch.equal(first, after(1)) and torch.equal(first, after(0)):
+        raise ModelError(
+            f"{name} draws at random while it trains (as routers of experts do that have noise), "
+            f"so a {what} would hang on when it is computed: set that noise to 0 in its "
+            "config.json where it can be, or use another model"
+        )
+    return first
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from actors.messages import GroupTensors, Row, StateValues
 from actors.models.attention import on_its_device
 from actors.models.inputs import ModelInputs, collate, collate_rows, idle_inputs
 from actors.models.loading import ModelError
-from actors.models.logprobs import decoded
+from actors.models.logprobs import check_not_random, decoded
 from actors.models.reward import new_reward_model
 from actors.models.wrapped import TrainedModel
 from actors.specs import CriticSpec, ModelSpec
@@ -76,6 +76,40 @@ def load_value_model(spec: ModelSpec) -> ValueModel:
     return ValueModel(classifier)
 
 
+def _tried(model: ValueModel, packed: bool) -> ModelInputs:
+    """Two short sequences of any tokens."""
+    draw = np.random.default_rng(0).integers(0, model.unwrapped.config.vocab_size, size=(2, 9))
+    return collate([(draw[0, :4], draw[0, 4:]), (draw[1, :2], draw[1, 2:])], packed=packed)
+
+
+def _states(model: ValueModel, inputs: ModelInputs) -> torch.Tensor:
+    """The hidden states [N, H] that values are read of."""
+    hidden = decoded(
+        model.unwrapped,
+        inputs.input_ids,
+        inputs.position_ids,
+        inputs.attention_mask,
+        inputs.row_ends,
+        inputs.longest,
+    )
+    return hidden.flatten(0, 1).index_select(0, inputs.positions)
+
+
+@torch.no_grad()
+def check_training(model: ValueModel, name: str) -> None:
+    """Whether values are the same whenever they are computed in training mode; the mode stays.
+
+    Raises:
+        ModelError: the model draws at random while it trains.
+    """
+    was_training, inputs = model.training, _tried(model, packed=False)
+    device = next(model.parameters()).device
+    model.train()
+    with on_its_device(model.unwrapped):
+        check_not_random(lambda: _states(model, inputs), device, f"critic model {name!r}", "value")
+    model.train(was_training)
+
+
 @torch.no_grad()
 def check_packing(model: ValueModel, name: str) -> None:
     """Compare hidden states, since values of a zero head are equal whatever it reads.
@@ -83,22 +117,8 @@ def check_packing(model: ValueModel, name: str) -> None:
     Raises:
         ModelError: sequences packed together see each other.
     """
-    draw = np.random.default_rng(0).integers(0, model.unwrapped.config.vocab_size, size=(2, 9))
-    pair = [(draw[0, :4], draw[0, 4:]), (draw[1, :2], draw[1, 2:])]
     with on_its_device(model.unwrapped):
-        packed, padded = (
-            decoded(
-                model.unwrapped,
-                inputs.input_ids,
-                inputs.position_ids,
-                inputs.attention_mask,
-                inputs.row_ends,
-                inputs.longest,
-            )
-            .flatten(0, 1)
-            .index_select(0, inputs.positions)
-            for inputs in (collate(pair, packed=True), collate(pair, packed=False))
-        )
+        packed, padded = (_states(model, _tried(model, packed)) for packed in (True, False))
     gap = float((packed - padded).abs().max())
     allowed = max(1e-4, 4 * torch.finfo(padded.dtype).eps) * max(1.0, float(padded.abs().max()))
     if not gap <= 4 * allowed:

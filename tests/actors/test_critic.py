@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tests.actors.policy_cases import (
     VOCABULARY,
     Probe,
     Ranks,
+    causal_lm,
     make_group,
     make_jobs,
     make_model_folder,
@@ -292,6 +294,17 @@ def test_an_exported_critic_is_a_classifier_that_says_the_same(
 def test_a_critic_that_reads_other_tokens_does_not_start(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="another vocabulary than the policy"):
         critic(folder, make_model_folder(tmp_path, "x"))
+
+
+def test_a_critic_that_draws_at_random_while_it_trains_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Its model is another than the policy's, which is looked at by itself."""
+    shutil.copytree(folder, tmp_path / "noisy")
+    noise = {"num_local_experts": 4, "router_jitter_noise": 1.0}
+    causal_lm("Phimoe", **noise).save_pretrained(tmp_path / "noisy")
+    with pytest.raises(ModelError, match=r"critic model '.*noisy' draws at random while it trains"):
+        critic(folder, tmp_path / "noisy")
 
 
 def test_a_model_without_a_head_over_tokens_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -57,8 +58,10 @@ def test_what_is_sent_is_what_it_samples_with_and_it_still_reads_what_lies_in_th
     prompt = prompt_of(3)
 
     async def main() -> None:
+        others = multiprocessing.active_children()
         engine = VLLMEngine(model_spec(folder), spec, 0, 8, 0)
         await engine.start()
+        own = [child for child in multiprocessing.active_children() if child not in others]
         stand_in(monkeypatch.setattr)  # in the process of the rank, which is this one
         weights: Any = Weights()
         weights.model = TrainedModel(policies[1])
@@ -93,5 +96,7 @@ def test_what_is_sent_is_what_it_samples_with_and_it_still_reads_what_lies_in_th
             assert await says(2)
         finally:
             await engine.close()
+            for child in own:  # vLLM does not wait for one that it has killed
+                child.join(WAIT_S)
 
     asyncio.run(main())
