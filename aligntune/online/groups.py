@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 
+LARGEST = 1e100
+"""Of a score, and of a weighted sum: squares of larger ones, and their sums, may be no numbers."""
+
+
 @dataclass(frozen=True)
 class ReadyGroup:
     """A scored group: of a step to come, or of an evaluation."""
@@ -34,6 +38,19 @@ class ReadyGroup:
 def total_reward(config: RunConfig, values: tuple[float | None, ...]) -> float | None:
     """The weighted sum of a completion's scores; None where all criteria that count abstain."""
     return weighted_total(values, [spec.weight for spec in config.rewards])
+
+
+def out_of_range(config: RunConfig, scores: Scores) -> str | None:
+    """What is wrong with scores that no mean or deviation can be taken of; None for all others."""
+    for row in scores.values:
+        each = [(f"reward {name!r}", x) for name, x in zip(scores.criteria, row, strict=True)]
+        for what, value in [*each, ("the weighted sum of the rewards", total_reward(config, row))]:
+            if value is not None and not abs(value) <= LARGEST:
+                return (
+                    f"{what} gave a completion {value:g}, which no mean can be taken of; keep "
+                    f"scores, with their weights, within {LARGEST:g}"
+                )
+    return None
 
 
 def raw_scores(config: RunConfig, scores: Scores) -> dict[str, list[float]]:

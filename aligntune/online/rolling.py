@@ -21,7 +21,7 @@ from actors.specs import RewardFunctionSpec, RewardModelSpec, RewardUrlSpec
 from actors.supervise import ReplicaSet
 from aligntune.config.online import RunConfig
 from aligntune.online.attempts import LONGEST_PAUSE_S, GroupFailed, Retried, again, outlive
-from aligntune.online.groups import ReadyGroup
+from aligntune.online.groups import ReadyGroup, out_of_range
 from aligntune.online.ledger import State
 from aligntune.online.playing import Playing
 
@@ -80,6 +80,8 @@ class Rolling:
         scores, texts = await self._score(prompt, made, retried)
         if self._playing is not None:
             scores = self._playing.with_episodes(scores, record)
+        if (wrong := out_of_range(self._config, scores)) is not None:
+            raise GroupFailed(wrong)
         return ReadyGroup(prompt, record, scores, texts, *made)
 
     async def again(self, make: Callable[[int | None], Awaitable[T]], retried: Retried) -> T:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from actors.messages import FinishReason, GroupRecord, Prompt, ReplicaLoad, Scores, VersionSpan
+from actors.messages import (
+    FinishReason,
+    GroupRecord,
+    GroupSampling,
+    Prompt,
+    ReplicaLoad,
+    Scores,
+    VersionSpan,
+)
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
+from aligntune.online.attempts import GroupFailed
 from aligntune.online.figures import (
     BUSY,
     completion_metrics,
@@ -20,6 +30,8 @@ from aligntune.online.figures import (
     time_metrics,
 )
 from aligntune.online.groups import ReadyGroup, compared_scores, group_works, total_reward
+from aligntune.online.ignoring import ignore
+from aligntune.online.rolling import Rolling
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 
@@ -118,6 +130,41 @@ def test_several_criteria_count_by_their_weights() -> None:
         "reward/length/mean": 0.5,
         "reward/exact_match/mean": 2.0,
     }
+
+
+@pytest.mark.parametrize(
+    ("values", "weight", "wrong"),
+    [
+        ([(1e100,), (-1e100,)], 1.0, None),
+        ([(1.0,), (1.7e308,)], 1.0, "reward 'length' gave a completion 1.7e"),
+        ([(1.7e308,)] * 2, 0.0, "reward 'length' gave a completion 1.7e"),
+        ([(1e99,), (None,)], -1e300, "the weighted sum of the rewards gave a completion -inf"),
+    ],
+)
+def test_scores_that_have_no_mean_fail_their_group_and_no_run(
+    values: list[Any], weight: float, wrong: str | None
+) -> None:
+    """Elsewhere their mean raises, and so does the deviation of a weighted sum that is infinite."""
+    run = config("grpo", [{"function": "length", "weight": weight}])
+    made = ready(0, values)
+
+    class Says:
+        def __init__(self, *answer: Any) -> None:
+            self._answer = answer
+
+        async def call(self, method: str, *args: Any, **options: Any) -> tuple[Any, ...]:
+            return self._answer
+
+    rolling: Any = Rolling(run, Says(made.record, "tensors"), Says(made.scores, "texts"))  # type: ignore[arg-type]
+    sampling = GroupSampling(completions=2, max_tokens=8, temperature=1.0, seed=0, group_id=0)
+    rolled = rolling.roll_and_score(made.prompt, sampling, None, ignore)
+    if wrong is None:
+        group = asyncio.run(rolled)
+        assert score_metrics(run, [group])["reward/std"] == 1e100
+        group_works(run, run.algorithm, [group])
+        return
+    with pytest.raises(GroupFailed, match=f"{wrong}.* within 1e\\+100$"):
+        asyncio.run(rolled)
 
 
 @pytest.mark.parametrize("name", ["score", "reward"])
