@@ -46,7 +46,7 @@ async def judge(
     token_env: str | None = None,
     max_tokens: Annotated[int, Field(gt=0)] = 1024,
     temperature: Annotated[float, Field(ge=0)] = 0.0,
-    request_timeout_s: Annotated[float, Field(gt=0)] = 60.0,
+    request_timeout_s: Annotated[float, Field(gt=0)] = 30.0,
     retries: Annotated[int, Field(ge=0)] = 3,
     concurrency: Annotated[int, Field(gt=0)] = 16,
     **columns: Any,

@@ -20,7 +20,7 @@ from actors.specs import ModelSpec, RewardFunctionSpec, RewardModelSpec, RewardU
 from aligntune.errors import closest
 from aligntune.paths import located
 from aligntune.rewards.catalogue import REWARDS
-from aligntune.rewards.options import check_options
+from aligntune.rewards.options import check_options, options_of
 
 if TYPE_CHECKING:
     from actors.reward import Criterion
@@ -100,10 +100,13 @@ def resolve_model(spec: RewardModelSpec) -> RewardModelCriterion:
 
 
 def resolve_url(spec: RewardUrlSpec) -> RewardCriterion:
-    """What reward actors run for a service over HTTP, which is not asked here."""
+    """What reward actors run for a service over HTTP, which is not asked here. Raises ValueError
+    for limits that do not go together."""
     options = spec.model_dump(exclude={"name", "weight", "timeout_s"})
+    name = spec.name or urlsplit(spec.url).hostname or spec.url
+    check_tries(name, spec.timeout_s, spec.request_timeout_s, spec.retries)
     return RewardCriterion(
-        name=spec.name or urlsplit(spec.url).hostname or spec.url,
+        name=name,
         target="aligntune.rewards.remote:remote_scores",
         timeout_s=spec.timeout_s,
         options=options,
@@ -130,6 +133,18 @@ def resolve_all(
     )
     check_names(criteria)
     return criteria
+
+
+def check_tries(name: str, timeout_s: float, request_timeout_s: float, retries: int) -> None:
+    """Raises ValueError where the time of a group ends before a request is made again that has no
+    answer: then no try comes to its end, and nothing says why."""
+    if retries and request_timeout_s >= timeout_s:
+        raise ValueError(
+            f"reward {name!r}: its timeout_s={timeout_s:g}, for a group with all tries, leaves no "
+            f"time for a second one where request_timeout_s={request_timeout_s:g}; raise timeout_s "
+            f"(all {retries + 1} tries have {request_timeout_s * (retries + 1):g} s), or lower "
+            "request_timeout_s"
+        )
 
 
 def check_names(criteria: Sequence[Criterion]) -> None:
@@ -235,6 +250,10 @@ def _criterion(
             if required and option in options and option not in spec.options:
                 raise ValueError(f"reward {name!r} needs option {option!r}")
         check_options(name, function, spec.options)
+        known = options_of(function)
+        if {"request_timeout_s", "retries"} <= known.keys():
+            given = {key: option.default for key, option in known.items()} | spec.options
+            check_tries(name, spec.timeout_s, given["request_timeout_s"], given["retries"])
     return RewardCriterion(
         name=name,
         target=target,

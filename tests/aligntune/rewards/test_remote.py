@@ -197,3 +197,14 @@ def test_a_url_is_a_kind_of_reward() -> None:
             config({"url": wrong})
     with pytest.raises(UserError, match="credential"):
         config({"url": "https://me:secret@judge/score"})
+
+
+def test_limits_that_leave_no_time_for_a_second_try_are_refused() -> None:
+    url = {"url": "http://judge:8000/v1"}
+    judge = {"function": "judge", "options": {**url, "model": "m", "rubric": "r"}}
+    for reward in ({**url, "timeout_s": 30}, {**judge, "timeout_s": 30}):
+        with pytest.raises(ValueError, match=r"^reward 'judge': its timeout_s=30, .* have 120 s\)"):
+            resolve_all(config(reward).rewards)
+        resolve_all(config({**reward, "timeout_s": 31}).rewards)
+    resolve_all(config(judge).rewards)
+    resolve_all(config({**url, "timeout_s": 30, "retries": 0}).rewards)

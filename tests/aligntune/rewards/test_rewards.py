@@ -352,9 +352,9 @@ class TestRegistry:
             **dict.fromkeys(("embedding", "bertscore", "preference_embedding"), model),
         }
         options = needed.get(name, {})
-        criterion = resolve(spec(name, options=options, timeout_s=7))
+        criterion = resolve(spec(name, options=options, timeout_s=70))
         assert (criterion.name, criterion.target) == (name, REWARDS[name].target)
-        assert (criterion.options, criterion.timeout_s) == (options, 7)
+        assert (criterion.options, criterion.timeout_s) == (options, 70)
         assert "\n" not in REWARDS[name].description
 
     @pytest.mark.slow
