@@ -246,21 +246,27 @@ STATUSES: Mapping[Ended, str] = {"finished": "FINISHED", "stopped": "KILLED", "f
 LONGEST = 250  # characters of a name at MLflow
 
 
-def mlflow_name(metric: str) -> str:
+def mlflow_name(metric: str, among: Collection[str] = ()) -> str:
     """A metric's name as MLflow takes it, another one for each metric.
 
     MLflow takes letters, digits and `/_-.: `, no part of a path that is empty, `.` or `..`, and 250
-    characters. Another character, and `:`, is its number between colons, as in `len:3c:50`.
+    characters. Another character, and `:`, is its number between colons, as in `len:3c:50`. Its
+    file store has a file for each metric, in folders by the parts of its name. A folder that would
+    have the place of the file of a metric of `among` begins with `::`: beside `loss`,
+    `loss/router` is `::loss/router`.
     """
-    parts = [
-        re.sub(r"\." if part in (".", "..") else r"[^\w.\- ]", _escaped, part) or "::"
-        for part in metric.split("/")
-    ]
-    name = "/".join(parts)
+    given = metric.split("/")
+    taken = ("/".join(given[:place]) in among for place in range(1, len(given)))
+    marks = ["::" if is_taken else "" for is_taken in taken]
+    name = "/".join(mark + _spelled(part) for mark, part in zip([*marks, ""], given, strict=True))
     if len(name) <= LONGEST:
         return name
     digest = hashlib.sha256(metric.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return f"{name[: LONGEST - 17]}-{digest}"
+
+
+def _spelled(part: str) -> str:
+    return re.sub(r"\." if part in (".", "..") else r"[^\w.\- ]", _escaped, part) or "::"
 
 
 def _escaped(character: re.Match[str]) -> str:
@@ -273,6 +279,7 @@ class MLflow:
     def __init__(self, folder: Path, tracking: TrackingSpec, config: Mapping[str, Any]) -> None:
         from mlflow import MlflowClient
 
+        self._names: set[str] = set()  # of figures, so far
         self._client = MlflowClient()
         experiment = self._client.get_experiment_by_name(tracking.project)
         experiment_id = (
@@ -303,7 +310,9 @@ class MLflow:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        figures = [Metric(mlflow_name(name), x, now, step) for name, x in metrics.items()]
+        self._names |= metrics.keys()
+        named = {mlflow_name(name, self._names): value for name, value in metrics.items()}
+        figures = [Metric(name, value, now, step) for name, value in named.items()]
         self._client.log_batch(self._run_id, metrics=figures)
 
     def samples(self, step: int, rows: Rows) -> None:

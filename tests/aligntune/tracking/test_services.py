@@ -58,7 +58,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 ODD = ("len<50", "len>50", "C++", "C:2b::2b:", "正确", "a:b", "..", "a//b", "x" * 260)
+ODD += ("mean", "std", "a", "a/mean", "a/mean/std", "::a")  # files and folders of one name
 """Names of rewards that services may not take as they are."""
+
+
+def figures_at(step: int) -> dict[str, float]:
+    odd = {f"reward/{name}/mean": float(place) for place, name in enumerate(ODD)}
+    return {"reward/mean": step / 10, "reward/std": 0.0, "loss": 1.0, "loss/router": 2.0, **odd}
 
 
 def played(name: str, folder: Path, ended: Ended = "finished") -> list[Tracker]:
@@ -69,8 +75,7 @@ def played(name: str, folder: Path, ended: Ended = "finished") -> list[Tracker]:
     for after, end in endings:
         tracker = open_tracker(name, folder, SETTINGS, {"seed": 1}, after)
         for step in (after + 1, after + 2):
-            odd = {f"reward/{name}/mean": float(place) for place, name in enumerate(ODD)}
-            tracker.log(step, {"reward/mean": step / 10, **odd})
+            tracker.log(step, figures_at(step))
         tracker.samples(after, HELD_OUT)
         tracker.truncate_after(after + 1)
         tracker.close(end)
@@ -153,9 +158,11 @@ def test_mlflow_in_a_folder_has_the_run_its_names_figures_table_and_end(
     assert [(point.step, point.value) for point in history] == [
         (step, step / 10) for step in (1, 2, 3, 4)
     ]
-    odd = {f"reward/{name}/mean": float(place) for place, name in enumerate(ODD)}
-    assert {name: run.data.metrics[mlflow_name(name)] for name in odd} == odd
+    last = figures_at(4)
+    assert {name: run.data.metrics[mlflow_name(name, last)] for name in last} == last
     assert mlflow_name("reward/C++/mean") == "reward/C:2b::2b:/mean"
+    assert mlflow_name("loss/router") == "loss/router"
+    assert mlflow_name("loss/router", last) == "::loss/router"
     shown = client.load_table(run.info.experiment_id, "samples.json", [run.info.run_id])
     assert len(shown) == 2 * GROUPS * 2
     assert list(shown["step"]) == [0] * 8 + [2] * 8
@@ -163,14 +170,26 @@ def test_mlflow_in_a_folder_has_the_run_its_names_figures_table_and_end(
 
 
 @pytest.mark.slow
-@given(st.sets(st.text("a_.:/<2b正\n\ud800", min_size=1).map(lambda name: f"reward/{name}")))
-def test_mlflow_takes_every_name_and_each_is_another(names: set[str]) -> None:
-    found = {mlflow_name(name) for name in names}
+@given(
+    st.sets(
+        st.one_of(
+            st.text("a_.:/<2b正\n\ud800", min_size=1),
+            st.lists(st.sampled_from(["a", "<", "::a", ""]), min_size=1).map("/".join),
+        ).map(lambda name: f"reward/{name}")
+    )
+)
+def test_mlflow_takes_every_name_each_is_another_and_none_a_folder_of_another(
+    names: set[str],
+) -> None:
+    found = {mlflow_name(name, names) for name in names}
     assert len(found) == len(names)
+    folders = {name[:at] for name in found for at in range(len(name)) if name[at] == "/"}
+    assert not found & folders
     for name in found:
         assert re.fullmatch(r"[/\w.\- :]+", name)
         assert posixpath.normpath(name) == name
     plain = {name for name in names if not set(name) & set(":<\n\ud800")}
+    plain = {name for name in plain if not any(name.startswith(f"{one}/") for one in names)}
     assert found >= {name for name in plain if posixpath.normpath(name) == name}
 
 
