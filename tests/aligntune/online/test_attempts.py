@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.messages import Scores
 from actors.scoring.criteria import RewardFailed, RewardFailure
 from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet, RoleExhausted
 from aligntune.errors import RunFailed
@@ -21,6 +22,7 @@ from tests.actors.stand_in_actors import Actor
 from tests.aligntune.online.world import STEPS, World, ahead
 
 ATTEMPTS = 3
+SCORES = Scores(0, (), (), 0.0)
 
 
 class Engine:
@@ -138,7 +140,7 @@ class Replicas:
     async def call(self, method: str, *_: Any, **options: Any) -> tuple[Any, ...]:
         if method == "score" and self.failures:
             raise RewardFailed("judge", self.failures.pop(0), "why")
-        return ("scores", "texts") if method == "score" else ("record", "tensors")
+        return (SCORES, "texts") if method == "score" else ("record", "tensors")
 
 
 @pytest.fixture
@@ -167,7 +169,7 @@ def test_a_service_that_is_away_is_waited_for_and_costs_no_attempt(
     world: World, pauses: list[float]
 ) -> None:
     scores, heard = rolled(world, 1, *[RewardFailure.UNREACHED] * 7)
-    assert scores == "scores"
+    assert scores is SCORES
     assert pauses == [1, 2, 4, 8, 16, 30, 30]
     assert len(heard) == 7
     assert "unreached" in heard[0]
@@ -179,7 +181,7 @@ def test_what_a_service_says_once_it_is_there_again_counts(
 ) -> None:
     unreached = [RewardFailure.UNREACHED] * away
     bad = [*unreached, RewardFailure.RAISED, *unreached, RewardFailure.RAISED]
-    assert rolled(world, 3, *bad)[0] == "scores"
+    assert rolled(world, 3, *bad)[0] is SCORES
     with pytest.raises(GroupFailed, match="raised"):
         rolled(world, 2, *bad)
 
