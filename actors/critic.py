@@ -65,7 +65,7 @@ class CriticActor(TrainedRank):
         self._strategy.model.eval()
         batches = self._together(rows_of(tensors), tensors)
         found = group_values(
-            self._strategy.forward,
+            self._forward,
             tensors,
             batches,
             max(self._strategy.gather(len(batches))),

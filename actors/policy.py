@@ -231,7 +231,7 @@ class PolicyActor(TrainedRank):
         batches = self._together(rows, tensors)
         own = self._head_calls(tensors, batches)
         return group_logprobs(
-            self._strategy.forward,
+            self._forward,
             tensors,
             batches,
             longest(self._strategy.gather(own)),

@@ -337,6 +337,12 @@ class TrainedRank(Alive):
         shared = prompts if self._shared else None
         return microbatches(rows, budget, self._packing, widths, each, shared)
 
+    def _forward(self, **inputs: Any) -> Any:
+        """A pass without a gradient. Each shows that this rank moves, as each of an update does."""
+        made = self._strategy.forward(**inputs)
+        self.done += 1
+        return made
+
     def _head_calls(
         self, tensors: Mapping[int, GroupTensors], batches: Sequence[Sequence[Row]]
     ) -> list[int]:

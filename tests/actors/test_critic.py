@@ -106,6 +106,21 @@ def value_after(model: Any, ids: np.ndarray) -> float:
     return float(model(input_ids=torch.as_tensor(ids, dtype=torch.int64)[None]).logits)
 
 
+def test_each_micro_batch_of_values_shows_that_the_rank_moves(folder: Path) -> None:
+    actor, passes = critic(folder), 0
+    forward, before = actor._strategy.forward, actor.ping()
+
+    def counted(**inputs: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        return forward(**inputs)
+
+    actor._strategy.forward = counted  # type: ignore[method-assign]
+    values_of(actor, GROUPS)
+    assert passes > 1
+    assert actor.ping() - before == passes
+
+
 def test_a_value_is_that_of_the_text_before_its_token(folder: Path, scorer: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 

@@ -179,6 +179,25 @@ def test_old_log_probs_of_the_rollout_cost_no_forward_pass(policy: PolicyActor) 
         policy._strategy.forward = forward  # type: ignore[method-assign]
 
 
+def test_each_micro_batch_of_old_log_probs_shows_that_the_rank_moves(policy: PolicyActor) -> None:
+    """A pass over many of them takes as long as an update may."""
+    seen: list[int] = []
+    forward = policy._strategy.forward
+
+    def watched(**inputs: Any) -> Any:
+        seen.append(policy.ping())
+        return forward(**inputs)
+
+    policy._strategy.forward = watched  # type: ignore[method-assign]
+    try:
+        works = tuple(works_of(GROUPS, values=True))
+        policy.prepare(PrepareJob(1, works, PPO().prepare, True, temperature=0.9))
+    finally:
+        policy._strategy.forward = forward  # type: ignore[method-assign]
+    assert len(seen) > 1
+    assert [*seen, policy.ping()] == list(range(seen[0], seen[0] + len(seen) + 1))
+
+
 def test_a_rank_without_groups_prepares_nothing_and_still_has_figures(policy: PolicyActor) -> None:
     figures = policy.prepare(PrepareJob(1, (), PPO().prepare, True, temperature=0.9))
     assert figures["ppo/beta"] == 0.05

@@ -46,11 +46,13 @@ def test_the_same_call_gives_the_same_bits_whatever_came_between(folder: Path) -
     np.testing.assert_array_equal(first, again)
 
 
-def test_micro_batches_do_not_matter(folder: Path) -> None:
+def test_micro_batches_do_not_matter_and_each_shows_that_the_replica_moves(folder: Path) -> None:
     group = make_group(0, 5, [3, 9, 1, 4])
     _, whole = reference(folder, 10_000).logprobs(group, 1.0)
-    _, singly = reference(folder, 1).logprobs(group, 1.0)
+    one_by_one = reference(folder, 1)
+    _, singly = one_by_one.logprobs(group, 1.0)
     np.testing.assert_allclose(whole, singly, atol=1e-5)
+    assert one_by_one.ping() == 4
 
 
 @pytest.mark.parametrize("tokens_per_microbatch", [1, 20, 10_000])
