@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.answers import ObjectsLost, ReplicaLost, answer, drop
 from actors.engines.base import Turn, Work, engine_seed
 from actors.environments.base import Episode, EpisodeFailed, EpisodeLimits, Episodes
 from actors.environments.groups import EpisodesGroup, made_group
@@ -26,7 +27,6 @@ from actors.environments.turns import Turns
 from actors.liveness import Alive
 from actors.messages import Completion, GroupSampling, Prompt
 from actors.specs import ModelSpec
-from actors.supervise import ObjectsLost, ReplicaLost, answer, drop
 from actors.waiting import all_of
 from actors.whereabouts import whereabouts
 
@@ -34,15 +34,17 @@ LOOKS = 10  # at whether anything has moved, in the time after which nothing cou
 
 
 class RolloutGone(RuntimeError):
-    """The rollout replica is lost; the episodes go on as soon as they have another one."""
+    """The rollout replica is lost; the episodes go on as soon as they have another one. `limit` is
+    the setting of the deadline that it missed, if that is why."""
 
-    def __init__(self, replica: str, reason: str) -> None:
+    def __init__(self, replica: str, reason: str, limit: str = "") -> None:
         super().__init__(f"{replica}: {reason}")
         self.replica = replica
         self.reason = reason
+        self.limit = limit
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (self.replica, self.reason)
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.replica, self.reason, self.limit)
 
 
 class EnvironmentStuck(RuntimeError):
@@ -135,7 +137,7 @@ class EnvironmentActor(Alive):
             gone.cancel()
         if found.task.done():
             return found.task.result()
-        raise RolloutGone(name, found.turns.why)
+        raise RolloutGone(name, found.turns.why, found.turns.limit)
 
     async def _until_either(self, tasks: Sequence[asyncio.Task[Any]]) -> None:
         """Wait for the first of `tasks`. Raises EnvironmentStuck."""

@@ -15,81 +15,16 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import (
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayActorError,
-    RayTaskError,
-    WorkerCrashedError,
-)
 
+from actors.answers import ReplicaLost, answer, drop
 from actors.liveness import USUAL, Patience, listen
 from actors.replicas import Replica, Replicas, State, Waiter
 from actors.restarts import Restarts
-from actors.timeline import spanned
-from actors.waiting import all_of, done_within
-
-DEATHS = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
-"""How Ray tells that a process is gone. The last: its node had little memory left, so Ray ended it;
-another process may have taken the memory."""
-
-
-class ReplicaLost(RuntimeError):
-    """A replica died or missed a deadline; what it was doing did not happen, or cannot be had.
-
-    `company` is how many calls it had then; 0 where that is not known.
-    """
-
-    def __init__(self, replica: str, reason: str, company: int = 0) -> None:
-        super().__init__(f"{replica}: {reason}")
-        self.replica = replica
-        self.reason = reason
-        self.company = company
-
-    def __reduce__(self) -> tuple[type, tuple[str, str, int]]:
-        return type(self), (self.replica, self.reason, self.company)
-
-
-class ObjectsLost(RuntimeError):
-    """An argument's object is gone with the node that held it; it must be made again."""
+from actors.waiting import all_of
 
 
 class RoleExhausted(RuntimeError):
     """No replica of a role is left and none may be started any more; the run cannot go on."""
-
-
-async def answer(ref: Any, replica: str, what: str, deadline_s: float, limit: str = "") -> Any:
-    """The value of `ref`. A death, a lost object or a missed deadline is `ReplicaLost`; an
-    exception raised by the actor's own code comes through as itself. `limit` is the setting that
-    the deadline comes from, for the message."""
-    future = asyncio.wrap_future(ref.future())
-    try:
-        with spanned(replica, what) as heard:
-            if not await done_within(deadline_s, future):
-                late = f"had no answer within {deadline_s:g} s{f' ({limit})' * bool(limit)}"
-                raise ReplicaLost(replica, f"{what} {late}")
-            heard(value := future.result())
-            return value
-    except RayTaskError as error:
-        # An actor's death comes to those who wait for what it was making as a failed fetch.
-        if isinstance(error.cause, (ObjectLostError, *DEATHS)):
-            raise ObjectsLost(f"an argument of {what} is lost: {error.cause}") from error
-        if isinstance(error.cause, Exception):
-            raise error.cause from error
-        raise
-    except ObjectLostError as error:
-        raise ObjectsLost(f"the answer of {what}, or an argument, is lost: {error}") from error
-    except DEATHS as error:
-        reason = str(error).strip().splitlines()
-        raise ReplicaLost(replica, f"died during {what}: {reason[0] if reason else error!r}") from (
-            error
-        )
-
-
-def drop(ref: Any) -> None:
-    """Have the actor end a call, where it can."""
-    ray.cancel(ref, force=False, recursive=False)
 
 
 class Lent:
@@ -101,14 +36,15 @@ class Lent:
         self._drop = drop
 
     async def call(
-        self, method: str, *args: Any, deadline_s: float, returns: int = 1
+        self, method: str, *args: Any, deadline_s: float, limit: str = "", returns: int = 1
     ) -> tuple[Any, ...]:
         """(first value, further references...) of a call, which ends where its caller is cancelled.
-        Raises ReplicaLost, ObjectsLost, or what the actor's method raised."""
+        `limit` is the setting that the deadline comes from. Raises ReplicaLost, ObjectsLost, or
+        what the actor's method raised."""
         refs = getattr(self.handle, method).options(num_returns=returns).remote(*args)
         first, *rest = refs if returns > 1 else [refs]
         try:
-            return await answer(first, self.name, method, deadline_s), *rest
+            return await answer(first, self.name, method, deadline_s, limit), *rest
         except asyncio.CancelledError:
             self._drop(first)
             raise
@@ -160,6 +96,7 @@ class ReplicaSet:
         self._ping = ping
         self._patience = patience
         self.progress = 0  # goes up with whatever a replica says that it has done
+        self._limit = ""  # the setting of the deadline that the last lost one missed
         self._handles: dict[Replica, ActorHandle] = {}
         self._listening: dict[Replica, asyncio.Task[None]] = {}
         self._starting: set[asyncio.Task[None]] = set()
@@ -177,8 +114,9 @@ class ReplicaSet:
     async def start(self) -> None:
         """Start every replica; returns when all serve.
 
-        One that dies as it starts is replaced as anywhere else. Raises RoleExhausted where that has
-        happened too often, or what the actor's own code raised.
+        One that dies as it starts is replaced as anywhere else, but no more often than there are
+        restarts, though some come back while a start takes long. Raises RoleExhausted where that
+        has happened too often, or what the actor's own code raised.
         """
         first = [self.replicas.begin(index) for index in range(self.replicas.size)]
         await all_of(*(self._first(replica) for replica in first))
@@ -188,8 +126,8 @@ class ReplicaSet:
             try:
                 await self._bring_up(replica)
             except ReplicaLost as lost:
-                new = self._take_out(replica, lost.reason)
-                if new is None:
+                new = self._take_out(replica, lost.reason, lost.limit)
+                if new is None or new.failed_starts > self.replicas.restarts.limit:
                     raise self._exhausted() from lost
                 replica = new
             else:
@@ -247,21 +185,25 @@ class ReplicaSet:
     async def _come(self, replica: Replica, kind: str) -> None:
         try:
             await self._bring_up(replica)
+        except ReplicaLost as lost:
+            self._lost(replica, lost.reason, lost.limit)
         except Exception as error:  # noqa: BLE001 - a failed start is one more lost replica
             self._lost(replica, str(error))
         else:
             self._event(kind, role=self.role, replica=replica.name)
 
-    def _lost(self, replica: Replica, reason: str) -> None:
+    def _lost(self, replica: Replica, reason: str, limit: str = "") -> None:
         """Take a replica out of service and start its replacement, once for all who saw it."""
-        new = self._take_out(replica, reason)
+        new = self._take_out(replica, reason, limit)
         if new is not None:
             self._later(new, "replica_restarted")
 
-    def _take_out(self, replica: Replica, reason: str) -> Replica | None:
-        """Its replacement, to be brought up, for the first who saw that a replica is lost."""
+    def _take_out(self, replica: Replica, reason: str, limit: str) -> Replica | None:
+        """Its replacement, to be brought up, for the first who saw that a replica is lost; `limit`
+        is the setting of the deadline that it missed, if that is why."""
         if replica.state is State.DEAD:
             return None
+        self._limit = limit
         new = self.replicas.lost(replica, reason)
         self._stop(replica)
         self._event("replica_lost", role=self.role, replica=replica.name, reason=reason)
@@ -269,9 +211,9 @@ class ReplicaSet:
 
     def _exhausted(self) -> RoleExhausted:
         why = self.replicas.failure or "the set is closed"
+        raised = self._limit or f"{self._section}.max_restarts"
         return RoleExhausted(
-            f"no {self.role} replica is left ({why}); "
-            f"raise {self._section}.max_restarts or mend the cause"
+            f"no {self.role} replica is left ({why}); raise {raised} or mend the cause"
         )
 
     def _stop(self, replica: Replica) -> None:
@@ -324,6 +266,7 @@ class ReplicaSet:
         *args: Any,
         deadline_s: float,
         queue_s: float,
+        limit: str = "",
         returns: int = 1,
         company: int | None = None,
         on_dispatch: Callable[[str], None] | None = None,
@@ -331,14 +274,16 @@ class ReplicaSet:
         """Call `method` on the least loaded replica; returns (first value, further references...).
 
         `company` is how many calls, this one too, the replica may have while it runs; default: as
-        many as it takes. `on_dispatch(replica)` runs when a replica is chosen. A caller that is
-        cancelled ends the call. Raises ReplicaLost, RoleExhausted, or what the actor's method
-        raised.
+        many as it takes. `on_dispatch(replica)` runs when a replica is chosen. `limit` is the
+        setting that the deadline comes from. A caller that is cancelled ends the call. Raises
+        ReplicaLost, RoleExhausted, or what the actor's method raised.
         """
         async with self.lend(queue_s, company) as lent:
             if on_dispatch is not None:
                 on_dispatch(lent.name)
-            return await lent.call(method, *args, deadline_s=deadline_s, returns=returns)
+            return await lent.call(
+                method, *args, deadline_s=deadline_s, limit=limit, returns=returns
+            )
 
     @asynccontextmanager
     async def lend(self, queue_s: float, company: int | None = None) -> AsyncIterator[Lent]:
@@ -352,17 +297,22 @@ class ReplicaSet:
             yield Lent(replica.name, handle, self._drop)
         except ReplicaLost as lost:
             if lost.replica == replica.name:
-                self._lost(replica, lost.reason)
+                self._lost(replica, lost.reason, lost.limit)
                 lost.company = replica.company
             raise
         finally:
             self.replicas.release(replica, company)
 
     async def broadcast(
-        self, method: str, *args: Any, deadline_s: float, only: Collection[str] | None = None
+        self,
+        method: str,
+        *args: Any,
+        deadline_s: float,
+        limit: str = "",
+        only: Collection[str] | None = None,
     ) -> list[Any]:
         """Call `method` on every serving replica (`only`: of these), one that is silent for now
-        too; a replica lost at it is replaced, not retried.
+        too; a replica lost at it is replaced, not retried. `limit` as in `call`.
 
         Replicas that are starting are left out: `prepare` brings them up to date. A caller that is
         cancelled ends the calls. Raises ObjectsLost, once all have answered, where an argument is
@@ -372,9 +322,9 @@ class ReplicaSet:
         async def one(replica: Replica, handle: ActorHandle) -> Any:
             lent = Lent(replica.name, handle, self._drop)
             try:
-                return (await lent.call(method, *args, deadline_s=deadline_s))[0]
+                return (await lent.call(method, *args, deadline_s=deadline_s, limit=limit))[0]
             except ReplicaLost as lost:
-                self._lost(replica, lost.reason)
+                self._lost(replica, lost.reason, lost.limit)
                 return None
 
         live = self.replicas.reached

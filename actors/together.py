@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
-from actors.supervise import ReplicaLost
+from actors.answers import ReplicaLost
 
 PEER_SECONDS = 10.0  # how long the cause of a rank's broken connection may come after it
 

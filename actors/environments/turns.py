@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from actors.answers import ObjectsLost, ReplicaLost
 from actors.engines.base import Turn
 from actors.environments.base import Sampler
 from actors.messages import Completion, FinishReason, GroupSampling, Sampling, Segment
-from actors.supervise import ObjectsLost, ReplicaLost
 
 Ask = Callable[[Any, str, Sequence[Turn]], Awaitable[list[Completion]]]
 """(handle, name, turns) to their answers. Raises ReplicaLost or ObjectsLost."""
@@ -52,6 +52,7 @@ class Turns:
         self._there = asyncio.Event()
         self._gone = asyncio.Event()
         self.why = ""  # the last replica is gone
+        self.limit = ""  # the setting of the deadline that it missed, if that is why
 
     @property
     def replica(self) -> tuple[Any, str]:
@@ -181,7 +182,9 @@ class Turns:
                 return await self._ask(*replica, turns)
             except (ReplicaLost, ObjectsLost) as lost:
                 if replica is self._replica and self._there.is_set():
-                    self.why = lost.reason if isinstance(lost, ReplicaLost) else str(lost)
+                    self.why, self.limit = str(lost), ""
+                    if isinstance(lost, ReplicaLost):
+                        self.why, self.limit = lost.reason, lost.limit
                     self._there.clear()
                     self._gone.set()
 

@@ -81,7 +81,7 @@ def answer_of(call: Any) -> Any:
     import ray
     from ray.exceptions import GetTimeoutError
 
-    from actors.supervise import DEATHS
+    from actors.answers import DEATHS
 
     try:
         return ray.get(call, timeout=ANSWER_SECONDS)

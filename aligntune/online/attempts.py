@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from actors.supervise import ObjectsLost, ReplicaLost
+from actors.answers import ObjectsLost, ReplicaLost
 
 T = TypeVar("T")
 Retried = Callable[[str], None]  # (reason): it is tried again

@@ -31,6 +31,8 @@ from aligntune.online.ranks import Ranks
 from aligntune.online.sharing import plan_step, whole_groups
 from aligntune.runs.checkpoint import CRITIC, POLICY
 
+WEIGHTS_LIMIT = "rollout.weight_timeout_s"  # what a transport's deadlines come from
+
 
 class Learner:
     """The policy ranks, and the critic ranks where the algorithm has a critic."""
@@ -194,8 +196,8 @@ class Learner:
     async def send(self, sender: str, method: str, *args: Any, deadline_s: float) -> Any:
         """What rank 0 answers of `method` of a transport's own side, `sender` (module:Class), which
         all ranks run together."""
-        call = (sender, method, *args)
-        said, *_ = await self._policy.each("send", [call] * self._policy.spec.ranks, deadline_s)
+        calls = [(sender, method, *args)] * self._policy.spec.ranks
+        said, *_ = await self._policy.each("send", calls, deadline_s, WEIGHTS_LIMIT)
         return said
 
     async def send_beside(self, sender: str, method: str, *args: Any, deadline_s: float) -> Any:

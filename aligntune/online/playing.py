@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from actors.answers import ReplicaLost
 from actors.environment import EnvironmentStuck, RolloutGone
 from actors.environments.base import EpisodeFailed
 from actors.messages import FinishReason, GroupRecord, GroupSampling, Prompt, Scores
 from actors.reward import Criterion
 from actors.scoring.criteria import EpisodeCriterion
-from actors.supervise import Lent, ReplicaLost, ReplicaSet
+from actors.supervise import Lent, ReplicaSet
 from aligntune.config.online import RunConfig
 from aligntune.online.attempts import GroupFailed, Retried, Suspicion
 
@@ -85,10 +86,15 @@ class Playing:
                     given = (prompt, sampling, rollout.handle, rollout.name)
                     try:
                         return await environment.call(
-                            "generate", life, *given, deadline_s=deadline, returns=3
+                            "generate",
+                            life,
+                            *given,
+                            deadline_s=deadline,
+                            limit="episodes.episode_timeout_s",
+                            returns=3,
                         )
                     except RolloutGone as gone:
-                        raise ReplicaLost(gone.replica, gone.reason) from gone
+                        raise ReplicaLost(gone.replica, gone.reason, limit=gone.limit) from gone
                     except EnvironmentStuck as stuck:
                         raise ReplicaLost(environment.name, str(stuck)) from stuck
             except ReplicaLost as lost:

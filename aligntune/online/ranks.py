@@ -13,10 +13,10 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from actors.answers import ObjectsLost, ReplicaLost, answer
 from actors.disk import DISK
 from actors.liveness import HEALTH, USUAL, Patience, listen
 from actors.specs import RankSpec
-from actors.supervise import ObjectsLost, ReplicaLost, answer
 from actors.together import together
 from aligntune.online.ignoring import ignore
 
@@ -59,10 +59,11 @@ class Ranks:
 
     async def start(self) -> list[tuple[str, dict[str, Any]]]:
         """Start the ranks and let them find each other; (name, what it says of itself) of each."""
-        role, size, deadline = self.spec.role, self.spec.ranks, self.spec.start_timeout_s
+        role, size = self.spec.role, self.spec.ranks
+        most = (self.spec.start_timeout_s, f"{role}.start_timeout_s")
         self._handles = [self._make(rank, f"{role}-{rank}") for rank in range(size)]
-        addresses = await self._answers("address", self._call("address", [()] * size), deadline)
-        infos = await self._answers("start", self._call("start", [addresses[0]] * size), deadline)
+        addresses = await self._answers("address", self._call("address", [()] * size), *most)
+        infos = await self._answers("start", self._call("start", [addresses[0]] * size), *most)
         if (ping := self._ping) is not None:
             self._listening = [
                 asyncio.create_task(self._listen(f"{role}-{rank}", handle, ping))
@@ -88,12 +89,22 @@ class Ranks:
         return await self.each(method, [args] * self.spec.ranks)
 
     async def each(
-        self, method: str, args: Sequence[tuple[Any, ...]], deadline_s: float | None = None
+        self,
+        method: str,
+        args: Sequence[tuple[Any, ...]],
+        deadline_s: float | None = None,
+        limit: str = "",
     ) -> list[Any]:
-        """Call `method` on every rank with its own arguments; the deadline is that of an update by
-        default. Raises PolicyLost, or what a rank's own code raised."""
-        refs = self._call(method, args)
-        return await self._answers(method, refs, deadline_s or self.spec.update_timeout_s)
+        """Call `method` on every rank with its own arguments; the deadline, and `limit`, the
+        setting that it comes from, are those of an update by default. Raises PolicyLost, or what a
+        rank's own code raised."""
+        most = self._of_an_update if deadline_s is None else (deadline_s, limit)
+        return await self._answers(method, self._call(method, args), *most)
+
+    @property
+    def _of_an_update(self) -> tuple[float, str]:
+        """The deadline, in seconds, and the setting that it comes from."""
+        return self.spec.update_timeout_s, f"{self.spec.role}.update_timeout_s"
 
     async def beside(self, method: str, *args: Any, deadline_s: float) -> Any:
         """Call `method` on rank 0 beside what it does. Raises as `each`."""
@@ -130,7 +141,7 @@ class Ranks:
         """Start `method` on every rank; its answers, and references to each rank's `objects`."""
         refs = self._call(method, args, [1 + further for further in objects])
         split = [ref if further else [ref] for ref, further in zip(refs, objects, strict=True)]
-        answers = self._answers(method, [first for first, *_ in split], self.spec.update_timeout_s)
+        answers = self._answers(method, [first for first, *_ in split], *self._of_an_update)
         return answers, [rest for _, *rest in split]
 
     def _call(
@@ -147,10 +158,15 @@ class Ranks:
             for handle, own, number in zip(self._handles, args, numbers, strict=True)
         ]
 
-    async def _answers(self, method: str, refs: Sequence[Any], deadline_s: float) -> list[Any]:
+    async def _answers(
+        self, method: str, refs: Sequence[Any], deadline_s: float, limit: str = ""
+    ) -> list[Any]:
         """What the ranks answer; one reference a rank."""
         role = self.spec.role
-        waits = [answer(ref, f"{role}-{rank}", method, deadline_s) for rank, ref in enumerate(refs)]
+        waits = [
+            answer(ref, f"{role}-{rank}", method, deadline_s, limit)
+            for rank, ref in enumerate(refs)
+        ]
         try:
             return await together(role, waits)
         except (ReplicaLost, ObjectsLost) as lost:

@@ -101,6 +101,7 @@ class Rolling:
             prompt,
             sampling,
             deadline_s=self._config.rollout.generation_timeout_s,
+            limit="rollout.generation_timeout_s",
             queue_s=QUEUE_SECONDS,
             returns=2,
             company=company,
@@ -112,8 +113,8 @@ class Rolling:
     ) -> tuple[Scores, Any]:
         """The scores of what was made of a prompt, and the reference to its texts. Where a service
         is away, that is no attempt: it is asked again, with growing pauses. Raises GroupFailed."""
-        limit = self._config.reward.max_attempts
-        deadline = scoring_deadline(self._config)
+        most = self._config.reward.max_attempts
+        deadline, limit = scoring_deadline(self._config)
 
         def score(company: int | None) -> Awaitable[tuple[Any, ...]]:
             return self._rewards.call(
@@ -121,6 +122,7 @@ class Rolling:
                 prompt,
                 *made,
                 deadline_s=deadline,
+                limit=limit,
                 queue_s=QUEUE_SECONDS,
                 returns=2,
                 company=company,
@@ -130,7 +132,7 @@ class Rolling:
         away_until = math.inf
         while True:
             try:
-                scores, texts = await outlive(score, limit, retried)
+                scores, texts = await outlive(score, most, retried)
                 return scores, texts
             except RewardFailed as failure:
                 away = failure.reason is RewardFailure.UNREACHED
@@ -138,7 +140,7 @@ class Rolling:
                     away_until = min(away_until, time.monotonic() + UNREACHED_SECONDS)
                 else:
                     attempts, unreached, away_until = attempts + 1, 0, math.inf
-                if attempts == limit or time.monotonic() >= away_until:
+                if attempts == most or time.monotonic() >= away_until:
                     raise GroupFailed(str(failure)) from failure
                 retried(str(failure))
             if away:
@@ -146,17 +148,18 @@ class Rolling:
                 unreached += 1
 
 
-def scoring_deadline(config: RunConfig) -> float:
-    """Seconds after which a reward actor that has said nothing of a group is lost.
+def scoring_deadline(config: RunConfig) -> tuple[float, str]:
+    """Seconds after which a reward actor that has said nothing of a group is lost, and the setting
+    that they come from most.
 
     The actor has limits of its own, a call of a criterion each. This is what they come to where the
     actor is full and each call takes all its time: the start of a child process, and as many calls
     one after the other as the criterion does not serve at once. Criteria run side by side.
     """
-    return IMPORT_SECONDS + max(
-        reward.timeout_s * calls_in_turn(reward, config.reward.max_concurrent_groups)
-        for reward in config.rewards
-    )
+    groups = config.reward.max_concurrent_groups
+    seconds = [reward.timeout_s * calls_in_turn(reward, groups) for reward in config.rewards]
+    longest = max(range(len(seconds)), key=seconds.__getitem__)
+    return IMPORT_SECONDS + seconds[longest], f"rewards.{longest}.timeout_s"
 
 
 def calls_in_turn(reward: RewardFunctionSpec | RewardModelSpec | RewardUrlSpec, groups: int) -> int:

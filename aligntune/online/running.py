@@ -6,12 +6,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from actors.answers import ReplicaLost
 from actors.environments.base import EpisodeFailed
 from actors.environments.specs import EpisodeCode
 from actors.models.loading import ModelError
 from actors.reward import Criterion
 from actors.scoring.criteria import RewardFailed
-from actors.supervise import ReplicaLost, RoleExhausted
+from actors.supervise import RoleExhausted
 from aligntune import imports
 from aligntune.config.online import RunConfig
 from aligntune.errors import RunFailed, UserError

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from actors.answers import ObjectsLost, ReplicaLost, answer
 from actors.messages import Conversations
-from actors.supervise import ObjectsLost, ReplicaLost, answer
 from aligntune.config.online import RunConfig
 from aligntune.online.groups import ReadyGroup, total_reward
 from aligntune.plain import plain

@@ -8,8 +8,9 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
+from actors.answers import answer
 from actors.liveness import Patience, sign_of_life
-from actors.supervise import ReplicaSet, answer
+from actors.supervise import ReplicaSet
 from actors.waiting import all_of
 from aligntune.config.online import RunConfig
 from aligntune.online.role_table import ROLES, Role, roles_of

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import ray
 
+from actors.answers import ReplicaLost
 from actors.liveness import HEALTH, HEALTH_GROUP, Alive, Patience, listen, sign_of_life
 from actors.replicas import State
 from actors.specs import CriticSpec
-from actors.supervise import ReplicaLost, ReplicaSet
+from actors.supervise import ReplicaSet
 from aligntune.online.ranks import PolicyLost, Ranks
 from tests.actors.environments.toy import Later
 from tests.actors.stand_in_actors import Actor

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
+from actors.answers import ReplicaLost, answer
 from actors.restarts import Restarts
-from actors.supervise import ReplicaLost, ReplicaSet, RoleExhausted, answer
+from actors.supervise import ReplicaSet, RoleExhausted
 from tests.actors.stand_in_actors import Actor
 
 
@@ -376,6 +378,53 @@ def test_a_replica_that_dies_as_it_first_starts_is_replaced_as_anywhere_else() -
     assert [kind for kind, _ in events] == ["replica_lost", "replica_restarted"]
     with pytest.raises(RoleExhausted, match=r"died during start.*worker\.max_restarts"):
         asyncio.run(run(2))
+
+
+def test_a_start_that_is_too_slow_each_time_ends_though_restarts_come_back_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("actors.replicas.pause", lambda failures: 0.0)
+    now = [0.0]
+
+    async def prepare(handle: Any, name: str) -> None:
+        now[0] += 3600.0
+        assert now[0] < 20 * 3600.0, "it goes on and on"
+        late = "start had no answer within 3600 s (worker.start_timeout_s)"
+        raise ReplicaLost(name, late, limit="worker.start_timeout_s")
+
+    async def run() -> None:
+        replicas = build(1, [], prepare=prepare)
+        replicas.replicas.restarts = Restarts(1, now=lambda: now[0])
+        with pytest.raises(RoleExhausted, match=r"; raise worker\.start_timeout_s or mend"):
+            await replicas.start()
+        assert now[0] == 2 * 3600.0
+        await replicas.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("method", "deadline_s", "raised"),
+    [("wait", 0.01, "worker.work_timeout_s"), ("die", 30, "worker.max_restarts")],
+)
+def test_the_line_that_ends_a_run_names_the_setting_that_would_have_helped(
+    method: str, deadline_s: float, raised: str
+) -> None:
+    async def run() -> None:
+        replicas = build(1, [], max_restarts=0)
+        await replicas.start()
+        with pytest.raises(ReplicaLost) as lost:
+            await replicas.call(
+                method, deadline_s=deadline_s, queue_s=30, limit="worker.work_timeout_s"
+            )
+        assert pickle.loads(pickle.dumps(lost.value)).limit == lost.value.limit
+        with pytest.raises(RoleExhausted) as exhausted:
+            await replicas.call("work", deadline_s=30, queue_s=30)
+        said = f"no worker replica is left ({lost.value.reason}); raise {raised} or mend the cause"
+        assert str(exhausted.value) == said
+        await replicas.close()
+
+    asyncio.run(run())
 
 
 def test_a_caller_that_is_cancelled_ends_what_it_asked_for() -> None:

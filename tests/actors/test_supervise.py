@@ -17,7 +17,8 @@ import pytest
 import ray
 from ray.actor import ActorHandle
 
-from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet, answer
+from actors.answers import ObjectsLost, ReplicaLost, answer
+from actors.supervise import ReplicaSet
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from actors import together as module
-from actors.supervise import ReplicaLost
+from actors.answers import ReplicaLost
 from actors.together import broken_connection, together
 
 PEER = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed")

@@ -19,8 +19,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from actors import supervise
-from actors.supervise import ObjectsLost, ReplicaLost, answer
+from actors.answers import ObjectsLost, ReplicaLost, answer
 from actors.waiting import all_of
 from aligntune.runs.failure import reason
 from tests.actors.stand_in_actors import Ref
@@ -65,7 +64,7 @@ def test_where_one_fails_the_others_are_ended_first_and_nothing_is_left_unheard(
 def test_a_start_that_is_too_slow_names_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     class Ref:
         def future(self) -> Any:
-            return supervise.asyncio.Future()  # never answered
+            return asyncio.Future()  # never answered
 
     monkeypatch.setattr(asyncio, "wrap_future", lambda future: future)
 

@@ -26,6 +26,7 @@ import ray
 import torch
 from ray.exceptions import TaskCancelledError
 
+from actors.answers import drop
 from actors.engines.base import Turn, WeightMismatch
 from actors.engines.specs import EngineSpec, TransformersSpec, VLLMSpec
 from actors.groups import pack_group
@@ -33,7 +34,6 @@ from actors.messages import FinishReason, Sampling
 from actors.models.loading import load_causal_lm
 from actors.rollout import RolloutActor
 from actors.specs import LoRASpec
-from actors.supervise import drop
 from actors.transfer.base import Refused
 from actors.transfer.bundle import WeightBundle
 from actors.transfer.delta import Exports

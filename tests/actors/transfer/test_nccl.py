@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actors.supervise import ReplicaLost
+from actors.answers import ReplicaLost
 from actors.transfer import nccl
 from actors.transfer.base import Offer
 from actors.transfer.nccl import PACKING, SENDER, Broadcast, Meeting, Nccl

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from actors.supervise import ReplicaLost, RoleExhausted
+from actors.answers import ReplicaLost
+from actors.supervise import RoleExhausted
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.errors import RunFailed

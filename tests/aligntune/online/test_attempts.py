@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.messages import Scores
+from actors.answers import ObjectsLost, ReplicaLost
+from actors.messages import (
+    FinishReason,
+    GroupRecord,
+    GroupSampling,
+    Prompt,
+    Scores,
+    VersionSpan,
+)
 from actors.scoring.criteria import RewardFailed, RewardFailure
-from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet, RoleExhausted
+from actors.supervise import ReplicaSet, RoleExhausted
 from aligntune.errors import RunFailed
 from aligntune.online import rolling
 from aligntune.online.attempts import GroupFailed, again
 from aligntune.online.ledger import audit
 from tests.actors.stand_in_actors import Actor
+from tests.aligntune.online.hands import Company
 from tests.aligntune.online.world import STEPS, World, ahead
 
 ATTEMPTS = 3
@@ -235,3 +245,69 @@ def test_groups_that_fail_beside_lost_ones_are_counted_alone(world: World, tmp_p
     again.during = {"generate": die, "score": fail}
     with pytest.raises(RunFailed, match=r"2 of \d+ groups were quarantined"):
         again.run(evaluated=False)
+
+
+class Mute:
+    """An actor of any role that never answers one thing that it is asked for."""
+
+    def __init__(self, name: str, never: str) -> None:
+        self.name = name
+        self.never = never
+
+    async def _answers(self, method: str) -> None:
+        if method == self.never:
+            await asyncio.Event().wait()
+
+    async def start(self) -> dict[str, Any]:
+        return {}
+
+    async def generate(self, prompt: Prompt, sampling: GroupSampling) -> tuple[GroupRecord, int]:
+        await self._answers("generate")
+        group, stop = sampling.group_id, (FinishReason.STOP,) * 2
+        spans = ((VersionSpan(0, 1),),) * 2
+        return GroupRecord(group, 1, (1, 1), stop, spans, 0.1, self.name), group
+
+    async def score(self, prompt: Prompt, group: int) -> tuple[Scores, tuple[str, ...]]:
+        await self._answers("score")
+        return Scores(group, ("length",), ((1.0,), (0.0,)), 0.1), ("a", "b")
+
+    async def logprobs(self, group: int, temperature: float) -> tuple[int, None]:
+        await self._answers("logprobs")
+        return 2, None
+
+    async def load_weights(self, weights: str) -> float:
+        await self._answers("load_weights")
+        return 0.1
+
+
+@pytest.mark.parametrize(
+    ("role", "method", "limit"),
+    [
+        ("rollout", "generate", "rollout.generation_timeout_s"),
+        ("rollout", "load_weights", "rollout.weight_timeout_s"),
+        ("reference", "logprobs", "reference.timeout_s"),
+        ("reward", "score", "rewards.0.timeout_s"),
+    ],
+)
+def test_a_run_that_ends_by_a_deadline_names_its_setting(
+    world: World, monkeypatch: pytest.MonkeyPatch, role: str, method: str, limit: str
+) -> None:
+    monkeypatch.setattr(rolling, "IMPORT_SECONDS", 0.0)
+    section, _, key = limit.rpartition(".")
+    limits: dict[str, Any] = {
+        name: {"max_restarts": 0, **({key: 0.05} if name == section else {})}
+        for name in ("rollout", "reference", "reward")
+    }
+    timeout = {key: 0.01} if role == "reward" else {}
+    rewards = [{"function": "length", **timeout}]
+    world.configure(algorithm={"name": "grpo", "beta": 0.1}, rewards=rewards, **limits)
+    actors = ("rollout", "reference", "reward")
+    world.roles = Company({name: lambda made: Mute(made, method) for name in actors})
+    world.replica_set = functools.partial(
+        ReplicaSet, kill=lambda hand: hand.kill(), drop=lambda ref: ref.drop()
+    )
+    with pytest.raises(RoleExhausted) as ended:
+        world.run(evaluated=False)
+    said = str(ended.value)
+    assert said.startswith(f"no {role} replica is left ({method} had no answer within ")
+    assert said.endswith(f" ({limit})); raise {limit} or mend the cause")

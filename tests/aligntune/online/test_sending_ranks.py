@@ -20,9 +20,11 @@ class Rank:
         self.told = asyncio.Event()
 
     async def address(self) -> tuple[str, int]:
-        return "here", 7000
+        return ("nowhere" if self.rank < 0 else "here"), 7000
 
     async def start(self, host: str, port: int) -> dict[str, Any]:
+        if host == "nowhere":
+            await asyncio.Event().wait()
         return {}
 
     async def send(self, what: str) -> str:
@@ -54,7 +56,20 @@ def test_ranks_that_send_for_longer_than_they_may_are_lost() -> None:
     async def run() -> None:
         ranks = Ranks(CriticSpec(), lambda rank, name: Hand(Rank(rank)))  # type: ignore[arg-type,return-value]
         await ranks.start()
-        with pytest.raises(PolicyLost, match=r"send had no answer within 0\.05 s"):
-            await ranks.each("send", [("a",)], 0.05)
+        with pytest.raises(PolicyLost, match=r"send had no answer within 0\.05 s \(a\.limit\)"):
+            await ranks.each("send", [("a",)], 0.05, "a.limit")
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("key", ["start_timeout_s", "update_timeout_s"])
+def test_ranks_that_are_too_slow_are_lost_with_the_setting_of_their_deadline(key: str) -> None:
+    async def run() -> None:
+        first = -1 if key == "start_timeout_s" else 0
+        spec = CriticSpec.model_validate({key: 0.05})
+        ranks = Ranks(spec, lambda rank, name: Hand(Rank(rank + first)))  # type: ignore[arg-type,return-value]
+        await ranks.start()
+        await ranks.all("send", "a")
+
+    with pytest.raises(PolicyLost, match=rf"had no answer within 0\.05 s \(critic\.{key}\)"):
+        asyncio.run(run())
