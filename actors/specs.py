@@ -350,7 +350,8 @@ class PolicySpec(RankSpec):
     max_restarts: int = Field(
         3,
         ge=0,
-        description="rebuilds of policy and critic an hour; used ones come back",
+        description="rebuilds of policy and critic an hour, of which used ones come back, and in "
+        "a row without one step more",
     )
 
 

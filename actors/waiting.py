@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 async def all_of(*work: Awaitable[Any]) -> list[Any]:
@@ -18,6 +20,23 @@ async def all_of(*work: Awaitable[Any]) -> list[Any]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
+
+
+async def unless(
+    event: asyncio.Event, work: Coroutine[Any, Any, T], error: Callable[[], Exception]
+) -> T:
+    """Await `work`, or drop it and raise `error()` as soon as `event` is set."""
+    task = asyncio.create_task(work)
+    came = asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait((task, came), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+    finally:
+        came.cancel()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    raise error()
 
 
 async def done_within(seconds: float, future: asyncio.Future[Any]) -> bool:

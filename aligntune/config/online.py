@@ -116,8 +116,8 @@ class TrainSpec(Spec):
     time_limit_s: float | None = Field(
         None,
         gt=0,
-        description="of one process of the run: then it stops as SIGTERM stops it, with a "
-        "checkpoint and exit code 143; default: none",
+        description="of one process of the run, from when it is called, Ray's start included: "
+        "then it stops as SIGTERM stops it, with a checkpoint and exit code 143; default: none",
     )
 
 

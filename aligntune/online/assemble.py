@@ -71,6 +71,7 @@ def assemble(
         sends if sends.rereadable else ObjectStore(learner.export),
         changed,
         recorder.event,
+        lambda: serving.rollouts.serving,
         timeout_s=config.rollout.weight_timeout_s,
         rebuild_s=config.rollout.start_timeout_s,
     )

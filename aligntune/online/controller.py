@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 
 from actors import timeline as timelines
 from actors.fetching import ArraysLost
@@ -124,6 +124,7 @@ class Controller:
     async def _run(self, checkpoint: Checkpoint | None) -> dict[str, float]:
         timelines.current.set(self._timeline)
         try:
+            self._starts.reached(checkpoint.step if checkpoint else 0)
             await self._stopping.unless(all_of(self._starts.start(), self._serving.start()))
             lost: str | None = None
             while True:
@@ -149,15 +150,20 @@ class Controller:
             await self._close()
 
     async def _keep_last(self) -> None:
-        """The last step of a run that was stopped, where the ranks are there to write it."""
+        """What a run that was stopped may yet keep: its last step, where the ranks are there to
+        write it, and the evaluation of a version before, whatever becomes of the ranks."""
+        if self._sound:
+            await self._unless_lost(self._keeper.last(self._boundary))
+            await self._unless_lost(self._handover.ended())
+        await self._unless_lost(self._handover.stop(self.state.version))
+        await self._keeper.settled()
+
+    async def _unless_lost(self, work: Awaitable[None]) -> None:
+        """Await `work`; that the policy is lost amid it is told, and that is all."""
         try:
-            if self._sound:
-                await self._keeper.last(self._boundary)
-                await self._handover.ended()
-            await self._evaluation.stop(self.state.version)
+            await work
         except PolicyLost as lost:
             self._recorder.event(EventKind.POLICY_LOST, reason=str(lost))
-        await self._keeper.settled()
 
     # A step
 
@@ -182,7 +188,7 @@ class Controller:
         self._recorder.samples(self.state.version, rows)
         if self._keeper.due(self.state.version):
             with spanned("controller", "checkpoint"):
-                await self._keeper.checkpoint(self._boundary, self._evaluated)
+                await self._keeper.checkpoint(self._boundary, self._handover.stands)
 
     async def _next_batch(self) -> list[ReadyGroup]:
         """The next step's groups. Raises RunFailed when they do not come in time."""
@@ -228,7 +234,7 @@ class Controller:
         result = await self._learner.update(step, algorithm, works)
         figures.updated = result.metrics
         self.state.version = step
-        self._starts.trained()
+        self._starts.reached(step)
         self._pipeline.trained(batch, step)
         return advantages
 
@@ -245,14 +251,6 @@ class Controller:
         self._recorder.step(step, row)
         self._seen = now
         self._boundary = Boundary(step, self.ledger.snapshot(step), self.state.algorithm)
-
-    async def _evaluated(self, version: int) -> bool:
-        """Whether a checkpoint of `version` may stand: see `Evaluation.written`. A run that is to
-        stop saves at once and finishes the evaluation after that."""
-        try:
-            return await self._stopping.unless(self._evaluation.written(version))
-        except Interrupted:
-            return True
 
     # Starting, going back and ending
 
@@ -301,10 +299,10 @@ class Controller:
         """Keep what was trained, while the last version is evaluated."""
         await self._pipeline.cancel()
         if self.config.checkpoint.at_end:
-            await self._keeper.last(self._boundary, self._evaluated)
+            await self._keeper.last(self._boundary, self._handover.stands)
         await self._keeper.export()
         await self._handover.ended()
-        await self._stopping.unless(self._evaluation.ended())
+        await self._handover.evaluated()
         if self._evaluation.due(self.state.version):  # it was stopped before it could begin
             self._stopping.check()
         await self._keeper.finish(self.state.version)

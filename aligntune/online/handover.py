@@ -11,6 +11,7 @@ import asyncio
 from aligntune.config.online import RunConfig
 from aligntune.errors import Interrupted
 from aligntune.online.evaluation import Evaluation
+from aligntune.online.learner import PolicyLost
 from aligntune.online.pipeline import Pipeline
 from aligntune.online.serving import Serving
 from aligntune.online.state import RunState
@@ -65,7 +66,7 @@ class Handover:
         of the step where the policy waited: so nothing there waits."""
 
         async def clear() -> None:
-            await self._stopping.unless(self._evaluation.ended())
+            await self.evaluated()
             self._loading = True
 
         try:
@@ -78,6 +79,26 @@ class Handover:
         self._serving.grow()
         self._pipeline.fill()
         self._evaluation.begin(version)
+
+    async def evaluated(self) -> None:
+        """Wait for the evaluation that runs, if any. Raises Interrupted, PolicyLost where its
+        weights are gone, or what it raised."""
+        await self._stopping.unless(self._weights.unless_gone(self._evaluation.ended()))
+
+    async def stands(self, version: int) -> bool:
+        """Whether a checkpoint of `version` may stand: see `Evaluation.written`. A run that is to
+        stop saves at once and finishes the evaluation after that: see `stop`."""
+        written = self._weights.unless_gone(self._evaluation.written(version))
+        try:
+            return await self._stopping.unless(written)
+        except Interrupted:
+            return True
+        except PolicyLost:
+            return False
+
+    async def stop(self, version: int) -> None:
+        """Before a run ends at `version`: see `Evaluation.stop`. Raises as `evaluated`."""
+        await self._weights.unless_gone(self._evaluation.stop(version))
 
     def check(self) -> None:
         """Raises what the one that is over raised."""

@@ -131,7 +131,8 @@ class Pipeline:
         """
         algorithm, per_step = self._state.algorithm, self._config.train.groups_per_step
         rounds, filtered = algorithm.sampling_rounds, self._ledger.books.filtered - filtered_before
-        if rounds is None or filtered < rounds * per_step:
+        enough = len(self.ready) >= per_step  # the step waits for older groups, not for more
+        if rounds is None or filtered < rounds * per_step or enough:
             return
         shown = ", ".join(f"{x:g} x {n}" for x, n in self.filtered_scores.most_common(8))
         raise RunFailed(
@@ -213,6 +214,7 @@ class Pipeline:
                 tensors,
                 self._config.rollout.temperature,
                 deadline_s=self._config.reference.timeout_s,
+                limit="reference.timeout_s",
                 queue_s=QUEUE_SECONDS,
                 returns=2,
                 company=company,

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from actors.waiting import unless
 from aligntune.errors import Interrupted
 from aligntune.online.state import RunState
 
@@ -36,14 +37,6 @@ class Stopping:
 
     async def unless(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`, or drop it and raise Interrupted as soon as the run is asked to stop."""
-        task = asyncio.create_task(work)
-        stop = asyncio.create_task(self._asked.wait())
-        try:
-            await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-        finally:
-            stop.cancel()
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-        raise Interrupted(self._state.signal, self._reason)
+        return await unless(
+            self._asked, work, lambda: Interrupted(self._state.signal, self._reason)
+        )

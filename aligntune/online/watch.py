@@ -83,9 +83,10 @@ class Watch:
             await asyncio.wait((run, *guards), timeout=CLOSE_SECONDS)
 
     async def _time(self, stop: Callable[[int, str], None]) -> str:
-        """Ends a run in time, as a signal does."""
+        """Ends a run in time, as a signal does. The time counts from when the run was called: data
+        are fetched and Ray is started within it."""
         if (limit := self._train.time_limit_s) is not None:
-            await asyncio.sleep(limit)
+            await asyncio.sleep(self._recorder.since + limit - time.monotonic())
             stop(signal.SIGTERM, f"train.time_limit_s={limit:g} is over")
         return await forever()
 

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 from ray.actor import ActorHandle
 
-from actors.supervise import ObjectsLost, ReplicaLost, ReplicaSet, answer
+from actors.answers import ObjectsLost, ReplicaLost, answer
+from actors.supervise import ReplicaSet
 from actors.transfer.base import Offer, Refused, Transport
+from actors.waiting import unless
 from aligntune.errors import RunFailed
 from aligntune.online.ignoring import ignore
-from aligntune.online.learner import PolicyLost
+from aligntune.online.learner import WEIGHTS_LIMIT, PolicyLost
 from aligntune.tracking.metrics import EventKind
 
+T = TypeVar("T")
 Clear = Callable[[], Awaitable[None]]
 
 
@@ -27,12 +31,18 @@ async def at_once() -> None:
     """Nothing is in the way of new weights."""
 
 
+def nobody() -> int:
+    """No replica serves."""
+    return 0
+
+
 class WeightSync:
     """The weights of one run's rollouts.
 
     `late` is a re-readable transport for replicas that join between two versions; it may be the
     same one. `changed` is set when the policy has to be rebuilt: see `lost`. `event(kind,
-    **fields)` hears of a replica that could not take what was sent to those who serve.
+    **fields)` hears of a replica that could not take what was sent to those who serve. `serving()`
+    says how many serve.
     """
 
     def __init__(
@@ -41,6 +51,7 @@ class WeightSync:
         late: Transport,
         changed: asyncio.Event,
         event: Callable[..., None] = ignore,
+        serving: Callable[[], int] = nobody,
         *,
         timeout_s: float,
         rebuild_s: float,
@@ -54,9 +65,11 @@ class WeightSync:
         self._rebuild_s = rebuild_s
         self._changed = changed
         self._event = event
+        self._serving = serving
         self._paused_s = 0.0  # of the replica that stood still for longest, at the last version
         self._offer: Offer | None = None  # the current one; None: the starting model, version 0
         self._renewed = asyncio.Event()
+        self._gone = asyncio.Event()  # they are, and no replica serves with them any more
         self.lost: str | None = None  # why the current weights, and so the policy, are gone
 
     @property
@@ -103,15 +116,17 @@ class WeightSync:
     async def _send(self, offer: Offer, rollouts: ReplicaSet) -> None:
         """Have those who serve take `offer`; who has not the version that it follows, or no part in
         a broadcast, takes what can be read again."""
-        call, limit = rollouts.broadcast, self._timeout_s
-        said = await call(offer.method, offer.payload, deadline_s=limit)
+        call, seconds, limit = rollouts.broadcast, self._timeout_s, WEIGHTS_LIMIT
+        said = await call(offer.method, offer.payload, deadline_s=seconds, limit=limit)
         others = {each.replica: each.reason for each in said if isinstance(each, Refused)}
         for replica, reason in others.items():
             self._refused(offer, replica, reason)
         if others:
             whole = self._offer
             assert whole is not None, "it is renewed before replicas take anything"
-            again = await call(whole.method, *whole.for_anyone, deadline_s=limit, only=others)
+            again = await call(
+                whole.method, *whole.for_anyone, deadline_s=seconds, limit=limit, only=others
+            )
             for each in again:
                 if isinstance(each, Refused):
                     raise RunFailed(f"{each.replica} cannot take weights: {each.reason}")
@@ -137,6 +152,7 @@ class WeightSync:
     def _renew(self, offer: Offer) -> None:
         """From now on a replica that starts takes these."""
         self._offer, self.lost = offer, None
+        self._gone.clear()
         self._renewed.set()
         self._renewed = asyncio.Event()
 
@@ -153,7 +169,7 @@ class WeightSync:
             take = getattr(handle, offer.method)
             try:
                 ref = take.remote(*(args := offer.after(taken)))
-                said = await answer(ref, name, offer.method, self._timeout_s)
+                said = await answer(ref, name, offer.method, self._timeout_s, WEIGHTS_LIMIT)
             except ObjectsLost as lost:
                 if self._offer is offer:
                     await self._after(offer, str(lost), name)
@@ -171,11 +187,19 @@ class WeightSync:
         rebuilt, and wait for what it exports then."""
         self.lost = f"the weights of version {gone.version}: {reason}"
         self._changed.set()
+        if not self._serving():
+            self._gone.set()
         end = time.monotonic() + self._rebuild_s
         while self._offer is gone:
             try:
                 async with asyncio.timeout(end - time.monotonic()):
                     await self._renewed.wait()
             except TimeoutError as error:
-                waited = f"no weights within {self._rebuild_s:g} s: {reason}"
-                raise ReplicaLost(name, waited) from error
+                limit = "rollout.start_timeout_s"
+                waited = f"no weights within {self._rebuild_s:g} s ({limit}): {reason}"
+                raise ReplicaLost(name, waited, limit=limit) from error
+
+    async def unless_gone(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work` of the replicas, or drop it and raise PolicyLost as soon as the weights that
+        they serve are gone and no replica has them any more: none could do it."""
+        return await unless(self._gone, work, lambda: PolicyLost(self.lost))

@@ -76,6 +76,7 @@ class Recorder:
     ) -> None:
         """`after_step` is the last step that trackers already know, 0 at the beginning; `since` is
         when the run was called, by time.monotonic; default: now."""
+        self.since = time.monotonic() if since is None else since
         self._rundir = rundir
         self._config = config
         self._metrics = MetricsFile(rundir.file("metrics.jsonl"))
@@ -83,7 +84,7 @@ class Recorder:
         self._steps: tuple[StepsFile, ...] = (self._metrics,)
         self._writer = Writer(f"the files of {rundir.path}")
         self._progress = Progress(
-            total_steps, since=since, lost=partial(self.event, EventKind.NOT_SHOWN)
+            total_steps, since=self.since, lost=partial(self.event, EventKind.NOT_SHOWN)
         )
         self._views = open_views(
             rundir.path,

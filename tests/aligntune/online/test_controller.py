@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import itertools
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +15,13 @@ from typing import Any
 import pytest
 from ray.exceptions import ObjectLostError
 
+from actors.answers import ObjectsLost
 from actors.fetching import ArraysLost
 from actors.messages import Prompt, UpdateResult
-from actors.supervise import ObjectsLost
+from actors.restarts import Restarts
 from aligntune.algorithms.dapo import DAPO
 from aligntune.errors import Interrupted, RunFailed
+from aligntune.online import rank_starts
 from aligntune.online.controller import Controller
 from aligntune.online.learner import PolicyLost
 from aligntune.online.ledger import audit
@@ -209,6 +214,29 @@ def test_a_full_step_is_trained_on_however_much_was_filtered(world: World) -> No
     assert [step for step, _ in world.updates] == [1, 2, 3]
 
 
+def test_a_step_that_waits_for_an_older_group_is_not_short_of_groups(world: World) -> None:
+    """Group 2 must be trained now and is late. 4 and 6 are filtered, 3, 5 and 7 are kept."""
+    world.configure(algorithm={**SAMPLES_AGAIN, "max_sampling_rounds": 1}, train=ahead(1))
+    world.scores = lambda group: (1.0, 1.0) if group in (4, 6) else (1.0, 0.0)
+    late = asyncio.Event()
+    releasing: list[asyncio.Task[None]] = []
+
+    async def release() -> None:
+        await settle()
+        late.set()
+
+    async def score(prompt: Prompt, group: int) -> None:
+        if group == 2:
+            await late.wait()
+        if group == 7:
+            releasing.append(asyncio.create_task(release()))
+
+    world.during["score"] = score
+    world.run(evaluated=False)
+    assert world.trained()[1] == [2, 3]
+    assert [row["groups/filtered"] for row in world.rows()] == [0, 2, 0]
+
+
 def test_a_step_that_never_fills_ends_with_the_metric_that_was_looked_at(world: World) -> None:
     world.configure(algorithm={**SAMPLES_AGAIN, "metric": "length"}, train=ahead(0))
     world.scores = lambda group: (0.25, 0.25)
@@ -297,29 +325,30 @@ def test_weights_lost_with_their_node_rebuild_the_policy(world: World) -> None:
     assert len(world.events("role_started")) == 2, "the new ranks say who they are too"
 
 
+class Starting:
+    """A rollout actor that starts; the first weights that it takes are gone."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+        said = Reference({"max_concurrent_groups": 7})
+        self.start = SimpleNamespace(remote=lambda: said)
+        self.load_weights = SimpleNamespace(remote=self.load)
+
+    def load(self, bundle: str) -> Any:
+        self.loaded.append(bundle)
+        gone = ObjectLostError("0" * 56, None, "")
+        return Reference(gone if len(self.loaded) == 1 else 0.1)
+
+
 def test_a_replica_that_starts_with_lost_weights_has_the_policy_rebuilt(world: World) -> None:
     """Its own restarts are not spent on weights that no longer exist."""
-    loaded: list[str] = []
-
-    class Handle:
-        """A rollout actor."""
-
-        def __init__(self) -> None:
-            said = Reference({"max_concurrent_groups": 7})
-            self.start = SimpleNamespace(remote=lambda: said)
-            self.load_weights = SimpleNamespace(remote=self.load)
-
-        def load(self, bundle: str) -> Any:
-            loaded.append(bundle)
-            gone = ObjectLostError("0" * 56, None, "")
-            return Reference(gone if len(loaded) == 1 else 0.1)
-
     slots: list[asyncio.Task[int]] = []
+    starting = Starting()
 
     async def join(bundle: str) -> None:
         if bundle == "weights 2" and not slots:
             assert world.prepare is not None
-            slots.append(asyncio.create_task(world.prepare(Handle(), "rollout-1")))
+            slots.append(asyncio.create_task(world.prepare(starting, "rollout-1")))
             await settle()
 
     world.during["load_weights"] = join
@@ -327,7 +356,64 @@ def test_a_replica_that_starts_with_lost_weights_has_the_policy_rebuilt(world: W
     assert slots[0].result() == 7
     (rebuilt,) = world.events("policy_rebuilt")
     assert "load_weights" in rebuilt["reason"]
-    assert len(loaded) >= 2
+    assert len(starting.loaded) >= 2
+
+
+@pytest.mark.parametrize("version", [1, STEPS])
+def test_weights_that_no_replica_has_any_more_end_the_wait_for_their_evaluation(
+    world: World, version: int
+) -> None:
+    """Of version 1 the weights of the next step wait for it, of the last one the end of the run."""
+    slots: list[asyncio.Task[int]] = []
+    training = asyncio.Event()  # the last batch is there before the weights are gone
+
+    async def evaluate(now: int) -> None:
+        if now == version and not slots:
+            await training.wait()
+            assert world.prepare is not None
+            slots.append(asyncio.create_task(world.prepare(Starting(), "rollout-1")))
+            await asyncio.wait_for(asyncio.Event().wait(), 5)  # for a replica that serves
+
+    async def update(step: int) -> None:
+        if step == min(version + 1, STEPS):
+            training.set()
+            await settle()
+
+    world.during = {"evaluate": evaluate, "update": update}
+    world.run()
+    assert slots[0].result() == 7
+    (rebuilt,) = world.events("policy_rebuilt")
+    assert rebuilt["reason"].startswith(f"the weights of version {version}: ")
+    assert world.evaluated() == EVALUATED
+    assert [row["step"] for row in world.rows()] == list(range(1, STEPS + 1))
+
+
+def test_an_evaluation_goes_on_where_a_replica_still_has_the_weights_that_are_gone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeReplicas, "serving", 1)
+    slots: list[asyncio.Task[int]] = []
+    exported = asyncio.Event()  # nothing is left but to wait for the evaluation
+
+    async def save_model(_: FakeLearner, folder: Path) -> None:
+        os.makedirs(folder, exist_ok=True)
+        exported.set()
+
+    monkeypatch.setattr(FakeLearner, "save_model", save_model)
+
+    async def evaluate(now: int) -> None:
+        if now == STEPS:
+            await exported.wait()
+            await settle()
+            assert world.prepare is not None
+            slots.append(asyncio.create_task(world.prepare(Starting(), "rollout-1")))
+            await settle()
+
+    world.during["evaluate"] = evaluate
+    world.run()
+    assert len(slots) == 1
+    assert world.events("policy_rebuilt") == []
+    assert world.evaluated() == EVALUATED
 
 
 def test_a_policy_that_keeps_being_lost_ends_the_run(world: World) -> None:
@@ -340,6 +426,55 @@ def test_a_policy_that_keeps_being_lost_ends_the_run(world: World) -> None:
     with pytest.raises(RunFailed, match="the policy was lost 3 times"):
         world.run()
     assert audit(world.folder / "ledger.jsonl").balanced
+
+
+@pytest.mark.parametrize(("every_steps", "dies_at"), [(1, 2), (9, 3)])
+def test_a_policy_that_gets_no_further_ends_the_run_however_long_each_try_takes(
+    world: World, monkeypatch: pytest.MonkeyPatch, every_steps: int, dies_at: int
+) -> None:
+    """Every restart has come back before the next loss, and steps before are trained again."""
+    hours = itertools.count(0.0, 3600.0)
+    slow = functools.partial(Restarts, now=lambda: next(hours))
+    monkeypatch.setattr(rank_starts, "Restarts", slow)
+    monkeypatch.setattr(rank_starts, "pause", lambda failures: 0.0)
+    late = "policy-0: update had no answer within 3600 s (policy.update_timeout_s)"
+
+    def die(step: int) -> None:
+        assert len(world.updates) < 20, "it goes on and on"
+        if step == dies_at:
+            raise PolicyLost(late)
+
+    world.configure(policy={"max_restarts": 2}, checkpoint={"every_steps": every_steps})
+    world.during["update"] = die
+    with pytest.raises(RunFailed) as failed:
+        world.run()
+    assert str(failed.value) == (
+        f"the policy was lost 3 times and the run got no further than step {dies_at - 1}: "
+        f"policy.max_restarts=2 allows no more; the last: {late}"
+    )
+    del world.during["update"]
+    world.run()
+    assert world.trained() == [[0, 1], [2, 3], [4, 5]], "the same command goes on"
+
+
+def test_a_policy_that_is_lost_at_every_step_gets_further_and_finishes(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hours = itertools.count(0.0, 3600.0)
+    slow = functools.partial(Restarts, now=lambda: next(hours))
+    monkeypatch.setattr(rank_starts, "Restarts", slow)
+    lost: list[int] = []
+
+    def die(step: int) -> None:
+        if step not in lost:
+            lost.append(step)
+            raise PolicyLost("policy-0: died")
+
+    world.configure(policy={"max_restarts": 1})
+    world.during["update"] = die
+    world.run()
+    assert lost == [1, 2, 3]
+    assert len(world.trained()) == STEPS
 
 
 @pytest.mark.parametrize("place", ["start", "load", "load_weights"])
@@ -483,6 +618,31 @@ def test_a_stop_with_a_lost_rank_finishes_the_evaluation_that_nobody_could_make_
     world.during = {"evaluate": evaluate, "update": lose}
     with pytest.raises(Interrupted):
         world.run()
+    world.during = {}
+    world.run()
+    assert world.evaluated() == [EVALUATED[0], EVALUATED[-1]]
+
+
+def test_a_rank_lost_after_a_stop_leaves_the_evaluation_before_it_its_end(world: World) -> None:
+    """The checkpoint of step 1 is complete once the run is to stop, so nobody could make the
+    evaluation of the start again; a rank is lost as it exports the weights of step 1."""
+    world.configure(train=ahead(3), eval={"every_steps": None})
+    saved = world.folder / "checkpoints" / "step-000001"
+
+    async def evaluate(version: int) -> None:
+        while version == 0 and not saved.exists():  # noqa: ASYNC110 - a file tells nobody
+            await asyncio.sleep(0.01)
+        await settle()
+
+    def lose(version: int) -> None:
+        world.stop()
+        raise PolicyLost("policy-0: died")
+
+    world.during = {"evaluate": evaluate, "export": lose}
+    with pytest.raises(Interrupted):
+        world.run()
+    assert world.evaluated() == EVALUATED[:1]
+    assert [event["reason"] for event in world.events("policy_lost")] == ["policy-0: died"]
     world.during = {}
     world.run()
     assert world.evaluated() == [EVALUATED[0], EVALUATED[-1]]

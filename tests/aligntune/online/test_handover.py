@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from actors.supervise import ObjectsLost
+from actors.answers import ObjectsLost
 from actors.transfer.base import Offer
 from aligntune.errors import Interrupted
 from aligntune.online.learner import PolicyLost

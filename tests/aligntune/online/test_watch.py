@@ -156,6 +156,16 @@ def test_a_time_limit_stops_a_run_as_a_signal_does(world: World) -> None:
     assert [event["step"] for event in world.events("checkpoint_saved")] == [2]
 
 
+def test_the_time_limit_counts_from_when_the_run_was_called(world: World) -> None:
+    """Data are fetched and Ray is started before the loop runs."""
+    world.configure(train={**ahead(0), "time_limit_s": 3600})
+    with pytest.raises(Interrupted, match=r"train\.time_limit_s=3600 is over"):
+        world.run(since=time.monotonic() - 3601)
+    assert world.trained() == []
+    world.run(since=time.monotonic())
+    assert len(world.trained()) == STEPS, "the same command goes on"
+
+
 def test_a_node_that_is_drained_stops_the_run_that_has_ranks_on_it(
     world: World, process: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ObjectLostError
 
-from actors.supervise import ObjectsLost, ReplicaLost
+from actors.answers import ObjectsLost, ReplicaLost
 from actors.transfer.base import Exported, Offer, Refused
 from actors.transfer.deltas import Deltas
 from actors.transfer.object_store import ObjectStore
@@ -46,7 +46,9 @@ class Rollouts:
         self.transport = transport
         self.taken: list[tuple[str, Any]] = []
 
-    async def broadcast(self, method: str, payload: Any, *, deadline_s: float) -> list[Any]:
+    async def broadcast(
+        self, method: str, payload: Any, *, deadline_s: float, limit: str
+    ) -> list[Any]:
         if self.transport is not None:
             assert self.transport.meeting is not None
             await asyncio.wait_for(self.transport.meeting.wait(), deadline_s)
@@ -169,7 +171,7 @@ def test_weights_that_never_come_again_lose_the_replica_at_a_deadline() -> None:
         rollouts: Any = Rollouts()
         await weights.bring(1, rollouts)
         joiner: Any = Joiner(lambda payload: ObjectLostError("0" * 56, None, ""))
-        with pytest.raises(ReplicaLost, match=r"no weights within 0\.05 s"):
+        with pytest.raises(ReplicaLost, match=r"no weights within 0\.05 s \(rollout\.start_time"):
             await weights.catch_up(joiner, "rollout-1")
 
     run(main())
@@ -216,7 +218,7 @@ class Servers(Rollouts):
         self.whole: list[tuple[set[str], tuple[Any, ...]]] = []
 
     async def broadcast(  # type: ignore[override]
-        self, method: str, *args: Any, deadline_s: float, only: Any = None
+        self, method: str, *args: Any, deadline_s: float, limit: str, only: Any = None
     ) -> list[Any]:
         refused = [Refused(name, "it holds 0") for name in sorted(self.others)]
         if only is None:

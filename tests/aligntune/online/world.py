@@ -118,15 +118,15 @@ class World:
             }
         )
 
-    def run(self, evaluated: bool = True) -> dict[str, float]:
-        """One process of the run, from its newest checkpoint."""
+    def run(self, evaluated: bool = True, since: float | None = None) -> dict[str, float]:
+        """One process of the run, from its newest checkpoint; it was called at `since`."""
         self.version = 0  # of the model that is started from
         rundir, prompt = RunDir(self.folder), Prompt(0, "a", "a", np.array([1]))
         checkpoints = self.checkpoints(self.folder / "checkpoints", 2)
         checkpoint = checkpoints.latest()
         prompts = SimpleNamespace(prompt_at=lambda position: prompt, fingerprint="f")
         after = checkpoint.step if checkpoint else 0
-        with OnlineRecorder(self.config, rundir, STEPS, after) as recorder:
+        with OnlineRecorder(self.config, rundir, STEPS, after, since) as recorder:
             self.controller = assemble(
                 self.config,
                 self.roles,
@@ -235,6 +235,7 @@ class FakeReplicas:
     `evaluate`, and their score tells the version that they are of."""
 
     progress = 0
+    serving = 0  # for those who ask whether any is left
     handles: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, world: World, role: str, size: int, make: Any, prepare: Any) -> None:
