@@ -168,9 +168,9 @@ class RewardFunctionSpec(Spec):
     timeout_s: Seconds = Field(60.0, description="for one group, from when its call begins")
     workers: Positive | None = Field(
         None,
-        description="processes at most, one group each, where the function is not async; more are "
-        "started only while groups wait, and each holds what the function imports; default: "
-        "reward.max_concurrent_groups",
+        description="groups at once; others wait, before their timeout_s begins. Each has a "
+        "process where the function is not async: more are started only while groups wait, and "
+        "each holds what the function imports; default: reward.max_concurrent_groups",
     )
     try_first: bool = Field(
         True,

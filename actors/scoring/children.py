@@ -31,8 +31,9 @@ _CHILD = "actors.scoring.child"
 class FunctionScorer:
     """A Python function in child processes of its own.
 
-    Calls of an async function share one child and run on its loop together. Any other function has
-    several children that serve one call at a time each: a call that finds none idle for a while has
+    Calls of an async function share one child and run on its loop together, up to `workers` where
+    the criterion says so: others wait, and their time does not run. Any other function has several
+    children that serve one call at a time each: a call that finds none idle for a while has
     another one started, up to `workers`, and waits its turn beyond that. The time limit is that of
     the function: waiting for a child and importing the function are not counted.
 
@@ -47,8 +48,8 @@ class FunctionScorer:
         variables: Mapping[str, str] | None = None,
     ) -> None:
         """`log`: a file for what the function prints; default: this process's standard output.
-        `max_concurrent_groups`: children at most where the criterion does not say, as many as calls
-        may come. `variables` are added to the children's environment."""
+        `max_concurrent_groups`: calls at once where the criterion does not say, as many as may
+        come. `variables` are added to the children's environment."""
         self._variables = variables
         self.name = criterion.name
         self._criterion = criterion
@@ -109,7 +110,9 @@ class FunctionScorer:
         await self.start()
         if self._concurrent:
             try:
-                return await self._beside_others(message)
+                async with self._places:
+                    await self.start()  # the shared child may have ended meanwhile
+                    return await self._beside_others(message)
             except ChildEnded as ended:
                 if ended.alone:
                     raise self._failed(ended) from ended

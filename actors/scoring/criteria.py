@@ -52,7 +52,7 @@ class RewardCriterion:
     timeout_s: float  # per call, one group a call; importing the function is not counted
     options: Mapping[str, Any] = field(default_factory=dict)  # keyword arguments of every call
     search_path: tuple[str, ...] = ()
-    workers: int | None = None  # child processes at most, of a function that is not async
+    workers: int | None = None  # calls at once, each in a child process unless it is async
     hidden: tuple[str, ...] = ()  # data columns it never gets: they are named as its own options
     thoughts: bool = False  # a completion has the `<think>` that its prompt ends with
 

@@ -46,6 +46,16 @@ async def meet_in_one_process(completions, others):
     await arrived[-1].wait()
     return [float(completions[0]), float(os.getpid())]
 
+inside, most = 0, 0
+async def count(completions):
+    """How many calls have been in it at the same time."""
+    global inside, most
+    inside += 1
+    most = max(most, inside)
+    await asyncio.sleep(0.05)
+    inside -= 1
+    return [float(most)]
+
 started = asyncio.Event()
 async def one_of_them(completions, prompts, answer):
     """The first ends or holds up what it is in once another has arrived; the others answer."""
@@ -216,6 +226,19 @@ class TestSideBySide:
                 got = await asyncio.gather(*(reward.call("p", [str(n), ""], {}) for n in range(16)))
             assert [row[0] for row in got] == [float(n) for n in range(16)]
             assert len({row[1] for row in got}) == 1
+
+        run(body)
+
+    @pytest.mark.parametrize("limit", [{"workers": 2}, {}])
+    def test_as_many_calls_of_an_async_function_run_at_once_as_are_allowed(
+        self, scorer: Any, limit: dict[str, int]
+    ) -> None:
+        """The others wait before their time limit begins."""
+
+        async def body() -> None:
+            async with scorer("count", **limit) as reward:
+                got = await asyncio.gather(*(reward.call("p", ["a"], {}) for _ in range(8)))
+            assert max(row[0] for row in got) == limit.get("workers", 8)
 
         run(body)
 
