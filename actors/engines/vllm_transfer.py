@@ -82,6 +82,7 @@ class ObjectStoreWeightTransferEngine(
 
         self._expected = {name for name, _ in self.model.named_parameters()}
         self._memory: np.ndarray | None = None
+        _pack_experts_again(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -140,6 +141,23 @@ class _Loader:
         """Load some, and keep their names; None once the model does not say."""
         said = self._model.load_weights(weights)
         self.loaded = None if said is None or self.loaded is None else self.loaded | said
+
+
+def _pack_experts_again(model: torch.nn.Module) -> None:
+    """Let a mixture's experts on CPU be packed as they are loaded.
+
+    vLLM packs what their kernel has once, as it makes the kernel, and puts plain weights in that
+    place at each reload: of another shape, or of another meaning.
+    """
+    if torch.accelerator.is_available():
+        return
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    for layer in model.modules():
+        method: Any = getattr(layer, "quant_method", None)
+        kernel = getattr(method, "moe_kernel", None)
+        if kernel is not None and isinstance(kernel.fused_experts, CPUUnquantizedExperts):
+            method.moe_kernel = None  # it makes another one
 
 
 def _process_tied_head(model: torch.nn.Module) -> None:

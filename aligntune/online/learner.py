@@ -17,6 +17,7 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
+from actors.engines.base import resolve_engine
 from actors.fetching import ArraysLost
 from actors.liveness import Patience, sign_of_life
 from actors.messages import GroupWork, PrepareJob, UpdateResult
@@ -52,6 +53,7 @@ class Learner:
 
         self.nodes: set[str] = set()  # ids, in Ray, of those that ranks run on
         self._config = config
+        self._as_checkpoint = resolve_engine(config.rollout.engine).reads_checkpoints
         self._policy = ranks(config.policy, make_policy)
         self._critic = ranks(config.critic, make_critic) if config.algorithm.needs.critic else None
 
@@ -175,8 +177,7 @@ class Learner:
 
     async def export(self, version: int) -> Any:
         """The reference to a `WeightBundle` of `version`; the driver owns the one object."""
-        reads = self._config.rollout.engine.reads_checkpoints
-        _, ref = await self._exported("export_weights", version, reads)
+        _, ref = await self._exported("export_weights", version, self._as_checkpoint)
         return ref
 
     async def export_adapter(self, version: int) -> Any:
@@ -187,9 +188,8 @@ class Learner:
     async def export_changes(self, version: int, since: int | None) -> tuple[Exported, Any]:
         """What changed in the weights since version `since`, or all: what rank 0 says of it, and
         the reference, which the driver owns."""
-        reads = self._config.rollout.engine.reads_checkpoints
         exported: tuple[Exported, Any] = await self._exported(
-            "export_changes", version, since, reads
+            "export_changes", version, since, self._as_checkpoint
         )
         return exported
 

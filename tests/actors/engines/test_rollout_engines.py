@@ -31,6 +31,7 @@ from actors.engines.base import Turn, WeightMismatch
 from actors.engines.specs import EngineSpec, TransformersSpec, VLLMSpec
 from actors.groups import pack_group
 from actors.messages import FinishReason, Sampling
+from actors.models.checkpoint_names import checkpoint_weights
 from actors.models.loading import load_causal_lm
 from actors.rollout import RolloutActor
 from actors.specs import LoRASpec
@@ -49,10 +50,12 @@ from tests.actors.engines.replicas import (
     prompt_of,
     rollout_spec,
     sampling_of,
+    tokenizer_of_characters,
     turn_of,
     until,
     worst_error,
 )
+from tests.actors.policy_cases import causal_lm
 
 
 class Overwritten(RolloutActor):
@@ -150,6 +153,26 @@ def test_changed_weights_alone_make_the_new_model_and_are_refused_on_any_other(
     assert isinstance(refused, Refused)
     assert "and 3 is held" in refused.reason
     assert labels_of(replica.group(prompt_of(0), sampling_of(group_id=4))) == {3}
+
+
+@pytest.mark.slow
+def test_vllm_takes_the_weights_of_a_mixture_whose_checkpoint_has_other_names(
+    tmp_path: Path, ray_session: None
+) -> None:
+    pytest.importorskip("vllm")
+    sizes = {"vocab_size": 97, "max_position_embeddings": 1024, "head_dim": 32}
+    sizes |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    first, second = (causal_lm("Mixtral", seed, **sizes) for seed in (0, 1))
+    first.save_pretrained(tmp_path)
+    tokenizer_of_characters().save_pretrained(tmp_path)
+    bundle = WeightBundle.pack(1, checkpoint_weights(second, second.named_parameters()))
+    with vllm_actor(tmp_path) as replica:
+        sampling = sampling_of(max_tokens=16)
+        groups = [replica.group(prompt_of(0), sampling)]
+        replica.get("load_weights", bundle)
+        groups.append(replica.group(prompt_of(0), replace(sampling, group_id=1)))
+    assert [labels_of(group) for group in groups] == [{0}, {1}]
+    assert max(worst_error(group, {0: first, 1: second}, 1.0) for group in groups) < TOLERANCE
 
 
 LORA = LoRASpec(r=4, alpha=8)
