@@ -29,21 +29,11 @@ def loaded_shape(model: ModelSpec, name: str) -> ModelShape:
     try:
         return known_shape(name)
     except UnknownName:
-        from actors.models.auto import import_light
-        from actors.models.hub import ask_once
-        from actors.models.loading import ModelError, local, no_configuration
-
-        import_light()
-        from transformers import AutoConfig
+        from actors.models.loading import ModelError
+        from actors.models.positions import configuration
 
         try:
-            spec = local(model.renamed(name))
-            ask_once(spec.name)
-            found = AutoConfig.from_pretrained(
-                spec.name,
-                revision=spec.revision,
-                trust_remote_code=spec.trust_remote_code,
-            )
-        except (ModelError, OSError, ValueError, KeyError) as error:
-            raise UserError(str(no_configuration(name, error))) from error
+            found = configuration(model.renamed(name))
+        except ModelError as error:
+            raise UserError(str(error)) from error
         return from_config(found.to_dict(), name, "from its own configuration")

@@ -81,17 +81,21 @@ def positions_in_table(model: Any) -> int | None:
     return None
 
 
-def model_positions(spec: ModelSpec) -> int | None:
-    """`positions_of` the model that `spec` names. Raises ModelError without a configuration."""
+def configuration(spec: ModelSpec) -> Any:
+    """The transformers configuration of the model that `spec` names. Raises ModelError."""
     spec = local(spec)
     ask_once(spec.name)
     import_light()
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(
+        return AutoConfig.from_pretrained(
             spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         raise no_configuration(spec.name, error) from error
-    return positions_of(config)
+
+
+def model_positions(spec: ModelSpec) -> int | None:
+    """`positions_of` the model that `spec` names. Raises ModelError without a configuration."""
+    return positions_of(configuration(spec))

@@ -94,7 +94,8 @@ def evaluate(
                 "--config CONFIG.yaml with prompts and rewards scores what a DPO or SFT model says"
             )
         scored = found.trainer.scored()
-        note(f"scoring {scored.model} ({scored.origin}, step {scored.step})")
+        why = scored.why and f": {scored.why}"
+        note(f"scoring {scored.model} ({scored.origin}, step {scored.step}{why})")
         said = {"model": scored.model, "step": scored.step, "from": scored.origin}
         typer.echo(json.dumps({**said, **found.trainer.evaluate()}, indent=1))
         return

@@ -123,7 +123,11 @@ def evaluated(
         raise UserError(f"--checkpoint {which} is of a run, and {target.model} is a model")
     if target.written is not None and which != NEWEST:
         raise UserError(f"--checkpoint {which}: a job over a table has one model, the last one")
-    scored = target.written or trainer.scored(START if target.model is not None else which)
+    if target.written is not None and target.written.origin != "start":
+        scored = target.written
+    else:  # the model that the trainer's config names is a job's that has trained none
+        own = target.model is None and target.written is None
+        scored = trainer.scored(which if own else START)
     origin = "model" if target.model is not None else scored.origin
     step = None if target.model is not None else scored.step
     of = "" if step is None else f", step {step}"
@@ -168,7 +172,7 @@ def evaluated(
             for way, decoding in ways.items()
         },
     )
-    own = target.run is not None and RunDir(target.run).config.is_file()
-    parent = (target.run / EVALUATIONS) if own and target.run is not None else Path(EVALUATIONS)
+    in_run = target.run is not None and RunDir(target.run).config.is_file()
+    parent = (target.run / EVALUATIONS) if in_run and target.run is not None else Path(EVALUATIONS)
     folder = write_evaluation(parent if out is None else out, summary, rows)
     return summary.model_copy(update={"name": folder.name}), folder

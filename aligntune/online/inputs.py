@@ -45,6 +45,7 @@ from aligntune.online.settle_resources import settle_resources
 from aligntune.rewards.registry import check_columns, check_names, from_callable, resolve_all
 from aligntune.runs.rundir import RunDir, run_of
 from aligntune.tracking.metrics import EventKind
+from aligntune.whole_weights import check_whole, settle_model
 
 
 class RunInputs:
@@ -64,6 +65,7 @@ class RunInputs:
         self.objects = dict(objects or {})
         self._decisions: tuple[Decision, ...] | None = None
         self._start: str | None = None  # for which they are settled: auto, or a checkpoint folder
+        self._of_model: tuple[Decision, ...] | None = None
         self._notes: list[str] = []  # on the tools
         self._tried: list[str] | None = None
 
@@ -97,8 +99,9 @@ class RunInputs:
             self._start = _start(resume)
             if self.config.rewards:
                 self._resolve()  # wrong names are told before data are read
+            of_model = self.settle_model()
             asks_data = not self.config.rewards or self.config.rollout.max_prompt_length is None
-            self.config, self._decisions = settle_data(
+            self.config, of_data = settle_data(
                 self.config,
                 self._rows.lengths if asks_data else (),
                 self._rows.pairs if asks_data else False,
@@ -106,7 +109,22 @@ class RunInputs:
                 _recorded(self.config, resume),
                 self._itself,
             )
+            self._decisions = (*of_model, *of_data)
         return self._decisions
+
+    def settle_model(self) -> tuple[Decision, ...]:
+        """Take whole weights where the config names packed ones, the first time; returns what was
+        decided. Raises UserError where they are not there."""
+        if self._of_model is None:
+            config, needs = self.config, self.config.algorithm.needs
+            model, decided = settle_model(config.model)
+            others = {"critic": config.critic.model, "reference": config.reference.model}
+            for role, other in others.items():
+                if getattr(needs, role) and other:
+                    check_whole(f"{role}.model", model.renamed(other))
+            self.config = config.model_copy(update={"model": model})
+            self._of_model = decided
+        return self._of_model
 
     def settle_resources(self, resume: str, elsewhere: Mapping[str, Any] | None = None) -> None:
         """Fill in what the roles take of the machines, where that is open.

@@ -37,6 +37,7 @@ from aligntune.runs.ended import (
     is_over,
     last_figures,
     said_by_roles,
+    started_with,
 )
 from aligntune.runs.hub import check_hub
 from aligntune.runs.lifecycle import check_programs, claimed, recorded
@@ -288,8 +289,10 @@ class OnlineTrainer:
     def scored(self, which: str = NEWEST) -> Scored:
         """The model of the run that `which` means: newest, best, export, start or a step. Raises
         UserError where there is none."""
-        return chosen_model(
-            self._rundir, self.config.model.name, which, best_of(self.config.checkpoint)
+        decided = self.inputs.settle_model()
+        best = best_of(self.config.checkpoint)
+        return started_with(
+            chosen_model(self._rundir, self.config.model.name, which, best), decided
         )
 
     @property

@@ -39,6 +39,7 @@ from aligntune.preference.settle_workers import settle_workers
 from aligntune.rewards.registry import check_columns, check_names, from_callable, resolve
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
+from aligntune.whole_weights import settle_model
 
 
 class PairInputs:
@@ -52,6 +53,7 @@ class PairInputs:
         self.data = ReadData(config.data)
         self._functions = dict(functions)
         self._decisions: tuple[Decision, ...] | None = None
+        self._of_model: tuple[Decision, ...] | None = None
 
     def check_places(self) -> None:
         """Whether rewards, model and data are where the config says: told before texts are scored,
@@ -69,14 +71,24 @@ class PairInputs:
         A run that goes on keeps the value it has. Raises UserError.
         """
         if self._decisions is None:
+            of_model = self.settle_model()
             rundir = RunDir(Path(self.config.output_dir))
-            self.config, self._decisions = settle_max_length(
+            self.config, of_length = settle_max_length(
                 self.config,
                 self._tokenised.lengths.values(),
                 self._positions(),
                 rundir.previous() if rundir.trained else None,
             )
+            self._decisions = (*of_model, *of_length)
         return self._decisions
+
+    def settle_model(self) -> tuple[Decision, ...]:
+        """Take whole weights where the config names packed ones, the first time; returns what was
+        decided. Raises UserError where they are not there."""
+        if self._of_model is None:
+            model, self._of_model = settle_model(self.config.model)
+            self.config = self.config.model_copy(update={"model": model})
+        return self._of_model
 
     def settle_workers(self, elsewhere: Mapping[str, Any] | None = None) -> None:
         """Fill in what the workers take of the machines, where that is open.

@@ -31,6 +31,7 @@ from aligntune.runs.ended import (
     last_figures,
     model_to_score,
     said_by_roles,
+    started_with,
     too_few_steps,
 )
 from aligntune.runs.hub import check_hub
@@ -237,7 +238,8 @@ class PreferenceTrainer:
 
     def scored(self) -> Scored:
         """The model that `evaluate` scores. Raises UserError where the run has none of its own."""
-        return model_to_score(self._rundir, self.config.model.name)
+        decided = self.inputs.settle_model()
+        return started_with(model_to_score(self._rundir, self.config.model.name), decided)
 
     def evaluate(self) -> dict[str, float]:
         """`eval/*` figures of the trained model in `output_dir`, or of the starting model before.

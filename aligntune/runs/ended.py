@@ -4,14 +4,17 @@ of it an evaluation scores."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from aligntune.errors import UserError
 from aligntune.runs.jsonl import Row, readable
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
+
+if TYPE_CHECKING:
+    from aligntune.decisions import Decision
 
 Origin = Literal["export", "checkpoint", "best", "start"]
 
@@ -29,6 +32,14 @@ class Scored:
     def is_checkpoint(self) -> bool:
         """Whether a model is yet to be made of it."""
         return self.origin in ("checkpoint", "best")
+
+
+def started_with(scored: Scored, decided: Sequence[Decision]) -> Scored:
+    """`scored`, which says why it is not the model that the config names, where it is one that a
+    run begins with and that was `decided`."""
+    if scored.origin != "start" or not decided:
+        return scored
+    return replace(scored, why=decided[0].why)
 
 
 def finished_at(rundir: RunDir) -> int | None:

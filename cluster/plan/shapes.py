@@ -19,7 +19,9 @@ from typing import Any
 
 from cluster.tables import DATA, UnknownName, nearest
 
-# What is put behind the names of one model's variants, all of one shape.
+# What is put behind the names of one model's variants, all of one shape. How weights are packed
+# stands last, so it goes first.
+PACKED = ("unsloth-bnb-4bit", "bnb-4bit")
 VARIANTS = (
     "instruct",
     "base",
@@ -261,6 +263,6 @@ def from_table(name: str) -> ModelShape:
 def _key(name: str) -> str:
     """A name in lower case without what tells variants of one shape apart."""
     key = name.lower().replace("meta-llama-3", "llama-3")
-    for variant in sorted(VARIANTS, key=len, reverse=True):
+    for variant in (*PACKED, *sorted(VARIANTS, key=len, reverse=True)):
         key = key.removesuffix(f"-{variant}")
     return key

@@ -12,6 +12,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+PACKED = "unsloth/Llama-3.2-1B-Instruct-bnb-4bit"
+WHOLE = "unsloth/Llama-3.2-1B-Instruct"  # the same weights, as its owner has them too
 LONG = 3000  # tokens of the one long row
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
@@ -48,9 +50,11 @@ def byte_tokenizer(template: str | None = TEMPLATE) -> Any:
 
 
 def write_page_models(root: Path) -> None:
-    """The four models of the page under their names, of a few thousand parameters each."""
+    """The four models of the page under their names, of a few thousand parameters each; that one
+    of them is packed by bitsandbytes, and its whole weights lie beside it."""
     import torch
     from transformers import (
+        BitsAndBytesConfig,
         LlamaConfig,
         LlamaForCausalLM,
         LlamaForSequenceClassification,
@@ -72,7 +76,7 @@ def write_page_models(root: Path) -> None:
     made = {
         "Qwen/Qwen3-0.6B": (Qwen3ForCausalLM, Qwen3Config(**common, head_dim=32)),
         "Qwen/Qwen2-1.5B-Instruct": (Qwen2ForCausalLM, Qwen2Config(**common)),
-        "unsloth/Llama-3.2-1B-Instruct-bnb-4bit": (LlamaForCausalLM, LlamaConfig(**common)),
+        WHOLE: (LlamaForCausalLM, LlamaConfig(**common)),
         "your-reward-model": (
             LlamaForSequenceClassification,
             LlamaConfig(**common, num_labels=1),
@@ -83,6 +87,11 @@ def write_page_models(root: Path) -> None:
         for name, (model, config) in made.items():
             model(config).float().save_pretrained(root / name)
             tokenizer.save_pretrained(root / name)
+    packed = LlamaForCausalLM.from_pretrained(
+        root / WHOLE, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    )
+    packed.save_pretrained(root / PACKED)
+    tokenizer.save_pretrained(root / PACKED)
 
 
 def preference_rows(rows: int = 150, seed: int = 0) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from aligntune import create_rl_trainer
 from aligntune.quickstart.task import make_task, preference_pairs, write_assets
 from tests.e2e.conftest import read
-from tests.e2e.page import write_page_data, write_page_models
+from tests.e2e.page import PACKED, WHOLE, write_page_data, write_page_models
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -27,7 +27,7 @@ PAGE: dict[str, dict[str, Any]] = {
         "backend": "trl",
     },
     "ppo": {
-        "model_name": "unsloth/Llama-3.2-1B-Instruct-bnb-4bit",
+        "model_name": PACKED,
         "dataset_name": DATA,
         "algorithm": "ppo",
         "backend": "unsloth",
@@ -87,7 +87,8 @@ def test_an_example_of_the_page_trains_as_printed(
 
     assert result.steps == 2
     assert result.output_dir == page / "runs" / algorithm
-    before = load_file(page / given["model_name"] / "model.safetensors")
+    trained = WHOLE if given["model_name"] == PACKED else given["model_name"]
+    before = load_file(page / trained / "model.safetensors")
     after = load_file(result.model / "model.safetensors")
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
@@ -111,6 +112,7 @@ def test_an_example_of_the_page_trains_as_printed(
         return
     assert written["rollout"]["max_prompt_length"] == settled["rollout.max_prompt_length"] < 400
     if algorithm == "ppo":
+        assert settled["model.name"] == written["model"]["name"] == WHOLE
         assert [reward["model"] for reward in written["rewards"]] == ["your-reward-model"]
         first = figures(result.output_dir)[0]  # Unsloth's policy is what the plain models are
         assert first["kl/reference"] == pytest.approx(0.0, abs=1e-8)

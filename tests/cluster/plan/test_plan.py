@@ -107,6 +107,9 @@ def test_the_table_goes_from_half_a_billion_to_deepseek() -> None:
     assert large.parameters == pytest.approx(671e9, rel=1e-3)
     assert large.active == pytest.approx(37e9, rel=0.02)
     assert large.kv_elements == 61 * (512 + 64)
+    for ending in ("", "-bnb-4bit", "-unsloth-bnb-4bit"):  # of packed weights, which none trains
+        named = from_table(f"unsloth/Llama-3.2-1B-Instruct{ending}")
+        assert named.parameters == from_table("meta-llama/Llama-3.2-1B").parameters
 
 
 def test_an_unknown_model_names_the_nearest() -> None:

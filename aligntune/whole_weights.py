@@ -1,0 +1,43 @@
+"""Models that a config names by packed weights: the whole ones take their place, and it is said."""
+
+from __future__ import annotations
+
+from actors.models.loading import ModelError
+from actors.models.packed import KEPT_IN_4_BITS, is_packed, with_whole_weights, without_ending
+from actors.specs import ModelSpec
+from aligntune.decisions import Decision
+from aligntune.errors import UserError
+
+
+def settle_model(model: ModelSpec) -> tuple[ModelSpec, tuple[Decision, ...]]:
+    """The model with whole weights, and what was decided where `model` names packed ones. Raises
+    UserError where there are no whole ones."""
+    try:
+        whole = with_whole_weights(model)
+    except ModelError as error:
+        raise UserError(f"model.name: {error}") from error
+    if whole is model:
+        return model, ()
+    why = (
+        f"the weights of {model.name} are packed by bitsandbytes, and can neither be trained nor "
+        f"loaded by vLLM; {KEPT_IN_4_BITS}"
+    )
+    decided = [Decision("model.name", whole.name, why)]
+    if model.revision is not None:
+        decided.append(Decision("model.revision", None, f"{model.revision} is of {model.name}"))
+    return whole, tuple(decided)
+
+
+def check_whole(key: str, model: ModelSpec) -> None:
+    """Whether the weights of another model, which `key` names, are whole. Raises UserError."""
+    try:
+        packed = is_packed(model)
+    except ModelError as error:
+        raise UserError(f"{key}: {error}") from error
+    if packed:
+        other = without_ending(model.name)
+        cure = f", as {other!r} may have them" if other else ""
+        raise UserError(
+            f"{key}: the weights of {model.name!r} are packed by bitsandbytes, and whole ones are "
+            f"needed; name a model that has them{cure}"
+        )

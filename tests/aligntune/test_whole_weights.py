@@ -1,0 +1,119 @@
+"""A model named by its packed weights: whole ones take their place, or one line says why not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aligntune import create_rl_trainer
+from aligntune.config.tree import dump
+from aligntune.errors import UserError
+from aligntune.online.trainer import OnlineTrainer
+from aligntune.preference.trainer import PreferenceTrainer
+from aligntune.tracking.metrics import EventKind
+
+PACKED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+def pack(folder: Path, how: dict[str, Any]) -> None:
+    """Let a model's configuration say that its weights are packed."""
+    config = folder / "config.json"
+    tree = json.loads(config.read_text())
+    config.write_text(json.dumps({**tree, "quantization_config": how}))
+
+
+@pytest.fixture
+def place(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a model, a packed one beside it under each ending, and pairs."""
+    monkeypatch.chdir(tmp_path)
+    for name, how in {
+        "me/m": None,
+        "me/m-bnb-4bit": PACKED,
+        "me/m-unsloth-bnb-4bit": {"load_in_4bit": True},  # as an older bitsandbytes says it
+        "me/alone-bnb-4bit": PACKED,
+        "me/both": PACKED,
+        "me/both-bnb-4bit": PACKED,
+    }.items():
+        folder = Path(shutil.copytree(tiny_model, tmp_path / name))
+        if how is not None:
+            pack(folder, how)
+    rows = [{"prompt": f"{i}+1", "chosen": str(i + 1), "rejected": "7"} for i in range(10, 32)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def made(algorithm: str, model: str, **given: Any) -> OnlineTrainer | PreferenceTrainer:
+    rewards = {"reward_model_name": "scorer"} if algorithm == "ppo" else {}
+    return create_rl_trainer(
+        model_name=model, dataset_name="pairs.jsonl", algorithm=algorithm, output_dir="run",
+        **rewards, **given,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
+@pytest.mark.parametrize("ending", ["-bnb-4bit", "-unsloth-bnb-4bit", "-bnb-4bit/"])
+def test_whole_weights_take_the_place_of_packed_ones_and_it_is_said(
+    place: Path, algorithm: str, ending: str
+) -> None:
+    packed = f"me/m{ending}"
+    trainer = made(algorithm, packed, overrides=["model.revision=v1"])
+    trainer.check()
+    assert (trainer.config.model.name, trainer.config.model.revision) == ("me/m", None)
+    first, second = (fields for kind, fields in trainer.inputs.events()[:2])
+    assert (first["path"], first["value"]) == ("model.name", "me/m")
+    assert (second["path"], second["value"]) == ("model.revision", None)
+    assert trainer.inputs.events()[0][0] is EventKind.SETTLED
+    said = f"settled: model.name=me/m: the weights of {packed} are packed by bitsandbytes"
+    assert trainer.inputs.told()[0].startswith(said)
+
+    run = place / "run"  # the same command goes on with the run that it began
+    run.mkdir()
+    (run / "config.yaml").write_text(dump(trainer.config))
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert made(algorithm, packed).check().changed == {}
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
+def test_what_is_scored_before_the_first_step_has_whole_weights_too(
+    place: Path, algorithm: str
+) -> None:
+    scored = made(algorithm, "me/m-bnb-4bit").scored()
+    assert (scored.model, scored.origin) == ("me/m", "start")
+    assert "packed by bitsandbytes" in scored.why
+    assert made(algorithm, "me/m").scored().why == ""
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("me/alone-bnb-4bit", "and 'me/alone' cannot be had (there is no folder 'me/alone')"),
+        ("me/both-bnb-4bit", "and those of 'me/both' are packed too; name the model with whole"),
+        ("me/both", "nor loaded by vLLM; name the model with whole weights (model.load_in_4bit"),
+    ],
+)
+def test_packed_weights_without_whole_ones_are_refused_in_one_line(
+    place: Path, algorithm: str, name: str, said: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        made(algorithm, name).check()
+    assert str(refused.value).startswith(f"model.name: the weights of '{name}' are packed")
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("role", ["critic", "reference"])
+def test_a_critic_and_a_reference_need_whole_weights(place: Path, role: str) -> None:
+    trainer = made("ppo", "me/m", overrides=[f"{role}.model=me/m-bnb-4bit"])
+    with pytest.raises(UserError) as refused:
+        trainer.inputs.settle_model()
+    assert str(refused.value) == (
+        f"{role}.model: the weights of 'me/m-bnb-4bit' are packed by bitsandbytes, and whole ones "
+        "are needed; name a model that has them, as 'me/m' may have them"
+    )
+    made("ppo", "me/m", overrides=[f"{role}.model=./me/m"]).inputs.settle_model()
