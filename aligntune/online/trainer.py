@@ -206,7 +206,9 @@ class OnlineTrainer:
                 self.prompts.fingerprint,
             )
             checkpoint = start.checkpoint
-            at_end = checkpoint is not None and checkpoint.step == self.total_steps
+            at_end = not self.config.checkpoint.at_end or (
+                checkpoint is not None and checkpoint.step == self.total_steps
+            )
             if at_end and resume == "auto" and is_over(rundir, self.total_steps):
                 return self._result_of_before(rundir)
             tried = self.inputs.tried(rundir.file(LOGS) / TRIED)

@@ -51,7 +51,8 @@ IDENTITY = (
     "train.accumulation_steps",
 )
 PLACES = ("model.name", "critic.model", "data.path")
-"""Those of them that may be local paths: two spellings of one folder are the same."""
+"""Those of them that may be local paths: two spellings of one folder are the same. So are those in
+`data.train`."""
 LOGS = "logs"
 TRIED = "reward.log"
 """What rewards print, in `LOGS`: from when they are tried on, before the run is one."""
@@ -156,9 +157,24 @@ def _identifies(path: str, config: BaseModel) -> bool:
 
 
 def _same_place(path: str, was: Any, now: Any) -> bool:
-    """Whether two values of a key are two spellings of one folder or file, as ./m and m are."""
+    """Whether two values of a key are two spellings of one folder or file, as ./m and m are, or of
+    one list of sources."""
+    if path == "data.train":
+        return _absolute(was) == _absolute(now)
     both_named = isinstance(was, str) and isinstance(now, str)
     return path in PLACES and both_named and os.path.abspath(was) == os.path.abspath(now)
+
+
+def _absolute(sources: Any) -> Any:
+    """`data.train` with every path made absolute."""
+    if not isinstance(sources, list):
+        return sources
+    return [
+        {**source, "path": os.path.abspath(source["path"])}
+        if isinstance(source, dict) and isinstance(source.get("path"), str)
+        else source  # of a file that somebody has changed
+        for source in sources
+    ]
 
 
 def _of_a_start(path: Path) -> bool:

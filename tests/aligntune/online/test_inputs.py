@@ -251,6 +251,40 @@ def test_a_checkpoint_that_was_copied_alone_keeps_what_its_run_had_whatever_was_
     assert first.summary("never") == fresh
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_run_that_has_ended_without_a_checkpoint_at_its_end_is_not_trained_again(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: bool
+) -> None:
+    class Starts(Exception):
+        """The run would train."""
+
+    def starts(*_: Any) -> None:
+        raise Starts
+
+    monkeypatch.setattr("aligntune.online.trainer.recorded", starts)
+    given: dict[str, Any] = {
+        "max_steps": 2,
+        "overrides": ["checkpoint.at_end=false", "tracking.trackers=[]"],
+    }
+    first = make("grpo", **given)
+    first.settle()
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "config.yaml").write_text(dump(first.config))
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "reward/mean": 0.5}\n')
+    (run / "events.jsonl").write_text('{"kind": "run_finished", "step": 2}\n')
+    (run / "ledger.jsonl").touch()
+    if changed:
+        given["overrides"] += ["policy.learning_rate=0.5"]
+        with pytest.raises(Starts):
+            make("grpo", **given).train()
+        return
+    again = make("grpo", **given).train()
+    assert (again.steps, again.already) == (2, True)
+    assert again.metrics == {"reward/mean": 0.5}
+
+
 OWN = """
 import os, time
 def process(completions, **columns):

@@ -83,6 +83,25 @@ def test_two_spellings_of_a_path_are_the_same_run(rundir: RunDir, tmp_path: Path
     assert tree["model"]["name"] == "./m", "as it was given"
 
 
+def test_two_spellings_of_the_paths_of_several_sources_are_the_same_run(tmp_path: Path) -> None:
+    def run(*sources: dict[str, Any]) -> RunConfig:
+        tree = {"algorithm": "grpo", "model": {"name": "m"}, "data": {"train": [*sources]}}
+        return load_online_config({**tree, "output_dir": str(tmp_path)})
+
+    old = tree_of(run({"path": "./a.jsonl", "weight": 1.0}, {"path": "b", "weight": 2.0}))
+    other_spelling = run(
+        {"path": "a.jsonl", "weight": 1.0}, {"path": os.path.abspath("b"), "weight": 2.0}
+    )
+    assert changes(old, other_spelling, "here").keys() == {"data.train"}
+    for sources in (
+        [{"path": "a.jsonl", "weight": 1.0}, {"path": "c", "weight": 2.0}],
+        [{"path": "a.jsonl", "weight": 1.0}, {"path": "b", "weight": 3.0}],
+        [{"path": "a.jsonl", "weight": 1.0}],
+    ):
+        with pytest.raises(UserError, match=r"data\.train was .* there and is .* here"):
+            changes(old, run(*sources), "here")
+
+
 def test_what_one_run_leaves_to_the_machines_has_not_changed_and_another_auto_has() -> None:
     def run(**changes: Any) -> RunConfig:
         tree = {"algorithm": "grpo", "model": {"name": "m"}, "data": {"path": "x.jsonl"}}
