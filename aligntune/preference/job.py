@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from aligntune.runs.recorder import Recorder
 
 POLL_SECONDS = 0.2
+MORE_MEMORY = (
+    "set model.gradient_checkpointing=true, or in a new output_dir train.pairs_per_worker or "
+    "data.max_length lower"
+)
 STOP_SECONDS = 120.0  # for the workers to save and end after a signal
 
 
@@ -285,6 +289,8 @@ def _answer(call: Any) -> Any:
 
 
 def _lines(error: BaseException) -> str:
-    """What ended a Ray Train job: its last line, where the worker's own error stands."""
+    """What ended a Ray Train job: its last line, where the worker's own error stands, and what
+    helps where that is a GPU's memory."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"the training job failed: {lines[-1].strip() if lines else type(error).__name__}"
+    last = lines[-1].strip() if lines else type(error).__name__
+    return f"the training job failed: {last}" + f"; {MORE_MEMORY}" * ("CUDA out of memory" in last)

@@ -68,6 +68,11 @@ def _recent(rows: Sequence[Row], name: str) -> list[float]:
     return values if len(values) == RECENT else []
 
 
+def _of_a_table(rows: Sequence[Row]) -> bool:
+    """Whether these are steps of a job over a table, which rolls nothing out."""
+    return any("loss" in row and "loss/total" not in row for row in rows)
+
+
 def _constant(rows: Sequence[Row]) -> str:
     shares = _recent(rows, "groups/constant_fraction")
     if not shares or min(shares) < CONSTANT:
@@ -97,6 +102,8 @@ def _truncated(rows: Sequence[Row]) -> str:
 
 
 def _entropy(rows: Sequence[Row]) -> str:
+    if _of_a_table(rows[-RECENT:]):
+        return ""  # to be sure of the answers is the aim there
     name = "policy/entropy"
     first = [row[name] for row in rows[:RECENT] if name in row]
     last = _recent(rows, name)
@@ -142,25 +149,27 @@ def _age(rows: Sequence[Row]) -> float:
 def _still(rows: Sequence[Row]) -> str:
     if len(rows) < STILL:
         return ""
-    loss = [row["loss"] for row in rows[-STILL:] if "loss" in row and "reward/margin" in row]
     margins = [abs(row["reward/margin"]) for row in rows[-STILL:] if "reward/margin" in row]
     moved = [row["kl/reference"] for row in rows[-STILL:] if "kl/reference" in row]
     grad = [row["policy/grad_norm"] for row in rows[-STILL:] if "policy/grad_norm" in row]
-    if loss and max(margins) < 1e-4:
-        key = "train.learning_rate"
-    elif (moved and max(map(abs, moved)) < MOVED) or (len(grad) == STILL and max(grad) == 0.0):
-        key = "policy.learning_rate"
-    else:
+    table = _of_a_table(rows[-STILL:])
+    idle = len(grad) == STILL and max(grad) == 0.0
+    if not (
+        idle
+        or (table and margins and max(margins) < 1e-4)
+        or (moved and max(map(abs, moved)) < MOVED)
+    ):
         return ""
     if _all_constant(rows[-STILL:]):
         return (
             f"nothing has moved in {STILL} steps, for no group had two different rewards: "
             f"{CONTRAST}"
         )
+    key = "train.learning_rate" if table else "policy.learning_rate"
+    groups = "" if table else ", and see that the rewards of a group differ"
     return (
         f"nothing has moved in {STILL} steps: the model is what it was. Try {key} higher (full "
-        "fine-tuning takes about 1e-6, LoRA 1e-5 to 1e-4, tiny models more), and see that the "
-        "rewards of a group differ"
+        f"fine-tuning takes about 1e-6, LoRA 1e-5 to 1e-4, tiny models more){groups}"
     )
 
 

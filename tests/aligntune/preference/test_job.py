@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -126,6 +127,20 @@ def test_signs_of_life_are_given_now_and_then(monkeypatch: pytest.MonkeyPatch) -
     clock.now += ALIVE_SECONDS
     alive()
     assert told == ["alive", "alive"]
+
+
+def test_a_job_that_ran_out_of_gpu_memory_names_keys_of_its_own() -> None:
+    last = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+    said = preference_job._lines(RuntimeError(f"Traceback:\n  at x\n{last}\n"))
+    assert said.startswith(f"the training job failed: {last}; set model.gradient_checkpointing")
+    assert "policy." not in said
+    named = re.findall(r"[a-z]+\.[a-z_]+(?==| or| lower)", preference_job.MORE_MEMORY)
+    assert named == ["model.gradient_checkpointing", "train.pairs_per_worker", "data.max_length"]
+    made = config()
+    for key in named:
+        section, _, name = key.partition(".")
+        assert hasattr(getattr(made, section), name)
+    assert preference_job._lines(ValueError("one\ntwo")) == "the training job failed: two"
 
 
 def test_pairs_that_are_all_ties_are_right_by_half() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -69,9 +69,21 @@ def test_older_weights_may_differ_from_the_trainers() -> None:
     assert troubles(after(RECENT, kl__rollout_vs_policy=0.2, staleness__max=2.0)) == {}
 
 
-def test_a_preference_job_that_stands_still_names_its_own_key() -> None:
-    rows = [{"loss": 0.6931, "reward/margin": 0.0, "reward/accuracy": 0.5}] * STILL
-    assert "train.learning_rate" in troubles(rows)["still"]
+PAIRS = {"loss": 0.6931, "reward/margin": 0.1, "policy/entropy": 0.8, "policy/grad_norm": 0.4}
+TAUGHT = {"loss": 2.0, "policy/entropy": 0.8, "policy/grad_norm": 0.4}
+STILL_TABLES = [PAIRS | {"reward/margin": 0.0}, TAUGHT | {"policy/grad_norm": 0.0}]
+
+
+@pytest.mark.parametrize("row", STILL_TABLES)
+def test_a_job_over_a_table_that_stands_still_names_its_own_key(row: dict[str, float]) -> None:
+    said = troubles([row] * STILL)["still"]
+    assert "train.learning_rate" in said
+    assert "group" not in said, "it has none"
+
+
+@pytest.mark.parametrize("row", [PAIRS, TAUGHT])
+def test_a_job_over_a_table_may_become_sure_of_its_answers(row: dict[str, float]) -> None:
+    assert troubles([row] * 30 + [row | {"policy/entropy": 0.001}] * 30) == {}
 
 
 @pytest.mark.parametrize("name", ["policy/grad_norm", "kl/reference"])
@@ -111,11 +123,16 @@ def keys(model: type[BaseModel], before: str = "") -> set[str]:
     return found
 
 
-def test_every_key_that_is_advised_exists() -> None:
-    known = keys(RunConfig) | keys(PreferenceConfig)
-    said = [text for rows in BAD.values() for text in troubles(rows).values()]
-    rows: list[Any] = [{"loss": 0.6931, "reward/margin": 0.0}] * STILL
-    said += troubles(rows).values()
-    named = {key for text in said for key in re.findall(r"\b[a-z]+\.[a-z_]+\b", text)}
-    assert len(named) >= 6
-    assert named - {"samples.jsonl", "algorithm.beta"} <= known
+def advised(rows: Sequence[list[dict[str, float]]]) -> set[str]:
+    """The keys that the advice on these rows names, each group of rows a run of its own."""
+    said = [text for run in rows for text in troubles(run).values()]
+    return {key for text in said for key in re.findall(r"\b[a-z]+\.[a-z_]+\b", text)}
+
+
+def test_every_key_that_is_advised_is_one_of_the_run_s_own_tree() -> None:
+    online = advised([*BAD.values()]) - {"samples.jsonl", "algorithm.beta"}
+    assert len(online) >= 5
+    assert online <= keys(RunConfig)
+    table = advised([[row] * STILL for row in STILL_TABLES])
+    assert table
+    assert table <= keys(PreferenceConfig)
