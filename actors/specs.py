@@ -127,7 +127,9 @@ class RolloutSpec(Spec):
         description="tokens; default: the 95th percentile of the prompts, within the model's "
         "positions",
     )
-    max_concurrent_groups: Positive = Field(32, description="in flight per replica")
+    max_concurrent_groups: Positive = Field(
+        32, description="in flight per replica of vllm; the transformers engine has 2"
+    )
     generation_timeout_s: Seconds = Field(600.0, description="longest wait for one group")
     weight_sync: WeightSyncField = Field(
         FullSpec(),

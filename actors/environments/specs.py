@@ -45,7 +45,10 @@ class EpisodesSpec(Spec):
         "and an empty environment; required: the run ends where it does not work",
     )
     discount: float = Field(
-        1.0, gt=0, le=1, description="of a turn's reward a turn later, in group algorithms"
+        1.0,
+        gt=0,
+        le=1,
+        description="of a turn's reward a turn later, in group algorithms with an agent",
     )
     host: str = Field("127.0.0.1", description="where an agent's sessions are served")
     port: int | None = Field(None, ge=1, le=65535, description="of the sessions; default: any")

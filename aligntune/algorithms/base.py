@@ -108,6 +108,9 @@ class Algorithm(BaseModel):
                 f"correction: {self.correction} has no meaning with old: rollout, which takes the "
                 "ratio against the rollout engine already; set correction: none or old: policy"
             )
+        if self.beta == 0 and not self.needs.reference:
+            for option in ("kl_in", "kl_estimator"):
+                self.refuse_inert(option, "beta is 0, and there is no KL")
         if self.kl_in == "loss" and self.beta > 0 and self.kl_estimator == "k1":
             raise ValueError(
                 "kl_estimator: k1 has no place in the loss: its expected gradient is 0, so beta "

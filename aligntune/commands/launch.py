@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from actors.specs import RewardModelSpec
+from aligntune.commands.places import is_here, models_and_data
 from aligntune.config.auto import open_settings
 from aligntune.config.code import code_names
+from aligntune.config.ignored import check_cluster_keys
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.config.preference import PreferenceConfig
 from aligntune.config.tree import dump
+from aligntune.data.folders import has_magic
 from aligntune.errors import UserError
 from aligntune.online.role_requests import role_request, role_requests
 from cluster.bundles import BadRequest, RoleRequest, amounts
@@ -165,6 +167,7 @@ def _launch(
     """`outside`: the output may lie beside the storage, on other shared storage."""
     if not PurePosixPath(storage).is_absolute():
         raise UserError(f"--storage {storage!r} is no absolute path; nodes have no common folder")
+    check_cluster_keys(config.cluster.model_copy(update={"address": "auto"}))
     requests = _requests(config)
     colocate = config.cluster.colocate if isinstance(config, RunConfig) else []
     nodes, node_size = sized(
@@ -214,24 +217,12 @@ def _output(output_dir: str, storage: str, outside: bool) -> str:
 
 def _local(config: RunConfig | PreferenceConfig, storage: str) -> Iterator[str]:
     """Models and data that are folders and files here: nodes need them too."""
-    named: dict[str, str | None] = {
-        "model.name": config.model.name,
-        **{f"data.{key}": place for key, place in config.data.places.items()},
-    }
-    if isinstance(config, RunConfig):
-        named |= {
-            "reference.model": config.reference.model,
-            "critic.model": config.critic.model,
-            **{
-                f"rewards.{index}.model": reward.model
-                for index, reward in enumerate(config.rewards)
-                if isinstance(reward, RewardModelSpec)
-            },
-        }
-    for key, value in named.items():
-        if value and (os.path.isabs(value) or value.startswith(("./", "../", "~"))):
+    for key, value in models_and_data(config.model_dump(mode="json")):
+        if os.path.isabs(value) or value.startswith(("./", "../", "~")):
             yield f"{key} is {value}: every node must have it there."
-        elif value and os.path.exists(value):
+        elif has_magic(value):
+            yield f"{key} is {value}: it must be in {storage}."
+        elif is_here(value):
             yield f"{key} is {value} if it is in {storage}, else a hub name."
 
 

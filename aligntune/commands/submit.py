@@ -13,10 +13,10 @@ import shlex
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aligntune.errors import RunFailed, UserError
 
@@ -25,14 +25,6 @@ if TYPE_CHECKING:
     from cluster.jobs.packaging import Package
 
 Say = Callable[[str], None]
-
-# Models and data by their place in a config tree, but for those of roles; each a folder or file,
-# or a name on the hub.
-PLACES = (
-    "model.name",
-    "data.path",
-    "data.eval_path",
-)
 
 
 @contextmanager
@@ -231,31 +223,33 @@ def secrets_by_name(names: Sequence[str]) -> dict[str, str]:
 
 
 def check_run(config: str, overrides: Sequence[str], package: Package) -> tuple[list[str], str]:
-    """Check the run as `train --dry-run` would; (what could not be checked here, run directory).
+    """Check the run as it would itself, up to its machines, if all that it reads is seen from here;
+    (what is not, run directory).
 
     `config` is relative to the package's directory, and so are paths in it.
 
     Raises:
         UserError: whatever is wrong with it, or what would not be there on the cluster.
     """
+    from aligntune.commands.places import not_here
     from aligntune.config.load import load_config
 
     directory = package.directory
     with chdir(directory), _importable(directory):
-        loaded = load_config(config, overrides)
+        # What is installed is the cluster's business, which 'local' would look for here.
+        there = [*overrides, "cluster.address=auto"]
+        loaded = load_config(config, there)
         run_dir = _run_dir(loaded.output_dir)
         if loaded.checkpoint.storage is not None:
             _check_storage(loaded.checkpoint.storage)
         elsewhere = [
             f"{key} {name} is not here: it must be on every node, and the job will check it"
-            for key, name in _named(loaded.model_dump(mode="json"))
-            if not _travels(key, name, package) and os.path.isabs(name) and not Path(name).exists()
+            for key, name in not_here(loaded.model_dump(mode="json"), package)
         ]
         if not elsewhere:
             from aligntune.trainers import create_rl_trainer
 
-            # What is installed is the cluster's business, which 'local' would look for here.
-            create_rl_trainer(config=config, overrides=[*overrides, "cluster.address=auto"]).check()
+            create_rl_trainer(config=config, overrides=there).check()
     return elsewhere, run_dir
 
 
@@ -288,42 +282,6 @@ def _check_storage(storage: str) -> None:
             )
         return
     answered(storage, Store(storage).has_folder)
-
-
-def _named(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(place in the tree, name) of every model, data set and file of code that the run reads."""
-    from aligntune.config.code import code_files
-    from aligntune.online.role_table import ROLES  # heavy: it knows the algorithms
-
-    of_roles = (f"{role.name}.{key}" for role in ROLES.values() for key in role.models)
-    for place in (*PLACES, *of_roles):
-        section, key = place.split(".")
-        if name := (tree.get(section) or {}).get(key):
-            yield place, name
-    for index, source in enumerate((tree.get("data") or {}).get("train") or []):
-        yield f"data.train.{index}.path", source["path"]
-    for index, reward in enumerate(tree.get("rewards") or []):
-        if model := reward.get("model"):
-            yield f"rewards.{index}.model", model
-    yield from code_files(tree)
-
-
-def _travels(key: str, name: str, package: Package) -> bool:
-    """Whether what `name` says comes with the package. Raises UserError where it would be lost."""
-    if os.path.isabs(name) or "://" in name or not Path(name).exists():
-        return False  # on the cluster, or a name on the hub
-    relative = os.path.relpath(name)
-    if relative in package:
-        return True
-    where = (
-        f"is outside of the working directory {package.directory}"
-        if relative.startswith("..")
-        else "is not packed, for .gitignore names it"
-    )
-    raise UserError(
-        f"{key} {name} {where}, so the job would not find it; put it on storage that every node "
-        "sees and give its absolute path"
-    )
 
 
 def _inside(config: Path, package: Package) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from aligntune.config.online import RunConfig
     from aligntune.config.preference import PreferenceConfig
     from aligntune.data.spec import DatasetSpec
+    from cluster.specs import ClusterSpec
 
 
 def is_set(spec: BaseModel, key: str) -> bool:
@@ -51,9 +52,22 @@ def check_template_keys(model: ModelSpec, data: DatasetSpec) -> None:
         refuse_ignored("model", model, ("chat_template_kwargs",), why)
 
 
+def check_cluster_keys(cluster: ClusterSpec) -> None:
+    """Refuse what is of a Ray that the run starts where it joins one (UserError)."""
+    if cluster.address != "local":
+        refuse_ignored(
+            "cluster",
+            cluster,
+            ("object_store_gib",),
+            f"with cluster.address={cluster.address} no Ray is started here, and nodes have the "
+            "store that `ray start --object-store-memory` gives them",
+        )
+
+
 def check_online_keys(config: RunConfig) -> None:
     """Refuse the keys of an online run that would do nothing (UserError)."""
     check_hub_keys(config.hub)
+    check_cluster_keys(config.cluster)
     check_template_keys(config.model, config.data)
     if config.checkpoint.storage is None:
         refuse_ignored(
@@ -71,6 +85,13 @@ def check_online_keys(config: RunConfig) -> None:
             f"{config.algorithm_name} takes a turn's reward at its turn and discounts it by "
             "algorithm.gamma",
         )
+    if config.agent is None:
+        refuse_ignored(
+            "episodes",
+            config.episodes,
+            ("discount",),
+            "only an agent says what each of its turns was worth, and there is none",
+        )
     if config.eval.temperature == 0 and not config.plays:
         refuse_ignored(
             "eval",
@@ -84,10 +105,15 @@ def check_online_keys(config: RunConfig) -> None:
 def check_table_keys(config: PreferenceConfig) -> None:
     """Refuse the keys of a job over a table that would do nothing (UserError)."""
     check_hub_keys(config.hub)
+    check_cluster_keys(config.cluster)
     check_template_keys(config.model, config.data)
     if config.algorithm_name == "reward_model":
         why = "what scores with a reward model renders by the template's own defaults"
         refuse_ignored("model", config.model, ("chat_template_kwargs",), why)
+    if config.rewards:
+        keys = ("chosen_column", "rejected_column")
+        why = "rewards form the pairs, of texts in data.completion_column"
+        refuse_ignored("data", config.data, keys, why)
     refuse_ignored(
         "cluster",
         config.cluster,

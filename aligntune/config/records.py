@@ -91,5 +91,5 @@ class OnlineTrackingSpec(TrackingSpec):
     profile: bool = Field(False, description="write trace.json, a timeline of every remote call")
     samples_per_step: int = Field(4, ge=0, description="groups written to samples.jsonl")
     samples_per_evaluation: int = Field(
-        16, ge=0, description="held-out prompts written to eval_samples.jsonl"
+        16, ge=0, description="held-out prompts, if any, written to eval_samples.jsonl"
     )

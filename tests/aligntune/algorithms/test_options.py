@@ -62,6 +62,10 @@ def test_refused_by_every_algorithm(
         (PPO, {"kl_horizon": 500}, "without kl_target beta is fixed"),
         (GRPO, {"correction": "none", "correction_cap": 3.0}, "has no weights to bound"),
         (GRPO, {"old": "rollout", "correction_cap": 3.0}, "has no weights to bound"),
+        (PPO, {"kl_in": "loss", "beta": 0}, "kl_in would do nothing: beta is 0"),
+        (DAPO, {"kl_in": "reward"}, "kl_in would do nothing: beta is 0"),
+        (GSPO, {"kl_estimator": "k2"}, "kl_estimator would do nothing: beta is 0"),
+        (GRPO, {"kl_estimator": "k1", "beta": 0}, "kl_estimator would do nothing: beta is 0"),
         (DAPO, {"metric": "x", "dynamic_sampling": False}, "metric would do nothing"),
         (DAPO, {"max_sampling_rounds": 3, "dynamic_sampling": False}, "would do nothing"),
         (DAPO, {"overlong_cache": 3, "overlong_shaping": False}, "overlong_shaping is off"),
@@ -84,12 +88,9 @@ def test_ratios_against_the_rollout_exclude_the_default_correction(
     assert algorithm.model_validate(against_rollout.model_dump()) == against_rollout
 
 
-def test_an_inert_kl_does_not_stand_in_the_way_of_decoupled_criteria() -> None:
-    assert DAPO(kl_in="reward", combine="decoupled").combine == "decoupled"
-
-
 def test_k1_is_refused_in_the_loss_only_where_it_is_charged_there() -> None:
-    assert PPO(kl_in="loss", beta=0).kl_estimator == "k1"
+    assert PPO(beta=0).kl_estimator == "k1"
+    assert GRPO(beta=0).kl_in == "loss"
     assert GRPO(kl_estimator="k1", kl_in="reward").kl_estimator == "k1"
 
 

@@ -15,6 +15,7 @@ BASE = {"model": {"name": "m"}, "data": {"path": "d", "eval_path": "e"}, "output
 ONLINE = {**BASE, "algorithm": "grpo", "rewards": ["math"]}
 GAME = {"environment": "a:Game"}
 PPO = {**BASE, "algorithm": "ppo", "rewards": ["environment"], **GAME}
+JOINS = {"cluster": {"address": "auto"}}
 SCORED = {**BASE, "algorithm": "reward_model", "rewards": ["length"]}
 TABLES = [{**BASE, "algorithm": name} for name in ("dpo", "sft", "reward_model")]
 
@@ -37,6 +38,16 @@ TABLES = [{**BASE, "algorithm": name} for name in ("dpo", "sft", "reward_model")
             for tree in (ONLINE, SCORED)
         ),
         (PPO, "episodes.discount=0.9", "ppo takes a turn's reward at its turn .* algorithm.gamma"),
+        *(
+            ({**ONLINE, **plays}, "episodes.discount=0.9", "only an agent says what each of its")
+            for plays in (GAME, {"tools": ["a:b"]})
+        ),
+        *(
+            (tree, "cluster.object_store_gib=2", "with cluster.address=auto no Ray is started here")
+            for tree in (JOINS | ONLINE, JOINS | SCORED)
+        ),
+        (SCORED, "data.chosen_column=best", "rewards form the pairs"),
+        (SCORED, "data.rejected_column=worst", "rewards form the pairs"),
         *((tree, "cluster.placement_timeout_s=9", "train.start_timeout_s") for tree in TABLES),
         (SCORED, "rewards.0.workers=2", "one after the other, before anything starts"),
         (SCORED, "rewards.0.try_first=false", "one after the other, before anything starts"),
@@ -58,7 +69,9 @@ def test_a_key_that_would_do_nothing_is_refused_in_one_line(
         ({**ONLINE, **GAME}, ["eval.completions=8"]),
         (ONLINE, ["checkpoint.copy_timeout_s=60", "checkpoint.storage=/shared"]),
         (ONLINE, ["hub.private=false", "hub.timeout_s=60", "hub.push_to=me/it"]),
-        ({**ONLINE, **GAME}, ["episodes.discount=0.9"]),
+        ({**ONLINE, "agent": "a:play"}, ["episodes.discount=0.9"]),
+        (ONLINE, ["cluster.object_store_gib=2"]),
+        (TABLES[2], ["data.chosen_column=best", "data.rejected_column=worst"]),
         (ONLINE, ["cluster.placement_timeout_s=9", "rewards.0.workers=2"]),
         (ONLINE, ["rewards.0={url: 'http://x/y'}", "train.stall_timeout_s=100"]),
         (PPO, []),

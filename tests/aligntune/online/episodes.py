@@ -71,7 +71,7 @@ class Play:
         self.rollouts: dict[str, Rollout] = {}
         world.configure(
             **{
-                "environment": "a.game:Game",
+                "agent": "a.game:play",
                 "rewards": ["environment", "length"],
                 "episodes": {"replicas": 2, "discount": 0.5, "max_tokens": 64},
                 "rollout": {"replicas": 2, "max_prompt_length": 8, "engine": "transformers"},

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from aligntune.cli import main
 from aligntune.commands import submit
+from aligntune.commands.places import not_here
 from cluster.jobs.client import (
     ConnectionLost,
     Jobs,
@@ -586,8 +587,18 @@ def test_a_working_directory_over_the_limit(fail: Fail, project: Path) -> None:
         (("checkpoint.storage=nosuch://bucket/a",), "checkpoint.storage nosuch://bucket/a cannot"),
         (("train.stepz=3",), "did you mean 'train.steps'?"),
         (("data.path=../elsewhere.jsonl",), "is outside of the working directory"),
-        (("data.path=hidden.jsonl",), "not packed, for .gitignore names it"),
+        (("data.path=hidden.jsonl",), "data.path hidden.jsonl is not packed, for .gitignore names"),
+        (("data.path=parts",), "data.path parts: parts/hidden.jsonl is not packed, for .gitignore"),
+        (("data.path=parts/*.jsonl",), "parts/*.jsonl: parts/hidden.jsonl is not packed, for"),
+        (("data.path=../*.jsonl",), "data.path ../*.jsonl is outside of the working directory"),
+        (("model.name=m",), "model.name m: m/hidden.safetensors is not packed, for .gitignore"),
+        (
+            ("rewards=[{function: embedding, options: {model: m}}]",),
+            "rewards.0.options.model m: m/hidden.safetensors is not packed, for .gitignore names",
+        ),
+        (("cluster.object_store_gib=2",), "cluster.object_store_gib would do nothing"),
         (("rewards=[../own.py:f]",), "rewards.0.function ../own.py is outside of the working"),
+        (("rewards=['hidden:f']",), "rewards.0.function hidden.py is not packed, for .gitignore"),
         (("tools=[hidden.py:f]",), "tools.0 hidden.py is not packed, for .gitignore names it"),
         (("--env", "NOT_SET_ANYWHERE"), "the variable is not set here"),
         (("--env", "TOKEN=abc"), "write --env TOKEN and set"),
@@ -600,12 +611,35 @@ def test_what_the_job_could_not_do_is_refused_here(
 ) -> None:
     (project.parent / "elsewhere.jsonl").write_text("{}\n")
     (project.parent / "own.py").write_text("")
-    (project / "hidden.jsonl").write_text("{}\n")
-    (project / "hidden.py").write_text("")
+    write(project, "hidden.jsonl", "hidden.py", "parts/a.jsonl", "parts/hidden.jsonl")
+    write(project, "m/config.json", "m/hidden.safetensors")
     (project / ".gitignore").write_text("hidden.*\n")
     error = fail("submit", "config.yaml", *change)
     assert said in error
     assert "abc" not in error
+
+
+def test_what_is_whole_in_the_package_travels_whatever_is_hidden_in_it_or_holds_no_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "m/config.json", "m/.cache/x", "parts/a.jsonl", "parts/b/c.jsonl", "parts/log")
+    package = Package(tmp_path, ("m/config.json", "parts/a.jsonl", "parts/b/c.jsonl"), tmp_path, 0)
+    for data in ("parts", "./parts/", "parts/*.jsonl", "parts/**/*.jsonl", "parts/b/../a.jsonl"):
+        named = {"path": data, "eval_path": "on/hub"}
+        tree: dict[str, Any] = {"model": {"name": "m"}, "data": named}
+        assert not_here(tree, package) == []
+    judged = {"function": "judge", "options": {"model": "parts/log"}}  # a service has it
+    tree = {
+        "model": {"name": f"{tmp_path}/m"},
+        "data": {"train": [{"path": "/nowhere/*.jsonl"}, {"path": "~/no/data.jsonl"}]},
+        "rewards": [judged, {"model": "/nowhere/scorer"}],
+    }
+    assert not_here(tree, package) == [
+        ("data.train.0.path", "/nowhere/*.jsonl"),
+        ("data.train.1.path", "~/no/data.jsonl"),
+        ("rewards.1.model", "/nowhere/scorer"),
+    ]
 
 
 @pytest.mark.slow

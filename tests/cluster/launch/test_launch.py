@@ -372,6 +372,28 @@ def test_files_and_every_kind_of_code_are_said_to_be_needed(
     assert f"# {key or kind} is {name}: {needed}" in text
 
 
+def test_models_and_data_that_lie_here_are_said_to_be_needed(
+    launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("my/model", "my/encoder", "my/data"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "my/data/a.jsonl").touch()
+    code, text, err = launch(
+        *("kuberay", "--image", "x", "model.name=my/model", "data.path=my/data/*.jsonl"),
+        *("data.eval_path=/my/held.jsonl", "data.name=null"),
+        "rewards=[{function: embedding, options: {model: my/encoder}}]",
+    )
+    assert code == 0, err
+    for needed in (
+        "model.name is my/model if it is in /shared, else a hub name.",
+        "data.path is my/data/*.jsonl: it must be in /shared.",
+        "data.eval_path is /my/held.jsonl: every node must have it there.",
+        "rewards.0.options.model is my/encoder if it is in /shared, else a hub name.",
+    ):
+        assert f"# {needed}\n" in text
+
+
 def test_setup_commands_write_files_that_a_shell_reads(launch: Any, tmp_path: Path) -> None:
     (tmp_path / "my storage").mkdir()
     hosts = [*HOSTS[:4], "--storage", str(tmp_path / "my storage"), "--venv", sys.prefix]
@@ -811,6 +833,7 @@ def test_the_slurm_script_names_a_port_that_is_in_use(script: Any, tmp_path: Pat
         (["slurm", "--gpus-per-node", "1"], "one rollout (1 CPU, 2 GPU)"),
         (["slurm", "--nodes", "0"], "--nodes is 0"),
         (["slurm", "train.stepz=3"], "did you mean 'train.steps'?"),
+        (["slurm", "cluster.object_store_gib=2"], "with cluster.address=auto no Ray is started"),
         (["slurm", "--out", "/no/such/folder/x"], "no folder /no/such/folder"),
         (["slrm"], "did you mean 'slurm'?"),
     ],
