@@ -224,7 +224,7 @@ class Rank(Worker):
         self.learned = {**self.learned, job.step: sorted(rows)}
         return UpdateResult(metrics={"loss/policy": float(job.step)}, seconds=0.1)
 
-    async def export_weights(self, version: int) -> tuple[Any, ...]:
+    async def export_weights(self, version: int, as_checkpoint: bool) -> tuple[Any, ...]:
         """Its size, and the weights with what they have learned."""
         check(version == len(self.learned), f"version {version} is {sorted(self.learned)}")
         return 1, (version, self.learned)
