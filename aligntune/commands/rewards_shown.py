@@ -15,12 +15,14 @@ from actors.scoring.said import text_of
 from actors.specs import RewardFunctionSpec, RewardModelSpec, RewardUrlSpec
 from aligntune import loops
 from aligntune.config.tree import parse_override
+from aligntune.data.errors import DataError
+from aligntune.data.pairs import CHOSEN, REJECTED, PairRows
 from aligntune.data.sources import Rows, load_rows, require_column
 from aligntune.errors import UserError, nearest, shown
 from aligntune.rewards.catalogue import REWARDS, Registered
 from aligntune.rewards.options import options_of
 from aligntune.rewards.registry import check_columns, resolve, resolve_model, resolve_url
-from aligntune.rewards.trial import Group, called, why
+from aligntune.rewards.trial import REMOTE, Group, called, why
 
 if TYPE_CHECKING:
     from actors.scoring.model import RewardModelCriterion
@@ -118,7 +120,13 @@ def try_reward(
     else:
         if prompt is not None or columns:
             raise UserError("--prompt and --column are for a try without --data; leave one out")
-        groups = _groups(load_rows(data, split=None, max_rows=rows), completion_column, completions)
+        loaded = load_rows(data, split=None, max_rows=rows)
+        if _reads_prompt(criterion) and not {"prompt", CHOSEN, "completions"} & {*loaded.columns}:
+            raise UserError(
+                f"{loaded.origin}: has no column 'prompt', which reward {criterion.name!r} reads "
+                f"beside completions; its columns are {', '.join(loaded.columns)}"
+            )
+        groups = _groups(loaded, completion_column, completions)
     for group in groups:
         try:
             check_columns(criterion, [key for key in group.columns if key not in GIVEN])
@@ -191,13 +199,32 @@ def _groups(rows: Rows, column: str, given: Sequence[str]) -> list[Group]:
         return [_sampled(rows[index], rows.where(index)) for index in range(len(rows))]
     if not given:
         require_column(rows, column, "--completions, or give --completion TEXT")
+    pairs = PairRows(rows) if {CHOSEN, REJECTED} <= {*rows.columns} else None
     groups = []
     for index in range(len(rows)):
-        row = rows[index]
-        texts = list(given) or _texts(row.pop(column))
-        _check_texts(texts, rows.where(index))
-        groups.append(Group(_source(row.pop("prompt", ""), rows.where(index)), tuple(texts), row))
+        row, where = rows[index], rows.where(index)
+        if pairs is None:
+            prompt = _source(row.pop("prompt", ""), where)
+        else:  # as a run has them: what both sides share, and the two answers
+            try:
+                prompt = pairs.take(index, row).prompt
+            except DataError as error:
+                raise UserError(f"{where}: {error}") from error
+        if pairs is not None and column in (CHOSEN, REJECTED):
+            own = [text_of(row[column])]
+        else:
+            own = [] if given else _texts(row.pop(column))
+        texts = list(given) or own
+        _check_texts(texts, where)
+        groups.append(Group(prompt, tuple(texts), row))
     return groups
+
+
+def _reads_prompt(criterion: RewardCriterion | RewardModelCriterion) -> bool:
+    """Whether the reward scores a completion as the answer to its prompt."""
+    if isinstance(criterion, RewardCriterion):
+        return criterion.target in REMOTE
+    return criterion.reads == "conversation"
 
 
 def _sampled(row: Mapping[str, Any], where: str) -> Group:

@@ -122,6 +122,17 @@ class PairRows:
         self.repeating += 1
         return pair
 
+    def take(self, row: int, columns: dict[str, Any]) -> Pair:
+        """The pair of a row whose `columns` these are: there its answers, as rewards get them, take
+        the place of prompt and sides. Raises DataError as `pair` does."""
+        pair = self.pair(row)
+        for column in self.columns:
+            columns.pop(column, None)
+        blanks = pair.transcript
+        for name, side in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected)):
+            columns[name] = side.strip() if blanks and isinstance(side, str) else side
+        return pair
+
     def _as_written(self, row: int) -> Pair:
         values = self._rows[row]
         pair = to_pair(*(values.get(column) for column in self.columns))

@@ -137,12 +137,7 @@ class PromptRows:
 
     def _take(self, pairs: PairRows, row: int, columns: dict[str, Any]) -> str | Messages:
         """The prompt of a pair; its answers take the place of its sides in `columns`."""
-        pair = pairs.pair(row)
-        for column in pairs.columns:
-            columns.pop(column, None)
-        blanks = pair.transcript
-        for name, side in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected)):
-            columns[name] = side.strip() if blanks and isinstance(side, str) else side
+        pair = pairs.take(row, columns)
         return pair.as_messages().prompt if pair.transcript and self._template else pair.prompt
 
     def tokens(self, texts: list[str]) -> list[list[int]]:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from actors.sandbox import VARIABLE, Mode
 from actors.scoring.children import FunctionScorer
-from actors.scoring.criteria import RewardCriterion, RewardFailed
+from actors.scoring.criteria import RewardCriterion, RewardFailed, RewardFailure
 from actors.scoring.said import Completion, text_of
 from aligntune import loops
+from aligntune.data.errors import DataError
+from aligntune.data.messages import TOOLS, check_tools
 from aligntune.rewards.catalogue import REWARDS
 
 if TYPE_CHECKING:
@@ -104,7 +106,12 @@ class ModelGroups:
 
         from actors.messages import Conversations, Prompt
 
-        prompt = Prompt(0, group.prompt, "", np.zeros(0, np.int32), dict(group.columns))
+        columns = dict(group.columns)
+        try:
+            tools = tuple(check_tools(columns.get(TOOLS)))
+        except DataError as error:
+            raise RewardFailed(self._scorer.name, RewardFailure.RAISED, str(error)) from error
+        prompt = Prompt(0, group.prompt, "", np.zeros(0, np.int32), columns, tools)
         texts, talks = [*map(text_of, group.completions)], None
         if group.asked:
             both = zip(group.asked, group.completions, strict=True)

@@ -295,6 +295,41 @@ def test_a_reward_model_is_tried_by_its_folder(aligntune: Ran, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_preference_rows_are_tried_as_a_run_has_them(aligntune: Ran, folder: Path) -> None:
+    asked = "\n\nHuman: hi\n\nAssistant:"
+    pair = {"chosen": f"{asked} Good day to you.", "rejected": f"{asked} What is it now?"}
+    (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    data = ("--data", "pairs.jsonl", "--completions", "chosen")
+    code, out, error = aligntune("try", "own_rewards_tried.py:given", *data)
+    assert code == 0, error
+    assert str([asked]) + " ['Good day to you.']" in out
+    code, out, error = aligntune("try", "preference", *data)
+    assert code == 0, error
+    assert float(out.splitlines()[-1].split()[1]) > 0.5
+
+
+@pytest.mark.slow
+def test_a_reward_model_reads_the_prompt_and_the_tools_of_a_row(
+    aligntune: Ran, folder: Path
+) -> None:
+    model = write_classifier(folder / "model", "qwen2", num_labels=1)
+    tokenizer = byte_tokenizer(template="{{ tools[0].function.name }}" + SAID)
+    tokenizer.save_pretrained(model)
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    row = {"prompt": "1+1", "completion": "2", "tools": [tool]}
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    code, out, error = aligntune("try", model, "--data", "rows.jsonl")
+    assert code == 0, error
+    talk = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+    (wanted,) = logits(model, tokenizer.apply_chat_template(talk, tools=[tool], tokenize=False))
+    assert float(out.splitlines()[-1].split()[1]) == pytest.approx(float(wanted), abs=1e-4)
+    (folder / "rows.jsonl").write_text(json.dumps({"completion": "2"}) + "\n")
+    code, _, error = aligntune("try", model, "--data", "rows.jsonl")
+    assert code == 2
+    assert "has no column 'prompt', which reward 'model' reads" in error
+
+
+@pytest.mark.slow
 def test_trying_a_reward_loads_neither_torch_nor_ray() -> None:
     code = (
         "import sys, aligntune.commands.rewards_shown; "
