@@ -49,8 +49,19 @@ def write_files(folder: Path, files: Files) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         for place in places:
-            descriptor = os.open(place, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync(place)
+
+
+def sync(path: Path) -> None:
+    """Force a file's content, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_below(folder: Path) -> None:
+    """Force a folder with all that is in it to disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from actors.disk import Files, write_files, writing
+from actors.disk import Files, sync_below, write_files, writing
 from actors.fetching import ArraysLost, Fetched, fetch_or_lost, of_several_rows
 from actors.figures import Tally, count, describe, join, over_steps, total
 from actors.liveness import Alive
@@ -32,7 +32,6 @@ from actors.specs import ModelSpec, RankSpec
 from actors.strategies.base import NonFiniteGradient, Strategy, make_strategy
 from actors.strategies.optimizer import learning_rate
 from actors.strategies.process_group import own_device
-from actors.strategies.state import flush
 from actors.whereabouts import node_address, whereabouts
 
 
@@ -270,7 +269,7 @@ class TrainedRank(Alive):
         load_tokenizer(self._model_spec).save_pretrained(folder)
         if adapter:
             wrapped.model.save_pretrained(folder / "adapter", state_dict=adapter)
-        flush(folder)
+        sync_below(folder)
 
     def close(self) -> None:
         """Leave the other ranks."""

@@ -6,6 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from actors.disk import sync, sync_below
+
 WRITING = ".writing"  # the name of a file that is not whole yet
 
 
@@ -84,6 +86,10 @@ class Store:
         target.mkdir(parents=True)
         copy_files(path, str(target), source_filesystem=filesystem)
 
+    def to_disk(self, name: str = "") -> None:
+        """Force a folder to disk, as the function of that name does."""
+        to_disk(*self._at(name))
+
     def remove_file(self, name: str) -> None:
         """Remove a file."""
         filesystem, path = self._at(name)
@@ -93,6 +99,16 @@ class Store:
         """Remove a folder with all that is in it."""
         filesystem, path = self._at(name)
         filesystem.delete_dir(path)
+
+
+def to_disk(filesystem: Any, path: str) -> None:
+    """Force a folder of a pyarrow file system, and its name, to disk where it is mounted here; what
+    an object store has taken it keeps."""
+    from pyarrow.fs import LocalFileSystem
+
+    if isinstance(filesystem, LocalFileSystem):
+        sync_below(Path(path))
+        sync(Path(path).parent)
 
 
 def filesystem_of(target: str) -> tuple[Any, str]:

@@ -39,6 +39,11 @@ def model_folder(place: Path) -> Path:
         return place / "model"
     if (place / "run" / "model" / "config.json").is_file():  # a quickstart's
         return place / "run" / "model"
+    if (place / "config.yaml").is_file() and open_run(place).is_preference:
+        raise UserError(
+            f"{place} has no model/ yet: a job over a table writes it at its end; where it was "
+            "stopped, call `aligntune train` with its config again to end it"
+        )
     if (place / "checkpoints").is_dir():
         raise UserError(
             f"{place} has no model/ yet; make one of its newest checkpoint: "

@@ -41,17 +41,21 @@ class PreferenceJob:
 class Relay:
     """Between the workers and the driver, which asks for news; to be wrapped by `ray.remote`.
 
-    News are (kind, fields) in the order they happened: `role`, `started`, `step`, `checkpoint`, and
-    `alive` from what takes long and has no figures yet.
+    News are (kind, fields) in the order they happened: `role`, `started`, `training` as the first
+    step since then begins, `step`, `checkpoint`, and `alive` from what has no figures yet.
     """
 
     _news: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     _stop: Literal["", "save", "drop"] = ""
     _fatal: str = ""
+    _started: bool = False
+    _unread: str = ""
 
     def tell(self, kind: str, **fields: Any) -> str:
         """Leave news for the driver; returns what `stop` was called with."""
         self._news.append((kind, fields))
+        if kind == "started":
+            self._started, self._unread = True, ""
         return self._stop
 
     def take(self) -> list[tuple[str, dict[str, Any]]]:
@@ -64,12 +68,22 @@ class Relay:
         self._stop = how
 
     def fail(self, reason: str) -> None:
-        """What no restart of the workers can mend."""
-        self._fatal = self._fatal or reason
+        """Why a worker could not be built. No restart can mend that, unless workers of this job
+        have started before: then what they need is there, and may be short for a while."""
+        if not self._started:
+            self._fatal = self._fatal or reason
 
     def fatal(self) -> str:
-        """The first reason given to `fail`, or nothing."""
+        """The first reason given to `fail` that no restart can mend, or nothing."""
         return self._fatal
+
+    def leave_unread(self, checkpoint: str) -> None:
+        """The workers could not go on from the checkpoint of this name."""
+        self._unread = checkpoint
+
+    def unread(self) -> str:
+        """The name of the checkpoint that the last workers could not go on from, or nothing."""
+        return self._unread
 
 
 class RelaySilent(RuntimeError):

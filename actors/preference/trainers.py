@@ -64,7 +64,8 @@ def build_trainer(
     if job.arguments["deepspeed"] is not None and not torch.cuda.is_available():
         common |= _deepspeed_without_gpu()
     torch.manual_seed(job.seed)  # of LoRA's first weights, drawn before the trainer sets its seed
-    train_set = Dataset(InMemoryTable(train))
+    # TRL precomputes the reference of all rows to train on, also where none is trained on.
+    train_set = Dataset(InMemoryTable(train if job.steps else train.slice(0, 1)))
     eval_set = None if evaluation is None else Dataset(InMemoryTable(evaluation))
     tokenizer = load_tokenizer(job.model)
     build = {"dpo": _dpo, "reward_model": _reward_model, "sft": _sft}[job.kind]
@@ -187,10 +188,20 @@ def _policy_and_reference(job: PreferenceJob, common: dict[str, Any]) -> tuple[A
         alone = precomputed or job.model.lora is not None
         return model, None if alone else load_causal_lm(plain)
     if job.trained is not None:
-        return load_causal_lm(_renamed_model(job)), load_causal_lm(plain)
+        reference = _base_in_4_bits(job) if job.model.load_in_4bit else load_causal_lm(plain)
+        return load_causal_lm(_renamed_model(job)), reference
     if job.model.lora is not None:
         return load_causal_lm(job.model, lora=True), None
     return load_causal_lm(plain), None if precomputed else load_causal_lm(plain)
+
+
+def _base_in_4_bits(job: PreferenceJob) -> Any:
+    """What a model in 4 bits was trained against: itself, without its adapters."""
+    from actors.models.unsloth import load_unsloth
+
+    model = load_unsloth(job.model, job.max_length, job.seed)
+    model.base_model.disable_adapter_layers()
+    return model
 
 
 def _with_float_weights(spec: ModelSpec) -> ModelSpec:
@@ -319,6 +330,7 @@ def export_model(trainer: Any, job: PreferenceJob, scratch: Path) -> None:
     trainer.processing_class.save_pretrained(folder)
     (folder / "adapter" / "README.md").unlink(missing_ok=True)
     Store(job.export).put(folder)
+    Store(job.export).to_disk()
 
 
 def _in_dtype(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

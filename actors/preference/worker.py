@@ -3,22 +3,26 @@
 What the worker gets is tokenised already, so that every worker trains on the same tokens and a
 reward model on those it is asked about later. Invariant: the relay is told of a step before the
 checkpoint of that step is written, and a checkpoint holds the figures of all steps up to it; so a
-driver that follows the relay misses no step, whatever is killed.
+driver that follows the relay misses no step, whatever is killed. A checkpoint is on disk before it
+counts, and none holds a step that has diverged.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from actors.preference.relay import PreferenceJob, RelaySilent, SignOfLife, answer_of
 from actors.preference.trainers import backend_in_use, build_trainer, export_model
+from actors.storage import to_disk
 
 METRICS = {
     "loss": "loss",
@@ -104,8 +108,8 @@ def train_worker(config: dict[str, Any]) -> None:
             trainer.evaluate()
             follower.flush()
             return
-        _train(trainer, job)
-        if not follower.stopped:
+        _train(trainer, job, relay, follower)
+        if not (follower.stopped or follower.diverged):
             export_model(trainer, job, scratch)
     finally:
         if context.get_local_rank() == 0:
@@ -133,18 +137,44 @@ def _introduce(relay: Any, backend: str) -> None:
     )
 
 
-def _train(trainer: Any, job: PreferenceJob) -> None:
+def _train(trainer: Any, job: PreferenceJob, relay: Any, follower: Any) -> None:
     """Train from the last checkpoint, or from the beginning; a checkpoint that has all the steps is
-    only loaded."""
+    only loaded. One that a stop left without its evaluation is evaluated first.
+
+    Raises RuntimeError, with the checkpoint, where the run cannot go on from it.
+    """
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            trainer.train(resume_from_checkpoint=folder)
+    if checkpoint is None:
+        trainer.args.eval_on_start = job.eval_at_start
+        trainer.train()
         return
-    trainer.args.eval_on_start = job.eval_at_start
-    trainer.train()
+    try:
+        with checkpoint.as_directory() as folder:
+            state = json.loads((Path(folder) / "trainer_state.json").read_bytes())
+            trainer.args.eval_on_start = owes_evaluation(job, state)
+            trainer.train(resume_from_checkpoint=folder)
+    except RelaySilent:
+        raise
+    except Exception as error:
+        if follower.went_on:
+            raise
+        relay.leave_unread.remote(Path(checkpoint.path).name)
+        reason = f"the run cannot go on from {checkpoint.path}: {_reason(error)}"
+        raise RuntimeError(reason) from error
+
+
+def owes_evaluation(job: PreferenceJob, state: Mapping[str, Any]) -> bool:
+    """Whether the step of a checkpoint is due for an evaluation that its `state`, the trainer's,
+    has no figures of."""
+    step = state["global_step"]
+    rows = [row for row in state["log_history"] if row["step"] == step]
+    return _evaluates(job, step) and not any("eval_loss" in row for row in rows)
+
+
+def _evaluates(job: PreferenceJob, step: int) -> bool:
+    return _due(step, job.eval_every) or (step >= job.steps and job.eval_at_end)
 
 
 def _reason(error: BaseException) -> str:
@@ -158,6 +188,7 @@ def _follower(job: PreferenceJob, relay: Any, alive: SignOfLife) -> Any:
     """The callback that says when to evaluate, save and stop, and tells the relay."""
     import ray.train
     import torch
+    from ray.train.collective import barrier
     from transformers import TrainerCallback
 
     context = ray.train.get_context()
@@ -174,7 +205,9 @@ def _follower(job: PreferenceJob, relay: Any, alive: SignOfLife) -> Any:
 
     class Follower(TrainerCallback):
         def __init__(self) -> None:
-            self.stopped = False
+            self.stopped = False  # before its last step
+            self.diverged = False
+            self.went_on = False  # to a step, with all that a checkpoint has
             self._asked = ""
             self._began = 0.0
             self._pending: tuple[int, dict[str, float]] | None = None
@@ -192,6 +225,9 @@ def _follower(job: PreferenceJob, relay: Any, alive: SignOfLife) -> Any:
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.flush()
+            if leads and not self.went_on:
+                tell("training")
+            self.went_on = True
             self._began = time.monotonic()
 
         def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -203,10 +239,12 @@ def _follower(job: PreferenceJob, relay: Any, alive: SignOfLife) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             step = state.global_step
             last = step >= job.steps
+            if leads:  # the step that runs while a stop is asked for is the last
+                self._asked = tell("alive") or self._asked
             self._asked = agreed(self._asked)
             self.stopped = bool(self._asked) and not last
             control.should_log = True
-            control.should_evaluate = _due(step, job.eval_every) or (last and job.eval_at_end)
+            control.should_evaluate = _evaluates(job, step)
             control.should_save = _due(step, job.save_every) or (last and job.save_at_end)
             if self.stopped:
                 control.should_training_stop = True
@@ -223,25 +261,43 @@ def _follower(job: PreferenceJob, relay: Any, alive: SignOfLife) -> Any:
                 figures["time/step"] = time.monotonic() - self._began
             step, known = self._pending or (state.global_step, {})
             self._pending = (step, {**known, **figures})
+            # All of them are of all ranks, which so agree without a word.
+            self.diverged = self.diverged or not all(map(math.isfinite, figures.values()))
+            if self.diverged:  # the driver ends the job when it hears of it
+                control.should_evaluate = control.should_save = False
+                control.should_training_stop = True
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.flush()
-            if context.get_world_size() > 1:
-                torch.distributed.barrier()  # every rank's part is in the folder
+            barrier()  # every rank's part is in the folder
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             name = f"step-{state.global_step:06d}"
             holds = context.get_local_rank() == 0 and folder.is_dir()
             checkpoint = ray.train.Checkpoint.from_directory(folder) if holds else None
             ray.train.report(
-                {"step": state.global_step}, checkpoint=checkpoint, checkpoint_dir_name=name
+                {"step": state.global_step},
+                checkpoint=checkpoint,
+                checkpoint_dir_name=name,
+                checkpoint_upload_fn=_put_on_disk,
             )
             if holds:
                 shutil.rmtree(folder)
+            barrier()  # without a deadline; a rank in torch's next collective has torch's
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.flush()
 
     return Follower()
+
+
+def _put_on_disk(checkpoint: Any, name: str) -> Any:
+    """Where Ray Train keeps `checkpoint` from now on: copied there as it does itself, and forced to
+    disk, for it lists the checkpoint next and may remove the one before."""
+    import ray.train
+
+    kept = ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
+    to_disk(kept.filesystem, kept.path)
+    return kept
 
 
 def _due(step: int, every: int | None) -> bool:

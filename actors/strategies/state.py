@@ -1,11 +1,9 @@
-"""What a rank holds, as others want it: merged weights, adapters, generators, files on disk."""
+"""What a rank holds, as others want it: merged weights, adapters, generators, files."""
 
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,13 +130,3 @@ def as_file(state: Any) -> memoryview:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getbuffer()
-
-
-def flush(folder: Path) -> None:
-    """Bring every file below `folder`, and the folders themselves, to the disk."""
-    for path in [folder, *folder.rglob("*")]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

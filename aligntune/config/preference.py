@@ -110,10 +110,9 @@ class DPOSpec(Spec):
         if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
             raise ValueError(f"{len(self.loss_weights)} loss_weights for {len(self.losses)} losses")
         if self.label_smoothing:
-            ignoring = [loss for loss in self.losses if loss not in SMOOTHED]
-            if ignoring:
+            if not set(self.losses) & set(SMOOTHED):
                 raise ValueError(
-                    f"label_smoothing has no effect on loss_type {ignoring[0]} in TRL; use "
+                    f"label_smoothing has no effect on loss_type {self.losses[0]} in TRL; use "
                     f"{', '.join(SMOOTHED)} (robust is for noisy preferences), or set it to 0"
                 )
             if "robust" in self.losses and self.label_smoothing >= 0.5:

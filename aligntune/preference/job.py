@@ -30,7 +30,7 @@ MORE_MEMORY = (
     "set model.gradient_checkpointing=true, or in a new output_dir train.pairs_per_worker or "
     "data.max_length lower"
 )
-STOP_SECONDS = 120.0  # for the workers to save and end after a signal
+STOP_SECONDS = 120.0  # for the workers to end after a signal, where they train no step
 
 
 class Figures:
@@ -103,8 +103,14 @@ class Recorded(Figures):
         self._recorder.role("trainer", {k: v for k, v in info.items() if k != "role"})
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The figures of a step. Raises NotFinite for a figure that is none."""
-        if step <= self._step:
+        """The figures of a step. Raises NotFinite for a figure that is none.
+
+        Those of an evaluation alone are of a step that a stop left without it: they join its row.
+        """
+        if step == self._step and "loss" not in metrics:
+            metrics = {**self._recorder.written(step), **metrics}
+            self._recorder.truncate_after(step - 1)
+        elif step <= self._step:
             return
         seconds = metrics.get("time/step")
         speed = {"throughput/samples_per_s": self._pairs_per_step / seconds} if seconds else {}
@@ -124,7 +130,7 @@ class Recorded(Figures):
         self._recorder.truncate_after(first)
         self._step = min(self._step, first)
         for known in sorted(history):
-            if known <= step:
+            if self._step < known <= step:
                 self.step(known, history[known])
         # With the times, which no checkpoint holds.
         self.last = self._recorder.written(step) or self.last
@@ -139,12 +145,16 @@ class PreferenceRun:
         job: PreferenceJob,
         storage: Mapping[str, Any],
         recorder: Figures,
+        before: Callable[[str], str | None] = lambda name: None,
     ) -> None:
-        """`storage` is where Ray Train keeps its checkpoints, as its RunConfig takes it."""
+        """`storage` is where Ray Train keeps its checkpoints, as its RunConfig takes it; `before`
+        gives the folder of the checkpoint before the one of that name."""
         self._config = config
         self._job = job
         self._storage = storage
         self._recorder = recorder
+        self._before = before
+        self._training = False  # the workers are at a step, which they can save
         self._signal = 0
         self._error: BaseException | None = None
 
@@ -167,7 +177,7 @@ class PreferenceRun:
             if fatal := _answer(relay.fatal.remote()):
                 raise RunFailed(f"the trainer's worker could not start: {fatal}")
             if self._error is not None:
-                raise RunFailed(_lines(self._error)) from self._error
+                raise self._failed(self._error, _answer(relay.unread.remote())) from self._error
             if self._signal:
                 raise Interrupted(self._signal)
         finally:
@@ -233,13 +243,14 @@ class PreferenceRun:
             if news and not stopping:  # whatever it says, a worker has started
                 heard, limit = now, self._config.train.step_timeout_s
                 waiting_for = "train.step_timeout_s"
-            elif any(kind != "alive" for kind, _ in news):  # nearer to its end
+            elif any(self._training or kind != "alive" for kind, _ in news):  # nearer to its end
                 heard = now
             if self._signal and not stopping:
-                stopping, heard, limit = True, now, STOP_SECONDS
-                waiting_for = "the time a stopped job has"
+                stopping, heard = True, now
                 self._recorder.stopping(STOPPING)
                 relay.stop.remote("save")
+            if stopping:
+                limit = self._config.train.step_timeout_s if self._training else STOP_SECONDS
             if now - heard > limit:
                 relay.stop.remote("drop")
                 if stopping:
@@ -252,16 +263,25 @@ class PreferenceRun:
     def _write(self, news: list[tuple[str, dict[str, Any]]]) -> None:
         for kind, fields in news:
             match kind:
-                case "role":
+                case "role":  # of a worker that is being built
+                    self._training = False
                     self._recorder.role(fields)
                 case "started":
                     self._recorder.restart(fields["step"], fields["history"])
+                case "training":
+                    self._training = True
                 case "step":
                     self._recorder.step(fields["step"], fields["metrics"])
                 case "checkpoint":
                     self._recorder.event(EventKind.CHECKPOINT_SAVED, step=fields["step"])
                 case "alive":
                     pass
+
+    def _failed(self, error: BaseException, unread: str) -> RunFailed:
+        """What a person is told of a job that `error` ended, after the checkpoint `unread` if its
+        workers could not go on from one."""
+        older = self._before(unread) if unread else None
+        return RunFailed(_lines(error) + (f"; to go back: --resume {older}" if older else ""))
 
     def _stop(self, number: int) -> None:
         self._signal = number

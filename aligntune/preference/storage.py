@@ -20,7 +20,7 @@ from aligntune.config.tree import dump, tree_of_a_run
 from aligntune.errors import RunFailed, UserError
 from aligntune.paths import located_storage
 from aligntune.runs.deadline import answered
-from aligntune.runs.disk import write_atomically
+from aligntune.runs.disk import sync, sync_below, write_atomically
 from aligntune.runs.rundir import changes
 
 CONFIG = "config.yaml"  # of the run whose checkpoints these are
@@ -190,6 +190,11 @@ class JobStorage:
             )
         return name
 
+    def before(self, name: str) -> str | None:
+        """The folder of the checkpoint before `name`, as `--resume` takes it; None without one."""
+        older = [known for known in self.names() if step_of(known) < step_of(name)]
+        return f"{self._root}/{FOLDER}/{older[-1]}" if older else None
+
     def rewind(self, name: str) -> None:
         """Make the checkpoint `name` the newest: later ones are removed, for their steps come
         again."""
@@ -248,7 +253,8 @@ class JobStorage:
         return left
 
     def fetch(self, target: Path) -> None:
-        """Put the model that a worker left in place, in one rename. Raises RunFailed."""
+        """Put the model that a worker left in place, in one rename, and see it on disk. Raises
+        RunFailed."""
         store = Store(self.export)
         if not store.has_folder():
             raise RunFailed(
@@ -259,9 +265,11 @@ class JobStorage:
         if self._uri is not None:
             shutil.rmtree(staged, ignore_errors=True)
             store.get("", staged)
+        sync_below(staged)
         if target.exists():
             shutil.rmtree(target)
         os.rename(staged, target)
+        sync(target.parent)
 
 
 def _parsed(content: bytes) -> dict[str, Any] | None:

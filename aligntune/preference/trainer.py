@@ -40,7 +40,7 @@ from aligntune.runs.modes import as_usual
 from aligntune.runs.publish import push, write_card_of
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind, NotFinite
-from cluster.bundles import BadRequest, bundle_sets, totals
+from cluster.bundles import BadRequest, RoleRequest, bundle_sets, totals
 from cluster.placement import DoesNotFit
 from cluster.session import ClusterUnreachable, RayTooSlow, session
 
@@ -112,7 +112,8 @@ class PreferenceTrainer:
         return math.ceil((train.epochs or 1.0) * math.ceil(passes / train.accumulation_steps))
 
     def check(self, resume: str = "auto") -> RunDir:
-        """Everything that can be checked without starting Ray. Raises UserError."""
+        """Everything that can be checked without starting Ray, and before the machines decide what
+        is left to them. Raises UserError."""
         rundir = self._rundir
         rundir.check_place()
         self.inputs.check_places()
@@ -121,21 +122,37 @@ class PreferenceTrainer:
         self.inputs.settle()
         rundir.check(self.config, resume)
         config = self.config
+        try:
+            bundle_sets(self._requests, config.cluster.colocate)
+        except BadRequest as error:
+            raise UserError(str(error)) from error
         check_programs(config.backend, config.tracking, config.cluster)
         check_hub(config.hub)
         storage = self._storage(rundir)
         storage.check(self.config, resume, fresh=not rundir.trained)
-        named = None if resume in ("auto", "never") else storage.named(resume)
+        reached = self._reached(resume)
         _ = self.pairs, self.eval_pairs
-        reached = step_of(named) if named else storage.newest_step()
-        if named is None and "checkpoint.storage" in rundir.changed:
+        if resume in ("auto", "never") and "checkpoint.storage" in rundir.changed:
             before, _ = rundir.changed["checkpoint.storage"]
             JobStorage(before, rundir.path).check_left(reached)
-        if reached > self.total_steps:
-            raise too_few_steps(self.config.train.steps, self.total_steps, reached)
+        if self.config.train.steps is not None:
+            self._check_steps(reached)
         if reached:
             storage.check_rows(self.inputs.digest, reached, fresh=not rundir.trained)
         return rundir
+
+    def _reached(self, resume: str) -> int:
+        """The step of the checkpoint that `train(resume)` goes on from; 0 without one."""
+        storage = self._storage(self._rundir)
+        if resume in ("auto", "never"):
+            return storage.newest_step()
+        return step_of(storage.named(resume))
+
+    def _check_steps(self, reached: int) -> None:
+        """Whether the run ends after step `reached`. Steps of epochs are those of the batch, so the
+        job is settled first. Raises UserError."""
+        if reached > self.total_steps:
+            raise too_few_steps(self.config.train.steps, self.total_steps, reached)
 
     def settle(self, resume: str = "auto") -> None:
         """Decide, the first time, what the config leaves open of what the workers take, by the
@@ -152,6 +169,7 @@ class PreferenceTrainer:
         It settles first, and starts nothing. Raises UserError.
         """
         self.settle(resume)
+        self._check_steps(self._reached(resume))
         pairs, train = self.pairs, self.config.train
         held_out = len(self.eval_pairs) if self.eval_pairs else 0
         things, table = self.inputs.things, self.inputs.table
@@ -186,6 +204,7 @@ class PreferenceTrainer:
         rundir = self.check(resume)
         self.settle(resume)
         rundir.check(self.config, resume)
+        self._check_steps(self._reached(resume))
         storage = self._storage(rundir)
         if not rundir.trained:  # then it may go on from its storage
             rundir.changed = storage.check(self.config, resume, fresh=True) or rundir.changed
@@ -220,7 +239,8 @@ class PreferenceTrainer:
                     recorder.starting({"trainer": (1, "the model is loading")})
                     if resume not in ("auto", "never"):
                         storage.rewind(storage.named(resume))
-                    PreferenceRun(self.config, job, storage.ray_arguments(), told).follow(
+                    place = storage.ray_arguments()
+                    PreferenceRun(self.config, job, place, told, storage.before).follow(
                         self.inputs.table, self.inputs.eval_table
                     )
                 storage.fetch(rundir.model)
@@ -264,16 +284,19 @@ class PreferenceTrainer:
         """Copy the trained model (safetensors, tokenizer) to a new folder."""
         return self._rundir.copy_model(Path(path))
 
+    @property
+    def _requests(self) -> list[RoleRequest]:
+        train = self.config.train
+        return [role_request("trainer", train.workers, train.resources)]
+
     @contextmanager
     def _session(self, stage: Callable[[str], None] = lambda text: None) -> Iterator[None]:
         """A Ray that can hold the job; `stage` hears of it. Raises UserError where none can."""
         from cluster.reservation import ensure_possible
 
-        train, cluster = self.config.train, self.config.cluster
-        requests = [role_request("trainer", train.workers, train.resources)]
-        asked = totals(requests)
+        cluster, asked = self.config.cluster, totals(self._requests)
         try:
-            sets = bundle_sets(requests, cluster.colocate)
+            sets = bundle_sets(self._requests, cluster.colocate)
             with session(
                 cluster,
                 cpus=asked["CPU"],

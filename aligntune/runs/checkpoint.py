@@ -105,6 +105,13 @@ def _json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def _remove(folder: Path) -> None:
+    """Let a folder be no checkpoint any more, and remove what can be removed of it. Raises OSError
+    where it stays one."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 class Checkpoints:
     """The `checkpoints/` folder of a run; it is made when the first one is written."""
 
@@ -115,7 +122,7 @@ class Checkpoints:
         self.bytes_read = 0  # by whatever reads files as a whole; for who watches that it moves
         self._checked: dict[tuple[tuple[str, int, int], ...], bool] = {}  # by files as they stand
         for leftover in () if to_read else directory.glob("*.partial"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
 
     def _heard(self, read: int) -> None:
         self.bytes_read += read
@@ -173,8 +180,8 @@ class Checkpoints:
         write_atomically(self.directory / "latest", final.name + "\n")
         for later in self._folders():
             if _step_of(later) > step:
-                shutil.rmtree(later)
-        self.forget_old(needed)
+                _remove(later)
+        self.forget_old({*needed, final.name})
         return Checkpoint(step, final, state)
 
     def abandon(self, step: int) -> None:
@@ -186,10 +193,15 @@ class Checkpoints:
         return checkpoint.path.resolve().parent != self.directory.resolve()
 
     def forget_old(self, needed: Collection[str] = ()) -> None:
-        """Remove all but the newest ones, and those of the names `needed`."""
-        for old in self._folders()[: -self.keep_last]:
-            if old.name not in needed:
-                shutil.rmtree(old)
+        """Remove all but the newest ones, and those of the names `needed`; whatever can be removed.
+
+        What is left of one, as on NFS where something reads it, goes at the next call.
+        """
+        folders = self._folders()
+        kept = [folder for folder in folders if (folder / MANIFEST).exists()][-self.keep_last :]
+        for old in folders:
+            if old not in kept and old.name not in needed:
+                shutil.rmtree(old, ignore_errors=True)
 
     def adopt(self, checkpoint: Checkpoint) -> Checkpoint:
         """Make a checkpoint that the user chose the newest one: those of later steps go, for these
@@ -207,7 +219,7 @@ class Checkpoints:
             sync(self.directory)
         for other in self._folders():
             if other != final and (_step_of(other) > checkpoint.step or not stays):
-                shutil.rmtree(other)
+                _remove(other)
         write_atomically(self.directory / "latest", final.name + "\n")
         return Checkpoint(checkpoint.step, final, checkpoint.state)
 

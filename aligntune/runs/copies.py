@@ -23,15 +23,17 @@ class Copies:
         self._mirror = mirror
         self._timeout_s = timeout_s
         self._not_copied = not_copied
-        self._running: Path | None = None
         self._waiting: Path | None = None
         self._thread: Future[None] | None = None  # one that has missed its deadline stays here
+        self._read: Path | None = None  # by that thread
         self._task: asyncio.Task[None] | None = None
 
     @property
     def needed(self) -> set[str]:
-        """The names of the checkpoints that are being copied, or are to be."""
-        return {path.name for path in (self._running, self._waiting) if path is not None}
+        """The names of the checkpoints that are being copied, also beyond the deadline, or are to
+        be."""
+        copied = None if self._thread is None or self._thread.done() else self._read
+        return {path.name for path in (copied, self._waiting) if path is not None}
 
     def offer(self, checkpoint: Path) -> None:
         """Copy a checkpoint when the one before is through."""
@@ -41,9 +43,8 @@ class Copies:
 
     async def _run(self) -> None:
         while self._waiting is not None:
-            self._running, self._waiting = self._waiting, None
-            await self._copied(self._mirror.push, self._running)
-            self._running = None
+            folder, self._waiting = self._waiting, None
+            await self._copied(self._mirror.push, folder)
 
     async def settled(self) -> None:
         """Wait for the copies that run and wait, which have their deadlines."""
@@ -59,7 +60,7 @@ class Copies:
         if self._thread is not None and not self._thread.done():
             reason = "an earlier copy has not ended yet"
         else:
-            self._thread = asked(lambda: push(folder))
+            self._read, self._thread = folder, asked(lambda: push(folder))
             copied = asyncio.wrap_future(self._thread)
             if not await done_within(self._timeout_s, copied):
                 reason = f"no end within {self._timeout_s:g} s"

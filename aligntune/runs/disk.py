@@ -10,6 +10,9 @@ import errno
 import os
 from pathlib import Path
 
+from actors.disk import sync as sync
+from actors.disk import sync_below as sync_below
+
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 PIECE = 2**20  # bytes that are read at once of a file that may be large
 
@@ -17,21 +20,6 @@ PIECE = 2**20  # bytes that are read at once of a file that may be large
 def is_full(error: BaseException) -> bool:
     """Whether a disk or a quota had no room, which somebody may make."""
     return isinstance(error, OSError) and error.errno in FULL
-
-
-def sync(path: Path) -> None:
-    """Force a file's content, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_below(folder: Path) -> None:
-    """Force a folder with all that is in it to disk."""
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
 
 
 def make_folder(path: Path) -> None:

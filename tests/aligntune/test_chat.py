@@ -76,7 +76,11 @@ def test_a_run_without_a_model_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a run"):
         model_folder(tmp_path)
     (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("algorithm: {name: grpo}\n")
     with pytest.raises(UserError, match=f"aligntune export {tmp_path} --out FOLDER"):
+        model_folder(tmp_path)
+    (tmp_path / "config.yaml").write_text("algorithm: {name: dpo}\n")
+    with pytest.raises(UserError, match="call `aligntune train` with its config again to end it"):
         model_folder(tmp_path)
 
 

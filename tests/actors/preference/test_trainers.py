@@ -13,6 +13,7 @@ import sys
 from ast import literal_eval
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid, relu
 
 from actors.preference.relay import PreferenceJob
-from actors.preference.trainers import build_trainer, export_model
+from actors.preference.trainers import _policy_and_reference, build_trainer, export_model
 from actors.preference.worker import renamed
 from aligntune.config.load import load_config
 from aligntune.config.preference import SMOOTHED, Loss, PreferenceConfig
@@ -65,7 +66,7 @@ def table(rows: int = PAIRS, columns: tuple[str, ...] = ("prompt", "chosen", "re
     )
 
 
-def made_of(
+def job_of(
     model: Path,
     folder: Path,
     overrides: Iterable[str] = (),
@@ -73,10 +74,8 @@ def made_of(
     kind: Any = "dpo",
     steps: int = 4,
     held_out: int = 0,
-    alive: Callable[[], None] = lambda: None,
-) -> Any:
-    """A trainer of a config with the overrides, on so many held-out pairs; it has its job as
-    `job`."""
+) -> PreferenceJob:
+    """The job of a config with the overrides."""
     config = load_config(
         {
             "algorithm": kind,
@@ -88,7 +87,7 @@ def made_of(
         overrides,
     )
     assert isinstance(config, PreferenceConfig)
-    job = PreferenceJob(
+    return PreferenceJob(
         kind=kind,
         backend=config.backend,
         model=config.model,
@@ -99,7 +98,26 @@ def made_of(
         export=str(folder / "model"),
         max_length=config.data.max_length,
     )
-    columns = ("prompt", "chosen", "rejected")[kind == "reward_model" :]
+
+
+def columns_of(kind: str) -> tuple[str, ...]:
+    """What the rows of a job have."""
+    return ("prompt", "chosen", "rejected")[kind == "reward_model" :]
+
+
+def made_of(
+    model: Path,
+    folder: Path,
+    overrides: Iterable[str] = (),
+    *,
+    kind: Any = "dpo",
+    steps: int = 4,
+    held_out: int = 0,
+    alive: Callable[[], None] = lambda: None,
+) -> Any:
+    """The trainer of a `job_of`, on so many held-out pairs; it has its job as `job`."""
+    job = job_of(model, folder, overrides, kind=kind, steps=steps, held_out=held_out)
+    columns = columns_of(kind)
     evaluation = table(held_out, columns) if held_out else None
     trainer = build_trainer(job, table(columns=columns), evaluation, folder, alive)
     trainer.job = job
@@ -399,6 +417,46 @@ def test_precomputed_references_are_those_of_the_trainer_and_in_no_file(
     kept.train()
     wanted = [entry["loss"] for entry in kept.state.log_history if "loss" in entry]
     assert losses == pytest.approx(wanted, abs=1e-6)
+
+
+def test_an_evaluation_alone_asks_the_reference_of_one_row_to_train_on(build: Build) -> None:
+    options = ("algorithm.precompute_reference=true", "eval.pairs_per_worker=4")
+    trained = build(*options, held_out=17)
+    alone = build(*options, held_out=17, steps=0)
+    assert (len(trained.train_dataset), len(alone.train_dataset)) == (PAIRS, 1)
+    assert held_out_figures(alone) == pytest.approx(held_out_figures(trained), rel=1e-6)
+
+
+def test_a_model_in_4_bits_is_scored_against_its_base_in_4_bits_without_adapters(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from actors.models import unsloth
+    from actors.models.loading import load_causal_lm
+
+    base = load_causal_lm(job_of(tiny_model, tmp_path).model)
+    with torch.no_grad():
+        base.lm_head.weight.mul_(0.5)  # rounded, as a stand-in for 4 bits
+
+    def load(spec: Any, max_length: int, seed: int) -> Any:
+        assert spec.load_in_4bit
+        model = load_causal_lm(spec, lora=True)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_" in name:
+                    weight.add_(0.1)
+            model.get_output_embeddings().weight.mul_(0.5)
+        return model
+
+    monkeypatch.setattr(unsloth, "load_unsloth", load)
+    options = ("backend=unsloth", "model.load_in_4bit=true", "model.lora.r=2")
+    job = job_of(tiny_model, tmp_path, (*options, "train.resources.gpus=1"), steps=0)
+    job = replace(job, trained=str(tiny_model))
+    trained, reference = _policy_and_reference(job, {"precompute_ref_log_probs": False})
+    tokens = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        found = reference(tokens).logits
+        torch.testing.assert_close(found, base(tokens).logits)
+        assert not torch.allclose(found, trained(tokens).logits)
 
 
 def test_the_seed_draws_the_adapters_and_the_same_one_the_same(build: Build) -> None:

@@ -61,7 +61,7 @@ def test_defaults_are_those_of_the_algorithm() -> None:
 REFUSED = {
     "label_smoothing has no effect on loss_type sigmoid": ["algorithm.label_smoothing=0.1"],
     "label_smoothing has no effect on loss_type ipo": [
-        "algorithm.loss_type=[robust, ipo]",
+        "algorithm.loss_type=[ipo, sft]",
         "algorithm.label_smoothing=0.1",
     ],
     "must be below 0.5": ["algorithm.loss_type=robust", "algorithm.label_smoothing=0.6"],
@@ -130,7 +130,7 @@ def test_what_cannot_be_is_refused_in_one_line(reason: str) -> None:
 
 
 def test_losses_that_use_label_smoothing_may_have_it() -> None:
-    for loss in ("robust", "exo_pair", "aot", "aot_unpaired"):
+    for loss in ("robust", "exo_pair", "aot", "aot_unpaired", "[sigmoid, exo_pair]"):
         config(f"algorithm.loss_type={loss}", "algorithm.label_smoothing=0.1")
 
 

@@ -22,6 +22,7 @@ from tests.aligntune.config.test_preference import config
 Follow = Callable[..., PreferenceRun]
 ROLE = ("role", {"role": "trainer", "backend": "trl"})
 ALIVE = ("alive", {})
+TRAINING = ("training", {})
 
 
 @pytest.fixture
@@ -87,6 +88,49 @@ def test_a_stopped_job_is_not_kept_by_signs_of_life(follow: Follow) -> None:
         follow([ROLE], *[[ALIVE]] * 9, seconds=STOP_SECONDS / 2, signal=15)
     step = ("step", {"step": 1, "metrics": {}})
     follow([ROLE], [step], [step], [step], seconds=STOP_SECONDS / 2 + 1, signal=15)
+
+
+def test_a_job_that_is_stopped_amid_a_step_has_the_time_of_one_to_save_it(follow: Follow) -> None:
+    begun = [ROLE], [("started", {"step": 0, "history": {}})], [TRAINING]
+    follow(*begun, *[[]] * 9, signal=15)
+    follow(*begun, *[[ALIVE], []] * 9, seconds=900, signal=15)  # a long evaluation
+    with pytest.raises(Interrupted):
+        follow(*begun, *[[]] * 11, signal=15)
+    with pytest.raises(Interrupted):  # a worker has died, and what it held
+        follow(*begun, [ROLE], [ALIVE], [ALIVE], signal=15)
+
+
+def test_what_keeps_a_worker_from_being_built_is_no_end_once_there_was_one() -> None:
+    first = relay.Relay()
+    first.fail("no such model")
+    first.fail("and then")
+    assert first.fatal() == "no such model"
+    again = relay.Relay()
+    again.tell("role", rank=0)
+    again.tell("started", step=0, history={})
+    again.fail("the GPU is still full")
+    assert again.fatal() == ""
+
+
+@pytest.mark.parametrize("older", [None, "/run/checkpoints/step-000010"])
+def test_a_checkpoint_that_could_not_be_read_is_told_with_the_one_before(older: str | None) -> None:
+    """But for where the last workers have read it after all."""
+    names: list[str] = []
+
+    def before(name: str) -> str | None:
+        names.append(name)
+        return older
+
+    run = PreferenceRun(config(), None, {}, Figures(), before)  # type: ignore[arg-type]
+    error = RuntimeError("Traceback:\nRuntimeError: cannot go on from step-000020")
+    said = "the training job failed: RuntimeError: cannot go on from step-000020"
+    cure = f"; to go back: --resume {older}" if older else ""
+    told = relay.Relay()
+    told.leave_unread("step-000020")
+    assert str(run._failed(error, told.unread())) == said + cure
+    told.tell("started", step=20, history={})
+    assert str(run._failed(error, told.unread())) == said
+    assert names == ["step-000020"]
 
 
 def test_that_a_job_stops_is_said_at_once_and_once(

@@ -45,6 +45,24 @@ def test_a_tracker_that_fails_is_an_event_and_every_figure_is_written(
     assert last["reason"] == "3 steps were never taken"
 
 
+def test_an_evaluation_that_was_owed_joins_the_row_of_its_step(tmp_path: Path) -> None:
+    settings = config("tracking.trackers=[]")
+    with Recorder(settings, settings.tracking, RunDir(tmp_path), 5, 0) as recorder:
+        told = Recorded(recorder, 8, known=-1)
+        for step in (1, 2):
+            told.step(step, {"loss": float(step), "time/step": 4.0})
+        for _ in range(2):  # from a checkpoint that does not have it, once and again
+            told.restart(2, {1: {"loss": 1.0}, 2: {"loss": 2.0}})
+            told.step(2, {"eval/loss": 0.5, "epoch": 0.1})
+        whole = {"loss": 2.0, "time/step": 4.0, "throughput/samples_per_s": 2.0}
+        whole |= {"eval/loss": 0.5, "epoch": 0.1}
+        assert told.last == whole
+        told.step(3, {"loss": 3.0})
+    rows = read_lines(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[1] == {"step": 2, **whole}
+
+
 def test_on_a_restart_later_figures_are_forgotten_and_missing_ones_come_from_the_checkpoint(
     tmp_path: Path,
 ) -> None:

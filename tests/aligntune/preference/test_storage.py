@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -161,6 +162,41 @@ def test_a_named_checkpoint_becomes_the_newest(run: JobStorage, tmp_path: Path) 
     assert snapshot["latest_checkpoint_result"]["metrics"] == {"step": 20}
     assert snapshot["checkpoint_report_indices"] == [0, 1]
     assert snapshot["current_report_index"] == 3
+
+
+@pytest.mark.parametrize("uri", [None, "file://{}"])
+def test_the_checkpoint_before_one_is_as_resume_takes_it(tmp_path: Path, uri: str | None) -> None:
+    write_checkpoints(tmp_path, [10, 20, 30])
+    run = JobStorage(uri and uri.format(tmp_path), tmp_path)
+    older = run.before("step-000030")
+    assert older is not None
+    assert run.named(older) == "step-000020"
+    assert run.before("step-000010") is None
+
+
+@pytest.mark.parametrize("uri", [None, "file://{}/shared"])
+def test_the_model_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, uri: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = JobStorage(uri and uri.format(tmp_path), tmp_path)
+    left = Path(run.export.removeprefix("file://"))
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"weights")
+    done: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    def rename(old: Path, new: Path) -> None:
+        done.append("rename")
+        real(old, new)
+
+    real = os.rename
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    run.fetch(tmp_path / "model")
+    assert done == ["model.safetensors", "model.partial", "rename", tmp_path.name]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == b"weights"
 
 
 @pytest.mark.parametrize("resume", ["step-000020", "elsewhere/step-000020", "nosuch://x/y"])

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,8 +40,8 @@ def job(tiny_model: Path, tmp_path: Path) -> Job:
         "train": {"steps": 20},
     }
 
-    def make(*overrides: str) -> PreferenceTrainer:
-        return PreferenceTrainer(config(*overrides, **sections))
+    def make(*overrides: str, **changes: Any) -> PreferenceTrainer:
+        return PreferenceTrainer(config(*overrides, **{**sections, **changes}))
 
     return make
 
@@ -131,6 +132,26 @@ def test_a_reward_model_job_reads_no_more_than_the_table_of_positions_holds(tmp_
     job("data.max_length=63").inputs.settle()
     with pytest.raises(UserError, match=r"data\.max_length=64, and the model reads 63 tokens"):
         job("data.max_length=64").inputs.settle()
+
+
+def test_a_run_that_goes_on_is_held_to_the_steps_of_its_own_batch(job: Job) -> None:
+    """Which a config leaves to the machines that has none: 12 pairs are 12 steps of one."""
+    one = [f"train.{key}=1" for key in ("workers", "pairs_per_worker", "accumulation_steps")]
+    epoch = {"train": {"epochs": 1.0}}
+    stop_at(job(*one, **epoch), 10)
+    job(**epoch).check()
+    assert "12 steps" in job(**epoch).summary()
+    less = {"train": {"epochs": 0.5}}
+    job(**less).check()
+    with pytest.raises(UserError, match=r"train\.epochs makes 6 steps .* checkpoint is of step 10"):
+        job(**less).summary()
+    with pytest.raises(UserError, match=r"train\.steps makes 9 steps .* checkpoint is of step 10"):
+        job(train={"steps": 9}).check()
+
+
+def test_what_the_cluster_cannot_be_asked_for_is_refused_before_it_starts(job: Job) -> None:
+    with pytest.raises(UserError, match=r"cluster\.colocate: this run has no role 'policy'"):
+        job("cluster.colocate=[[trainer, policy]]").check()
 
 
 def test_rows_may_change_before_there_is_a_checkpoint(job: Job, tmp_path: Path) -> None:

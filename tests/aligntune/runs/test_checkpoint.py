@@ -1,6 +1,8 @@
 """Checkpoints are whole or absent."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -167,6 +169,53 @@ def test_where_none_is_whole_the_run_does_not_begin_again_in_silence(tmp_path: P
     (tmp_path / "checkpoints" / "step-000004" / "policy" / "weights").unlink()
     with pytest.raises(UserError, match=r"is damaged \(step-000004\); restore one"):
         RunDir(tmp_path).start_from(checkpoints, "auto")
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of folders that are read, and so stay on NFS, empty but for what nobody can remove."""
+    names: set[str] = set()
+    real = os.rmdir
+
+    def rmdir(path: str, **options: int | None) -> None:
+        if os.path.basename(path) in names:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+        real(path, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    return names
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_an_old_one_that_cannot_be_removed_yet_costs_no_new_one(
+    tmp_path: Path, held: set[str], keep_last: int
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last)
+    held.add("step-000001")
+    for step in (1, 2, 3, 4):
+        save(checkpoints, step)
+    assert checkpoints.steps() == [3, 4][-keep_last:]
+    assert (tmp_path / "step-000001").is_dir()
+    held.clear()
+    save(checkpoints, 5)
+    assert checkpoints.folders() == checkpoints.steps() == [4, 5][-keep_last:]
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_later_one_that_cannot_be_removed_yet_counts_no_more_and_takes_no_place(
+    tmp_path: Path, held: set[str], keep_last: int
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last)
+    for step in (5, 10):
+        save(checkpoints, step)
+    (tmp_path / "step-000010" / "policy" / "weights").write_bytes(b"damaged")
+    held.add("step-000010")
+    for step in (6, 7):
+        save(checkpoints, step)
+        assert checkpoints.steps()[-1] == step
+    assert checkpoints.folders() == [*[6, 7][-keep_last:], 10]
+    again = Checkpoints(tmp_path, keep_last)
+    assert again.adopt(again.at(tmp_path / "step-000007")) == again.latest()
 
 
 def test_looking_for_checkpoints_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -69,9 +69,14 @@ def test_a_copy_that_hangs_is_told_and_not_joined_by_another() -> None:
     async def work(copies: Copies, storage: Storage) -> None:
         copies.offer(Path("step-1"))
         await copies.settled()
+        assert copies.needed == {"step-1"}, "its files are read still"
         copies.offer(Path("step-2"))
         await copies.model(Path("model"))
+        assert copies.needed == {"step-1"}
         storage.go.release()
+        assert copies._thread is not None
+        await asyncio.wait_for(asyncio.wrap_future(copies._thread), 30)
+        assert copies.needed == set()
 
     events, _ = run(work, timeout_s=0.05)
     assert events == [

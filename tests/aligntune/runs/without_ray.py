@@ -21,7 +21,9 @@ from aligntune.preference import trainer
 class Trained:
     """In place of a PreferenceRun."""
 
-    def __init__(self, config: Any, job: PreferenceJob, storage: Any, recorder: Any) -> None:
+    def __init__(
+        self, config: Any, job: PreferenceJob, storage: Any, recorder: Any, before: Any
+    ) -> None:
         self._job, self._recorder = job, recorder
 
     def follow(self, *tables: Any) -> None:
