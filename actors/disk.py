@@ -5,6 +5,7 @@ What a disk does not take is an OSError, whichever library wrote.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -57,6 +58,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # this file system has no such thing
+            raise
     finally:
         os.close(descriptor)
 

@@ -43,6 +43,7 @@ class Place:
     scratch: str  # the folder that the sandbox may write to
     name: str  # of the episode's own folder in it
     alone: bool  # they have namespaces of their own
+    wrapped: bool = True  # in the sandbox, whose server has what it takes to make namespaces
     log: str | None = None  # a file of all episodes, which they are not to read
 
 
@@ -69,6 +70,7 @@ def enter(place: Place) -> None:
     if place.alone:
         home = place.scratch
         _cover(place)
+    if place.wrapped:
         _call("capset", struct.pack("Ii", _THIRD_VERSION, 0), bytes(24))
     os.environ.update(HOME=home, TMPDIR=home)
     tempfile.tempdir = None

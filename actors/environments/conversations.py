@@ -115,7 +115,11 @@ class Conversation:
         """What the model writes after `prompt_ids`. Raises as `chat`; Refused too where an id is
         none of the model's."""
         self._require_turn()
-        known = self._tokens.vocabulary
+        # The model may have more rows than its tokenizer has tokens, and sample one of them.
+        sampled = (answer.call.sampled.token_ids for answer in self._answers.values())
+        known = max(
+            self._tokens.vocabulary, 1 + max((int(i) for s in sampled for i in s), default=0)
+        )
         unknown = next((token for token in prompt_ids if not 0 <= token < known), None)
         if unknown is not None:
             # An engine without a tokenizer looks up whatever it is given.

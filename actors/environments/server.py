@@ -85,7 +85,7 @@ def _serve(channel: int) -> None:
             return
         name, place = data.decode().strip(), None
         if setup.scratch is not None:
-            place = apart.Place(setup.scratch, name, alone, setup.log)
+            place = apart.Place(setup.scratch, name, alone, setup.wrapped, setup.log)
         with contextlib.suppress(OSError):  # no place for another process: its channel is closed
             if os.fork() == 0:
                 try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from actors.environments.chat_messages import too_deep
@@ -148,10 +149,10 @@ class ChatTokens:
             return Turn(text, malformed=True)
         return Turn(message)
 
-    @property
+    @cached_property
     def vocabulary(self) -> int:
-        """How many token ids the tokenizer knows: 0 and up."""
-        return len(self._tokenizer)
+        """The number after the tokenizer's greatest token id."""
+        return 1 + max(self._tokenizer.get_vocab().values())
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -101,8 +102,12 @@ def chat(
         if checkpoint is None:
             folder = model_folder(model)
         else:
-            # Beside the checkpoint, where every node of the run can write it.
-            beside = TemporaryDirectory(dir=open_run(model).path, prefix=".model-")
+            # Beside the checkpoint, where every node of the run can write it; a run of somebody
+            # else's may be for reading alone.
+            run = open_run(model).path
+            beside = TemporaryDirectory(
+                dir=run if os.access(run, os.W_OK) else None, prefix=".model-"
+            )
             folder = Path(kept.enter_context(beside)) / "model"
             which = None if checkpoint == "newest" else checkpoint
             step = exported(model, folder, which, overrides or [])

@@ -141,7 +141,9 @@ def _criterion(
     """A function, a service by its URL, or a reward model by its folder. Raises UserError."""
     try:
         if "://" in name:
-            url = {"url": name, "timeout_s": timeout_s, **options}
+            # A second try has time too, however short the try is to be.
+            limit = min(RewardUrlSpec.model_fields["request_timeout_s"].default, timeout_s / 2)
+            url = {"url": name, "timeout_s": timeout_s, "request_timeout_s": limit, **options}
             return resolve_url(RewardUrlSpec.model_validate(url))
         if os.path.isdir(name):
             model = {"model": name, "timeout_s": timeout_s, **options}

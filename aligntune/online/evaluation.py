@@ -169,6 +169,11 @@ class Evaluation:
         self._recorder.eval_samples(version, sample_rows(self._config, groups, texts))
         self._recorder.evaluation(version, figures)
 
+    @property
+    def runs(self) -> bool:
+        """Whether there is one to wait for."""
+        return self._task is not None and not self._task.done()
+
     async def ended(self) -> None:
         """Wait for the one that runs, if any; it goes on where the wait is cancelled. Raises what
         it raised."""

@@ -83,11 +83,16 @@ class Handover:
     async def evaluated(self) -> None:
         """Wait for the evaluation that runs, if any. Raises Interrupted, PolicyLost where its
         weights are gone, or what it raised."""
+        if not self._evaluation.runs:  # a run that is to stop, and has no need to wait, goes on
+            await self._evaluation.ended()
+            return
         await self._stopping.unless(self._weights.unless_gone(self._evaluation.ended()))
 
     async def stands(self, version: int) -> bool:
         """Whether a checkpoint of `version` may stand: see `Evaluation.written`. A run that is to
         stop saves at once and finishes the evaluation after that: see `stop`."""
+        if not self._evaluation.runs:
+            return await self._evaluation.written(version)
         written = self._weights.unless_gone(self._evaluation.written(version))
         try:
             return await self._stopping.unless(written)

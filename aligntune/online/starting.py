@@ -87,6 +87,9 @@ def _changed_since(
     """What differs between the run that made it, in another folder, and this one, as `changes`
     has it. Raises UserError where that run could not go on with `config`."""
     run = run_of(checkpoint.path)
+    if run is None and isinstance(old := checkpoint.state.get("run"), dict):
+        changes(old, config, where)  # an earlier version kept only what makes it the same run
+        return {}
     if run is None:
         raise UserError(
             f"{where} does not say what run it is of; leave it in the checkpoints/ of that run, "

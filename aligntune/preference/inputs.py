@@ -86,7 +86,9 @@ class PairInputs:
         """Take whole weights where the config names packed ones, the first time; returns what was
         decided. Raises UserError where they are not there."""
         if self._of_model is None:
-            model, self._of_model = settle_model(self.config.model)
+            model, self._of_model = self.config.model, ()
+            if not model.load_in_4bit:  # frozen, they may be packed: Unsloth reads them
+                model, self._of_model = settle_model(model)
             self.config = self.config.model_copy(update={"model": model})
         return self._of_model
 

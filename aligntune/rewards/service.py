@@ -109,7 +109,9 @@ async def _answer(session: aiohttp.ClientSession, url: str, body: bytes) -> byte
         raise TryAgain("no answer in time") from error
     except (aiohttp.ClientError, OSError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        raise TryAgain(text, away=isinstance(error, aiohttp.ClientConnectorError)) from error
+        away = isinstance(error, aiohttp.ClientConnectorError)
+        # No wait mends a certificate.
+        raise TryAgain(text, away=away and not isinstance(error, aiohttp.ClientSSLError)) from error
 
 
 def _body(message: Mapping[str, Any]) -> bytes:

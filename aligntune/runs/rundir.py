@@ -162,7 +162,16 @@ def _same_place(path: str, was: Any, now: Any) -> bool:
     if path == "data.train":
         return _absolute(was) == _absolute(now)
     both_named = isinstance(was, str) and isinstance(now, str)
+    if path == "model.name" and both_named and (whole := _whole(was)) is not None:
+        was = whole  # a run of before has the packed name
     return path in PLACES and both_named and os.path.abspath(was) == os.path.abspath(now)
+
+
+def _whole(name: str) -> str | None:
+    """The name of the whole weights of a model that is named by packed ones."""
+    from actors.models.packed import without_ending  # torch, which few who ask here need
+
+    return without_ending(name)
 
 
 def _absolute(sources: Any) -> Any:

@@ -107,6 +107,24 @@ def test_packed_weights_without_whole_ones_are_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
+def test_a_job_that_keeps_the_model_in_4_bits_takes_packed_weights_as_they_are(
+    place: Path,
+) -> None:
+    settings = ["model.load_in_4bit=true", "model.lora={}", "train.resources.gpus=1"]
+    trainer = made("dpo", "me/alone-bnb-4bit", backend="unsloth", overrides=settings)
+    assert trainer.inputs.settle_model() == ()
+    assert trainer.config.model.name == "me/alone-bnb-4bit"
+
+
+def test_a_run_of_before_that_has_the_packed_name_is_the_same_run(place: Path) -> None:
+    trainer = made("dpo", "me/m")
+    run = place / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(dump(trainer.config).replace("me/m", "me/m-bnb-4bit"))
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert "model.name" in made("dpo", "me/m-bnb-4bit").check().changed
+
+
 @pytest.mark.parametrize("role", ["critic", "reference"])
 def test_a_critic_and_a_reference_need_whole_weights(place: Path, role: str) -> None:
     trainer = made("ppo", "me/m", overrides=[f"{role}.model=me/m-bnb-4bit"])

@@ -117,7 +117,7 @@ class Actor:
     def _update(self, job: Any) -> UpdateResult:
         return UpdateResult({"loss/policy": 0.0}, 0.1)
 
-    def _export_weights(self, version: int) -> tuple[int, str]:
+    def _export_weights(self, version: int, _: bool = False) -> tuple[int, str]:
         Actor.version = version
         return 0, "weights"
 

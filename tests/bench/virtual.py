@@ -156,7 +156,7 @@ class Policy(Actor):
             await asyncio.sleep(self._times.update(job.step))
         return UpdateResult({"loss/policy": 0.0}, 0.1)
 
-    async def _export_weights(self, version: int) -> tuple[int, int]:
+    async def _export_weights(self, version: int, _: bool = False) -> tuple[int, int]:
         async with self._turn:
             await asyncio.sleep(self._times.export)
         return 0, version

@@ -159,6 +159,20 @@ def test_held_out_prompts_draw_from_no_training_group(world: World) -> None:
     assert len({*evaluated}) == 1000
 
 
+def test_a_stop_in_the_last_update_of_a_run_that_evaluates_nothing_more_ends_it_well(
+    world: World,
+) -> None:
+    """There is nothing to wait for, so nothing is broken off."""
+
+    def update(step: int) -> None:
+        if step == STEPS:
+            world.stop()
+
+    world.during = {"update": update}
+    world.run(evaluated=False)
+    assert [row["step"] for row in world.rows()] == list(range(1, STEPS + 1))
+
+
 def test_a_stop_in_the_last_update_leaves_its_evaluation_to_the_process_that_goes_on(
     world: World,
 ) -> None:

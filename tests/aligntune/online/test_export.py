@@ -129,10 +129,10 @@ def test_a_model_is_made_of_the_runs_checkpoint_alone(
 
 
 def test_a_reward_of_a_script_is_asked_for_by_its_file_where_it_is_needed(
-    run: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["evaluate", str(run)])
+        cli.main(["evaluate", str(run), f"model.name={tiny_model}"])
     assert ended.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "rewards.0.function=FILE.py:nothing, or call the trainer there" in line

@@ -19,7 +19,7 @@ from aligntune.online.starting import Start, begin_from, starting_point
 from aligntune.online.trainer import OnlineTrainer
 from aligntune.runs.checkpoint import RUN, Checkpoint, Checkpoints
 from aligntune.runs.mirror import Mirror
-from aligntune.runs.rundir import RunDir, run_of
+from aligntune.runs.rundir import IDENTITY, RunDir, flatten, run_of
 from tests.aligntune.online.test_settle_resources import config
 from tests.aligntune.online.world import World, ahead
 
@@ -80,6 +80,21 @@ def test_a_run_that_went_back_stays_there_though_its_storage_was_ahead(
     anew = start(config(), tmp_path / "new", storage)
     assert anew.checkpoint is not None
     assert anew.checkpoint.step == 5
+
+
+def test_a_copied_checkpoint_of_a_version_that_kept_less_is_held_to_what_it_kept(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    whole = flatten(tree_of(config()))
+    kept = {path: whole[path] for path in whole if path.startswith(IDENTITY)}
+    chosen = str(save(tmp_path / "other", 5, **{RUN: None, "run": kept}).path)
+    with pytest.raises(UserError, match=r"holds another run: train\.groups_per_step was"):
+        start(config("train.groups_per_step=3"), run, tmp_path / "bucket", chosen)
+    begun = start(config("policy.learning_rate=1e-3"), run, tmp_path / "bucket", chosen)
+    assert begun.checkpoint is not None
+    assert begun.checkpoint.step == 5
 
 
 @pytest.mark.parametrize("version", ["this", "an older one"])
