@@ -58,8 +58,11 @@ class HeldOut:
             means = self._of_all({"loss": self._losses, **named})
             if "eval_loss" in logs:
                 logs["eval_loss"] = means["loss"]
-            for name, values in named.items():
-                values[:] = [means[name]]
+            for name in named:
+                if name in means:
+                    figures[name][:] = [means[name]]
+                else:
+                    del figures[name]
             self._counts.clear()
             self._losses.clear()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
@@ -73,7 +76,7 @@ class HeldOut:
         return max(0, min(batch, left - self.accelerator.process_index * batch))
 
     def _of_all(self, figures: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """Each figure over what all workers have counted."""
+        """Each figure over what all workers have counted, but for those that are over nothing."""
         import torch
 
         counts = {
@@ -84,10 +87,11 @@ class HeldOut:
         row = torch.tensor([mine], dtype=torch.float64, device=self.accelerator.device)
         columns = self.accelerator.gather(row).T.tolist()  # [2 * figures][workers]
         return {
-            name: _extreme(name, parts) if name in _EXTREMES else sum(parts) / max(1, sum(weights))
+            name: _extreme(name, parts) if name in _EXTREMES else sum(parts) / sum(weights)
             for name, parts, weights in zip(
                 figures, columns[: len(figures)], columns[len(figures) :], strict=True
             )
+            if name in _EXTREMES or sum(weights)
         }
 
 

@@ -176,3 +176,11 @@ def test_of_a_batch_the_first_pairs_are_both_their_sides() -> None:
     assert cut["return_loss"] is True
     assert first_pairs(inputs, 3) is inputs
     assert first_pairs(inputs, 0) is inputs
+
+
+def test_a_figure_over_no_token_at_all_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.tokens", lambda value, side: 1 - side)
+    (logged,) = evaluated([1, 2, 3], 1, 2)
+    assert "logits/rejected" not in logged
+    assert logged["logits/chosen"] == pytest.approx(2)
+    assert logged["eval_loss"] == pytest.approx(2)
