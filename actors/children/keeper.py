@@ -141,7 +141,9 @@ def kill_all(child: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)  # its group; on Linux, a part of what follows
     with contextlib.suppress(ChildProcessError):
-        os.waitpid(child, 0)
+        if os.waitpid(child, os.WNOHANG) == (0, 0):
+            os.kill(child, signal.SIGKILL)  # it was only just forked, and leads no group yet
+            os.waitpid(child, 0)
     with contextlib.suppress(ChildProcessError):  # none left
         while os.waitpid(-1, os.WNOHANG) != (0, 0):
             pass  # reaped; most often there was none, and no table of processes need be read

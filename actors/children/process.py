@@ -193,6 +193,7 @@ class Child(Generic[A]):
         if not self._gone.done() and self._process is not None:
             with contextlib.suppress(ProcessLookupError):  # the keeper is stopped, or waits long
                 os.killpg(self._process.pid, signal.SIGKILL)
+            await asyncio.wait({self._gone}, timeout=KILL_SECONDS)
         await asyncio.wait({self._listener})
 
 
