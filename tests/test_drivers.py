@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.forks import owner, wire
@@ -17,17 +18,18 @@ from tests.cluster.forks.test_server import until
 ENDS = "import os, sys; print(os.getcwd(), input()); print('aside', file=sys.stderr); sys.exit(3)"
 
 
-@pytest.fixture(params=["forked", "started"])
-def environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
-    monkeypatch.delenv(wire.SOCKET, raising=False)
-    if request.param == "started":
-        yield dict(os.environ)
-        return
-    if not drivers._tells_exit_codes():
-        pytest.skip("Linux tells exit codes to parents alone here")
-    with owner.server(["statistics"]):
-        until(lambda: os.path.exists(os.environ[wire.SOCKET]), "a socket")
-        yield dict(os.environ)
+@pytest.fixture(params=["forked", "started"], scope="module")
+def environment(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(wire.SOCKET, raising=False)
+        if request.param == "started":
+            yield dict(os.environ)
+            return
+        if not drivers._tells_exit_codes():
+            pytest.skip("Linux tells exit codes to parents alone here")
+        with owner.server(["statistics"]):
+            until(lambda: os.path.exists(os.environ[wire.SOCKET]), "a socket")
+            yield dict(os.environ)
 
 
 def test_a_program_ends_with_its_code_and_what_it_printed(
@@ -47,6 +49,9 @@ def test_a_program_that_is_killed_says_so_and_one_that_runs_is_waited_for(
         forked = wire.SOCKET in environment
         assert isinstance(process, drivers.Forked if forked else subprocess.Popen)
     try:
+        if forked:  # or the server reads what is to wake the branch, which hears seconds later
+            branch, server = psutil.Process(process.pid).parents()[:2]
+            assert not _pipes(branch) & _pipes(server)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.1)
         assert process.poll() is None
@@ -54,6 +59,13 @@ def test_a_program_that_is_killed_says_so_and_one_that_runs_is_waited_for(
         assert process.wait(30) == process.poll() == -signal.SIGTERM
     finally:
         process.kill()
+
+
+def _pipes(process: psutil.Process) -> set[str]:
+    """Those that it has but as standard input and output."""
+    files = Path(f"/proc/{process.pid}/fd")
+    own = [str(file.readlink()) for file in files.iterdir() if int(file.name) > 2]
+    return {pipe for pipe in own if pipe.startswith("pipe:")}
 
 
 LATE = """

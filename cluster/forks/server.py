@@ -68,12 +68,16 @@ class Server:
         self._modules: set[str] = set()
         self._askers: dict[int, Asker] = {}  # by the process that was forked for each
         self._branches: dict[tuple[tuple[str, str], ...], socket.socket] = {}
-        self._ended, self._ending = os.pipe()
-        self._own += [self._ended, self._ending]
-        os.set_blocking(self._ending, False)
+        self._hear_of_ends()
+
+    def _hear_of_ends(self) -> None:
+        """Have the end of a process that is forked here wake this process, and no other."""
+        self._ended, ending = os.pipe()
+        self._own += [self._ended, ending]
         os.set_blocking(self._ended, False)
+        os.set_blocking(ending, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(self._ending, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(ending, warn_on_full_buffer=False)
 
     def load(self, modules: list[str]) -> None:
         """Import what can be imported; the rest is the workers' own affair."""
@@ -189,14 +193,15 @@ class Server:
         self, requests: socket.socket, files: list[int], of_ray: dict[str, str]
     ) -> NoReturn:
         """Serve those whose variables of Ray are `of_ray`, until their raylet ends."""
-        for file in (*files, *(own for own in self._own[2:] if isinstance(own, int))):
+        for file in (*files, *(own for own in self._own if isinstance(own, int))):
             if file > 2:
                 os.close(file)
-        for one in self._own[2:]:
+        for one in self._own:
             if not isinstance(one, int):
                 one.close()
-        self._pid, self._own, self._branches = os.getpid(), [*self._own[:2], requests], {}
+        self._pid, self._own, self._branches = os.getpid(), [requests], {}
         self._askers = {}
+        self._hear_of_ends()
         os.environ.update(of_ray)
         self._before |= of_ray
         with ids.of_the_system():
