@@ -1,9 +1,14 @@
-"""Models that a config names by packed weights: the whole ones take their place, and it is said."""
+"""Models whose weights are quantised: whole ones are taken, or the model is refused in one line."""
 
 from __future__ import annotations
 
 from actors.models.loading import ModelError
-from actors.models.packed import KEPT_IN_4_BITS, is_packed, with_whole_weights, without_ending
+from actors.models.packed import (
+    KEPT_IN_4_BITS,
+    quantised_by,
+    with_whole_weights,
+    without_ending,
+)
 from actors.specs import ModelSpec
 from aligntune.decisions import Decision
 from aligntune.errors import UserError
@@ -29,15 +34,16 @@ def settle_model(model: ModelSpec) -> tuple[ModelSpec, tuple[Decision, ...]]:
 
 
 def check_whole(key: str, model: ModelSpec) -> None:
-    """Whether the weights of another model, which `key` names, are whole. Raises UserError."""
+    """Whether the weights of the model that `key` names are whole: those that are trained, and
+    those that what is trained is held to. Raises UserError."""
     try:
-        packed = is_packed(model)
+        how = quantised_by(model)
     except ModelError as error:
         raise UserError(f"{key}: {error}") from error
-    if packed:
+    if how is not None:
         other = without_ending(model.name)
         cure = f", as {other!r} may have them" if other else ""
         raise UserError(
-            f"{key}: the weights of {model.name!r} are packed by bitsandbytes, and whole ones are "
-            f"needed; name a model that has them{cure}"
+            f"{key}: the weights of {model.name!r} are quantised ({how}), and training needs whole "
+            f"ones; name a model that has them{cure}"
         )

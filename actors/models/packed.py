@@ -1,7 +1,9 @@
-"""Models whose weights are packed by bitsandbytes, as hubs have them beside whole ones.
+"""Models whose weights are quantised: nothing that is trained can begin with them.
 
-Packed weights can be read and no more: no gradient reaches them, and vLLM does not load them. What
-is trained needs the whole ones, which have the same name without its ending.
+transformers widens some of them as it loads them and narrows them again as it saves, keeps others
+as they are without a gradient, and leaves scales out: what came of such a training would be another
+model. Those that bitsandbytes has packed are not loaded by vLLM either; hubs have them beside the
+whole ones, which have the same name without its ending.
 """
 
 from __future__ import annotations
@@ -20,15 +22,23 @@ ENDINGS = ("-unsloth-bnb-4bit", "-bnb-4bit")
 KEPT_IN_4_BITS = "model.load_in_4bit keeps frozen ones in 4 bits"
 
 
+def quantised_by(spec: ModelSpec) -> str | None:
+    """What has quantised the weights that `spec` names, as fp8, mxfp4 or bitsandbytes, by its
+    configuration alone; None where they are whole. Raises ModelError without a configuration."""
+    config = configuration(spec)
+    for part in (config, config.get_text_config()):
+        found: Any = getattr(part, "quantization_config", None)
+        said: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+        if said:
+            older = said.get("load_in_4bit") or said.get("load_in_8bit")  # bitsandbytes' bits alone
+            return str(said.get("quant_method") or ("bitsandbytes" if older else "unknown"))
+    return None
+
+
 def is_packed(spec: ModelSpec) -> bool:
-    """Whether bitsandbytes has packed the weights that `spec` names, by its configuration alone.
-    Raises ModelError without one."""
-    found: Any = getattr(configuration(spec), "quantization_config", None)
-    said: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
-    how = said.get("quant_method")  # an older bitsandbytes says its bits alone
-    return how == "bitsandbytes" or (
-        how is None and bool(said.get("load_in_4bit") or said.get("load_in_8bit"))
-    )
+    """Whether bitsandbytes has packed the weights that `spec` names. Raises ModelError as
+    `quantised_by`."""
+    return quantised_by(spec) == "bitsandbytes"
 
 
 def with_whole_weights(spec: ModelSpec) -> ModelSpec:

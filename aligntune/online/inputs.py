@@ -116,15 +116,21 @@ class RunInputs:
         """Take whole weights where the config names packed ones, the first time; returns what was
         decided. Raises UserError where they are not there."""
         if self._of_model is None:
-            config, needs = self.config, self.config.algorithm.needs
-            model, decided = settle_model(config.model)
-            others = {"critic": config.critic.model, "reference": config.reference.model}
-            for role, other in others.items():
-                if getattr(needs, role) and other:
-                    check_whole(f"{role}.model", model.renamed(other))
-            self.config = config.model_copy(update={"model": model})
+            model, decided = settle_model(self.config.model)
+            self.config = self.config.model_copy(update={"model": model})
             self._of_model = decided
         return self._of_model
+
+    def check_weights(self) -> None:
+        """Whether what is trained has whole weights, and what it is held to; an evaluation needs
+        none, where its engine reads others. Raises UserError."""
+        self.settle_model()
+        config, needs = self.config, self.config.algorithm.needs
+        check_whole("model.name", config.model)
+        others = {"critic": config.critic.model, "reference": config.reference.model}
+        for role, other in others.items():
+            if getattr(needs, role) and other:
+                check_whole(f"{role}.model", config.model.renamed(other))
 
     def settle_resources(self, resume: str, elsewhere: Mapping[str, Any] | None = None) -> None:
         """Fill in what the roles take of the machines, where that is open.

@@ -111,6 +111,7 @@ class OnlineTrainer:
         self.inputs.check_places()
         if not rundir.trained:  # one that goes on has its rows already
             self.inputs.data.check_apart()
+        self.inputs.check_weights()
         self.inputs.settle(resume)
         rundir.check(self.config, resume)
         try:

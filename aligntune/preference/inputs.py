@@ -39,7 +39,7 @@ from aligntune.preference.settle_workers import settle_workers
 from aligntune.rewards.registry import check_columns, check_names, from_callable, resolve
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
-from aligntune.whole_weights import settle_model
+from aligntune.whole_weights import check_whole, settle_model
 
 
 class PairInputs:
@@ -84,12 +84,12 @@ class PairInputs:
 
     def settle_model(self) -> tuple[Decision, ...]:
         """Take whole weights where the config names packed ones, the first time; returns what was
-        decided. Raises UserError where they are not there."""
+        decided. Raises UserError where they are not there, and where others are quantised."""
         if self._of_model is None:
-            model, self._of_model = self.config.model, ()
-            if not model.load_in_4bit:  # frozen, they may be packed: Unsloth reads them
-                model, self._of_model = settle_model(model)
+            model, decided = settle_model(self.config.model)
+            check_whole("model.name", model)
             self.config = self.config.model_copy(update={"model": model})
+            self._of_model = decided
         return self._of_model
 
     def settle_workers(self, elsewhere: Mapping[str, Any] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A model named by its packed weights: whole ones take their place, or one line says why not."""
+"""A model named by quantised weights: whole ones take their place, or one line says why not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from actors.models.packed import quantised_by
+from actors.specs import ModelSpec
 from aligntune import create_rl_trainer
 from aligntune.config.tree import dump
 from aligntune.errors import UserError
@@ -107,13 +109,56 @@ def test_packed_weights_without_whole_ones_are_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
-def test_a_job_that_keeps_the_model_in_4_bits_takes_packed_weights_as_they_are(
-    place: Path,
+@pytest.mark.parametrize("algorithm", ["dpo", "sft"])
+def test_a_job_that_keeps_the_model_in_4_bits_begins_with_whole_weights_too(
+    place: Path, algorithm: str
 ) -> None:
     settings = ["model.load_in_4bit=true", "model.lora={}", "train.resources.gpus=1"]
-    trainer = made("dpo", "me/alone-bnb-4bit", backend="unsloth", overrides=settings)
-    assert trainer.inputs.settle_model() == ()
-    assert trainer.config.model.name == "me/alone-bnb-4bit"
+    trainer = made(algorithm, "me/m-bnb-4bit", backend="unsloth", overrides=settings)
+    (decided,) = trainer.inputs.settle_model()
+    assert (decided.path, decided.value) == ("model.name", "me/m")
+    assert (trainer.config.model.name, trainer.config.model.load_in_4bit) == ("me/m", True)
+    alone = made(algorithm, "me/alone-bnb-4bit", backend="unsloth", overrides=settings)
+    with pytest.raises(UserError, match="'me/alone' cannot be had"):
+        alone.inputs.settle_model()
+
+
+QUANTISED: dict[str, dict[str, Any]] = {
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "float-quantized"},
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "awq": {"quant_method": "awq", "bits": 4},
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "unknown": {"bits": 4},
+}
+
+
+def said(key: str, model: str, how: str) -> str:
+    return (
+        f"{key}: the weights of '{model}' are quantised ({how}), and training needs whole ones; "
+        "name a model that has them"
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
+@pytest.mark.parametrize("how", QUANTISED)
+def test_quantised_weights_are_not_trained_and_may_be_evaluated_by_an_engine(
+    place: Path, algorithm: str, how: str
+) -> None:
+    pack(place / "me/m", QUANTISED[how])
+    trainer = made(algorithm, "me/m")
+    if algorithm == "grpo":
+        assert trainer.scored().model == "me/m"
+    with pytest.raises(UserError) as refused:
+        trainer.check()
+    assert str(refused.value) == said("model.name", "me/m", how)
+
+
+def test_the_language_model_of_a_composite_may_be_what_is_quantised(place: Path) -> None:
+    tree = {"model_type": "gemma3", "text_config": {"quantization_config": QUANTISED["fp8"]}}
+    (place / "me/m/config.json").write_text(json.dumps(tree))
+    assert quantised_by(ModelSpec(name="me/m")) == "fp8"
 
 
 def test_a_run_of_before_that_has_the_packed_name_is_the_same_run(place: Path) -> None:
@@ -126,12 +171,21 @@ def test_a_run_of_before_that_has_the_packed_name_is_the_same_run(place: Path) -
 
 
 @pytest.mark.parametrize("role", ["critic", "reference"])
-def test_a_critic_and_a_reference_need_whole_weights(place: Path, role: str) -> None:
-    trainer = made("ppo", "me/m", overrides=[f"{role}.model=me/m-bnb-4bit"])
+@pytest.mark.parametrize(
+    ("model", "how", "cure"),
+    [
+        ("me/m-bnb-4bit", "bitsandbytes", ", as 'me/m' may have them"),
+        ("me/both", "fp8", ""),
+    ],
+)
+def test_a_critic_and_a_reference_need_whole_weights(
+    place: Path, role: str, model: str, how: str, cure: str
+) -> None:
+    if how in QUANTISED:
+        pack(place / model, QUANTISED[how])
+    trainer = made("ppo", "me/m", overrides=[f"{role}.model={model}"])
     with pytest.raises(UserError) as refused:
-        trainer.inputs.settle_model()
-    assert str(refused.value) == (
-        f"{role}.model: the weights of 'me/m-bnb-4bit' are packed by bitsandbytes, and whole ones "
-        "are needed; name a model that has them, as 'me/m' may have them"
-    )
-    made("ppo", "me/m", overrides=[f"{role}.model=./me/m"]).inputs.settle_model()
+        trainer.inputs.check_weights()
+    assert str(refused.value) == said(f"{role}.model", model, how) + cure
+    assert trainer.scored().model == "me/m"  # an evaluation reads neither
+    made("ppo", "me/m", overrides=[f"{role}.model=./me/m"]).inputs.check_weights()
