@@ -86,7 +86,7 @@ def load_causal_lm(spec: ModelSpec, lora: bool = False) -> PreTrainedModel:
             output_loading_info=True,
         )
     except (OSError, ImportError, ValueError) as error:
-        raise ModelError(f"model {spec.name!r} could not be loaded: {error}") from error
+        raise _not_loaded(spec, error) from error
     _require_all(info, spec, config)
     switch_off_dropout(model)
     make_savable(model)
@@ -211,9 +211,19 @@ def check_complete(spec: ModelSpec) -> None:
             trust_remote_code=spec.trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ImportError, ValueError) as error:
-        raise ModelError(f"model {spec.name!r} could not be loaded: {error}") from error
+    except (OSError, ImportError, ValueError, RuntimeError) as error:
+        raise _not_loaded(spec, error) from error
     _require_all(info, spec, config)
+
+
+def _not_loaded(spec: ModelSpec, error: Exception) -> ModelError:
+    """What to raise where transformers does not load a model, with the cure by our key."""
+    if 'attn_implementation="eager"' in str(error):
+        return ModelError(
+            f"model {spec.name!r} cannot compute with model.attention={spec.attention}; set "
+            "model.attention=eager"
+        )
+    return ModelError(f"model {spec.name!r} could not be loaded: {error}")
 
 
 def _require_all(loading_info: Any, spec: ModelSpec, config: Any) -> None:
@@ -243,6 +253,13 @@ def _config(spec: ModelSpec) -> Any:
     if (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote) or (
         wrong_head and saved_as not in _causal_class_names(config)
     ):
+        parts = sorted(_causal_class_names(config))
+        if parts and config.get_text_config() is not config:
+            raise ModelError(
+                f"model {spec.name!r} is a multimodal checkpoint ({saved_as}), of which only the "
+                f"language model can be trained: give a checkpoint of that part alone, whose "
+                f"config.json names {parts[0]}"
+            )
         raise ModelError(
             f"model {spec.name!r} is not a causal language model: it is {saved_as}. "
             "Give one whose config.json names a ...ForCausalLM architecture"

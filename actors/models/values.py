@@ -78,7 +78,8 @@ def load_value_model(spec: ModelSpec) -> ValueModel:
 
 def _tried(model: ValueModel, packed: bool) -> ModelInputs:
     """Two short sequences of any tokens."""
-    draw = np.random.default_rng(0).integers(0, model.unwrapped.config.vocab_size, size=(2, 9))
+    vocabulary = model.unwrapped.config.get_text_config().vocab_size
+    draw = np.random.default_rng(0).integers(0, vocabulary, size=(2, 9))
     return collate([(draw[0, :4], draw[0, 4:]), (draw[1, :2], draw[1, 2:])], packed=packed)
 
 

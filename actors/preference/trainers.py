@@ -242,6 +242,8 @@ def _reward_model(
             modules_to_save=["score"],
         )
     model = new_reward_model(spec if spec.lora else _with_float_weights(spec), job.seed)
+    # By which a score's place is found. TRL sets it at the top, where a composite's is not read.
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     _give_float_logits(model)
     return Trainer(
         model=model,

@@ -81,6 +81,34 @@ def make_model_folder(folder: Path, word: str = "w") -> Path:
     return folder
 
 
+def make_composite_folder(folder: Path, words: Path) -> Path:
+    """A tiny Gemma 3 that reads images too, with the tokenizer of `words`; as in many a composite
+    its text part names no padding."""
+    from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
+
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "initializer_range": 0.1,
+    }
+    text = {"vocab_size": VOCABULARY, "num_key_value_heads": 1, "head_dim": 8}
+    tokens = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
+    config = Gemma3Config(
+        text_config=sizes | text | tokens,
+        vision_config=sizes | {"image_size": 4, "patch_size": 2},
+        mm_tokens_per_image=4,
+        image_token_index=VOCABULARY - 1,
+        boi_token_index=VOCABULARY - 2,
+        eoi_token_index=VOCABULARY - 3,
+    )
+    torch.manual_seed(1)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(words).save_pretrained(folder)
+    return folder
+
+
 def make_group(
     group_id: int, prompt: int, lengths: Sequence[int], holes: bool = False
 ) -> GroupTensors:

@@ -25,6 +25,7 @@ from tests.actors.policy_cases import (
     Probe,
     Ranks,
     causal_lm,
+    make_composite_folder,
     make_group,
     make_jobs,
     make_model_folder,
@@ -52,6 +53,20 @@ def scorer(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     path = tmp_path_factory.mktemp("scorer")
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def composite(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model of a checkpoint that reads images too, with the policy's tokenizer."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    whole = make_composite_folder(tmp_path_factory.mktemp("whole"), folder)
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_pretrained(whole, num_labels=1)
+    path = tmp_path_factory.mktemp("composite")
     model.save_pretrained(path)
     AutoTokenizer.from_pretrained(folder).save_pretrained(path)
     return path
@@ -121,12 +136,16 @@ def test_each_micro_batch_of_values_shows_that_the_rank_moves(folder: Path) -> N
     assert actor.ping() - before == passes
 
 
-def test_a_value_is_that_of_the_text_before_its_token(folder: Path, scorer: Path) -> None:
+@pytest.mark.parametrize("named", ["scorer", "composite"])
+def test_a_value_is_that_of_the_text_before_its_token(
+    folder: Path, named: str, request: pytest.FixtureRequest
+) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(scorer).eval()
-    model.config.pad_token_id = None
-    found = values_of(critic(folder, scorer), GROUPS)
+    model_folder: Path = request.getfixturevalue(named)
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder).eval()
+    model.config.get_text_config().pad_token_id = None
+    found = values_of(critic(folder, model_folder), GROUPS)
     for group, values in zip(GROUPS, found, strict=True):
         assert values.values.dtype == np.float32
         for completion in range(len(group.lengths)):
@@ -161,8 +180,12 @@ def test_without_groups_a_rank_still_answers(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_from_a_causal_lm_every_value_starts_at_zero_and_is_learnt(folder: Path) -> None:
-    actor = critic(folder, learning_rate=3e-2, tokens_per_microbatch=1000)
+@pytest.mark.parametrize("composite", [False, True])
+def test_from_a_causal_lm_every_value_starts_at_zero_and_is_learnt(
+    folder: Path, tmp_path: Path, composite: bool
+) -> None:
+    start = make_composite_folder(tmp_path, folder) if composite else folder
+    actor = critic(start, learning_rate=3e-2, tokens_per_microbatch=1000)
     assert all(not v.values.any() and not v.final.any() for v in values_of(actor, GROUPS))
     job = jobs_with_targets(GROUPS)
     losses = [actor.update(replace(job, step=step)).metrics["loss/value"] for step in range(1, 13)]

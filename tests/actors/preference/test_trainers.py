@@ -30,6 +30,7 @@ from aligntune.config.load import load_config
 from aligntune.config.preference import SMOOTHED, Loss, PreferenceConfig
 from aligntune.preference.trainer import _arguments
 from tests import drivers
+from tests.actors.policy_cases import make_composite_folder, make_model_folder
 from tests.conftest import plain_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -256,6 +257,27 @@ def test_several_losses_are_added_by_their_weights(build: Build) -> None:
     assert found == pytest.approx(float(parts[0] + 0.5 * parts[1] + 2 * parts[2]), rel=1e-4)
     alone = loss_of(build("algorithm.loss_type=[sigmoid, sft, apo_zero]", f"algorithm.beta={BETA}"))
     assert alone == pytest.approx(float(sum(parts)), rel=1e-4)
+
+
+def test_a_composite_is_scored_at_each_rows_last_token(tmp_path: Path) -> None:
+    words = make_model_folder(tmp_path / "words")
+    model = make_composite_folder(tmp_path / "model", words)
+    trainer = made_of(model, tmp_path, kind="reward_model")
+    pad, tuned = trainer.processing_class.pad_token_id, trainer.model.eval()
+    batch = batch_of(trainer)
+    with torch.no_grad():
+        together = tuned(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits
+        rows = [
+            ids[mask.bool()]
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        alone = [tuned(input_ids=row[None]).logits[0] for row in rows]
+    assert len({len(row) for row in rows}) > 1
+    assert pad not in torch.cat(rows)
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-5)
+    assert tuned.config.get_text_config().pad_token_id == pad
 
 
 @pytest.mark.parametrize(
