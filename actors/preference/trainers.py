@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.preference.going_on import GoesOn
 from actors.preference.held_out import HeldOutPairs, HeldOutTokens, with_row_lengths
+from actors.preference.imitation import ImitatesPairs
 from actors.preference.relay import PreferenceJob
 from actors.preference.routers import put_back, routing_of
 from actors.specs import ModelSpec
@@ -103,7 +104,7 @@ def _dpo(
     from trl import DPOConfig, DPOTrainer
     from trl.models import prepare_deepspeed
 
-    class Trainer(GoesOn, HeldOutPairs, DPOTrainer):
+    class Trainer(GoesOn, HeldOutPairs, ImitatesPairs, DPOTrainer):
         """DPOTrainer on tokens, with reference log-probs of its own where none are kept."""
 
         _precompute_engine: Any

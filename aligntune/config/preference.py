@@ -56,7 +56,7 @@ DIVERGENT = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "d
 SORTED = ("aot", "aot_unpaired")
 """The losses in which TRL sorts the log ratios of a forward pass; of one pair they are sigmoid."""
 UNWEIGHTED = (*SORTED, "sft")
-"""The losses that TRL 1.13 cannot weigh pair by pair: they sort the pairs, or have one number."""
+"""The losses that are not weighed pair by pair: they sort the pairs, or TRL has one number."""
 
 
 def _known_losses(value: Any) -> Any:
@@ -133,8 +133,8 @@ class DPOSpec(Spec):
         unweighted = [loss for loss in self.losses if loss in UNWEIGHTED]
         if self.weighting and unweighted:
             raise ValueError(
-                f"weighting does not go with loss_type {unweighted[0]}, which has no loss of each "
-                "pair; set it to false, or use another loss"
+                f"weighting does not go with loss_type {unweighted[0]}, which is not weighed pair "
+                "by pair; set it to false, or use another loss"
             )
         if self.reference_free and self.precompute_reference:
             raise ValueError("reference_free leaves no reference to precompute; drop one of them")

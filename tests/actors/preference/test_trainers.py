@@ -175,7 +175,7 @@ class Sides:
         self.lengths = said.sum(1).chunk(2)
         self.policy = (own * said).sum(1).chunk(2)
         self.reference = (ref * said).sum(1).chunk(2)
-        self.nll = -(own * said)[:PAIRS].sum() / said[:PAIRS].sum()
+        self.nll = -self.policy[0] / self.lengths[0]
         self.ratios = tuple(p - r for p, r in zip(self.policy, self.reference, strict=True))
         # WPO: each token's probability over the sum of the squares of all, averaged as logs
         aligned = (own - policy.exp().square().sum(-1).log()) * said
@@ -225,7 +225,7 @@ def formula(loss: str, sides: Sides, scores: Any = None, eps: float = 0.0) -> to
             gap = BETA * (one.sort().values - other.sort().values)
             return -(1 - eps) * logsigmoid(gap) - eps * logsigmoid(-gap)
         case "sft":
-            return sides.nll.expand(PAIRS)
+            return sides.nll
     raise AssertionError(loss)
 
 
@@ -257,6 +257,43 @@ def test_several_losses_are_added_by_their_weights(build: Build) -> None:
     assert found == pytest.approx(float(parts[0] + 0.5 * parts[1] + 2 * parts[2]), rel=1e-4)
     alone = loss_of(build("algorithm.loss_type=[sigmoid, sft, apo_zero]", f"algorithm.beta={BETA}"))
     assert alone == pytest.approx(float(sum(parts)), rel=1e-4)
+
+
+def test_the_imitated_answers_weigh_alike_however_a_step_is_shared_out(build: Build) -> None:
+    """The better answers of the pairs differ in length, so a mean over the tokens of a pass would
+    give another gradient."""
+    moves, losses = [], []
+    for passes in (1, 2, 6):
+        trainer = build(
+            "algorithm.loss_type=[sigmoid, sft]",
+            "train.learning_rate=1e-3",
+            f"train.pairs_per_worker={PAIRS // passes}",
+            f"train.accumulation_steps={passes}",
+            steps=1,
+        )
+        trainer.args.max_grad_norm = 0.0  # not clipped
+        moves.append(gradient_of_a_step(trainer))
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+    for move in moves[1:]:
+        torch.testing.assert_close(move, moves[0], atol=1e-6, rtol=1e-4)
+
+
+def gradient_of_a_step(trainer: Any) -> torch.Tensor:
+    """What the optimiser sees of the one step that is trained, in one row."""
+    from transformers import TrainerCallback
+
+    found: list[torch.Tensor] = []
+
+    class Seen(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            found.append(torch.cat([gradient.flatten().clone() for gradient in gradients]))
+
+    trainer.add_callback(Seen())
+    trainer.train()
+    (gradient,) = found
+    return gradient
 
 
 def test_a_composite_is_scored_at_each_rows_last_token(tmp_path: Path) -> None:
