@@ -48,7 +48,7 @@ class Output:
             self._left -= len(data)
             self._cut = len(data) > left
             os.write(self._file, data[: max(left, 0)])
-            if self._cut:
+            if self._cut and left >= 0:  # else one before this process has said so
                 os.write(self._file, b"\n[too much output: what follows is left out]\n")
 
 

@@ -162,20 +162,22 @@ def group_metrics(
 def rollout_metrics(groups: Sequence[ReadyGroup]) -> dict[str, float]:
     """What the replicas did while the step's groups were in flight, and how long the groups took.
 
-    A replica's figures are means over its groups; `tokens_per_s` is their sum over replicas, the
-    others their mean. With several replicas each has its own too. A figure that an engine does not
-    have is left out.
+    A replica's figures are means over its groups, with those of the replica that it replaces: both
+    have one place, by which they are named. `tokens_per_s` is their sum over replicas, the others
+    their mean. With several replicas each has its own too. A figure that an engine does not have is
+    left out.
     """
-    by_replica: dict[str, dict[str, list[float]]] = {}
+    by_place: dict[str, dict[str, list[float]]] = {}
     for group in groups:
         if group.record.load is not None:
-            seen = by_replica.setdefault(group.record.replica, {})
+            place = group.record.replica.partition(".")[0]
+            seen = by_place.setdefault(place, {})
             for name, value in vars(group.record.load).items():
                 if value is not None:
                     seen.setdefault(name, []).append(value)
     means = {
-        replica: {name: statistics.fmean(values) for name, values in seen.items()}
-        for replica, seen in sorted(by_replica.items())
+        place: {name: statistics.fmean(values) for name, values in seen.items()}
+        for place, seen in sorted(by_place.items())
     }
     seconds = [group.record.seconds for group in groups]
     figures = {
@@ -187,8 +189,8 @@ def rollout_metrics(groups: Sequence[ReadyGroup]) -> dict[str, float]:
         if values:
             figures[metric] = together(values)
     if len(means) > 1:
-        for replica, of in means.items():
-            figures |= {f"rollout/{replica}/{name}": value for name, value in of.items()}
+        for place, of in means.items():
+            figures |= {f"rollout/{place}/{name}": value for name, value in of.items()}
     return figures
 
 

@@ -31,7 +31,7 @@ from aligntune.online.staleness import Cohort
 from aligntune.runs import writer
 from aligntune.runs.books import ENDS, Books, LedgerError, State, audit, check, replay
 from aligntune.runs.disk import Appended, is_full, sync
-from aligntune.runs.jsonl import cut_torn_line
+from aligntune.runs.jsonl import cut_torn_line, last_row
 
 __all__ = ["Books", "Ledger", "LedgerError", "LedgerLog", "State", "adopt", "audit", "take_up"]
 
@@ -188,7 +188,8 @@ class LedgerLog:
     def __init__(
         self, path: Path, later: Callable[[Callable[[], None]], None] | None = None
     ) -> None:
-        self._seq = cut_torn_line(path)
+        cut_torn_line(path)
+        self._seq = _records_in(path)
         self._file = Appended(path)
         self._later = later
         self._ticking = False
@@ -253,6 +254,19 @@ class LedgerLog:
             self.sync()
         finally:
             self._file.close()
+
+
+def _records_in(path: Path) -> int:
+    """How many records a log without a torn line has. The last one says so; where that is damaged
+    its lines are counted."""
+    if not path.exists():
+        return 0
+    try:
+        last = last_row(path)
+        return 0 if last is None else int(last["seq"]) + 1
+    except (LookupError, RecursionError, TypeError, ValueError):
+        with path.open("rb") as file:
+            return sum(1 for _ in file)
 
 
 def adopt(path: Path, snapshot: dict[str, Any], step: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.timeline import Span
 from aligntune.config.online import RunConfig
-from aligntune.runs.jsonl import last_row, read_lines
+from aligntune.runs.jsonl import last_row, long_read, read_lines
 from aligntune.runs.recorder import Recorder
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking import lines
@@ -33,6 +33,8 @@ class OnlineRecorder(Recorder):
         `since` is when the run was called."""
         super().__init__(config, config.tracking, rundir, total_steps, after_step, since)
         self._evals = MetricsFile(rundir.file("evals.jsonl"))
+        if (told := long_read("the samples", rundir.file("samples.jsonl"))) is not None:
+            self.stage(told)
         self._samples = SamplesFile(rundir.file("samples.jsonl"))
         self._eval_samples = SamplesFile(rundir.file("eval_samples.jsonl"))
         self._steps += (self._evals, self._samples, self._eval_samples)

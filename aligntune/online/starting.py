@@ -6,15 +6,17 @@ to it. What was damaged is passed over, and said.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
+from aligntune.online.ignoring import ignore
 from aligntune.online.ledger import Ledger, adopt, take_up
 from aligntune.runs.checkpoint import Checkpoint, Checkpoints
 from aligntune.runs.ended import too_few_steps
-from aligntune.runs.jsonl import readable
+from aligntune.runs.jsonl import long_read
 from aligntune.runs.mirror import Mirror
 from aligntune.runs.rundir import RunDir, changes, run_of
 from aligntune.tracking.metrics import EventKind
@@ -32,16 +34,15 @@ class Start:
     checkpoint: Checkpoint | None  # None: at the beginning
     damaged: tuple[str, ...] = ()  # checkpoints that were passed over
     ledger: str | None = None  # what was wrong with the books
-    missing: tuple[int, ...] = ()  # steps before it whose figures are gone
 
     def tell(self, recorder: Recorder) -> None:
-        """Write what was passed over as events."""
+        """Write what was passed over, and what is missing of the steps before, as events."""
         for name in self.damaged:
             recorder.event(EventKind.CHECKPOINT_DAMAGED, path=name)
         if self.ledger is not None:
             recorder.event(EventKind.LEDGER_DAMAGED, reason=self.ledger)
-        if self.missing:
-            steps = ", ".join(map(str, self.missing[:20]))
+        if missing := _missing(recorder.known, self.checkpoint.step if self.checkpoint else 0):
+            steps = ", ".join(map(str, missing[:20]))
             recorder.event(EventKind.LINES_DAMAGED, file=METRICS, missing=f"steps {steps}")
 
 
@@ -99,10 +100,15 @@ def _changed_since(
 
 
 def begin_from(
-    start: Start, rundir: RunDir, checkpoints: Checkpoints, mirror: Mirror | None, resume: str
+    start: Start,
+    rundir: RunDir,
+    checkpoints: Checkpoints,
+    mirror: Mirror | None,
+    resume: str,
+    stage: Callable[[str], None] = ignore,
 ) -> Start:
     """Make books and checkpoints those of a run that goes on at `start`, here and on storage; the
-    config is written before. Returns `start` with what was wrong.
+    config is written before. Returns `start` with what was wrong. `stage` hears what takes long.
 
     Raises UserError where the storage does not take what the user chose: it would undo that.
     """
@@ -112,18 +118,17 @@ def begin_from(
     alone = checkpoint is not None and checkpoints.is_from_elsewhere(checkpoint)
     if alone:
         adopt(path, snapshot, step)
+    if (told := long_read("the books", path)) is not None:
+        stage(told)
     ledger = take_up(path, snapshot, step)
     if checkpoint and resume != "auto":
         checkpoint = checkpoints.adopt(checkpoint)
         if mirror is not None:
             mirror.go_back(checkpoint, alone)
-    return replace(start, checkpoint=checkpoint, ledger=ledger, missing=_missing(rundir, step))
+    return replace(start, checkpoint=checkpoint, ledger=ledger)
 
 
-def _missing(rundir: RunDir, step: int) -> tuple[int, ...]:
+def _missing(known: Collection[int], step: int) -> list[int]:
     """The steps up to `step` that have no figures, though one before them has."""
-    steps = (row.get("step") for row in readable(rundir.file(METRICS)))
-    there = {each for each in steps if isinstance(each, int) and 1 <= each <= step}
-    return tuple(
-        each for each in range(min(there, default=step + 1), step + 1) if each not in there
-    )
+    first = min((each for each in known if each >= 1), default=step + 1)
+    return [each for each in range(first, step + 1) if each not in known]

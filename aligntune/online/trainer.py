@@ -214,8 +214,6 @@ class OnlineTrainer:
                 return self._result_of_before(rundir)
             tried = self.inputs.tried(rundir.file(LOGS) / TRIED)
             rundir.describe(self.config)
-            start = begin_from(start, rundir, checkpoints, mirror, resume)
-            checkpoint = start.checkpoint
             after = checkpoint.step if checkpoint else 0
             with recorded(
                 OnlineRecorder(self.config, rundir, self.total_steps, after, started),
@@ -228,6 +226,8 @@ class OnlineTrainer:
                 notes = [line for line in tried if line.startswith(NOTE)]
                 for line in [*rundir.told(), *self.inputs.told(), *notes]:
                     recorder.note(line)
+                start = begin_from(start, rundir, checkpoints, mirror, resume, recorder.stage)
+                checkpoint = start.checkpoint
                 start.tell(recorder)
                 with self._roles(recorder.stage) as roles:
                     recorder.starting(starts(self.config))

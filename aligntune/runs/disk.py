@@ -1,20 +1,23 @@
 """Files as a crash leaves them: replaced as a whole, or grown by whole records.
 
 Invariant: what a call here has returned from is on disk, with the names that lead to it; where it
-raises, the file is as it was before. A disk may lose what was not forced to it, or keep a half.
+raises, the file is as it was before, or as `shorten` makes it. A disk may lose what was not forced
+to it, or keep a half.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+from collections import Counter
 from pathlib import Path
 
 from actors.disk import sync as sync
 from actors.disk import sync_below as sync_below
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-PIECE = 2**20  # bytes that are read at once of a file that may be large
+
+_shortened: Counter[tuple[int, int]] = Counter()  # by this process: times, by device and number
 
 
 def is_full(error: BaseException) -> bool:
@@ -39,15 +42,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     sync(path.parent)
 
 
-def shorten_atomically(path: Path, size: int) -> None:
-    """Replace a file by its first `size` bytes, a piece at a time: it may be larger than memory."""
-    staging = path.with_name(path.name + ".partial")
-    with path.open("rb") as old, staging.open("wb") as new:
-        for start in range(0, size, PIECE):
-            new.write(old.read(min(PIECE, size - start)))
-    sync(staging)
-    os.replace(staging, path)
-    sync(path.parent)
+def shortenings(file: os.stat_result) -> int:
+    """How often this process has shortened a file. Where the number is another than before, bytes
+    that were read since may be others now, though the file has grown beyond them."""
+    return _shortened[file.st_dev, file.st_ino]
 
 
 class Appended:
@@ -82,6 +80,15 @@ class Appended:
         except OSError:
             self._size = before
             raise
+
+    def shorten(self, size: int) -> None:
+        """Keep the first `size` bytes alone, in place: a copy needs room and time. A crash leaves
+        all that was there, or these."""
+        self._file.truncate(size)
+        self._size = size
+        status = os.fstat(self._file.fileno())
+        _shortened[status.st_dev, status.st_ino] += 1  # before anything is written behind them
+        self.sync()
 
     def close(self) -> None:
         """Let go of the file, as it is whole."""

@@ -4,29 +4,47 @@ one."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from aligntune.runs.disk import write_atomically
 
 Row = dict[str, Any]
 
+LONG = 2**27  # bytes of a file that take seconds to read
+LOOK = 2**12, 2**20  # bytes in which the end of a line is looked for at once: at first, at most
 
-def cut_torn_line(path: Path) -> int:
-    """Remove an unfinished last line from a JSONL file, if any; returns the complete lines."""
+
+def line_end(file: BinaryIO, start: int, end: int) -> int:
+    """Where the last complete line in the bytes from `start` to `end` of a file ends; `start` where
+    none does. Little more is read than what comes after it."""
+    look, most = LOOK
+    while end > start:
+        at = max(start, end - look)
+        file.seek(at)
+        if (found := file.read(end - at).rfind(b"\n")) >= 0:
+            return at + found + 1
+        end, look = at, min(2 * look, most)
+    return start
+
+
+def long_read(what: str, path: Path) -> str | None:
+    """What a person is told before all of a file is read; None where that takes no time."""
+    size = path.stat().st_size if path.exists() else 0
+    return f"reading {what} ({size / 1e9:.1f} GB)" if size >= LONG else None
+
+
+def cut_torn_line(path: Path) -> None:
+    """Remove an unfinished last line from a JSONL file, if any; no more than it is read."""
     if not path.exists():
-        return 0
-    lines = end = 0  # complete ones, and where the last of them ends
+        return
     with path.open("r+b") as file:
-        while block := file.read(2**20):
-            if found := block.count(b"\n"):
-                lines += found
-                end = file.tell() - len(block) + block.rfind(b"\n") + 1
-        if end != file.tell():
+        size = file.seek(0, os.SEEK_END)
+        end = line_end(file, 0, size)
+        if end != size:
             file.truncate(end)
-    return lines
 
 
 def mend(path: Path, fits: Callable[[Row], bool]) -> int:
@@ -71,16 +89,17 @@ def last_row(path: Path) -> Row | None:
 
 def lines_from_end(path: Path) -> Iterator[tuple[int, Row]]:
     """The objects of a JSONL file, the last first, with the byte at which each starts. No more of
-    the file is read than is asked for; a torn last line is left out."""
+    the file is read than is asked for; a torn last line is left out.
+
+    Its end may be cut off meanwhile: so it is no memory map, which would end this process then.
+    """
     with path.open("rb") as file:
-        if not path.stat().st_size:
-            return
-        with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-            end = content.rfind(b"\n") + 1
-            while end:
-                start = content.rfind(b"\n", 0, end - 1) + 1
-                yield start, json.loads(content[start:end])
-                end = start
+        end = line_end(file, 0, file.seek(0, os.SEEK_END))
+        while end:
+            start = line_end(file, 0, end - 1)
+            file.seek(start)
+            yield start, json.loads(file.read(end - start))
+            end = start
 
 
 def read_lines(path: Path) -> list[Row]:

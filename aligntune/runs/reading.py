@@ -13,17 +13,17 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import yaml
 
 from aligntune.errors import UserError
 from aligntune.runs.books import Books, LedgerError, audit
-from aligntune.runs.jsonl import lines_from_end, read_lines
+from aligntune.runs.jsonl import line_end, lines_from_end, read_lines
 from aligntune.runs.rundir import DEFAULTS
 from aligntune.tracking.metrics import EventKind
 
@@ -31,6 +31,7 @@ PREFERENCE = ("dpo", "reward_model", "sft")
 """The algorithms whose jobs go over a table and have no groups."""
 
 SAMPLES, EVAL_SAMPLES = "samples.jsonl", "eval_samples.jsonl"
+PROBES = 32  # lines that say how long those of a file are
 COPIED_SECONDS = 60.0  # by which a file's time differs from its last event's where it was copied
 
 Row = dict[str, Any]
@@ -135,7 +136,7 @@ class RunOnDisk:
         return [row for row in self._rows("events.jsonl") if {"time", "kind"} <= row.keys()]
 
     def samples(self, most_bytes: int) -> tuple[list[Row], int]:
-        """Groups of training steps, and how many there are in all; `most_bytes` as in `spread`."""
+        """Groups of training steps, and how many there are in all; both as `spread` has them."""
         return self._spread(SAMPLES, most_bytes)
 
     def eval_samples(self, most_bytes: int) -> tuple[list[Row], int]:
@@ -147,17 +148,14 @@ class RunOnDisk:
         if not path.is_file():
             return [], 0
         with path.open("rb") as file:
-            sizes = [len(line) for line in file if line.endswith(b"\n")]
-        chosen = set(spread(sizes, most_bytes))
+            lines, in_all = spread(file, most_bytes)
         rows = []
-        with path.open("rb") as file:
-            for number, line in enumerate(file):
-                if number in chosen:
-                    try:
-                        rows.append(json.loads(line))
-                    except (ValueError, RecursionError):
-                        self.problems.append(f"{name}:{number + 1} is damaged and left out")
-        return [row for row in rows if _is_group(row)], len(sizes)
+        for start, line in lines.items():
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError):
+                self.problems.append(f"{name}: the line at byte {start} is damaged and left out")
+        return [row for row in rows if _is_group(row)], in_all
 
     def groups(self, name: str) -> Iterator[Row]:
         """Groups of samples.jsonl or eval_samples.jsonl, one at a time: a file may be larger than
@@ -233,14 +231,37 @@ def open_run(path: Path) -> RunOnDisk:
     return RunOnDisk(path)
 
 
-def spread(sizes: Sequence[int], most: int) -> list[int]:
-    """Which of some lines to take so that they have `most` bytes or about that: all, or every k-th
-    counted back from the last."""
-    total = sum(sizes)
-    if total <= most or not sizes:
-        return list(range(len(sizes)))
-    every = -(-total // most)
-    return list(range(len(sizes) - 1, -1, -every))[::-1]
+def spread(file: BinaryIO, most: int) -> tuple[dict[int, bytes], int]:
+    """Complete lines of a file by the byte at which they start, ascending, and how many there are
+    in all.
+
+    A file of more than `most` bytes gives lines of about as many, from places that are evenly
+    spread up to its end; and how many there are is an estimate, to three digits. Little more is
+    read than these lines: the file may be larger than memory.
+    """
+    end = line_end(file, 0, file.seek(0, os.SEEK_END))
+    if end <= most:
+        file.seek(0)
+        lines = {}
+        while (start := file.tell()) < end:
+            lines[start] = file.readline()
+        return lines, len(lines)
+    probes = [len(line) for line in _lines_at(file, end, PROBES).values()]
+    # A place is in a line by its length, so that the mean length of lines is a harmonic one.
+    in_all = end * sum(1 / size for size in probes) / len(probes)
+    number = max(1, most * len(probes) // sum(probes))
+    return _lines_at(file, end, number), round(float(f"{in_all:.3g}"))
+
+
+def _lines_at(file: BinaryIO, end: int, number: int) -> dict[int, bytes]:
+    """The lines at so many places of a file's first `end` bytes; the last line is one of them."""
+    lines: dict[int, bytes] = {}
+    for place in range(1, number + 1):
+        start = line_end(file, 0, max(1, end * place // number) - 1)
+        if start not in lines:
+            file.seek(start)
+            lines[start] = file.readline()
+    return lines
 
 
 def chosen(groups: Iterable[Row], step: int | None, order: str, number: int) -> list[Row]:

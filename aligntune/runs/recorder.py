@@ -6,8 +6,11 @@ order they were given; trackers have threads of their own and never end a run.
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import wait
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -17,12 +20,20 @@ from pydantic import BaseModel
 
 from aligntune.config.records import TrackingSpec
 from aligntune.errors import Interrupted, RunFailed
+from aligntune.runs.books import Books
 from aligntune.runs.deadline import asked
 from aligntune.runs.jsonl import lines_from_end, readable
 from aligntune.runs.rundir import RunDir
-from aligntune.runs.writer import Writer
+from aligntune.runs.writer import Joined, Writer
 from aligntune.tracking.advice import Adviser
-from aligntune.tracking.metrics import EventKind, EventsFile, MetricsFile, StepsFile, check_finite
+from aligntune.tracking.metrics import (
+    EventKind,
+    EventsFile,
+    MetricsFile,
+    StepsFile,
+    check_finite,
+    event,
+)
 from aligntune.tracking.progress import Progress
 from aligntune.tracking.trackers import Ended
 from aligntune.tracking.views import open_views
@@ -46,6 +57,7 @@ SHOWN = {
 }
 REPORT_SECONDS = 60.0  # a report that takes longer is left behind
 LONG = 200  # characters of a field that is told once
+TOLD = 500  # such fields that are kept: those that were told last
 
 
 def _ended(error: object = None) -> Ended:
@@ -97,7 +109,9 @@ class Recorder:
         self._adviser = Adviser()
         self._awaited: dict[str, int] = {}  # how many of each role have not started yet
         self._stopping = False
-        self._seen: set[str] = set()  # what was told, if it was long
+        self._seen: OrderedDict[str, None] = OrderedDict()  # what was told, if it was long
+        self.books: Callable[[], Books] | None = None
+        """What has become of the groups; set by who counts them, for to read it takes minutes."""
         self.ran: dict[str, str] = {}  # the rollout `engine` and `backend` that really run
 
     def __enter__(self) -> Self:
@@ -126,12 +140,26 @@ class Recorder:
 
         try:
             self.wait()
-            path = asked(lambda: write_report([self._rundir.path])).result(REPORT_SECONDS)
-            self.note(f"report: {path}")
+            books = None if self.books is None else self.books()
+            answer = asked(lambda: write_report([self._rundir.path], books=books))
+            wait({answer}, REPORT_SECONDS)
+            if answer.done():
+                self.note(f"report: {answer.result()}")
+                return
+            path = shlex.quote(str(self._rundir.path))
+            reason = (
+                f"not written within {REPORT_SECONDS:g} s; make it with `aligntune report {path}`"
+            )
+            self.event(EventKind.REPORT_FAILED, reason=reason)
         except Exception as error:  # noqa: BLE001 - of a view on a run that is over
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             with suppress(RunFailed):  # the disk takes nothing any more, which the run has told
                 self.event(EventKind.REPORT_FAILED, reason=reason)
+
+    @property
+    def known(self) -> Collection[int]:
+        """The steps whose figures were written before."""
+        return self._metrics.known
 
     def wait(self) -> None:
         """Until all that was recorded is on disk; for a thread of its own, or the end of a run.
@@ -143,21 +171,26 @@ class Recorder:
     def event(self, kind: EventKind | str, **fields: Any) -> None:
         """Write an event; those a person should see at once are shown too."""
         kind = EventKind(kind)
-        self._writer.do(partial(self._events.append, kind, time=time.time(), **fields))
+        self._writer.do(Joined(self._events.append_all, event(kind, **fields)))
         if kind is EventKind.CHECKPOINT_SAVED and self._stopping:
             self._progress.note(f"the checkpoint of step {fields['step']} is written")
         if kind in SHOWN:
             self._progress.note(f"{kind}: " + ", ".join(self._told(fields)))
 
     def _told(self, fields: Mapping[str, Any]) -> Iterator[str]:
-        """An event's fields for a person; a long one, such as a traceback, is told once."""
+        """An event's fields for a person; a long one, such as a traceback, is told once as long as
+        it is among the last `TOLD` ones."""
         for name, value in fields.items():
             text = f"{name} {value}"
-            if len(text) > LONG and text in self._seen:
-                text = f"{text[: LONG // 2].splitlines()[0]}... (as before)"
-            elif len(text) > LONG:
-                self._seen.add(text)
-            yield text
+            if len(text) <= LONG:
+                yield text
+                continue
+            known = text in self._seen
+            self._seen[text] = None
+            self._seen.move_to_end(text)
+            if len(self._seen) > TOLD:
+                self._seen.popitem(last=False)
+            yield f"{text[: LONG // 2].splitlines()[0]}... (as before)" if known else text
 
     def note(self, text: str) -> None:
         """Show something to the person who watches."""

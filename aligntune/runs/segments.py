@@ -2,8 +2,9 @@
 
 A log `NAME` lies in `logs/NAME/` as segments `GGGG-OOOOOOOOOOOO`: generation, and the byte of the
 log at which the segment starts. A process starts a generation with the whole log, and again where
-the log was written anew (steps were rolled back); after that it adds segments. A reader takes the
-newest generation that has a beginning, and its segments in order as far as they join.
+the log was written anew, or shortened (steps were rolled back); after that it adds segments. A
+reader takes the newest generation that has a beginning, and its segments in order as far as they
+join.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import BinaryIO
 from weakref import finalize
 
 from actors.storage import Store
-from aligntune.runs.disk import sync
+from aligntune.runs.disk import shortenings, sync
+from aligntune.runs.jsonl import line_end
 
 FOLDER = "logs"
-LOOK = 2**16  # bytes in which the end of a line is looked for at once
 PIECE = 2**26  # bytes of a segment at most: a long run's samples are larger than memory
 
 
@@ -33,6 +34,7 @@ class LogCopy:
         self._generation = 0
         self._copied = 0  # bytes
         self._held: int | None = None  # the file that they are of
+        self._shortened = 0  # times that it had been, before they were copied
         self._let_go: Callable[[], object] = lambda: None
 
     def size(self) -> int:
@@ -52,10 +54,12 @@ class LogCopy:
     def _push(self, file: BinaryIO, size: int) -> list[str]:
         """The segments that are of no use any more."""
         status = os.fstat(file.fileno())
+        shortened = shortenings(status)
         same = self._held is not None and samestat(status, os.fstat(self._held))
-        anew = not same or status.st_size < self._copied
+        anew = not same or shortened != self._shortened or status.st_size < self._copied
         start = 0 if anew else self._copied
-        end = _complete(file, start, size)  # a line that is being written comes later
+        # A line that is being written comes later.
+        end = line_end(file, start, min(size, os.fstat(file.fileno()).st_size))
         older: list[str] = []
         if anew:
             self._hold(None)
@@ -67,8 +71,10 @@ class LogCopy:
         for at in reversed(range(start, end, PIECE) or [0] * anew):
             file.seek(at)
             content = file.read(min(PIECE, end - at))
+            if len(content) < min(PIECE, end - at):
+                raise OSError(f"{self._path} was shortened while it was copied")
             self._store.write(f"{self._folder}/{self._generation:04d}-{at:015d}", content)
-        self._copied = end
+        self._copied, self._shortened = end, shortened
         if anew:
             self._hold(os.dup(file.fileno()))
         return older
@@ -79,18 +85,6 @@ class LogCopy:
         self._held = descriptor
         if descriptor is not None:
             self._let_go = finalize(self, os.close, descriptor)
-
-
-def _complete(file: BinaryIO, start: int, size: int) -> int:
-    """Where the last complete line of a file's first `size` bytes ends; `start` where none does."""
-    end = min(size, os.fstat(file.fileno()).st_size)
-    while end > start:
-        at = max(start, end - LOOK)
-        file.seek(at)
-        if (found := file.read(end - at).rfind(b"\n")) >= 0:
-            return at + found + 1
-        end = at
-    return start
 
 
 def fetch_log(store: Store, name: str, target: Path) -> bool:

@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from aligntune.runs.disk import Appended, shorten_atomically
+from aligntune.runs.disk import Appended
 from aligntune.runs.jsonl import lines_from_end, mend
 
 
@@ -55,6 +55,11 @@ class EventKind(StrEnum):
     REPORT_FAILED = "report_failed"  # report.html could not be written; `reason` says why
     FIGURES_OVERFLOWED = "figures_overflowed"  # `figures` of a step, held at the largest number
     NOT_COPIED = "not_copied"  # checkpoint.storage did not take something; `reason` says why
+
+
+def event(kind: EventKind | str, **fields: Any) -> dict[str, Any]:
+    """An event of now, for `EventsFile`. ValueError for a kind that is no `EventKind`."""
+    return {"time": time.time(), "kind": EventKind(kind).value, **fields}
 
 
 class NotFinite(ValueError):
@@ -99,8 +104,7 @@ class _Lines:
         self.path = path
         self._file = Appended(path)
 
-    @staticmethod
-    def _fits(record: Mapping[str, Any]) -> bool:
+    def _fits(self, record: Mapping[str, Any]) -> bool:
         return isinstance(record.get("kind"), str)
 
     def _write(self, records: Iterable[Mapping[str, Any]]) -> None:
@@ -113,25 +117,29 @@ class _Lines:
 
 
 class StepsFile(_Lines):
-    """A JSONL file whose objects have a `step`, ascending."""
+    """A JSONL file whose objects have a `step`, ascending; `known` are those it was opened with."""
 
-    @staticmethod
-    def _fits(record: Mapping[str, Any]) -> bool:
-        return type(record.get("step")) is int
+    def __init__(self, path: Path) -> None:
+        self.known: set[int] = set()
+        super().__init__(path)
+
+    def _fits(self, record: Mapping[str, Any]) -> bool:
+        step = record.get("step")
+        if type(step) is not int:
+            return False
+        self.known.add(step)
+        return True
 
     def truncate_after(self, step: int) -> None:
-        """Forget every object of a step after `step`; the file is replaced as a whole. It may be
-        larger than the driver's memory."""
+        """Forget every object of a step after `step`. No more is read than these, and nothing is
+        copied: the file may be larger than memory, and than the room on its disk."""
         end: int | None = None
         for start, row in lines_from_end(self.path):
             if row["step"] <= step:
                 break
             end = start
-        if end is None:
-            return
-        shorten_atomically(self.path, end)
-        self._file.close()
-        self._file = Appended(self.path)
+        if end is not None:
+            self._file.shorten(end)
 
 
 class MetricsFile(StepsFile):
@@ -162,4 +170,8 @@ class EventsFile(_Lines):
 
     def append(self, kind: EventKind | str, **fields: Any) -> None:
         """Write one event. ValueError for a kind that is no `EventKind`."""
-        self._write([{"time": time.time(), "kind": EventKind(kind).value, **fields}])
+        self.append_all([event(kind, **fields)])
+
+    def append_all(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Write events, as `event` makes them, at once: all of them are on disk then, or none."""
+        self._write(events)

@@ -147,11 +147,11 @@ def process(world: World) -> int:
         world.config, rundir, checkpoints, world.mirror, "auto", STEPS, fingerprint="f"
     )
     rundir.describe(world.config)
-    start = begin_from(start, rundir, checkpoints, world.mirror, "auto")
     prompts: Any = SimpleNamespace(prompt_at=lambda position: prompt, fingerprint="f")
     after = start.checkpoint.step if start.checkpoint else 0
     records = OnlineRecorder(world.config, rundir, STEPS, after)
     with recorded(records, rundir, STEPS) as recorder:
+        start = begin_from(start, rundir, checkpoints, world.mirror, "auto", recorder.stage)
         start.tell(recorder)
         learner: Any = Learner(world)
         world.controller = assemble(

@@ -217,6 +217,9 @@ def test_groups_that_are_lost_never_end_a_run_as_bad_prompts_do(world: World) ->
     books = audit(world.folder / "ledger.jsonl")
     assert (books.trained, books.balanced) == (2 * STEPS, True)
     assert books.quarantined >= 2 * STEPS - 1
+    assert world.controller is not None
+    assert world.controller._recorder.books is not None
+    assert world.controller._recorder.books() == books
     assert {e["lost"] for e in world.events("group_quarantined")} == {True}
 
 

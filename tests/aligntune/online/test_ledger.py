@@ -121,6 +121,26 @@ def test_the_books_of_a_run_that_goes_on_from_another_s_checkpoint_balance(
         audit(elsewhere)
 
 
+@pytest.mark.parametrize("damaged", [b"", b"{damaged\n", b"7\n", b'{"seq": null}\n'])
+def test_a_log_goes_on_by_its_last_record_and_only_its_end_is_read(
+    path: Path, damaged: bytes
+) -> None:
+    ledger = Ledger(LedgerLog(path))
+    for _ in range(9):
+        ledger.admit(0)
+    with path.open("ab") as file:
+        file.write(damaged + b'{"seq": 1')
+    log = LedgerLog(path)
+    log({"event": "checkpoint", "step": 1})
+    assert lines_after(path, 9 + bool(damaged)) == [
+        {"seq": 9 + bool(damaged), "event": "checkpoint", "step": 1}
+    ]
+
+
+def lines_after(path: Path, number: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()[number:]]
+
+
 class Ticks:
     """An event loop's turns, made by hand."""
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from aligntune import create_rl_trainer
 from aligntune.config.auto import tree_of
 from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
-from aligntune.online.ledger import Ledger, audit
+from aligntune.online.ledger import Ledger, LedgerLog, audit
 from aligntune.online.starting import Start, begin_from, starting_point
 from aligntune.online.trainer import OnlineTrainer
 from aligntune.runs.checkpoint import RUN, Checkpoint, Checkpoints
@@ -225,3 +226,26 @@ def test_books_begin_with_the_checkpoint_of_another_run(tmp_path: Path) -> None:
     assert begun.checkpoint.path == run / "checkpoints" / "step-000005"
     assert audit(run / "ledger.jsonl").open == 0
     assert not (tmp_path / "bucket").exists(), "there was no run, and a copy comes with the first"
+
+
+def test_a_resume_says_that_it_reads_books_that_take_long_and_nothing_of_short_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rundir, checkpoints = RunDir(tmp_path), Checkpoints(tmp_path / "checkpoints", 2)
+    ledger = Ledger(LedgerLog(rundir.file("ledger.jsonl")))
+    ledger.snapshot(5)
+    found, said = Start(save(tmp_path, 5)), list[str]()
+    begin_from(found, rundir, checkpoints, None, "auto", said.append)
+    assert said == []
+    monkeypatch.setattr("aligntune.runs.jsonl.LONG", 1)
+    begun = begin_from(found, rundir, checkpoints, None, "auto", said.append)
+    assert (said, begun.ledger) == (["reading the books (0.0 GB)"], None)
+
+
+def test_figures_that_are_missing_before_the_checkpoint_are_told(tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    recorder: Any = SimpleNamespace(known={2, 4, 6}, event=lambda kind, **what: told.append(what))
+    Start(save(tmp_path, 5)).tell(recorder)
+    assert told == [{"file": "metrics.jsonl", "missing": "steps 3, 5"}]
+    Start(None).tell(recorder)
+    assert len(told) == 1

@@ -324,6 +324,24 @@ def test_replicas_figures_by_hand() -> None:
     assert "rollout/rollout-1/kv_cache_used" not in both
 
 
+def test_a_replica_and_its_replacement_have_one_place_in_the_figures() -> None:
+    def made(replica: str, speed: float) -> ReadyGroup:
+        group = ready(0, [(1.0,), (0.0,)])
+        load = ReplicaLoad(speed, 1.0, 0.0, None)
+        return replace(group, record=replace(group.record, replica=replica, load=load))
+
+    lives = [made("rollout-0.0", 10.0), made("rollout-0.7", 20.0), made("rollout-0.7", 60.0)]
+    assert rollout_metrics(lives)["rollout/tokens_per_s"] == 30.0
+    figures = rollout_metrics([*lives, made("rollout-1.1", 5.0)])
+    assert figures["rollout/tokens_per_s"] == 35.0
+    of_each = {name: value for name, value in figures.items() if name.count("/") == 2}
+    assert {name for name in of_each if name.endswith("tokens_per_s")} == {
+        "rollout/rollout-0/tokens_per_s",
+        "rollout/rollout-1/tokens_per_s",
+    }
+    assert of_each["rollout/rollout-0/tokens_per_s"] == 30.0
+
+
 def test_a_role_is_never_idle_for_less_than_no_time() -> None:
     busy = dict.fromkeys(BUSY, 9.0)
     figures = time_metrics(4.0, busy, [ready(0, [(1.0,), (0.0,)])])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
+import itertools
 import json
 import os
 import tracemalloc
@@ -159,13 +161,44 @@ def test_of_samples_larger_than_memory_few_are_kept_to_find_the_best_and_the_las
     assert [g["group"] for g in open_run(run).last_groups(SAMPLES)] == [96, 98, 99]
 
 
-@given(st.lists(st.integers(1, 100), max_size=60), st.integers(1, 2000))
-def test_lines_are_taken_evenly_up_to_the_last(sizes: list[int], most: int) -> None:
-    chosen = spread(sizes, most)
-    assert chosen == sorted(set(chosen))
+@given(st.lists(st.integers(1, 100), max_size=60), st.integers(1, 2000), st.booleans())
+def test_lines_are_taken_over_the_whole_file_up_to_the_last(
+    sizes: list[int], most: int, torn: bool
+) -> None:
+    lines = [b"x" * (size - 1) + b"\n" for size in sizes]
+    starts = [0, *itertools.accumulate(sizes)]
+    chosen, in_all = spread(io.BytesIO(b"".join(lines) + b"torn" * torn), most)
+    assert list(chosen) == sorted(chosen)
+    assert chosen.items() <= dict(zip(starts, lines, strict=False)).items()
     if sizes:
-        assert chosen[-1] == len(sizes) - 1
+        assert max(chosen) == starts[-2]
     if sum(sizes) <= most:
-        assert len(chosen) == len(sizes)
-    gaps = {after - before for before, after in pairwise(chosen)}
-    assert len(gaps) <= 1
+        assert (len(chosen), in_all) == (len(sizes), len(sizes))
+
+
+@given(st.integers(1, 40), st.integers(50, 2000), st.integers(2, 60))
+def test_lines_of_one_size_are_taken_evenly_and_counted(size: int, number: int, part: int) -> None:
+    content = (b"x" * (size - 1) + b"\n") * number
+    chosen, in_all = spread(io.BytesIO(content), len(content) // part)
+    assert in_all == pytest.approx(number, rel=0.01)
+    assert sum(map(len, chosen.values())) <= max(size, len(content) // part)
+    gaps = [after - before for before, after in pairwise(chosen)]
+    assert max(gaps, default=0) - min(gaps, default=0) <= size
+
+
+def test_of_samples_larger_than_memory_little_more_is_read_than_is_shown(run: Path) -> None:
+    write(run / SAMPLES, [{"step": n, "prompt": "x" * (n % 3000)} for n in range(20_000)])
+    read = 0
+
+    class Counted(io.FileIO):
+        def readinto(self, buffer: Any) -> int:
+            nonlocal read
+            size = super().readinto(buffer)
+            read += size
+            return size
+
+    with io.BufferedReader(Counted(run / SAMPLES)) as file:
+        lines, in_all = spread(file, 200_000)
+    assert 100_000 < sum(map(len, lines.values())) < 300_000
+    assert in_all == pytest.approx(20_000, rel=0.5)
+    assert read < 5_000_000  # of 30 MB; a block of 8 KiB, twice for each line of 1.5 KiB

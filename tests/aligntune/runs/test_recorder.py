@@ -83,6 +83,19 @@ def test_a_traceback_is_told_once_however_many_groups_it_ends(
     assert "group 2, reason reward 'mine' failed (raised):... (as before)" in shown
 
 
+def test_of_long_texts_the_last_ones_are_kept(
+    rundir: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aligntune.runs.recorder.TOLD", 2)
+    with recorded(rundir) as recorder:
+        for number in (1, 2, 1, 3, 1, 2):
+            reason = f"{number} " + "so it is " * 30
+            recorder.event(EventKind.GROUP_QUARANTINED, reason=reason)
+            assert len(recorder._seen) <= 2
+    whole = ["before" not in line for line in _lines(capsys)]
+    assert whole == [True, True, False, True, False, True]
+
+
 def test_the_checkpoint_of_a_run_that_stops_is_told_and_no_other(
     rundir: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from actors.storage import Store
+from aligntune.runs.disk import Appended
 from aligntune.runs.segments import LogCopy, fetch_log
 
 NAME = "metrics.jsonl"
@@ -38,6 +39,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("append"), st.integers(1, 5)),
         st.tuples(st.just("tear"), st.just(0)),
         st.tuples(st.just("forget"), st.integers(0, 10)),
+        st.tuples(st.just("shorten"), st.integers(0, 10)),
         st.tuples(st.just("push"), st.just(0)),
         st.tuples(st.just("break"), st.integers(0, 3)),
         st.tuples(st.just("restart"), st.just(0)),
@@ -50,10 +52,14 @@ ACTIONS = st.lists(
 @settings(max_examples=100, deadline=None)
 @given(ACTIONS, st.sampled_from([7, 40, 2**26]))
 @example([("append", 1), ("push", 0), ("forget", 0), ("forget", 0), ("append", 1), ("push", 0)], 7)
+@example([("append", 1), ("push", 0), ("shorten", 0), ("append", 2), ("push", 0)], 7)
 def test_whatever_happens_to_a_log_its_copy_is_what_was_pushed_last(
     tmp_path_factory: pytest.TempPathFactory, actions: list[tuple[str, int]], piece: int
 ) -> None:
-    with mock.patch.multiple("aligntune.runs.segments", PIECE=piece, LOOK=piece):
+    with (
+        mock.patch("aligntune.runs.segments.PIECE", piece),
+        mock.patch("aligntune.runs.jsonl.LOOK", (min(piece, 20), piece)),
+    ):
         store = played(tmp_path_factory.mktemp("run"), actions)
     assert store.largest <= piece
 
@@ -80,6 +86,11 @@ def played(folder: Path, actions: list[tuple[str, int]]) -> Flaky:
             staging = log.with_suffix(".partial")
             staging.write_bytes(kept)
             staging.rename(log)
+        elif action == "shorten":
+            kept = b"".join(log.read_bytes().splitlines(keepends=True)[:number])
+            file = Appended(log)
+            file.shorten(len(kept))
+            file.close()
         elif action == "restart":
             copy = LogCopy(store, log)
         else:
@@ -110,6 +121,31 @@ def test_a_log_is_not_copied_anew_each_time(tmp_path: Path) -> None:
         copy.push(copy.size())
     assert store.written == log.stat().st_size == 50_000
     assert fetched(store, tmp_path) == log.read_bytes()
+
+
+def test_a_log_that_is_shortened_while_it_is_copied_is_copied_by_the_next_push(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aligntune.runs.segments.PIECE", 8)
+    log, store = tmp_path / NAME, Flaky(str(tmp_path / "bucket"))
+    log.write_text("old 1\nold 2\nold 3\n")
+    copy, file = LogCopy(store, log), Appended(log)
+    write = store.write
+
+    def shortens(name: str, content: bytes) -> None:
+        file.shorten(6)
+        file.append(b"new 2\n")
+        monkeypatch.setattr(store, "write", write)
+        write(name, content)
+
+    monkeypatch.setattr(store, "write", shortens)
+    with pytest.raises(OSError, match=r"metrics\.jsonl was shortened while it was copied"):
+        copy.push(copy.size())
+    assert fetched(store, tmp_path) is None
+    file.append(b"new 3\nnew 4\n")
+    copy.push(copy.size())
+    assert fetched(store, tmp_path) == b"old 1\nnew 2\nnew 3\nnew 4\n"
+    file.close()
 
 
 def test_a_log_that_is_not_there_is_none(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
+from collections.abc import Sequence
 
 import pytest
 
 from aligntune.errors import RunFailed
 from aligntune.runs import writer as module
-from aligntune.runs.writer import Writer
+from aligntune.runs.writer import Joined, Writer
 
 
 def test_jobs_are_done_in_order_beside_whoever_gives_them() -> None:
@@ -77,3 +79,31 @@ def test_a_disk_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(RunFailed, match=r"no write has ended within 0\.05 s"):
         writer.close()
     go.set()
+
+
+def test_whoever_waits_does_so_as_long_as_jobs_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SECONDS", 0.4)
+    writer, done = Writer("the files of run x"), list[int]()
+    for number in range(8):
+        writer.do(lambda number=number: (time.sleep(0.1), done.append(number)))  # type: ignore[misc]
+    writer.close()
+    assert done == list(range(8))
+
+
+def test_items_that_wait_behind_each_other_are_written_at_once_and_in_their_order() -> None:
+    written: list[list[int]] = []
+
+    def write(items: Sequence[int]) -> None:
+        written.append([*items])
+
+    go = threading.Event()
+    writer = Writer("the files of run x")
+    writer.do(lambda: go.wait(30))
+    for number in range(3):
+        writer.do(Joined(write, number))
+    writer.do(lambda: write([-1]))
+    for number in range(3, 5):
+        writer.do(Joined(write, number))
+    go.set()
+    writer.close()
+    assert written == [[0, 1, 2], [-1], [3, 4]]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from aligntune.config.records import TrackingSpec
-from aligntune.runs.jsonl import last_row, read_lines
+from aligntune.runs.jsonl import cut_torn_line, last_row, lines_from_end, read_lines
 from aligntune.tracking.metrics import (
     EventKind,
     EventsFile,
@@ -80,6 +83,25 @@ class TestMetricsFile:
         assert steps(path)[-1] == 99
         assert [entry.name for entry in path.parent.iterdir()] == ["metrics.jsonl"]
 
+    def test_truncation_needs_no_room(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        file = MetricsFile(path)
+        for step in (1, 2, 3):
+            file.append(step, {"x": 0.5})
+
+        def full(self: Path, *_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", full)
+            open_file = Path.open
+            patch.setattr(
+                Path, "open", lambda self, *a: (full if "w" in a[0] else open_file)(self, *a)
+            )
+            file.truncate_after(1)
+        assert steps(path) == [1]
+        file.append(2, {"x": 0.25})
+        assert read_lines(path)[1:] == [{"step": 2, "x": 0.25}]
+
     @pytest.mark.slow
     def test_a_file_that_is_larger_than_memory_is_truncated_and_its_end_read(
         self, path: Path
@@ -106,6 +128,29 @@ class TestMetricsFile:
         resumed.truncate_after(1)
         resumed.append(2, {"x": 2.0})
         assert steps(path) == [1, 2]
+
+    def test_whoever_reads_a_file_that_is_truncated_lives_on(self, path: Path) -> None:
+        """A memory map would end the process by SIGBUS."""
+        path.write_text('{"step": 1}\n' * 10**5)
+        rows = lines_from_end(path)
+        assert next(rows)[1] == {"step": 1}
+        os.truncate(path, 0)
+        with suppress(ValueError):
+            assert len(list(rows)) < 10**5
+
+    def test_a_torn_line_is_cut_off_and_no_more_is_read_than_the_end(self, path: Path) -> None:
+        torn = b'{"step": 2'
+        path.write_bytes(b"x" * 2**24 + b"\n" + b'{"step": 1}\n' + torn)
+        tracemalloc.start()
+        read = path.stat().st_size - len(torn)
+        try:
+            cut_torn_line(path)
+            assert last_row(path) == {"step": 1}
+            most = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert path.stat().st_size == read
+        assert most < 2**17
 
     def test_a_broken_line_in_the_middle_is_named(self, path: Path) -> None:
         path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
