@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from aligntune.errors import UserError
@@ -25,6 +25,7 @@ class Evaluated:
     all_rows: Sequence[Row]
     success: Success | None = None  # when a completion passed; None: none was judged
     weights: Mapping[str, float] | None = None  # of each criterion in the reward; None: not known
+    temperatures: Mapping[str, float] = field(default_factory=dict)  # of decodings, where known
 
     @property
     def criteria(self) -> list[str]:
@@ -69,7 +70,8 @@ def read_evaluated(place: Path) -> Evaluated:
     if (place / SUMMARY).is_file():
         summary = read_summary(place)
         rows = read_rows(place)
-        return Evaluated(str(place), summary.seed, rows, summary.success, summary.weights)
+        heats = {way: decoded.temperature for way, decoded in summary.decodings.items()}
+        return Evaluated(str(place), summary.seed, rows, summary.success, summary.weights, heats)
     run = open_run(place)
     if folders := evaluations_of(place):
         return read_evaluated(folders[-1])
@@ -84,7 +86,14 @@ def read_evaluated(place: Path) -> Evaluated:
     of = "" if asked is None or asked <= len(rows) else f", {len(rows)} of its {asked:g} prompts"
     kept = [{**row, "decoding": TRAINING} for row in rows]
     name = f"{place}, evaluation of step {step} in training{of}"
-    return Evaluated(name, 0, kept, weights=_weights(run, rows[0]))
+    return Evaluated(name, 0, kept, weights=_weights(run, rows[0]), temperatures=_temperatures(run))
+
+
+def _temperatures(run: RunOnDisk) -> dict[str, float]:
+    """Of the evaluations in a run's training, by its config; empty where that does not say."""
+    section = run.config.get("eval")
+    heat = section.get("temperature") if isinstance(section, Mapping) else None
+    return {TRAINING: heat} if isinstance(heat, int | float) else {}
 
 
 def _weights(run: RunOnDisk, row: Row) -> dict[str, float] | None:
@@ -98,14 +107,27 @@ def _weights(run: RunOnDisk, row: Row) -> dict[str, float] | None:
 
 def both(a: Path, b: Path, decoding: str | None, metric: str) -> tuple[Evaluated, Evaluated, str]:
     """Two evaluations, and the decoding to compare them by: greedy where both have it. Raises
-    UserError where they have none in common, or `metric` is not the same of both: verdicts by
-    different rules, or sums of other criteria or weights."""
+    UserError where they have none in common or drew it at other temperatures, or `metric` is not
+    the same of both: verdicts by different rules, or sums of other criteria or weights."""
     first, second = read_evaluated(a), read_evaluated(b)
     common = [way for way in first.decodings if way in second.decodings]
     if not common or (decoding is not None and decoding not in common):
         raise UserError(
             f"no {'common' if decoding is None else decoding} completions: {first.name} has "
             f"{', '.join(first.decodings)}, {second.name} has {', '.join(second.decodings)}"
+        )
+    way = decoding or common[0]
+    heats = first.temperatures.get(way), second.temperatures.get(way)
+    if None not in heats and heats[0] != heats[1]:
+        again = "evaluate one of them again with the other's --temperature"
+        if way == TRAINING:
+            again = "aligntune evaluate makes evaluations of both that can be compared"
+        elif "greedy" in common:
+            again = f"compare by --decoding greedy, or {again}"
+        raise UserError(
+            f"the completions ({way}) are drawn at temperature {heats[0]:g} in {first.name} and at "
+            f"{heats[1]:g} in {second.name}, so their difference says nothing of the models; "
+            f"{again}"
         )
     rules = first.success, second.success
     if metric == PASSED and None not in rules and rules[0] != rules[1]:
@@ -123,4 +145,4 @@ def both(a: Path, b: Path, decoding: str | None, metric: str) -> tuple[Evaluated
             f"so its difference says nothing of the models; {by}evaluate one of them again by the "
             "other's rewards"
         )
-    return first, second, decoding or common[0]
+    return first, second, way

@@ -170,6 +170,7 @@ class Controller:
     async def _step(self) -> None:
         timelines.about.set(f"step {self.state.version + 1}")
         figures = StepFigures(self.config, self.state.version)
+        self._timeline.take({})  # of what went on before the step it has no figure
         with spanned("controller", "wait for a batch"):
             groups = await self._next_batch()
         shown = groups[: self.config.tracking.samples_per_step]
@@ -221,14 +222,15 @@ class Controller:
 
     async def _train(
         self, groups: Sequence[ReadyGroup], figures: StepFigures
-    ) -> list[tuple[float, ...]]:
-        """One step of policy and critic; the advantages of each group's completions."""
+    ) -> list[tuple[float, ...]] | None:
+        """One step of policy and critic; the advantages of each group's completions, or None where
+        the ranks make them of their tokens."""
         step, algorithm = self.state.version + 1, self.state.algorithm
         check_age(groups, self.state.version, self.config.train.max_staleness)
         batch = [group.record.group_id for group in groups]
         self.ledger.move(batch, State.TRAINING, step=step)
         works = group_works(self.config, algorithm, groups)
-        advantages = [work.advantages for work in works]
+        advantages = None if algorithm.prepares else [work.advantages for work in works]
         if algorithm.prepares:
             works, figures.prepared = await self._learner.prepare(step, algorithm, works)
         result = await self._learner.update(step, algorithm, works)

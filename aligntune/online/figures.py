@@ -135,24 +135,22 @@ def group_metrics(
 ) -> dict[str, float]:
     """How many groups ended which way in this step, how many were constant, and their age.
 
-    Groups of one completion are all constant and say nothing by it: then that figure is left out.
+    Constant ones say nothing where groups have one completion, or a critic is the baseline: then
+    that figure is left out.
     `ended` counts the groups filtered and quarantined since the last step; ages are in policy
     versions, of the oldest token of each group. With dynamic sampling, also how many groups were
     drawn for each that was kept.
     """
     scores = [compared_scores(config, group.scores) for group in groups]
     ages = [version - group.record.oldest_version for group in groups]
+    compared = not config.algorithm.needs.critic and any(len(table[SCORE]) > 1 for table in scores)
     constant = sum(not config.algorithm.contrast(table) for table in scores) / len(scores)
     draws, drawn = config.algorithm.sampling_rounds is not None, len(groups) + ended["filtered"]
     return {
         "groups/trained": float(len(groups)),
         "groups/filtered": float(ended["filtered"]),
         "groups/quarantined": float(ended["quarantined"]),
-        **(
-            {"groups/constant_fraction": constant}
-            if any(len(table[SCORE]) > 1 for table in scores)
-            else {}
-        ),
+        **({"groups/constant_fraction": constant} if compared else {}),
         **({f"{config.algorithm_name}/draws_per_kept_group": drawn / len(groups)} if draws else {}),
         "staleness/mean": statistics.fmean(ages),
         "staleness/max": float(max(ages)),
@@ -199,8 +197,8 @@ def time_metrics(
 ) -> dict[str, float]:
     """Seconds by activity and throughput of the step.
 
-    `busy` has, for each key of `BUSY`, wall seconds with at least one such call running. A role is
-    idle for the rest of the step.
+    `busy` has, for each key of `BUSY`, wall seconds of it with at least one such call running. A
+    role is idle for the rest of the step.
     """
     tokens = sum(sum(group.record.sampled) for group in groups)
     samples = sum(len(group.record.finish_reasons) for group in groups)

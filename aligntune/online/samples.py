@@ -43,7 +43,7 @@ def sample_rows(
 ) -> list[dict[str, Any]]:
     """One object for each group that has its texts here; docs/architecture.md has its keys.
 
-    `advantages` are those of each group's completions, where it was trained on.
+    `advantages` are those of each group's completions, where it was trained on by such.
     """
     return [
         _row(config, group, text, None if advantages is None else advantages[index])

@@ -97,7 +97,24 @@ def _step(config: RunConfig) -> Step:
         updates=train.groups_per_step // minibatch,
         max_staleness=train.max_staleness,
         episode_tokens=_episode_tokens(config, prompt),
+        old_passes=_old_passes(config, train.groups_per_step // minibatch),
     )
+
+
+def _old_passes(config: RunConfig, updates: int) -> float:
+    """Forward passes over a batch for the policy's old log-probs, of `updates` in one epoch.
+
+    As the ranks make them: of all that `prepare` needs or an update's dropout would spoil, else of
+    all but the first mini-batch, whose update gives its own (`plan_step`, `PolicyActor`).
+    """
+    algorithm, lora = config.algorithm, config.model.lora
+    if algorithm.old == "rollout":
+        return 0.0
+    noisy = lora is not None and lora.dropout > 0
+    alone = updates * (config.train.epochs_per_batch or 1) == 1
+    if algorithm.prepares or (noisy and (not alone or algorithm.correction != "none")):
+        return 1.0
+    return 1 - 1 / updates
 
 
 def _episode_tokens(config: RunConfig, prompt: int) -> int | None:

@@ -185,7 +185,8 @@ COMPLETIONS = (
             ("completions/truncated_fraction", "training"),
             ("eval/completions/truncated_fraction", "held-out"),
         ),
-        "Cut by a limit before they ended. Above 0.2 raise rollout.max_completion_length.",
+        "Cut by a limit before they ended. Above 0.2 raise it: rollout.max_completion_length, or "
+        "of episodes the one that finish_reason in samples.jsonl names.",
         share=True,
     ),
     _chart(

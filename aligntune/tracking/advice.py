@@ -94,6 +94,14 @@ def _truncated(rows: Sequence[Row]) -> str:
     shares = _recent(rows, "completions/truncated_fraction")
     if not shares or min(shares) <= TRUNCATED:
         return ""
+    if any("turns/mean" in row for row in rows[-RECENT:]):
+        return (
+            f"{mean(shares):.0%} of the episodes were cut at a limit, and are judged without their "
+            "end. finish_reason in samples.jsonl says which limits. Try a higher one: "
+            "episodes.max_turns or episodes.max_tool_calls for `turns`, "
+            "rollout.max_completion_length for `length`, episodes.max_tokens for `context`, "
+            "episodes.episode_timeout_s for `time`"
+        )
     return (
         f"{mean(shares):.0%} of the completions were cut at their limit, and are "
         "judged without their end. Try rollout.max_completion_length higher, or a reward that "
@@ -166,7 +174,8 @@ def _still(rows: Sequence[Row]) -> str:
             f"{CONTRAST}"
         )
     key = "train.learning_rate" if table else "policy.learning_rate"
-    groups = "" if table else ", and see that the rewards of a group differ"
+    compared = any("groups/constant_fraction" in row for row in rows[-STILL:])
+    groups = ", and see that the rewards of a group differ" if compared else ""
     return (
         f"nothing has moved in {STILL} steps: the model is what it was. Try {key} higher (full "
         f"fine-tuning takes about 1e-6, LoRA 1e-5 to 1e-4, tiny models more){groups}"

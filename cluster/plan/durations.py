@@ -157,16 +157,13 @@ def update_seconds(work: Trained, step: Step, rates: Rates, spans: int) -> float
 
     Arithmetic and talk between ranks overlap. A ring moves 2 (N-1)/N of the gradient once an
     optimiser step (Patarasuk & Yuan 2009); ZeRO-3 and FSDP gather weights twice and reduce
-    gradients once every micro-batch (Rajbhandari et al. 2019, section 7). A critic also makes its
-    values before, one forward pass.
+    gradients once every micro-batch (Rajbhandari et al. 2019, section 7). Forward passes come
+    before: one for a critic's values, `step.old_passes` for the policy's old log-probs.
     """
     trained_all = work.lora_rank is None
     factor = (6 if trained_all else 4) + (2 if work.checkpointing else 0)
-    active = work.shape.active if work.head_rows else work.shape.active - _head(work.shape)
-    token = factor * active + (factor / 2) * attention_flops(work.shape, step.longest / 2)
-    flops = step.passes * step.tokens * token
-    if work.role == "critic":
-        flops += step.tokens * 2 * active
+    before = 1.0 if work.role == "critic" else step.old_passes
+    flops = step.tokens * _forward_flops(work, step) * (step.passes * factor / 2 + before)
     compute = flops / (work.ranks * rates.flops * (TRAIN_MFU if rates.is_gpu else 1.0))
 
     n = work.ranks
@@ -189,16 +186,17 @@ def update_seconds(work: Trained, step: Step, rates: Rates, spans: int) -> float
     return max(compute, talk) + offloaded
 
 
-def _head(shape: ModelShape) -> int:
-    return shape.vocabulary * shape.hidden
+def _forward_flops(work: Trained | Frozen, step: Step) -> float:
+    """FLOPs of one token forward, attention too; without logits there is no head."""
+    shape = work.shape
+    head = 0 if work.head_rows else shape.vocabulary * shape.hidden
+    return 2 * (shape.active - head) + attention_flops(shape, step.longest / 2)
 
 
 def forward_seconds(work: Frozen, step: Step, rates: Rates) -> float:
     """Log-probs or scores of a step's sequences."""
-    active = work.shape.active if work.head_rows else work.shape.active - _head(work.shape)
-    token = 2 * active + attention_flops(work.shape, step.longest / 2)
     reached = rates.flops * (FORWARD_MFU if rates.is_gpu else 1.0)
-    return step.tokens * token / (work.replicas * reached)
+    return step.tokens * _forward_flops(work, step) / (work.replicas * reached)
 
 
 def rollout_seconds(work: Rollout, step: Step, rates: Rates, memory: Memory) -> float:

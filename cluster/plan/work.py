@@ -21,6 +21,7 @@ class Step:
     updates: int  # optimiser steps in one pass
     max_staleness: int
     episode_tokens: int | None = None  # of a row with all its turns; None: no episodes are played
+    old_passes: float = 0.0  # forward passes over the batch for the policy's old log-probs
 
     @property
     def sequences(self) -> int:

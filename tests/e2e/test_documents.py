@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
@@ -389,10 +390,15 @@ def test_the_example_of_an_own_algorithm_has_its_advantages_and_its_name(
     algorithm = registry.get(name)
     assert name in registry.names()
     assert algorithm is registry.get(load_tree_name(in_workplace / "rloo.yaml"))
-    rewards = [torch.tensor([[3.0], [1.0], [1.0], [0.0]])]
-    (advantages,) = algorithm.model_validate({}).sequence_advantages(rewards, torch.ones(1))
-    expected = [3 - 2 / 3, 1 - 4 / 3, 1 - 4 / 3, 0 - 5 / 3]
-    assert advantages.tolist() == pytest.approx(expected)
+    groups = {
+        (3.0, 1.0, 1.0, 0.0): [3 - 2 / 3, 1 - 4 / 3, 1 - 4 / 3, 0 - 5 / 3],
+        (3.0, math.nan, 1.0, 0.0): [3 - 1 / 2, 0.0, 1 - 3 / 2, 0 - 4 / 2],  # one has no score
+        (3.0, math.nan): [0.0, 0.0],
+        (math.nan, math.nan): [0.0, 0.0],
+    }
+    rewards = [torch.tensor(scores)[:, None] for scores in groups]
+    made = algorithm.model_validate({}).sequence_advantages(rewards, torch.ones(1))
+    assert [of.tolist() for of in made] == [pytest.approx(of) for of in groups.values()]
 
 
 def load_tree_name(path: Path) -> str:

@@ -130,9 +130,15 @@ def evaluation(
     at_least: float,
     weights: dict[str, float] | None = None,
     criterion: str = "math",
+    sampled: float | None = None,
 ) -> Path:
-    """One of two rows that were judged by `criterion` >= `at_least`."""
+    """One of two rows that were judged by `criterion` >= `at_least`, greedy, and at a temperature
+    where that is given."""
     rows = [row(0, 0.5), row(1, 1.0)]
+    decodings = {"greedy": Decoded(completions=1, temperature=0.0, figures={})}
+    if sampled is not None:
+        rows += [row(each["row"], 0.5, 1.0, decoding="sampled") for each in rows]
+        decodings["sampled"] = Decoded(completions=2, temperature=sampled, figures={})
     for each in rows:
         for said in each["completions"]:
             said["scores"] |= {name: 0.25 for name in weights or {} if name != "math"}
@@ -153,7 +159,7 @@ def evaluation(
         seed=1,
         seconds=1.0,
         versions=[],
-        decodings={"greedy": Decoded(completions=1, temperature=0.0, figures={})},
+        decodings=decodings,
     )
     return write_evaluation(parent, summary, rows)
 
@@ -213,6 +219,26 @@ def test_the_weights_of_an_evaluation_in_training_are_those_of_its_run(tmp_path:
         both(*folders, None, "reward")
     assert both(*folders, None, "format")
     assert both(folders[1], folders[1], None, "reward")
+
+
+def test_completions_that_were_drawn_at_other_temperatures_are_not_compared(tmp_path: Path) -> None:
+    warm, cool, as_warm = (evaluation(tmp_path, 1.0, sampled=heat) for heat in (1.0, 0.6, 1.0))
+    said = f"\\(sampled\\) are drawn at temperature 1 in {warm} and at 0.6 in {cool}"
+    with pytest.raises(UserError, match=f"{said}.*--decoding greedy.*--temperature"):
+        both(warm, cool, "sampled", "reward")
+    assert both(warm, cool, None, "reward")[2] == "greedy"
+    assert both(warm, as_warm, "sampled", "reward")[2] == "sampled"
+
+
+def test_the_temperature_of_an_evaluation_in_training_is_that_of_its_run(tmp_path: Path) -> None:
+    folders = [online_run(tmp_path / name) for name in ("greedy", "sampled", "silent")]
+    for folder, heat in zip(folders, (0.0, 1.0), strict=False):
+        with (folder / "config.yaml").open("a") as config:
+            config.write(f"eval: {{temperature: {heat}}}\n")
+    with pytest.raises(UserError, match=r"temperature 0 in .* and at 1 in .*aligntune evaluate"):
+        both(*folders[:2], None, "reward")
+    for other in folders:
+        assert both(other, folders[2], None, "reward"), "as far as is known"
 
 
 def test_a_side_that_kept_only_what_the_model_saw_is_paired_by_that() -> None:

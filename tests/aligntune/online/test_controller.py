@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from actors.answers import ObjectsLost
 from actors.fetching import ArraysLost
 from actors.messages import Prompt, UpdateResult
 from actors.restarts import Restarts
+from actors.timeline import spanned
 from aligntune.algorithms.dapo import DAPO
 from aligntune.errors import Interrupted, RunFailed
 from aligntune.online import rank_starts
@@ -580,6 +582,27 @@ def test_groups_whose_arrays_are_lost_are_made_again_and_the_policy_stays(
     assert [step for step, _ in world.updates] == [1, 2, 2, 3]
     assert sorted(i for step in world.trained() for i in step) == list(range(2 * STEPS))
     assert audit(world.folder / "ledger.jsonl").balanced
+
+
+@pytest.mark.parametrize("place", ["save", "update"])
+def test_the_times_of_a_step_are_of_no_moment_before_it(world: World, place: str) -> None:
+    """Replicas roll out beside a checkpoint's copy, and beside an update that is then lost."""
+    world.configure(train=ahead(1))
+
+    def roll(*_: Any) -> None:
+        if len(world.updates) == 1:
+            with spanned("rollout-0", "generate"):
+                end = time.monotonic() + 0.1
+                while time.monotonic() < end:
+                    pass
+            if place == "update":
+                raise ArraysLost((0,))
+
+    world.during[place] = roll
+    world.run()
+    rows = read_lines(world.folder / "metrics.jsonl")
+    assert len(rows) == STEPS
+    assert all(row["time/rollout"] <= row["time/step"] for row in rows)
 
 
 def test_a_run_goes_on_with_less_staleness_than_it_had_groups_for(world: World) -> None:

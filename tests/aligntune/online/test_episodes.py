@@ -155,10 +155,15 @@ def test_an_episode_that_fails_costs_itself_alone(play: Callable[..., Play]) -> 
     assert not made.world.events("group_retried")
 
 
+@pytest.mark.parametrize("name", ["grpo", "tests.e2e.algorithms:PPOOnFunctions"])
 def test_no_criterion_scores_an_episode_whose_environment_could_not_go_on(
-    play: Callable[..., Play],
+    play: Callable[..., Play], name: str
 ) -> None:
-    made = play(eval={"at_start": False})
+    made = play(
+        algorithm={"name": name, "beta": 0.0},
+        episodes={"replicas": 2, "max_tokens": 64},
+        eval={"at_start": False},
+    )
     made.toy.loses = lambda rollout, turn: rollout == 1
     made.world.run(evaluated=False)
     rows = made.world.rows()
@@ -169,6 +174,10 @@ def test_no_criterion_scores_an_episode_whose_environment_could_not_go_on(
         assert None not in kept["scores"].values()
         assert (gone["finish_reason"], gone["reward"]) == ("error", None)
         assert set(gone["scores"].values()) == {None}
+        of_completions = name == "grpo"  # PPO's are of tokens, and never come to the driver
+        assert [said.get("advantage") for said in (kept, gone)] == [
+            0.0 if of_completions else None
+        ] * 2
     assert not made.world.events("group_quarantined")
 
 

@@ -19,6 +19,8 @@ from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
 from aligntune.online.sharing import minibatches, plan_step, plan_updates, whole_groups
+from aligntune.online.work import work_of
+from cluster.plan.shapes import from_table
 
 
 @cache
@@ -186,12 +188,18 @@ def test_losses_of_whole_rollouts_say_so_to_the_ranks() -> None:
     assert not jobs_of("dapo")["policy"][0].whole_rollouts
 
 
+def resolved_of(
+    algorithm: str | dict[str, Any], lora: dict[str, Any] | None = None, **train: Any
+) -> RunConfig:
+    tree = config(**train).model_dump(mode="json")
+    changes = {"model": {"name": "m", "lora": lora}, "policy": {}, "reference": {}}
+    return load_config({**tree, "algorithm": algorithm, **changes})
+
+
 def jobs_of(
     algorithm: str | dict[str, Any], lora: dict[str, Any] | None = None, **train: Any
 ) -> dict[str, list[UpdateJob]]:
-    tree = config(**train).model_dump(mode="json")
-    changes = {"model": {"name": "m", "lora": lora}, "policy": {}, "reference": {}}
-    resolved = load_config({**tree, "algorithm": algorithm, **changes})
+    resolved = resolved_of(algorithm, lora, **train)
     groups = [group(index, (2, 3)) for index in range(6)]
     return plan_step(resolved, 1, resolved.algorithm, groups)
 
@@ -228,6 +236,28 @@ def test_old_log_probs_are_computed_where_dropout_would_be_in_the_correction(
 ) -> None:
     jobs = jobs_of(algorithm, {"dropout": dropout}, groups_per_minibatch=6)
     assert [job.recompute_old for job in jobs["policy"]] == [before]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "lora", "train", "passes"),
+    [
+        ("dapo", None, {"groups_per_minibatch": 6}, 0.0),
+        ("dapo", None, {"groups_per_minibatch": 6, "epochs_per_batch": 2}, 0.0),  # the first's own
+        ("dapo", None, {"groups_per_minibatch": 2, "epochs_per_batch": 2}, 2 / 3),
+        ({"name": "dapo", "old": "rollout"}, None, {"groups_per_minibatch": 2}, 0.0),
+        ({"name": "grpo", "kl_in": "reward"}, None, {"groups_per_minibatch": 6}, 1.0),
+        ("dapo", {"dropout": 0.1}, {"groups_per_minibatch": 6}, 1.0),
+        ("dapo", {"dropout": 0.1}, {"groups_per_minibatch": 2}, 1.0),
+        ({"name": "dapo", "correction": "none"}, {"dropout": 0.1}, {"groups_per_minibatch": 6}, 0),
+        ({"name": "dapo", "correction": "none"}, {"dropout": 0.1}, {"groups_per_minibatch": 2}, 1),
+    ],
+)
+def test_a_plan_knows_the_passes_for_old_log_probs(
+    algorithm: Any, lora: dict[str, Any] | None, train: dict[str, Any], passes: float
+) -> None:
+    resolved = resolved_of(algorithm, lora, **train)
+    shape = from_table("Qwen/Qwen2.5-0.5B")
+    assert work_of(resolved, lambda _: shape).step.old_passes == pytest.approx(passes)
 
 
 def test_the_policy_may_stop_early_and_the_critic_learns_from_the_same_rows() -> None:

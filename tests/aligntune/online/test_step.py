@@ -250,6 +250,16 @@ def test_group_figures_by_hand() -> None:
     }
 
 
+def test_groups_that_nothing_compares_are_not_called_constant() -> None:
+    """Of one completion, or of PPO, whose baseline is its critic."""
+    ended = {"filtered": 0, "quarantined": 0}
+    two = ready(0, [(1.0,), (1.0,)])
+    one = ready(0, [(1.0,)], (STOP,), lengths=(3,), versions=(4,))
+    ppo = config("tests.e2e.algorithms:PPOOnFunctions")
+    for run, group in ((config("grpo"), one), (ppo, one), (ppo, two)):
+        assert "groups/constant_fraction" not in group_metrics(run, [group], 4, ended)
+
+
 def test_a_group_that_is_constant_up_to_rounding_counts_as_constant() -> None:
     """As for the advantages, which are exactly 0 there: 0.1 + 0.2 and 0.3 + 0.0."""
     rewards = ["length", "exact_match"]

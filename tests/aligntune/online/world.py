@@ -199,6 +199,12 @@ class FakeLearner:
     async def blind(self, _: Path) -> list[str]:
         return []
 
+    async def prepare(
+        self, step: int, algorithm: Algorithm, works: Sequence[GroupWork]
+    ) -> tuple[list[GroupWork], dict[str, float]]:
+        self._check()
+        return [*works], {}
+
     async def update(
         self, step: int, algorithm: Algorithm, works: Sequence[GroupWork]
     ) -> UpdateResult:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from actors.messages import FinishReason
 from aligntune.config.online import RunConfig
 from aligntune.config.preference import PreferenceConfig
 from aligntune.tracking.advice import AGAIN, CHECKS, RECENT, STILL, Adviser, troubles
@@ -69,6 +70,16 @@ def test_older_weights_may_differ_from_the_trainers() -> None:
     assert troubles(after(RECENT, kl__rollout_vs_policy=0.2, staleness__max=2.0)) == {}
 
 
+def test_a_run_is_told_the_limits_that_cut_what_it_plays() -> None:
+    cut = {"completions__truncated_fraction": 0.25}
+    assert "rollout.max_completion_length" in troubles(after(RECENT, **cut))["truncated"]
+    said = troubles(after(RECENT, **cut, turns__mean=3.0))["truncated"]
+    for limit in ("max_turns", "max_tool_calls", "max_tokens", "episode_timeout_s"):
+        assert f"episodes.{limit}" in said
+    for reason in FinishReason:
+        assert (f"`{reason.value}`" in said) == reason.truncated
+
+
 PAIRS = {"loss": 0.6931, "reward/margin": 0.1, "policy/entropy": 0.8, "policy/grad_norm": 0.4}
 TAUGHT = {"loss": 2.0, "policy/entropy": 0.8, "policy/grad_norm": 0.4}
 STILL_TABLES = [PAIRS | {"reward/margin": 0.0}, TAUGHT | {"policy/grad_norm": 0.0}]
@@ -93,7 +104,13 @@ def test_where_no_group_had_two_rewards_the_learning_rate_is_not_blamed(name: st
     assert "no group had two different rewards" in said
     assert "learning_rate" not in said
     one = flat | {"groups/constant_fraction": 0.875}
-    assert "policy.learning_rate" in troubles([one, *[flat] * (STILL - 1)])["still"]
+    said = troubles([one, *[flat] * (STILL - 1)])["still"]
+    assert "policy.learning_rate" in said
+    assert "rewards of a group differ" in said
+    del flat["groups/constant_fraction"]  # as of PPO, which compares none
+    said = troubles([flat] * STILL)["still"]
+    assert "policy.learning_rate" in said
+    assert "group" not in said
 
 
 @pytest.mark.slow
@@ -130,7 +147,8 @@ def advised(rows: Sequence[list[dict[str, float]]]) -> set[str]:
 
 
 def test_every_key_that_is_advised_is_one_of_the_run_s_own_tree() -> None:
-    online = advised([*BAD.values()]) - {"samples.jsonl", "algorithm.beta"}
+    episodes = after(RECENT, completions__truncated_fraction=0.25, turns__mean=3.0)
+    online = advised([*BAD.values(), episodes]) - {"samples.jsonl", "algorithm.beta"}
     assert len(online) >= 5
     assert online <= keys(RunConfig)
     table = advised([[row] * STILL for row in STILL_TABLES])

@@ -524,6 +524,14 @@ def test_the_slower_part_bounds_the_step_and_staleness_hides_the_other() -> None
     assert few.times.bound == max(few.times.parts, key=lambda name: few.times.parts[name])
 
 
+def test_a_pass_for_old_log_probs_is_one_more_beside_the_four_of_an_update() -> None:
+    """Forward, the same again for checkpointing, and backward, which is two."""
+    work = work_of()
+    more = replace(work, step=replace(work.step, old_passes=1.0))
+    few, many = (make_plan(run, described(1, 8, "h100-80gb")).times for run in (work, more))
+    assert many.update == pytest.approx(few.update * 5 / 4)
+
+
 # Advice
 
 SETTING = re.compile(r"([a-z_0-9]+(?:\.[a-z_0-9]+)+)=(\{.*?\}|[^\s,]+)")
