@@ -40,12 +40,14 @@ from aligntune.runs.ended import (
     started_with,
 )
 from aligntune.runs.hub import check_hub
+from aligntune.runs.jsonl import long_read
 from aligntune.runs.lifecycle import check_programs, claimed, recorded
 from aligntune.runs.mirror import Mirror
 from aligntune.runs.publish import push
 from aligntune.runs.reading import open_run
 from aligntune.runs.rundir import LOGS, TRIED, RunDir
 from aligntune.tracking.lines import cut
+from aligntune.tracking.output import say
 from cluster.bundles import BadRequest, bundle_sets, totals
 
 if TYPE_CHECKING:
@@ -262,10 +264,13 @@ class OnlineTrainer:
                 )
 
     def _result_of_before(self, rundir: RunDir) -> TrainResult:
+        ledger = rundir.file("ledger.jsonl")
+        if (told := long_read("the books", ledger)) is not None:
+            say(told)
         return TrainResult(
             steps=self.total_steps,
             metrics=last_figures(rundir),
-            books=audit(rundir.file("ledger.jsonl")),
+            books=audit(ledger),
             seconds=0.0,
             output_dir=rundir.path,
             model=rundir.model,

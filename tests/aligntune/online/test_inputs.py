@@ -254,7 +254,11 @@ def test_a_checkpoint_that_was_copied_alone_keeps_what_its_run_had_whatever_was_
 @pytest.mark.slow
 @pytest.mark.parametrize("changed", [False, True])
 def test_a_run_that_has_ended_without_a_checkpoint_at_its_end_is_not_trained_again(
-    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: bool
+    make: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changed: bool,
 ) -> None:
     class Starts(Exception):
         """The run would train."""
@@ -283,6 +287,9 @@ def test_a_run_that_has_ended_without_a_checkpoint_at_its_end_is_not_trained_aga
     again = make("grpo", **given).train()
     assert (again.steps, again.already) == (2, True)
     assert again.metrics == {"reward/mean": 0.5}
+    monkeypatch.setattr("aligntune.runs.jsonl.LONG", 0)  # as of a ledger that takes minutes
+    make("grpo", **given).train()
+    assert capsys.readouterr().out.splitlines()[-1] == "reading the books (0.0 GB)"
 
 
 OWN = """
