@@ -107,7 +107,7 @@ async def listen(
     `ask` gives the reference to an answer of `Alive.ping`. `heard` gets how much was done since the
     answer before, `suspect` how long a silence lasts that is longer than it should be.
     """
-    from ray.exceptions import RayError
+    from ray.exceptions import RayError, RayTaskError
 
     now = asyncio.get_running_loop().time
     said = 0
@@ -129,6 +129,8 @@ async def listen(
             heard(max(0, done - said))
             said = done
         except RayError as error:
-            return (str(error).strip().splitlines() or ["died"])[0]
+            # What the actor raised itself stands below a coloured header of Ray's.
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            return (str(cause).strip().splitlines() or ["died"])[0]
         finally:
             answer.cancel()

@@ -211,6 +211,8 @@ async def started(
     It has imported nothing of the user's yet. Its output goes to file `log`; `variables` are added
     to its environment, and `held` is the sandbox around it. The copy is for what a stream cannot
     send; close it.
+
+    Raises OSError: this machine has no room for another process, thread or open file.
     """
     here, there = socket.socketpair()
     mine, lifeline = socket.socketpair()
@@ -241,10 +243,12 @@ async def started(
             start_new_session=True,
             env={**own, **(variables or {})},
         )
-    except BaseException:
-        mine.close()
+    except BaseException as error:
+        mine.close()  # what has started nevertheless ends by that
         copy.close()
         writer.close()
+        if "can't start new thread" in str(error):  # a RuntimeError of asyncio's: one waits for it
+            raise OSError(str(error)) from error
         raise
     finally:
         there.close()

@@ -7,6 +7,7 @@ asks for one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import json
 import math
@@ -21,14 +22,16 @@ from actors.scoring.calling import named_parameters
 CLIENT_SECONDS = 3600.0  # longest wait of the HTTP client that an agent is given
 TAIL_BYTES = 2**16  # of a program's output, where its last line is looked for
 LAST_SECONDS = 1.0  # from a program's end to that of its output, which what it left may hold open
+NO_ROOM = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}  # for a process or its pipes
 
 Given = Mapping[str, Any]  # data, base_url, api_key, host, seed
 Wait = Callable[[Awaitable[Any]], Any]
 Player = Callable[[Given, Wait], Any]
 
 
-class ProgramKilled(RuntimeError):
-    """A signal has ended the program: as of a function's process, a fault that is not its own."""
+class ProgramLost(RuntimeError):
+    """A signal has ended the program, or the machine had no room for it: a fault that is not its
+    own."""
 
 
 def player_of(agent: Any) -> Player:
@@ -43,7 +46,7 @@ def player_of(agent: Any) -> Player:
 def played(player: Player, given: Given, wait: Wait) -> float | dict[str, float] | None:
     """What the agent says of its episode; `wait` ends an awaitable.
 
-    Raises ValueError where it is no reward, ProgramKilled, and what the agent raises.
+    Raises ValueError where it is no reward, ProgramLost, and what the agent raises.
     """
     for name in ("NO_PROXY", "no_proxy"):  # a proxy of the node's reaches no session
         os.environ[name] = f"{os.environ.get(name, '')},{given['host']}".strip(",")
@@ -116,7 +119,8 @@ class _Program:
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
             )
         except OSError as error:
-            raise ValueError(f"{self._command[0]!r} does not start: {error.strerror}") from error
+            lost = ProgramLost if error.errno in NO_ROOM else ValueError
+            raise lost(f"{self._command[0]!r} does not start: {error.strerror}") from error
         assert process.stdin is not None
         assert process.stdout is not None
         row = json.dumps(given["data"], default=str).encode()
@@ -125,7 +129,7 @@ class _Program:
         status = process.wait()
         output.join(LAST_SECONDS)
         if status < 0:
-            raise ProgramKilled(f"{self._command[0]!r} was ended by signal {-status}")
+            raise ProgramLost(f"{self._command[0]!r} was ended by signal {-status}")
         if status:
             raise ValueError(f"{self._command[0]!r} ended with exit status {status}")
         return _last_line(output.tail)

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, cast
 
 from actors.children.channel import clean, receive
 from actors.children.code import traceback_tail
-from actors.environments.agent_child import Player, ProgramKilled, played
+from actors.environments.agent_child import Player, ProgramLost, played
 from actors.environments.channel import LOST, UNTIMELY, refused, told
 from actors.environments.tools import Tool, answer_text, by_name, description, methods
 from actors.scoring.calling import arguments, checked, named_parameters
@@ -256,7 +256,7 @@ def _failure(word: str, error: BaseException, detailed: bool = False) -> bytes:
     """Why a call has no answer: for the model, or `detailed` for a person."""
     if isinstance(error, RewardFailed):
         return refused(word, f"reward {error.criterion!r}: {error.detail}")
-    if isinstance(error, ProgramKilled):
+    if isinstance(error, ProgramLost):
         return refused(word, str(error), LOST)
     if detailed and not isinstance(error, ValueError):
         return refused(word, traceback_tail(error))

@@ -70,6 +70,7 @@ class Server:
         self._control: socket.socket | None = None
         self._starting = asyncio.Lock()
         self._forks = asyncio.Semaphore(FORKS_AT_A_TIME)
+        self._forked = 0  # forks that have answered
         self._places: dict[Child[Told], str] = {}  # the names of their folders
         self._ending: dict[asyncio.Task[None], str] = {}  # by the folder that each has
         self._answer_bytes = 2**16 + _CHARACTER_BYTES * max(
@@ -80,7 +81,7 @@ class Server:
         """Import the user's code in a new process, unless one is there.
 
         Raises:
-            EpisodeFailed: it cannot be imported.
+            EpisodeFailed: it cannot be imported, or no process could be started.
         """
         async with self._starting:
             if self._child is not None and self._child.running:
@@ -88,15 +89,18 @@ class Server:
             await self._stop()
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # two for each process
-            around = await asyncio.to_thread(self._held)
-            self._child, self._control = await started(
-                "actors.environments.server",
-                parse,
-                self._search_path,
-                self._log,
-                variables={"PYTHONHASHSEED": "0"},  # sets are in one order in every run
-                held=around,
-            )
+            try:
+                around = await asyncio.to_thread(self._held)
+                self._child, self._control = await started(
+                    "actors.environments.server",
+                    parse,
+                    self._search_path,
+                    self._log,
+                    variables={"PYTHONHASHSEED": "0"},  # sets are in one order in every run
+                    held=around,
+                )
+            except OSError as error:
+                raise _not_started(error) from error
             scratch = self._scratch.path if self._scratch is not None else None
             setup = replace(self._setup, scratch=scratch, wrapped=bool(around.before))
             try:
@@ -150,14 +154,21 @@ class Server:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     async def fork(self, place: str = "") -> Child[Told]:
-        """A new process with the user's code, which answers, in the folder `place`. Raises
-        EpisodeFailed."""
+        """A new process with the user's code, which answers, in the folder `place`.
+
+        A server that has answered no fork for `FORK_SECONDS` hangs or is stopped: it is ended, and
+        the next fork starts another one. Raises EpisodeFailed.
+        """
         async with self._forks:
             for last in (False, True):
                 await self.start()
+                server, before = self._child, self._forked
                 assert self._control is not None, "start has made it"
-                here, there = socket.socketpair()
-                mine, lifeline = socket.socketpair()
+                try:
+                    here, there = socket.socketpair()
+                    mine, lifeline = socket.socketpair()
+                except OSError as error:  # too many open files: that is not the server's fault
+                    raise _not_started(error) from error
                 mine.setblocking(False)
                 try:
                     descriptors = [there.fileno(), lifeline.fileno()]
@@ -167,22 +178,24 @@ class Server:
                     here.close()
                     mine.close()
                     if last:
-                        raise EpisodeFailed(
-                            f"no process could be started: {error}", True
-                        ) from error
-                    async with self._starting:  # it has ended, which was not heard of yet
-                        await self._stop()
+                        raise _not_started(error) from error
+                    await self._give_up(server)  # it has ended, which was not heard of yet
                 finally:
                     there.close()
                     lifeline.close()
             reader, writer = await asyncio.open_connection(sock=here, limit=self._answer_bytes)
             child = Child(reader, writer, mine, parse)
             self._places[child] = place
+            _, ready = child.ask("ready")
             try:
-                await answered(child.ask("ready")[1], FORK_SECONDS, "starting")
-            except BaseException:
+                await answered(ready, FORK_SECONDS, "starting")
+            except BaseException as error:
                 self.retire(child)
+                silent = isinstance(error, EpisodeFailed) and not ready.done()
+                if silent and self._forked == before:
+                    await self._give_up(server)
                 raise
+            self._forked += 1
             return child
 
     def retire(self, child: Child[Told], leaving: bool = False) -> None:
@@ -213,6 +226,12 @@ class Server:
         if self._scratch is not None:
             await asyncio.to_thread(self._scratch.remove)
             self._scratch = None
+
+    async def _give_up(self, server: Child[Told] | None) -> None:
+        """End `server` with all its forks, unless another one has taken its place."""
+        async with self._starting:
+            if self._child is server:
+                await self._stop()
 
     async def _stop(self) -> None:
         if self._control is not None:
@@ -345,6 +364,10 @@ class EnvironmentProcess:
         return told.value
 
 
+def _not_started(error: OSError) -> EpisodeFailed:
+    return EpisodeFailed(f"no process could be started: {error}", infrastructure=True)
+
+
 async def answered(answer: asyncio.Future[Told], seconds: float, doing: str) -> Told:
     """The answer, which must come in time.
 
@@ -373,25 +396,3 @@ def outcome(told: Told, limit: float) -> Outcome:
 
 def _ended(limit: float) -> Outcome:
     return Outcome(f"no answer within {limit:g} s", timed_out=True)
-
-
-async def described(server: Server) -> dict[str, Any]:
-    """Tools and environments, as `actors.environments.child` describes them.
-
-    Raises:
-        EpisodeFailed: one of them cannot be used; one line says why.
-    """
-    place = await server.place()
-    try:
-        child = await server.fork(place)
-        asked, doing = child.ask("describe")[1], "describing tools and environments"
-        try:
-            told = await answered(asked, IMPORT_SECONDS, doing)
-        finally:
-            server.retire(child)
-    finally:
-        server.clear(place)
-    if told.error is not None:
-        raise EpisodeFailed(told.error)
-    found: dict[str, Any] = told.value
-    return found

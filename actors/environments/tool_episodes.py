@@ -17,12 +17,13 @@ from actors.environments.base import Episode, EpisodeFailed, EpisodeLimits, Samp
 from actors.environments.child import ENVIRONMENT
 from actors.environments.play import Clock, Play, Toolbox
 from actors.environments.processes import (
+    IMPORT_SECONDS,
     EnvironmentProcess,
     Outcome,
     Server,
     ToolCall,
     ToolProcesses,
-    described,
+    answered,
 )
 from actors.environments.rendered import chat_tokens
 from actors.environments.server import Setup
@@ -236,6 +237,28 @@ def row_of(prompt: Prompt, environment: str) -> dict[str, Any]:
     if environment != EVERY_ROW:
         row.pop(ENVIRONMENT, None)
     return row
+
+
+async def described(server: Server) -> dict[str, Any]:
+    """Tools and environments, as `actors.environments.child` describes them.
+
+    Raises:
+        EpisodeFailed: one of them cannot be used; one line says why.
+    """
+    place = await server.place()
+    try:
+        child = await server.fork(place)
+        asked, doing = child.ask("describe")[1], "describing tools and environments"
+        try:
+            told = await answered(asked, IMPORT_SECONDS, doing)
+        finally:
+            server.retire(child)
+    finally:
+        server.clear(place)
+    if told.error is not None:
+        raise EpisodeFailed(told.error)
+    found: dict[str, Any] = told.value
+    return found
 
 
 def check_tools(code: EpisodeCode, model: ModelSpec) -> list[str]:

@@ -194,9 +194,13 @@ class FunctionScorer:
             await self._retire(child)
 
     async def _new_child(self) -> Child[Answer]:
-        child, copy = await started(
-            _CHILD, parse, self._criterion.search_path, self._log, variables=self._variables
-        )
+        try:
+            child, copy = await started(
+                _CHILD, parse, self._criterion.search_path, self._log, variables=self._variables
+            )
+        except OSError as error:  # of this machine: it says nothing of the group
+            detail = f"no process could be started: {error}"
+            raise RewardFailed(self.name, RewardFailure.UNREACHED, detail) from error
         copy.close()
         self._children.add(child)
         ready = False

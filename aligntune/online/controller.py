@@ -115,10 +115,8 @@ class Controller:
         return self.ledger.books
 
     async def run(self, checkpoint: Checkpoint | None) -> dict[str, float]:
-        """Train to the last step; returns its figures, those of its evaluation included.
-
-        Raises Interrupted, RunFailed, ...
-        """
+        """Train to the last step; returns its figures with those of its evaluation. Raises
+        Interrupted, RunFailed, ..."""
         return await self._watch.over(self._run(checkpoint), self.stop)
 
     async def _run(self, checkpoint: Checkpoint | None) -> dict[str, float]:
@@ -152,11 +150,13 @@ class Controller:
     async def _keep_last(self) -> None:
         """What a run that was stopped may yet keep: its last step, where the ranks are there to
         write it, and the evaluation of a version before, whatever becomes of the ranks."""
-        if self._sound:
-            await self._unless_lost(self._keeper.last(self._boundary))
-            await self._unless_lost(self._handover.ended())
-        await self._unless_lost(self._handover.stop(self.state.version))
-        await self._keeper.settled()
+        try:
+            if self._sound:
+                await self._unless_lost(self._keeper.last(self._boundary))
+                await self._unless_lost(self._handover.ended())
+            await self._unless_lost(self._handover.stop(self.state.version))
+        finally:
+            await self._keeper.settled()
 
     async def _unless_lost(self, work: Awaitable[None]) -> None:
         """Await `work`; that the policy is lost amid it is told, and that is all."""

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from actors import timeline
 from actors.messages import GroupSampling, Prompt
+from actors.supervise import RoleExhausted
 from aligntune.config.online import RunConfig
 from aligntune.errors import RunFailed
 from aligntune.online.attempts import GroupFailed
@@ -201,7 +202,13 @@ class Evaluation:
 
     async def stop(self, version: int) -> None:
         """Before a run ends at `version`: an evaluation of it is made again when the run goes on,
-        and is dropped; one of an earlier version could never be, and is finished."""
+        and is dropped; one of an earlier version could never be, and is finished. That it fails is
+        told, and the run has stopped all the same."""
         if self._version < version:
-            await self.ended()
+            try:
+                await self.ended()
+            except (RunFailed, RoleExhausted) as failed:
+                self._recorder.event(
+                    EventKind.NOT_EVALUATED, step=self._version, reason=str(failed)
+                )
         await self.cancel()

@@ -25,6 +25,7 @@ from aligntune.runs.best import best_of
 from aligntune.runs.checkpoint import RUN, Checkpoint, Checkpoints
 from aligntune.runs.copies import Copies
 from aligntune.runs.deadline import asked
+from aligntune.runs.disk import is_full
 from aligntune.runs.mirror import Mirror
 from aligntune.runs.modes import as_usual
 from aligntune.runs.publish import write_card_of
@@ -77,6 +78,7 @@ class Keeper:
         self._writing: asyncio.Task[Checkpoint] | None = None  # may go on beyond its deadline
         self._owed: tuple[int, str] | None = None  # step and reason of a failure, until a success
         self._tries = 0  # that failed since the last success
+        self._seen = False  # by every rank, once
         self._copies: Copies | None = None
         if mirror is not None:
             self._copies = Copies(mirror, config.checkpoint.copy_timeout_s, self._not_copied)
@@ -85,13 +87,25 @@ class Keeper:
         self._recorder.event(EventKind.NOT_COPIED, **fields)
 
     async def check_sight(self) -> None:
-        """Whether every rank sees the run directory, which it writes to. Raises UserError."""
-        if blind := await self._learner.blind(self._rundir):
+        """Whether every rank sees the run directory, which it writes to.
+
+        Ranks that come again are not asked where the disk has no room for the file that they are to
+        see: the run goes on, as it does where a checkpoint finds none. Raises UserError, RunFailed.
+        """
+        try:
+            blind = await self._learner.blind(self._rundir)
+        except OSError as error:
+            if self._seen and is_full(error):
+                return
+            why = " ".join(str(error).split())
+            raise RunFailed(f"no file could be written to {self._rundir}: {why}") from error
+        if blind:
             raise UserError(
                 f"output_dir {self._rundir} is not seen by {', '.join(blind)}, which could "
                 "write no checkpoint to it; put it on storage that every policy node shares, or "
                 "keep the policy on one node (policy.resources.placement=STRICT_PACK)"
             )
+        self._seen = True
 
     async def latest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, down to the last bit; none comes after it that was

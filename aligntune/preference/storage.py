@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -266,10 +267,13 @@ class JobStorage:
             shutil.rmtree(staged, ignore_errors=True)
             store.get("", staged)
         sync_below(staged)
-        if target.exists():
-            shutil.rmtree(target)
+        old = target.with_name(f".{target.name}-{secrets.token_hex(4)}.old")
+        if target.exists():  # one that somebody reads cannot always be removed, on NFS for example
+            os.rename(target, old)
         os.rename(staged, target)
         sync(target.parent)
+        for left in target.parent.glob(f".{target.name}-*.old"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _parsed(content: bytes) -> dict[str, Any] | None:

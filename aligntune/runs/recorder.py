@@ -50,6 +50,7 @@ SHOWN = {
     EventKind.LEDGER_DAMAGED,
     EventKind.FIGURES_OVERFLOWED,
     EventKind.NOT_COPIED,
+    EventKind.NOT_EVALUATED,
     EventKind.TRACKER_FAILED,
     EventKind.REPORT_FAILED,
     EventKind.CARD_FAILED,

@@ -41,6 +41,7 @@ class EventKind(StrEnum):
     POLICY_LOST = "policy_lost"  # a rank died or hangs; all ranks are started anew
     POLICY_REBUILT = "policy_rebuilt"  # from a checkpoint, to which the run goes back
     STALLED = "stalled"  # nothing moved for `seconds`: for what the run `waits`; more is at `path`
+    NOT_EVALUATED = "not_evaluated"  # the version of `step`, of a run that stops; `reason` says why
     CHECKPOINT_SAVED = "checkpoint_saved"
     CHECKPOINT_FAILED = "checkpoint_failed"  # the disk did not take it; tried at the next step
     CHECKPOINT_DAMAGED = "checkpoint_damaged"  # it was passed over for an older one

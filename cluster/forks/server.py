@@ -68,6 +68,7 @@ class Server:
         self._modules: set[str] = set()
         self._askers: dict[int, Asker] = {}  # by the process that was forked for each
         self._branches: dict[tuple[tuple[str, str], ...], socket.socket] = {}
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the owner
         self._hear_of_ends()
 
     def _hear_of_ends(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayTaskError
 
 from actors.answers import ReplicaLost
 from actors.liveness import HEALTH, HEALTH_GROUP, Alive, Patience, listen, sign_of_life
@@ -209,3 +210,18 @@ def test_a_rank_that_is_stopped_is_lost_busy_or_idle_and_one_that_works_for_long
         ranks.kill()
 
     asyncio.run(run())
+
+
+def test_what_a_ping_raised_is_told_without_the_header_of_ray() -> None:
+    trace = "Traceback (most recent call last):\n  ...\nRuntimeError: the engine has ended"
+    raised = RayTaskError(
+        "ping", trace, RuntimeError("the engine has ended"), "ray::Rollout.ping", 1, "10.0.0.1"
+    ).as_instanceof_cause()
+
+    async def run() -> str:
+        async def ping() -> int:
+            raise raised
+
+        return await listen(lambda: Later(ping()), QUICK, lambda done: None)
+
+    assert asyncio.run(run()) == "the engine has ended"

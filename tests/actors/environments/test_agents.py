@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from actors.environments.agent_child import ProgramLost, player_of
 from actors.environments.agents import AgentEpisodes, check_agent
 from actors.environments.base import Episode, EpisodeFailed
 from actors.environments.record import rows_of
@@ -99,6 +102,20 @@ def test_a_program_is_given_the_row_and_says_its_reward_in_its_last_line(
     assert "it said 3" in (folder / "log").read_text()
     with pytest.raises(EpisodeFailed, match=r"python.* ended with exit status 4; .*log"):
         play("program", "2", prompt="fail")
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(errno.EAGAIN, ProgramLost), (errno.ENOENT, ValueError)]
+)
+def test_a_program_that_finds_no_room_is_no_fault_of_the_row(
+    monkeypatch: pytest.MonkeyPatch, number: int, expected: type[Exception]
+) -> None:
+    def no_start(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(subprocess, "Popen", no_start)
+    with pytest.raises(expected, match="does not start"):
+        player_of(("program",))({"data": {}}, lambda awaitable: awaitable)
 
 
 def test_a_program_that_leaves_something_running_has_ended_and_so_has_what_it_left(

@@ -17,7 +17,7 @@ from actors.environments import processes
 from actors.environments.base import Episode, EpisodeFailed
 from actors.environments.server import Setup
 from actors.environments.specs import EpisodeCode
-from actors.environments.tool_episodes import ToolEpisodes
+from actors.environments.tool_episodes import ToolEpisodes, described
 from actors.messages import FinishReason
 from actors.specs import ModelSpec
 from tests.actors.environments.chat import LIMITS, Script, call_text, prompt_of
@@ -270,7 +270,7 @@ def test_an_import_that_hangs_is_ended_and_tried_again(
         assert psutil.Process().children(recursive=True) == before, "as is one nobody waits for"
         (tmp_path / "ready").touch()
         await server.start()
-        assert (await processes.described(server))["tools"]
+        assert (await described(server))["tools"]
         await server.close()
 
     asyncio.run(twice())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -394,6 +395,31 @@ class TestAnswers:
     def test_anything_else_is_no_answer(self, line: bytes) -> None:
         with pytest.raises(Garbled):
             parse(line)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+        RuntimeError("can't start new thread"),
+    ],
+)
+def test_without_room_for_a_process_a_group_waits_and_the_next_try_has_its_scores(
+    scorer: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def no_room(*_: Any, **__: Any) -> Any:
+        raise error
+
+    async def body() -> None:
+        async with scorer("picky") as reward:
+            with monkeypatch.context() as patch:
+                patch.setattr(asyncio, "create_subprocess_exec", no_room)
+                with pytest.raises(RewardFailed, match="no process could be started") as failed:
+                    await reward.call("p", ["a"], {})
+            assert failed.value.reason is RewardFailure.UNREACHED
+            assert await reward.call("p", ["a"], {}) == [1.0]
+
+    run(body)
 
 
 class TestEnds:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.supervise import RoleExhausted
 from aligntune.errors import Interrupted
 from aligntune.online.evaluation import evaluation_id
 from aligntune.online.learner import PolicyLost
@@ -102,6 +103,33 @@ def test_a_stop_while_an_update_runs_keeps_it_and_then_finishes_the_evaluation_b
     world.run()
     assert world.evaluated() == EVALUATED
     assert [step for step, _ in world.updates] == [1, 2, 3]
+
+
+def test_an_evaluation_that_fails_under_a_stop_is_told_and_the_run_has_stopped(
+    world: World,
+) -> None:
+    world.configure(checkpoint={"every_steps": 1000})
+    saved = asyncio.Event()
+
+    async def evaluate(version: int) -> None:
+        if version == 1:
+            await saved.wait()
+            raise RoleExhausted("no rollout replica is left")
+
+    def update(step: int) -> None:
+        if step == 2:
+            world.stop()
+
+    def save() -> None:
+        if world.controller and world.controller.state.version == 2:
+            saved.set()
+
+    world.during = {"evaluate": evaluate, "update": update, "save": save}
+    with pytest.raises(Interrupted):
+        world.run()
+    (told,) = world.events("not_evaluated")
+    assert (told["step"], told["reason"]) == (1, "no rollout replica is left")
+    assert [e["step"] for e in world.events("checkpoint_saved")] == [2]
 
 
 def test_the_next_update_runs_beside_an_evaluation_and_its_weights_wait_for_its_end(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import subprocess
@@ -306,6 +307,38 @@ def test_a_run_survives_a_disk_without_a_byte_of_room(
     assert (world.rows(), world.trained(), world.evaluated()) == expected
     assert audit(world.folder / "ledger.jsonl").balanced
     assert not list(world.folder.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("number", "seen", "ends"),
+    [(errno.ENOSPC, True, False), (errno.ENOSPC, False, True), (errno.EACCES, True, True)],
+)
+def test_ranks_that_come_again_while_the_disk_has_no_room_go_on(
+    world: World, number: int, seen: bool, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as they have seen the run directory; all else is one line."""
+    asked: list[Path] = []
+
+    async def blind(_: FakeLearner, folder: Path) -> list[str]:
+        asked.append(folder)
+        if len(asked) > seen:
+            raise OSError(number, os.strerror(number))
+        return []
+
+    def update(step: int) -> None:
+        if step == 2 and len(asked) == 1:
+            raise PolicyLost("policy-0: died")
+
+    monkeypatch.setattr(FakeLearner, "blind", blind)
+    world.during = {"update": update}
+    if ends:
+        with pytest.raises(RunFailed, match="no file could be written to") as error:
+            world.run()
+        assert "\n" not in str(error.value)
+    else:
+        world.run()
+        assert len(world.trained()) == 3
+    assert len(asked) == 1 + seen
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -197,6 +198,30 @@ def test_the_model_is_on_disk_before_it_has_its_name(
     run.fetch(tmp_path / "model")
     assert done == ["model.safetensors", "model.partial", "rename", tmp_path.name]
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_an_older_model_that_cannot_be_removed_is_out_of_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, where a file that somebody reads keeps its folder."""
+    run = JobStorage(None, tmp_path)
+    for folder, content in ((Path(run.export), b"new"), (tmp_path / "model", b"old")):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(content)
+    real = os.rmdir
+
+    def rmdir(path: Any, **more: Any) -> None:
+        if str(path).startswith(str(tmp_path)):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        real(path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", rmdir)
+        run.fetch(tmp_path / "model")
+    assert [path.read_bytes() for path in (tmp_path / "model").iterdir()] == [b"new"]
+    Path(run.export).mkdir()
+    run.fetch(tmp_path / "model")
+    assert not list(tmp_path.glob(".model-*")), "the next one removes what is left"
 
 
 @pytest.mark.parametrize("resume", ["step-000020", "elsewhere/step-000020", "nosuch://x/y"])

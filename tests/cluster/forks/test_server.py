@@ -146,6 +146,13 @@ def test_without_a_server_a_worker_starts_as_ray_starts_it(
     assert "a worker imports for itself" in capsys.readouterr().err
 
 
+def test_ctrl_c_of_the_terminal_is_left_to_the_owner(server: str, tmp_path: Path) -> None:
+    """It goes to the whole group: a server that ended by it could start no worker any more."""
+    (process,) = [p for p in psutil.Process().children() if server in p.cmdline()]
+    process.send_signal(signal.SIGINT)
+    assert shown(server, tmp_path / "a")["interrupt"] == "default_int_handler"
+
+
 OWNER = """
 import os, sys, time
 from cluster.forks import owner
