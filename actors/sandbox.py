@@ -295,8 +295,11 @@ def _end(process: asyncio.subprocess.Process) -> None:
 
 
 def _environment(scratch: str) -> dict[str, str]:
-    """Nothing of this process's environment: no key, no token, no path into a home."""
+    """Nothing of this process's environment: no key, no token, no path into a home. It sees no more
+    GPUs than this process does."""
+    gpus = "CUDA_VISIBLE_DEVICES"
     return {
+        **({gpus: os.environ[gpus]} if gpus in os.environ else {}),
         "PATH": "/usr/local/bin:/usr/bin:/bin",
         "HOME": scratch,
         "TMPDIR": scratch,

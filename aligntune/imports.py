@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cluster.forks import wire
+from cluster.forks import agree, wire
 
 if TYPE_CHECKING:
     from aligntune.config.online import RunConfig
@@ -65,8 +65,10 @@ def of_preference(config: PreferenceConfig) -> tuple[str, ...]:
     return () if config.backend == "unsloth" else MODELS + LORA + TRL + WORKERS
 
 
-def variables_of(threads: int | None, by_itself: bool) -> dict[str, str]:
+def variables_of(threads: int | None, gpus: float, by_itself: bool) -> dict[str, str]:
     """The variables of a worker that computes in `threads` threads; without, Ray sets them to the
-    CPUs that are reserved. `by_itself`: it changes modules that must not be imported before."""
+    CPUs that are reserved. Without `gpus` it sees no GPU. `by_itself`: it changes modules that must
+    not be imported before."""
     limited = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    return limited | ({wire.SOCKET: "off"} if by_itself else {})
+    hidden = {} if gpus else {agree.NO_GPU: "1"}
+    return limited | hidden | ({wire.SOCKET: "off"} if by_itself else {})

@@ -93,8 +93,8 @@ def local_gpus() -> list[LocalGpu]:
 
 
 def type_of_machine() -> str | None:
-    """The type of this machine's first GPU, whatever CUDA_VISIBLE_DEVICES says: Ray empties it for
-    what asks for no GPU. None where there is none.
+    """The type of this machine's first GPU, whatever CUDA_VISIBLE_DEVICES says: a
+    node offers its GPUs also to a Ray task that is shown none. None where there is none.
 
     Raises UnknownName, as `local_gpus`.
     """

@@ -46,7 +46,11 @@ class VLLMSpec(EngineSpec):
         0.85, gt=0, le=1, description="share of the GPU that vLLM takes", json_schema_extra=AUTO
     )
     kv_cache_gib: float | None = Field(
-        None, gt=0, description="default: 1 on CPU, and on a GPU what its share leaves"
+        None,
+        gt=0,
+        description="keys and values; on a GPU that others share what the plan counts, on one of "
+        "its own what vLLM finds free of its share, on CPU 1",
+        json_schema_extra=AUTO,
     )
     options: dict[str, Any] = Field(
         default={},

@@ -34,6 +34,7 @@ from actors.engines.base import (
 from actors.engines.lifeline import work_of
 from actors.engines.specs import VLLMSpec
 from actors.engines.vllm_adapter import AdapterFolder, lora_options
+from actors.engines.vllm_cause import UNKNOWN, Output
 from actors.engines.vllm_options import batch_limits, check_engine_options
 from actors.engines.vllm_steps import stat_logger
 from actors.messages import Completion, FinishReason, Sampling, VersionSpan
@@ -95,8 +96,15 @@ class VLLMEngine:
 
         Raises:
             ValueError: `options` has a name that vLLM does not know, or one that is ours.
+            RuntimeError: its processes could not start; the message has what they said.
         """
-        self._llm = await asyncio.to_thread(self._start)
+        output = Output()
+        try:
+            self._llm = await asyncio.to_thread(self._start)
+        except RuntimeError as error:
+            if UNKNOWN not in str(error) or (cause := output.cause()) is None:
+                raise
+            raise RuntimeError(f"vLLM's engine did not start: {cause}") from error
         # vLLM reads its environment as it is imported: never before `_start` has set it.
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 

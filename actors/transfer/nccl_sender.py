@@ -14,6 +14,7 @@ import queue
 import socket
 import threading
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -202,11 +203,17 @@ def _wait_at(name: str, door: socket.socket, world: int, news: _News) -> None:
 
 def communicator(group: Any) -> Any:
     """Rank 0's communicator with the others of a process group of vLLM's. Raises RuntimeError, as
-    NCCL's."""
+    NCCL's.
+
+    vLLM gives a thread whose stream it has not seen set another one for good. Training goes on in
+    the stream it was in: it would leave the memory that was freed in the other one unused.
+    """
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
     from vllm.utils.nccl import unpinned_nccl_env
 
-    with unpinned_nccl_env():
+    on_gpu = torch.cuda.is_available()
+    as_now = torch.cuda.stream(torch.cuda.current_stream()) if on_gpu else nullcontext()
+    with unpinned_nccl_env(), as_now:
         return PyNcclCommunicator(group, device=torch.accelerator.current_device_index())
 
 

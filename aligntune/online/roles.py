@@ -48,7 +48,8 @@ class Roles:
             module, _, cls = role.actor(config).partition(":")
             options = self._reservation.options(role.name, index)
             threads = role.section(config).resources.threads
-            if variables := variables_of(threads, by_itself="unsloth" in module):
+            gpus = options.get("num_gpus") or 0
+            if variables := variables_of(threads, gpus, by_itself="unsloth" in module):
                 options["runtime_env"] = {"env_vars": variables}
             if role.concurrent:
                 options["max_concurrency"] = (

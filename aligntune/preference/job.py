@@ -195,7 +195,8 @@ class PreferenceRun:
         if spec.resources.memory_gib:
             resources["memory"] = spec.resources.memory_gib * 2**30
         unsloth = self._config.backend == "unsloth"
-        variables = variables_of(spec.resources.threads, by_itself=unsloth)
+        threads, gpus = spec.resources.threads, spec.resources.gpus
+        variables = variables_of(threads, gpus, by_itself=unsloth)
         tables = [
             None if pairs is None else pyarrow.table(pairs.columns) for pairs in (train, evaluation)
         ]

@@ -18,12 +18,28 @@ _NEVER_READ = {"_", "PWD", "OLDPWD", "SHLVL", "TERM", "COLUMNS", "LINES"} | {
 _NEVER_READ_PREFIXES = ("PYTEST_", "ALIGNTUNE_")
 # Ray's own are read by `import ray`, which a branch of the server does for each set of them.
 OF_RAY = ("RAY_", "SPT_", "PYTHONBREAKPOINT")
+NO_GPU = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
+"""With 1, Ray shows a worker that has no GPU none, else all. It is read as an actor is made."""
+# What Ray sets in a worker as it makes an actor there: which accelerators it may use.
+_ACCELERATORS = {
+    "ASCEND_RT_VISIBLE_DEVICES",
+    "CUDA_VISIBLE_DEVICES",
+    "FURIOSA_DEVICES",
+    "HABANA_VISIBLE_MODULES",
+    "HIP_VISIBLE_DEVICES",
+    "NEURON_RT_VISIBLE_CORES",
+    "ONEAPI_DEVICE_SELECTOR",
+    "QBRUNTIME_VISIBLE_DEVICES",
+    "RBLN_DEVICES",
+    "TPU_VISIBLE_CHIPS",
+    "TT_VISIBLE_DEVICES",
+    "ZE_AFFINITY_MASK",
+}
 # Applied to the fork: by `threads.limit`.
 _APPLIED = {"OMP_NUM_THREADS"}
 # What Ray and vLLM set in a worker before it starts vLLM's engine. Each is read when it is used;
 # but vLLM hands its level over to the engine, which applies it, and two are `threads.follow`'s.
-_LATER = {
-    "CUDA_VISIBLE_DEVICES",
+_LATER = _ACCELERATORS | {
     "LD_PRELOAD",
     "LOCAL_WORLD_SIZE",
     "NUMEXPR_MAX_THREADS",
@@ -63,7 +79,8 @@ def changed(was: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 def of_ray(wanted: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     """What `import ray` reads, or may: who has the same may be forked from the same branch."""
-    return tuple(sorted((n, v) for n, v in wanted.items() if n.startswith(OF_RAY)))
+    read = ((n, v) for n, v in wanted.items() if n.startswith(OF_RAY) and n != NO_GPU)
+    return tuple(sorted(read))
 
 
 def environment(

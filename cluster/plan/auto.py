@@ -7,6 +7,7 @@ plan counts it, or DoesNotFit says what is short. The same question has the same
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from cluster.bundles import BadRequest
 from cluster.placement import DoesNotFit
 from cluster.plan.candidates import ANY_ROOM, BUDGETS, Search
 from cluster.plan.fit import memory_of, shortest, times_of, try_draft
+from cluster.plan.memory import GIB, kv_bytes
 from cluster.plan.plan import make_plan
 from cluster.plan.variants import Candidate, count_path, variants, with_dtype, with_request
 from cluster.plan.work import Trained, Work
@@ -234,19 +236,37 @@ def _all(chosen: Candidate, open_: frozenset[str], search: Search | None) -> Ite
                     f"{role}.tokens_per_microbatch", chosen.budget, "memory of a micro-batch"
                 )
     if search is not None and work.rollout.engine == "vllm" and "rollout" in search.on_gpu:
-        yield from _of_engine(work)
+        yield from _of_engine(work, search)
 
 
-def _of_engine(work: Work) -> Iterator[Decided]:
+def _of_engine(work: Work, search: Search) -> Iterator[Decided]:
+    """Where others allocate on the same GPU, its cache too: vLLM measures the whole GPU, and would
+    take what they allocate meanwhile for its own."""
     shared = any("rollout" in group for group in work.colocate)
     why = "what the other roles leave of a GPU" if shared else "GPUs of its own"
-    options = {
+    options: dict[str, float] = {
         "tensor_parallel_size": work.rollout.tensor_parallel,
         "gpu_memory_utilization": work.rollout.memory_share,
     }
+    if _has_company(work, search) and (cache := _cache(work, search)):
+        options["kv_cache_gib"] = cache
     yield Decided("rollout.engine", {"name": "vllm", **options}, why)
     for name, value in options.items():
         yield Decided(f"rollout.engine.{name}", value, why)
+
+
+def _has_company(work: Work, search: Search) -> bool:
+    """Whether another replica may be on a GPU of a rollout replica."""
+    gpus = next(request.gpus for request in work.requests if request.role == "rollout")
+    groups = (set(group).intersection(search.on_gpu) for group in work.colocate)
+    return gpus < 1 or any("rollout" in group and len(group) > 1 for group in groups)
+
+
+def _cache(work: Work, search: Search) -> float:
+    """GiB of keys and values that the plan counts, in hundredths where these hold a row too."""
+    cache = memory_of(work, search.gpus)["rollout"].device["KV cache"]
+    rounded = math.floor(100 * cache / GIB) / 100
+    return rounded if rounded * GIB >= kv_bytes(work.rollout) * work.step.row else cache / GIB
 
 
 def _of_model(work: Work, search: Search | None) -> Iterator[Decided]:

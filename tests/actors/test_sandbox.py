@@ -45,9 +45,19 @@ def test_a_program_reads_its_input_and_says_its_output(mode: Mode) -> None:
 
 def test_nothing_of_the_environment_is_there(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "Rumpel417")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     ran = python("import os; print(dict(os.environ))", mode)
     assert b"Rumpel" not in ran.stdout
     assert b"PATH" in ran.stdout
+    assert b"CUDA" not in ran.stdout
+
+
+def test_it_sees_no_gpu_where_its_actor_has_none(
+    mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    ran = python("import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))", mode)
+    assert ran.stdout == b"''\n"
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def life(kind: Kind, work: Work, home: Path) -> Start:
             num_cpus=1,
             max_concurrency=2 * work.prompts,
             concurrency_groups=HEALTH_GROUP | DISK_GROUP,
-            runtime_env={"env_vars": variables_of(work.threads, by_itself=False)},
+            runtime_env={"env_vars": variables_of(work.threads, 0, by_itself=False)},
         )(RolloutActor)
         model = ModelSpec(name=str(home / "model"))
         actor = make.remote(model, spec, "rollout-0", 0, work.completions, work.seed)

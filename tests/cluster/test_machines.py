@@ -73,7 +73,7 @@ def test_the_gpus_of_this_machine_are_those_that_cuda_shows(
 def test_what_ray_shows_no_gpu_still_sees_the_machines(
     gpus: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as Ray sets it for a task without a GPU
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as of a role without a GPU
     assert type_of_machine() == "h100-80gb"
 
 

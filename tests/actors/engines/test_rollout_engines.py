@@ -83,12 +83,17 @@ def vllm_replica(folder: Path, ray_session: None) -> Iterator[Replica]:
         yield replica
 
 
+SMALL_CACHE = VLLMSpec(kv_cache_gib=0.25)
+
+
 @contextlib.contextmanager
-def vllm_actor(folder: Path, **variables: str) -> Iterator[Replica]:
+def vllm_actor(
+    folder: Path, engine: EngineSpec = SMALL_CACHE, **variables: str
+) -> Iterator[Replica]:
     handle = (
         ray.remote(Overwritten)
         .options(num_cpus=1, max_concurrency=64, runtime_env={"env_vars": variables})
-        .remote(model_spec(folder), rollout_spec(VLLMSpec(kv_cache_gib=0.25)), "v0", 0, 8, 11)
+        .remote(model_spec(folder), rollout_spec(engine), "v0", 0, 8, 11)
     )
     replica = Replica("vllm", lambda method, *args: getattr(handle, method).remote(*args).future())
     replica.handle = handle
@@ -409,6 +414,15 @@ def test_an_engine_that_is_forked_computes_what_another_does_bit_for_bit(
             found.append((tensors.token_ids.tolist(), tensors.logprobs.tobytes()))
             assert (parent.pid == replica.pid) == (replica is other)
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_an_engine_that_cannot_start_says_what_its_process_said(folder, ray_session):
+    pytest.importorskip("vllm")
+    spec = VLLMSpec(kv_cache_gib=1e-6, tensor_parallel_size=2)
+    why = "vLLM's engine did not start: ValueError: No available memory for the cache"
+    with pytest.raises(RuntimeError, match=why), vllm_actor(folder, spec):
+        pass
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -119,6 +120,32 @@ def test_replicas_get_the_weights_bit_for_bit_and_meet_rank_0_once(
     assert same(replacement.got, weights.now())
     assert same(replicas[0].got, weights.now())
     assert replicas[0].engine.model_update_group is groups[0]
+
+
+def test_to_meet_a_replica_leaves_training_in_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.distributed.device_communicators import pynccl
+
+    now = ["training's"]
+
+    @contextlib.contextmanager
+    def stream(one: str) -> Iterator[None]:
+        before, now[:] = now[:], [one]
+        yield
+        now[:] = before
+
+    class OfVLLM(Communicator):
+        """Sets a stream for good, as vLLM's does."""
+
+        def __init__(self, group: Any, device: Any) -> None:
+            super().__init__(group, device)
+            now[:] = ["vLLM's"]
+
+    monkeypatch.setattr(pynccl, "PyNcclCommunicator", OfVLLM)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    assert isinstance(nccl_sender.communicator(None), OfVLLM)
+    assert now == ["training's"]
 
 
 def test_the_other_ranks_gather_beside_it_and_send_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +32,10 @@ class Judge:
     def judge(self, text: str) -> str:
         """What it thinks of a text."""
         return f"{self.model} likes {text}"
+
+    def gpus(self) -> str | None:
+        """Those that CUDA shows it."""
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 SECTION = RewardActorSpec(replicas=2, resources=RoleResources(cpus=0.5))
@@ -91,7 +96,9 @@ def test_its_set_of_replicas_is_made_with_its_own_slots(config: RunConfig) -> No
 
 
 @pytest.mark.slow
-def test_its_actor_is_made_in_its_place_and_answers(config: RunConfig, ray_session: None) -> None:
+def test_its_actor_is_made_in_its_place_without_a_gpu_and_answers(
+    config: RunConfig, ray_session: None
+) -> None:
     reservation = SimpleNamespace(options=lambda role, index: {"num_cpus": 0.1})
     roles = Roles(config, reservation, (), 1)  # type: ignore[arg-type]
     said: list[str] = []
@@ -101,12 +108,13 @@ def test_its_actor_is_made_in_its_place_and_answers(config: RunConfig, ray_sessi
         judges = serving.sets["judge"]
         try:
             await judges.start()
+            (gpus,) = await judges.call("gpus", deadline_s=30, queue_s=30)
             (answer,) = await judges.call("judge", "x", deadline_s=30, queue_s=30)
-            return answer
+            return answer, gpus
         finally:
             await judges.close()
 
-    assert asyncio.run(asked()) == "some/model likes x"
+    assert asyncio.run(asked()) == ("some/model likes x", "")
     assert sorted(said) == ["judge-0.0", "judge-1.1"]
 
 

@@ -77,6 +77,23 @@ def test_what_is_set_is_never_changed() -> None:
     assert now.policy.strategy.name == "deepspeed"
 
 
+def test_vllm_measures_no_gpu_on_which_others_allocate() -> None:
+    named = "rollout.engine={name: vllm}"
+    now, decided = settle(config(named), ONE_H100)
+    cache, key = now.rollout.engine.model_dump()["kv_cache_gib"], "rollout.engine.kv_cache_gib"
+    assert decided["cluster.colocate"] == [["policy", "rollout"]]
+    assert cache == decided[key] == settle(config(), ONE_H100)[1]["rollout.engine"]["kv_cache_gib"]
+    assert 1 < cache < 80 * decided["rollout.engine.gpu_memory_utilization"]
+    less = "rollout.engine={name: vllm, gpu_memory_utilization: 0.2}"
+    assert 1 < settle(config(less), ONE_H100)[1][key] < 0.2 * 80 < cache
+    assert key not in settle(config(less.replace("0.2", "0.2, kv_cache_gib: 3")), ONE_H100)[1]
+    counts = ["cluster.colocate=[]", "policy.ranks=1", "rollout.replicas=1"]
+    halves = ["policy.resources.gpus=0.5", "rollout.resources.gpus=0.5"]
+    assert settle(config(less, *counts, *halves), ONE_H100)[1][key] > 1
+    assert key not in settle(config(named, "cluster.colocate=[]"), EIGHT_H100)[1]
+    assert key not in settle(config(named, "policy.resources.gpus=0"), ONE_H100)[1]
+
+
 def test_auto_may_be_written_and_is_as_if_nothing_were() -> None:
     written = config(
         "model.dtype=auto",

@@ -31,6 +31,20 @@ def test_a_branch_is_for_those_with_the_same_variables_of_ray() -> None:
     assert agree.of_ray(THERE | other) == (("RAY_JOB_ID", "2"), ("RAY_RAYLET_PID", "1"))
 
 
+def test_who_sees_no_gpu_is_of_the_same_branch_and_may_have_its_own_forked() -> None:
+    from ray._private.accelerators import (
+        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO_ENV_VAR,
+        get_all_accelerator_managers,
+    )
+
+    assert agree.NO_GPU == RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO_ENV_VAR
+    assert agree.of_ray(THERE | {agree.NO_GPU: "1"}) == agree.of_ray(THERE)
+    managers = get_all_accelerator_managers()
+    emptied = {manager.get_visible_accelerator_ids_env_var() for manager in managers} - {None}
+    assert "CUDA_VISIBLE_DEVICES" in emptied
+    assert agree.changed(THERE, THERE | dict.fromkeys(emptied, "")) == []
+
+
 def test_what_imports_set_is_set_in_a_fork_but_where_it_is_to_be_otherwise() -> None:
     after = THERE | {"SET": "by an import", "HF_HOME": "changed", "OMP_NUM_THREADS": "8"}
     made = agree.environment(THERE | {"OMP_NUM_THREADS": "2"}, THERE, after)
