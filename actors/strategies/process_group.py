@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
-import struct
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -36,7 +35,7 @@ def join(
     )
     if device.type != "cpu":
         torch.cuda.set_device(device)
-    _bind_to_route(master_address, master_port)
+    bind_to_route(master_address)
     store = dist.TCPStore(
         master_address,
         master_port,
@@ -68,18 +67,18 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _bind_to_route(master_address: str, master_port: int) -> None:
-    """Tell gloo and NCCL the interface that reaches rank 0; they guess by the host's name else."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((master_address, master_port))  # a datagram socket sends nothing here
+def bind_to_route(address: str) -> None:
+    """Tell gloo and NCCL the interface that reaches rank 0; they guess by the host's name else.
+
+    Args:
+        address: of rank 0's node, IPv4 or IPv6.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))  # a datagram socket sends nothing here
         own = probe.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR
-            except OSError:  # this interface has no IPv4 address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == own:
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
-                return
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address == own for one in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            return

@@ -188,6 +188,8 @@ class PreferenceRun:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
+        from actors.preference.meeting import RoutedTorchConfig
+
         spec = self._config.train
         resources = {"CPU": spec.resources.cpus}
         if spec.resources.gpus:
@@ -209,6 +211,7 @@ class PreferenceRun:
                     "train": tables[0],
                     "eval": tables[1],
                 },
+                torch_config=RoutedTorchConfig(),
                 scaling_config=ScalingConfig(
                     num_workers=spec.workers,
                     use_gpu=spec.resources.gpus > 0,

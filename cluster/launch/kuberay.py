@@ -70,11 +70,15 @@ def render(launch: Launch, kind: Kind, names: Namespace, config: str) -> str:
         f"Before `kubectl apply -f`: the claim {names.claim}, ReadWriteMany and writable for the",
         "image's user, and the token:",
         f"  kubectl create secret generic {names.secret} --from-file=auth_token=TOKEN_FILE",
+        "The run and its roles have what another secret holds, if it is there (lines NAME=value,",
+        "such as of HF_TOKEN, WANDB_API_KEY, HTTPS_PROXY, NCCL_SOCKET_IFNAME):",
+        f"  kubectl create secret generic {_variables(launch)} --from-env-file=FILE",
         *(
             [
                 "Then start the run through the head's Jobs port:",
                 f"  kubectl port-forward service/{launch.name}-head-svc {JOBS_PORT} &",
                 "  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=TOKEN_FILE",
+                "  unset RAY_ADDRESS RAY_API_SERVER_ADDRESS",  # which Ray prefers to --address
                 f"  ray job submit --address http://localhost:{JOBS_PORT} --no-wait "
                 f"-- {ENTRYPOINT}",
             ]
@@ -85,6 +89,11 @@ def render(launch: Launch, kind: Kind, names: Namespace, config: str) -> str:
         ),
     )
     return head + as_yaml(settings) + "---\n" + as_yaml(made)
+
+
+def _variables(launch: Launch) -> str:
+    """The secret whose keys are environment variables of every pod; it need not be there."""
+    return f"{launch.name}-env"
 
 
 def _object(kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:
@@ -160,6 +169,7 @@ def _pod(launch: Launch, names: Namespace, container: str) -> dict[str, Any]:
                     "workingDir": launch.storage,
                     "resources": {"limits": dict(amounts), "requests": dict(amounts)},
                     "env": [{"name": n, "value": v} for n, v in RAY_SETTINGS.items()],
+                    "envFrom": [{"secretRef": {"name": _variables(launch), "optional": True}}],
                     "ports": [{"name": n, "containerPort": p} for n, p in ports.items()],
                     "volumeMounts": [
                         {"name": "storage", "mountPath": launch.storage},

@@ -189,7 +189,9 @@ def render(
         files[f"{HOME}/{Path(software.copied).name}"] = software.copied
     ray = f"ray start --disable-usage-stats --metrics-export-port={METRICS_PORT}"
     address = f" --node-ip-address={hosts.head_ip}" if hosts.head_ip else ""
-    start = f". {HOME}/env; ulimit -n $(ulimit -Hn); {ray}{hosts.ray_start}"
+    # Ray runs these commands with one thread and without warnings, which its roles would inherit.
+    plain = "unset OMP_NUM_THREADS PYTHONWARNINGS"
+    start = f". {HOME}/env; {plain}; ulimit -n $(ulimit -Hn); {ray}{hosts.ray_start}"
     tree: dict[str, Any] = {
         "cluster_name": launch.name,
         "max_workers": launch.nodes - 1,
@@ -253,6 +255,8 @@ def _how(launch: Launch, nfs: str | None, *, local: bool) -> list[str]:
         f"  ray exec FILE 'ray job logs {jobs} -f {launch.name}'",
         "  ray down -y FILE",
         *version,
+        "Ray reads ~/.bashrc of each node when it starts: what that exports, such as HF_TOKEN,",
+        "WANDB_API_KEY, HTTPS_PROXY or NCCL_SOCKET_IFNAME, reaches the run and its roles.",
         "A run that was stopped goes on from its newest checkpoint: start it again, with another",
         "submission id.",
     ]

@@ -72,7 +72,7 @@ def render(launch: Launch, site: Site, *, venv: str, token_file: str) -> str:
         "kills it. The nodes are not shared with other jobs (--exclusive): at the end `ray stop`",
         "ends every Ray of yours on them.",
     )
-    directives = "".join(f"#SBATCH {option}\n" for option in options)
+    directives = "".join(f"#SBATCH {_quoted(option)}\n" for option in options)
     settings = "".join(f"export {name}={value}\n" for name, value in RAY_SETTINGS.items())
     return (
         "#!/bin/bash\n"
@@ -93,6 +93,11 @@ def render(launch: Launch, site: Site, *, venv: str, token_file: str) -> str:
             killed=KILLED,
         )
     )
+
+
+def _quoted(option: str) -> str:
+    """An option as sbatch reads it: as a shell, but a backslash counts in any quotes."""
+    return shlex.quote(option).replace("\\", "\\\\")
 
 
 def seconds(time: str) -> int:
@@ -120,6 +125,7 @@ export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN_PATH={token}
 export SRUN_CPUS_PER_TASK={cpus} # which srun does not take from the job
 export PATH={venv}/bin:$PATH
+unset RAY_ADDRESS # of the shell that submits: the run would go to that cluster
 
 refuse() {{ echo "aligntune: $*" >&2; exit 2; }}
 for program in aligntune ray; do
@@ -131,6 +137,18 @@ done
   refuse "others can read $RAY_AUTH_TOKEN_PATH; chmod 600 it"
 srun --ntasks-per-node=1 test -w "$PWD" ||
   refuse "$PWD cannot be written to on every node; submit from storage that all nodes share"
+
+# Every node's Ray takes the folder for temporary files that the head has. Each needs its own there.
+export RAY_TMPDIR="${{RAY_TMPDIR:-${{TMPDIR:-/tmp}}}}"
+mark="$RAY_TMPDIR/.aligntune-$SLURM_JOB_ID"
+{{ mkdir -p "$RAY_TMPDIR" && hostname > "$mark"; }} 2>/dev/null &&
+  srun --ntasks-per-node=1 bash -c 'mkdir -p "$RAY_TMPDIR" 2>/dev/null && test -w "$RAY_TMPDIR" &&
+    [ "$(cat "$0" 2>/dev/null || hostname)" = "$(hostname)" ]' "$mark"
+own=$?
+rm -f "$mark"
+[ $own = 0 ] ||
+  refuse "$RAY_TMPDIR, for Ray's temporary files, is shared by nodes or cannot be written to on" \
+    "one; export RAY_TMPDIR=/tmp, or another folder that each node has for itself, and submit again"
 
 # This script runs on the job's first node, which becomes the head.
 head_ip=${{ALIGNTUNE_HEAD_IP:-$(getent ahostsv4 "$SLURMD_NODENAME" | awk 'NR == 1 {{print $1}}')}}

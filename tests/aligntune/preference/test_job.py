@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -209,3 +210,24 @@ def test_an_evaluation_without_a_run_counts_ties_as_a_run_does() -> None:
     figures = Figures()
     figures.step(0, {"eval/reward/accuracy": 0.0, "eval/reward/margin": 0.0})
     assert figures.last["eval/reward/accuracy"] == 0.5
+
+
+def test_workers_of_a_job_are_bound_to_the_interface_that_joins_their_nodes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import ray.train.torch
+
+    from actors.preference.meeting import RoutedTorchConfig
+
+    given: dict[str, Any] = {}
+
+    def trainer(*_: Any, **settings: Any) -> SimpleNamespace:
+        given.update(settings)
+        return SimpleNamespace(fit=lambda: None)
+
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", trainer)
+    storage = {"storage_path": str(tmp_path), "name": "job"}
+    run = PreferenceRun(config(), None, storage, Figures())  # type: ignore[arg-type]
+    run._fit(relay=None, train=SimpleNamespace(columns={"a": [1]}), evaluation=None)  # type: ignore[arg-type]
+    assert run._error is None
+    assert isinstance(given["torch_config"], RoutedTorchConfig)

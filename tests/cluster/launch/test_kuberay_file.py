@@ -33,6 +33,9 @@ def test_kuberay_manifests_ask_for_what_the_roles_need(launch: Any, kind: str) -
     head = text.partition("\napiVersion")[0]
     assert "KubeRay 1.6 or newer" in head
     settings_map, made = manifests(text)
+    name = made["metadata"]["name"]
+    assert f"kubectl create secret generic {name}-env --from-env-file=FILE\n" in head
+    assert ("unset RAY_ADDRESS" in head) == (kind == "raycluster")
     assert yaml.safe_load(settings_map["data"]["config.yaml"])["train"]["steps"] == 7
     assert made["apiVersion"] == "ray.io/v1"
     assert made["kind"] == {"rayjob": "RayJob", "raycluster": "RayCluster"}[kind]
@@ -53,6 +56,8 @@ def test_kuberay_manifests_ask_for_what_the_roles_need(launch: Any, kind: str) -
         assert limits == {"cpu": "12", "memory": "64Gi", "nvidia.com/gpu": "4"}
         assert group["rayStartParams"]["memory"] == str(NodeSize(12, 4, 64).role_memory_bytes)
         assert {e["name"] for e in container["env"]} >= KEEPALIVE | HEALTH
+        (variables,) = container["envFrom"]
+        assert variables == {"secretRef": {"name": f"{name}-env", "optional": True}}
         mounts = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}
         assert mounts["storage"] == container["workingDir"] == "/shared"
         assert mounts["shm"] == "/dev/shm"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -224,3 +225,28 @@ def test_setup_commands_write_files_that_a_shell_reads(launch: Any, tmp_path: Pa
     assert said[-1] == f"{sys.prefix}/bin/aligntune"
     assert (home / ".aligntune" / "token").stat().st_mode & 0o777 == 0o600
     assert "secret" not in text
+
+
+@pytest.mark.parametrize("node", ["head", "worker"])
+def test_ray_starts_with_the_hosts_variables_and_without_those_of_rays_own_shell(
+    launch: Any, tmp_path: Path, node: str
+) -> None:
+    from ray.autoscaler._private.command_runner import _with_interactive
+
+    code, text, err = launch("ray-up", *HOSTS, *VENV)
+    assert code == 0, err
+    commands = yaml.safe_load(text)[f"{node}_start_ray_commands"]
+    (tmp_path / ".aligntune").mkdir()
+    (tmp_path / ".aligntune/env").write_text(f"export PATH={tmp_path}:$PATH\n")
+    (tmp_path / ".bashrc").write_text("export HF_TOKEN=from-bashrc\n")
+    (tmp_path / "ray").write_text('#!/bin/bash\nenv > "$HOME/$1"\n')
+    (tmp_path / "ray").chmod(0o755)
+    for command in commands:
+        (line,) = shlex.split(_with_interactive(command)[-1])
+        assert "OMP_NUM_THREADS=1" in line, "Ray runs commands otherwise now"
+        environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "RAY_HEAD_IP": "10.0.0.1"}
+        subprocess.run(["bash", "-c", line], env=environment, check=True)
+    seen = (tmp_path / "start").read_text()
+    assert "HF_TOKEN=from-bashrc\n" in seen
+    assert "OMP_NUM_THREADS" not in seen
+    assert "PYTHONWARNINGS" not in seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -42,10 +43,24 @@ def test_the_slurm_script_is_a_script_sized_from_the_config(
     assert text.index("#SBATCH --signal=B:USR1@") < text.index("set -u")
 
 
+@pytest.mark.parametrize("folder", ["my runs", "it's", "a#b", "a'b c"])
+def test_a_folder_of_any_name_is_one_option_of_sbatch(
+    launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / folder)
+    code, text, err = launch("slurm")
+    assert code == 0, err
+    (line,) = [one for one in text.splitlines() if one.startswith("#SBATCH") and "--chdir" in one]
+    # sbatch ends a line at a # outside quotes, as a shell does.
+    assert shlex.split(line[1:], comments=True) == ["SBATCH", f"--chdir={tmp_path / folder}"]
+
+
 STUBS = {
     "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
     "ray": 'while [[ $1 != -- ]]; do shift; done; shift; exec "$@"',
-    "aligntune": "trap 'exit ${STOPPED:-143}' TERM; touch started; while :; do sleep 0.05; done",
+    "aligntune": "trap 'exit ${STOPPED:-143}' TERM; env > new; mv new started; "
+    "while :; do sleep 0.05; done",
     "scontrol": 'echo "$@" > requeued',
 }
 
@@ -69,6 +84,7 @@ def script(launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def start(**environment: str) -> subprocess.Popen[str]:
         slurm = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "node1", "ALIGNTUNE_HEAD_IP": "10.0.0.1"}
+        slurm["TMPDIR"] = str(tmp_path)
         process = subprocess.Popen(
             ["bash", "run.sbatch"],
             env={"PATH": "/usr/bin:/bin", **slurm, **environment},
@@ -157,6 +173,52 @@ def test_the_slurm_script_refuses_in_one_line_before_it_starts(
     assert (process.returncode, out) == (2, "")
     assert said in err
     assert err.count("\n") == 1
+
+
+# One node after the other: what the second finds where the first has its temporary files.
+SECOND_NODE = """\
+while [[ $1 == --* ]]; do shift; done
+[[ $1 == ray ]] && exec "$@"
+HERE=node1 "$@" || exit
+[[ $OTHER == shared ]] || mv "$FOLDER" "$FOLDER.node1"
+[[ $OTHER != missing ]] || touch "$FOLDER" # so that no folder can be made there
+HERE=node2 "$@"
+code=$?
+[[ $OTHER == shared ]] || { rm -rf "$FOLDER"; mv "$FOLDER.node1" "$FOLDER"; }
+exit $code
+"""
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+@pytest.mark.parametrize("other", ["shared", "missing", "own"])
+def test_each_node_needs_a_folder_of_its_own_for_rays_temporary_files(
+    script: Any, tmp_path: Path, variable: str, other: str
+) -> None:
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    for name, body in {"srun": SECOND_NODE, "hostname": "echo ${HERE:-node1}"}.items():
+        (tmp_path / "venv/bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "venv/bin" / name).chmod(0o755)
+    process = script(**{variable: str(folder)}, FOLDER=str(folder), OTHER=other)
+    if other == "own":
+        wait_for((tmp_path / "started").exists, "the run to start", 10)
+        assert f"RAY_TMPDIR={folder}\n" in (tmp_path / "started").read_text()
+    else:
+        out, err = process.communicate(timeout=20)
+        assert (process.returncode, out) == (2, "")
+        assert f"{folder}, for Ray's temporary files, is shared by nodes" in err
+        assert "export RAY_TMPDIR=/tmp" in err
+        assert err.count("\n") == 1
+        assert not (tmp_path / "started").exists()
+    assert not list(folder.iterdir())
+
+
+def test_a_cluster_that_the_shell_names_does_not_get_the_slurm_run(
+    script: Any, tmp_path: Path
+) -> None:
+    script(RAY_ADDRESS="10.9.9.9:6379")
+    wait_for((tmp_path / "started").exists, "the run to start", 10)
+    assert "RAY_ADDRESS=" not in (tmp_path / "started").read_text()
 
 
 def test_a_ray_that_does_not_start_fails_the_slurm_job(script: Any, tmp_path: Path) -> None:
