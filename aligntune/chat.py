@@ -10,6 +10,7 @@ from typing import Any
 from actors.models.auto import import_light
 from actors.models.positions import positions_of
 from actors.models.templates import give
+from actors.scoring.model import tokens_of
 from aligntune.errors import UserError
 from aligntune.runs.reading import open_run
 
@@ -79,7 +80,12 @@ class Conversation:
         """Raises UserError where the model cannot be loaded, writes no text, or cannot be told
         what it is to be told first."""
         import_light()
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoTokenizer,
+            GenerationConfig,
+        )
 
         try:
             config = AutoConfig.from_pretrained(folder)
@@ -94,6 +100,11 @@ class Conversation:
             self._model: Any = AutoModelForCausalLM.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise _not_loaded(folder, error) from error
+        # The folder's own may hold more than a temperature, such as a penalty of repetition.
+        self._model.generation_config = GenerationConfig(
+            eos_token_id=_ends(self._tokenizer, self._model.generation_config),
+            pad_token_id=self._tokenizer.pad_token_id,
+        )
         give(self._tokenizer, asking.variables)
         self._folder, self._positions = folder, positions_of(config)
         self._template = asking.template and bool(self._tokenizer.chat_template)
@@ -156,7 +167,10 @@ class Conversation:
         if self._template:
             found = self._rendered([*self._messages, {"role": "user", "content": text}])
         else:
-            found = self._tokenizer(text, return_tensors="pt")
+            import torch
+
+            ids = torch.tensor(tokens_of(self._tokenizer, [text], special=True))
+            found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
 
     def _rendered(self, messages: list[dict[str, str]], cure: str = "") -> Any:
@@ -174,6 +188,14 @@ class Conversation:
                 f"the chat template of the model in {self._folder} refuses the messages "
                 f"({error}){cure}"
             ) from error
+
+
+def _ends(tokenizer: Any, own: Any) -> list[int] | None:
+    """The token ids that end an answer: the tokenizer's and those of the generation config `own`;
+    None without one."""
+    named = own.eos_token_id
+    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    return sorted(ids) or None
 
 
 def _not_loaded(folder: Path, error: Exception) -> UserError:

@@ -1,4 +1,5 @@
-"""What a model's chat template gets beside the messages, such as Qwen3's `enable_thinking`.
+"""What a model's chat template gets beside the messages, such as Qwen3's `enable_thinking`, and
+what it says of its model.
 
 Invariant: a tokenizer that was given some passes them on in every call of its template, so prompts,
 episodes, rows to imitate and pairs are rendered alike.
@@ -6,10 +7,13 @@ episodes, rows to imitate and pairs are rendered alike.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
+
+from actors.messages import Messages
 
 OURS = {
     "add_generation_prompt",
@@ -55,3 +59,39 @@ def check_given(tokenizer: Any, template: str | None = None) -> None:
         if not re.search(rf"\b{re.escape(name)}\b", text):
             whose = "the model has no chat template" if not text else "no variable of the template"
             raise ValueError(f"{name!r} would do nothing: {whose}; remove it or correct its name")
+
+
+def with_arguments(tokenizer: Any, messages: Messages) -> Messages:
+    """`messages` with the arguments of calls as the chat template takes them: data as they are, or
+    JSON text where it takes nothing else, as DeepSeek-V3's."""
+    if not any(message.get("tool_calls") for message in messages) or not _takes_text(tokenizer):
+        return messages
+    return [
+        {**message, "tool_calls": [_as_text(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _takes_text(tokenizer: Any) -> bool:
+    from jinja2 import TemplateError
+
+    def renders(arguments: Any) -> bool:
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        said = {"role": "assistant", "content": "", "tool_calls": [call]}
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "?"}, said], tokenize=False)
+        except (TemplateError, TypeError):
+            return False
+        return True
+
+    return not renders({}) and renders("{}")
+
+
+def _as_text(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), dict):
+        return call
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}

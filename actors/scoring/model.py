@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from actors.messages import Conversations, Messages, Prompt
+from actors.models.templates import with_arguments
 from actors.scoring.criteria import RewardFailed, RewardFailure
 from actors.scoring.said import text_of
 from actors.specs import ModelSpec
@@ -82,7 +83,9 @@ def rendered(tokenizer: Any, messages: Messages, **options: Any) -> str:
     from jinja2 import TemplateError
 
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        text: str = tokenizer.apply_chat_template(
+            with_arguments(tokenizer, messages), tokenize=False, **options
+        )
     except (TemplateError, TypeError) as error:
         raise ValueError(
             f"the chat template refuses the messages ({error}); give it messages it knows"
@@ -104,7 +107,9 @@ def scored_ids(
 def tokens_of(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
     """The whole texts' tokens, with special tokens in front where `special` says so.
 
-    Some tokenizers put an end-of-sequence token behind every text; here nothing follows it.
+    Some tokenizers put an end-of-sequence token behind every text; here nothing follows it. A text
+    that begins with the beginning-of-sequence token, as one that a chat template wrote, gets no
+    second one.
     """
     if not texts:
         return []
@@ -121,7 +126,10 @@ def tokens_of(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]
         ]
         with_end, own = (probe[-1:] == [tokenizer.eos_token_id] for probe in probes)
         if with_end and not own:
-            return [row[:-1] for row in ids]
+            ids = [row[:-1] for row in ids]
+        begin = [tokenizer.bos_token_id]
+        if probes[0][:1] == begin:
+            ids = [row[1:] if row[:2] == begin * 2 else row for row in ids]
     return ids
 
 

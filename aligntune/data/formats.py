@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from actors.messages import Messages
+from actors.models.templates import with_arguments
 from aligntune.data.errors import DataError, Reason
 from aligntune.data.messages import check_messages, check_unicode, is_sharegpt, what_is_lost
 
@@ -130,7 +131,10 @@ def _templated(tokenizer: Any, messages: Messages, tools: Sequence[dict[str, Any
 
     try:
         text: str = tokenizer.apply_chat_template(
-            messages, tools=[*tools] or None, tokenize=False, add_generation_prompt=True
+            with_arguments(tokenizer, messages),
+            tools=[*tools] or None,
+            tokenize=False,
+            add_generation_prompt=True,
         )
     except (TemplateError, TypeError) as error:
         raise DataError(

@@ -2,8 +2,9 @@
 
 OpenAI's form stays as it is, ShareGPT's (`from` and `value`) is turned into it. Fields that are
 null are left out, at any depth: columnar files give every object of a column the same fields, and
-so a row is the same from Parquet as from JSON Lines. Errors say what and the cure; the caller, who
-knows the row, says where.
+so a row is the same from Parquet as from JSON Lines. Arguments of calls that are JSON text become
+the object that they spell, as in an agent's requests: templates would encode them a second time.
+Errors say what and the cure; the caller, who knows the row, says where.
 """
 
 from __future__ import annotations
@@ -119,6 +120,8 @@ def _check_message(message: Any, which: str) -> dict[str, Any]:
     kept: dict[str, Any] = without_nulls(message)
     if "from" in kept and "role" not in kept:
         kept = _from_sharegpt(kept, which)
+    if isinstance(calls := kept.get("tool_calls"), list):
+        kept["tool_calls"] = [_with_read_arguments(call, which) for call in calls]
     role = kept.get("role")
     if role not in ROLES:
         raise DataError(
@@ -133,6 +136,27 @@ def _check_message(message: Any, which: str) -> dict[str, Any]:
         )
     check_unicode(content, which)
     return kept
+
+
+def _with_read_arguments(call: Any, which: str) -> Any:
+    """`call` with arguments that are JSON text as the object in it; no text is none of them.
+
+    Raises: DataError.
+    """
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(text := function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(text) if text.strip() else {}
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise DataError(
+            f"{which} calls {shown(function.get('name'))} with arguments that are text and no JSON "
+            f"object, {shown(text)}; give an object, or JSON text of one"
+        )
+    read = {**function, "arguments": arguments}
+    return read if function is call else {**call, "function": read}
 
 
 def _from_sharegpt(message: dict[str, Any], which: str) -> dict[str, Any]:

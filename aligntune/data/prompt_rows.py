@@ -21,7 +21,7 @@ from actors.messages import Messages
 from actors.scoring.model import tokens_of
 from aligntune.data.errors import DataError, Reason
 from aligntune.data.formats import check_prompt, check_template, render, uses_template
-from aligntune.data.messages import CONVERSATIONS, TOOLS, check_tools, is_sharegpt
+from aligntune.data.messages import CONVERSATIONS, TOOLS, check_tools
 from aligntune.data.pairs import CHOSEN, PROMPT, REJECTED, PairRows
 from aligntune.data.sources import Rows, require_column
 
@@ -111,7 +111,8 @@ class PromptRows:
         return digest.hexdigest()
 
     def prompt(self, row: int) -> tuple[str | Messages, str, dict[str, Any]]:
-        """The prompt of a row as the data have it, its text, and the other columns.
+        """The prompt of a row, as the data have it or as checked messages, its text, and the other
+        columns.
 
         Raises: DataError, with a reason, where the row has no usable prompt.
         """
@@ -124,8 +125,8 @@ class PromptRows:
         else:
             source = columns.pop(self._column, None)
         checked = check_prompt(source, self._environment)
-        if not isinstance(source, str | list) or is_sharegpt(source):
-            source = checked
+        if not isinstance(source, str):
+            source = checked  # what is rendered again, for a reward model or an episode
         text = render(
             checked,
             self._tokenizer,

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from actors.messages import Messages
-from actors.models.templates import check_given
+from actors.models.templates import check_given, with_arguments
 from actors.scoring.model import rendered, tokens_of
 from aligntune.data.dropped import RowRules, settle_rows
 from aligntune.data.errors import DataError, Reason
@@ -238,10 +238,11 @@ class _Reader:
         options = {"tools": [*tools] or None, "chat_template": marked}
         text = rendered(self._tokenizer, messages, **options)
         if lost := what_is_lost(text, messages if self._all else messages[asked:]):
+            cure = "use a model whose template keeps it, or give text"
+            if alone and self._kept_where_marked(messages, options):
+                cure = "give the same rows as messages, whose training template keeps it"
             raise DataError(
-                f"the chat template leaves {lost} out of an answer; use a model whose template "
-                "keeps it, or give text",
-                Reason.NOT_WHOLE,
+                f"the chat template leaves {lost} out of an answer; {cure}", Reason.NOT_WHOLE
             )
         if tools and text == rendered(self._tokenizer, messages, chat_template=marked):
             raise DataError(
@@ -252,7 +253,7 @@ class _Reader:
         check_unicode(text, "the row")
         if marked is not None:
             found = self._tokenizer.apply_chat_template(
-                messages,
+                with_arguments(self._tokenizer, messages),
                 return_dict=True,
                 return_assistant_tokens_mask=True,
                 tokenizer_kwargs={"verbose": False},  # a row over the limit is told by us
@@ -269,6 +270,15 @@ class _Reader:
             )
             trained = trained & self._after(self._ids(prompt, special=False), ids)
         return ids, trained
+
+    def _kept_where_marked(self, messages: Messages, options: dict[str, Any]) -> bool:
+        """Whether the template that marks answers renders all of them whole."""
+        try:
+            options = {**options, "chat_template": self._template_with_marks()}
+            text = rendered(self._tokenizer, messages, **options)
+        except ValueError:  # it knows no marks, or refuses the row
+            return False
+        return what_is_lost(text, messages) is None
 
     def _template_with_marks(self) -> str:
         """The chat template in the form that marks what the assistant writes."""

@@ -13,6 +13,7 @@ from aligntune.chat import Asking, Conversation, TooLong, asked_by_run, model_fo
 from aligntune.cli import app
 from aligntune.errors import UserError
 from aligntune.quickstart.task import make_model, make_tokenizer
+from tests.aligntune.data.conftest import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,23 @@ def test_a_model_that_writes_no_text_is_refused(tiny_model: Path, tmp_path: Path
         Conversation(tmp_path, Asking(), 0.0, 5)
 
 
+def test_of_the_folders_generation_config_nothing_but_the_ends_holds(
+    talker: Path, conversation: Conversation, tmp_path: Path
+) -> None:
+    said = conversation.answer("7", lambda piece: None)
+    folder = shutil.copytree(talker, tmp_path / "model")
+    config = json.loads((folder / "generation_config.json").read_text())
+    config |= {"repetition_penalty": 100.0, "no_repeat_ngram_size": 1, "min_new_tokens": 4}
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    assert Conversation(folder, Asking(), 0.0, 5).answer("7", lambda piece: None) == said
+    first = make_tokenizer()(said, add_special_tokens=False)["input_ids"][0]
+    (folder / "generation_config.json").write_text(
+        json.dumps(config | {"eos_token_id": [config["eos_token_id"], first]})
+    )
+    short = Conversation(folder, Asking(), 0.0, 5).answer("7", lambda piece: None)
+    assert (len(short), said.startswith(short)) == (1, True)
+
+
 def shapes(conversation: Conversation, text: str) -> list[int]:
     return conversation._inputs(text)["input_ids"][0].tolist()
 
@@ -114,6 +132,8 @@ def test_a_model_is_asked_as_its_run_asked_it(talker: Path, tmp_path: Path) -> N
     (tmp_path / "config.yaml").write_text(json.dumps({"data": data}))
     plain = Conversation(talker, asked_by_run(tmp_path / "model"), 0.0, 1)
     assert shapes(plain, "7") == make_tokenizer()("7")["input_ids"]
+    plain._tokenizer = byte_tokenizer(bos=True, eos=True)
+    assert plain._tokenizer.decode(shapes(plain, "<bos>7")) == "<bos>7"
     with pytest.raises(UserError, match="--system: the run applied no chat template"):
         Conversation(talker, asked_by_run(tmp_path).told("1"), 0.0, 1)
 

@@ -46,6 +46,18 @@ def answered(text: str) -> dict[str, Any]:
     return {"role": "tool", "content": text}
 
 
+def spelled(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with the arguments of its calls as JSON text, as OpenAI has them."""
+    calls = [
+        {
+            **call,
+            "function": {**(own := call["function"]), "arguments": json.dumps(own["arguments"])},
+        }
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
+
+
 ROWS = [
     {
         "prompt": [USER, called("weather", city="Oslo"), answered("3"), USER],
@@ -79,6 +91,53 @@ def test_tools_and_calls_reach_the_template_alike_from_json_lines_and_parquet(
     assert json.dumps(tool("weather", "city")) in found[0]
     assert '<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call>' in found[0]
     assert not found[1].startswith("<tools>")
+
+
+def test_arguments_that_are_json_text_are_the_object_in_it(tmp_path: Path) -> None:
+    call = called("weather", city="Oslo", days=3)
+    bare = {"role": "assistant", "tool_calls": [call["tool_calls"][0]["function"]]}
+    text = json.dumps(bare["tool_calls"][0]["arguments"])
+    nothing = {**spelled(called("f")), "content": ""}
+    nothing["tool_calls"][0]["function"]["arguments"] = " "
+    given = [USER, spelled(call), {**bare, "tool_calls": [{"name": "weather", "arguments": text}]}]
+    before = json.dumps([*given, nothing])
+    read = check_messages([*given, nothing], "the prompt")
+    assert read[1:3] == check_messages([call, bare], "the prompt")
+    assert read[3]["tool_calls"][0]["function"]["arguments"] == {}
+    assert json.dumps([*given, nothing]) == before, "the row stays as it is"
+    asked = {"prompt": [USER, call, answered("3"), USER]}
+    as_text = {"prompt": [USER, spelled(call), answered("3"), USER]}
+    assert texts(lines(tmp_path / "d.jsonl", [as_text])) == texts(
+        lines(tmp_path / "e.jsonl", [asked])
+    )
+    sharegpt = [
+        {"from": "human", "value": USER["content"]},
+        {"from": "function_call", "value": json.dumps({"name": "weather", "arguments": text})},
+    ]
+    assert check_messages(sharegpt, "it")[1]["tool_calls"] == call["tool_calls"]
+
+
+@pytest.mark.parametrize("text", ["{", "3", "[]", "[" * 5000, "city=Oslo"])
+def test_arguments_that_are_text_and_no_object_are_refused_with_their_row(
+    text: str, tmp_path: Path
+) -> None:
+    call = called("weather")
+    call["tool_calls"][0]["function"]["arguments"] = text
+    with pytest.raises(DataError, match=r"row 0.*message 1 of the prompt calls 'weather' with arg"):
+        texts(lines(tmp_path / "d.jsonl", [{"prompt": [USER, call, USER]}]))
+
+
+def test_a_template_that_takes_arguments_as_text_gets_text() -> None:
+    like_deepseek = byte_tokenizer(
+        template=TOOLS_TEMPLATE.replace(
+            "{{ call.function | tojson }}",
+            "{{ call.function.name + ' ' + call.function.arguments }}",
+        )
+    )
+    call = called("weather", city="Troms\u00f8")
+    for message in (call, spelled(call)):
+        asked = check_messages([USER, message, answered("3"), USER], "the prompt")
+        assert '<call>weather {"city": "Troms\u00f8"}</call>' in render(asked, like_deepseek)
 
 
 def test_tools_may_be_json_text_and_stay_a_column(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from aligntune.data.pair_tokens import tokenise_pairs
 from aligntune.data.pairs import Pair, to_pair
 from aligntune.data.row_tokens import RowTokens
 from tests.aligntune.data.conftest import byte_tokenizer
-from tests.aligntune.data.test_messages import TOOLS, USER, called, tool
+from tests.aligntune.data.test_messages import TOOLS, USER, called, spelled, tool
 from tests.aligntune.data.test_preference import COLUMNS, Table, assistant, row, user
 
 KINDS = ("dpo", "reward_model")
@@ -49,7 +49,9 @@ def test_an_answer_that_only_calls_a_tool_is_an_answer(kind: Any) -> None:
         "rejected": [assistant("no idea")],
         "tools": [schema],
     }
-    ((chosen, rejected),) = sides(TOOLS, kind, pair)
+    as_text = {**pair, "chosen": [spelled(called("weather", city="Oslo"))]}
+    (chosen, rejected), written = sides(TOOLS, kind, pair, as_text)
+    assert written == (chosen, rejected), "arguments may be JSON text"
     assert chosen.startswith("<tools>[{")
     assert chosen.endswith(
         '<assistant><call>{"name": "weather", "arguments": {"city": "Oslo"}}</call></assistant>'

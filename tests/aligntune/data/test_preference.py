@@ -18,6 +18,7 @@ from aligntune.data.errors import DataError
 from aligntune.data.pair_tokens import tokenise_pairs
 from aligntune.data.pairs import Pair, PairRows, split_transcripts, to_pair, turns
 from aligntune.data.row_tokens import RowTokens
+from tests.aligntune.data.conftest import byte_tokenizer
 
 COLUMNS = {"prompt_column": "prompt", "chosen_column": "chosen", "rejected_column": "rejected"}
 
@@ -296,6 +297,13 @@ class TestTokens:
     def test_without_the_template_text_is_joined_and_ended(self, tokenizer: Any) -> None:
         columns = columns_of(tokenizer, "dpo", row("1+1=", "2", "31"), apply_chat_template=False)
         assert tokenizer.decode(columns["prompt_ids"] + columns["chosen_ids"]) == "1+1=2<|end|>"
+
+    @pytest.mark.parametrize("kind", ["dpo", "reward_model"])
+    def test_text_that_begins_a_sequence_itself_begins_it_once(self, kind: Any) -> None:
+        pair = row("<bos>1+1=", "2", "31")
+        columns = columns_of(byte_tokenizer(bos=True), kind, pair, apply_chat_template=False)
+        whole = columns.get("prompt_ids", []) + columns["chosen_ids"]
+        assert byte_tokenizer().decode(whole) == "<bos>1+1=2<eos>"
 
     @pytest.mark.slow
     def test_dpo_tokens_are_those_trl_makes_of_the_same_conversation(self, tokenizer: Any) -> None:

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from actors.environments.tool_episodes import first_messages
+from actors.scoring.model import scored_text
 from aligntune.data import prompt_rows as prompt_rows_module
 from aligntune.data import prompts as prompts_module
 from aligntune.data.dropped import RowRules
@@ -132,7 +134,7 @@ def test_epochs_and_positions() -> None:
 def test_a_prompt_carries_its_source_text_tokens_and_columns(chat: Any) -> None:
     messages = [{"role": "user", "content": "é"}]
     (prompt,) = source([messages], chat, system_prompt="S", max_prompt_length=64).epoch()
-    assert prompt.source is messages
+    assert prompt.source == messages
     assert prompt.text == "<system>S</system><user>é</user><assistant>"
     assert prompt.token_ids.dtype == np.int32
     assert chat.decode(prompt.token_ids) == prompt.text
@@ -145,6 +147,25 @@ def test_special_tokens_are_added_only_where_no_template_writes_them(plain_bos: 
     templated = byte_tokenizer(template="{{ messages[0].content }}", bos=True)
     (prompt,) = source(["abc"], templated).epoch()
     assert len(prompt.token_ids) == 3
+    for text in ("<bos>abc", "<bos><bos>abc"):  # it is in the model's format already
+        (prompt,) = source([text], plain_bos).epoch()
+        assert plain_bos.decode(prompt.token_ids) == text
+    (prompt,) = source(["<bos><bos>abc"], byte_tokenizer()).epoch()
+    assert prompt.token_ids[:2].tolist() == [plain_bos.bos_token_id] * 2, "nothing was added"
+
+
+def test_messages_that_are_rendered_again_are_those_that_the_prompt_was_rendered_of() -> None:
+    """Columnar files have `tool_calls: null` where no tool is called, which templates take for
+    calls."""
+    picky = byte_tokenizer(
+        template="{% for m in messages %}{% if 'tool_calls' in m %}{{ m.tool_calls[0].name }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "1+1", "tool_calls": None}]
+    (prompt,) = source([messages], picky).epoch()
+    assert prompt.source == [{"role": "user", "content": "1+1"}]
+    assert scored_text(picky, prompt.source, "2", True) == ("1+12", False)
+    assert picky.apply_chat_template(first_messages(prompt, None), tokenize=False) == "1+1"
 
 
 LONG = ["short", "x" * 33, "x" * 32, "y" * 40 + "é end"]

@@ -20,6 +20,9 @@ from aligntune.data.taught_forms import Columns
 from aligntune.data.taught_tokens import MASKED, packed, tokenise_taught
 from aligntune.errors import UserError
 from tests.aligntune.data.conftest import TEMPLATE, byte_tokenizer
+from tests.aligntune.data.test_messages import TOOLS, called
+from tests.aligntune.data.test_messages import spelled as spelled_call
+from tests.aligntune.data.test_pair_messages import DROPS_THINKING
 from tests.aligntune.data.test_preference import Table
 
 MARKED = byte_tokenizer(
@@ -95,9 +98,37 @@ def test_every_form_trains_its_answers_and_their_ends() -> None:
 def test_without_a_template_text_is_as_it_stands_and_ends_once() -> None:
     assert spelled(PLAIN, {"prompt": "1+1=", "completion": "2"}) == ["<bos>1+1=[2<eos>]"]
     assert spelled(PLAIN, {"prompt": "1+1=", "completion": "2<eos>"}) == ["<bos>1+1=[2<eos>]"]
-    assert spelled(PLAIN, {"text": "so"}) == ["<bos>[so<eos>]"]
+    for text in ("so", "<bos>so"):
+        assert spelled(PLAIN, {"text": text}) == ["<bos>[so<eos>]"]
+        asked = {"prompt": text, "completion": "2"}
+        assert spelled(PLAIN, asked) == ["<bos>so[2<eos>]"]
     asked = {"prompt": "a", "completion": "b"}
     assert spelled(MARKED, asked, apply_chat_template=False) == ["a[b<eos>]"]
+
+
+def test_an_answer_whose_thinking_the_template_drops_is_taught_as_messages() -> None:
+    """TRL's training template of the model keeps it."""
+    from trl.chat_template_utils import deepseek_r1_distill_chat_template
+
+    like_r1 = byte_tokenizer(template=deepseek_r1_distill_chat_template, bos=True)
+    thinks = {"role": "assistant", "content": "<think>one</think>2"}
+    good = {"prompt": [ASK], "completion": [SAY]}
+    made = taught(like_r1, good, {"prompt": [ASK], "completion": [thinks]})
+    (why,) = made.dropped.examples["not whole"]
+    assert "leaves thinking out of an answer; give the same rows as messages" in why
+    (text,) = spelled(like_r1, {"messages": [ASK, thinks]})
+    assert "<think>one</think>2" in text.replace("[", "").replace("]", "")
+    made = taught(DROPS_THINKING, good, {"prompt": [ASK], "completion": [thinks]})
+    (why,) = made.dropped.examples["not whole"]
+    assert "use a model whose template keeps it, or give text" in why, "nothing marks its answers"
+
+
+def test_calls_are_taught_alike_with_arguments_as_text() -> None:
+    call = called("weather", city="Oslo")
+    rows = [{"prompt": [ASK], "completion": [message]} for message in (call, spelled_call(call))]
+    one, other = spelled(TOOLS, *rows)
+    assert one == other
+    assert '[<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call></assistant>]' in one
 
 
 @pytest.mark.slow
