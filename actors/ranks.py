@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 
 from actors.disk import Files, sync_below, write_files, writing
+from actors.engines.base import name_ends
 from actors.fetching import ArraysLost, Fetched, fetch_or_lost, of_several_rows
 from actors.figures import Tally, count, describe, join, over_steps, total
 from actors.liveness import Alive
@@ -266,6 +267,7 @@ class TrainedRank(Alive):
         with writing(folder):
             whole_model(model, self._model_spec).save_pretrained(folder, state_dict=state)
             name_dtype(folder, self._model_spec.dtype)
+            name_ends(folder, self._model_spec)
         load_tokenizer(self._model_spec).save_pretrained(folder)
         if adapter:
             wrapped.model.save_pretrained(folder / "adapter", state_dict=adapter)

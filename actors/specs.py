@@ -6,6 +6,7 @@ Light on purpose: importing this starts nothing and loads no framework.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
@@ -62,6 +63,23 @@ class ModelSpec(Spec):
         description="what the chat template gets beside the messages, such as {enable_thinking: "
         "false} of Qwen3",
     )
+    chat_template_day: str | None = Field(
+        None,
+        description="the day, as 2026-01-31, for a chat template that writes today's; default: the "
+        "one on which the run began",
+    )
+    stop_token_ids: list[int] | None = Field(
+        None,
+        description="what ends a completion beside the ends of tokenizer and generation config; "
+        "default: the token by which the chat template ends a turn, where it is none of these",
+    )
+
+    @field_validator("chat_template_day")
+    @classmethod
+    def _is_day(cls, day: str | None) -> str | None:
+        if day is not None:
+            date.fromisoformat(day)
+        return day
 
     def renamed(self, name: str) -> ModelSpec:
         """These settings of the model `name`. A revision is of one model: another has none."""

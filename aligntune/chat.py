@@ -26,6 +26,7 @@ class Asking:
     system: str | None = None  # the first message
     template: bool = True  # whether the chat template is applied, where the model has one
     variables: Mapping[str, Any] = field(default_factory=dict)  # for the chat template
+    day: str | None = None  # for one that writes today's date
 
     def told(self, system: str | None) -> Asking:
         """The same with another first message; None keeps this one, and "" leaves it out."""
@@ -65,6 +66,7 @@ def asked_by_run(place: Path) -> Asking:
                 data.get("system_prompt"),
                 bool(data.get("apply_chat_template", True)),
                 model.get("chat_template_kwargs") or {},
+                model.get("chat_template_day"),
             )
     return Asking()
 
@@ -105,7 +107,7 @@ class Conversation:
             eos_token_id=_ends(self._tokenizer, self._model.generation_config),
             pad_token_id=self._tokenizer.pad_token_id,
         )
-        give(self._tokenizer, asking.variables)
+        give(self._tokenizer, asking.variables, asking.day)
         self._folder, self._positions = folder, positions_of(config)
         self._template = asking.template and bool(self._tokenizer.chat_template)
         self._system: list[dict[str, str]] = []

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -179,10 +181,23 @@ def resolve_engine(engine: EngineSpec) -> EngineSpec:
 
 
 def stop_token_ids(model: ModelSpec) -> tuple[int, ...]:
-    """The token ids that end a completion: the generation config's and the tokenizer's."""
+    """The token ids that end a completion: the generation config's, the tokenizer's and the
+    spec's."""
     from actors.models.loading import load_tokenizer
 
-    return tuple(sorted({load_tokenizer(model).eos_token_id, *configured_ends(model)}))
+    own = (*configured_ends(model), *(model.stop_token_ids or ()))
+    return tuple(sorted({load_tokenizer(model).eos_token_id, *own}))
+
+
+def name_ends(folder: Path, model: ModelSpec) -> None:
+    """Let the generation config in `folder`, where the trained `model` is saved, end a completion
+    as the run did; nothing is changed where `model.stop_token_ids` names no token."""
+    if not model.stop_token_ids:
+        return
+    config = folder / "generation_config.json"
+    tree = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    named = {**tree, "eos_token_id": [*stop_token_ids(model)]}
+    config.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
 
 
 def configured_ends(model: ModelSpec) -> tuple[int, ...]:

@@ -26,8 +26,9 @@ def chat_tokens(model: ModelSpec, tools: bool = True) -> ChatTokens:
     from actors.models.loading import load_tokenizer
 
     tokenizer, name = load_tokenizer(model), f"model {model.name!r}"
+    stops = (*configured_ends(model), *(model.stop_token_ids or ()))
     try:
-        tokens = ChatTokens(tokenizer, name, tools, configured_ends(model))
+        tokens = ChatTokens(tokenizer, name, tools, stops)
     except ValueError as error:
         if (rendered := known(tokenizer, str(error))) is None:
             raise

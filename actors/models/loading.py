@@ -128,7 +128,7 @@ def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
 
 def load_tokenizer(spec: ModelSpec, writes: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer of `spec`; padding falls back to the end-of-sequence token, which masks cover.
-    Its chat template gets `spec.chat_template_kwargs`, unchecked.
+    Its chat template gets `spec.chat_template_kwargs`, unchecked, and `spec.chat_template_day`.
 
     Raises:
         ModelError: there is no tokenizer, or it has no end-of-sequence token and the model `writes`
@@ -154,7 +154,7 @@ def load_tokenizer(spec: ModelSpec, writes: bool = True) -> PreTrainedTokenizerB
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    give(tokenizer, spec.chat_template_kwargs)
+    give(tokenizer, spec.chat_template_kwargs, spec.chat_template_day)
     return tokenizer
 
 

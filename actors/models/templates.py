@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from datetime import date
 from functools import partial
 from typing import Any
 
@@ -37,16 +38,50 @@ OURS = {
 """Arguments of the call that say something else, and what the rows say themselves."""
 
 
-def give(tokenizer: Any, variables: Mapping[str, Any]) -> None:
-    """From now on `tokenizer` hands `variables` to its chat template, whoever calls."""
-    if variables:
-        tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **variables)
+CLOCK = "strftime_now"
+"""The function by which templates write today's date, as Llama 3.2's and gpt-oss's do."""
+ANSWER = "QzQzQ"  # stands in no template
+
+
+def give(tokenizer: Any, variables: Mapping[str, Any], day: str | None = None) -> None:
+    """From now on `tokenizer` hands `variables` to its chat template, whoever calls. A template
+    that writes today's date writes `day`, as `2026-01-31`, where that is given."""
+    bound = dict(variables)
+    if day is not None and writes_day(tokenizer):
+        bound[CLOCK] = date.fromisoformat(day).strftime
+    if bound:
+        tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **bound)
 
 
 def given(tokenizer: Any) -> Mapping[str, Any]:
-    """What `give` gave."""
+    """The variables that `give` gave."""
     called = tokenizer.apply_chat_template
-    return called.keywords if isinstance(called, partial) else {}
+    bound = called.keywords if isinstance(called, partial) else {}
+    return {name: value for name, value in bound.items() if name != CLOCK}
+
+
+def writes_day(tokenizer: Any) -> bool:
+    """Whether the chat template writes today's date."""
+    return CLOCK in str(tokenizer.chat_template or "")
+
+
+def turn_ends(tokenizer: Any) -> list[int]:
+    """The special tokens that the chat template writes after an answer, in order: the first of them
+    ends the turn. None without a template, or where it refuses a question and an answer."""
+    if not tokenizer.chat_template:
+        return []
+    from jinja2 import TemplateError
+
+    asked, said = {"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}
+    try:
+        text: str = tokenizer.apply_chat_template([asked, said], tokenize=False)
+    except (TemplateError, TypeError):
+        return []
+    _, found, after = text.rpartition(ANSWER)
+    added = tokenizer.added_tokens_decoder
+    special = {token for token, how in added.items() if how.special}  # no <think>, no <tool_call>
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+    return [token for token in ids if token in special]
 
 
 def check_given(tokenizer: Any, template: str | None = None) -> None:

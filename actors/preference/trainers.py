@@ -308,6 +308,7 @@ def export_model(trainer: Any, job: PreferenceJob, scratch: Path) -> None:
     import torch
     from peft import PeftModel
 
+    from actors.engines.base import name_ends
     from actors.models.loading import name_dtype
 
     dtype: torch.dtype = getattr(torch, job.model.dtype)
@@ -330,6 +331,7 @@ def export_model(trainer: Any, job: PreferenceJob, scratch: Path) -> None:
         put_back(trainer.routing, model.config)
     model.save_pretrained(folder, state_dict=_in_dtype(state, dtype))
     name_dtype(folder, job.model.dtype)
+    name_ends(folder, job.model)
     trainer.processing_class.save_pretrained(folder)
     (folder / "adapter" / "README.md").unlink(missing_ok=True)
     Store(job.export).put(folder)

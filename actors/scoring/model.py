@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from actors.messages import Conversations, Messages, Prompt
@@ -36,6 +36,15 @@ class RewardModelCriterion:
     label: str | None = None  # of a classifier with several; None: the only one
     output: Literal["logit", "probability"] = "logit"
     reads: Literal["conversation", "completion"] = "conversation"  # or the completion's text alone
+
+    @property
+    def renders(self) -> bool:
+        """Whether it applies a chat template of its own, where it has one."""
+        return self.apply_chat_template and self.reads == "conversation"
+
+    def on_day(self, day: str | None) -> RewardModelCriterion:
+        """The same with the day that its chat template writes, where it writes one."""
+        return replace(self, model=self.model.model_copy(update={"chat_template_day": day}))
 
 
 def scored_text(
@@ -239,7 +248,7 @@ class ModelScorer:
             rows = scored_ids(
                 self._tokenizer,
                 pairs,
-                self._criterion.apply_chat_template and self._criterion.reads == "conversation",
+                self._criterion.renders,
                 tools,
             )
         except ValueError as error:

@@ -93,7 +93,8 @@ def _sampling(config: Path, model: str, overrides: Sequence[str]) -> OnlineTrain
 
     section = load_tree(config).get("model")
     same = isinstance(section, Mapping) and section.get("name") == model
-    other = [] if same else [override("model.revision", None)]  # it is of the config's own model
+    of_model = ("model.revision", "model.stop_token_ids")  # they are of the config's own model
+    other = [] if same else [override(path, None) for path in of_model]
     named = [*other, *overrides, override("model.name", model)]
     trainer = create_rl_trainer(config=config, overrides=named)
     if not isinstance(trainer, OnlineTrainer):

@@ -110,6 +110,8 @@ def check_table_keys(config: PreferenceConfig) -> None:
     if config.algorithm_name == "reward_model":
         why = "what scores with a reward model renders by the template's own defaults"
         refuse_ignored("model", config.model, ("chat_template_kwargs",), why)
+        why = "a reward model writes no completions"
+        refuse_ignored("model", config.model, ("stop_token_ids",), why)
     if config.rewards:
         keys = ("chosen_column", "rejected_column")
         why = "rewards form the pairs, of texts in data.completion_column"

@@ -23,6 +23,7 @@ from actors.models.positions import model_positions
 from actors.models.templates import check_given
 from actors.reward import Criterion
 from actors.scoring.criteria import EpisodeCriterion
+from actors.scoring.model import RewardModelCriterion
 from actors.specs import RewardFunctionSpec
 from aligntune.algorithms.base import SCORE
 from aligntune.config.episodes import ENVIRONMENT, scores_itself
@@ -43,7 +44,9 @@ from aligntune.online.first_prompt import try_rewards
 from aligntune.online.settle import settle_data
 from aligntune.online.settle_resources import settle_resources
 from aligntune.rewards.registry import check_columns, check_names, from_callable, resolve_all
+from aligntune.runs.mirror import mirror_of
 from aligntune.runs.rundir import RunDir, run_of
+from aligntune.template_settings import settle_template
 from aligntune.tracking.metrics import EventKind
 from aligntune.whole_weights import check_whole, settle_model
 
@@ -86,7 +89,9 @@ class RunInputs:
         if self._start in (None, _start(resume)):
             return self
         anew = RunInputs(self._given, self.functions, self.objects)
-        of_all = {"data", "tokenizer", "_rows"}  # nothing of them is settled
+        of_all = {"data"}
+        if self.config.model.chat_template_day is None:
+            of_all |= {"tokenizer", "_rows"}  # nothing of them is settled
         vars(anew).update({name: read for name, read in vars(self).items() if name in of_all})
         return anew
 
@@ -97,9 +102,9 @@ class RunInputs:
         """
         if self._decisions is None:
             self._start = _start(resume)
-            if self.config.rewards:
-                self._resolve()  # wrong names are told before data are read
-            of_model = self.settle_model()
+            # Wrong names are told before data are read.
+            criteria = self._resolve() if self.config.rewards else ()
+            of_model = (*self.settle_model(), *self._settle_template(resume, criteria))
             asks_data = not self.config.rewards or self.config.rollout.max_prompt_length is None
             self.config, of_data = settle_data(
                 self.config,
@@ -131,6 +136,28 @@ class RunInputs:
         for role, other in others.items():
             if getattr(needs, role) and other:
                 check_whole(f"{role}.model", config.model.renamed(other))
+
+    def _settle_template(
+        self, resume: str, criteria: tuple[Criterion, ...]
+    ) -> tuple[Decision, ...]:
+        """Decide by what ends a turn, and which day chat templates write, the policy's and those of
+        reward models. Raises UserError."""
+        config = self.config
+        models = [c.model for c in criteria if isinstance(c, RewardModelCriterion) and c.renders]
+        try:
+            others = [load_tokenizer(model, writes=False) for model in models]
+        except ModelError as error:
+            raise UserError(f"rewards: {error}") from error
+        own = self.tokenizer if config.data.apply_chat_template or config.plays else None
+
+        def before() -> Mapping[str, Any] | None:
+            known = _recorded(config, resume)
+            mirror = mirror_of(config.checkpoint, Path(config.output_dir).absolute())
+            return mirror.config() if known is None and mirror is not None else known
+
+        model, decided = settle_template(config.model, own, others, before)
+        self.config = config.model_copy(update={"model": model})
+        return decided
 
     def settle_resources(self, resume: str, elsewhere: Mapping[str, Any] | None = None) -> None:
         """Fill in what the roles take of the machines, where that is open.
@@ -197,6 +224,12 @@ class RunInputs:
         criteria, train = self._resolved, self.config.train
         if self._code is not None:
             criteria = tuple(map(self._code.placed, criteria))
+        criteria = tuple(
+            c.on_day(self.config.model.chat_template_day)
+            if isinstance(c, RewardModelCriterion)
+            else c
+            for c in criteria
+        )
         try:
             self.config.algorithm.check_run(
                 [criterion.name for criterion in criteria],
@@ -223,8 +256,8 @@ class RunInputs:
         where there are none. Raises UserError."""
         if self._code is None:
             return None
-        model, episodes = self.config.model, self.config.episodes
-        code, self._notes = self._code.checked(model, self._resolved, episodes)
+        criteria, config = self._resolved, self.config
+        code, self._notes = self._code.checked(config.model, criteria, config.episodes)
         return code
 
     @cached_property

@@ -28,7 +28,6 @@ from aligntune.online.result import TrainResult
 from aligntune.online.role_requests import role_requests
 from aligntune.online.role_table import ROLES
 from aligntune.online.starting import begin_from, starting_point
-from aligntune.paths import located_storage
 from aligntune.runs.best import best_of
 from aligntune.runs.checkpoint import POLICY, Checkpoints
 from aligntune.runs.choice import NEWEST, checkpoint_named, chosen_model
@@ -42,7 +41,7 @@ from aligntune.runs.ended import (
 from aligntune.runs.hub import check_hub
 from aligntune.runs.jsonl import long_read
 from aligntune.runs.lifecycle import check_programs, claimed, recorded
-from aligntune.runs.mirror import Mirror
+from aligntune.runs.mirror import mirror_of
 from aligntune.runs.publish import push
 from aligntune.runs.reading import open_run
 from aligntune.runs.rundir import LOGS, TRIED, RunDir
@@ -144,7 +143,7 @@ class OnlineTrainer:
             self._begin(resume)
         if self._settled:
             return
-        mirror = self._mirror(RunDir(Path(self.config.output_dir).absolute()))
+        mirror = mirror_of(self.config.checkpoint, self._rundir.path)
         self.inputs.settle_resources(resume or "auto", mirror.config() if mirror else None)
         self._settled = True
 
@@ -198,7 +197,7 @@ class OnlineTrainer:
         rundir.check(self.config, resume)
         with claimed(rundir):
             checkpoints = Checkpoints(rundir.file("checkpoints"), self.config.checkpoint.keep_last)
-            mirror = self._mirror(rundir)
+            mirror = mirror_of(self.config.checkpoint, rundir.path)
             start = starting_point(
                 self.config,
                 rundir,
@@ -278,14 +277,6 @@ class OnlineTrainer:
             backend=said_by_roles(rundir, "backend"),
             already=True,
         )
-
-    def _mirror(self, rundir: RunDir) -> Mirror | None:
-        checkpoint = self.config.checkpoint
-        if checkpoint.storage is None:
-            return None
-        longest = checkpoint.copy_timeout_s
-        storage = located_storage(checkpoint.storage)
-        return Mirror(storage, rundir.path, checkpoint.keep_last, longest, best_of(checkpoint))
 
     def _roles(
         self, stage: Callable[[str], None] = ignore, only: Collection[str] = ROLES

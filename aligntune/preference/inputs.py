@@ -36,8 +36,10 @@ from aligntune.decisions import Decision, events, told
 from aligntune.errors import UserError
 from aligntune.preference.settle import settle_max_length
 from aligntune.preference.settle_workers import settle_workers
+from aligntune.preference.storage import JobStorage
 from aligntune.rewards.registry import check_columns, check_names, from_callable, resolve
 from aligntune.runs.rundir import RunDir
+from aligntune.template_settings import settle_template
 from aligntune.tracking.metrics import EventKind
 from aligntune.whole_weights import check_whole, settle_model
 
@@ -71,7 +73,7 @@ class PairInputs:
         A run that goes on keeps the value it has. Raises UserError.
         """
         if self._decisions is None:
-            of_model = self.settle_model()
+            of_model = (*self.settle_model(), *self._settle_template())
             rundir = RunDir(Path(self.config.output_dir))
             self.config, of_length = settle_max_length(
                 self.config,
@@ -91,6 +93,25 @@ class PairInputs:
             self.config = self.config.model_copy(update={"model": model})
             self._of_model = decided
         return self._of_model
+
+    def _settle_template(self) -> tuple[Decision, ...]:
+        """Decide by what ends a turn of the exported model, and which day the chat template writes.
+        Raises UserError."""
+        config = self.config
+        if not config.data.apply_chat_template:
+            return ()
+
+        def before() -> Mapping[str, Any] | None:
+            rundir = RunDir(Path(config.output_dir))
+            if rundir.trained:
+                return rundir.previous()
+            return JobStorage(config.checkpoint.storage, rundir.path).config()
+
+        writes = config.algorithm_name != "reward_model"
+        own, others = (self.tokenizer, []) if writes else (None, [self.tokenizer])
+        model, decided = settle_template(config.model, own, others, before)
+        self.config = config.model_copy(update={"model": model})
+        return decided
 
     def settle_workers(self, elsewhere: Mapping[str, Any] | None = None) -> None:
         """Fill in what the workers take of the machines, where that is open.

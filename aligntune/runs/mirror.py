@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from actors.storage import Store
+from aligntune.config.records import OnlineCheckpointSpec
 from aligntune.config.tree import tree_of_a_run
 from aligntune.errors import UserError
-from aligntune.runs.best import EVALS, Best
+from aligntune.paths import located_storage
+from aligntune.runs.best import EVALS, Best, best_of
 from aligntune.runs.checkpoint import NAME, Checkpoint, Checkpoints, intact
 from aligntune.runs.deadline import answered
 from aligntune.runs.disk import make_folder, sync, sync_below, write_atomically
@@ -227,3 +229,11 @@ class Mirror:
         for log, size in reversed(list(zip(self._logs, sizes, strict=True))):
             log.push(size)
         self._store.write(CONFIG, (self._rundir / CONFIG).read_bytes())
+
+
+def mirror_of(checkpoint: OnlineCheckpointSpec, rundir: Path) -> Mirror | None:
+    """The copy of the run in `rundir` on its storage; None where its config names none."""
+    if checkpoint.storage is None:
+        return None
+    storage, longest = located_storage(checkpoint.storage), checkpoint.copy_timeout_s
+    return Mirror(storage, rundir, checkpoint.keep_last, longest, best_of(checkpoint))

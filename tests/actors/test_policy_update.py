@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AttentionInterface
 
+from actors.engines.base import configured_ends
 from actors.engines.transformers import matched_parameters
 from actors.messages import LossTerms, TokenBatch, TokenTargets, UpdateJob
 from actors.models.adapters import adapters_of
@@ -488,7 +489,7 @@ def merges_and_stays(folder: Path, tmp_path: Path, lora: dict, plain: Any) -> No
 def test_an_exported_model_loads_and_says_the_same(
     folder: Path, tmp_path: Path, dtype: str
 ) -> None:
-    actor = one_rank(folder, {"dtype": dtype})
+    actor = one_rank(folder, {"dtype": dtype, "stop_token_ids": [5]})
     actor.update(job_of_step(1))
     actor.save_model(tmp_path / "model")
     spec = ModelSpec(name=str(tmp_path / "model"), dtype=dtype)
@@ -498,7 +499,7 @@ def test_an_exported_model_loads_and_says_the_same(
     exported = weights(actor)
     loaded = dict(reloaded.named_parameters())
     assert_equal({n: p.detach() for n, p in loaded.items()}, exported)
-    assert (tmp_path / "model" / "generation_config.json").is_file()
+    assert 5 in configured_ends(spec), "it ends where the run ended it"
     assert (tmp_path / "model" / "model.safetensors").is_file()
     assert load_tokenizer(spec).encode("w5 w9") == [5, 9]
 

@@ -21,11 +21,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from actors.engines.base import configured_ends
 from actors.models.loading import ModelError
 from actors.preference.packed import check_apart
 from actors.preference.relay import PreferenceJob
 from actors.preference.trainers import build_trainer, export_model
 from actors.preference.worker import renamed
+from actors.specs import ModelSpec
 from aligntune.config.load import load_config
 from aligntune.config.preference import PreferenceConfig
 from aligntune.data.dropped import Dropped
@@ -169,9 +171,10 @@ def test_the_loss_is_the_mean_over_the_trained_tokens_of_a_step(
 def test_what_is_exported_of_a_mixture_says_of_its_routers_what_the_model_said(
     mixture: Path, tmp_path: Path, lora: tuple[str, ...]
 ) -> None:
-    trainer = made_of(mixture, tmp_path, *lora)
+    trainer = made_of(mixture, tmp_path, "model.stop_token_ids=[5]", *lora)
     trainer.train()
     export_model(trainer, trainer.job, tmp_path / "scratch")
+    assert 5 in configured_ends(ModelSpec(name=str(tmp_path / "model")))
     before, after = (
         json.loads((folder / "config.json").read_text()) for folder in (mixture, tmp_path / "model")
     )
