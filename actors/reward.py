@@ -8,6 +8,7 @@ actor. Reward models run in the actor itself. Groups are scored side by side.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import sys
 import time
@@ -27,6 +28,8 @@ from actors.scoring.criteria import (
 from actors.scoring.model import ModelScorer, ModelStuck, RewardModelCriterion
 from actors.specs import MAX_CONCURRENT_GROUPS, ModelSpec
 from actors.whereabouts import whereabouts
+
+KEPT_TRIES = 1024  # groups whose scores are kept for another try
 
 Criterion = RewardCriterion | RewardModelCriterion | EpisodeCriterion
 
@@ -73,6 +76,8 @@ class RewardActor(Alive):
                 log = None
         self._tokenizer_spec = tokenizer_spec
         self._tokenizer: Any = None
+        # By group and place: what criteria said in a try that another criterion failed.
+        self._answered: dict[tuple[Any, ...], dict[int, Sequence[float | None]]] = {}
         self._ends: frozenset[int] = frozenset()  # tokens that are no part of what was written
         self._scorers: tuple[Scorer, ...] = tuple(
             FunctionScorer(c, log, max_concurrent_groups, {VARIABLE: sandbox})
@@ -109,7 +114,8 @@ class RewardActor(Alive):
 
         Raises:
             RewardFailed: the first criterion in that order that had no scores. The others are
-                waited for, each within its own limit, so that no child is left amid a call.
+                waited for, each within its own limit, so that no child is left amid a call; their
+            scores are kept for the next try of the group.
         """
         if self._tokenizer is None:
             raise RuntimeError("RewardActor.score was called before RewardActor.start returned")
@@ -118,9 +124,7 @@ class RewardActor(Alive):
         rows = range(len(tensors.lengths)) if conversations is None else conversations.last_rows
         texts = [self._text(tensors.token_ids[tensors.completion(row)].tolist()) for row in rows]
         try:
-            by_criterion = await _all(
-                scorer.score(prompt, texts, conversations) for scorer in self._scorers
-            )
+            by_criterion = await self._by_criterion(prompt, tensors, texts, conversations)
         except ModelStuck as stuck:  # a thread cannot be ended; the next actor has the groups
             print(f"reward actor ends: {stuck}", file=sys.stderr, flush=True)
             os._exit(1)
@@ -133,6 +137,32 @@ class RewardActor(Alive):
             seconds=time.monotonic() - began,
         )
         return scores, tuple(texts)
+
+    async def _by_criterion(
+        self,
+        prompt: Prompt,
+        tensors: GroupTensors,
+        texts: Sequence[str],
+        conversations: Conversations | None,
+    ) -> list[Sequence[float | None]]:
+        """[K][G]. A criterion that had scores in a try before is not asked again: a judge costs
+        money, and the one that is away may be away for minutes."""
+        tokens = hashlib.sha256(tensors.token_ids.tobytes()).digest()
+        group = (tensors.group_id, prompt.row, tensors.lengths, tokens)
+        known = self._answered.pop(group, {})
+        wanted = [place for place in range(len(self._scorers)) if place not in known]
+        calls = (self._scorers[place].score(prompt, texts, conversations) for place in wanted)
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        for place, result in zip(wanted, results, strict=True):
+            if not isinstance(result, BaseException):
+                known[place] = result
+        failures = [result for result in results if isinstance(result, BaseException)]
+        if failures:
+            self._answered[group] = known
+            if len(self._answered) > KEPT_TRIES:  # of groups that were given up, or went elsewhere
+                del self._answered[next(iter(self._answered))]
+            raise failures[0]
+        return [known[place] for place in range(len(self._scorers))]
 
     def _load_tokenizer(self) -> None:
         # transformers: seconds, and only needed here

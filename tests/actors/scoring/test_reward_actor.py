@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
+from actors import reward
 from actors.messages import Conversations, GroupTensors, Messages, Prompt, Scores
 from actors.reward import Criterion, RewardActor
 from actors.scoring.criteria import RewardCriterion, RewardFailed, RewardFailure
@@ -205,6 +206,50 @@ def reward_model(tokenizer_spec: ModelSpec, tmp_path_factory: pytest.TempPathFac
     Qwen2ForSequenceClassification(config).save_pretrained(folder)
     PreTrainedTokenizerFast.from_pretrained(tokenizer_spec.name).save_pretrained(folder)
     return ModelSpec(name=str(folder))
+
+
+class Judge:
+    """A criterion that fails so often, and counts how often it is asked."""
+
+    def __init__(self, name: str, failures: int = 0) -> None:
+        self.name = name
+        self.failures = failures
+        self.asked = 0
+
+    async def score(self, _: Prompt, completions: Sequence[str], *more: Any) -> list[float]:
+        self.asked += 1
+        if self.asked <= self.failures:
+            raise RewardFailed(self.name, RewardFailure.UNREACHED, "no connection")
+        return [float(self.asked)] * len(completions)
+
+
+def test_while_one_criterion_is_away_the_others_are_asked_once_for_a_group(
+    tokenizer_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reward, "KEPT_TRIES", 1)
+    actor = RewardActor((), tokenizer_spec)
+    actor._load_tokenizer()
+    answers, away = Judge("answers"), Judge("away", failures=4)
+    actor._scorers = (answers, away)  # type: ignore[assignment]
+
+    async def fails(*args: Any) -> None:
+        with pytest.raises(RewardFailed, match="no connection"):
+            await actor.score(*args)
+
+    async def body() -> None:
+        one, other = group("a"), group("b")  # another try of it may have other tokens
+        await fails(prompt(), one)
+        await fails(prompt(), one)
+        assert answers.asked == 1
+        await fails(prompt(), other)
+        await fails(prompt(), one)  # given up meanwhile, as far as the actor knows
+        assert answers.asked == 3
+        assert (await scores_of(actor, prompt(), one)).values == ((3.0, 5.0),)
+        assert answers.asked == 3
+        await scores_of(actor, prompt(), one)
+        assert answers.asked == 4, "it was for that one try"
+
+    run(body)
 
 
 class TestRewardModels:
