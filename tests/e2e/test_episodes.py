@@ -25,12 +25,14 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="session")
 def agent_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart's model for agents, after a few steps of its warm-up: it calls its tool."""
+    """The quickstart's model for agents, after a few steps of a warm-up by both of its teachers: it
+    calls its tool once or twice, so that rewards of a group differ."""
     folder = tmp_path_factory.mktemp("agent-model")
     sums, _ = make_sums(0)
     tokenizer = make_agent_tokenizer()
     model = tiny_model(0, tokenizer, POSITIONS)
-    lessons = _lessons(tokenizer, sums[:16], hasty=True)
+    both = (_lessons(tokenizer, sums[:16], hasty) for hasty in (False, True))
+    lessons = [torch.cat(parts) for parts in zip(*both, strict=True)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for _ in range(40):
         optimizer.zero_grad()
@@ -74,6 +76,7 @@ def test_a_run_of_episodes_killed_and_resumed_is_bit_identical(
     rows = read(whole.output_dir / "metrics.jsonl")
     assert all(row["tools/calls"] > 0 and row["turns/max"] > 1 for row in rows)
     assert all(0 < row["tokens/environment_fraction"] < 1 for row in rows)
+    assert all(row["groups/constant_fraction"] < 1 for row in rows), "a step teaches something"
     for row in rows:
         assert row["reward/environment/mean"] > 0
         if "environment" in playing:
