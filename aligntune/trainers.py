@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Never
 
-from aligntune.config.code import Agent, Environment, Tool, named_code
+from aligntune.config.auto import tree_of
+from aligntune.config.code import Agent, Environment, Tool, named_code, not_replaced
 from aligntune.config.keywords import RewardFunction, build_tree
 from aligntune.config.tree import load_tree
 
@@ -103,10 +104,11 @@ def create_rl_trainer(
     from aligntune.config.preference import PreferenceConfig
 
     loaded = load_config(tree)
+    code = not_replaced(functions | code, tree_of(loaded))
     if isinstance(loaded, PreferenceConfig):
         from aligntune.preference.trainer import PreferenceTrainer
 
-        return PreferenceTrainer(loaded, functions)
+        return PreferenceTrainer(loaded, code)
     from aligntune.online.trainer import OnlineTrainer
 
-    return OnlineTrainer(loaded, functions, code)
+    return OnlineTrainer(loaded, code)

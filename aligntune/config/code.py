@@ -1,5 +1,5 @@
-"""Tools, environments and agents that are given as Python objects: by name in the settings tree,
-themselves by their path in it; and those that are named by their file."""
+"""Rewards, tools, environments and agents that are given as Python objects: by name in the settings
+tree, themselves by their place in it; and those that are named by their file."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ def named_code(
         if not callable(value):
             raise UserError(f"{path} is neither a 'module:name' nor a callable, but {shown(value)}")
         code[path] = value
-        own = getattr(value, "__qualname__", type(value).__qualname__)
-        return f"{getattr(value, '__module__', '?')}:{own}"
+        return described(path, value)
 
     tools = arguments.get("tools")
     if tools is not None:
@@ -48,6 +47,21 @@ def named_code(
     if agent is not None and not isinstance(agent, Mapping):
         named["agent"] = name("agent", agent)
     return named, code
+
+
+def described(place: str, value: Callable[..., Any]) -> str:
+    """The text that stands at `place` in the settings tree for a callable."""
+    own = "__name__" if place.startswith("rewards.") else "__qualname__"
+    return f"{getattr(value, '__module__', '?')}:{getattr(value, own, type(value).__name__)}"
+
+
+def not_replaced(
+    code: Mapping[str, Callable[..., Any]], tree: Mapping[str, Any]
+) -> dict[str, Callable[..., Any]]:
+    """Those of the callables, by place, that a settings tree still describes where they were put:
+    an override may have named something else there."""
+    named = dict(code_names(tree))
+    return {place: one for place, one in code.items() if named.get(place) == described(place, one)}
 
 
 def code_names(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
+from aligntune.config.code import described
 from aligntune.config.tree import load_tree, set_path
 from aligntune.errors import UserError, nearest, shown
 from aligntune.names import algorithm_of, preference_name
@@ -76,7 +77,7 @@ RewardFunction = str | Callable[..., Any]
 def build_tree(
     arguments: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[str], dict[str, Callable[..., Any]]]:
-    """A config tree, the overrides on top, and the reward callables that have no import path.
+    """A config tree, the overrides on top, and the reward callables by their place in the tree.
 
     `config` is a YAML file or a mapping; an explicit argument wins over it, None counts as not
     given. Raises UserError for a name that is not known, with the nearest that is.
@@ -181,7 +182,8 @@ def _count(name: str, value: Any) -> int:
 
 
 def _rewards(tree: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
-    """Put the rewards and their weights into the tree; returns those given as callables.
+    """Put the rewards and their weights into the tree; returns those given as callables, by place,
+    as `rewards.0.function`.
 
     `reward_functions` takes the place of every reward of the config; `reward_model_name` alone
     takes that of its reward models.
@@ -202,25 +204,24 @@ def _rewards(tree: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Callab
     if weights is not None and len(weights) != len(items):
         raise UserError(f"{len(weights)} reward_function_weights for {len(items)} reward_functions")
     functions: dict[str, Callable[..., Any]] = {}
-    entries = []
+    entries: list[dict[str, Any]] = [] if model is None else [{"model": model}]
     for index, item in enumerate(items):
         entry: dict[str, Any] = {}
         if isinstance(item, str):
             entry["function"] = item
         elif callable(item):
+            place = f"rewards.{len(entries)}.function"
             name = getattr(item, "__name__", type(item).__name__)
             entry.update(
-                function=f"{getattr(item, '__module__', '?')}:{name}",
+                function=described(place, item),
                 name=name if name != "<lambda>" else f"lambda_{index}",
             )
-            functions[entry["name"]] = item
+            functions[place] = item
         else:
             raise UserError(f"reward_functions[{index}] is neither a name nor a callable")
         if weights is not None:
             entry["weight"] = weights[index]
         entries.append(entry)
-    if model is not None:
-        entries.insert(0, {"model": model})
     tree["rewards"] = entries
     return functions
 

@@ -54,18 +54,12 @@ from aligntune.whole_weights import check_whole, settle_model
 class RunInputs:
     """The inputs of one run, read when they are asked for, and once."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        functions: Mapping[str, Callable[..., Any]],
-        objects: Mapping[str, Callable[..., Any]] | None = None,
-    ) -> None:
-        """`functions` are reward callables by criterion name, for those without an import path;
-        `objects` are tools, environments and the agent by their path in the config."""
+    def __init__(self, config: RunConfig, objects: Mapping[str, Callable[..., Any]]) -> None:
+        """`objects` is what was given as Python objects, by place in the config: rewards, tools,
+        environments and the agent."""
         self.config = self._given = config  # settled once `settle` was called
         self.data = ReadData(config.data)
-        self.functions = dict(functions)
-        self.objects = dict(objects or {})
+        self.objects = dict(objects)
         self._decisions: tuple[Decision, ...] | None = None
         self._start: str | None = None  # for which they are settled: auto, or a checkpoint folder
         self._of_model: tuple[Decision, ...] | None = None
@@ -88,7 +82,7 @@ class RunInputs:
         for another one, new ones of the same data."""
         if self._start in (None, _start(resume)):
             return self
-        anew = RunInputs(self._given, self.functions, self.objects)
+        anew = RunInputs(self._given, self.objects)
         of_all = {"data"}
         if self.config.model.chat_template_day is None:
             of_all |= {"tokenizer", "_rows"}  # nothing of them is settled
@@ -196,16 +190,17 @@ class RunInputs:
 
     def _resolve(self) -> tuple[Criterion, ...]:
         try:
-            specs, functions = self.config.rewards, self.functions
+            specs, objects = self.config.rewards, self.objects
             given: dict[int, Criterion] = {
                 id(spec): EpisodeCriterion(spec.name or ENVIRONMENT, ENVIRONMENT)
                 for spec in specs
                 if isinstance(spec, RewardFunctionSpec) and scores_itself(spec)
             }
             given |= {
-                id(spec): from_callable(functions[spec.name], spec)
-                for spec in specs
-                if isinstance(spec, RewardFunctionSpec) and spec.name in functions
+                id(spec): from_callable(objects[place], spec)
+                for index, spec in enumerate(specs)
+                if isinstance(spec, RewardFunctionSpec)
+                and (place := f"rewards.{index}.function") in objects
             }
             named = [spec for spec in specs if id(spec) not in given]
             resolved = dict(zip(map(id, named), resolve_all(named), strict=True))

@@ -64,14 +64,11 @@ class OnlineTrainer:
     """PPO-family training through the controller."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        functions: Mapping[str, Callable[..., Any]] | None = None,
-        objects: Mapping[str, Callable[..., Any]] | None = None,
+        self, config: RunConfig, objects: Mapping[str, Callable[..., Any]] | None = None
     ) -> None:
-        """`functions` are reward callables by criterion name, for those without an import path;
-        `objects` are tools, environments and the agent by their path in the config."""
-        self.inputs = RunInputs(config, functions or {}, objects)
+        """`objects` is what was given as Python objects, by place in the config: rewards, tools,
+        environments and the agent."""
+        self.inputs = RunInputs(config, objects or {})
         self._settled = False
 
     @property

@@ -47,13 +47,11 @@ from aligntune.whole_weights import check_whole, settle_model
 class PairInputs:
     """The inputs of one job, read when they are asked for, and once."""
 
-    def __init__(
-        self, config: PreferenceConfig, functions: Mapping[str, Callable[..., Any]]
-    ) -> None:
-        """`functions` are reward callables by criterion name, for those without an import path."""
+    def __init__(self, config: PreferenceConfig, objects: Mapping[str, Callable[..., Any]]) -> None:
+        """`objects` is the rewards that were given as Python objects, by place in the config."""
         self.config = config  # settled once `settle` was called
         self.data = ReadData(config.data)
-        self._functions = dict(functions)
+        self._objects = dict(objects)
         self._decisions: tuple[Decision, ...] | None = None
         self._of_model: tuple[Decision, ...] | None = None
 
@@ -150,10 +148,10 @@ class PairInputs:
         """The functions that score texts, where the data are texts. Raises UserError."""
         try:
             found = tuple(
-                from_callable(self._functions[spec.name], spec)
-                if spec.name in self._functions
+                from_callable(self._objects[place], spec)
+                if (place := f"rewards.{index}.function") in self._objects
                 else resolve(spec)
-                for spec in self.config.rewards
+                for index, spec in enumerate(self.config.rewards)
             )
             check_names(found)
             return found

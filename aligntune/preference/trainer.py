@@ -77,10 +77,10 @@ class PreferenceTrainer:
     """DPO, reward models and supervised warm-up."""
 
     def __init__(
-        self, config: PreferenceConfig, functions: Mapping[str, Callable[..., Any]] | None = None
+        self, config: PreferenceConfig, objects: Mapping[str, Callable[..., Any]] | None = None
     ) -> None:
-        """`functions` are reward callables by criterion name, for those without an import path."""
-        self.inputs = PairInputs(config, functions or {})
+        """`objects` is the rewards that were given as Python objects, by place in the config."""
+        self.inputs = PairInputs(config, objects or {})
         self._settled = False
 
     @property

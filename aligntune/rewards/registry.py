@@ -149,9 +149,14 @@ def check_tries(name: str, timeout_s: float, request_timeout_s: float, retries: 
 
 def check_names(criteria: Sequence[Criterion]) -> None:
     """Raises ValueError where two rewards have the same name in metrics."""
-    for name, count in Counter(criterion.name for criterion in criteria).items():
+    names = [criterion.name for criterion in criteria]
+    for name, count in Counter(names).items():
         if count > 1:
-            raise ValueError(f"{count} rewards are named {name!r}; give each its own 'name'")
+            second = names.index(name, names.index(name) + 1)
+            raise ValueError(
+                f"{count} rewards are named {name!r}; give each its own 'name', as by "
+                f"rewards.{second}.name=OTHER (in Python overrides=['rewards.{second}.name=OTHER'])"
+            )
 
 
 def from_callable(function: Callable[..., Any], spec: RewardFunctionSpec) -> RewardCriterion:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from aligntune.config.code import named_code
+from aligntune.config.code import named_code, not_replaced
 from aligntune.config.episodes import AgentSpec
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
@@ -156,6 +156,15 @@ def test_callables_become_their_names_and_are_kept_by_path() -> None:
         "seed": 1,
     }
     assert code == {"tools.1": tool, "environment.go": Game}
+    assert not_replaced(code, named) == code
+    others: list[dict[str, Any]] = [
+        {"tools": ["a:b", "c:d"]},
+        {"tools": ["a:b"]},
+        {"environment": "c:d"},
+    ]
+    for other in others:
+        left = not_replaced(code, named | other)
+        assert [*left] == [place for place in code if place.partition(".")[0] not in other], other
     for wrong in ({"tools": [3]}, {"tools": tool}, {"environment": 3}, {"agent": 3}):
         with pytest.raises(UserError):
             named_code(wrong)

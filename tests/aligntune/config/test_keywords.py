@@ -61,8 +61,10 @@ def test_callables_are_carried_by_name() -> None:
         return [0.0] * len(completions)
 
     tree, _, functions = build_tree({"algorithm": "grpo", "reward_functions": mine})
-    assert functions == {"mine": mine}
+    assert functions == {"rewards.0.function": mine}
     assert tree["rewards"][0]["name"] == "mine"
+    both = {"algorithm": "grpo", "reward_functions": ["math", mine], "reward_model_name": "rm"}
+    assert build_tree(both)[2] == {"rewards.2.function": mine}
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray import cloudpickle
 
 from actors.specs import RewardFunctionSpec
 from aligntune.config.load import load_config
@@ -133,7 +135,7 @@ def test_a_reward_model_config_may_name_texts_and_rewards(tmp_path: Path, tiny_m
         create_rl_trainer(config=trainer.config.model_dump(mode="json")).check()
 
 
-def test_two_functions_of_one_name_are_refused_as_one_would_score_for_both(
+def test_two_functions_of_one_name_are_refused_and_with_names_each_scores_for_itself(
     tmp_path: Path, tiny_model: Path
 ) -> None:
     path = tmp_path / "texts.jsonl"
@@ -145,15 +147,27 @@ def test_two_functions_of_one_name_are_refused_as_one_would_score_for_both(
 
         return score
 
-    trainer = create_rl_trainer(
-        model_name=str(tiny_model),
-        dataset_name=str(path),
-        algorithm="reward_model",
-        reward_functions=[named_score(1), named_score(-2)],
-    )
-    assert isinstance(trainer, PreferenceTrainer)
-    with pytest.raises(UserError, match="2 rewards are named 'score'; give each its own 'name'"):
-        _ = trainer.pairs
+    def trainer(*overrides: str, algorithm: str = "reward_model") -> Any:
+        return create_rl_trainer(
+            model_name=str(tiny_model),
+            dataset_name=str(path),
+            algorithm=algorithm,
+            reward_functions=[named_score(1), named_score(-2)],
+            overrides=overrides,
+        )
+
+    own = r"2 rewards are named 'score'; give each its own 'name'.*overrides=\['(.*)=OTHER'\]"
+    for algorithm in ("reward_model", "grpo"):
+        with pytest.raises(UserError, match=own) as refused:
+            trainer(algorithm=algorithm).inputs.check_places()
+        (cure,) = re.findall(own, str(refused.value))
+        made = trainer(f"{cure}=other", algorithm=algorithm).inputs
+        scores = [cloudpickle.loads(each.target)(["3"]) for each in made.criteria]
+        assert [each.name for each in made.criteria] == ["score", "other"]
+        assert scores == [[3.0], [-6.0]], "each scores for itself"
+    swap = ("rewards.0.function=exact_match", "rewards.1.name=other")
+    replaced = trainer(*swap).inputs.criteria
+    assert isinstance(replaced[0].target, str), "an override has named another function there"
 
 
 def test_rewards_are_for_reward_models_made_of_texts() -> None:
