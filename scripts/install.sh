@@ -31,6 +31,9 @@ fail() { # code, lines...
   exit "$code"
 }
 
+[ "$(uname -s)" = Linux ] || fail 2 "aligntune runs on Linux, and this is $(uname -s)" \
+  "on Windows call this in WSL 2, on a Mac in a Linux container"
+
 stage() { # what, command...
   local what=$1 start=$SECONDS
   shift

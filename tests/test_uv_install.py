@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -63,3 +66,23 @@ def test_without_uv_nothing_is_done(script: ModuleType, monkeypatch: pytest.Monk
         lambda *_, **__: type("Done", (), {"returncode": 0, "stdout": ""}),
     )
     assert script.main(["x"]) == 3
+
+
+def test_another_system_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    shutil.copy(SCRIPT.with_name("install.sh"), folder)
+    uname = tmp_path / "bin" / "uname"
+    uname.parent.mkdir()
+    uname.write_text("#!/bin/sh\necho Darwin\n")
+    uname.chmod(0o755)
+    path = {"PATH": f"{uname.parent}:{os.environ['PATH']}", "PYTHON": "/nowhere/python"}
+    ended = subprocess.run(
+        ["bash", folder / "install.sh"], env=path, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines() == [
+        "install: aligntune runs on Linux, and this is Darwin",
+        "install: on Windows call this in WSL 2, on a Mac in a Linux container",
+    ]
+    assert {each.name for each in tmp_path.iterdir()} == {"scripts", "bin"}

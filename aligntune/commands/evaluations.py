@@ -13,8 +13,8 @@ from aligntune.config.tree import load_tree, override
 from aligntune.errors import UserError
 from aligntune.evaluation.answers import reader_of
 from aligntune.evaluation.statistics import CONFIDENCE
-from aligntune.evaluation.store import EVALUATIONS, Decoded, Summary, write_evaluation
-from aligntune.evaluation.summary import figures, judged, read_success
+from aligntune.evaluation.store import EVALUATIONS, Decoded, Summary, check_place
+from aligntune.evaluation.summary import Row, figures, judged, read_success
 from aligntune.names import algorithm_of, preference_name
 from aligntune.runs.choice import NEWEST, START
 from aligntune.runs.ended import Scored, model_to_score
@@ -113,13 +113,18 @@ def evaluated(
     success: str | None,
     out: Path | None,
     told: Told,
-) -> tuple[Summary, Path]:
-    """Evaluate, write it down, and return the summary with its folder. Raises UserError."""
+) -> tuple[Summary, list[Row], Path]:
+    """Evaluate; returns the summary, its rows, and the folder that a folder with both belongs in.
+    Raises UserError, also where nothing can be written there, before anything starts."""
     from aligntune.online.evaluating import decodings
     from aligntune.online.trainer import OnlineTrainer
 
     trainer = target.trainer
     assert isinstance(trainer, OnlineTrainer)
+    in_run = target.run is not None and RunDir(target.run).config.is_file()
+    own_place = target.run / EVALUATIONS if in_run and target.run is not None else Path(EVALUATIONS)
+    place = (own_place if out is None else out).absolute()
+    check_place(place)
     if target.model is not None and which != NEWEST:
         raise UserError(f"--checkpoint {which} is of a run, and {target.model} is a model")
     if target.written is not None and which != NEWEST:
@@ -173,7 +178,4 @@ def evaluated(
             for way, decoding in ways.items()
         },
     )
-    in_run = target.run is not None and RunDir(target.run).config.is_file()
-    parent = (target.run / EVALUATIONS) if in_run and target.run is not None else Path(EVALUATIONS)
-    folder = write_evaluation(parent if out is None else out, summary, rows)
-    return summary.model_copy(update={"name": folder.name}), folder
+    return summary, rows, place

@@ -32,7 +32,12 @@ def report(
         out = run / f"report-{other.absolute().name}.html"
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
-    typer.echo(write_report(runs, out))
+    try:
+        typer.echo(write_report(runs, out))
+    except PermissionError as error:  # a run of somebody else's may be for reading alone
+        raise UserError(
+            f"the report cannot be written: {error}; name a file elsewhere by --out"
+        ) from error
 
 
 def samples(

@@ -53,7 +53,12 @@ def not_here(tree: Mapping[str, Any], package: Package) -> list[tuple[str, str]]
     """
     return [
         (key, name)
-        for key, name in (*models_and_data(tree), *code_files(tree), *_modules(tree))
+        for key, name in (
+            *models_and_data(tree),
+            *code_files(tree),
+            *_modules(tree),
+            *_of_command(tree),
+        )
         if not _travels(key, name, package)
         and os.path.isabs(os.path.expanduser(name))
         and not is_here(name)
@@ -69,6 +74,15 @@ def _modules(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         files = (f"{path}.py", f"{path}/__init__.py") if path else ()
         if file := next(filter(os.path.isfile, files), None):
             yield key, file
+
+
+def _of_command(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(place in the tree, file) of what an agent's command names in the current folder."""
+    agent = tree.get("agent")
+    command = (agent.get("command") or []) if isinstance(agent, Mapping) else []
+    for index, part in enumerate(command):
+        if not os.path.isabs(part) and os.path.isfile(part):
+            yield f"agent.command.{index}", part
 
 
 def _travels(key: str, name: str, package: Package) -> bool:

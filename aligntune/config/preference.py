@@ -364,14 +364,20 @@ def _check(config: PreferenceConfig) -> None:
                 "and its schedule (learning_rate, weight_decay, adam_betas, adam_epsilon, "
                 "scheduler, warmup_steps); remove the section"
             )
+    stage = ((train.deepspeed or {}).get("zero_optimization") or {}).get("stage")
+    if stage == 3 and config.model.lora is not None:
+        raise UserError("train.deepspeed stage 3 and model.lora do not go together; use stage 2")
+    check_table_keys(config)
+
+
+def check_passes(config: PreferenceConfig, held_out: bool) -> None:
+    """Whether a forward pass has the pairs that the loss sorts, where a run starts: the config of
+    one that an earlier version has trained is still read. Raises UserError."""
     if isinstance(config.algorithm, DPOSpec) and (sort := config.algorithm.sorted_losses):
-        passes = {"train": train.pairs_per_worker, "eval": config.eval.pairs_per_worker}
+        passes = {"train": config.train.pairs_per_worker}
+        passes |= {"eval": config.eval.pairs_per_worker} if held_out else {}
         for section in (name for name, pairs in passes.items() if pairs == 1):
             raise UserError(
                 f"{section}.pairs_per_worker=1 does not go with loss_type {sort[0]}, which sorts "
                 "the pairs of one forward pass and would be sigmoid; set it to 2 or more"
             )
-    stage = ((train.deepspeed or {}).get("zero_optimization") or {}).get("stage")
-    if stage == 3 and config.model.lora is not None:
-        raise UserError("train.deepspeed stage 3 and model.lora do not go together; use stage 2")
-    check_table_keys(config)

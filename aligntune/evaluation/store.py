@@ -60,6 +60,16 @@ class Summary(BaseModel):
     decodings: dict[str, Decoded]
 
 
+def check_place(parent: Path) -> None:
+    """Whether a folder can be made in `parent`, which may not be there. Raises UserError."""
+    above = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "nothing can be written to" if above.is_dir() else "it would be in the file"
+        raise UserError(
+            f"an evaluation cannot be kept in {parent}: {why} {above}; name another folder by --out"
+        )
+
+
 def write_evaluation(parent: Path, summary: Summary, rows: Sequence[Row]) -> Path:
     """Write a new folder in `parent`, named by the summary, or with `-2` and so on behind it where
     there is one of this name; returns it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -96,8 +97,11 @@ async def with_model(
 
     if not scored.is_checkpoint:
         return await by(scored.model)
-    # Beside the checkpoint, where every node of the run can read it.
-    with TemporaryDirectory(dir=Path(scored.model).parent.parent, prefix=".model-") as folder:
+    # Beside the checkpoint, where every node of the run can read it; a run of somebody else's may
+    # be for reading alone.
+    run = Path(scored.model).parent.parent
+    beside = run if os.access(run, os.W_OK) else None
+    with TemporaryDirectory(dir=beside, prefix=".model-") as folder:
         target = Path(folder) / "model"
         await export_checkpoint(config, roles, Path(scored.model), target)
         stage(f"made a model of the checkpoint of step {scored.step}")

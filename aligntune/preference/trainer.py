@@ -15,7 +15,7 @@ from typing import Any
 
 from actors.preference.relay import PreferenceJob
 from aligntune import imports
-from aligntune.config.preference import DPOSpec, PreferenceConfig
+from aligntune.config.preference import DPOSpec, PreferenceConfig, check_passes
 from aligntune.config.warm_up import SFTSpec
 from aligntune.data.row_tokens import RowTokens
 from aligntune.errors import RunFailed, UserError
@@ -131,7 +131,8 @@ class PreferenceTrainer:
         storage = self._storage(rundir)
         storage.check(self.config, resume, fresh=not rundir.trained)
         reached = self._reached(resume)
-        _ = self.pairs, self.eval_pairs
+        _ = self.pairs
+        check_passes(config, self.eval_pairs is not None)
         if resume in ("auto", "never") and "checkpoint.storage" in rundir.changed:
             before, _ = rundir.changed["checkpoint.storage"]
             JobStorage(before, rundir.path).check_left(reached)

@@ -96,9 +96,10 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def differences(old: dict[str, Any], config: BaseModel) -> dict[str, tuple[Any, Any]]:
     """Paths whose values differ between a tree and this config: {path: (old, new)}. Pure.
 
-    What one of them leaves to the machines (`auto`) differs from nothing.
+    What one of them leaves to the machines (`auto`) differs from nothing. A key that the version
+    which wrote the tree did not have is at its default there.
     """
-    before, after = flatten(old), flatten(tree_of(config))
+    before, after = flatten(_completed(old)), flatten(tree_of(config))
     both = (*before.items(), *after.items())
     of_machines = settings_of_machines(config)
     undecided = {path for path, value in both if value == AUTO and path in of_machines}
@@ -108,6 +109,16 @@ def differences(old: dict[str, Any], config: BaseModel) -> dict[str, tuple[Any, 
         if before.get(path) != after.get(path)
         and not any(path == one or path.startswith(f"{one}.") for one in undecided)
     }
+
+
+def _completed(old: dict[str, Any]) -> dict[str, Any]:
+    """A run's tree with every key of today; as it is where it is no config any more."""
+    from aligntune.config.load import load_config
+
+    try:
+        return tree_of(load_config(old))
+    except UserError:
+        return old
 
 
 def changes(old: dict[str, Any], config: BaseModel, where: str) -> dict[str, tuple[Any, Any]]:

@@ -12,7 +12,7 @@ from aligntune import create_rl_trainer
 from aligntune.config.auto import open_settings
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
-from aligntune.config.preference import PreferenceConfig
+from aligntune.config.preference import PreferenceConfig, check_passes
 from aligntune.config.tree import dump
 from aligntune.errors import UserError
 from aligntune.preference.trainer import PreferenceTrainer
@@ -89,15 +89,6 @@ REFUSED = {
         "algorithm.loss_type=aot",
         "algorithm.weighting=true",
     ],
-    "train.pairs_per_worker=1 does not go with loss_type aot": [
-        "algorithm.loss_type=[sigmoid, aot]",
-        "train.pairs_per_worker=1",
-    ],
-    "eval.pairs_per_worker=1 does not go with loss_type aot_unpaired": [
-        "algorithm.loss_type=aot_unpaired",
-        "eval.pairs_per_worker=1",
-        "data.eval_path=e",
-    ],
     "leaves no reference to precompute": [
         "algorithm.reference_free=true",
         "algorithm.precompute_reference=true",
@@ -127,6 +118,18 @@ def test_what_cannot_be_is_refused_in_one_line(reason: str) -> None:
         config(*REFUSED[reason])
     assert reason in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_loss_that_sorts_pairs_wants_two_a_pass_where_a_run_starts_and_is_read() -> None:
+    one = config("algorithm.loss_type=[sigmoid, aot]", "train.pairs_per_worker=1")
+    assert isinstance(one, PreferenceConfig)
+    with pytest.raises(UserError, match=r"train\.pairs_per_worker=1 does not go .* aot, which"):
+        check_passes(one, held_out=False)
+    loss = ("algorithm.loss_type=aot_unpaired", "data.eval_path=e")
+    held_out = config(*loss, "eval.pairs_per_worker=1")
+    with pytest.raises(UserError, match=r"eval\.pairs_per_worker=1 does not go .* aot_unpaired,"):
+        check_passes(held_out, held_out=True)
+    check_passes(held_out, held_out=False)
 
 
 def test_losses_that_use_label_smoothing_may_have_it() -> None:

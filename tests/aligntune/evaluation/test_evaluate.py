@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ import yaml
 
 from actors.supervise import ReplicaSet
 from aligntune import cli
+from aligntune.commands import evaluations
 from aligntune.commands.evaluations import Target, target_of
 from aligntune.commands.model_cli import exported
 from aligntune.config.online import RunConfig
+from aligntune.evaluation import store
 from aligntune.evaluation.store import COMPLETIONS, Summary, read_rows, read_summary
 from aligntune.online import evaluating
 from aligntune.online import trainer as trainers
@@ -213,6 +216,7 @@ def test_the_model_of_a_job_over_a_table_is_evaluated_by_the_prompts_and_rewards
         ("dpo --config run/config.yaml --checkpoint 2", "has one model, the last one"),
         ("run --config run/config.yaml", "has data and rewards of its own"),
         ("start --config dpo/config.yaml", "dpo/config.yaml is of a job over a table"),
+        ("run --out run/config.yaml/x", "config.yaml; name another folder by --out"),
         ("dpo --samples 2", "--config CONFIG.yaml with prompts and rewards scores"),
     ],
 )
@@ -234,6 +238,35 @@ def test_what_cannot_be_evaluated_so_is_refused_with_what_can(
     error = capsys.readouterr().err
     assert said in error
     assert len(error.splitlines()) == 1, error
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
+def test_figures_that_the_disk_does_not_take_are_shown_first(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "write_evaluation", full)
+    monkeypatch.setattr(evaluating.os, "access", lambda *_: False)  # a run for reading alone
+    monkeypatch.setattr(store, "check_place", lambda place: None)
+    monkeypatch.setattr(evaluations, "check_place", lambda place: None)
+    folders: list[Path | None] = []
+
+    def beside(**given: Any) -> TemporaryDirectory[str]:
+        folders.append(given["dir"])
+        return TemporaryDirectory(**given)
+
+    monkeypatch.setattr(evaluating, "TemporaryDirectory", beside)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate", str(run), "--json"])
+    shown = capsys.readouterr()
+    assert ended.value.code == 2
+    assert Summary.model_validate_json(shown.out).prompts == 3
+    assert "No space left on device; the figures above are all" in shown.err
+    assert "resume with" not in shown.err
+    assert folders == [None], "the model of the checkpoint is made elsewhere"
 
 
 @pytest.mark.parametrize("name", ["try #2", "lr: 1e-6", "\U0001f600"])

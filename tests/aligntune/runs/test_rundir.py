@@ -15,7 +15,7 @@ import yaml
 from aligntune.config.auto import tree_of
 from aligntune.config.online import RunConfig, load_online_config
 from aligntune.errors import UserError
-from aligntune.runs.rundir import RunDir, changes
+from aligntune.runs.rundir import RunDir, changes, differences
 from tests.aligntune.config.test_preference import config
 
 
@@ -100,6 +100,28 @@ def test_two_spellings_of_the_paths_of_several_sources_are_the_same_run(tmp_path
     ):
         with pytest.raises(UserError, match=r"data\.train was .* there and is .* here"):
             changes(old, run(*sources), "here")
+
+
+def test_a_key_that_came_with_an_upgrade_is_at_its_default_and_has_not_changed() -> None:
+    def run(**changes: Any) -> RunConfig:
+        tree = {"algorithm": "grpo", "model": {"name": "m"}, "data": {"path": "x.jsonl"}}
+        return load_online_config({**tree, "output_dir": "o", "rewards": ["math"], **changes})
+
+    old = tree_of(run())
+    for section, key in (
+        ("algorithm", "kl_in"),
+        ("train", "seed"),
+        ("tracking", "samples_per_step"),
+    ):
+        del old[section][key]
+    del old["rewards"][0]["try_first"], old["hub"]
+    assert changes(old, run(), "here") == {}
+    other = run(tracking={"samples_per_step": 9})
+    assert changes(old, other, "here") == {"tracking.samples_per_step": (4, 9)}
+    with pytest.raises(UserError, match=r"train\.seed was 0 there and is 5 here"):
+        changes(old, run(train={"seed": 5}), "here")
+    gone = {**old, "a_section_that_was": {"key": 1}}  # no config any more: compared as it is
+    assert differences(gone, run())["hub.timeout_s"] == (None, 3600.0)
 
 
 def test_what_one_run_leaves_to_the_machines_has_not_changed_and_another_auto_has() -> None:

@@ -599,6 +599,11 @@ def test_a_working_directory_over_the_limit(fail: Fail, project: Path) -> None:
         (("cluster.object_store_gib=2",), "cluster.object_store_gib would do nothing"),
         (("rewards=[../own.py:f]",), "rewards.0.function ../own.py is outside of the working"),
         (("rewards=['hidden:f']",), "rewards.0.function hidden.py is not packed, for .gitignore"),
+        (
+            ("agent={command: [python, ./hidden.py, --n, 3]}", "rollout.engine=vllm"),
+            "agent.command.1 ./hidden.py is not packed, for .gitignore",
+        ),
+        (("agent={command: [../own.py]}",), "agent.command.0 ../own.py is outside of the working"),
         (("tools=[hidden.py:f]",), "tools.0 hidden.py is not packed, for .gitignore names it"),
         (("--env", "NOT_SET_ANYWHERE"), "the variable is not set here"),
         (("--env", "TOKEN=abc"), "write --env TOKEN and set"),
