@@ -600,7 +600,7 @@ def test_a_working_directory_over_the_limit(fail: Fail, project: Path) -> None:
         (("rewards=[../own.py:f]",), "rewards.0.function ../own.py is outside of the working"),
         (("rewards=['hidden:f']",), "rewards.0.function hidden.py is not packed, for .gitignore"),
         (
-            ("agent={command: [python, ./hidden.py, --n, 3]}", "rollout.engine=vllm"),
+            ("agent={command: [python, ./hidden.py, --fast]}", "rollout.engine=vllm"),
             "agent.command.1 ./hidden.py is not packed, for .gitignore",
         ),
         (("agent={command: [../own.py]}",), "agent.command.0 ../own.py is outside of the working"),
