@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -41,6 +42,8 @@ _RUNNER = (
     "from actors.sandbox_runner import main; main(sys.argv[2])"
 )
 START_SECONDS = 10.0  # for the runner beside the program's own time
+TRY_SECONDS = 20.0  # for the first uses of bwrap
+_PASSING = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 class SandboxMissing(RuntimeError):
@@ -87,45 +90,60 @@ def mode_here() -> Mode:
 
 @functools.cache
 def bubblewrap() -> tuple[str | None, str]:
-    """The program bwrap, where it works here, and else why not."""
+    """The program bwrap, where it works here, and else why not.
+
+    Raises SandboxFailed where that cannot be told now; the next call asks again.
+    """
     program = shutil.which("bwrap")
     if program is None:
         return None, "bwrap is not installed (package bubblewrap)"
     with tempfile.TemporaryDirectory(prefix="aligntune-") as scratch:
         try:
-            done = subprocess.run(
-                [program, "--json-status-fd", "2", *_wrapped(program, scratch)[1:], *_NOTHING],
-                capture_output=True,
-                timeout=20,
-                check=False,
+            done = _tried(
+                [program, "--json-status-fd", "2", *_wrapped(program, scratch)[1:], *_NOTHING]
             )
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except OSError as error:
             return None, f"bwrap does not work here: {error}"
     if done.returncode:
         return None, f"bwrap does not work here: {done.stderr.decode(errors='replace').strip()}"
     return program, ""
 
 
+def _tried(command: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
+    """How a first use of bwrap ended. What is kept for the life of the process must not hang on
+    what the machine had left at that moment: SandboxFailed says that nothing is known."""
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=TRY_SECONDS, check=False)
+    except subprocess.TimeoutExpired as late:
+        raise SandboxFailed(f"bwrap has not ended within {TRY_SECONDS:g} s") from late
+    except OSError as error:
+        if error.errno in _PASSING:
+            raise SandboxFailed(f"bwrap could not be started: {error.strerror}") from error
+        raise
+    said = done.stderr.decode(errors="replace")
+    if done.returncode and any(os.strerror(number) in said for number in _PASSING):
+        raise SandboxFailed(f"bwrap could not be started: {said.strip()}")
+    return done
+
+
 @functools.cache
 def _grants(program: str) -> tuple[str, ...]:
     """`CAPABILITIES` where bwrap gives them to what it starts; it does not where it is setuid."""
     with tempfile.TemporaryDirectory(prefix="aligntune-") as scratch:
-        command = [*_wrapped(program, scratch, granted=CAPABILITIES), *_NOTHING]
-        done = subprocess.run(command, capture_output=True, timeout=20, check=False)
+        done = _tried([*_wrapped(program, scratch, granted=CAPABILITIES), *_NOTHING])
     return () if done.returncode else CAPABILITIES
 
 
 @functools.cache
 def _sizes(program: str) -> bool:
     """Whether this version of bwrap bounds a file system in memory."""
-    done = subprocess.run([program, "--help"], capture_output=True, timeout=20, check=False)
-    return b"--size" in done.stdout
+    return b"--size" in _tried([program, "--help"]).stdout
 
 
 def in_force(mode: Mode, key: str = "reward.sandbox") -> str:
     """What holds programs in `mode` on this machine, for a person; `key` is the mode's setting.
 
-    Raises SandboxMissing.
+    Raises SandboxMissing, and SandboxFailed where that cannot be told now.
     """
     if mode == "off":
         return "off"
@@ -150,7 +168,7 @@ def held(mode: Mode, key: str, scratch: str, imports: Sequence[str], log: str | 
     folders that it `imports` from too, writes to `scratch` and `log`, and has `CAPABILITIES` where
     bwrap gives them, by which it keeps its own processes apart.
 
-    Raises SandboxMissing.
+    Raises SandboxMissing, SandboxFailed.
     """
     in_force(mode, key)
     if mode == "off":

@@ -24,7 +24,7 @@ from actors.environments.base import EpisodeFailed
 from actors.environments.channel import Told, parse
 from actors.environments.child import CALL_TIMEOUT, OBSERVATION_CHARACTERS
 from actors.environments.server import Setup, fork_request
-from actors.sandbox import Held, Mode, SandboxMissing, held, in_force
+from actors.sandbox import Held, Mode, SandboxFailed, SandboxMissing, held, in_force
 from actors.scratch import OwnedFolder
 
 IMPORT_SECONDS = 300.0  # to import the user's code, or to make an environment for its description
@@ -125,6 +125,8 @@ class Server:
             return held(self._sandbox, "episodes.sandbox", self._scratch.path, imports, self._log)
         except SandboxMissing as missing:
             raise EpisodeFailed(str(missing)) from missing
+        except SandboxFailed as failed:
+            raise EpisodeFailed(str(failed), infrastructure=True) from failed
 
     async def place(self) -> str:
         """The name of a new folder for the processes of one episode, until `clear`; empty where

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import functools
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -272,6 +275,39 @@ def test_a_bubblewrap_that_fails_is_a_failure_with_what_it_said(
     monkeypatch.setattr(sandbox, "bubblewrap", lambda: (str(program), ""))
     with pytest.raises(SandboxFailed, match="bwrap ended with 1 and ran nothing: bwrap: no more"):
         python("print(1)")
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)),
+        subprocess.TimeoutExpired("bwrap", 20.0),
+        subprocess.CompletedProcess("bwrap", 1, b"", b"bwrap: fork: Cannot allocate memory\n"),
+    ],
+    ids=lambda trouble: type(trouble).__name__,
+)
+def test_what_passes_is_no_word_on_whether_there_is_a_sandbox(
+    trouble: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all that its process runs later would run without one."""
+    program = tmp_path / "bwrap"
+    program.write_text("#!/bin/sh\nexit 0\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    troubles = [trouble]
+
+    def tried(*arguments: Any, **options: Any) -> Any:
+        if not troubles:
+            return subprocess.CompletedProcess(arguments, 0, b"--size", b"")
+        if isinstance(found := troubles.pop(), Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(subprocess, "run", tried)
+    monkeypatch.setattr(sandbox, "bubblewrap", functools.cache(sandbox.bubblewrap.__wrapped__))
+    with pytest.raises(SandboxFailed):
+        in_force("auto")
+    assert in_force("auto").startswith("bubblewrap")
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
