@@ -145,12 +145,14 @@ class Evaluation:
         self._version = 0
 
     def due(self, version: int) -> bool:
-        """Whether `version` is to be evaluated, and no row says that it was."""
-        spec = self._config.eval
+        """Whether `version` is to be evaluated, and no row says that it was. Where what evaluations
+        are made by has changed, the first version since is as the start of a run."""
+        spec, anew = self._config.eval, self._recorder.measured_anew
         wanted = (
             spec.at_start
             if version == 0
-            else (spec.every_steps is not None and version % spec.every_steps == 0)
+            else (anew and spec.at_start)
+            or (spec.every_steps is not None and version % spec.every_steps == 0)
             or (version == self._total_steps and spec.at_end)
         )
         return wanted and bool(self._prompts) and self._recorder.last_evaluation < version

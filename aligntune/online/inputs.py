@@ -44,6 +44,7 @@ from aligntune.online.first_prompt import try_rewards
 from aligntune.online.settle import settle_data
 from aligntune.online.settle_resources import settle_resources
 from aligntune.rewards.registry import check_columns, check_names, from_callable, resolve_all
+from aligntune.runs.measure import OPERATIONAL, measure
 from aligntune.runs.mirror import mirror_of
 from aligntune.runs.rundir import RunDir, run_of
 from aligntune.template_settings import settle_template
@@ -300,6 +301,23 @@ class RunInputs:
         source = evaluation_prompts(data, rows, tokenizer, max_prompt_length=self._longest)
         check_rows(self.config, source)
         return source
+
+    @property
+    def measure(self) -> str:
+        """What held-out figures are made by, as `runs.measure` has it; empty without held-out
+        prompts."""
+        config, held_out = self.config, self.held_out
+        if held_out is None:
+            return ""
+        rewards = [
+            reward.model_dump(mode="json", exclude_defaults=True, exclude=OPERATIONAL)
+            for reward in config.rewards
+        ]
+        drawn = [config.eval.completions, config.eval.temperature]
+        played = config.model_dump(mode="json", include={"tools", "environment", "agent"})
+        turns = [config.episodes.max_turns, config.episodes.max_tool_calls]
+        length = config.rollout.max_completion_length
+        return measure(held_out.fingerprint, rewards, drawn, length, played, turns)
 
     @property
     def dropped(self) -> dict[str, Dropped]:

@@ -10,6 +10,7 @@ from typing import Any
 from actors.timeline import Span
 from aligntune.config.online import RunConfig
 from aligntune.runs.jsonl import last_row, long_read, read_lines
+from aligntune.runs.measure import KEY
 from aligntune.runs.recorder import Recorder
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking import lines
@@ -28,9 +29,11 @@ class OnlineRecorder(Recorder):
         total_steps: int,
         after_step: int,
         since: float | None = None,
+        measure: str = "",
     ) -> None:
         """`after_step` is the step of the checkpoint the run starts from, 0 at the beginning;
-        `since` is when the run was called."""
+        `since` is when the run was called; `measure` is what its evaluations are made by, as
+        `runs.measure` has it."""
         super().__init__(config, config.tracking, rundir, total_steps, after_step, since)
         self._evals = MetricsFile(rundir.file("evals.jsonl"))
         if (told := long_read("the samples", rundir.file("samples.jsonl"))) is not None:
@@ -39,6 +42,7 @@ class OnlineRecorder(Recorder):
         self._eval_samples = SamplesFile(rundir.file("eval_samples.jsonl"))
         self._steps += (self._evals, self._samples, self._eval_samples)
         self._evaluated = {row["step"]: row for row in read_lines(self._evals.path)}
+        self._measure = measure
         self._asked: list[str] = []  # a group of the last evaluation, for a person
         self._trace = Trace(rundir.file("trace.json")) if config.tracking.profile else None
 
@@ -56,8 +60,18 @@ class OnlineRecorder(Recorder):
 
     @property
     def last_evaluation(self) -> int:
-        """The step of the last evaluation written; -1 where there is none."""
-        return max(self._evaluated, default=-1)
+        """The step of the last evaluation written by what this start measures by; -1 where there
+        is none."""
+        rows = self._evaluated.items()
+        return max((step for step, row in rows if self._is_own(row)), default=-1)
+
+    @property
+    def measured_anew(self) -> bool:
+        """Whether all evaluations there are were made by something else than the next ones."""
+        return bool(self._evaluated) and self.last_evaluation < 0
+
+    def _is_own(self, row: Mapping[str, Any]) -> bool:
+        return row.get(KEY, self._measure) == self._measure
 
     @property
     def evaluations(self) -> Sequence[Mapping[str, Any]]:
@@ -88,8 +102,11 @@ class OnlineRecorder(Recorder):
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """The figures of an evaluation of the weights of `step`."""
         figures = self._held(step, figures)
-        self._writer.do(partial(self._evals.append, step, figures, version=step))
-        self._evaluated = {**self._evaluated, step: {"step": step, **figures}}
+        labels = {KEY: self._measure} if self._measure else {}
+        if step in self._evaluated:  # by something else, before what is measured changed
+            self._writer.do(partial(self._evals.truncate_after, step - 1))
+        self._writer.do(partial(self._evals.append, step, figures, version=step, **labels))
+        self._evaluated = {**self._evaluated, step: {"step": step, **labels, **figures}}
         self._log(step, figures)
         self._progress.evaluation(figures)
         said = {"reward": f"{figures['eval/reward/mean']:.3f}"}
@@ -104,6 +121,8 @@ class OnlineRecorder(Recorder):
 
     def eval_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Groups of an evaluation."""
+        if step in self._evaluated:
+            self._writer.do(partial(self._eval_samples.truncate_after, step - 1))
         self._writer.do(partial(self._eval_samples.append, step, rows))
         for view in self._views:
             view.samples(step, rows[:GROUPS])

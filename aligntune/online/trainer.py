@@ -41,6 +41,7 @@ from aligntune.runs.ended import (
 from aligntune.runs.hub import check_hub
 from aligntune.runs.jsonl import long_read
 from aligntune.runs.lifecycle import check_programs, claimed, recorded
+from aligntune.runs.measure import NOT_COMPARED
 from aligntune.runs.mirror import mirror_of
 from aligntune.runs.publish import push
 from aligntune.runs.reading import open_run
@@ -214,7 +215,9 @@ class OnlineTrainer:
             rundir.describe(self.config)
             after = checkpoint.step if checkpoint else 0
             with recorded(
-                OnlineRecorder(self.config, rundir, self.total_steps, after, started),
+                OnlineRecorder(
+                    self.config, rundir, self.total_steps, after, started, self.inputs.measure
+                ),
                 rundir,
                 self.total_steps,
                 FAILURES,
@@ -226,6 +229,8 @@ class OnlineTrainer:
                     recorder.note(line)
                 start = begin_from(start, rundir, checkpoints, mirror, resume, recorder.stage)
                 checkpoint = start.checkpoint
+                if recorder.measured_anew:
+                    recorder.note(NOT_COMPARED)
                 start.tell(recorder)
                 with self._roles(recorder.stage) as roles:
                     recorder.starting(starts(self.config))

@@ -23,6 +23,7 @@ from aligntune.evaluation.store import Summary, evaluations_of, read_summary
 from aligntune.report.settings import settings
 from aligntune.runs.disk import write_atomically
 from aligntune.runs.ended import goes_back
+from aligntune.runs.measure import comparable
 from aligntune.runs.reading import RunOnDisk
 
 NAME = "README.md"
@@ -168,7 +169,7 @@ def _results(run: RunOnDisk, step: int) -> Iterator[str]:
         summary = read_summary(folder)
         if summary.step == step and not _outdated(run, summary.time, step):
             yield _evaluated(summary)
-    own = [row for row in run.evals if row["step"] <= step]
+    own = comparable([row for row in run.evals if row["step"] <= step])
     if own:
         first, last = own[0], own[-1]
         names = [n for n in last if n.startswith("eval/") and n.endswith("/mean")]

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from aligntune.report.curves import STAGES
+from aligntune.runs.measure import comparable
 from aligntune.runs.reading import RunOnDisk
 from aligntune.tracking.metrics import EventKind, mean
 
@@ -96,7 +97,7 @@ class Summary:
 
 def summary(run: RunOnDisk) -> Summary:
     """The whole of it."""
-    changes = evaluated(run.evals, tuple(_penalties(run)))
+    changes = evaluated(comparable(run.evals), tuple(_penalties(run)))
     sentences = [_where_it_stands(run), _learned(run, changes), _work(run), _time(run)]
     return Summary(
         state=run.ending.state,

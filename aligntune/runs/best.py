@@ -15,6 +15,7 @@ from aligntune.config.records import OnlineCheckpointSpec
 from aligntune.errors import UserError
 from aligntune.runs.checkpoint import Checkpoint, Checkpoints
 from aligntune.runs.jsonl import readable
+from aligntune.runs.measure import comparable
 from aligntune.runs.rundir import RunDir
 
 EVALS = "evals.jsonl"
@@ -28,10 +29,11 @@ class Best:
     mode: Literal["max", "min"] = "max"
 
     def values(self, rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
-        """The figure of each evaluated step that has one; `rows` are those of evals.jsonl."""
+        """The figure of each evaluated step that has one and can be compared with the last; `rows`
+        are those of evals.jsonl, in order."""
         return {
             row["step"]: float(row[self.metric])
-            for row in rows
+            for row in comparable([*rows])
             if type(row.get("step")) is int and isinstance(row.get(self.metric), int | float)
         }
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from aligntune.errors import UserError
 from aligntune.runs.jsonl import Row, readable
+from aligntune.runs.measure import KEY
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
 
@@ -98,7 +99,7 @@ def last_figures(rundir: RunDir) -> dict[str, float]:
     found = dict(found or {"step": 0})
     if evaluated and evaluated["step"] == found["step"]:
         found |= evaluated
-    return {name: value for name, value in found.items() if name not in ("step", "version")}
+    return {name: value for name, value in found.items() if name not in ("step", "version", KEY)}
 
 
 def _last(rows: Iterable[Row]) -> Row | None:

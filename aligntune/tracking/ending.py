@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from aligntune.runs.jsonl import read_lines, readable
+from aligntune.runs.measure import comparable
 from aligntune.tracking import lines
 from aligntune.tracking.advice import unmoved
 
@@ -17,7 +18,8 @@ Row = Mapping[str, float]
 def ending(output_dir: Path, model: Path) -> list[str]:
     """What is told below the last line of a run in `output_dir`."""
     steps = [row for row in readable(output_dir / "metrics.jsonl") if row.get("step")]
-    return [*before_and_after(evaluations(output_dir), steps), *what_next(output_dir, model)]
+    rows = comparable(evaluations(output_dir))
+    return [*before_and_after(rows, steps), *what_next(output_dir, model)]
 
 
 def evaluations(output_dir: Path) -> list[Row]:

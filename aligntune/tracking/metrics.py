@@ -146,7 +146,7 @@ class StepsFile(_Lines):
 class MetricsFile(StepsFile):
     """`metrics.jsonl` and `evals.jsonl`: one object a step, its figures beside `step`."""
 
-    def append(self, step: int, metrics: Mapping[str, float], **labels: int) -> None:
+    def append(self, step: int, metrics: Mapping[str, float], **labels: int | str) -> None:
         """Write the figures of `step`, and the `labels` before them.
 
         Raises:
