@@ -55,6 +55,10 @@ class SandboxFailed(RuntimeError):
     """The program was never run, so that its end says nothing of it. The message says why."""
 
 
+class SandboxBusy(SandboxFailed):
+    """The machine had no process, memory or open file left for it. That may pass."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one program may use."""
@@ -92,7 +96,7 @@ def mode_here() -> Mode:
 def bubblewrap() -> tuple[str | None, str]:
     """The program bwrap, where it works here, and else why not.
 
-    Raises SandboxFailed where that cannot be told now; the next call asks again.
+    Raises SandboxBusy where that cannot be told now; the next call asks again.
     """
     program = shutil.which("bwrap")
     if program is None:
@@ -111,19 +115,27 @@ def bubblewrap() -> tuple[str | None, str]:
 
 def _tried(command: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
     """How a first use of bwrap ended. What is kept for the life of the process must not hang on
-    what the machine had left at that moment: SandboxFailed says that nothing is known."""
+    what the machine had left at that moment: SandboxBusy says that nothing is known."""
     try:
         done = subprocess.run(command, capture_output=True, timeout=TRY_SECONDS, check=False)
     except subprocess.TimeoutExpired as late:
-        raise SandboxFailed(f"bwrap has not ended within {TRY_SECONDS:g} s") from late
+        raise SandboxBusy(f"bwrap has not ended within {TRY_SECONDS:g} s") from late
     except OSError as error:
-        if error.errno in _PASSING:
-            raise SandboxFailed(f"bwrap could not be started: {error.strerror}") from error
+        if (busy := _busy(error)) is not None:
+            raise busy from error
         raise
     said = done.stderr.decode(errors="replace")
     if done.returncode and any(os.strerror(number) in said for number in _PASSING):
-        raise SandboxFailed(f"bwrap could not be started: {said.strip()}")
+        raise SandboxBusy(f"bwrap could not be started: {said.strip()}")
     return done
+
+
+def _busy(error: OSError | RuntimeError) -> SandboxBusy | None:
+    """What a process could not be started for, where that may pass."""
+    # asyncio needs a thread for each process.
+    if getattr(error, "errno", None) in _PASSING or "can't start new thread" in str(error):
+        return SandboxBusy(f"no process could be started: {error}")
+    return None
 
 
 @functools.cache
@@ -143,7 +155,7 @@ def _sizes(program: str) -> bool:
 def in_force(mode: Mode, key: str = "reward.sandbox") -> str:
     """What holds programs in `mode` on this machine, for a person; `key` is the mode's setting.
 
-    Raises SandboxMissing, and SandboxFailed where that cannot be told now.
+    Raises SandboxMissing, and SandboxBusy where that cannot be told now.
     """
     if mode == "off":
         return "off"
@@ -203,7 +215,7 @@ async def run(
 
     Raises:
         SandboxMissing: as the mode says.
-        SandboxFailed: `command` could not be started.
+        SandboxFailed: `command` could not be started; SandboxBusy where that may pass.
     """
     mode, limits = mode or mode_here(), limits or Limits()
     in_force(mode)
@@ -227,20 +239,20 @@ def _scratch(files: Mapping[str, str]) -> OwnedFolder:
 
 
 async def _run(told: dict[str, Any], scratch: str, stdin: bytes, limits: Limits) -> Ran:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-S",
-        "-E",
-        "-c",
-        _RUNNER,
-        json.dumps([entry or "." for entry in sys.path]),
-        json.dumps(told | asdict(limits)),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        env=_environment(scratch),
-    )
+    given = json.dumps([entry or "." for entry in sys.path]), json.dumps(told | asdict(limits))
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-S", "-E", "-c", _RUNNER, *given),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env=_environment(scratch),
+        )
+    except (OSError, RuntimeError) as error:
+        if (busy := _busy(error)) is not None:
+            raise busy from error
+        raise
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None

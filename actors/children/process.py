@@ -23,6 +23,7 @@ from actors.children.channel import ANSWER_BYTES, Garbled, request
 from actors.sandbox import Held
 
 EXIT_SECONDS = 2.0  # between a closed channel and the exit status that explains it
+NO_THREAD = "can't start new thread"  # says a RuntimeError; one waits for it
 KILL_SECONDS = 10.0  # of a child's keeper, to end what the child has started
 
 
@@ -35,6 +36,7 @@ class Answered(Protocol):
 
 
 A = TypeVar("A", bound=Answered)
+T = TypeVar("T")
 
 
 class ChildEnded(RuntimeError):
@@ -247,13 +249,23 @@ async def started(
         mine.close()  # what has started nevertheless ends by that
         copy.close()
         writer.close()
-        if "can't start new thread" in str(error):  # a RuntimeError of asyncio's: one waits for it
+        if NO_THREAD in str(error):
             raise OSError(str(error)) from error
         raise
     finally:
         there.close()
         lifeline.close()
     return Child(reader, writer, mine, parse, process), copy
+
+
+async def in_thread(function: Callable[[], T]) -> T:
+    """`asyncio.to_thread`. Raises OSError, too: this machine has no room for another thread."""
+    try:
+        return await asyncio.to_thread(function)
+    except RuntimeError as error:
+        if NO_THREAD in str(error):
+            raise OSError(str(error)) from error
+        raise
 
 
 def import_path(search_path: Sequence[str]) -> list[str]:

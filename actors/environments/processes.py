@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from actors.children.channel import clean
-from actors.children.process import Child, ChildEnded, import_path, started
+from actors.children.process import Child, ChildEnded, import_path, in_thread, started
 from actors.environments import apart
 from actors.environments.base import EpisodeFailed
 from actors.environments.channel import Told, parse
@@ -90,7 +90,7 @@ class Server:
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # two for each process
             try:
-                around = await asyncio.to_thread(self._held)
+                around = await in_thread(self._held)
                 self._child, self._control = await started(
                     "actors.environments.server",
                     parse,
@@ -134,9 +134,9 @@ class Server:
         await self.start()
         if self._scratch is None:
             return ""
-        name = secrets.token_hex(apart.NAME_BYTES // 2)
+        scratch, name = self._scratch.path, secrets.token_hex(apart.NAME_BYTES // 2)
         try:
-            await asyncio.to_thread(apart.make, self._scratch.path, name)
+            await in_thread(lambda: apart.make(scratch, name))
         except OSError as error:
             raise EpisodeFailed(f"an episode has no folder: {error}", True) from error
         return name

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from actors.sandbox import Limits, run
+from actors.sandbox import Limits, SandboxBusy, run
+from actors.scoring.criteria import Unreached
 from actors.scoring.said import Completion, text_of
 from aligntune.rewards.fences import last_block
 from aligntune.rewards.inputs import column_of
@@ -103,15 +104,20 @@ async def code_passes(
         ValueError: there is no such column, or a row holds no tests.
         SandboxMissing: `reward.sandbox` is required, and there is none.
         SandboxFailed: a program could not be run, which says nothing of it.
+        Unreached: nor can it be now, for the machine is short of something; it is waited for.
     """
     tests = [read_tests(value, column) for value in column_of(columns, column)]
     limits = Limits(cpu_s=cpu_seconds, wall_s=wall_seconds, memory_mib=memory_mib)
-    shares = await asyncio.gather(
-        *(
-            _share(program_of(text_of(completion)), of, limits, partial)
-            for completion, of in zip(completions, tests, strict=True)
+    programs = [program_of(text_of(completion)) for completion in completions]
+    try:
+        shares = await asyncio.gather(
+            *(
+                _share(program, of, limits, partial)
+                for program, of in zip(programs, tests, strict=True)
+            )
         )
-    )
+    except SandboxBusy as busy:
+        raise Unreached(str(busy)) from busy
     return list(shares)
 
 

@@ -102,6 +102,23 @@ def test_a_fork_that_hangs_alone_ends_no_other(
     run(body)
 
 
+def test_without_room_for_a_thread_a_start_fails_as_infrastructure_and_the_next_answers(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_thread(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("can't start new thread")
+
+    async def body(server: Server) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio, "to_thread", no_thread)
+            with pytest.raises(EpisodeFailed, match="can't start new thread") as told:
+                await server.fork()
+        assert told.value.infrastructure
+        server.retire(await server.fork())
+
+    run(body)
+
+
 @pytest.mark.parametrize("begun", [False, True])
 def test_without_room_for_a_process_a_fork_fails_as_infrastructure_and_the_next_answers(
     run: Callable[..., None], monkeypatch: pytest.MonkeyPatch, begun: bool

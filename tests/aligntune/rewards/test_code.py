@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 from typing import Any
 
 import pytest
 
 from actors.sandbox import Ran, SandboxFailed, SandboxMissing, bubblewrap
+from actors.scoring.criteria import Unreached
 from aligntune.rewards.code import code_passes, program_of, read_tests
 
 ADD = "def add(a, b):\n    return a + b\n"
@@ -44,6 +46,21 @@ def test_a_share_of_the_asserts_counts_where_that_is_asked_for() -> None:
     half = "def add(a, b):\n    return 3\n"
     assert score([half], ASSERTS) == [0]
     assert score([half], ASSERTS, partial=True) == [0.5]
+
+
+@pytest.mark.parametrize(
+    "trouble", [BlockingIOError(errno.EAGAIN, "no process"), RuntimeError("can't start new thread")]
+)
+def test_a_machine_without_room_for_a_program_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, trouble: Exception
+) -> None:
+    async def no_room(*_: Any, **__: Any) -> Any:
+        raise trouble
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "create_subprocess_exec", no_room)
+        with pytest.raises(Unreached, match="no process could be started"):
+            score([ADD], ASSERTS)
 
 
 @pytest.mark.parametrize(("partial", "runs"), [(False, 2), (True, 10)])
