@@ -12,6 +12,7 @@ import heapq
 import itertools
 import json
 import os
+import random
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -31,8 +32,8 @@ PREFERENCE = ("dpo", "reward_model", "sft")
 """The algorithms whose jobs go over a table and have no groups."""
 
 SAMPLES, EVAL_SAMPLES = "samples.jsonl", "eval_samples.jsonl"
-PROBES = 32  # lines that say how long those of a file are
-COPIED_SECONDS = 60.0  # by which a file's time differs from its last event's where it was copied
+WINDOWS = 256  # places of a large file in which lines are looked for
+COPIED_SECONDS = 60.0  # after its last event the config.yaml of a start is of a copy
 
 Row = dict[str, Any]
 
@@ -215,8 +216,9 @@ class RunOnDisk:
             return time.time()
         if self.ending.state != "killed" or not self.events:
             return None
-        events, metrics = self.path / "events.jsonl", self.path / "metrics.jsonl"
-        is_copy = abs(events.stat().st_mtime - self.events[-1]["time"]) > COPIED_SECONDS
+        config, metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
+        last = max(event["time"] for event in self.events)
+        is_copy = config.stat().st_mtime > last + COPIED_SECONDS
         return None if is_copy or not metrics.is_file() else metrics.stat().st_mtime
 
 
@@ -235,33 +237,48 @@ def spread(file: BinaryIO, most: int) -> tuple[dict[int, bytes], int]:
     """Complete lines of a file by the byte at which they start, ascending, and how many there are
     in all.
 
-    A file of more than `most` bytes gives lines of about as many, from places that are evenly
-    spread up to its end; and how many there are is an estimate, to three digits. Little more is
-    read than these lines: the file may be larger than memory.
+    A file of more than `most` bytes gives lines of about as many, from places that are spread up to
+    its end, and its last one; a long line is as likely to be among them as a short one. How many
+    there are is an estimate then, to three digits. Little more is read than these lines: the file
+    may be larger than memory. It may be shortened meanwhile: what is gone is left out.
     """
     end = line_end(file, 0, file.seek(0, os.SEEK_END))
     if end <= most:
-        file.seek(0)
-        lines = {}
-        while (start := file.tell()) < end:
-            lines[start] = file.readline()
+        lines = dict(_lines(file, 0, end))
         return lines, len(lines)
-    probes = [len(line) for line in _lines_at(file, end, PROBES).values()]
-    # A place is in a line by its length, so that the mean length of lines is a harmonic one.
-    in_all = end * sum(1 / size for size in probes) / len(probes)
-    number = max(1, most * len(probes) // sum(probes))
-    return _lines_at(file, end, number), round(float(f"{in_all:.3g}"))
+    windows, lines = max(1, min(WINDOWS, most)), {}
+    width, chance = max(1, most // windows), random.Random(0)  # even steps may meet even lines
+    for window in range(windows):
+        first, after = end * window // windows, end * (window + 1) // windows
+        start = chance.randint(first, after - width)
+        lines |= _begun_in(file, start, start + width)
+    last = dict(_lines(file, line_end(file, 0, end - 1), end))
+    lengths = [len(line) for line in (lines or last).values()]
+    lines |= last
+    if not lines:
+        return {}, 0
+    in_all = end * len(lengths) / sum(lengths)
+    return lines, max(len(lines), round(float(f"{in_all:.3g}")))
 
 
-def _lines_at(file: BinaryIO, end: int, number: int) -> dict[int, bytes]:
-    """The lines at so many places of a file's first `end` bytes; the last line is one of them."""
-    lines: dict[int, bytes] = {}
-    for place in range(1, number + 1):
-        start = line_end(file, 0, max(1, end * place // number) - 1)
-        if start not in lines:
-            file.seek(start)
-            lines[start] = file.readline()
-    return lines
+def _begun_in(file: BinaryIO, start: int, end: int) -> dict[int, bytes]:
+    """The complete lines that begin in the bytes from `start` to `end` of a file."""
+    if start:
+        file.seek(start - 1)
+        before = file.readline(end - start)
+        if not before.endswith(b"\n"):
+            return {}
+        start += len(before) - 1
+    return dict(_lines(file, start, end))
+
+
+def _lines(file: BinaryIO, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """The complete lines of a file from `start`, where one begins, up to the last one that begins
+    before `end`; each with where it does."""
+    file.seek(start)
+    while start < end and (line := file.readline()).endswith(b"\n"):
+        yield start, line
+        start += len(line)
 
 
 def chosen(groups: Iterable[Row], step: int | None, order: str, number: int) -> list[Row]:

@@ -154,22 +154,33 @@ def test_the_times_of_every_start_are_added_and_not_those_between() -> None:
 
 
 @pytest.mark.parametrize(
-    ("held", "copied", "told"),
+    ("held", "copied", "queued", "told"),
     [
-        (True, False, "all steps 38 min 20 s, the run 40 min 0 s."),  # it goes on
-        (False, False, "all steps 38 min 20 s, the run 39 min 0 s."),  # killed after its last step
-        (False, True, "all steps 38 min 20 s."),  # so long ago it was copied, not killed
+        (True, False, 0, "all steps 38 min 20 s, the run 40 min 0 s."),  # it goes on
+        (False, False, 0, "all steps 38 min 20 s, the run 39 min 0 s."),  # after its last step
+        (False, False, 300, "all steps 38 min 20 s, the run 39 min 0 s."),  # on a slow disk
+        (False, True, 0, "all steps 38 min 20 s."),  # so long ago it was copied, not killed
     ],
 )
 def test_a_run_without_an_end_has_lasted_until_its_last_step_or_until_now(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool, copied: bool, told: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    held: bool,
+    copied: bool,
+    queued: int,
+    told: str,
 ) -> None:
     run, begun = online_run(tmp_path / "run", ended=""), 1_795_000_000.0
     lines(run / "metrics.jsonl", [{"step": n, "time/step": 23.0} for n in range(1, 101)])
     events: list[dict[str, Any]] = [{"kind": "run_started"}, {"kind": "role_started"}]
     lines(run / "events.jsonl", [{"time": begun + 45 * n, **e} for n, e in enumerate(events)])
-    for name, seconds in (("events", 45 + 86400 * copied), ("metrics", 2340 + 86400 * copied)):
-        os.utime(run / f"{name}.jsonl", (begun + seconds, begun + seconds))
+    for name, seconds in (
+        ("config.yaml", 44),
+        ("events.jsonl", 45 + queued),
+        ("metrics.jsonl", 2340),
+    ):
+        at = begun + (86400 if copied else seconds)
+        os.utime(run / name, (at, at))
     monkeypatch.setattr("aligntune.runs.reading._is_held", lambda _: held)
     monkeypatch.setattr("aligntune.runs.reading.time.time", lambda: begun + 2400)
     assert summary(open_run(run)).sentences[-1].endswith(told)

@@ -8,10 +8,11 @@ import io
 import itertools
 import json
 import os
+import random
+import statistics
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +182,45 @@ def test_lines_of_one_size_are_taken_evenly_and_counted(size: int, number: int, 
     content = (b"x" * (size - 1) + b"\n") * number
     chosen, in_all = spread(io.BytesIO(content), len(content) // part)
     assert in_all == pytest.approx(number, rel=0.01)
-    assert sum(map(len, chosen.values())) <= max(size, len(content) // part)
-    gaps = [after - before for before, after in pairwise(chosen)]
-    assert max(gaps, default=0) - min(gaps, default=0) <= size
+    assert sum(map(len, chosen.values())) <= 3 * (size + len(content) // part)
+    quarters = [sum(4 * at // len(content) == n for at in chosen) for n in range(4)]
+    assert len(chosen) < 128 or min(quarters) >= len(chosen) / 16
+
+
+@pytest.mark.parametrize("most", [2**22, 2**24])
+def test_long_lines_are_taken_as_often_as_short_ones(most: int) -> None:
+    sizes = [100_000] * 400 + [1000] * 3600
+    random.Random(0).shuffle(sizes)
+    chosen, in_all = spread(io.BytesIO(b"".join(b"x" * (s - 1) + b"\n" for s in sizes)), most)
+    shown = [len(line) for line in chosen.values()]
+    assert statistics.fmean(shown) == pytest.approx(statistics.fmean(sizes), rel=0.5)
+    assert in_all == pytest.approx(len(sizes), rel=0.3)
+    assert sum(shown) == pytest.approx(most, rel=0.5)
+
+
+class Shortened(io.BytesIO):
+    """A file that another process shortens before the line that is read as number `after`."""
+
+    def __init__(self, content: bytes, after: int, size: int) -> None:
+        super().__init__(content)
+        self._after, self._left = after, size
+
+    def readline(self, size: int | None = -1) -> bytes:
+        self._after -= 1
+        if self._after == 0:
+            self.truncate(self._left)
+        return super().readline(size)
+
+
+@given(st.integers(1, 2000), st.integers(1, 10), st.integers(0, 1000))
+def test_a_file_that_is_shortened_meanwhile_has_what_is_left(
+    most: int, after: int, left: int
+) -> None:
+    content = b"".join(b"%08d\n" % number for number in range(111))
+    chosen, in_all = spread(Shortened(content, after, left), most)
+    assert all(line == content[at : at + 9] and at % 9 == 0 for at, line in chosen.items())
+    assert in_all >= len(chosen)
+    assert spread(Shortened(content, 1, 0), most) == ({}, 0)
 
 
 def test_of_samples_larger_than_memory_little_more_is_read_than_is_shown(run: Path) -> None:
