@@ -32,7 +32,7 @@ from aligntune.tracking.metrics import (
     MetricsFile,
     StepsFile,
     check_finite,
-    event,
+    event_line,
 )
 from aligntune.tracking.progress import Progress
 from aligntune.tracking.trackers import Ended
@@ -112,7 +112,8 @@ class Recorder:
         self._stopping = False
         self._seen: OrderedDict[str, None] = OrderedDict()  # what was told, if it was long
         self.books: Callable[[], Books] | None = None
-        """What has become of the groups; set by who counts them, for to read it takes minutes."""
+        """What has become of the groups; set by who counts them, once they know all of the run: to
+        read it takes minutes."""
         self.ran: dict[str, str] = {}  # the rollout `engine` and `backend` that really run
 
     def __enter__(self) -> Self:
@@ -170,9 +171,10 @@ class Recorder:
         self._writer.wait()
 
     def event(self, kind: EventKind | str, **fields: Any) -> None:
-        """Write an event; those a person should see at once are shown too."""
+        """Write an event; those a person should see at once are shown too. Raises as `event_line`,
+        for this event alone."""
         kind = EventKind(kind)
-        self._writer.do(Joined(self._events.append_all, event(kind, **fields)))
+        self._writer.do(Joined(self._events.append_all, event_line(kind, **fields)))
         if kind is EventKind.CHECKPOINT_SAVED and self._stopping:
             self._progress.note(f"the checkpoint of step {fields['step']} is written")
         if kind in SHOWN:

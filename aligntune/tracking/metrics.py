@@ -58,9 +58,14 @@ class EventKind(StrEnum):
     NOT_COPIED = "not_copied"  # checkpoint.storage did not take something; `reason` says why
 
 
-def event(kind: EventKind | str, **fields: Any) -> dict[str, Any]:
-    """An event of now, for `EventsFile`. ValueError for a kind that is no `EventKind`."""
-    return {"time": time.time(), "kind": EventKind(kind).value, **fields}
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def event_line(kind: EventKind | str, **fields: Any) -> str:
+    """An event of now, as a line of `EventsFile`. ValueError for a kind that is no `EventKind` and
+    for a number that is not finite, TypeError for a value that is no JSON."""
+    return _line({"time": time.time(), "kind": EventKind(kind).value, **fields})
 
 
 class NotFinite(ValueError):
@@ -109,7 +114,9 @@ class _Lines:
         return isinstance(record.get("kind"), str)
 
     def _write(self, records: Iterable[Mapping[str, Any]]) -> None:
-        lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
+        self._append(map(_line, records))
+
+    def _append(self, lines: Iterable[str]) -> None:
         self._file.append("".join(lines).encode())
 
     def close(self) -> None:
@@ -170,9 +177,9 @@ class EventsFile(_Lines):
     rolled back did happen."""
 
     def append(self, kind: EventKind | str, **fields: Any) -> None:
-        """Write one event. ValueError for a kind that is no `EventKind`."""
-        self.append_all([event(kind, **fields)])
+        """Write one event. Raises as `event_line`."""
+        self.append_all([event_line(kind, **fields)])
 
-    def append_all(self, events: Iterable[Mapping[str, Any]]) -> None:
-        """Write events, as `event` makes them, at once: all of them are on disk then, or none."""
-        self._write(events)
+    def append_all(self, events: Iterable[str]) -> None:
+        """Write events, each of `event_line`, at once: all are on disk then, or none."""
+        self._append(events)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,6 +140,22 @@ def test_an_evaluation_shows_each_criterion_and_what_the_model_said(
         "  asked  1+1=",
         "  1.000  2",
     ]
+
+
+def test_an_event_that_is_no_json_is_refused_and_those_before_it_are_written(
+    rundir: RunDir,
+) -> None:
+    go = threading.Event()
+    with recorded(rundir) as recorder:
+        recorder._writer.do(lambda: go.wait(30))
+        for group in range(2):
+            recorder.event(EventKind.GROUP_RETRIED, group=group, reason="why")
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            recorder.event(EventKind.STALLED, seconds=float("nan"))
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            recorder.event(EventKind.STALLED, seconds=object())
+        go.set()
+    assert [e["group"] for e in read_lines(rundir.file("events.jsonl"))] == [0, 1]
 
 
 def test_trackers_hear_of_the_end_before_a_terminal_that_is_held_up_has_taken_all(
