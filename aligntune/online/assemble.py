@@ -58,7 +58,6 @@ def assemble(
     state, changed = RunState(config.algorithm), asyncio.Event()
     log = LedgerLog(rundir.file("ledger.jsonl"), at_end_of_tick)
     ledger = Ledger(log)
-    recorder.books = lambda: ledger.books
     learner = learner or Learner(
         config, roles.maker(ROLES["policy"]), roles.maker(ROLES["critic"]), changed.set
     )

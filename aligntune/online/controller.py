@@ -153,7 +153,7 @@ class Controller:
         try:
             if self._sound:
                 await self._unless_lost(self._keeper.last(self._boundary))
-                await self._unless_lost(self._handover.ended())
+                await self._unless_lost(self._handover.over())
             await self._unless_lost(self._handover.stop(self.state.version))
         finally:
             await self._keeper.settled()
@@ -257,10 +257,8 @@ class Controller:
     # Starting, going back and ending
 
     async def _restore(self, checkpoint: Checkpoint | None) -> None:
-        """Make policy, rollout weights, ledger and files what they were at a checkpoint.
-
-        None is the beginning. Open groups start last: nothing is rolled out under other weights.
-        """
+        """Make policy, rollout weights, ledger and files what they were at a checkpoint; None is
+        the beginning. Open groups start last: nothing is rolled out under other weights."""
         self.state.version = checkpoint.step if checkpoint else 0
         self.state.algorithm, snapshot = self.config.algorithm, Ledger.beginning()
         if checkpoint:
@@ -273,6 +271,7 @@ class Controller:
         self.state.served = version
         self._recorder.truncate_after(version if checkpoint or self._begun else -1)
         open_groups = self.ledger.restore(snapshot, step=version, version=version)
+        self._recorder.books = lambda: self.ledger.books  # now it has those of earlier starts
         self._seen = self.ledger.books
         self._boundary = Boundary(version, snapshot, self.state.algorithm)
         self._pipeline.go_on(open_groups)

@@ -7,9 +7,11 @@ evaluation ends before newer weights come, and one that is due begins before the
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
+from actors.supervise import RoleExhausted
 from aligntune.config.online import RunConfig
-from aligntune.errors import Interrupted
+from aligntune.errors import Interrupted, RunFailed
 from aligntune.online.evaluation import Evaluation
 from aligntune.online.learner import PolicyLost
 from aligntune.online.pipeline import Pipeline
@@ -116,6 +118,12 @@ class Handover:
             await asyncio.wait((self._task,))
             task, self._task = self._task, None
             task.result()
+
+    async def over(self) -> None:
+        """Wait for the one on its way, of a run that stops: that it failed is no matter any more,
+        and `stop` tells it where it was an evaluation that did. Raises PolicyLost."""
+        with suppress(RunFailed, RoleExhausted):
+            await self.ended()
 
     async def drop(self) -> None:
         """Give up the one on its way. A load that has begun comes to its end, within its deadline,

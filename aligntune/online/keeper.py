@@ -47,6 +47,12 @@ class Boundary:
     algorithm: Algorithm
 
 
+def _is_cancelled() -> bool:
+    """Whether the task that runs was asked to end at once."""
+    asking = asyncio.current_task()
+    return asking is not None and asking.cancelling() > 0
+
+
 class Keeper:
     """Saves one run; `fingerprint` is of its prompts, `mirror` its storage beside `output_dir`."""
 
@@ -272,7 +278,10 @@ class Keeper:
             self._committing.result()
 
     async def settled(self) -> None:
-        """Wait for all that runs beside the loop: the last checkpoint, and its copy."""
+        """Wait for all that runs beside the loop: the last checkpoint, and its copy. A task that
+        was cancelled waits for neither."""
+        if _is_cancelled():
+            return
         await self._committed()
         if self._copies is not None:
             self._copying = True
@@ -308,9 +317,8 @@ class Keeper:
         They may be writing a checkpoint: it comes to disk first, within its deadline, unless the
         task that asks was cancelled.
         """
-        asking = asyncio.current_task()
         try:
-            if self._committing is not None and asking is not None and not asking.cancelling():
+            if self._committing is not None and not _is_cancelled():
                 await asyncio.wait((self._committing,))
         finally:
             self._learner.kill()

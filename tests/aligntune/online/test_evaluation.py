@@ -132,6 +132,31 @@ def test_an_evaluation_that_fails_under_a_stop_is_told_and_the_run_has_stopped(
     assert [e["step"] for e in world.events("checkpoint_saved")] == [2]
 
 
+def test_an_evaluation_that_weights_on_their_way_wait_for_may_fail_under_a_stop(
+    world: World,
+) -> None:
+    """It fails before the stop is heard, and after the loop has looked for failures."""
+    world.configure(train=ahead(3), eval={"every_steps": None})
+    saving = asyncio.Event()
+
+    async def evaluate(version: int) -> None:
+        await saving.wait()
+        raise RoleExhausted("no rollout replica is left")
+
+    async def save() -> None:
+        if not saving.is_set():
+            saving.set()
+            await settle()
+            world.stop()
+
+    world.during = {"evaluate": evaluate, "save": save}
+    with pytest.raises(Interrupted):
+        world.run()
+    (told,) = world.events("not_evaluated")
+    assert (told["step"], told["reason"]) == (0, "no rollout replica is left")
+    assert [e["step"] for e in world.events("checkpoint_saved")] == [1]
+
+
 def test_the_next_update_runs_beside_an_evaluation_and_its_weights_wait_for_its_end(
     world: World,
 ) -> None:

@@ -24,7 +24,9 @@ from aligntune.online.ledger import audit
 from aligntune.runs import checkpoint as checkpoint_module
 from aligntune.runs import writer
 from aligntune.runs.checkpoint import Checkpoint, Checkpoints
+from aligntune.runs.copies import Copies
 from aligntune.runs.jsonl import read_lines
+from aligntune.runs.rundir import RunDir
 from aligntune.tracking.trackers import SERVICES
 from tests.aligntune.online.world import EVALUATED, FakeLearner, World
 
@@ -497,6 +499,64 @@ def test_a_storage_that_hangs_and_a_tracker_that_dies_are_events_and_the_run_is_
     failed, left = world.events("tracker_failed")
     assert (failed["tracker"], failed["reason"]) == ("wandb", "ConnectionError: gone")
     assert "never taken" in left["reason"]
+
+
+def test_a_second_signal_amid_the_end_waits_for_no_copy(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a notebook it cancels the run, which waits for the evaluation of a version before."""
+    hanging, saved, waited = threading.Event(), asyncio.Event(), list[str]()
+
+    async def settled(_: Copies) -> None:
+        waited.append("copies")
+        await asyncio.Event().wait()
+
+    async def evaluate(version: int) -> None:
+        if version == 1:
+            await saved.wait()
+            assert world.task is not None
+            world.task.cancel()
+            await asyncio.Event().wait()
+
+    def update(step: int) -> None:
+        if step == 2:
+            world.stop()
+
+    def save() -> None:
+        if world.controller and world.controller.state.version == 2:
+            saved.set()
+
+    monkeypatch.setattr(Copies, "settled", settled)
+    monkeypatch.setattr("aligntune.online.watch.CLOSE_SECONDS", 1.0)
+    world.mirror = SimpleNamespace(push=lambda _: hanging.wait(60))
+    world.configure(checkpoint={"every_steps": 1000})
+    world.during = {"evaluate": evaluate, "update": update, "save": save}
+    with pytest.raises(asyncio.CancelledError):
+        world.run()
+    hanging.set()
+    assert waited == []
+
+
+def test_a_start_that_fails_reports_what_earlier_ones_have_trained(world: World) -> None:
+    def stop(step: int) -> None:
+        if step == 2:
+            world.stop()
+
+    def fail() -> None:
+        raise RunFailed("policy-0: no CUDA device")
+
+    RunDir(world.folder).describe(world.config)
+    world.during = {"update": stop}
+    with pytest.raises(Interrupted):
+        world.run()
+    report = world.folder / "report.html"
+    report.unlink()
+    world.during = {"start": fail}
+    with pytest.raises(RunFailed, match="no CUDA device"):
+        world.run()
+    trained = audit(world.folder / "ledger.jsonl").trained
+    assert trained == 4
+    assert f"Groups: {trained} trained on" in report.read_text(encoding="utf-8")
 
 
 class DyingTracker:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,6 +88,7 @@ class World:
         self.version = 0
         self.prepare: Hook | None = None
         self.controller: Controller | None = None
+        self.task: asyncio.Task[Any] | None = None  # of the run, which a second Ctrl-C cancels
         self.checkpoints: Callable[[Path, int], Checkpoints] = Checkpoints
         self.mirror: Any = None
         self.roles: Any = SimpleNamespace(maker=lambda role: None, room=lambda role: None)
@@ -141,7 +142,11 @@ class World:
                 learner=self.learner(self),
                 replica_set=self.replica_set,
             )
-            return asyncio.run(asyncio.wait_for(self.controller.run(checkpoint), 60))
+            return asyncio.run(self._whole(self.controller.run(checkpoint)))
+
+    async def _whole(self, run: Coroutine[Any, Any, dict[str, float]]) -> dict[str, float]:
+        self.task = asyncio.current_task()
+        return await asyncio.wait_for(run, 60)
 
     def stop(self) -> None:
         assert self.controller is not None
