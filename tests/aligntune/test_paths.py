@@ -18,6 +18,7 @@ from aligntune.config.preference import PreferenceConfig
 from aligntune.online.roles import Roles
 from aligntune.online.trainer import OnlineTrainer
 from aligntune.preference.trainer import PreferenceTrainer
+from aligntune.runs.mirror import mirror_of
 from tests.stand_ins import write_reward_model
 
 ONLINE = {
@@ -132,7 +133,7 @@ def test_an_online_run_names_every_folder_absolutely(
     assert isinstance(config, RunConfig)
     trainer = OnlineTrainer(config)
     rundir = trainer.check()
-    mirror = trainer._mirror(rundir)
+    mirror = mirror_of(config.checkpoint, rundir.path)
     assert mirror is not None
     roles = Roles(config, None, trainer.criteria, 1)  # type: ignore[arg-type]  # none is made here
     at_work = roles._config
