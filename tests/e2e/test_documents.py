@@ -450,7 +450,7 @@ def test_the_readmes_commands_train_a_model_and_the_run_directory_is_as_describe
         assert record["event"] in in_backticks(described["ledger.jsonl"])
     for name in ("metrics.jsonl", "evals.jsonl"):
         row = read_lines(folder / name)[-1]
-        for key in {"step", "version"} & set(row):
+        for key in {"step", "version", "measure"} & set(row):
             assert key in in_backticks(described[name])
             row.pop(key)
         assert undocumented(row, {"math"}) == set()
