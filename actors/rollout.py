@@ -78,7 +78,7 @@ class RolloutActor(Alive):
         Raises:
             ValueError: an engine that is not installed, or options it does not take.
         """
-        engine = resolve_engine(spec.engine)
+        engine = resolve_engine(spec)
         if spec.weight_sync.engine not in (None, engine.name):
             raise ValueError(
                 f"rollout.weight_sync={spec.weight_sync.name} needs rollout.engine="

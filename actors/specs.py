@@ -122,7 +122,7 @@ class RolloutSpec(Spec):
 
     engine: EngineField = Field(
         AutoEngineSpec(),
-        description="auto: vllm where it is installed, else transformers",
+        description="auto: vllm where it is installed for what replicas have, else transformers",
         json_schema_extra=AUTO,
     )
     replicas: Positive = Field(

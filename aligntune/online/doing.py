@@ -50,7 +50,7 @@ def doing(spans: Sequence[Span], config: RunConfig, now: float | None = None) ->
 
 def starts(config: RunConfig) -> dict[str, tuple[int, str]]:
     """The roles that a run waits for as it starts: how many of each, and what takes them time."""
-    engine = resolve_engine(config.rollout.engine).name
+    engine = resolve_engine(config.rollout).name
     loads = "the model is loading"
     does = {
         "rollout": f"{'vLLM' if engine == 'vllm' else engine} is loading",

@@ -48,7 +48,7 @@ def try_rewards(
     group = Group(first.source, tuple(said), first.columns)
     # Whether the nodes have what `required` asks for, they say themselves.
     sandbox = "auto" if config.reward.sandbox == "required" else config.reward.sandbox
-    answers = called_once(functions, group, log, sandbox)
+    answers = called_once(functions, group, log, sandbox, config.reward.resources.gpus)
     lines = []
     for key, criterion in functions.items():
         scores = answers[key]

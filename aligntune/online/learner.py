@@ -53,7 +53,7 @@ class Learner:
 
         self.nodes: set[str] = set()  # ids, in Ray, of those that ranks run on
         self._config = config
-        self._as_checkpoint = resolve_engine(config.rollout.engine).reads_checkpoints
+        self._as_checkpoint = resolve_engine(config.rollout).reads_checkpoints
         self._policy = ranks(config.policy, make_policy)
         self._critic = ranks(config.critic, make_critic) if config.algorithm.needs.critic else None
 

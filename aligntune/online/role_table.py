@@ -120,7 +120,7 @@ def _environment(start: Start) -> tuple[Any, ...]:
         limits_of(config),
         start.name,
         config.rollout.generation_timeout_s,
-        resolve_engine(config.rollout.engine).name == "transformers",
+        resolve_engine(config.rollout).name == "transformers",
         _log(start),
     )
 

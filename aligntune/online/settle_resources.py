@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from aligntune.config.auto import AUTO, open_settings, settled_tree
+from actors.engines.base import vllm_is_installed, vllm_needs_no_gpu
+from aligntune.config.auto import AUTO, open_settings, settled_tree, with_open
 from aligntune.config.online import RunConfig, resolve, validate
 from aligntune.decisions import KEPT, Decision
 from aligntune.errors import UserError
@@ -20,7 +21,7 @@ from aligntune.shapes import loaded_shape
 from cluster.bundles import BadRequest
 from cluster.machines import Machines, machines
 from cluster.placement import DoesNotFit
-from cluster.plan.auto import choose
+from cluster.plan.auto import CACHE, choose
 from cluster.plan.shapes import BadModelConfig, ModelShape
 from cluster.plan.work import Work
 from cluster.session import ClusterUnreachable
@@ -67,7 +68,32 @@ def settle_resources(
     ) as error:
         raise UserError(str(error)) from error
     decided = [Decision(one.path, one.value, one.why) for one in choice.decided]
-    return settled(config, {one.path: one.value for one in decided}), (*kept, *decided)
+    values = {one.path: one.value for one in decided}
+    cache = values.pop(CACHE, None)
+    config = settled(config, values)
+    if there.here:
+        _check_engine(config)
+    return _with_cache(config, cache), (*kept, *decided)
+
+
+def _with_cache(config: RunConfig, gib: float | None) -> RunConfig:
+    """With vLLM's cache on a GPU that others share. The key stays open: on other machines, and in
+    another share of a GPU, it is another."""
+    if gib is None:
+        return config
+    rollout = config.rollout
+    engine = with_open(rollout.engine, CACHE.rpartition(".")[2], gib)
+    return config.model_copy(update={"rollout": rollout.model_copy(update={"engine": engine})})
+
+
+def _check_engine(config: RunConfig) -> None:
+    """Whether vLLM, where it is named, computes on what its replicas have. Raises UserError."""
+    named = config.rollout.engine.name == "vllm" and vllm_is_installed()
+    if named and not config.rollout.resources.gpus and not vllm_needs_no_gpu():
+        raise UserError(
+            "rollout.engine is vllm, which is installed in a build that needs a GPU, and "
+            "rollout.resources.gpus is 0; give rollouts a GPU, or set rollout.engine=transformers"
+        )
 
 
 def settled(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
@@ -102,6 +128,9 @@ def _prepared(
         critic = work.critic and replace(work.critic, others=())
         work = replace(work, policy=replace(work.policy, others=()), critic=critic)
     elsewhere = not there.here and any(node.gpus for node in there.cluster.nodes)
+    nowhere = there.here and not any(node.gpus for node in there.cluster.nodes)
+    if nowhere and config.rollout.engine.name == "auto" and not vllm_needs_no_gpu():
+        work = replace(work, rollout=replace(work.rollout, engine="transformers"))
     if elsewhere and config.rollout.engine.name == "auto":  # vLLM comes with GPUs
         work = replace(work, rollout=replace(work.rollout, engine="vllm"))
     return work

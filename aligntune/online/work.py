@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Callable
 
+from actors.engines.base import resolve_engine, vllm_is_installed
 from actors.engines.specs import VLLMSpec
 from actors.specs import CriticSpec, PolicySpec, RewardModelSpec, rows_at_once
 from actors.strategies.specs import StrategySpec
@@ -187,12 +187,12 @@ def others_of(now: StrategySpec) -> tuple[Other, ...]:
 def _rollout(config: RunConfig, shape: ModelShape, dtype_bytes: int) -> Rollout:
     spec = config.rollout
     engine = spec.engine
-    if engine.name == "auto" and (
-        spec.resources.gpus > 0 or importlib.util.find_spec("vllm") is not None
-    ):
-        engine = VLLMSpec()
+    if engine.name == "auto":  # it follows from the GPUs, where these are known
+        open_ = "gpus" not in spec.resources.model_fields_set and vllm_is_installed()
+        engine = VLLMSpec() if open_ or spec.resources.gpus > 0 else resolve_engine(spec)
     vllm = engine if isinstance(engine, VLLMSpec) else None
-    cache = int(vllm.kv_cache_gib * 2**30) if vllm and vllm.kv_cache_gib else None
+    set_ = vllm is not None and "kv_cache_gib" in vllm.model_fields_set  # else it follows
+    cache = int(vllm.kv_cache_gib * 2**30) if vllm and set_ and vllm.kv_cache_gib else None
     return Rollout(
         shape=shape,
         replicas=spec.replicas,

@@ -47,11 +47,13 @@ async def called(
     *,
     log: str | None = None,
     sandbox: Mode = "auto",
+    variables: Mapping[str, str] | None = None,
 ) -> list[list[float | None] | RewardFailed]:
     """What the reward says of each group, one after the other, or why it says nothing.
 
     A reward model is loaded in this process, and runs on a GPU where there is one. `log` is the
-    file for what a function prints; default: this process's standard output.
+    file for what a function prints; default: this process's standard output. `variables` are added
+    to the environment of its process.
 
     Raises:
         RewardFailed: it cannot be imported.
@@ -59,7 +61,7 @@ async def called(
     """
     scorer: FunctionGroups | ModelGroups
     if isinstance(criterion, RewardCriterion):
-        scorer = FunctionGroups(criterion, log, sandbox)
+        scorer = FunctionGroups(criterion, log, {VARIABLE: sandbox, **(variables or {})})
     else:
         scorer = ModelGroups(criterion)
     said: list[list[float | None] | RewardFailed] = []
@@ -78,10 +80,10 @@ async def called(
 class FunctionGroups:
     """A function that is called with groups."""
 
-    def __init__(self, criterion: RewardCriterion, log: str | None, sandbox: Mode) -> None:
-        self._scorer = FunctionScorer(
-            criterion, log, max_concurrent_groups=1, variables={VARIABLE: sandbox}
-        )
+    def __init__(
+        self, criterion: RewardCriterion, log: str | None, variables: Mapping[str, str]
+    ) -> None:
+        self._scorer = FunctionScorer(criterion, log, max_concurrent_groups=1, variables=variables)
         self.start, self.close = self._scorer.start, self._scorer.close
 
     async def call(self, group: Group) -> list[float | None]:
@@ -121,13 +123,19 @@ class ModelGroups:
 
 
 def called_once(
-    criteria: Mapping[str, RewardCriterion], group: Group, log: str | None, sandbox: Mode
+    criteria: Mapping[str, RewardCriterion],
+    group: Group,
+    log: str | None,
+    sandbox: Mode,
+    gpus: float,
 ) -> dict[str, list[float | None] | RewardFailed]:
-    """What each reward says of one group, side by side, by the keys of `criteria`."""
+    """What each reward says of one group, side by side, by the keys of `criteria`. Without `gpus`
+    they see none, as in an actor that has none."""
+    hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
 
     async def one(criterion: RewardCriterion) -> list[float | None] | RewardFailed:
         try:
-            return (await called(criterion, [group], log=log, sandbox=sandbox))[0]
+            return (await called(criterion, [group], log=log, sandbox=sandbox, variables=hidden))[0]
         except RewardFailed as failed:
             return failed
 

@@ -26,7 +26,10 @@ CURES = {
     r"running low on memory|memory pressure|killed.*\bOOM\b": "end what else takes memory there, "
     "or use fewer replicas, a smaller model, or a machine with more memory",
     r"CUDA out of memory|OutOfMemoryError": "set policy.tokens_per_microbatch lower, "
-    "model.gradient_checkpointing=true, or rollout.engine.gpu_memory_utilization lower",
+    "model.gradient_checkpointing=true, or rollout.engine.gpu_memory_utilization lower, or "
+    "rollout.engine.kv_cache_gib where it is set",
+    r"No CUDA GPUs are available": "give the role that said so a GPU, as a reward by "
+    "reward.resources.gpus=1",
     r"max_model_len|max_position_embeddings": "set rollout.max_prompt_length and "
     "rollout.max_completion_length so that both together fit the model",
     r"No available memory for the cache|KV cache": "set rollout.engine.gpu_memory_utilization or "

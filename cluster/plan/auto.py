@@ -16,7 +16,7 @@ from cluster.bundles import BadRequest
 from cluster.placement import DoesNotFit
 from cluster.plan.candidates import ANY_ROOM, BUDGETS, Search
 from cluster.plan.fit import memory_of, shortest, times_of, try_draft
-from cluster.plan.memory import GIB, kv_bytes
+from cluster.plan.memory import GIB, row_bytes
 from cluster.plan.plan import make_plan
 from cluster.plan.variants import Candidate, count_path, variants, with_dtype, with_request
 from cluster.plan.work import Trained, Work
@@ -28,6 +28,7 @@ ENOUGH = 1.05  # a step that takes at most this of the best one's time
 FEWER = 0.75  # is taken where it needs at most this of the best one's GPUs
 CPU_BUDGET = 4096  # tokens of a micro-batch: the caches of a CPU hold no more
 TRIES = 50
+CACHE = "rollout.engine.kv_cache_gib"
 FEW_CPUS = 0.25  # of a replica, where a cluster has too few for one each
 NOWHERE = (
     "no arrangement of the roles was found on this cluster; where ranks, replicas, resources or "
@@ -199,9 +200,11 @@ def _threads(work: Work, cores: int) -> dict[str, int]:
 
 
 def _decided(chosen: Candidate, open_: frozenset[str], search: Search | None) -> Iterator[Decided]:
-    """Every open setting as `chosen` has it."""
+    """Every open setting as `chosen` has it. The cache is one that stays open, so it is apart from
+    what is decided of an open engine."""
+    more = {CACHE} if "rollout.engine" in open_ else set()
     for one in _all(chosen, open_, search):
-        if one.path in open_:
+        if one.path in open_ | more:
             yield one
 
 
@@ -248,11 +251,11 @@ def _of_engine(work: Work, search: Search) -> Iterator[Decided]:
         "tensor_parallel_size": work.rollout.tensor_parallel,
         "gpu_memory_utilization": work.rollout.memory_share,
     }
-    if _has_company(work, search) and (cache := _cache(work, search)):
-        options["kv_cache_gib"] = cache
     yield Decided("rollout.engine", {"name": "vllm", **options}, why)
     for name, value in options.items():
         yield Decided(f"rollout.engine.{name}", value, why)
+    if _has_company(work, search) and (cache := _cache(work, search)):
+        yield Decided(CACHE, cache, why)
 
 
 def _has_company(work: Work, search: Search) -> bool:
@@ -266,7 +269,7 @@ def _cache(work: Work, search: Search) -> float:
     """GiB of keys and values that the plan counts, in hundredths where these hold a row too."""
     cache = memory_of(work, search.gpus)["rollout"].device["KV cache"]
     rounded = math.floor(100 * cache / GIB) / 100
-    return rounded if rounded * GIB >= kv_bytes(work.rollout) * work.step.row else cache / GIB
+    return rounded if rounded * GIB >= row_bytes(work.rollout, work.step.row) else cache / GIB
 
 
 def _of_model(work: Work, search: Search | None) -> Iterator[Decided]:

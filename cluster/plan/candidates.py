@@ -14,7 +14,7 @@ from functools import cached_property
 from cluster.gpus import GpuType, gpu_type
 from cluster.plan.durations import Rates, times, update_seconds
 from cluster.plan.fit import memory_of
-from cluster.plan.memory import Memory, kv_bytes
+from cluster.plan.memory import Memory, row_bytes
 from cluster.plan.variants import (
     Candidate,
     count_path,
@@ -211,7 +211,7 @@ class Search:
         cache = mine.device.get("KV cache", 0)
         if mine.peak > left:
             return None
-        if rollout.engine == "vllm" and cache < kv_bytes(work.rollout) * work.step.row:
+        if rollout.engine == "vllm" and cache < row_bytes(work.rollout, work.step.row):
             return None
         return work, mine
 
@@ -226,7 +226,7 @@ class Search:
 
     def _least(self, work: Work) -> int:
         """Bytes with which a vLLM replica decodes one sequence."""
-        one = kv_bytes(work.rollout) * work.step.row
+        one = row_bytes(work.rollout, work.step.row)
         return self._shares(work, 0.0)[1].peak + one
 
     def _shared(

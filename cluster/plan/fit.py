@@ -18,8 +18,8 @@ from cluster.plan.memory import (
     KINDS,
     Memory,
     frozen_memory,
-    kv_bytes,
     rollout_memory,
+    row_bytes,
     trained_memory,
 )
 from cluster.plan.work import Work
@@ -166,7 +166,7 @@ def _short_cache(draft: Draft, work: Work) -> Short | None:
     """vLLM takes no more than its share, so what is short shows in its cache."""
     if work.rollout.engine != "vllm":
         return None
-    needed = kv_bytes(work.rollout) * work.step.row
+    needed = row_bytes(work.rollout, work.step.row)
     have = draft.memory["rollout"].device["KV cache"]
     if have >= needed:
         return None

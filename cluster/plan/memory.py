@@ -6,6 +6,7 @@ vocabulary, n tokens of a micro-batch. What is trained is kept in float32 whatev
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from cluster.gpus import GpuType
@@ -35,6 +36,7 @@ VLLM_CPU_FRAMEWORK = 1.5 * GIB  # the same, and vLLM with its engine in a proces
 VLLM_BATCH = 8192  # tokens that vLLM makes room for in one pass
 VLLM_ROWS = 1024  # and sequences it samples at once
 VLLM_CPU_CACHE = 1 * GIB
+VLLM_BLOCK = 16  # tokens of one block of the KV cache
 BUFFERS = 3  # of weights from GPU to GPU: vLLM has two under way, and makes a third meanwhile
 FOUR_BIT = 4.5 / 8  # bytes of a 4-bit weight with its scales (Dettmers et al. 2023, 2305.14314)
 
@@ -259,6 +261,14 @@ def kv_bytes(work: Rollout) -> int:
     """Bytes one token leaves in the KV cache of one shard: 2 L kv d b; with MLA L (c + r) b."""
     shards = min(work.tensor_parallel, work.shape.kv_heads)
     return work.shape.kv_elements * work.dtype_bytes // shards
+
+
+def row_bytes(work: Rollout, row: int) -> int:
+    """Bytes of KV cache with which vLLM decodes one sequence of `row` tokens.
+
+    It counts whole blocks, and holds one back, the null block (`vllm.v1.core.kv_cache_utils`).
+    """
+    return kv_bytes(work) * VLLM_BLOCK * (math.ceil(row / VLLM_BLOCK) + 1)
 
 
 def rollout_memory(work: Rollout, step: Step, gpu: GpuType | None) -> Memory:

@@ -180,6 +180,10 @@ def _smaller_rollout(work: Work, rollout: Rollout) -> Iterator[Option]:
                 _with_request(changed, "rollout", replicas=fewer),
             )
         shards *= 2
+    if rollout.kv_cache_bytes is not None:  # a share is of no account beside it
+        rollout = replace(rollout, kv_cache_bytes=None)
+        named = {**named, "rollout.engine.kv_cache_gib": "auto"}
+        yield Option(named, replace(work, rollout=rollout))
     if not gpus:
         return
     for share in (0.92, 0.45, 0.3):  # more for the cache, or less for who is there too

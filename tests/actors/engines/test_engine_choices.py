@@ -20,19 +20,27 @@ from actors.engines import base
 from actors.engines.base import EngineDead, WeightMismatch, resolve_engine
 from actors.engines.lifeline import work_of
 from actors.engines.specs import AutoEngineSpec, TransformersSpec, VLLMSpec
-from actors.specs import LoRASpec, ModelSpec
+from actors.specs import LoRASpec, ModelSpec, RoleResources
 from actors.transfer.base import Arrival
+from cluster.plan.memory import VLLM_BATCH, VLLM_ROWS
 from tests.actors.engines.replicas import WAIT_S, rollout_spec, until
+
+AUTO = rollout_spec(AutoEngineSpec())
 
 
 def test_auto_is_vllm_where_it_is_installed_and_transformers_elsewhere(monkeypatch):
+    on_a_gpu = AUTO.model_copy(update={"resources": RoleResources(gpus=0.5)})
     monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: object())
-    assert resolve_engine(AutoEngineSpec()) == VLLMSpec()
-    assert resolve_engine(TransformersSpec()) == TransformersSpec()
+    monkeypatch.setattr(base.importlib.metadata, "version", lambda name: "0.32.0+cpu")
+    assert resolve_engine(AUTO) == resolve_engine(on_a_gpu) == VLLMSpec()
+    assert resolve_engine(rollout_spec(TransformersSpec())) == TransformersSpec()
+    monkeypatch.setattr(base.importlib.metadata, "version", lambda name: "0.32.0")
+    assert resolve_engine(AUTO) == TransformersSpec(), "CUDA's build sees the GPUs by NVML"
+    assert resolve_engine(on_a_gpu) == VLLMSpec()
     monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
-    assert resolve_engine(AutoEngineSpec()) == TransformersSpec()
+    assert resolve_engine(AUTO) == TransformersSpec()
     with pytest.raises(ValueError, match="not installed"):
-        resolve_engine(VLLMSpec())
+        resolve_engine(rollout_spec(VLLMSpec()))
 
 
 def test_an_engine_option_that_is_unknown_or_ours_is_refused():
@@ -80,11 +88,16 @@ def test_every_option_of_an_adapters_engine_is_refused_from_a_config():
 def test_vllms_batches_follow_from_the_groups_that_a_replica_is_given():
     from actors.engines.vllm_options import batch_limits
 
-    def limits(sequences: int, *, prompt: int = 512, **options: int) -> tuple[int, int]:
-        spec = rollout_spec(VLLMSpec()).model_copy(update={"max_prompt_length": prompt})
-        found = batch_limits(spec, sequences, 1024, 16384, options)
+    def limits(
+        sequences: int, *, prompt: int = 512, cache: float | None = None, **options: int
+    ) -> tuple[int, int]:
+        spec = rollout_spec(VLLMSpec(kv_cache_gib=cache)).model_copy(
+            update={"max_prompt_length": prompt}
+        )
+        found = batch_limits(spec, sequences, most, 16384, options)
         return found["max_num_seqs"], found["max_num_batched_tokens"]
 
+    most = 1024
     assert limits(256) == (256, 16384)
     assert limits(256, prompt=8) == (256, 2048)
     assert limits(1, prompt=8) == (1, 408)  # one sequence, prompt and completion
@@ -93,6 +106,11 @@ def test_vllms_batches_follow_from_the_groups_that_a_replica_is_given():
     assert limits(256, max_num_batched_tokens=100) == (100, 100)
     assert limits(256, max_num_seqs=20000) == (20000, 20000)
     assert limits(256, max_num_seqs=7, max_num_batched_tokens=9) == (7, 9)
+    most = 2048
+    assert limits(9999) == (2048, 16384)
+    assert limits(9999, cache=8) == (VLLM_ROWS, VLLM_BATCH), "what a plan counts, and no more"
+    assert limits(9999, cache=8, max_num_seqs=1500) == (1500, VLLM_BATCH)
+    assert limits(9, cache=8, max_num_batched_tokens=16000) == (9, 16000)
 
 
 def test_replicas_draw_apart():

@@ -305,6 +305,10 @@ def correct(completions, answer, **columns):
     return [float(text == right) for text, right in zip(completions, answer)]
 def correct_text(completions, answer, **columns):
     return correct([said[-1]["content"] for said in completions], answer)
+def sees_no_gpu(completions, **columns):
+    if os.environ["CUDA_VISIBLE_DEVICES"] != "":
+        raise RuntimeError("No CUDA GPUs should be seen")
+    return [1.0 for _ in completions]
 def slow(completions, **columns):
     time.sleep(3600)
 """
@@ -323,7 +327,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_every_function_is_called_once_on_the_first_prompt_in_a_process_of_its_own(
     make: Any, own: str, tmp_path: Path
 ) -> None:
-    trainer = make("grpo", reward_functions=[f"{own}:process", "preference"])
+    given = [f"{own}:process", "preference", f"{own}:sees_no_gpu"]  # as its actor, which has none
+    trainer = make("grpo", reward_functions=given)
     trainer.check()
     lines = trainer.inputs.tried(tmp_path / "logs" / "reward.log")
     first = trainer.prompts.prompt_at(0)
@@ -331,6 +336,7 @@ def test_every_function_is_called_once_on_the_first_prompt_in_a_process_of_its_o
     assert lines == [
         f"reward process: '' -> 3, '{chosen}' -> abstains (row {first.row})",
         f"reward preference: '' -> 0, '{chosen}' -> 1 (row {first.row})",
+        f"reward sees_no_gpu: '' -> 1, '{chosen}' -> 1 (row {first.row})",
     ]
     log = (tmp_path / "logs" / "reward.log").read_text()
     called = re.findall(r"called in (\d+)", log)

@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
+from actors.engines import base
+from actors.engines.base import resolve_engine
+from actors.engines.specs import VLLMSpec
 from aligntune.config.auto import open_settings
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
@@ -14,6 +17,7 @@ from aligntune.config.tree import dump
 from aligntune.errors import UserError
 from aligntune.online import settle_resources as module
 from aligntune.online.settle_resources import settle_resources
+from aligntune.online.work import work_of
 from aligntune.runs.rundir import changes
 from aligntune.shapes import known_shape
 from cluster.machines import Machines
@@ -21,6 +25,7 @@ from cluster.resources import described
 
 LAPTOP = Machines(described(1, 0, None, 8), 8, here=True)
 ONE_H100 = Machines(described(1, 1, "h100-80gb"), 16, here=True)
+ONE_A100 = Machines(described(1, 1, "a100-40gb"), 16, here=True)
 EIGHT_H100 = Machines(described(1, 8, "h100-80gb"), 16, here=True)
 
 
@@ -46,6 +51,14 @@ def settle(
     return now, {one.path: one.value for one in decisions}
 
 
+def cache_of(now: RunConfig) -> float:
+    """GiB of keys and values that an engine is started with."""
+    engine = now.rollout.engine
+    assert isinstance(engine, VLLMSpec)
+    assert engine.kv_cache_gib is not None
+    return engine.kv_cache_gib
+
+
 def test_what_is_decided_is_written_as_if_it_had_been_set() -> None:
     now, decided = settle(config(), EIGHT_H100)
     assert decided["policy.ranks"] == 8
@@ -54,11 +67,13 @@ def test_what_is_decided_is_written_as_if_it_had_been_set() -> None:
     assert written["policy"]["strategy"]["name"] == "deepspeed"
     assert written["model"]["dtype"] == "bfloat16"
     again = load_config(written)
-    assert again == now
+    assert dump(again) == dump(now)
     left = {path.partition(".")[0] for path in open_settings(again)}
     roles = {"policy", "rollout", "episodes", "reward", "reference", "critic"}
-    assert left <= roles  # CPUs and threads alone
-    assert settle(again, EIGHT_H100)[1] == {}
+    assert left <= roles  # CPUs and threads, and the cache
+    anew, decided = settle(again, EIGHT_H100)
+    assert anew == now
+    assert set(decided) == {"rollout.engine.kv_cache_gib"}
 
 
 def test_what_is_set_is_never_changed() -> None:
@@ -80,9 +95,10 @@ def test_what_is_set_is_never_changed() -> None:
 def test_vllm_measures_no_gpu_on_which_others_allocate() -> None:
     named = "rollout.engine={name: vllm}"
     now, decided = settle(config(named), ONE_H100)
-    cache, key = now.rollout.engine.model_dump()["kv_cache_gib"], "rollout.engine.kv_cache_gib"
+    cache, key = cache_of(now), "rollout.engine.kv_cache_gib"
     assert decided["cluster.colocate"] == [["policy", "rollout"]]
-    assert cache == decided[key] == settle(config(), ONE_H100)[1]["rollout.engine"]["kv_cache_gib"]
+    as_auto = settle(config(), ONE_H100)
+    assert cache == decided[key] == as_auto[1][key] == cache_of(as_auto[0])
     assert 1 < cache < 80 * decided["rollout.engine.gpu_memory_utilization"]
     less = "rollout.engine={name: vllm, gpu_memory_utilization: 0.2}"
     assert 1 < settle(config(less), ONE_H100)[1][key] < 0.2 * 80 < cache
@@ -92,6 +108,53 @@ def test_vllm_measures_no_gpu_on_which_others_allocate() -> None:
     assert settle(config(less, *counts, *halves), ONE_H100)[1][key] > 1
     assert key not in settle(config(named, "cluster.colocate=[]"), EIGHT_H100)[1]
     assert key not in settle(config(named, "policy.resources.gpus=0"), ONE_H100)[1]
+
+
+def test_vllms_cache_is_settled_anew_on_another_gpu_and_in_another_share() -> None:
+    """A run's own config is read again, to evaluate its model or to train by it."""
+    began, _ = settle(
+        config(
+            "policy.tokens_per_microbatch=2048",
+            "rollout.engine={name: vllm, gpu_memory_utilization: 0.4}",
+        ),
+        ONE_H100,
+    )
+    written = yaml.safe_load(dump(began))
+    assert written["rollout"]["engine"]["kv_cache_gib"] == "auto"
+    cache = cache_of(began)
+    for there, override, most in (
+        (ONE_H100, [], 80 * 0.4),
+        (ONE_A100, [], 40 * 0.4),
+        (ONE_H100, ["rollout.engine.gpu_memory_utilization=0.3"], 80 * 0.3),
+    ):
+        again = load_config(written, override)
+        assert isinstance(again, RunConfig)
+        now = cache_of(settle(again, there)[0])
+        assert 1 < now < most
+        assert (now == cache) == (not override and there is ONE_H100)
+
+
+def test_a_cache_that_is_set_too_large_is_refused_with_a_cure_that_works() -> None:
+    given = "rollout.engine={name: vllm, gpu_memory_utilization: 0.3, kv_cache_gib: 79}"
+    with pytest.raises(UserError, match=r"what would fit: .*rollout\.engine\.kv_cache_gib=auto"):
+        settle(config(given), ONE_H100)
+    now, _ = settle(config(given, "rollout.engine.kv_cache_gib=auto"), ONE_H100)
+    assert cache_of(now) < 24
+
+
+def test_vllm_that_needs_a_gpu_is_not_taken_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "vllm_is_installed", lambda: True)
+    for at in (base, module):
+        monkeypatch.setattr(at, "vllm_needs_no_gpu", lambda: False)
+    without = "rollout.resources.gpus=0"
+    now, _ = settle(config(without), ONE_H100)
+    assert resolve_engine(now.rollout).name == work_of(now, known_shape).rollout.engine
+    assert resolve_engine(now.rollout).name == "transformers"
+    assert resolve_engine(settle(config(), LAPTOP)[0].rollout).name == "transformers"
+    assert resolve_engine(settle(config(), ONE_H100)[0].rollout).name == "vllm"
+    monkeypatch.setattr(module, "vllm_is_installed", lambda: True)
+    with pytest.raises(UserError, match=r"give rollouts a GPU, or set rollout\.engine=trans"):
+        settle(config("rollout.engine=vllm", without), ONE_H100)
 
 
 def test_auto_may_be_written_and_is_as_if_nothing_were() -> None:

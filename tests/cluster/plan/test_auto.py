@@ -17,9 +17,9 @@ from aligntune.online.work import others_of
 from cluster.bundles import RoleRequest
 from cluster.gpus import gpu_names, gpu_type
 from cluster.placement import DoesNotFit
-from cluster.plan.auto import HEADROOM, Choice, choose
+from cluster.plan.auto import CACHE, HEADROOM, Choice, choose
 from cluster.plan.fit import shortest, times_of, try_draft
-from cluster.plan.memory import kv_bytes
+from cluster.plan.memory import GIB, kv_bytes
 from cluster.plan.shapes import from_table, model_names
 from cluster.plan.work import Frozen, Kept, Rollout, Step, Trained, Work, microbatch
 from cluster.resources import Cluster, described
@@ -164,8 +164,11 @@ def test_what_is_decided_fits_and_changes_nothing_that_is_set_or_there_is_a_reas
     assert {key: after[key] for key in before if key not in open_} == {
         key: before[key] for key in before if key not in open_
     }
-    assert {one.path for one in choice.decided} <= open_
+    assert {one.path for one in choice.decided} <= {*open_, CACHE}
     decided = {one.path: one.value for one in choice.decided}
+    if cache := decided.get(CACHE):  # vLLM starts: whole blocks, and one that it holds back
+        blocks = int(cache * GIB) // (16 * kv_bytes(choice.work.rollout))
+        assert blocks - 1 >= math.ceil(choice.work.step.row / 16)
     for one in choice.work.trained:  # what is decided is what was counted
         if budget := decided.get(f"{one.role}.tokens_per_microbatch"):
             rows = math.ceil(choice.work.step.sequences / choice.work.step.updates / one.ranks)
