@@ -91,6 +91,15 @@ def test_a_cache_has_to_hold_a_whole_episode() -> None:
     longer = replace(work, step=replace(work.step, episode_tokens=3072))
     with pytest.raises(DoesNotFit, match="one sequence of 3072 tokens"):
         make_plan(longer, cluster)
+    blocks = (3072 + 16) * token  # whole ones of 16 tokens, and one that vLLM holds back
+    for row, have, fits in ((3072, blocks, True), (3072, blocks - 1, False), (3073, blocks, False)):
+        made = replace(work.rollout, kv_cache_bytes=have)
+        exact = replace(work, step=replace(work.step, episode_tokens=row), rollout=made)
+        if fits:
+            make_plan(exact, cluster)
+        else:
+            with pytest.raises(DoesNotFit, match=f"one sequence of {row} tokens"):
+                make_plan(exact, cluster)
 
 
 def test_the_weights_of_both_colocated_roles_count_on_their_device() -> None:
