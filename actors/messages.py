@@ -46,7 +46,7 @@ class Prompt:
     """One row of the data set, ready to be rolled out."""
 
     row: int  # index in the data set
-    source: str | Messages  # as the user's data has it; reward functions get this one
+    source: str | Messages  # as the user's data has it; user code gets this one
     text: str  # what the model sees, chat template applied
     token_ids: np.ndarray  # [P] int32, of `text`
     columns: dict[str, Any] = field(default_factory=dict)  # every other data column

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import cache
 from typing import Any
 
 from actors.engines.base import configured_ends
@@ -32,8 +33,9 @@ def settle_template(
         before: gives the config tree of the run that is to go on, if there is one.
     """
     decided = []
+    before = cache(before)  # it may ask a storage
     if model.stop_token_ids is None and tokenizer is not None:
-        decided += _end(model, tokenizer)
+        decided += _end(model, tokenizer, before)
     own = [] if tokenizer is None else [tokenizer]
     applied = [each for each in (*own, *others) if writes_day(each)]
     if model.chat_template_day is None and applied:
@@ -45,12 +47,21 @@ def settle_template(
     return model, tuple(decided)
 
 
-def _end(model: ModelSpec, tokenizer: Any) -> list[Decision]:
+def _end(
+    model: ModelSpec, tokenizer: Any, before: Callable[[], Mapping[str, Any] | None]
+) -> list[Decision]:
     """The token that ends a turn, where nothing else says that it does. Of what follows an answer
-    one that is known may come later, as behind Cohere's `<|END_RESPONSE|>`: it ends the turn."""
+    one that is known may come later, as behind Cohere's `<|END_RESPONSE|>`: it ends the turn.
+
+    A run of this model that goes on ends its turns as it did: one of an earlier version has no such
+    token."""
     ends = turn_ends(tokenizer)
     if not ends or {tokenizer.eos_token_id, *configured_ends(model)} & {*ends}:
         return []
+    old = (before() or {}).get("model") or {}
+    if old.get("name") == model.name:
+        kept = old.get("stop_token_ids")
+        return [] if kept is None else [Decision(STOPS, kept, KEPT)]
     end = tokenizer.convert_ids_to_tokens(ends[0])
     why = (
         f"the chat template ends a turn by {end}, which neither eos_token, "

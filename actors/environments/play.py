@@ -28,6 +28,7 @@ from actors.environments.processes import EnvironmentProcess, Outcome, ToolCall,
 from actors.environments.tokens import ChatTokens
 from actors.environments.tools import error_text
 from actors.messages import FinishReason, Messages
+from actors.models.templates import without_nulls
 from actors.waiting import all_of
 
 UNKNOWN = "unknown"  # the name in an answer to what names no tool
@@ -97,7 +98,7 @@ class Play:
     async def run(self, messages: Messages, seed: int, sample: Sampler) -> Episode:
         """All turns, from the conversation's first `messages`. Raises EpisodeFailed."""
         try:
-            ids = self._tokens.prompt(messages, self._box.schemas)
+            ids = self._tokens.prompt(without_nulls(messages), self._box.schemas)
         except ValueError as error:
             raise EpisodeFailed(str(error)) from error
         if len(ids) >= self._limits.max_tokens:

@@ -14,7 +14,7 @@ from actors.engines.base import configured_ends
 from actors.environments.chat_messages import too_deep
 from actors.environments.tokens import ChatTokens, Tools, Turn
 from actors.messages import Messages
-from actors.models.templates import given
+from actors.models.templates import day_is_given, given
 from actors.specs import ModelSpec
 
 _DUMMY = [{"role": "user", "content": "dummy"}]
@@ -39,14 +39,16 @@ def chat_tokens(model: ModelSpec, tools: bool = True) -> ChatTokens:
 
 def known(tokenizer: Any, why: str) -> ChatTokens | None:
     """The tokens of a model that the library knows by its exact name; None where it is not
-    installed, or does not know it, or where the chat template is given variables, which the library
-    does not take. `why`: what TRL says of the model."""
+    installed, or does not know it, or where the chat template is given variables or a day, which
+    the library does not take. `why`: what TRL says of the model."""
     try:
         from renderers import AutoRendererConfig, create_renderer
         from renderers.base import MODEL_RENDERER_MAP
     except ImportError:
         return None
-    if tokenizer.name_or_path not in MODEL_RENDERER_MAP or given(tokenizer):
+    if tokenizer.name_or_path not in MODEL_RENDERER_MAP:
+        return None
+    if given(tokenizer) or day_is_given(tokenizer):
         return None
     # Thinking stays in the history, as with TRL's training templates.
     config = AutoRendererConfig(thinking_retention="all")

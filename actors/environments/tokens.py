@@ -15,7 +15,7 @@ from typing import Any
 
 from actors.environments.chat_messages import too_deep
 from actors.messages import Messages
-from actors.models.templates import check_given
+from actors.models.templates import check_given, with_arguments
 
 Tools = Sequence[dict[str, Any]]
 
@@ -208,6 +208,10 @@ class ChatTokens:
 
     def _rendered(self, messages: Messages, **options: Any) -> list[int]:
         ids: list[int] = self._tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=False, chat_template=self._template, **options
+            with_arguments(self._tokenizer, messages, self._template),
+            tokenize=True,
+            return_dict=False,
+            chat_template=self._template,
+            **options,
         )
         return ids

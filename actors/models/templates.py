@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from datetime import date
 from functools import partial
@@ -60,6 +61,12 @@ def given(tokenizer: Any) -> Mapping[str, Any]:
     return {name: value for name, value in bound.items() if name != CLOCK}
 
 
+def day_is_given(tokenizer: Any) -> bool:
+    """Whether `give` gave the day that the chat template writes."""
+    called = tokenizer.apply_chat_template
+    return isinstance(called, partial) and CLOCK in called.keywords
+
+
 def writes_day(tokenizer: Any) -> bool:
     """Whether the chat template writes today's date."""
     return CLOCK in str(tokenizer.chat_template or "")
@@ -96,37 +103,88 @@ def check_given(tokenizer: Any, template: str | None = None) -> None:
             raise ValueError(f"{name!r} would do nothing: {whose}; remove it or correct its name")
 
 
-def with_arguments(tokenizer: Any, messages: Messages) -> Messages:
-    """`messages` with the arguments of calls as the chat template takes them: data as they are, or
-    JSON text where it takes nothing else, as DeepSeek-V3's."""
-    if not any(message.get("tool_calls") for message in messages) or not _takes_text(tokenizer):
+def without_nulls(value: Any) -> Any:
+    """`value` without the fields of objects that are null; the elements of lists all stay."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def with_arguments(tokenizer: Any, messages: Messages, template: str | None = None) -> Messages:
+    """`messages` with the arguments of calls as `template` takes them, by default the tokenizer's.
+
+    JSON text stays as it stands where the template writes it so, as Qwen3's does; for others it is
+    the object that it spells. An object is JSON text where nothing else is taken, as by
+    DeepSeek-V3's.
+
+    Raises:
+        ValueError: text that spells no object, for a template that needs one.
+    """
+    if not any(isinstance(message.get("tool_calls"), list) for message in messages):
         return messages
+    text, data = _takes(tokenizer, template)
     return [
-        {**message, "tool_calls": [_as_text(call) for call in message["tool_calls"]]}
-        if message.get("tool_calls")
+        {**message, "tool_calls": [_taken(call, text, data) for call in message["tool_calls"]]}
+        if isinstance(message.get("tool_calls"), list)
         else message
         for message in messages
     ]
 
 
-def _takes_text(tokenizer: Any) -> bool:
+def _takes(tokenizer: Any, template: str | None) -> tuple[bool, bool]:
+    """Whether a template takes arguments as text, and whether as data. Both only where it writes
+    the same of both, blanks and quotes aside: others have a form of their own for data."""
     from jinja2 import TemplateError
 
-    def renders(arguments: Any) -> bool:
-        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    def written(arguments: Any) -> str | None:
+        function = {"name": "f", "arguments": arguments}
+        call = {"id": "call00000", "type": "function", "function": function}
         said = {"role": "assistant", "content": "", "tool_calls": [call]}
+        asked = {"role": "user", "content": "?"}
         try:
-            tokenizer.apply_chat_template([{"role": "user", "content": "?"}, said], tokenize=False)
+            text: str = tokenizer.apply_chat_template(
+                [asked, said], tokenize=False, chat_template=template
+            )
         except (TemplateError, TypeError):
-            return False
-        return True
+            return None
+        return text
 
-    return not renders({}) and renders("{}")
+    spelled = f'{{"a":"{ANSWER}"}}'
+    text, data = written(spelled), written({"a": ANSWER})
+    if text is None or data is None:
+        return text is not None, text is None
+    return spelled in text and _same(text, data), True
 
 
-def _as_text(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), dict):
+def _same(one: str, other: str) -> bool:
+    first, second = ("".join(each.split()).replace("'", '"') for each in (one, other))
+    return first == second
+
+
+def _taken(call: Any, text: bool, data: bool) -> Any:
+    """`call` with its arguments as `_takes` says. Raises ValueError."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict):
         return call
-    text = json.dumps(function["arguments"], ensure_ascii=False)
-    return {**call, "function": {**function, "arguments": text}}
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and not text:
+        arguments = _read(arguments, function.get("name"))
+    elif isinstance(arguments, dict) and not data:
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    else:
+        return call
+    taken = {**function, "arguments": arguments}
+    return taken if function is call else {**call, "function": taken}
+
+
+def _read(text: str, name: Any) -> dict[str, Any]:
+    try:
+        found = json.loads(text) if text.strip() else None
+    except (ValueError, RecursionError):
+        found = text
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(
+            f"{name!r} is called with arguments that are text and no JSON object, "
+            f"{reprlib.repr(text)}; give an object, or JSON text of one"
+        )
+    return found or {}

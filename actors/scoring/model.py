@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from actors.messages import Conversations, Messages, Prompt
-from actors.models.templates import with_arguments
+from actors.models.templates import with_arguments, without_nulls
 from actors.scoring.criteria import RewardFailed, RewardFailure
 from actors.scoring.said import text_of
 from actors.specs import ModelSpec
@@ -93,7 +93,9 @@ def rendered(tokenizer: Any, messages: Messages, **options: Any) -> str:
 
     try:
         text: str = tokenizer.apply_chat_template(
-            with_arguments(tokenizer, messages), tokenize=False, **options
+            with_arguments(tokenizer, messages, options.get("chat_template")),
+            tokenize=False,
+            **options,
         )
     except (TemplateError, TypeError) as error:
         raise ValueError(
@@ -136,10 +138,16 @@ def tokens_of(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]
         with_end, own = (probe[-1:] == [tokenizer.eos_token_id] for probe in probes)
         if with_end and not own:
             ids = [row[:-1] for row in ids]
-        begin = [tokenizer.bos_token_id]
-        if probes[0][:1] == begin:
-            ids = [row[1:] if row[:2] == begin * 2 else row for row in ids]
+        if adds_begin(tokenizer):
+            twice = [tokenizer.bos_token_id] * 2
+            ids = [row[1:] if row[:2] == twice else row for row in ids]
     return ids
+
+
+def adds_begin(tokenizer: Any) -> bool:
+    """Whether the special tokens of a text are a beginning-of-sequence token first."""
+    ids: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
+    return ids[:1] == [tokenizer.bos_token_id]
 
 
 class ModelScorer:
@@ -228,16 +236,17 @@ class ModelScorer:
     def _pairs(
         self, prompt: Prompt, completions: Sequence[str], conversations: Conversations | None
     ) -> list[tuple[str | Messages, str | Messages]]:
-        """What is scored: prompt and completion of each."""
+        """What is scored: prompt and completion of each, the prompt without its null fields."""
         texts = completions if conversations is None else map(text_of, conversations.answers)
         if self._criterion.reads == "completion":
             return [("", text) for text in texts]
         if conversations is None or not (
             self._criterion.apply_chat_template and self._tokenizer.chat_template
         ):
-            return [(prompt.source, text) for text in texts]
+            asked = without_nulls(prompt.source)
+            return [(asked, text) for text in texts]
         cut = zip(conversations.messages, conversations.asked, strict=True)
-        return [(messages[:first], messages[first:]) for messages, first in cut]
+        return [(without_nulls(said[:first]), said[first:]) for said, first in cut]
 
     def _scores(
         self, pairs: list[tuple[str | Messages, str | Messages]], tools: Sequence[dict[str, Any]]

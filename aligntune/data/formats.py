@@ -130,8 +130,12 @@ def _templated(tokenizer: Any, messages: Messages, tools: Sequence[dict[str, Any
     from jinja2 import TemplateError
 
     try:
+        taken = with_arguments(tokenizer, messages)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    try:
         text: str = tokenizer.apply_chat_template(
-            with_arguments(tokenizer, messages),
+            taken,
             tools=[*tools] or None,
             tokenize=False,
             add_generation_prompt=True,

@@ -2,9 +2,8 @@
 
 OpenAI's form stays as it is, ShareGPT's (`from` and `value`) is turned into it. Fields that are
 null are left out, at any depth: columnar files give every object of a column the same fields, and
-so a row is the same from Parquet as from JSON Lines. Arguments of calls that are JSON text become
-the object that they spell, as in an agent's requests: templates would encode them a second time.
-Errors say what and the cure; the caller, who knows the row, says where.
+so a row is the same from Parquet as from JSON Lines. Errors say what and the cure; the caller, who
+knows the row, says where.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import json
 from typing import Any
 
 from actors.messages import Messages
+from actors.models.templates import without_nulls
 from aligntune.data.errors import DataError, Reason
 from aligntune.errors import shown
 
@@ -42,13 +42,6 @@ def check_messages(value: list[Any], what: str) -> Messages:
             f"{what} is an empty list of messages; remove the row or fill it in", Reason.EMPTY
         )
     return [_check_message(message, f"message {n} of {what}") for n, message in enumerate(value)]
-
-
-def without_nulls(value: Any) -> Any:
-    """`value` without the fields of objects that are null; the elements of lists all stay."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def is_sharegpt(value: Any) -> bool:
@@ -120,8 +113,6 @@ def _check_message(message: Any, which: str) -> dict[str, Any]:
     kept: dict[str, Any] = without_nulls(message)
     if "from" in kept and "role" not in kept:
         kept = _from_sharegpt(kept, which)
-    if isinstance(calls := kept.get("tool_calls"), list):
-        kept["tool_calls"] = [_with_read_arguments(call, which) for call in calls]
     role = kept.get("role")
     if role not in ROLES:
         raise DataError(
@@ -136,27 +127,6 @@ def _check_message(message: Any, which: str) -> dict[str, Any]:
         )
     check_unicode(content, which)
     return kept
-
-
-def _with_read_arguments(call: Any, which: str) -> Any:
-    """`call` with arguments that are JSON text as the object in it; no text is none of them.
-
-    Raises: DataError.
-    """
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(text := function.get("arguments"), str):
-        return call
-    try:
-        arguments = json.loads(text) if text.strip() else {}
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise DataError(
-            f"{which} calls {shown(function.get('name'))} with arguments that are text and no JSON "
-            f"object, {shown(text)}; give an object, or JSON text of one"
-        )
-    read = {**function, "arguments": arguments}
-    return read if function is call else {**call, "function": read}
 
 
 def _from_sharegpt(message: dict[str, Any], which: str) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from array import array
 from typing import Any
 
 from actors.messages import Messages
-from actors.scoring.model import tokens_of
+from actors.scoring.model import adds_begin, tokens_of
 from aligntune.data.errors import DataError, Reason
 from aligntune.data.formats import check_prompt, check_template, render, uses_template
-from aligntune.data.messages import CONVERSATIONS, TOOLS, check_tools
+from aligntune.data.messages import CONVERSATIONS, TOOLS, check_tools, is_sharegpt
 from aligntune.data.pairs import CHOSEN, PROMPT, REJECTED, PairRows
 from aligntune.data.sources import Rows, require_column
 
@@ -82,6 +82,7 @@ class PromptRows:
     def _check(self, fold: bool) -> str:
         """Check, render and tokenise every row once; what changes with any usable one."""
         digest = hashlib.blake2b(digest_size=16)
+        begins = not self._template and adds_begin(self._tokenizer)
         seen: set[str] = set()
         for first in range(0, len(self.rows), BATCH):
             texts: dict[int, str] = {}
@@ -106,13 +107,14 @@ class PromptRows:
                     )
                     continue
                 digest.update(f"{text}\0{json.dumps(columns[row], default=_kind)}\0".encode())
+                if begins and text.startswith(self._tokenizer.bos_token):
+                    digest.update(b"begins once\0")  # earlier versions began it twice
                 self.usable.append(row)
                 self.lengths.append(len(ids))
         return digest.hexdigest()
 
     def prompt(self, row: int) -> tuple[str | Messages, str, dict[str, Any]]:
-        """The prompt of a row, as the data have it or as checked messages, its text, and the other
-        columns.
+        """The prompt of a row as the data have it, its text, and the other columns.
 
         Raises: DataError, with a reason, where the row has no usable prompt.
         """
@@ -125,8 +127,8 @@ class PromptRows:
         else:
             source = columns.pop(self._column, None)
         checked = check_prompt(source, self._environment)
-        if not isinstance(source, str):
-            source = checked  # what is rendered again, for a reward model or an episode
+        if not isinstance(source, str | list) or is_sharegpt(source):
+            source = checked
         text = render(
             checked,
             self._tokenizer,

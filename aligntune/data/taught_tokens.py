@@ -253,7 +253,7 @@ class _Reader:
         check_unicode(text, "the row")
         if marked is not None:
             found = self._tokenizer.apply_chat_template(
-                with_arguments(self._tokenizer, messages),
+                with_arguments(self._tokenizer, messages, marked),
                 return_dict=True,
                 return_assistant_tokens_mask=True,
                 tokenizer_kwargs={"verbose": False},  # a row over the limit is told by us

@@ -16,8 +16,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from aligntune.data.errors import DataError
-from aligntune.data.messages import check_messages
 from aligntune.errors import UserError, closest
 from aligntune.evaluation.statistics import Estimate, bootstrap, sign_test
 from aligntune.evaluation.summary import REWARD, Row, criterion_of, path_of, score_of
@@ -131,18 +129,10 @@ def _by_prompt(rows: Sequence[Row], by: str) -> dict[Key, Row]:
     seen: Counter[str] = Counter()
     found = {}
     for row in rows:
-        asked = json.dumps(_as_now(row[by]), sort_keys=True)
+        asked = json.dumps(row[by], sort_keys=True)
         found[asked, seen[asked]] = row
         seen[asked] += 1
     return found
-
-
-def _as_now(source: Any) -> Any:
-    """A prompt as evaluations keep it now: earlier ones have its messages as the data had them."""
-    try:
-        return check_messages(source, "the prompt") if isinstance(source, list) else source
-    except DataError:  # none that a run of now would ask
-        return source
 
 
 def _different(names: tuple[str, str], first: dict[Key, Row], second: dict[Key, Row]) -> str:

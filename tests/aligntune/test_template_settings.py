@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from actors.engines.base import name_ends, stop_token_ids
 from actors.environments.rendered import chat_tokens
@@ -243,6 +244,28 @@ def test_a_base_model_ends_its_turns_as_its_template_does(
     for each in (plain, none):
         each.inputs.settle()
         assert stop_token_ids(each.config.model) == (text_end,)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "sft", "dpo"])
+@pytest.mark.parametrize("had", [None, [3], []])
+def test_a_run_that_goes_on_ends_its_turns_as_it_did(
+    make: Make, base: Path, tmp_path: Path, algorithm: str, had: list[int] | None
+) -> None:
+    """None: it is of an earlier version, whose config has no such key."""
+    leave(
+        make(algorithm, base, "run", f"{STOPS}={'null' if had is None else had}"), tmp_path / "run"
+    )
+    config = tmp_path / "run" / "config.yaml"
+    if had is None:
+        tree = yaml.safe_load(config.read_text())
+        tree["model"].pop("stop_token_ids", None)
+        config.write_text(yaml.safe_dump(tree))
+    goes_on = make_settled(make(algorithm, base))
+    assert goes_on.config.model.stop_token_ids == had
+    evaluated = make_settled(target_of(str(tmp_path / "run"), None, []).trainer)
+    assert evaluated.config.model.stop_token_ids == had
+    anew = make_settled(make(algorithm, base, "other"))
+    assert anew.config.model.stop_token_ids == ids_of(base, "<|im_end|>")
 
 
 def test_where_the_generation_config_knows_the_end_nothing_is_decided(

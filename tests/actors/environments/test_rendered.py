@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from actors.environments.rendered import RenderedTokens, chat_tokens, known
 from actors.environments.tokens import ChatTokens
+from actors.models.templates import give
 from actors.specs import ModelSpec
 from tests.actors.environments.chat import call_text, deep_call, make_tokenizer
 from tests.actors.environments.test_tokens import ODD, PLAIN, TEXT, TOOL
@@ -156,6 +157,14 @@ class TestChoice:
         for tokenizer in (glm("mine/GLM-5"), other):
             with pytest.raises(ValueError, match="TRL does not know its chat template"):
                 loaded(tokenizer)
+
+    def test_a_template_that_is_given_a_day(self, loaded: Any) -> None:
+        tokenizer = glm()
+        tokenizer.chat_template += "{# strftime_now #}"
+        assert isinstance(loaded(tokenizer), RenderedTokens)
+        give(tokenizer, {}, "2026-03-01")
+        with pytest.raises(ValueError, match="TRL does not know its chat template"):
+            loaded(tokenizer)
 
     def test_without_the_library(self, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "renderers", None)

@@ -74,13 +74,33 @@ class Answers:
         return Outcome(self._texts[seed % len(self._texts)])
 
 
-def played(name: str, turns: Sequence[Any], answers: Sequence[str], asked: str) -> Episode:
+def played(name: str, turns: Sequence[Any], answers: Sequence[str], asked: Any) -> Episode:
     box = Toolbox((TOOL,), frozenset({"tell"}), {})
     limits = replace(LIMITS, max_tokens=10**6, max_sampled_tokens=10**6, max_tool_calls=100)
     functions = cast(ToolProcesses, Answers(answers))
     play = Play(tokens_of(name), limits, box, functions, None, Clock(limits))
     script = Script(tokenizer_of(name), turns)
-    return asyncio.run(play.run([{"role": "user", "content": asked}], 1, script))
+    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    return asyncio.run(play.run(messages, 1, script))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_episode_renders_messages_with_nulls_and_keeps_them(name: str) -> None:
+    """As columnar files have them; Qwen's templates write null arguments, say."""
+    call = {"id": None, "function": {"name": "tell", "arguments": {"a": 1, "b": None}}}
+    asked = [
+        {"role": "user", "content": "x", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "y", "tool_calls": None},
+    ]
+    episode = played(name, ["<think>\n\n</think>\n\ndone"], ["z"], asked)
+    text = tokenizer_of(name).decode(episode.calls[0].prompt_ids)
+    assert '"arguments": {"a": 1}}' in text
+    assert episode.messages[:3] == asked
+    call["function"]["arguments"] = '{"a":1}'
+    episode = played(name, ["<think>\n\n</think>\n\ndone"], ["z"], asked)
+    text = tokenizer_of(name).decode(episode.calls[0].prompt_ids)
+    assert ('{"a":1}' if name == "qwen3" else '"arguments": {"a": 1}}') in text
 
 
 TEXT = st.text(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from trl import chat_template_utils
 
+from actors.models.templates import with_arguments
+from actors.scoring.model import rendered
 from aligntune.data.errors import DataError
 from aligntune.data.formats import render
 from aligntune.data.messages import check_messages, check_tools, what_is_lost
@@ -29,6 +33,14 @@ TOOLS_TEMPLATE = (
     "</{{ m.role }}>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 TOOLS = byte_tokenizer(template=TOOLS_TEMPLATE)
+AS_TEXT = TOOLS_TEMPLATE.replace(
+    "{{ call.function | tojson }}", "{{ call.function.name + ' ' + call.function.arguments }}"
+)
+FIELD = (
+    "{% for m in messages %}{% for call in m.tool_calls or [] %}"
+    "{% set it = call.function.arguments %}{{ it }}{% endfor %}{% endfor %}"
+)
+QWEN3 = chat_template_utils.qwen3_chat_template
 USER = {"role": "user", "content": "How warm is it?"}
 
 
@@ -93,28 +105,30 @@ def test_tools_and_calls_reach_the_template_alike_from_json_lines_and_parquet(
     assert not found[1].startswith("<tools>")
 
 
+def written(arguments: Any, template: str, **options: Any) -> str:
+    """What a template makes of a call of tool f."""
+    function = {"name": "f", "arguments": arguments}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+    said = check_messages([USER, call], "the conversation")
+    return rendered(byte_tokenizer(template=template), said, **options)
+
+
 def test_arguments_that_are_json_text_are_the_object_in_it(tmp_path: Path) -> None:
     call = called("weather", city="Oslo", days=3)
-    bare = {"role": "assistant", "tool_calls": [call["tool_calls"][0]["function"]]}
-    text = json.dumps(bare["tool_calls"][0]["arguments"])
-    nothing = {**spelled(called("f")), "content": ""}
-    nothing["tool_calls"][0]["function"]["arguments"] = " "
-    given = [USER, spelled(call), {**bare, "tool_calls": [{"name": "weather", "arguments": text}]}]
-    before = json.dumps([*given, nothing])
-    read = check_messages([*given, nothing], "the prompt")
-    assert read[1:3] == check_messages([call, bare], "the prompt")
-    assert read[3]["tool_calls"][0]["function"]["arguments"] == {}
-    assert json.dumps([*given, nothing]) == before, "the row stays as it is"
+    as_text = spelled(call)
+    bare = {**call, "tool_calls": [as_text["tool_calls"][0]["function"]]}
+    assert check_messages([as_text], "the prompt")[0]["tool_calls"] == as_text["tool_calls"]
+    before = json.dumps(as_text)
     asked = {"prompt": [USER, call, answered("3"), USER]}
-    as_text = {"prompt": [USER, spelled(call), answered("3"), USER]}
-    assert texts(lines(tmp_path / "d.jsonl", [as_text])) == texts(
+    written_as_text = {"prompt": [USER, as_text, answered("3"), USER]}
+    assert texts(lines(tmp_path / "d.jsonl", [written_as_text])) == texts(
         lines(tmp_path / "e.jsonl", [asked])
     )
-    sharegpt = [
-        {"from": "human", "value": USER["content"]},
-        {"from": "function_call", "value": json.dumps({"name": "weather", "arguments": text})},
-    ]
-    assert check_messages(sharegpt, "it")[1]["tool_calls"] == call["tool_calls"]
+    (taken,) = with_arguments(TOOLS, [bare])
+    assert taken["tool_calls"] == [call["tool_calls"][0]["function"]]
+    assert json.dumps(as_text) == before, "the row stays as it is"
+    for nothing in ("", " ", "null", "{}"):
+        assert '"arguments": {}' in written(nothing, TOOLS_TEMPLATE)
 
 
 @pytest.mark.parametrize("text", ["{", "3", "[]", "[" * 5000, "city=Oslo"])
@@ -123,21 +137,41 @@ def test_arguments_that_are_text_and_no_object_are_refused_with_their_row(
 ) -> None:
     call = called("weather")
     call["tool_calls"][0]["function"]["arguments"] = text
-    with pytest.raises(DataError, match=r"row 0.*message 1 of the prompt calls 'weather' with arg"):
+    with pytest.raises(DataError, match=r"row 0.*: 'weather' is called with arguments that"):
         texts(lines(tmp_path / "d.jsonl", [{"prompt": [USER, call, USER]}]))
 
 
+@pytest.mark.parametrize("text", ['{"a":1.10}', '{"a": 1e400, "a": 2}', "no JSON", '{"a":"\\n"}'])
+def test_a_template_that_writes_text_as_it_stands_writes_it_so(text: str) -> None:
+    for template in (QWEN3, AS_TEXT, FIELD):
+        assert text in written(text, template)
+    (found,) = re.findall(r"<tool_call>(.*)</tool_call>", written({"a": 1.1}, QWEN3), re.DOTALL)
+    assert json.loads(found) == {"name": "f", "arguments": {"a": 1.1}}
+
+
+def test_a_template_that_writes_data_in_its_own_form_gets_data() -> None:
+    for arguments in ('{"a":1.10}', {"a": 1.1}):
+        text = written(arguments, chat_template_utils.qwen2_5_chat_template)
+        assert ('"arguments": {"a": 1.1}' in text, '\\"' in text) == (True, False)
+        own = "{% if it is string %}{{ it }}{% else %}<{{ it.keys() | first }}>{% endif %}"
+        assert written(arguments, FIELD.replace("{{ it }}", own, 1)).endswith("<a>")
+
+
+def test_the_template_that_is_used_says_how_arguments_are_written() -> None:
+    """As TRL's training template of DeepSeek-V3: its own takes text alone."""
+    for arguments in ('{"city":"Oslo"}', {"city": "Oslo"}):
+        text = written(arguments, AS_TEXT, chat_template=TOOLS_TEMPLATE)
+        assert '"arguments": {"city": "Oslo"}' in text
+
+
 def test_a_template_that_takes_arguments_as_text_gets_text() -> None:
-    like_deepseek = byte_tokenizer(
-        template=TOOLS_TEMPLATE.replace(
-            "{{ call.function | tojson }}",
-            "{{ call.function.name + ' ' + call.function.arguments }}",
-        )
-    )
+    like_deepseek = byte_tokenizer(template=AS_TEXT)
     call = called("weather", city="Troms\u00f8")
     for message in (call, spelled(call)):
         asked = check_messages([USER, message, answered("3"), USER], "the prompt")
-        assert '<call>weather {"city": "Troms\u00f8"}</call>' in render(asked, like_deepseek)
+        text = render(asked, like_deepseek)
+        arguments = text.split("<call>weather ")[1].split("</call>")[0]
+        assert json.loads(arguments) == {"city": "Troms\u00f8"}
 
 
 def test_tools_may_be_json_text_and_stay_a_column(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from actors.environments.tool_episodes import first_messages
-from actors.scoring.model import scored_text
+from actors.environments.tool_episodes import EVERY_ROW, row_of
+from actors.messages import Conversations
+from actors.scoring.model import ModelScorer, RewardModelCriterion, scored_text
+from actors.specs import ModelSpec
 from aligntune.data import prompt_rows as prompt_rows_module
 from aligntune.data import prompts as prompts_module
 from aligntune.data.dropped import RowRules
@@ -134,7 +136,7 @@ def test_epochs_and_positions() -> None:
 def test_a_prompt_carries_its_source_text_tokens_and_columns(chat: Any) -> None:
     messages = [{"role": "user", "content": "é"}]
     (prompt,) = source([messages], chat, system_prompt="S", max_prompt_length=64).epoch()
-    assert prompt.source == messages
+    assert prompt.source is messages
     assert prompt.text == "<system>S</system><user>é</user><assistant>"
     assert prompt.token_ids.dtype == np.int32
     assert chat.decode(prompt.token_ids) == prompt.text
@@ -154,18 +156,40 @@ def test_special_tokens_are_added_only_where_no_template_writes_them(plain_bos: 
     assert prompt.token_ids[:2].tolist() == [plain_bos.bos_token_id] * 2, "nothing was added"
 
 
-def test_messages_that_are_rendered_again_are_those_that_the_prompt_was_rendered_of() -> None:
+def test_the_fingerprint_knows_prompts_that_earlier_versions_began_twice(plain_bos: Any) -> None:
+    def mark(text: str, tokenizer: Any) -> str:
+        return source([text], tokenizer, max_prompt_length=9).fingerprint
+
+    assert mark("<bos>abc", plain_bos) != mark("<bos>abc", byte_tokenizer())
+    assert mark("abc", plain_bos) == mark("abc", byte_tokenizer()), "no other run changes"
+
+
+def test_user_code_gets_messages_as_the_data_have_them_and_templates_without_nulls() -> None:
     """Columnar files have `tool_calls: null` where no tool is called, which templates take for
     calls."""
     picky = byte_tokenizer(
-        template="{% for m in messages %}{% if 'tool_calls' in m %}{{ m.tool_calls[0].name }}"
-        "{% endif %}{{ m.content }}{% endfor %}"
+        template="{% for m in messages %}{% if 'tool_calls' in m %}"
+        "{% set f = m.tool_calls[0].function %}{{ f.name }}{{ f.arguments.x }}{% endif %}"
+        "{% if 'content' in m %}{{ m.content }}{% endif %}{% endfor %}"
     )
-    messages = [{"role": "user", "content": "1+1", "tool_calls": None}]
+    call = {"id": None, "function": {"name": "f", "arguments": '{"x": 3}'}}
+    messages = [
+        {"role": "user", "content": "1+1", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "4", "tool_calls": None},
+    ]
+    before = json.dumps(messages)
     (prompt,) = source([messages], picky).epoch()
-    assert prompt.source == [{"role": "user", "content": "1+1"}]
-    assert scored_text(picky, prompt.source, "2", True) == ("1+12", False)
-    assert picky.apply_chat_template(first_messages(prompt, None), tokenize=False) == "1+1"
+    assert prompt.text == "1+1f34"
+    assert row_of(prompt, EVERY_ROW)["prompt"] is prompt.source is messages
+    scorer = ModelScorer(RewardModelCriterion("rm", ModelSpec(name="m"), 1, 1.0))
+    scorer._tokenizer = picky
+    said = {"role": "assistant", "content": "2"}
+    episode = Conversations(messages=([*messages, said],), asked=(3,), last_rows=(0,))
+    for conversations in (None, episode):
+        (pair,) = scorer._pairs(prompt, ["2"], conversations)
+        assert scored_text(picky, *pair, True) == ("1+1f342", False)
+    assert json.dumps(messages) == before
 
 
 LONG = ["short", "x" * 33, "x" * 32, "y" * 40 + "é end"]

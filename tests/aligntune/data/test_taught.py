@@ -131,6 +131,17 @@ def test_calls_are_taught_alike_with_arguments_as_text() -> None:
     assert '[<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call></assistant>]' in one
 
 
+def test_calls_are_taught_as_the_training_template_writes_them() -> None:
+    """TRL's of DeepSeek-V3 takes data, and its own text alone."""
+    from trl.chat_template_utils import deepseekv3_chat_template
+
+    like_v3 = byte_tokenizer(template=deepseekv3_chat_template)
+    call = {**called("weather", city="Oslo"), "content": ""}
+    for message in (call, spelled_call(call)):
+        (text,) = spelled(like_v3, {"messages": [ASK, message]})
+        assert ('{"city": "Oslo"}' in text, '\\"' in text) == (True, False)
+
+
 @pytest.mark.slow
 def test_a_template_without_marks_teaches_what_follows_a_prompt_and_nothing_else() -> None:
     assert spelled(UNMARKED, {"prompt": "1+1", "completion": "2"}) == [

@@ -279,15 +279,3 @@ def test_a_run_without_evaluations_says_how_to_make_one(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["compare", str(folder), str(folder)])
     assert isinstance(done.exception, UserError)
     assert str(done.exception).endswith(f"make one: aligntune evaluate {folder}")
-
-
-def test_prompts_that_an_earlier_version_kept_as_the_data_had_them_are_the_same_ones() -> None:
-    call = {"name": "add", "arguments": {"left": 1}}
-    told = {"role": "assistant", "tool_calls": [{"function": call}]}
-    before = {"role": "assistant", "content": None}
-    before |= {"tool_calls": [{"function": {**call, "arguments": '{"left": 1}'}, "id": None}]}
-    asked = {"role": "user", "content": "1?"}
-    now, then = row(1, 1.0), row(1, 0.0)
-    now["source"] = [asked, told, asked]
-    then["source"] = [{**asked, "tool_calls": None}, before, asked]
-    assert compared(("a", "b"), ([then], [now])).wins == 1
