@@ -351,7 +351,7 @@ def test_where_rollouts_are_episodes_the_first_call_has_messages_too(own: str) -
     config = SimpleNamespace(
         plays=True,
         rewards=[RewardFunctionSpec(function=f"{own}:roles")],
-        reward=SimpleNamespace(sandbox="auto"),
+        reward=SimpleNamespace(sandbox="auto", resources=SimpleNamespace(gpus=0)),
     )
     criterion = RewardCriterion(
         "roles", "first_row_rewards:roles", 60.0, search_path=(os.getcwd(),)
