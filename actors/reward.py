@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from actors.liveness import Alive
 from actors.messages import Conversations, GroupTensors, Prompt, Scores
-from actors.sandbox import VARIABLE, Mode, SandboxFailed, SandboxMissing, in_force
+from actors.sandbox import VARIABLE, Mode, SandboxBusy, SandboxMissing, in_force
 from actors.scoring.children import FunctionScorer
 from actors.scoring.criteria import (
     EpisodeCriterion,
@@ -90,13 +90,15 @@ class RewardActor(Alive):
         """Load the tokenizer and start every criterion. Returns the criteria and the process id.
 
         Raises:
-            RewardFailed: a function could not be imported here, or there is no sandbox as wanted.
+            RewardFailed: a function could not be imported here, or a required sandbox is missing.
             ModelError: the tokenizer or a reward model cannot be loaded.
         """
         try:
             sandbox = await asyncio.to_thread(in_force, self._sandbox)
-        except (SandboxMissing, SandboxFailed) as error:
-            raise RewardFailed("sandbox", RewardFailure.IMPORT, str(error)) from error
+        except SandboxMissing as missing:
+            raise RewardFailed("sandbox", RewardFailure.IMPORT, str(missing)) from missing
+        except SandboxBusy as busy:  # this is for a person; who runs a program asks again
+            sandbox = f"not known yet ({busy})"
         await asyncio.to_thread(self._load_tokenizer)
         await _all(scorer.start() for scorer in self._scorers)
         criteria = tuple(scorer.name for scorer in self._scorers)

@@ -125,7 +125,7 @@ def _tried(command: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
             raise busy from error
         raise
     said = done.stderr.decode(errors="replace")
-    if done.returncode and any(os.strerror(number) in said for number in _PASSING):
+    if done.returncode and _passes(said):
         raise SandboxBusy(f"bwrap could not be started: {said.strip()}")
     return done
 
@@ -220,7 +220,12 @@ async def run(
     mode, limits = mode or mode_here(), limits or Limits()
     in_force(mode)
     program = None if mode == "off" else bubblewrap()[0]
-    folder = await asyncio.to_thread(_scratch, files or {})
+    try:
+        folder = await asyncio.to_thread(_scratch, files or {})
+    except (OSError, RuntimeError) as error:
+        if (busy := _busy(error)) is not None:
+            raise busy from error
+        raise
     scratch = folder.path
     try:
         most = limits.memory_mib * 2**20 if program and _sizes(program) else None
@@ -228,7 +233,10 @@ async def run(
         told = {"command": wrapped, "folder": scratch, "wrapped": program is not None}
         return await _run(told | {"held": mode != "off"}, scratch, stdin, limits)
     finally:
-        await asyncio.to_thread(folder.remove)
+        try:
+            await asyncio.to_thread(folder.remove)
+        except RuntimeError:  # no thread can be started
+            folder.remove()
 
 
 def _scratch(files: Mapping[str, str]) -> OwnedFolder:
@@ -284,16 +292,21 @@ async def _run(told: dict[str, Any], scratch: str, stdin: bytes, limits: Limits)
     if not over and code == 0:  # else the program has ended its runner, and may have written this
         told_back = json.loads(report)
         if told_back.get("failed"):
-            raise SandboxFailed(_never_ran(told_back["failed"], err))
+            raise _never_ran(told_back["failed"], err)
         return Ran(int(told_back["status"]), out, err, "time" if told_back["late"] else "")
     if not over and code > 0:
-        raise SandboxFailed(_never_ran(f"its runner ended with {code}", err + report))
+        raise _never_ran(f"its runner ended with {code}", err + report)
     return Ran(code or -9, out, err, over or "time")
 
 
-def _never_ran(why: str, err: bytes) -> str:
+def _never_ran(why: str, err: bytes) -> SandboxFailed:
     said = " ".join(err.decode(errors="replace").split())[-400:]
-    return f"the sandbox did not run the program: {why}" + (f": {said}" if said else "")
+    told = f"the sandbox did not run the program: {why}" + (f": {said}" if said else "")
+    return SandboxBusy(told) if _passes(told) else SandboxFailed(told)
+
+
+def _passes(said: str) -> bool:
+    return any(os.strerror(number) in said for number in _PASSING)
 
 
 async def _feed(writer: asyncio.StreamWriter, data: bytes) -> None:

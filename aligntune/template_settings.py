@@ -15,6 +15,7 @@ from actors.engines.base import configured_ends
 from actors.models.templates import give, turn_ends, writes_day
 from actors.specs import ModelSpec
 from aligntune.decisions import KEPT, Decision
+from aligntune.runs.rundir import same_place
 
 STOPS, DAY = "model.stop_token_ids", "model.chat_template_day"
 
@@ -59,7 +60,7 @@ def _end(
     if not ends or {tokenizer.eos_token_id, *configured_ends(model)} & {*ends}:
         return []
     old = (before() or {}).get("model") or {}
-    if old.get("name") == model.name:
+    if old.get("name") == model.name or same_place("model.name", old.get("name"), model.name):
         kept = old.get("stop_token_ids")
         return [] if kept is None else [Decision(STOPS, kept, KEPT)]
     end = tokenizer.convert_ids_to_tokens(ends[0])

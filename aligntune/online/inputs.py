@@ -44,7 +44,7 @@ from aligntune.online.first_prompt import try_rewards
 from aligntune.online.settle import settle_data
 from aligntune.online.settle_resources import settle_resources
 from aligntune.rewards.registry import check_columns, check_names, from_callable, resolve_all
-from aligntune.runs.measure import OPERATIONAL, measure
+from aligntune.runs.measure import measure, scored_by
 from aligntune.runs.mirror import mirror_of
 from aligntune.runs.rundir import RunDir, run_of
 from aligntune.template_settings import settle_template
@@ -310,7 +310,7 @@ class RunInputs:
         if held_out is None:
             return ""
         rewards = [
-            reward.model_dump(mode="json", exclude_defaults=True, exclude=OPERATIONAL)
+            scored_by(reward.model_dump(mode="json", exclude_defaults=True))
             for reward in config.rewards
         ]
         drawn = [config.eval.completions, config.eval.temperature]

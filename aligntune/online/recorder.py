@@ -67,8 +67,8 @@ class OnlineRecorder(Recorder):
 
     @property
     def measured_anew(self) -> bool:
-        """Whether all evaluations there are were made by something else than the next ones."""
-        return bool(self._evaluated) and self.last_evaluation < 0
+        """Whether there are next evaluations, and all before were made by something else."""
+        return bool(self._measure and self._evaluated) and self.last_evaluation < 0
 
     def _is_own(self, row: Mapping[str, Any]) -> bool:
         return row.get(KEY, self._measure) == self._measure

@@ -37,6 +37,17 @@ def measure(held_out: str, *settings: Any) -> str:
     return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
 
 
+def scored_by(reward: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a reward's settings changes its scores: of the options too where these are the
+    judge's. In those of another function a name may mean anything."""
+    told = {key: value for key, value in reward.items() if key not in OPERATIONAL}
+    if told.get("function") == "judge":
+        options = told.pop("options", {})
+        if changing := {key: options[key] for key in options if key not in OPERATIONAL}:
+            told["options"] = changing
+    return told
+
+
 def comparable(rows: Sequence[R]) -> list[R]:
     """Those of the evaluations that were made by what the last one was made by."""
     known = [row[KEY] for row in rows if KEY in row]

@@ -130,7 +130,7 @@ def changes(old: dict[str, Any], config: BaseModel, where: str) -> dict[str, tup
     other = [
         f"{path} was {was!r} there and is {now!r} here"
         for path, (was, now) in changed.items()
-        if _identifies(path, config) and not _same_place(path, was, now)
+        if _identifies(path, config) and not same_place(path, was, now)
     ]
     if other:
         raise UserError(f"{where} holds another run: {', '.join(other)}; name another")
@@ -167,7 +167,7 @@ def _identifies(path: str, config: BaseModel) -> bool:
     return _of_identity(path)
 
 
-def _same_place(path: str, was: Any, now: Any) -> bool:
+def same_place(path: str, was: Any, now: Any) -> bool:
     """Whether two values of a key are two spellings of one folder or file, as ./m and m are, or of
     one list of sources."""
     if path == "data.train":

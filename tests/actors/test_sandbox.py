@@ -16,7 +16,16 @@ from typing import Any
 import pytest
 
 from actors import sandbox
-from actors.sandbox import Limits, Mode, Ran, SandboxFailed, SandboxMissing, in_force, run
+from actors.sandbox import (
+    Limits,
+    Mode,
+    Ran,
+    SandboxBusy,
+    SandboxFailed,
+    SandboxMissing,
+    in_force,
+    run,
+)
 
 SMALL = Limits(cpu_s=1.0, wall_s=20.0, memory_mib=256, processes=16, file_mib=1, output_kib=64)
 MODES = ["auto", "limits alone"]
@@ -266,15 +275,23 @@ def test_a_program_that_could_not_be_started_is_a_failure_and_no_end(mode: Mode)
             asyncio.run(run(["/no/such"], mode=how))
 
 
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("no more namespaces", SandboxFailed),
+        ("Creating new namespace failed: Resource temporarily unavailable", SandboxBusy),
+    ],
+)
 def test_a_bubblewrap_that_fails_is_a_failure_with_what_it_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, kind: type[SandboxFailed]
 ) -> None:
     program = tmp_path / "bwrap"
-    program.write_text("#!/bin/sh\necho 'bwrap: no more namespaces' >&2; exit 1\n")
+    program.write_text(f"#!/bin/sh\necho 'bwrap: {said}' >&2; exit 1\n")
     program.chmod(0o755)
     monkeypatch.setattr(sandbox, "bubblewrap", lambda: (str(program), ""))
-    with pytest.raises(SandboxFailed, match="bwrap ended with 1 and ran nothing: bwrap: no more"):
+    with pytest.raises(kind, match=f"bwrap: {said}") as told:
         python("print(1)")
+    assert type(told.value) is kind
 
 
 @pytest.mark.parametrize(
@@ -305,7 +322,7 @@ def test_what_passes_is_no_word_on_whether_there_is_a_sandbox(
 
     monkeypatch.setattr(subprocess, "run", tried)
     monkeypatch.setattr(sandbox, "bubblewrap", functools.cache(sandbox.bubblewrap.__wrapped__))
-    with pytest.raises(SandboxFailed):
+    with pytest.raises(SandboxBusy):
         in_force("auto")
     assert in_force("auto").startswith("bubblewrap")
 

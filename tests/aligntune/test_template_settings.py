@@ -262,6 +262,8 @@ def test_a_run_that_goes_on_ends_its_turns_as_it_did(
         config.write_text(yaml.safe_dump(tree))
     goes_on = make_settled(make(algorithm, base))
     assert goes_on.config.model.stop_token_ids == had
+    in_other_words = make_settled(make(algorithm, base, "run", f"model.name={base}/"))
+    assert in_other_words.config.model.stop_token_ids == had
     evaluated = make_settled(target_of(str(tmp_path / "run"), None, []).trainer)
     assert evaluated.config.model.stop_token_ids == had
     anew = make_settled(make(algorithm, base, "other"))

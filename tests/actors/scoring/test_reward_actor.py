@@ -28,6 +28,7 @@ from transformers import (
 from actors import reward
 from actors.messages import Conversations, GroupTensors, Messages, Prompt, Scores
 from actors.reward import Criterion, RewardActor
+from actors.sandbox import SandboxBusy
 from actors.scoring.criteria import RewardCriterion, RewardFailed, RewardFailure
 from actors.scoring.model import RewardModelCriterion
 from actors.specs import ModelSpec, RewardFunctionSpec
@@ -571,6 +572,23 @@ class TestFailures:
             with pytest.raises(RewardFailed, match="no module 'no_such_module'") as failure:
                 await actor.start()
             assert failure.value.reason is RewardFailure.IMPORT
+
+        run(body)
+
+    def test_a_machine_that_cannot_say_now_whether_it_has_a_sandbox_begins(
+        self, tokenizer_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who runs a program asks again, and does not run it then."""
+
+        def busy(_: str) -> str:
+            raise SandboxBusy("bwrap has not ended within 20 s")
+
+        monkeypatch.setattr(reward, "in_force", busy)
+
+        async def body() -> None:
+            actor = RewardActor((), tokenizer_spec)
+            assert "bwrap has not ended" in (await actor.start())["sandbox"]
+            await actor.close()
 
         run(body)
 

@@ -48,17 +48,18 @@ def test_a_share_of_the_asserts_counts_where_that_is_asked_for() -> None:
     assert score([half], ASSERTS, partial=True) == [0.5]
 
 
+@pytest.mark.parametrize("place", ["create_subprocess_exec", "to_thread"])
 @pytest.mark.parametrize(
     "trouble", [BlockingIOError(errno.EAGAIN, "no process"), RuntimeError("can't start new thread")]
 )
 def test_a_machine_without_room_for_a_program_is_waited_for(
-    monkeypatch: pytest.MonkeyPatch, trouble: Exception
+    monkeypatch: pytest.MonkeyPatch, trouble: Exception, place: str
 ) -> None:
     async def no_room(*_: Any, **__: Any) -> Any:
         raise trouble
 
     with monkeypatch.context() as patch:
-        patch.setattr(asyncio, "create_subprocess_exec", no_room)
+        patch.setattr(asyncio, place, no_room)
         with pytest.raises(Unreached, match="no process could be started"):
             score([ADD], ASSERTS)
 

@@ -14,7 +14,7 @@ from aligntune.online.recorder import OnlineRecorder
 from aligntune.report.summary import evaluated
 from aligntune.runs.best import Best
 from aligntune.runs.jsonl import read_lines
-from aligntune.runs.measure import comparable
+from aligntune.runs.measure import comparable, measure, scored_by
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.ending import ending
 
@@ -54,6 +54,26 @@ def test_rows_are_compared_that_were_made_by_what_the_last_one_was(
     span = f"(step {steps[0]} -> {steps[-1]})" if len(steps) > 1 else ""
     assert [line[line.index("(") :] for line in told] == ([span] if span else [])
     assert bool(evaluated(comparable(given))) == bool(span)
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "alike"),
+    [
+        ("judge", {"retries": 6, "request_timeout_s": 90.0}, True),
+        ("judge", {"rubric": "another"}, False),
+        ("mine:judge", {"retries": 6}, False),  # it may mean anything there
+    ],
+)
+def test_a_judge_that_has_more_time_or_tries_measures_as_before(
+    function: str, options: dict[str, Any], alike: bool
+) -> None:
+    before = {"function": function, "options": {"rubric": "How kind?"}, "weight": 0.5}
+    after = before | {"options": {"rubric": "How kind?"} | options, "timeout_s": 900.0}
+    assert (measure("", scored_by(before)) == measure("", scored_by(after))) == alike
+    without = {key: value for key, value in before.items() if key != "options"}
+    more = without | {"options": {"retries": 6}}
+    if function == "judge":
+        assert scored_by(more) == scored_by(without)
 
 
 def test_what_is_measured_anew_is_evaluated_again_where_the_run_stands(tmp_path: Path) -> None:
