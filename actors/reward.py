@@ -117,7 +117,7 @@ class RewardActor(Alive):
         Raises:
             RewardFailed: the first criterion in that order that had no scores. The others are
                 waited for, each within its own limit, so that no child is left amid a call; their
-            scores are kept for the next try of the group.
+                scores are kept for the next try of the group.
         """
         if self._tokenizer is None:
             raise RuntimeError("RewardActor.score was called before RewardActor.start returned")

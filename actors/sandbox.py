@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import functools
 import json
 import os
@@ -19,12 +18,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from actors.room import no_room, tells_no_room
 from actors.scratch import OwnedFolder
 
 Mode = Literal["auto", "required", "off"]
@@ -43,7 +43,6 @@ _RUNNER = (
 )
 START_SECONDS = 10.0  # for the runner beside the program's own time
 TRY_SECONDS = 20.0  # for the first uses of bwrap
-_PASSING = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 class SandboxMissing(RuntimeError):
@@ -117,25 +116,25 @@ def _tried(command: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
     """How a first use of bwrap ended. What is kept for the life of the process must not hang on
     what the machine had left at that moment: SandboxBusy says that nothing is known."""
     try:
-        done = subprocess.run(command, capture_output=True, timeout=TRY_SECONDS, check=False)
+        with _busy_without_room():
+            done = subprocess.run(command, capture_output=True, timeout=TRY_SECONDS, check=False)
     except subprocess.TimeoutExpired as late:
         raise SandboxBusy(f"bwrap has not ended within {TRY_SECONDS:g} s") from late
-    except OSError as error:
-        if (busy := _busy(error)) is not None:
-            raise busy from error
-        raise
     said = done.stderr.decode(errors="replace")
-    if done.returncode and _passes(said):
+    if done.returncode and tells_no_room(said):
         raise SandboxBusy(f"bwrap could not be started: {said.strip()}")
     return done
 
 
-def _busy(error: OSError | RuntimeError) -> SandboxBusy | None:
-    """What a process could not be started for, where that may pass."""
-    # asyncio needs a thread for each process.
-    if getattr(error, "errno", None) in _PASSING or "can't start new thread" in str(error):
-        return SandboxBusy(f"no process could be started: {error}")
-    return None
+@contextlib.contextmanager
+def _busy_without_room() -> Iterator[None]:
+    """SandboxBusy for what is raised where the machine has no room for a process."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if no_room(error):
+            raise SandboxBusy(f"no process could be started: {error}") from error
+        raise
 
 
 @functools.cache
@@ -220,12 +219,8 @@ async def run(
     mode, limits = mode or mode_here(), limits or Limits()
     in_force(mode)
     program = None if mode == "off" else bubblewrap()[0]
-    try:
+    with _busy_without_room():
         folder = await asyncio.to_thread(_scratch, files or {})
-    except (OSError, RuntimeError) as error:
-        if (busy := _busy(error)) is not None:
-            raise busy from error
-        raise
     scratch = folder.path
     try:
         most = limits.memory_mib * 2**20 if program and _sizes(program) else None
@@ -248,7 +243,7 @@ def _scratch(files: Mapping[str, str]) -> OwnedFolder:
 
 async def _run(told: dict[str, Any], scratch: str, stdin: bytes, limits: Limits) -> Ran:
     given = json.dumps([entry or "." for entry in sys.path]), json.dumps(told | asdict(limits))
-    try:
+    with _busy_without_room():
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-S", "-E", "-c", _RUNNER, *given),
             stdin=subprocess.PIPE,
@@ -257,10 +252,6 @@ async def _run(told: dict[str, Any], scratch: str, stdin: bytes, limits: Limits)
             start_new_session=True,
             env=_environment(scratch),
         )
-    except (OSError, RuntimeError) as error:
-        if (busy := _busy(error)) is not None:
-            raise busy from error
-        raise
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
@@ -302,11 +293,7 @@ async def _run(told: dict[str, Any], scratch: str, stdin: bytes, limits: Limits)
 def _never_ran(why: str, err: bytes) -> SandboxFailed:
     said = " ".join(err.decode(errors="replace").split())[-400:]
     told = f"the sandbox did not run the program: {why}" + (f": {said}" if said else "")
-    return SandboxBusy(told) if _passes(told) else SandboxFailed(told)
-
-
-def _passes(said: str) -> bool:
-    return any(os.strerror(number) in said for number in _PASSING)
+    return SandboxBusy(told) if tells_no_room(told) else SandboxFailed(told)
 
 
 async def _feed(writer: asyncio.StreamWriter, data: bytes) -> None:

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from actors.children.channel import ANSWER_BYTES, Garbled, request
+from actors.room import no_room
 from actors.sandbox import Held
 
 EXIT_SECONDS = 2.0  # between a closed channel and the exit status that explains it
-NO_THREAD = "can't start new thread"  # says a RuntimeError; one waits for it
 KILL_SECONDS = 10.0  # of a child's keeper, to end what the child has started
 
 
@@ -249,7 +249,7 @@ async def started(
         mine.close()  # what has started nevertheless ends by that
         copy.close()
         writer.close()
-        if NO_THREAD in str(error):
+        if no_room(error):
             raise OSError(str(error)) from error
         raise
     finally:
@@ -263,7 +263,7 @@ async def in_thread(function: Callable[[], T]) -> T:
     try:
         return await asyncio.to_thread(function)
     except RuntimeError as error:
-        if NO_THREAD in str(error):
+        if no_room(error):
             raise OSError(str(error)) from error
         raise
 

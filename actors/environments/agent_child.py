@@ -7,7 +7,6 @@ asks for one.
 from __future__ import annotations
 
 import contextlib
-import errno
 import inspect
 import json
 import math
@@ -17,12 +16,12 @@ import threading
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from actors.room import no_room
 from actors.scoring.calling import named_parameters
 
 CLIENT_SECONDS = 3600.0  # longest wait of the HTTP client that an agent is given
 TAIL_BYTES = 2**16  # of a program's output, where its last line is looked for
 LAST_SECONDS = 1.0  # from a program's end to that of its output, which what it left may hold open
-NO_ROOM = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}  # for a process or its pipes
 
 Given = Mapping[str, Any]  # data, base_url, api_key, host, seed
 Wait = Callable[[Awaitable[Any]], Any]
@@ -119,7 +118,7 @@ class _Program:
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
             )
         except OSError as error:
-            lost = ProgramLost if error.errno in NO_ROOM else ValueError
+            lost = ProgramLost if no_room(error) else ValueError
             raise lost(f"{self._command[0]!r} does not start: {error.strerror}") from error
         assert process.stdin is not None
         assert process.stdout is not None

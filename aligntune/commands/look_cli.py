@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,9 @@ def report(
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
     try:
         typer.echo(write_report(runs, out))
-    except PermissionError as error:  # a run of somebody else's may be for reading alone
+    except OSError as error:  # a run of somebody else's, or its disk, may be for reading alone
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
         raise UserError(
             f"the report cannot be written: {error}; name a file elsewhere by --out"
         ) from error

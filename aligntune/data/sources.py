@@ -291,11 +291,10 @@ def _read_hub(path: str, name: str | None, revision: str | None, split: str | No
                 "proxy, or name a local file"
             ) from error
         unseen = isinstance(error, datasets.exceptions.DatasetNotFoundError)
+        cure = "; one that is private or gated needs HF_TOKEN or `hf auth login`" if unseen else ""
         raise DataError(
             f"{path}: neither a local file or folder nor a data set the hub gave "
-            f"({_first_line(error)}); check the name, data.name, the split and the network"
-            + "; one that is private or gated needs HF_TOKEN or `hf auth login`"
-            * unseen
+            f"({_first_line(error)}); check the name, data.name, the split and the network{cure}"
         ) from error
     return ArrowRows(dataset, path, (path, name, revision, split))
 

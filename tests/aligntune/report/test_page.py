@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aligntune.commands.look_cli import report
 from aligntune.errors import UserError
 from aligntune.report.page import EVENTS, embedded
 from aligntune.report.settings import settings as of_runs
@@ -301,3 +304,15 @@ def test_texts_and_lines_stand_out_from_their_ground(scheme: str) -> None:
         assert _contrast(found["ink"], found[ground]) >= 4.5, ground
     for line in [f"s{n}" for n in range(1, 9)]:
         assert _contrast(found[line], found["panel"]) >= 3, line
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_of_a_run_that_is_for_reading_alone_the_report_is_asked_for_elsewhere(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(number, os.strerror(number), str(tmp_path / "report.html"))
+
+    monkeypatch.setattr("aligntune.report.write.write_atomically", refused)
+    with pytest.raises(UserError, match=r"cannot be written: .*; name a file elsewhere by --out"):
+        report(online_run(tmp_path / "run"))
