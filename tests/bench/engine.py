@@ -3,9 +3,10 @@
 Its process is forked from the one that has imported vLLM, or spawned; it compiles, or does not
 (`rollout.engine.options.enforce_eager`). A start is a process of its own, with a Ray of its own and
 the rollout actor of a run: it serves, and has made a first token, before the tokens count, which
-are those of one step of tests/bench/end_to_end/work.py. Kinds take turns, round by round. The first
-round finds no cache of what vLLM and torch compile, the others those that it has left. Each start
-is a file, as in tests/bench/end_to_end/parts.py.
+are those of one step of tests/bench/end_to_end/work.py. Beside them is bare vLLM, all of it in one
+process without Ray. Kinds take turns, round by round. The first round finds no cache of what vLLM
+and torch compile, the others those that it has left. Each start is a file, as in
+tests/bench/end_to_end/parts.py.
 
 python -m tests.bench engine [--rounds 3] [--parts 1] [--again]
 """
@@ -36,7 +37,8 @@ from tests.bench.startup import spent
 STARTS = ("forked", "spawned")
 MODES = ("eager", "compiled")
 Kind = tuple[str, str]
-KINDS: tuple[Kind, ...] = tuple(itertools.product(STARTS, MODES))
+BARE = "bare"
+KINDS: tuple[Kind, ...] = tuple(itertools.product((*STARTS, BARE), MODES))
 LIMIT_S = 900.0
 ENGINE = "VLLM::"  # how vLLM's processes begin their titles
 
@@ -54,7 +56,8 @@ class Start(BaseModel):
     ready_s: float  # wall seconds that the actor's `start` took
     ready_cpu_s: dict[str, float]  # when it was over, by whose process it was
     tokens: int
-    tokens_cpu_s: dict[str, float]  # from there, by whose process it was
+    tokens_s: float  # wall seconds from there
+    tokens_cpu_s: dict[str, float]  # likewise, by whose process it was
 
 
 def measure(options: Options) -> Measured:
@@ -89,26 +92,32 @@ def there(path: Path, work: Work) -> Start | None:
 
 def joined(found: Mapping[Kind, Sequence[Start]], targets: bool = True) -> Measured:
     """Medians of each kind, `first` apart: the start that found no caches. What is the default on
-    a CPU (forked, eager) may not take more than what it stands in place of."""
+    a CPU (forked, eager) may not take more than what it stands in place of. Bare vLLM's process is
+    all there is of it."""
     table: dict[str, float] = {}
     for kind, (first, *others) in found.items():
         name = "/".join(kind)
-        table[f"{name}/first_cpu_s"] = of(first.ready_cpu_s, ENGINE)
+        own = "" if kind[0] == BARE else ENGINE
+        table[f"{name}/first_cpu_s"] = of(first.ready_cpu_s, own)
         starts = others or [first]
         values = {
             "ready_s": [each.ready_s for each in starts],
-            "ready_cpu_s": [of(each.ready_cpu_s, ENGINE) for each in starts],
+            "ready_cpu_s": [of(each.ready_cpu_s, own) for each in starts],
             "ready_cpu_s/actor": [of(each.ready_cpu_s, "RolloutActor") for each in starts],
             "ready_cpu_s/all": [sum(each.ready_cpu_s.values()) for each in starts],
             "tokens": [each.tokens for each in (first, *others)],
             "cpu_s_a_thousand": [
                 1e3 * sum(each.tokens_cpu_s.values()) / each.tokens for each in (first, *others)
             ],
+            "ms_a_token": [1e3 * each.tokens_s / each.tokens for each in (first, *others)],
         }
         table |= {f"{name}/{what}": statistics.median(each) for what, each in values.items()}
     for mode in MODES:
         forked, spawned = (table[f"{start}/{mode}/ready_cpu_s"] for start in STARTS)
         table[f"{mode}/forked_over_spawned"] = forked / spawned
+        for what in ("cpu_s_a_thousand", "ms_a_token"):
+            ours, bare = (table[f"{start}/{mode}/{what}"] for start in (STARTS[0], BARE))
+            table[f"{mode}/forked_over_bare/{what}"] = ours / bare
     for what in ("ready_cpu_s", "cpu_s_a_thousand"):
         eager, compiled = (table[f"forked/{mode}/{what}"] for mode in MODES)
         table[f"eager_over_compiled/{what}"] = eager / compiled
@@ -179,6 +188,67 @@ def engines(process: psutil.Process) -> Iterator[int]:
             continue
 
 
+def bare(kind: Kind, work: Work, home: Path) -> Start:
+    """Bare vLLM in this process, as tests/bench/end_to_end/floor.py has it."""
+    os.environ |= {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": str(work.threads),
+    }
+    load, began, this = os.getloadavg()[0], time.monotonic(), psutil.Process()
+    from vllm import LLM, SamplingParams
+
+    from aligntune.quickstart.tiny import tiny_tokenizer
+
+    llm = LLM(
+        str(home / "model"),
+        dtype="float32",
+        max_model_len=work.longest,
+        seed=work.seed,
+        max_num_seqs=work.samples,
+        kv_cache_memory_bytes=2**30,
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",
+        skip_tokenizer_init=True,
+        enforce_eager=kind[1] == "eager",
+    )
+    ready_s, ready = time.monotonic() - began, spent(this)
+    tokenizer = tiny_tokenizer((), "", work.longest)
+    prompts = [
+        {"prompt_token_ids": tokenizer(text)["input_ids"]} for text in works.prompts_of(work)
+    ]
+
+    def tokens(of: Sequence[Mapping[str, object]], **sizes: int) -> int:
+        params = SamplingParams(
+            temperature=work.temperature,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            stop_token_ids=[tokenizer.eos_token_id],
+            **sizes,
+        )
+        answers = llm.generate(list(of), params, use_tqdm=False)
+        return sum(len(one.token_ids) for answer in answers for one in answer.outputs)
+
+    tokens(prompts[:1], max_tokens=1)
+    at, warm = time.monotonic(), spent(this)
+    made = tokens(prompts, n=work.completions, max_tokens=work.new_tokens)
+    return Start(
+        start=kind[0],
+        mode=kind[1],
+        work=work,
+        commit=commit(),
+        load=load,
+        ready_s=ready_s,
+        ready_cpu_s=ready,
+        tokens=made,
+        tokens_s=time.monotonic() - at,
+        tokens_cpu_s=since(warm, spent(this)),
+    )
+
+
 def life(kind: Kind, work: Work, home: Path) -> Start:
     """Start the engine in this process's Ray, and have it make the work's tokens.
 
@@ -233,9 +303,9 @@ def life(kind: Kind, work: Work, home: Path) -> Start:
             return actor.generate.options(num_returns=2).remote(prompt, drawn)[0]
 
         ray.get(lengths(len(prompts), prompts[0], completions=1, max_tokens=1), timeout=LIMIT_S)
-        warm = spent(this)
+        at, warm = time.monotonic(), spent(this)
         records = ray.get(list(map(lengths, range(len(prompts)), prompts)), timeout=LIMIT_S)
-        used = since(warm, spent(this))
+        tokens_s, used = time.monotonic() - at, since(warm, spent(this))
         ray.get(actor.close.remote(), timeout=60)
     return Start(
         start=began,
@@ -246,6 +316,7 @@ def life(kind: Kind, work: Work, home: Path) -> Start:
         ready_s=ready_s,
         ready_cpu_s=ready,
         tokens=sum(sum(record.lengths) for record in records),
+        tokens_s=tokens_s,
         tokens_cpu_s=used,
     )
 
@@ -253,13 +324,14 @@ def life(kind: Kind, work: Work, home: Path) -> Start:
 def main(arguments: Sequence[str]) -> None:
     """Measure one start and write it."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("start", choices=STARTS)
+    parser.add_argument("start", choices=(*STARTS, BARE))
     parser.add_argument("mode", choices=MODES)
     parser.add_argument("home", type=Path)
     parser.add_argument("file", type=Path)
     asked = parser.parse_args(arguments)
     work = Work.model_validate_json(sys.stdin.read())
-    made = life((asked.start, asked.mode), work, asked.home)
+    measure_one = bare if asked.start == BARE else life
+    made = measure_one((asked.start, asked.mode), work, asked.home)
     asked.file.write_text(made.model_dump_json(indent=1))
 
 

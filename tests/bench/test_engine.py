@@ -37,13 +37,14 @@ def start(kind: Kind, engine_s: float, **changes: Any) -> Start:
         ready_s=9.0,
         ready_cpu_s={"VLLM::EngineCore": engine_s, "RolloutActor": 2.0, "main": 1.0},
         tokens=500,
+        tokens_s=4.0,
         tokens_cpu_s={"VLLM::EngineCore": 3.0, "RolloutActor": 1.0},
     )
     return made.model_copy(update=changes)
 
 
 def test_kinds_are_told_by_medians_of_the_engines_processes_and_the_first_start_apart() -> None:
-    seconds = dict(zip(KINDS, (4.0, 30.0, 16.0, 40.0), strict=True))
+    seconds = dict(zip(KINDS, (4.0, 30.0, 16.0, 40.0, 3.0, 20.0), strict=True))
     found = {
         kind: [start(kind, 60.0), *(start(kind, each + more) for more in (0, 0, 9))]
         for kind, each in seconds.items()
@@ -55,6 +56,9 @@ def test_kinds_are_told_by_medians_of_the_engines_processes_and_the_first_start_
     assert measured.figures["forked/eager/ready_cpu_s/all"] == 7
     assert measured.figures["spawned/compiled/cpu_s_a_thousand"] == pytest.approx(8)
     assert measured.figures["eager/forked_over_spawned"] == pytest.approx(0.25)
+    assert measured.figures["bare/eager/ready_cpu_s"] == 6
+    assert measured.figures["forked/eager/ms_a_token"] == 8
+    assert measured.figures["eager/forked_over_bare/cpu_s_a_thousand"] == 1
     assert measured.figures["eager_over_compiled/ready_cpu_s"] == pytest.approx(4 / 30)
     assert measured.met() == dict.fromkeys(measured.met(), True)
 
@@ -93,7 +97,7 @@ def test_kinds_take_turns_in_parts_that_outlive_a_call(
 
     monkeypatch.setattr(engine, "FOLDER", tmp_path)
     monkeypatch.setattr(engine, "begin", begin)
-    with pytest.raises(Unfinished, match="3 starts are left"):
+    with pytest.raises(Unfinished, match="7 starts are left"):
         engine.measure(Options(rounds=2, parts=5))
     measured = engine.measure(Options(rounds=2))
     assert begun == [(kind, fresh) for fresh in (True, False) for kind in KINDS]
