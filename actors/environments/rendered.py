@@ -7,14 +7,14 @@ every turn: a prompt begins with the last turn's ids.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from actors.engines.base import configured_ends
 from actors.environments.chat_messages import too_deep
 from actors.environments.tokens import ChatTokens, Tools, Turn
 from actors.messages import Messages
-from actors.models.templates import day_is_given, given
+from actors.models.templates import day_is_given, given, with_roles
 from actors.specs import ModelSpec
 
 _DUMMY = [{"role": "user", "content": "dummy"}]
@@ -30,17 +30,17 @@ def chat_tokens(model: ModelSpec, tools: bool = True) -> ChatTokens:
     try:
         tokens = ChatTokens(tokenizer, name, tools, stops)
     except ValueError as error:
-        if (rendered := known(tokenizer, str(error))) is None:
+        if (rendered := known(tokenizer, str(error), stops)) is None:
             raise
         return rendered
     why = tokens.without
-    return (None if why is None else known(tokenizer, why)) or tokens
+    return (None if why is None else known(tokenizer, why, stops)) or tokens
 
 
-def known(tokenizer: Any, why: str) -> ChatTokens | None:
+def known(tokenizer: Any, why: str, stops: Collection[int] = ()) -> ChatTokens | None:
     """The tokens of a model that the library knows by its exact name; None where it is not
     installed, or does not know it, or where the chat template is given variables or a day, which
-    the library does not take. `why`: what TRL says of the model."""
+    the library does not take. `why`: what TRL says of the model; `stops` as in `ChatTokens`."""
     try:
         from renderers import AutoRendererConfig, create_renderer
         from renderers.base import MODEL_RENDERER_MAP
@@ -53,7 +53,7 @@ def known(tokenizer: Any, why: str) -> ChatTokens | None:
     # Thinking stays in the history, as with TRL's training templates.
     config = AutoRendererConfig(thinking_retention="all")
     try:
-        tokens = RenderedTokens(tokenizer, create_renderer(tokenizer, config))
+        tokens = RenderedTokens(tokenizer, create_renderer(tokenizer, config), stops)
         tokens.after(tokens.prompt(_DUMMY, ()), tokenizer.encode("dummy"), _ANSWER)
     except (AssertionError, ValueError):  # it is not the tokenizer that the name promises
         return None
@@ -64,22 +64,37 @@ def known(tokenizer: Any, why: str) -> ChatTokens | None:
 class RenderedTokens(ChatTokens):
     """The tokens of one model's conversations, by its renderer."""
 
-    def __init__(self, tokenizer: Any, renderer: Any) -> None:
+    def __init__(self, tokenizer: Any, renderer: Any, stops: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._stops = frozenset(stops)
         self._renderer = renderer
         self.notes: list[str] = []
 
     def prompt(self, messages: Messages, tools: Tools) -> list[int]:
         """As `ChatTokens.prompt`."""
-        try:
+
+        def render(said: Messages) -> list[int]:
             ids: list[int] = self._renderer.render_ids(
-                messages, tools=list(tools) or None, add_generation_prompt=True
+                said, tools=list(tools) or None, add_generation_prompt=True
             )
+            return ids
+
+        def write(said: Messages) -> str | None:
+            try:
+                text: str = self._tokenizer.decode(render(said))
+            except (ValueError, TypeError, KeyError):
+                return None
+            return text
+
+        messages = with_roles(messages, write)
+        try:
+            ids = render(messages)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"the model's renderer refuses the prompt ({error}); give it the messages that the "
                 "model knows"
             ) from error
+        self._check_instructions(messages, render)
         return ids
 
     def read(self, prompt_ids: Sequence[int], sampled: Sequence[int], tools: Tools = ()) -> Turn:

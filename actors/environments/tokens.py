@@ -8,14 +8,14 @@ Models that TRL cannot carry may be known to the renderers library: `actors.envi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from actors.environments.chat_messages import too_deep
 from actors.messages import Messages
-from actors.models.templates import check_given, with_arguments
+from actors.models.templates import check_given, fitted, unwritten
 
 Tools = Sequence[dict[str, Any]]
 
@@ -64,6 +64,8 @@ class ChatTokens:
                 raise
             self.without = str(error)
             self.notes = [f"an agent that offers tools will be refused: {error}"]
+        if not tools:
+            self._note_forks(name)
 
     def _settle(self, name: str) -> None:
         """See to it that tools can be carried. Raises ValueError."""
@@ -107,23 +109,55 @@ class ChatTokens:
                 f"({error}); give the model a template that only appends"
             ) from error
 
+    def _note_forks(self, name: str) -> None:
+        """Note where an agent's further message of the user cannot follow what was sampled."""
+        try:
+            self.between([{"role": "user", "content": "dummy"}])
+        except ValueError as error:
+            self.notes.append(
+                f"each further message of the user begins another row of the episode: the chat "
+                f"template of {name} cannot go on with it from a sampled answer ({error})"
+            )
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The ids that end a turn."""
+        return self._stops | {self._tokenizer.eos_token_id}
+
     def prompt(self, messages: Messages, tools: Tools) -> list[int]:
         """The ids of a conversation's beginning, up to where the policy's first turn begins.
 
         Raises:
-            ValueError: the template refuses the messages.
+            ValueError: the template refuses the messages, or leaves out a system's or developer's.
         """
         from jinja2 import TemplateError
 
         if tools and self.without is not None:
             raise ValueError(self.without)
+        render = partial(self._rendered, tools=list(tools) or None, add_generation_prompt=True)
         try:
-            return self._rendered(messages, tools=list(tools) or None, add_generation_prompt=True)
+            ids = render(messages)
         except (TemplateError, TypeError) as error:
             raise ValueError(
                 f"the model's chat template refuses the prompt ({error}); give it the messages "
                 "the template knows"
             ) from error
+        self._check_instructions(messages, render)
+        return ids
+
+    def _check_instructions(
+        self, messages: Messages, render: Callable[[Messages], list[int]]
+    ) -> None:
+        """Raise ValueError where what `render` makes lacks a system's or developer's message."""
+
+        def write(said: Messages) -> str:
+            text: str = self._tokenizer.decode(render(said))
+            return text
+
+        if lost := unwritten(messages, write):
+            raise ValueError(
+                f"the model's chat template leaves out {lost}; say it in a message that is carried"
+            )
 
     def read(self, prompt_ids: Sequence[int], sampled: Sequence[int], tools: Tools = ()) -> Turn:
         """The message in the sampled ids, by the tokenizer's response template; `tools` are those
@@ -208,7 +242,7 @@ class ChatTokens:
 
     def _rendered(self, messages: Messages, **options: Any) -> list[int]:
         ids: list[int] = self._tokenizer.apply_chat_template(
-            with_arguments(self._tokenizer, messages, self._template),
+            fitted(self._tokenizer, messages, self._template),
             tokenize=True,
             return_dict=False,
             chat_template=self._template,

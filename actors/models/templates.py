@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 from functools import partial
 from typing import Any
@@ -42,6 +42,7 @@ OURS = {
 CLOCK = "strftime_now"
 """The function by which templates write today's date, as Llama 3.2's and gpt-oss's do."""
 ANSWER = "QzQzQ"  # stands in no template
+INSTRUCTS = ("developer", "system")  # roles of who says how to answer
 
 
 def give(tokenizer: Any, variables: Mapping[str, Any], day: str | None = None) -> None:
@@ -77,12 +78,8 @@ def turn_ends(tokenizer: Any) -> list[int]:
     ends the turn. None without a template, or where it refuses a question and an answer."""
     if not tokenizer.chat_template:
         return []
-    from jinja2 import TemplateError
-
     asked, said = {"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}
-    try:
-        text: str = tokenizer.apply_chat_template([asked, said], tokenize=False)
-    except (TemplateError, TypeError):
+    if (text := _written(tokenizer, None, [asked, said])) is None:
         return []
     _, found, after = text.rpartition(ANSWER)
     added = tokenizer.added_tokens_decoder
@@ -110,6 +107,69 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
+def fitted(tokenizer: Any, messages: Messages, template: str | None = None) -> Messages:
+    """`messages` as `template` takes them, by default the tokenizer's: roles as by `with_roles`,
+    arguments of calls as by `with_arguments`. Raises ValueError as both do."""
+    messages = with_roles(messages, partial(_written, tokenizer, template))
+    return with_arguments(tokenizer, messages, template)
+
+
+def with_roles(messages: Messages, write: Callable[[Messages], str | None]) -> Messages:
+    """`messages`, each of the developer's as the system's where `write` leaves out or refuses a
+    developer's and not a system's, as Qwen3's template does. `write` makes text of messages, None
+    of those that it refuses.
+
+    Raises:
+        ValueError: it writes neither.
+    """
+    if not any(message.get("role") == "developer" for message in messages):
+        return messages
+    for role in INSTRUCTS:
+        text = write([{"role": role, "content": ANSWER}, {"role": "user", "content": "?"}])
+        if text is not None and ANSWER in text:
+            return [
+                {**message, "role": role} if message.get("role") == "developer" else message
+                for message in messages
+            ]
+    raise ValueError(
+        "the chat template takes neither a developer's message nor a system's; say in the user's "
+        "what it says"
+    )
+
+
+def unwritten(
+    messages: Messages, write: Callable[[Messages], str], text: str | None = None
+) -> str | None:
+    """Which message of a system or developer is left out of `text`, which `write` makes of
+    `messages`; None where none is, blanks aside.
+
+    A template may write another text for one, as SmolLM3's for `/no_think`: so a message that is
+    not found is written once more with a word added, and is left out where that is not found too.
+    """
+    if not any(message.get("role") in INSTRUCTS for message in messages):
+        return None
+    found = "".join((write(messages) if text is None else text).split())
+    for place, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in INSTRUCTS or "".join(str(content).split()) in found:
+            continue
+        longer = {**message, "content": f"{content} {ANSWER}"}
+        if ANSWER not in write([*messages[:place], longer, *messages[place + 1 :]]):
+            return f"message {place}, of role {role!r}"
+    return None
+
+
+def _written(tokenizer: Any, template: str | None, messages: Messages) -> str | None:
+    """The text of `messages`; None where the template refuses them."""
+    from jinja2 import TemplateError
+
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template)
+    except (TemplateError, TypeError):
+        return None
+    return text
+
+
 def with_arguments(tokenizer: Any, messages: Messages, template: str | None = None) -> Messages:
     """`messages` with the arguments of calls as `template` takes them, by default the tokenizer's.
 
@@ -134,20 +194,12 @@ def with_arguments(tokenizer: Any, messages: Messages, template: str | None = No
 def _takes(tokenizer: Any, template: str | None) -> tuple[bool, bool]:
     """Whether a template takes arguments as text, and whether as data. Both only where it writes
     the same of both, blanks and quotes aside: others have a form of their own for data."""
-    from jinja2 import TemplateError
 
     def written(arguments: Any) -> str | None:
         function = {"name": "f", "arguments": arguments}
         call = {"id": "call00000", "type": "function", "function": function}
         said = {"role": "assistant", "content": "", "tool_calls": [call]}
-        asked = {"role": "user", "content": "?"}
-        try:
-            text: str = tokenizer.apply_chat_template(
-                [asked, said], tokenize=False, chat_template=template
-            )
-        except (TemplateError, TypeError):
-            return None
-        return text
+        return _written(tokenizer, template, [{"role": "user", "content": "?"}, said])
 
     spelled = f'{{"a":"{ANSWER}"}}'
     text, data = written(spelled), written({"a": ANSWER})

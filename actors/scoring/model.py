@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from actors.messages import Conversations, Messages, Prompt
-from actors.models.templates import with_arguments, without_nulls
+from actors.models.templates import fitted, without_nulls
 from actors.scoring.criteria import RewardFailed, RewardFailure
 from actors.scoring.said import text_of
 from actors.specs import ModelSpec
@@ -93,7 +93,7 @@ def rendered(tokenizer: Any, messages: Messages, **options: Any) -> str:
 
     try:
         text: str = tokenizer.apply_chat_template(
-            with_arguments(tokenizer, messages, options.get("chat_template")),
+            fitted(tokenizer, messages, options.get("chat_template")),
             tokenize=False,
             **options,
         )

@@ -9,12 +9,19 @@ caller, who knows the row, says where.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from actors.messages import Messages
-from actors.models.templates import with_arguments
+from actors.models.templates import fitted
 from aligntune.data.errors import DataError, Reason
-from aligntune.data.messages import check_messages, check_unicode, is_sharegpt, what_is_lost
+from aligntune.data.messages import (
+    check_instructions,
+    check_messages,
+    check_unicode,
+    is_sharegpt,
+    what_is_lost,
+)
 
 NOTHING_ASKED: Messages = []
 """The prompt of a row that leaves it to its environment; it is shown as an empty user message,
@@ -112,8 +119,9 @@ def render(
                 "too; remove one of them"
             )
         messages = [{"role": "system", "content": system_prompt}, *messages]
-    text = _templated(tokenizer, messages, tools)
-    if tools and text == _templated(tokenizer, messages, ()):
+    write = partial(_templated, tokenizer, tools=tools)
+    text = write(messages)
+    if tools and text == write(messages, tools=()):
         raise DataError(
             "the model's chat template leaves out the row's tools; use a model whose template "
             "carries them, or remove column 'tools'"
@@ -122,6 +130,7 @@ def render(
         raise DataError(
             f"the model's chat template leaves out {lost}; use a model whose template carries it"
         )
+    check_instructions(text, messages, write)
     check_unicode(text, "the prompt with its tools and calls")
     return text
 
@@ -130,7 +139,7 @@ def _templated(tokenizer: Any, messages: Messages, tools: Sequence[dict[str, Any
     from jinja2 import TemplateError
 
     try:
-        taken = with_arguments(tokenizer, messages)
+        taken = fitted(tokenizer, messages)
     except ValueError as error:
         raise DataError(str(error)) from error
     try:

@@ -9,10 +9,11 @@ knows the row, says where.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from actors.messages import Messages
-from actors.models.templates import without_nulls
+from actors.models.templates import unwritten, without_nulls
 from aligntune.data.errors import DataError, Reason
 from aligntune.errors import shown
 
@@ -98,6 +99,17 @@ def what_is_lost(text: str, messages: Messages, *, said: bool = True) -> str | N
             if isinstance(value, str) and not _holds(written, value):
                 return "thinking" if "</think>" in value or key in THINKING else f"its {key}"
     return None
+
+
+def check_instructions(text: str, messages: Messages, write: Callable[[Messages], str]) -> None:
+    """Raise DataError where `text`, which `write` made of `messages`, leaves out what the system or
+    the developer says."""
+    if lost := unwritten(messages, write, text):
+        raise DataError(
+            f"the chat template leaves out {lost}; use a model whose template carries it, or say "
+            "it in a message that is carried",
+            Reason.NOT_WHOLE,
+        )
 
 
 def _holds(written: str, value: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from actors.messages import Messages
 from actors.scoring.model import rendered, scored_text, tokens_of
 from aligntune.data.dropped import RowRules, settle_rows
 from aligntune.data.errors import DataError, Reason
-from aligntune.data.messages import check_unicode, what_is_lost
+from aligntune.data.messages import check_instructions, check_unicode, what_is_lost
 from aligntune.data.pairs import CHOSEN, REJECTED, Pair, PairRows
 from aligntune.data.row_tokens import RowTokens
 from aligntune.data.sources import Rows
@@ -227,7 +228,9 @@ def _check_whole(tokenizer: Any, pair: Pair, texts: tuple[str, ...]) -> None:
                 "it, or give the pairs as strings with data.apply_chat_template: false",
                 Reason.NOT_WHOLE,
             )
-    if pair.tools and texts[0] == rendered(tokenizer, [*pair.prompt, *pair.chosen]):
+    whole: Messages = [*pair.prompt, *pair.chosen]
+    check_instructions(texts[0], whole, partial(rendered, tokenizer, tools=[*pair.tools] or None))
+    if pair.tools and texts[0] == rendered(tokenizer, whole):
         raise DataError(
             "the chat template leaves out the row's tools; use a model whose template carries "
             "them, or remove column 'tools'",

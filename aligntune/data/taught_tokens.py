@@ -14,17 +14,25 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
 from actors.messages import Messages
-from actors.models.templates import check_given, with_arguments
+from actors.models.templates import check_given, fitted
 from actors.scoring.model import rendered, tokens_of
 from aligntune.data.dropped import RowRules, settle_rows
 from aligntune.data.errors import DataError, Reason
 from aligntune.data.formats import check_template, uses_template
-from aligntune.data.messages import TOOLS, check_messages, check_tools, check_unicode, what_is_lost
+from aligntune.data.messages import (
+    TOOLS,
+    check_instructions,
+    check_messages,
+    check_tools,
+    check_unicode,
+    what_is_lost,
+)
 from aligntune.data.row_tokens import RowTokens
 from aligntune.data.sources import Rows
 from aligntune.data.taught_forms import Columns, Completions, form_of
@@ -235,8 +243,9 @@ class _Reader:
             asked = asked and asked + 1  # alone it is no prompt, which many templates refuse
         alone = asked and all(message["role"] == "assistant" for message in messages[asked:])
         marked = self._template_with_marks() if not (self._all or alone) else None
-        options = {"tools": [*tools] or None, "chat_template": marked}
-        text = rendered(self._tokenizer, messages, **options)
+        options: dict[str, Any] = {"tools": [*tools] or None, "chat_template": marked}
+        write = partial(rendered, self._tokenizer, tools=options["tools"], chat_template=marked)
+        text = write(messages)
         if lost := what_is_lost(text, messages if self._all else messages[asked:]):
             cure = "use a model whose template keeps it, or give text"
             if alone and self._kept_where_marked(messages, options):
@@ -244,6 +253,7 @@ class _Reader:
             raise DataError(
                 f"the chat template leaves {lost} out of an answer; {cure}", Reason.NOT_WHOLE
             )
+        check_instructions(text, messages, write)
         if tools and text == rendered(self._tokenizer, messages, chat_template=marked):
             raise DataError(
                 "the chat template leaves out the row's tools; use a model whose template carries "
@@ -253,7 +263,7 @@ class _Reader:
         check_unicode(text, "the row")
         if marked is not None:
             found = self._tokenizer.apply_chat_template(
-                with_arguments(self._tokenizer, messages, marked),
+                fitted(self._tokenizer, messages, marked),
                 return_dict=True,
                 return_assistant_tokens_mask=True,
                 tokenizer_kwargs={"verbose": False},  # a row over the limit is told by us
@@ -265,9 +275,7 @@ class _Reader:
             ids = self._ids(text, special=False)
             trained = np.ones(len(ids), dtype=bool)
         if asked and not self._all:
-            prompt = rendered(
-                self._tokenizer, messages[:asked], add_generation_prompt=True, **options
-            )
+            prompt = write(messages[:asked], add_generation_prompt=True)
             trained = trained & self._after(self._ids(prompt, special=False), ids)
         return ids, trained
 

@@ -119,6 +119,16 @@ class TestGLM:
         rest = tokenizer.decode(ids[len(prompt) + len(sampled) :])
         assert rest == "<tool_response>told</tool_response><|assistant|><think>"
 
+    def test_what_a_developer_says_is_the_systems(self) -> None:
+        tokens = rendered_by_glm(glm())
+        told = [
+            [{"role": role, "content": "Be brief."}, {"role": "user", "content": "x"}]
+            for role in ("developer", "system")
+        ]
+        ids = tokens.prompt(told[0], ())
+        assert ids == tokens.prompt(told[1], ())
+        assert "Be brief." in tokens.text(ids)
+
     def test_a_turn_that_ended_in_its_thinking_is_not_gone_on_from(self) -> None:
         tokenizer = glm()
         tokens = rendered_by_glm(tokenizer)
@@ -135,14 +145,16 @@ class TestChoice:
         def load(tokenizer: Any, tools: bool = True) -> ChatTokens:
             monkeypatch.setattr("actors.models.loading.load_tokenizer", lambda spec: tokenizer)
             monkeypatch.setattr("actors.environments.rendered.configured_ends", lambda spec: ())
-            return chat_tokens(ModelSpec(name=tokenizer.name_or_path), tools)
+            return chat_tokens(ModelSpec(name=tokenizer.name_or_path, stop_token_ids=[7]), tools)
 
         return load
 
     @pytest.mark.parametrize("tools", [True, False])
     def test_a_model_that_trl_refuses_and_the_library_knows(self, loaded: Any, tools: bool) -> None:
-        tokens = loaded(glm(), tools)
+        tokenizer = glm()
+        tokens = loaded(tokenizer, tools)
         assert isinstance(tokens, RenderedTokens)
+        assert tokens.ends == {7, tokenizer.eos_token_id}
         (note,) = tokens.notes
         assert note.startswith("conversations are rendered by the renderers library, for nothing")
 

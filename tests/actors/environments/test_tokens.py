@@ -103,6 +103,45 @@ def test_an_episode_renders_messages_with_nulls_and_keeps_them(name: str) -> Non
     assert ('{"a":1}' if name == "qwen3" else '"arguments": {"a": 1}}') in text
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_developer_says_is_the_systems_where_a_template_knows_no_developer(
+    name: str,
+) -> None:
+    asked = [{"role": "user", "content": "x"}]
+    developer, system = ([{"role": r, "content": "Be brief."}] for r in ("developer", "system"))
+    ids = tokens_of(name).prompt(developer + asked, ())
+    assert ids == tokens_of(name).prompt(system + asked, ())
+    assert "Be brief." in tokenizer_of(name).decode(ids)
+
+
+def gpt_oss(tools: bool) -> tuple[Any, ChatTokens]:
+    from trl.chat_template_utils import gptoss_chat_template
+
+    tokenizer = make_tokenizer(gptoss_chat_template)
+    marks = ["start", "message", "channel", "end", "call", "constrain"]
+    tokenizer.add_special_tokens(
+        {"eos_token": "<|return|>", "additional_special_tokens": [f"<|{m}|>" for m in marks]}
+    )
+    return tokenizer, ChatTokens(tokenizer, "gpt-oss", tools)
+
+
+def test_a_second_instruction_that_a_template_leaves_out_is_refused() -> None:
+    tokenizer, tokens = gpt_oss(tools=False)
+    said = [{"role": role, "content": f"As {role}."} for role in ("system", "developer", "user")]
+    assert "As developer." in tokenizer.decode(tokens.prompt(said[1:], ()))
+    with pytest.raises(ValueError, match="leaves out message 1, of role 'developer'; say it in"):
+        tokens.prompt(said, ())
+
+
+def test_a_template_that_forks_at_each_message_of_the_user_is_noted_for_agents() -> None:
+    (note,) = gpt_oss(tools=False)[1].notes
+    assert note.startswith("each further message of the user begins another row of the episode")
+    assert gpt_oss(tools=True)[1].notes == [], "where tools alone follow an answer"
+    plain = make_tokenizer(PLAIN)
+    plain.response_template = READ
+    assert ChatTokens(plain, tools=False).notes == []
+
+
 TEXT = st.text(
     st.one_of(
         st.sampled_from([*'\n\t \r\u00a0\u2028\u0085aeber{":', "\U0001f600", "\u4e16", "\u0301"]),

@@ -41,7 +41,11 @@ FIELD = (
     "{% set it = call.function.arguments %}{{ it }}{% endfor %}{% endfor %}"
 )
 QWEN3 = chat_template_utils.qwen3_chat_template
+QWEN = (QWEN3, chat_template_utils.qwen2_5_chat_template)
+GPT_OSS = byte_tokenizer(template=chat_template_utils.gptoss_chat_template)
+GEMMA = byte_tokenizer(template=chat_template_utils.gemma_chat_template)
 USER = {"role": "user", "content": "How warm is it?"}
+SYSTEM, DEVELOPER = ({"role": role, "content": f"As {role}."} for role in ("system", "developer"))
 
 
 def tool(name: str, argument: str) -> dict[str, Any]:
@@ -266,6 +270,33 @@ def test_nothing_follows_a_prompt_where_the_tokenizer_ends_every_text(tmp_path: 
     rows = as_prompts(spec, training_data(spec), tokenizer)
     source = training_prompts(spec, rows, tokenizer, max_prompt_length=9, seed=0)
     assert tokenizer.decode(source.prompt_at(0).token_ids) == "<bos>1+1"
+
+
+@pytest.mark.parametrize("template", QWEN)
+def test_what_a_developer_says_is_the_systems_where_a_template_knows_no_developer(
+    template: str,
+) -> None:
+    tokenizer = byte_tokenizer(template=template)
+    text = render([DEVELOPER, USER], tokenizer)
+    assert "As developer." in text
+    assert text == render([{**DEVELOPER, "role": "system"}, USER], tokenizer)
+
+
+def test_an_instruction_that_a_template_leaves_out_is_refused() -> None:
+    obeys = TOOLS_TEMPLATE.replace("{{ m.content }}", "{{ m.content.replace('/no_think', '') }}")
+    told = [{"role": "system", "content": "/no_think"}, USER]
+    assert "/no_think" not in render(told, byte_tokenizer(template=obeys))
+    deaf = byte_tokenizer(template=TOOLS_TEMPLATE.replace("in messages", "in messages[-1:]"))
+    for refusal, messages, tokenizer in (
+        ("leaves out message 1, of role 'developer'; use", [SYSTEM, DEVELOPER, USER], GPT_OSS),
+        ("leaves out message 0, of role 'system'; use", [SYSTEM, USER], deaf),
+        ("takes neither a developer's message nor a system's", [DEVELOPER, USER], deaf),
+        ("takes neither a developer's message nor a system's", [DEVELOPER, USER], GEMMA),
+    ):
+        with pytest.raises(DataError, match=refusal):
+            render(messages, tokenizer)
+    with pytest.raises(DataError, match="leaves out message 0, of role 'system'"):
+        render("x", deaf, system_prompt="y")
 
 
 def test_what_a_rendering_lost_is_named() -> None:

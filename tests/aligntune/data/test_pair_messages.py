@@ -12,7 +12,17 @@ from aligntune.data.pair_tokens import tokenise_pairs
 from aligntune.data.pairs import Pair, to_pair
 from aligntune.data.row_tokens import RowTokens
 from tests.aligntune.data.conftest import byte_tokenizer
-from tests.aligntune.data.test_messages import TOOLS, USER, called, spelled, tool
+from tests.aligntune.data.test_messages import (
+    DEVELOPER,
+    GPT_OSS,
+    QWEN,
+    SYSTEM,
+    TOOLS,
+    USER,
+    called,
+    spelled,
+    tool,
+)
 from tests.aligntune.data.test_preference import COLUMNS, Table, assistant, row, user
 
 KINDS = ("dpo", "reward_model")
@@ -38,6 +48,19 @@ def sides(tokenizer: Any, kind: Literal["dpo", "reward_model"], *rows: Any, **ru
         tuple(tokenizer.decode([int(token) for token in (*prompt, *side)]) for side in pair)
         for prompt, *pair in zip(asked, columns["chosen_ids"], columns["rejected_ids"], strict=True)
     ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_developers_message_is_the_systems_and_one_that_is_left_out_is_refused(kind: Any) -> None:
+    answers = {"chosen": [assistant("3")], "rejected": [assistant("no idea")]}
+    for template in QWEN:
+        prompts = ([{**DEVELOPER, "role": role}, USER] for role in ("developer", "system"))
+        rows = ({"prompt": prompt, **answers} for prompt in prompts)
+        one, other = sides(byte_tokenizer(template=template), kind, *rows)
+        assert all("As developer." in side for side in one)
+        assert one == other
+    with pytest.raises(DataError, match="leaves out message 1, of role 'developer'"):
+        tokens(GPT_OSS, kind, {"prompt": [SYSTEM, DEVELOPER, USER], **answers})
 
 
 @pytest.mark.parametrize("kind", KINDS)

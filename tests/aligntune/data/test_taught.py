@@ -20,7 +20,7 @@ from aligntune.data.taught_forms import Columns
 from aligntune.data.taught_tokens import MASKED, packed, tokenise_taught
 from aligntune.errors import UserError
 from tests.aligntune.data.conftest import TEMPLATE, byte_tokenizer
-from tests.aligntune.data.test_messages import TOOLS, called
+from tests.aligntune.data.test_messages import DEVELOPER, GPT_OSS, QWEN, SYSTEM, TOOLS, called
 from tests.aligntune.data.test_messages import spelled as spelled_call
 from tests.aligntune.data.test_pair_messages import DROPS_THINKING
 from tests.aligntune.data.test_preference import Table
@@ -121,6 +121,23 @@ def test_an_answer_whose_thinking_the_template_drops_is_taught_as_messages() -> 
     made = taught(DROPS_THINKING, good, {"prompt": [ASK], "completion": [thinks]})
     (why,) = made.dropped.examples["not whole"]
     assert "use a model whose template keeps it, or give text" in why, "nothing marks its answers"
+
+
+@pytest.mark.parametrize("template", QWEN)
+def test_a_developers_message_is_taught_as_the_systems(template: str) -> None:
+    tokenizer, said = byte_tokenizer(template=template), "As developer."
+    rows = ([{"role": role, "content": said}, ASK, SAY] for role in ("developer", "system"))
+    one, other = (spelled(tokenizer, {"messages": messages}) for messages in rows)
+    assert said in one[0]
+    assert one == other
+    row = {"prompt": [DEVELOPER, ASK], "completion": [SAY]}
+    assert said in spelled(tokenizer, row)[0]
+
+
+def test_a_row_with_an_instruction_that_the_template_leaves_out_is_not_whole() -> None:
+    good, bad = ({"messages": [*said, ASK, SAY]} for said in ([DEVELOPER], [SYSTEM, DEVELOPER]))
+    made = taught(GPT_OSS, good, bad, loss_on="all")
+    assert made.dropped.reasons == {"not whole": 1}
 
 
 def test_calls_are_taught_alike_with_arguments_as_text() -> None:
