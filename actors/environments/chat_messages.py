@@ -91,12 +91,11 @@ def may_follow(messages: Messages) -> bool:
 
 
 def said(message: dict[str, Any]) -> str:
-    """What a message says, in one way: without ids of calls and earlier thinking, which clients
-    give back or leave out as they like."""
+    """What a message says, in one way: without ids of calls, earlier thinking and the assistant's
+    name, which clients give back, leave out or add as they like."""
     calls = [call["function"] for call in message.get("tool_calls") or ()]
-    return canonical(
-        [message["role"], message.get("content") or "", calls, message.get("name", "")]
-    )
+    name = "" if message["role"] == "assistant" else message.get("name", "")
+    return canonical([message["role"], message.get("content") or "", calls, name])
 
 
 def canonical(value: Any) -> str:

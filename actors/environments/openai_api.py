@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from actors.environments.conversations import Answer, Refused
 from actors.messages import FinishReason
@@ -24,9 +24,16 @@ _R = TypeVar("_R", bound=BaseModel)
 
 
 class _Request(BaseModel):
-    """Refuses what it does not know."""
+    """Refuses what it does not know; a key that is null is one that is absent."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if value is not None}
 
 
 class _Drawn(_Request):
@@ -118,7 +125,7 @@ class GenerateSampling(_Drawn):
     max_tokens: int | None = Tokens
     logprobs: Literal[0, 1] | None = None
     prompt_logprobs: None = None
-    stop_token_ids: list[int] | None = None  # the engine's own end a turn
+    stop_token_ids: list[int] | None = None  # those that end a turn anyway
     routed_experts_prompt_start: int | None = None  # no answer tells of experts
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None

@@ -48,6 +48,10 @@ from actors.environments.tokens import ChatTokens
 BODY_BYTES = 64 * 2**20  # of one request at most
 _RETRIES = "x-stainless-retry-count"  # OpenAI's clients count in it how often they have sent it
 _LEAVE_SECONDS = 2.0  # of requests in flight when the server closes
+_SERVED = (
+    "a session has no such address: ask it for chat completions, as OpenAI's Agents SDK does after "
+    "set_default_openai_api('chat_completions'), at the base_url that the agent was given"
+)
 _NO_RETRY = {"x-should-retry": "false"}  # what those clients heed
 
 _Ask = Callable[[], Awaitable[Answer]]
@@ -186,7 +190,7 @@ class SessionServer:
             ),
         )
         answer = await _answered(sent)
-        texts = self._texts(answer)
+        texts = self._texts(answer) if asked.logprobs else []
         if not asked.stream:
             return _delivered(request, sent, chat_answer(answer, asked, texts, _now()))
         return await self._stream(request, sent, chat_chunks(answer, asked, texts, _now()))
@@ -202,7 +206,7 @@ class SessionServer:
             lambda: session.conversation.complete(asked.prompt, asked.max_tokens),
         )
         answer = await _answered(sent)
-        texts = self._texts(answer)
+        texts = self._texts(answer) if asked.logprobs is not None else []
         return _delivered(request, sent, completion_answer(answer, asked, texts, _now()))
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
@@ -210,6 +214,12 @@ class SessionServer:
         body = await request.read()
         asked = parsed(GenerateRequest, body)
         sampling = asked.sampling_params
+        if others := {*(sampling.stop_token_ids or ())} - self._tokens.ends:
+            raise Refused(
+                f"sampling_params.stop_token_ids: token {min(others)} ends no turn of this run; "
+                "leave it out, or name it in the run's model.stop_token_ids",
+                "invalid_request",
+            )
         self._note(sampling.drawn_otherwise())
         sent = session.sent(
             request,
@@ -273,6 +283,25 @@ async def _refusals(
         return _refusal(400, error.message, error.code)
     except _NoAnswer as error:
         return _refusal(503, str(error), "policy_unavailable")
+    except web.HTTPClientError as error:  # of aiohttp itself
+        message, code = _not_asked_for(error)
+        error.text = json.dumps(error_body(message, code))
+        error.content_type = "application/json"
+        error.headers.update(_NO_RETRY)
+        raise
+
+
+def _not_asked_for(error: web.HTTPClientError) -> tuple[str, str]:
+    """What a client is told that asks for what a session does not serve, and the code."""
+    if isinstance(error, web.HTTPNotFound):
+        return _SERVED, "unknown_url"
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        takes = " or ".join(sorted(error.allowed_methods))
+        return f"this address takes {takes}, not {error.method}", "method_not_allowed"
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        most = f"{BODY_BYTES // 2**20} MiB"
+        return f"a session reads {most} at most; send a smaller request", "request_too_large"
+    return f"a session cannot read the request: {error.reason}", "invalid_request"
 
 
 def _refusal(status: int, message: str, code: str) -> web.Response:

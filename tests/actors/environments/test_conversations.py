@@ -72,14 +72,19 @@ def test_a_history_that_goes_on_keeps_the_tokens_that_were_sampled(chat: Chat) -
     )
 
 
-def test_earlier_thinking_that_a_client_leaves_out_stays_in_the_tokens(chat: Chat) -> None:
+@pytest.mark.parametrize("added", [{}, {"name": "solver"}])
+def test_earlier_thinking_that_a_client_leaves_out_stays_in_the_tokens(
+    chat: Chat, added: dict[str, str]
+) -> None:
+    """So does an answer to which a client adds a name, as LangGraph does."""
+
     async def talk() -> Conversation:
         conversation = Conversation(
             chat.tokens, Script(chat.tokenizer, ["<think>hm</think>2", "4"]), limits()
         )
         first = await conversation.chat([ASK], ())
         assert (first.message["reasoning_content"], first.message["content"]) == ("hm", "2")
-        said = {"role": "assistant", "content": "2"}
+        said = {"role": "assistant", "content": "2", **added}
         await conversation.chat([ASK, said, {"role": "user", "content": "2+2?"}], ())
         return conversation
 

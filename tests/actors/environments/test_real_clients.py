@@ -36,7 +36,9 @@ ARGUMENTS = {"b": 1, "a": 1.0}
 
 @pytest.fixture(scope="module")
 def chat(tokenizer: Any) -> Chat:
-    return Chat(ChatTokens(tokenizer), tokenizer)
+    """Its turns end by both tokens that verifiers names as stops of Qwen3."""
+    stops = (tokenizer.convert_tokens_to_ids("<|endoftext|>"),)
+    return Chat(ChatTokens(tokenizer, stops=stops), tokenizer)
 
 
 def interpreter(package: str) -> Path:

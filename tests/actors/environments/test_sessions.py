@@ -7,6 +7,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from actors.environments import sessions
 from actors.environments.base import EpisodeFailed
 from actors.environments.conversations import Conversation
 from actors.environments.sessions import Session, SessionServer, require_free
@@ -185,13 +187,20 @@ def test_ids_in_are_answered_with_ids_out(chat: Chat) -> None:
                 "sampling_params": {
                     "max_tokens": 9,
                     "logprobs": 1,
-                    "stop_token_ids": [257],
+                    "stop_token_ids": [chat.tokenizer.eos_token_id],
                     "routed_experts_prompt_start": 1,  # of verifiers, whatever the model
                 },
             }
             async with httpx.AsyncClient() as client:
                 key = {"Authorization": f"Bearer {served.session.key}"}
-                reply = await client.post(f"{root}/inference/v1/generate", json=body, headers=key)
+                ask = partial(client.post, f"{root}/inference/v1/generate", headers=key)
+                reply = await ask(json=body)
+                other = {**body, "sampling_params": {"stop_token_ids": [257]}}
+                refused = await ask(json=other)
+            assert refused.status_code == 400
+            message = refused.json()["error"]["message"]
+            assert "token 257 ends no turn" in message
+            assert "model.stop_token_ids" in message
             choice = reply.json()["choices"][0]
             call = served.conversation.answers[0].call
             assert (choice["finish_reason"], choice["token_ids"]) == (
@@ -395,6 +404,72 @@ def test_what_a_session_cannot_give_is_a_bad_request(
                     **{"model": "m", "messages": [ASK], **more}
                 )
             assert not served.script.prompts
+
+    run(talk)
+
+
+def test_a_key_that_is_null_is_absent(chat: Chat) -> None:
+    async def talk() -> None:
+        async with serving(chat, ["2"]) as served:
+            body = {"logit_bias": None, "stop": None, "model": None}
+            answer = await served.client.chat.completions.create(
+                model="m", messages=[ASK], extra_body=body
+            )
+            assert answer.choices[0].message.content == "2"
+            with pytest.raises(openai.BadRequestError, match="messages: Field required"):
+                await served.client.chat.completions.create(
+                    model="m", messages=[ASK], extra_body={"messages": None}
+                )
+
+    run(talk)
+
+
+def test_what_a_session_does_not_serve_is_refused_as_openai_does_and_with_the_cure(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "BODY_BYTES", 2**20)
+
+    async def talk() -> None:
+        async with serving(chat, []) as served:
+            ask = served.client
+            with pytest.raises(openai.NotFoundError, match="ask it for chat completions") as found:
+                await ask.responses.create(model="m", input="1+1?")
+            assert "set_default_openai_api('chat_completions')" in str(found.value)
+            assert found.value.code == "unknown_url"
+            with pytest.raises(openai.APIStatusError, match="takes POST, not GET") as found:
+                await ask.chat.completions.list()
+            assert found.value.status_code == 405
+            long = [{"role": "user", "content": "x" * 2**20}]
+            with pytest.raises(openai.APIStatusError, match="reads 1 MiB at most") as found:
+                await ask.chat.completions.create(model="m", messages=long)
+            assert found.value.status_code == 413
+
+    run(talk)
+
+
+def test_tokens_are_spelled_one_by_one_only_for_log_probs(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes long, and all sessions wait for it."""
+    spelled: list[int] = []
+
+    def text(ids: Sequence[int]) -> str:
+        spelled.append(len(ids))
+        return str(chat.tokenizer.decode(ids, skip_special_tokens=True))
+
+    monkeypatch.setattr(chat.tokens, "text", text)
+
+    async def talk() -> None:
+        async with serving(chat, ["It is 2."] * 5) as served:
+            ask, complete = served.client.chat.completions.create, served.client.completions.create
+            await ask(model="m", messages=[ASK])
+            async for _ in await ask(model="m", messages=[ASK], stream=True):
+                pass
+            await complete(model="m", prompt=[5])
+            assert spelled.count(1) == 1, "the prompt of one token"
+            await ask(model="m", messages=[ASK], logprobs=True)
+            await complete(model="m", prompt=[5, 6], logprobs=0)
+            assert spelled.count(1) == 1 + 2 * len("It is 2.") + 2
 
     run(talk)
 
