@@ -14,6 +14,8 @@ from actors.scoring.model import tokens_of
 from aligntune.errors import UserError
 from aligntune.runs.reading import open_run
 
+NO_ROOM = "\n(no room on the GPU; on the CPU, from the beginning)\n"
+
 
 class TooLong(UserError):
     """The conversation has more tokens than the model reads."""
@@ -75,13 +77,15 @@ class Conversation:
     """One conversation with the model in `folder`.
 
     `temperature` 0 takes the likeliest token each time. Without a chat template the model continues
-    the line as plain text, and remembers nothing.
+    the line as plain text, and remembers nothing. It computes on the GPU, where there is one, until
+    that has no room.
     """
 
     def __init__(self, folder: Path, asking: Asking, temperature: float, max_tokens: int) -> None:
         """Raises UserError where the model cannot be loaded, writes no text, or cannot be told
         what it is to be told first."""
         import_light()
+        import torch
         from transformers import (
             AutoConfig,
             AutoModelForCausalLM,
@@ -107,6 +111,7 @@ class Conversation:
             eos_token_id=_ends(self._tokenizer, self._model.generation_config),
             pad_token_id=self._tokenizer.pad_token_id,
         )
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
         give(self._tokenizer, asking.variables, asking.day)
         self._folder, self._positions = folder, positions_of(config)
         self._template = asking.template and bool(self._tokenizer.chat_template)
@@ -131,9 +136,11 @@ class Conversation:
     def answer(self, text: str, say: Callable[[str], None]) -> str:
         """The answer to `text`, which `say` hears as it is made; both stay in the conversation.
 
-        It ends where the model has no more positions. Raises TooLong where it has none for an
-        answer; the conversation is as before then.
+        It ends where the model has no more positions. Where the GPU has no room, `say` hears so,
+        and the answer anew. Raises TooLong where the model has no positions for an answer; the
+        conversation is as before then.
         """
+        import torch
         from transformers import TextStreamer
 
         class Heard(TextStreamer):
@@ -151,12 +158,22 @@ class Conversation:
                 f"the conversation has {length} tokens now, and the model reads {self._positions}; "
                 "an empty line starts anew"
             )
-        self._model.generate(
-            **inputs,
-            **self._sampling,
-            max_new_tokens=limit,
-            streamer=Heard(self._tokenizer, skip_prompt=True, skip_special_tokens=True),
-        )
+
+        def generate() -> None:
+            self._model.to(self._device).generate(
+                **{name: tensor.to(self._device) for name, tensor in inputs.items()},
+                **self._sampling,
+                max_new_tokens=limit,
+                streamer=Heard(self._tokenizer, skip_prompt=True, skip_special_tokens=True),
+            )
+
+        try:
+            generate()
+        except torch.OutOfMemoryError:
+            say(NO_ROOM)
+            pieces.clear()
+            self._device = "cpu"
+            generate()
         said = "".join(pieces)
         self._messages += [
             {"role": "user", "content": text},

@@ -41,6 +41,8 @@ OURS = {
 
 CLOCK = "strftime_now"
 """The function by which templates write today's date, as Llama 3.2's and gpt-oss's do."""
+THINKING = "enable_thinking"
+"""The variable by which templates switch thinking off, as Qwen3's and SmolLM3's do."""
 ANSWER = "QzQzQ"  # stands in no template
 INSTRUCTS = ("developer", "system")  # roles of who says how to answer
 
@@ -86,6 +88,23 @@ def turn_ends(tokenizer: Any) -> list[int]:
     special = {token for token, how in added.items() if how.special}  # no <think>, no <tool_call>
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
     return [token for token in ids if token in special]
+
+
+def thinks(tokenizer: Any) -> bool:
+    """Whether the chat template lets the model think before it answers, and would not if it were
+    given `enable_thinking` false. False where `give` gave that variable, whatever it is."""
+    if THINKING in given(tokenizer) or THINKING not in str(tokenizer.chat_template or ""):
+        return False
+    from jinja2 import TemplateError
+
+    asked = [{"role": "user", "content": "?"}]
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+    try:
+        text: str = tokenizer.apply_chat_template(asked, **options)
+        plain: str = tokenizer.apply_chat_template(asked, **options, **{THINKING: False})
+    except (TemplateError, TypeError):
+        return False
+    return text != plain
 
 
 def check_given(tokenizer: Any, template: str | None = None) -> None:

@@ -21,6 +21,11 @@ def text_of(completion: Completion) -> str:
     return "".join(str(message.get("content") or "") for message in last)
 
 
+def without_thoughts(text: str) -> str:
+    """What a completion says behind its last `</think>`; of thoughts that never end, nothing."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
 def with_thoughts(prompt: str, text: str) -> str:
     """A completion with the `<think>` that its rendered prompt ends with, as templates of models
     that always think have it; as it is where the prompt ends otherwise or it has its own."""

@@ -20,7 +20,7 @@ from actors.models.loading import (
     load_tokenizer,
 )
 from actors.models.positions import model_positions
-from actors.models.templates import check_given
+from actors.models.templates import check_given, thinks
 from actors.reward import Criterion
 from actors.scoring.criteria import EpisodeCriterion
 from actors.scoring.model import RewardModelCriterion
@@ -40,7 +40,7 @@ from aligntune.data.prompts import (
 from aligntune.decisions import Decision, events, told
 from aligntune.errors import UserError
 from aligntune.online.episodes import UserCode, check_rows
-from aligntune.online.first_prompt import try_rewards
+from aligntune.online.first_prompt import NOTE, try_rewards
 from aligntune.online.settle import settle_data
 from aligntune.online.settle_resources import settle_resources
 from aligntune.rewards.registry import check_columns, check_names, from_callable, resolve_all
@@ -48,6 +48,7 @@ from aligntune.runs.measure import measure, scored_by
 from aligntune.runs.mirror import mirror_of
 from aligntune.runs.rundir import RunDir, run_of
 from aligntune.template_settings import settle_template
+from aligntune.tracking.advice import THINKS
 from aligntune.tracking.metrics import EventKind
 from aligntune.whole_weights import check_whole, settle_model
 
@@ -327,7 +328,17 @@ class RunInputs:
 
     def told(self) -> list[str]:
         """What was decided and what was dropped, for a person."""
-        return told(self.settle(), self.dropped) + self._notes
+        lines = told(self.settle(), self.dropped) + self._notes
+        if self.thinks:
+            most = self.config.rollout.max_completion_length
+            lines.append(f"{NOTE}{THINKS}. Thoughts and answer have {most} tokens together")
+        return lines
+
+    @cached_property
+    def thinks(self) -> bool:
+        """Whether the model thinks before it answers, and the config could switch that off."""
+        applied = self.config.data.apply_chat_template or self.config.plays
+        return applied and thinks(self.tokenizer)
 
     def events(self) -> list[tuple[EventKind, dict[str, Any]]]:
         """The same for events.jsonl."""

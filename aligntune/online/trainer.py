@@ -46,6 +46,7 @@ from aligntune.runs.mirror import mirror_of
 from aligntune.runs.publish import push
 from aligntune.runs.reading import open_run
 from aligntune.runs.rundir import LOGS, TRIED, RunDir
+from aligntune.tracking.advice import THINKS
 from aligntune.tracking.lines import cut
 from aligntune.tracking.output import say
 from cluster.bundles import BadRequest, bundle_sets, totals
@@ -222,6 +223,8 @@ class OnlineTrainer:
                 self.total_steps,
                 FAILURES,
             ) as recorder:
+                if self.inputs.thinks:
+                    recorder.cures["truncated"] = THINKS
                 for kind, fields in self.inputs.events():
                     recorder.event(kind, **fields)
                 notes = [line for line in tried if line.startswith(NOTE)]

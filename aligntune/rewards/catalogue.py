@@ -158,17 +158,20 @@ REWARDS: dict[str, Registered] = {
         "how much nearer to column 'chosen' than to 'rejected', by characters (chrF)",
         "-1 to 1",
         reads=PAIR,
+        thoughts=True,
     ),
     "preference_overlap": Registered(
         _HERE + "preference:preference_overlap",
         "the same by words (F1)",
         "-1 to 1",
         reads=PAIR,
+        thoughts=True,
     ),
     "preference_embedding": Registered(
         _HERE + "preference:preference_embedding",
         "the same by embeddings of option 'model', an encoder (cosine)",
         "-1 to 1",
         reads=PAIR,
+        thoughts=True,
     ),
 }

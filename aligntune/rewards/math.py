@@ -14,7 +14,7 @@ from typing import Any
 
 from math_verify import parse, verify
 
-from actors.scoring.said import Completion, text_of
+from actors.scoring.said import Completion, text_of, without_thoughts
 from aligntune.rewards.inputs import column_of
 from aligntune.rewards.limited import TooSlow, judged
 
@@ -95,7 +95,7 @@ def math_equal(
 
 def answer_place(text: str) -> str:
     """The part of a completion that its answer is read from, lists marked as such."""
-    written = text.rpartition("</think>")[2].partition("<think>")[0]
+    written = without_thoughts(text)
     if "<answer>" in written:
         written = written.rpartition("<answer>")[2].partition("</answer>")[0].strip()
     return _marked(_final_part(written))

@@ -6,6 +6,9 @@ a completion is nearer to what was preferred, 0 where it is like neither or like
 completion is true, safe, polite or short, and a good answer in other words than the chosen one's
 scores about 0. What tells good answers apart in any words is a reward model trained on the pairs.
 
+Thoughts are no part of an answer: what stands before the last `</think>` and after an open
+`<think>` is left out, of a completion and of both answers. Nothing is near to an empty text.
+
 The data are preference pairs, so the columns `chosen` and `rejected` hold what follows the prompt.
 """
 
@@ -16,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from actors.scoring.said import Completion, text_of
+from actors.scoring.said import Completion, text_of, without_thoughts
 from aligntune.rewards.encoder import similarity
 from aligntune.rewards.inputs import column_of
 from aligntune.rewards.ngrams import pieces
@@ -82,9 +85,13 @@ def _difference(
     completions: list[Completion], columns: Any, nearness: Callable[[str, str], float]
 ) -> list[float]:
     chosen, rejected = column_of(columns, "chosen"), column_of(columns, "rejected")
+
+    def near(completion: Completion, answer: Completion) -> float:
+        one, other = (without_thoughts(text_of(said)).strip() for said in (completion, answer))
+        return nearness(one, other) if one and other else 0.0
+
     return [
-        nearness(text_of(completion), text_of(better))
-        - nearness(text_of(completion), text_of(worse))
+        near(completion, better) - near(completion, worse)
         for completion, better, worse in zip(completions, chosen, rejected, strict=True)
     ]
 

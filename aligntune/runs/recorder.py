@@ -108,6 +108,7 @@ class Recorder:
         )
         self._logged = after_step
         self._adviser = Adviser()
+        self.cures: dict[str, str] = {}  # by trouble, what else helps in this run
         self._awaited: dict[str, int] = {}  # how many of each role have not started yet
         self._stopping = False
         self._seen: OrderedDict[str, None] = OrderedDict()  # what was told, if it was long
@@ -253,6 +254,7 @@ class Recorder:
         if step:
             self._progress.step(step, metrics)
             for name, said in self._adviser.hear(step, metrics).items():
+                said += f"; {self.cures[name]}" if name in self.cures else ""
                 self.event(EventKind.TROUBLE, step=step, name=name, advice=said)
                 self._progress.note(f"warning: {said}")
         else:

@@ -31,6 +31,11 @@ CONTRAST = (
     "or algorithm=dapo, which draws other prompts"
 )
 """What to try where the completions of a group have one reward."""
+THINKS = (
+    "this model thinks before it answers, and "
+    "'model.chat_template_kwargs={enable_thinking: false}' switches that off"
+)
+"""What else helps a run whose model does, where thoughts take the tokens of a completion."""
 
 
 def troubles(rows: Sequence[Row]) -> dict[str, str]:

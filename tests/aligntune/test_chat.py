@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from aligntune.chat import Asking, Conversation, TooLong, asked_by_run, model_folder
+from aligntune.chat import NO_ROOM, Asking, Conversation, TooLong, asked_by_run, model_folder
 from aligntune.cli import app
 from aligntune.errors import UserError
 from aligntune.quickstart.task import make_model, make_tokenizer
@@ -53,6 +54,52 @@ def test_an_answer_is_heard_as_it_is_made_and_is_the_likeliest_one(
             logits = model(input_ids=torch.tensor([[*ids, *made]])).logits
         made.append(int(logits[0, -1].argmax()))
     assert said == tokenizer.decode(made, skip_special_tokens=True)
+
+
+def test_an_answer_is_computed_on_the_gpu_where_there_is_one(
+    talker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    conversation = Conversation(talker, Asking(), 0.0, 5)
+    assert conversation._device == "cuda"
+    seen: list[str] = []
+
+    def generate(*, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> None:
+        weight = next(conversation._model.parameters())
+        seen.extend(each.device.type for each in (input_ids, attention_mask, weight))
+
+    conversation._device = "meta"  # stands for it
+    monkeypatch.setattr(conversation._model, "generate", generate)
+    conversation.answer("7", lambda piece: None)
+    assert seen == ["meta"] * 3
+
+
+@pytest.mark.parametrize("fails", ["to", "generate"])
+def test_where_the_gpu_has_no_room_an_answer_is_heard_anew_from_the_cpu(
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    import torch
+
+    wanted = conversation.answer("7", lambda piece: None)
+    conversation.forget()
+    method, calls = getattr(conversation._model, fails), []
+
+    def crowded(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) > 1:
+            return method(*args, **options)
+        if fails == "generate":
+            options["streamer"].on_finalized_text("half of it")
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(conversation._model, fails, crowded)
+    heard: list[str] = []
+    assert conversation.answer("7", heard.append) == wanted
+    half, _, rest = "".join(heard).partition(NO_ROOM)
+    assert (half, rest) == ("half of it" if fails == "generate" else "", wanted)
+    assert conversation._messages[-1]["content"] == wanted
 
 
 def test_what_was_said_is_remembered_until_it_is_forgotten(conversation: Conversation) -> None:

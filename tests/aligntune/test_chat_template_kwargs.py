@@ -14,11 +14,13 @@ import pytest
 
 from actors.environments.rendered import chat_tokens
 from actors.models.loading import load_tokenizer
+from actors.models.templates import thinks
 from actors.specs import ModelSpec
 from aligntune import create_rl_trainer
 from aligntune.chat import Asking, Conversation, asked_by_run
 from aligntune.errors import UserError
 from aligntune.report.card import _usage
+from aligntune.tracking.advice import THINKS
 from tests.actors.environments.chat import make_model, make_tokenizer
 
 OFF = {"enable_thinking": False}
@@ -57,6 +59,30 @@ def test_prompts_end_where_the_template_ends_them_with_these(make: Any) -> None:
     assert make("grpo", {}).prompts.prompt_at(0).text.endswith("<|im_start|>assistant\n")
     off = make("grpo", OFF).prompts.prompt_at(0)
     assert off.text.endswith(f"<|im_start|>assistant\n{EMPTY}")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "overrides", "thinks"),
+    [
+        ({}, [], True),
+        (OFF, [], False),
+        ({"enable_thinking": True}, [], False),  # as the user wants it
+        ({}, ["data.apply_chat_template=false"], False),
+    ],
+)
+def test_a_run_is_told_that_its_model_thinks_where_it_could_be_switched_off(
+    make: Any, kwargs: dict[str, Any], overrides: list[str], thinks: bool
+) -> None:
+    trainer = make("grpo", kwargs, *overrides, "rollout.max_completion_length=77")
+    told = [line for line in trainer.inputs.told() if line.startswith("note: ")]
+    assert told == [f"note: {THINKS}. Thoughts and answer have 77 tokens together"] * thinks
+
+
+def test_a_template_without_the_variable_is_of_no_model_that_could_be_switched_off() -> None:
+    assert thinks(make_tokenizer())
+    assert not thinks(make_tokenizer("{% for m in messages %}<think>{{ m.content }}{% endfor %}"))
+    unused = "{{ messages[0].content }}{% if enable_thinking is false and tools %}off{% endif %}"
+    assert not thinks(make_tokenizer(unused))
 
 
 @pytest.mark.parametrize(("kwargs", "answer"), [({}, f"{EMPTY}5"), (OFF, "5")])

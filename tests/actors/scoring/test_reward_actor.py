@@ -300,7 +300,8 @@ class TestScoring:
         self, tokenizer_spec: ModelSpec, criterion: Any, source: Any
     ) -> None:
         spec = RewardFunctionSpec(function="tags", options={"tags": ["think", "answer"]})
-        ours = resolve(RewardFunctionSpec(function="math")), resolve(spec)
+        ours = [resolve(RewardFunctionSpec(function=name)) for name in ("preference", "math")]
+        ours.append(resolve(spec))
         said = group(
             "so 4</think><answer>5</answer>",
             "<think>so 4</think><answer>5</answer>",
@@ -308,15 +309,18 @@ class TestScoring:
         )
 
         async def body() -> None:
-            asked = replace(prompt(source, answer="5"), text="p<think>\n")
+            row = prompt(source, answer="5", chosen="so it is 5", rejected="4")
+            asked = replace(row, text="p<think>\n")
             seen = (criterion("lengths"),) if isinstance(source, str) else ()
             async with running(tokenizer_spec, *ours, *seen) as actor:
                 scores, texts = await actor.score(asked, said)
-                plain = await scores_of(actor, prompt(source, answer="5"), said)
-            assert [row[:2] for row in scores.values] == [(1, 1), (1, 1), (0, 0)]
-            assert [row[:2] for row in plain.values] == [(1, 0), (1, 1), (1, 0)]
+                plain = await scores_of(actor, row, said)
+            assert [row[1:3] for row in scores.values] == [(1, 1), (1, 1), (0, 0)]
+            assert [row[1:3] for row in plain.values] == [(1, 0), (1, 1), (1, 0)]
+            (amid, own, unfinished), wording = scores.values, plain.values[2][0]
+            assert (amid[0] == own[0], unfinished[0], wording) == (True, 0.0, 1.0)
             assert texts[0] == "so 4</think><answer>5</answer>"
-            assert [row[2:] for row in scores.values] == [row[2:] for row in plain.values]
+            assert [row[3:] for row in scores.values] == [row[3:] for row in plain.values]
 
         run(body)
 

@@ -72,6 +72,15 @@ class TestBoth:
         values = function(["a b", "a b"], chosen=["a b", "c"], rejected=["c", "a b"], answer=[1, 2])
         assert values == [1.0, -1.0]
 
+    @pytest.mark.parametrize("text", ["<think>\na b", "c</think><think>a b", "<think>a b</think> "])
+    def test_thoughts_are_near_to_nothing(self, function: Any, text: str) -> None:
+        assert one(function, text, "a b", "c") == 0.0
+
+    @pytest.mark.parametrize("text", ["<think>c c</think>\n\na b", "c c</think>a b"])
+    def test_what_is_written_behind_them_counts_alone(self, function: Any, text: str) -> None:
+        assert one(function, text, "a b", "c") == 1.0
+        assert one(function, "a b", text, "<think>a b</think>c") == 1.0
+
     def test_data_without_answers_are_named(self, function: Any) -> None:
         with pytest.raises(ValueError, match="'chosen', which the data lack"):
             function(["a"], rejected=["b"])
@@ -107,6 +116,8 @@ class TestEmbedding:
         assert one(preference_embedding, "xyz", "abc", "xyz", model=str(model)) < 0
         long = "a" * 50  # of a model with 24 positions
         assert one(preference_embedding, long + "b", long + "b", long, model=str(model)) > 0
+        unfinished = "<think>abc"
+        assert one(preference_embedding, unfinished, "abc", "xyz", model=str(model)) == 0.0
 
     def test_a_model_that_is_not_there_is_named_with_the_cure(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"could not be loaded .* give option 'model'"):

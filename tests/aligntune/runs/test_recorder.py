@@ -111,10 +111,12 @@ def test_a_trouble_is_a_warning_and_an_event(
     rundir: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with recorded(rundir) as recorder:
+        recorder.cures = {"truncated": "this helps too", "kl": "that does not"}
         for step in range(1, 8):
             recorder.step(step, {"completions/truncated_fraction": 0.5})
     (warning,) = [line for line in _lines(capsys) if line.startswith("warning: ")]
     assert "rollout.max_completion_length" in warning
+    assert warning.endswith("; this helps too")
     (event,) = [e for e in read_lines(rundir.file("events.jsonl")) if e["kind"] == "trouble"]
     assert (event["step"], event["name"]) == (5, "truncated")
 
