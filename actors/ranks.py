@@ -25,6 +25,7 @@ from actors.figures import Tally, count, describe, join, over_steps, total
 from actors.liveness import Alive
 from actors.messages import Counts, GroupTensors, GroupWork, Row, UpdateJob, UpdateResult
 from actors.models.attention import settle
+from actors.models.checkpoint_names import kept_buffers
 from actors.models.loading import load_tokenizer, name_dtype, whole_model
 from actors.models.logprobs import head_calls
 from actors.models.wrapped import TrainedModel
@@ -260,10 +261,7 @@ class TrainedRank(Alive):
         folder.mkdir(parents=True, exist_ok=True)
         wrapped = self._strategy.model
         model = wrapped.unwrapped
-        persistent = model.state_dict().keys()
-        for name, buffer in model.named_buffers(remove_duplicate=False):
-            if name in persistent:  # it is part of the model
-                state[name] = buffer.detach().cpu()
+        state |= {name: buffer.cpu() for name, buffer in kept_buffers(model)}
         with writing(folder):
             whole_model(model, self._model_spec).save_pretrained(folder, state_dict=state)
             name_dtype(folder, self._model_spec.dtype)

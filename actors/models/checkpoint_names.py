@@ -25,7 +25,7 @@ def checkpoint_weights(model: Any, weights: NamedTensors) -> NamedTensors:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    weights = chain(weights, _buffers(model))
+    weights = chain(weights, kept_buffers(model))
     conversions = _conversions(model)
     if not conversions:
         yield from weights
@@ -38,10 +38,11 @@ def checkpoint_weights(model: Any, weights: NamedTensors) -> NamedTensors:
         yield from revert_weight_conversion(loaded, dict(part)).items()
 
 
-def _buffers(model: Any) -> NamedTensors:
+def kept_buffers(model: Any) -> NamedTensors:
     """The buffers that are part of the model, as biases of some routers are."""
     persistent = model.state_dict().keys()
-    return ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
+    buffers = model.named_buffers(remove_duplicate=False)
+    return ((name, buffer.detach()) for name, buffer in buffers if name in persistent)
 
 
 def _conversions(model: Any) -> list[Any]:

@@ -9,7 +9,7 @@ like the policy, so that the two agree to the bit before the first step.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -329,7 +329,8 @@ def export_model(trainer: Any, job: PreferenceJob, scratch: Path) -> None:
         state = model.state_dict()
     if job.kind == "sft":
         put_back(trainer.routing, model.config)
-    model.save_pretrained(folder, state_dict=_in_dtype(state, dtype))
+    weights = dict(model.named_parameters(remove_duplicate=False)).keys()
+    model.save_pretrained(folder, state_dict=_in_dtype(state, dtype, weights))
     name_dtype(folder, job.model.dtype)
     name_ends(folder, job.model)
     trainer.processing_class.save_pretrained(folder)
@@ -338,12 +339,19 @@ def export_model(trainer: Any, job: PreferenceJob, scratch: Path) -> None:
     Store(job.export).to_disk()
 
 
-def _in_dtype(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """`state` with its numbers in `dtype`; tied weights stay one, for they are written once."""
+def _in_dtype(
+    state: dict[str, torch.Tensor], dtype: torch.dtype, weights: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """`state` with its `weights` in `dtype`; tied ones stay one, for they are written once. A
+    buffer stays as wide as it is where its numbers need that, as biases of routers do."""
+    import torch
+
     cast: dict[tuple[Any, ...], torch.Tensor] = {}
-    for tensor in state.values():
+    for name, tensor in state.items():
         if (place := _place(tensor)) not in cast:
-            cast[place] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            narrow = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            alike = name in weights or torch.equal(narrow.to(tensor.dtype), tensor)
+            cast[place] = narrow if alike else tensor
     return {name: cast[_place(tensor)] for name, tensor in state.items()}
 
 
@@ -352,9 +360,11 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _whole(model: Any, job: PreferenceJob) -> tuple[dict[str, Any], Any]:
-    """The weights of a model in 4 bits with its adapters added, and a model to save them with."""
+    """The weights of a model in 4 bits with its adapters added, its buffers, and a model to save
+    them with."""
     import torch
 
+    from actors.models.checkpoint_names import kept_buffers
     from actors.models.loading import whole_model
     from actors.models.wrapped import TrainedModel
     from actors.strategies.state import in_place, merged_state
@@ -362,7 +372,9 @@ def _whole(model: Any, job: PreferenceJob) -> tuple[dict[str, Any], Any]:
     dtype: torch.dtype = getattr(torch, job.model.dtype)
     weights = merged_state(TrainedModel(model), dtype, in_place)
     state = {name: tensor.to("cpu", copy=True) for name, tensor in weights}
-    return state, whole_model(model.get_base_model(), job.model)
+    base = model.get_base_model()
+    state |= {name: buffer.cpu() for name, buffer in kept_buffers(base)}
+    return state, whole_model(base, job.model)
 
 
 def backend_in_use(job: PreferenceJob) -> str:

@@ -150,7 +150,10 @@ class DeepSpeedStrategy:
         engine = self._engine.checkpoint_engine
         engine.save, engine.makedirs = keep, lambda path, exist_ok=False: None
         self._engine._copy_recovery_script = lambda path: None  # a program; `load` needs none
-        self._engine.save_checkpoint(NOWHERE, tag=TAG, save_latest=False)
+        try:
+            self._engine.save_checkpoint(NOWHERE, tag=TAG, save_latest=False)
+        finally:
+            del engine.save, engine.makedirs  # or the files stay in memory, by `keep`
         files[f"rng-rank-{self.rank}.pt"] = as_file(rng_state(self.device))
         if self.rank == 0:
             files["layout.json"] = json.dumps(self._layout()).encode()

@@ -165,9 +165,9 @@ class Mirror:
         self._push_logs()
         self._store.write(f"{CHECKPOINTS}/{LATEST}", checkpoint.name.encode())
         self._pushed.add(checkpoint.name)
-        best = self._push_best(checkpoint.parent)
+        new = int(checkpoint.name.removeprefix("step-"))
+        best = self._push_best(checkpoint.parent, new)
         there = self._steps()
-        new = next(step for step, name in there.items() if name == checkpoint.name)
         earlier = [step for step in there if step < new]
         old = earlier[: max(0, len(earlier) + 1 - self._keep_last)]
         gone = [there[step] for step in there if step > new or step in old]
@@ -200,18 +200,24 @@ class Mirror:
 
         answered(self.uri, back, self._copy_seconds)
 
-    def _push_best(self, folder: Path) -> str | None:
-        """The name of the best checkpoint of those in `folder`, which is on the storage now."""
+    def _push_best(self, folder: Path, newest: int) -> str | None:
+        """The name of the best checkpoint, which is on the storage now. One that is whole in
+        `folder` is put there; one that is not, of a step up to `newest`, stays there as it was."""
         if self._best is None:
             return None
         checkpoints = Checkpoints(folder, self._keep_last, to_read=True)
+        there = [step for step in self._steps() if step <= newest]
+
+        def kept(step: int) -> bool:
+            name = f"step-{step:06d}"
+            if name not in self._pushed and checkpoints.exists(step):
+                self._store.put(folder / name, f"{CHECKPOINTS}/{name}")
+                self._pushed.add(name)
+            return name in self._pushed or step in there
+
         values = self._best.values(readable(self._rundir / EVALS))
-        step = self._best.among(values, checkpoints.folders(), lambda step: True)
-        name = None if step is None else f"step-{step:06d}"
-        if name is not None and name not in self._pushed:
-            self._store.put(folder / name, f"{CHECKPOINTS}/{name}")
-            self._pushed.add(name)
-        return name
+        step = self._best.among(values, [*checkpoints.folders(), *there], kept)
+        return None if step is None else f"step-{step:06d}"
 
     def push_model(self, folder: Path) -> None:
         """Copy the final export and the logs."""

@@ -183,6 +183,36 @@ def test_what_is_exported_of_a_mixture_says_of_its_routers_what_the_model_said(
         assert after[name] == before[name]
 
 
+@pytest.mark.parametrize("lora", [(), ("model.lora.r=2",)], ids=str)
+def test_biases_of_routers_are_exported_as_they_were_read(
+    tiny_model: Path, tmp_path: Path, lora: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "mixture"
+    shutil.copytree(tiny_model, folder)
+    model = causal_lm(
+        "Glm4Moe",
+        vocab_size=100,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+    )
+    router = model.to(torch.bfloat16).model.layers[1].mlp.gate
+    router.e_score_correction_bias = torch.nn.Buffer(torch.full((4,), 1 + 2**-12))
+    model.save_pretrained(folder)
+    before = load_file(folder / "model.safetensors")
+    trainer = made_of(folder, tmp_path, "model.dtype=bfloat16", *lora)
+    export_model(trainer, trainer.job, tmp_path / "scratch")
+    after = load_file(tmp_path / "model" / "model.safetensors")
+    wide = {name for name, tensor in before.items() if tensor.dtype == torch.float32}
+    assert wide == {"model.layers.1.mlp.gate.e_score_correction_bias"}
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+        assert after[name].dtype == tensor.dtype, name
+
+
 def held_out_by_hand(model: Path) -> dict[str, float]:
     """Means over the trained tokens of all rows, each alone in float64."""
     from transformers import AutoModelForCausalLM

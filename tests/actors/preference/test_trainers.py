@@ -24,7 +24,12 @@ from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid, relu
 
 from actors.preference.relay import PreferenceJob
-from actors.preference.trainers import _policy_and_reference, build_trainer, export_model
+from actors.preference.trainers import (
+    _policy_and_reference,
+    _whole,
+    build_trainer,
+    export_model,
+)
 from actors.preference.worker import renamed
 from aligntune.config.load import load_config
 from aligntune.config.preference import SMOOTHED, Loss, PreferenceConfig
@@ -516,6 +521,22 @@ def test_a_model_in_4_bits_is_scored_against_its_base_in_4_bits_without_adapters
         found = reference(tokens).logits
         torch.testing.assert_close(found, base(tokens).logits)
         assert not torch.allclose(found, trained(tokens).logits)
+
+
+def test_what_is_written_of_a_model_in_4_bits_has_its_buffers(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    from actors.models.loading import load_causal_lm
+
+    job = job_of(tiny_model, tmp_path, ("model.lora.r=2",))
+    model = load_causal_lm(job.model, lora=True)
+    layer = model.get_base_model().model.layers[0]
+    layer.register_buffer("layer_scalar", torch.tensor([1 + 2**-12]))
+    layer.register_buffer("scratch", torch.ones(1), persistent=False)
+    before = load_file(tiny_model / "model.safetensors")
+    state, _ = _whole(model, job)
+    assert state.keys() - before.keys() == {"model.layers.0.layer_scalar"}
+    assert torch.equal(state["model.layers.0.layer_scalar"], layer.layer_scalar)
 
 
 def test_the_seed_draws_the_adapters_and_the_same_one_the_same(build: Build) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import tracemalloc
@@ -13,7 +14,8 @@ import pytest
 from actors.storage import Store
 from aligntune.errors import UserError
 from aligntune.runs import segments
-from aligntune.runs.checkpoint import Checkpoints
+from aligntune.runs.best import Best
+from aligntune.runs.checkpoint import Checkpoints, intact
 from aligntune.runs.mirror import Mirror
 from tests.aligntune.runs.test_checkpoint import save
 
@@ -68,6 +70,30 @@ def test_as_many_copies_are_kept_as_checkpoints(home: Path, tmp_path: Path, keep
         mirror.push(home / "checkpoints" / f"step-{step:06d}")
         there = {p.name for p in (tmp_path / "bucket" / "checkpoints").glob("step-*")}
         assert there == {p.name for p in (home / "checkpoints").glob("step-*")}
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("removed", [False, True])
+def test_the_best_copy_stays_as_it_was_where_the_checkpoint_here_is_damaged_or_gone(
+    home: Path, tmp_path: Path, removed: bool, restarted: bool
+) -> None:
+    best = Best("eval/reward/mean")
+    storage = tmp_path / "bucket"
+    rows = [{"step": step, "eval/reward/mean": 1 / step} for step in range(1, 6)]
+    (home / "evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mirror = Mirror(str(storage), home, 2, 60, best)
+    push(home, mirror, 1)
+    local = home / "checkpoints" / "step-000001"
+    if removed:
+        shutil.rmtree(local)
+    else:
+        (local / "policy" / "weights").write_bytes(bytes(100))
+    for step in range(2, 6):
+        push(home, Mirror(str(storage), home, 2, 60, best) if restarted else mirror, step)
+        assert intact(storage / "checkpoints" / "step-000001"), step
+    assert not local.exists()
+    there = {path.name for path in (storage / "checkpoints").glob("step-*")}
+    assert there == {"step-000001", "step-000004", "step-000005"}
 
 
 def test_a_step_that_comes_again_takes_the_place_of_later_ones(home: Path, tmp_path: Path) -> None:
