@@ -57,6 +57,8 @@ Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 """The decay of one of Adam's means; at 1 the mean never moves."""
+LOWEST_TEMPERATURE = 0.01
+"""That tokens are drawn at, unless they are the likeliest: vLLM draws at it below it."""
 
 
 class Choice(Spec):

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from actors.engines.specs import AutoEngineSpec, EngineField
-from actors.settings import AUTO, Beta
+from actors.settings import AUTO, LOWEST_TEMPERATURE, Beta
 from actors.settings import Positive as Positive
 from actors.settings import Seconds as Seconds
 from actors.settings import Spec as Spec
@@ -134,7 +134,9 @@ class RolloutSpec(Spec):
         "as long as they stay; default: none",
     )
     resources: RoleResources = RoleResources()
-    temperature: float = Field(1.0, gt=0, description="of sampling; log-probs are taken at it too")
+    temperature: float = Field(
+        1.0, ge=LOWEST_TEMPERATURE, description="of sampling; log-probs are taken at it too"
+    )
     max_completion_length: Positive = Field(
         256,
         description="tokens, the end-of-sequence token included: the sampling budget; less by "

@@ -27,11 +27,33 @@ _OURS = {
     "worker_extension_cls": None,
     "skip_tokenizer_init": None,
     "generation_config": None,
-    "speculative_config": None,
     "enable_lora": "rollout.weight_sync",
     "max_loras": None,
     "max_cpu_loras": None,
     "max_lora_rank": "model.lora.r",
+    "lora_target_modules": "model.lora.target_modules",
+}
+
+_DRAFTS = "lets another model draft tokens, and no update gives that one its weights"
+_DRAWS = "changes what is drawn, and the policy's log-probs are those of the model alone"
+_ANOTHER = "samples from another model than the one that is trained, which reads model.name"
+_STALE = "keeps keys and values elsewhere, where those of earlier weights may stay"
+
+# What would break one of these promises too, though nothing here sets it.
+_REFUSED = {
+    "speculative_config": _DRAFTS,
+    "spec_method": _DRAFTS,
+    "spec_model": _DRAFTS,
+    "spec_tokens": _DRAFTS,
+    "logits_processors": _DRAWS,
+    "watermark_config": _DRAWS,
+    "diffusion_config": _DRAWS,
+    "override_generation_config": "would be ignored: how tokens are drawn is the run's own",
+    "model_weights": _ANOTHER,
+    "hf_config_path": _ANOTHER,
+    "hf_overrides": _ANOTHER,
+    "kv_transfer_config": _STALE,
+    "kv_offloading_backend": _STALE,
 }
 
 
@@ -62,7 +84,8 @@ def batch_limits(
 
 
 def check_engine_options(options: dict[str, Any], known: set[str]) -> None:
-    """Refuse what vLLM does not know, and what aligntune sets itself.
+    """Refuse what vLLM does not know, what aligntune sets itself, and what would make log-probs,
+    weights or versions of rollouts untrue.
 
     Raises:
         ValueError: naming the option and the cure.
@@ -75,3 +98,5 @@ def check_engine_options(options: dict[str, Any], known: set[str]) -> None:
         if name in _OURS:
             cure = f"set {_OURS[name]} instead" if _OURS[name] else "remove it"
             raise ValueError(f"rollout.engine.options: {name!r} is set by aligntune; {cure}")
+        if name in _REFUSED:
+            raise ValueError(f"rollout.engine.options: {name!r} {_REFUSED[name]}; remove it")

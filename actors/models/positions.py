@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from actors.models.auto import import_light
 from actors.models.hub import ask_once
@@ -39,6 +40,14 @@ TABLES = ("position_embeddings", "positions_embed", "embed_positions", "wpe")
 """What models call their table of learned positions."""
 
 
+class Bound(NamedTuple):
+    """How far a model reads."""
+
+    tokens: int
+    by: str = "max_position_embeddings"
+    """What says so, for people: a key of its configuration, and why."""
+
+
 def positions_of(config: Any) -> int | None:
     """Tokens that a model with this transformers configuration reads; None where nothing bounds it.
 
@@ -51,12 +60,48 @@ def positions_of(config: Any) -> int | None:
         return None
     if text.model_type in BEHIND_PADDING:
         return positions - _taken_by_padding(text)
-    scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kind, factor = scaling.get("rope_type", scaling.get("type")), scaling.get("factor")
-    if kind not in STRETCHED or not isinstance(factor, int | float):
+    scaling = _scaling(text)
+    factor = scaling.get("factor")
+    if _kind(scaling) not in STRETCHED or not isinstance(factor, int | float):
         return positions
     base = scaling.get("original_max_position_embeddings") or positions
     return max(positions, int(base * factor))
+
+
+def bound_of(config: Any, vllm: bool) -> Bound | None:
+    """As far as `positions_of` says and a token's log-prob depends on its own row alone, by one
+    model for whoever samples (with `vllm` by vLLM) and trains; None where nothing bounds it.
+
+    Some rotary frequencies change with the longest row: LongRoPE's for all tokens of a pass that
+    has a row of more than its original positions, and in vLLM for all tokens where any may have as
+    many; dynamic ones with every longer row. vLLM reads none at a position that YaRN's factor alone
+    gives.
+    """
+    if (positions := positions_of(config)) is None:
+        return None
+    text = config.get_text_config()
+    scaling = _scaling(text)
+    kind, written = _kind(scaling), text.max_position_embeddings
+    original = scaling.get("original_max_position_embeddings")
+    others = "beyond which log-probs would depend on the rows beside"
+    if kind == "longrope" and isinstance(original, int) and original < positions:
+        return Bound(original, f"original_max_position_embeddings of LongRoPE, {others}")
+    if kind == "dynamic" and written < positions:
+        return Bound(written, f"max_position_embeddings of dynamic scaling, {others}")
+    if kind == "yarn" and vllm and written < positions:
+        cure = f"to be {positions} in its config.json if vLLM is to read as far as YaRN's factor"
+        return Bound(written, f"max_position_embeddings, {cure}")
+    return Bound(positions)
+
+
+def _scaling(text: Any) -> Mapping[str, Any]:
+    """Of rotary positions, by the configuration of the text model."""
+    return getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+
+
+def _kind(scaling: Mapping[str, Any]) -> str | None:
+    kind: str | None = scaling.get("rope_type", scaling.get("type"))
+    return kind
 
 
 def _taken_by_padding(config: Any) -> int:
@@ -94,6 +139,11 @@ def configuration(spec: ModelSpec) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         raise no_configuration(spec.name, error) from error
+
+
+def model_bound(spec: ModelSpec, vllm: bool) -> Bound | None:
+    """`bound_of` the model that `spec` names. Raises ModelError without a configuration."""
+    return bound_of(configuration(spec), vllm)
 
 
 def model_positions(spec: ModelSpec) -> int | None:

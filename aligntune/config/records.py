@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from actors.specs import Positive, Spec
+from actors.settings import LOWEST_TEMPERATURE, Positive, Spec
 
 
 class CheckpointSpec(Spec):
@@ -69,7 +69,16 @@ class EvalSpec(Spec):
     at_start: bool = Field(True, description="before the first step")
     at_end: bool = Field(True, description="after the last step")
     completions: Positive = Field(1, description="per prompt")
-    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+    temperature: float = Field(
+        0.0, ge=0, description=f"0 is greedy; above it {LOWEST_TEMPERATURE} is the lowest"
+    )
+
+    @field_validator("temperature")
+    @classmethod
+    def _can_be_drawn_at(cls, temperature: float) -> float:
+        if 0 < temperature < LOWEST_TEMPERATURE:
+            raise ValueError(f"give 0, which is greedy, or {LOWEST_TEMPERATURE} or more")
+        return temperature
 
 
 class TrackingSpec(Spec):

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from actors.engines.specs import TransformersSpec
 from actors.environments.specs import EpisodeCode
 from actors.models.loading import (
     ModelError,
@@ -19,8 +20,8 @@ from actors.models.loading import (
     check_place,
     load_tokenizer,
 )
-from actors.models.positions import model_positions
-from actors.models.templates import check_given, thinks
+from actors.models.positions import Bound, model_bound
+from actors.models.templates import check_given, thinks, turn_ends
 from actors.reward import Criterion
 from actors.scoring.criteria import EpisodeCriterion
 from actors.scoring.model import RewardModelCriterion
@@ -41,7 +42,7 @@ from aligntune.decisions import Decision, events, told
 from aligntune.errors import UserError
 from aligntune.online.episodes import UserCode, check_rows
 from aligntune.online.first_prompt import NOTE, try_rewards
-from aligntune.online.settle import settle_data
+from aligntune.online.settle import decoding_set, settle_data
 from aligntune.online.settle_resources import settle_resources
 from aligntune.rewards.registry import check_columns, check_names, from_callable, resolve_all
 from aligntune.runs.measure import measure, scored_by
@@ -102,13 +103,15 @@ class RunInputs:
             criteria = self._resolve() if self.config.rewards else ()
             of_model = (*self.settle_model(), *self._settle_template(resume, criteria))
             asks_data = not self.config.rewards or self.config.rollout.max_prompt_length is None
+            positions, bounded_by = self._bound or (None, "")
             self.config, of_data = settle_data(
                 self.config,
                 self._rows.lengths if asks_data else (),
                 self._rows.pairs if asks_data else False,
-                self._positions(),
+                positions,
                 _recorded(self.config, resume),
                 self._itself,
+                bounded_by,
             )
             self._decisions = (*of_model, *of_data)
         return self._decisions
@@ -316,8 +319,14 @@ class RunInputs:
         ]
         drawn = [config.eval.completions, config.eval.temperature]
         played = config.model_dump(mode="json", include={"tools", "environment", "agent"})
-        turns = [config.episodes.max_turns, config.episodes.max_tool_calls]
+        turns: list[Any] = [config.episodes.max_turns, config.episodes.max_tool_calls]
         length = config.rollout.max_completion_length
+        positions, _ = self._bound or (None, "")
+        # Where all of this is as by default, runs of earlier versions have a measure without it.
+        writes = config.data.apply_chat_template or config.plays
+        ends = turn_ends(self.tokenizer) if writes else ()
+        if changed := decoding_set(config, positions, ends):
+            turns.append(changed)
         return measure(held_out.fingerprint, rewards, drawn, length, played, turns)
 
     @property
@@ -360,17 +369,22 @@ class RunInputs:
         assert longest is not None, "settled before"
         return longest
 
-    def _positions(self) -> int | None:
-        """Tokens that every model which reads the policy's has positions for; None: no bound."""
+    @cached_property
+    def _bound(self) -> Bound | None:
+        """As far as every model reads which reads the policy's tokens; None: no bound."""
         config, needs = self.config, self.config.algorithm.needs
+        vllm = not isinstance(config.rollout.engine, TransformersSpec)  # auto may become it
         named = [config.model.name]
         named += [config.reference.model] if needs.reference and config.reference.model else []
         named += [config.critic.model] if needs.critic and config.critic.model else []
         try:
-            found = [model_positions(config.model.renamed(name)) for name in named]
+            found = [
+                model_bound(config.model.renamed(name), vllm and name == config.model.name)
+                for name in named
+            ]
         except ModelError as error:
             raise UserError(str(error)) from error
-        return min((positions for positions in found if positions is not None), default=None)
+        return min((bound for bound in found if bound is not None), default=None)
 
 
 def _start(resume: str) -> str:

@@ -8,9 +8,10 @@ that goes on keeps what it began with.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from actors.environments.specs import EpisodesSpec
 from actors.specs import RewardFunctionSpec
 from aligntune.config.episodes import ENVIRONMENT, scores_itself
 from aligntune.config.online import RunConfig
@@ -29,6 +30,7 @@ def settle_data(
     positions: int | None,
     previous: Mapping[str, Any] | None = None,
     itself: str | None = None,
+    bounded_by: str = "max_position_embeddings",
 ) -> tuple[RunConfig, tuple[Decision, ...]]:
     """The config with its rewards and token budgets settled, and what was decided.
 
@@ -38,6 +40,7 @@ def settle_data(
         positions: tokens that the model can read, None where nothing bounds it.
         previous: the config tree of the run in `output_dir`, if there is one.
         itself: why the run is rewarded by what its environment or agent says, where it is.
+        bounded_by: what says so of the positions.
 
     Raises:
         UserError: no reward, and the data give none; budgets beyond the positions.
@@ -48,10 +51,12 @@ def settle_data(
     rollout = config.rollout.model_copy(
         update={decision.path.partition(".")[2]: decision.value for decision in budgets}
     )
-    _check_positions(rollout.max_prompt_length or 0, rollout.max_completion_length, positions)
+    _check_positions(
+        rollout.max_prompt_length or 0, rollout.max_completion_length, positions, bounded_by
+    )
     settled = config.model_copy(update={"rewards": rewards, "rollout": rollout})
     if config.plays:
-        row = _row(settled, positions, (previous or {}).get("episodes") or {})
+        row = _row(settled, positions, (previous or {}).get("episodes") or {}, bounded_by)
         budgets += row
         for decision in row:
             episodes = config.episodes.model_copy(update={"max_tokens": decision.value})
@@ -59,9 +64,36 @@ def settle_data(
     return settled, (*reward_decisions, *budgets)
 
 
-def _row(config: RunConfig, positions: int | None, before: Mapping[str, Any]) -> list[Decision]:
+def decoding_set(config: RunConfig, positions: int | None, ends: Sequence[int]) -> dict[str, Any]:
+    """What of the settled config decides where completions end and is not as it is by default.
+    `ends` are the tokens by which the chat template ends a turn."""
+    own = config.episodes
+    changed: dict[str, Any] = {}
+    if config.plays:
+        if own.max_tokens != _default_row(config, positions):
+            changed["max_tokens"] = own.max_tokens
+        if own.max_output_characters != EpisodesSpec().max_output_characters:
+            changed["max_output_characters"] = own.max_output_characters
+    stops = {*(config.model.stop_token_ids or ())}
+    if stops - {*ends[:1]}:
+        changed["stop_token_ids"] = sorted(stops)
+    return changed
+
+
+def _default_row(config: RunConfig, positions: int | None) -> int:
+    """`episodes.max_tokens` where it is open: twice the budgets of prompt and completion, as far
+    as the model has positions."""
+    longest = 2 * config.rollout.max_length
+    return longest if positions is None else min(longest, positions)
+
+
+def _row(
+    config: RunConfig, positions: int | None, before: Mapping[str, Any], bounded_by: str
+) -> list[Decision]:
     """`episodes.max_tokens`, where it is open. Raises UserError where it does not fit."""
-    prompt, asked = config.rollout.max_prompt_length or 0, config.episodes.max_tokens
+    prompt, given = config.rollout.max_prompt_length or 0, config.episodes.max_tokens
+    kept = before.get("max_tokens")
+    asked = kept if given is None and isinstance(kept, int) else given
     if asked is not None:
         if asked <= prompt:
             raise UserError(
@@ -70,16 +102,13 @@ def _row(config: RunConfig, positions: int | None, before: Mapping[str, Any]) ->
         if positions is not None and asked > positions:
             raise UserError(
                 f"{ROW}={asked} is more than the {positions} tokens that the model reads "
-                f"(max_position_embeddings); lower it to {positions} or less"
+                f"({bounded_by}); lower it to {positions} or less"
             )
-        return []
-    kept = before.get("max_tokens")
-    if isinstance(kept, int):
-        return [Decision(ROW, kept, KEPT)]
-    value = 2 * config.rollout.max_length
+        return [Decision(ROW, asked, KEPT)] if given is None else []
+    value = _default_row(config, positions)
     why = "the budgets of prompt and completion, and as much again for what tools say"
-    if positions is not None and positions < value:
-        value, why = positions, f"the positions of the model; {why}, do not fit"
+    if value < 2 * config.rollout.max_length:
+        why = f"the positions of the model; {why}, do not fit"
     return [Decision(ROW, value, why)]
 
 
@@ -154,7 +183,7 @@ def _budgets(
     return made
 
 
-def _check_positions(prompt: int, completion: int, positions: int | None) -> None:
+def _check_positions(prompt: int, completion: int, positions: int | None, bounded_by: str) -> None:
     """Refuse budgets that the model has no positions for (UserError)."""
     if positions is None or prompt + completion <= positions:
         return
@@ -166,5 +195,5 @@ def _check_positions(prompt: int, completion: int, positions: int | None) -> Non
     cure = " or ".join(fits) or f"both, to {positions} together"
     raise UserError(
         f"{PROMPT}={prompt} and {COMPLETION}={completion} are {prompt + completion} tokens, and "
-        f"the model reads {positions} (max_position_embeddings): lower {cure}"
+        f"the model reads {positions} ({bounded_by}): lower {cure}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import dataclasses
 import os
 import select
 import signal
@@ -72,6 +73,36 @@ def test_every_option_of_vllms_that_aligntune_sets_is_refused_from_a_config():
     for name in ours:
         with pytest.raises(ValueError, match=f"'{name}' is set by aligntune"):
             vllm_options.check_engine_options({name: None}, ours)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("speculative_config", "no update gives that one its weights; remove it"),
+        ("spec_method", "no update gives that one its weights; remove it"),
+        ("spec_tokens", "no update gives that one its weights; remove it"),
+        ("watermark_config", "changes what is drawn"),
+        ("logits_processors", "changes what is drawn"),
+        ("override_generation_config", "would be ignored"),
+        ("hf_overrides", "another model than the one that is trained"),
+        ("kv_transfer_config", "those of earlier weights may stay"),
+        ("lora_target_modules", r"set model\.lora\.target_modules instead"),
+    ],
+)
+def test_an_option_that_would_make_rollouts_untrue_is_refused(name: str, why: str):
+    from actors.engines.vllm_options import check_engine_options
+
+    with pytest.raises(ValueError, match=f"'{name}' .*{why}"):
+        check_engine_options({name: None}, {name})
+
+
+@pytest.mark.slow
+def test_every_option_that_is_refused_is_one_of_vllms():
+    arg_utils = pytest.importorskip("vllm.engine.arg_utils")
+    from actors.engines import vllm_options
+
+    known = {field.name for field in dataclasses.fields(arg_utils.AsyncEngineArgs)}
+    assert {*vllm_options._OURS, *vllm_options._REFUSED} <= known
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MPNetConfig,
+    Phi3Config,
     Qwen2Config,
     RobertaConfig,
 )
@@ -27,6 +29,9 @@ from transformers.models.auto.modeling_auto import (
 from actors.models.loading import ModelError
 from actors.models.positions import (
     BEHIND_PADDING,
+    Bound,
+    bound_of,
+    model_bound,
     model_positions,
     positions_in_table,
     positions_of,
@@ -70,6 +75,56 @@ def test_positions_of_configurations(config: Any, positions: int | None) -> None
     assert positions_of(config) == positions
 
 
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "of_vllm", "of_transformers", "by"),
+    [
+        (Qwen2Config(max_position_embeddings=1000), 1000, 1000, "max_position_embeddings"),
+        (BloomConfig(), None, None, ""),
+        (
+            Phi3Config(
+                max_position_embeddings=8192,
+                original_max_position_embeddings=1024,
+                rope_parameters=dict(LONG),
+            ),
+            1024,
+            1024,
+            "original_max_position_embeddings of LongRoPE, .* the rows beside",
+        ),
+        (
+            LlamaConfig(max_position_embeddings=1000, rope_parameters=dict(DYNAMIC)),
+            1000,
+            1000,
+            "max_position_embeddings of dynamic scaling, .* the rows beside",
+        ),
+        (
+            Qwen2Config(max_position_embeddings=1000, rope_parameters=dict(YARN)),
+            1000,
+            4000,
+            r"to be 4000 in its config\.json",
+        ),
+        (
+            Qwen2Config(max_position_embeddings=4000, rope_parameters=dict(YARN)),
+            4000,
+            4000,
+            "max_position_embeddings$",
+        ),
+    ],
+    ids=["plain", "alibi", "longrope", "dynamic", "yarn", "yarn-written"],
+)
+def test_as_far_as_a_row_has_the_same_log_probs_whatever_is_beside_it_and_whoever_computes_them(
+    config: Any, of_vllm: int | None, of_transformers: int | None, by: str
+) -> None:
+    found = bound_of(config, vllm=True)
+    assert (found and found.tokens) == of_vllm
+    assert found is None or re.search(by, found.by)
+    elsewhere = bound_of(config, vllm=False)
+    assert (elsewhere and elsewhere.tokens) == of_transformers
+
+
 @pytest.mark.parametrize(
     "kind", sorted({"albert", "bert", "deberta-v2", "distilbert", "gpt2", "opt", *BEHIND_PADDING})
 )
@@ -105,5 +160,6 @@ def test_every_classifier_of_transformers_whose_positions_begin_behind_padding_i
 
 def test_of_a_folder(tiny_model: Path, tmp_path: Path) -> None:
     assert model_positions(ModelSpec(name=str(tiny_model))) == 64
+    assert model_bound(ModelSpec(name=str(tiny_model)), vllm=True) == Bound(64)
     with pytest.raises(ModelError, match="no usable configuration"):
         model_positions(ModelSpec(name=str(tmp_path)))

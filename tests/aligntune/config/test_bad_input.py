@@ -215,6 +215,13 @@ def test_a_number_that_is_not_finite(fail: Fail, change: str) -> None:
     assert "finite" in error
 
 
+@pytest.mark.parametrize("key", ["rollout.temperature", "eval.temperature"])
+def test_a_temperature_that_vllm_would_raise(fail: Fail, key: str) -> None:
+    error = fail(f"{key}=0.005")
+    assert key in error
+    assert "0.01" in error
+
+
 def test_an_option_that_does_not_fit_the_run_is_named_as_the_algorithm_s(fail: Fail) -> None:
     small = ("train.groups_per_step=2", "train.groups_per_minibatch=2")
     error = fail("algorithm.metric=corect", *small, algorithm="dapo")

@@ -116,6 +116,8 @@ def test_a_row_s_tokens_are_settled_within_the_positions() -> None:
     assert "positions" in decisions[-1].why
     kept, _ = settle_data(made, (), False, 80, {"episodes": {"max_tokens": 60}})
     assert kept.episodes.max_tokens == 60
+    with pytest.raises(UserError, match=r"max_tokens=90 is more than the 80 .*lower it to 80"):
+        settle_data(made, (), False, 80, {"episodes": {"max_tokens": 90}})
     for tokens, said in ((30, "leaves nothing"), (90, "more than the 80")):
         wrong = made.model_copy(
             update={"episodes": made.episodes.model_copy(update={"max_tokens": tokens})}

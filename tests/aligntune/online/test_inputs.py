@@ -25,9 +25,11 @@ from aligntune.config.tree import dump
 from aligntune.errors import UserError
 from aligntune.online import settle_resources
 from aligntune.online.first_prompt import NOTE, try_rewards
+from aligntune.online.inputs import RunInputs
 from aligntune.online.trainer import OnlineTrainer
 from aligntune.preference import settle_workers
 from aligntune.preference.trainer import PreferenceTrainer
+from aligntune.runs.measure import measure
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
 from cluster.machines import Machines
@@ -186,6 +188,26 @@ def test_held_out_rows_are_dropped_and_counted_too(make: Any, pairs: Path) -> No
     trainer.check()
     assert len(trainer.eval_prompts) == 20
     assert "eval: 2 of 22 rows dropped" in trainer.summary()
+
+
+@pytest.mark.slow
+def test_a_measure_is_another_where_completions_end_otherwise(make: Any, pairs: Path) -> None:
+    held_out = shutil.copy(pairs, pairs.with_name("held.jsonl"))
+
+    def inputs(*overrides: str) -> RunInputs:
+        given = (f"data.eval_path={held_out}", "rollout.max_completion_length=8", *overrides)
+        trainer = make("grpo", overrides=[*given])
+        trainer.check()
+        return trainer.inputs
+
+    plain = inputs()
+    assert plain.held_out is not None
+    nothing = {"tools": [], "environment": None, "agent": None}
+    before = measure(
+        plain.held_out.fingerprint, [{"function": "preference"}], [1, 0.0], 8, nothing, [16, 32]
+    )
+    assert plain.measure == before, "as versions had it that did not look"
+    assert inputs("model.stop_token_ids=[5]").measure != before
 
 
 def test_ppo_on_preferences_needs_a_reward_model(make: Any) -> None:

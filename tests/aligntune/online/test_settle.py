@@ -13,7 +13,7 @@ from aligntune.config.online import RunConfig
 from aligntune.config.preference import PreferenceConfig
 from aligntune.decisions import Decision
 from aligntune.errors import UserError
-from aligntune.online.settle import settle_data
+from aligntune.online.settle import decoding_set, settle_data
 from aligntune.preference.settle import settle_max_length
 
 TREE: dict[str, Any] = {
@@ -37,6 +37,41 @@ def settled(
     assert isinstance(config, RunConfig)
     found, decisions = settle_data(config, lengths or [10], pairs, positions, previous)
     return found, {decision.path: decision for decision in decisions}
+
+
+TOOLS: dict[str, Any] = {"tools": ["m:f"]}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tree", "ends", "changed"),
+    [
+        ([], {}, [7], {}),
+        (["model.stop_token_ids=[7]"], {}, [7, 8], {}),  # as the template has it
+        (["model.stop_token_ids=[8]"], {}, [7, 8], {"stop_token_ids": [8]}),
+        (["model.stop_token_ids=[9, 7]"], {}, [7], {"stop_token_ids": [7, 9]}),
+        ([], TOOLS, [], {}),
+        (["episodes.max_tokens=40"], TOOLS, [], {}),  # what it is by default
+        (["episodes.max_tokens=39"], TOOLS, [], {"max_tokens": 39}),
+        (
+            ["episodes.max_output_characters=99"],
+            TOOLS,
+            [],
+            {"max_output_characters": 99},
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("positions", [None, 40])
+def test_a_measure_has_what_of_decoding_is_not_as_by_default(
+    overrides: list[str],
+    tree: dict[str, Any],
+    ends: list[int],
+    changed: dict[str, Any],
+    positions: int | None,
+) -> None:
+    budgets = [f"{PROMPT}=10", f"{COMPLETION}={10 if positions is None else 20}"]
+    config, _ = settled(*budgets, *overrides, positions=positions, **tree)
+    assert decoding_set(config, positions, ends) == changed
 
 
 PROMPT, COMPLETION = "rollout.max_prompt_length", "rollout.max_completion_length"
@@ -100,6 +135,9 @@ class TestBudgets:
         )
         with pytest.raises(UserError, match="lower both, to 64 together"):
             settled(f"{PROMPT}=64", f"{COMPLETION}=64", positions=64)
+        config, _ = settled(f"{PROMPT}=60", f"{COMPLETION}=30")
+        with pytest.raises(UserError, match=r"reads 64 \(its config says so\): lower"):
+            settle_data(config, (), False, 64, bounded_by="its config says so")
 
     def test_a_run_that_goes_on_keeps_what_it_has(self) -> None:
         before = {"rollout": {"max_prompt_length": 33, "max_completion_length": 44}}
