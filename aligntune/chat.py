@@ -12,6 +12,7 @@ from actors.models.positions import positions_of
 from actors.models.templates import give
 from actors.scoring.model import tokens_of
 from aligntune.errors import UserError
+from aligntune.heads import writes_text
 from aligntune.runs.reading import open_run
 
 NO_ROOM = "\n(no room on the GPU; on the CPU, from the beginning)\n"
@@ -97,9 +98,8 @@ class Conversation:
             config = AutoConfig.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise _not_loaded(folder, error) from error
-        kinds = config.architectures or []
-        if not any("CausalLM" in kind for kind in kinds):
-            what = ", ".join(kinds) or "model of no known kind"
+        if not writes_text(config.architectures):
+            what = ", ".join(config.architectures or ()) or "model of no known kind"
             raise UserError(f"the model in {folder} writes no text: it is a {what}")
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)

@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 the input is wrong; 1 the run failed; 130 or 143 stopped b
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shlex
@@ -138,6 +139,9 @@ def _fail(code: int, message: str) -> NoReturn:
 def console() -> None:
     """`main` as the process: it ends at once, also while a storage or tracker has not answered."""
     cycles.seldom()
+    out = sys.stdout
+    if isinstance(out, io.TextIOWrapper) and out.errors == "strict":
+        out.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
     try:
         main()
     finally:

@@ -92,6 +92,7 @@ def chat(
     """
     from aligntune.chat import Conversation, TooLong, asked_by_run, model_folder
     from aligntune.errors import UserError
+    from aligntune.report.terminal import visible
     from aligntune.runs.reading import open_run
     from aligntune.tracking.lines import cut
 
@@ -130,7 +131,7 @@ def chat(
             note("(a new conversation)")
             continue
         try:
-            conversation.answer(line, lambda piece: typer.echo(piece, nl=False))
+            conversation.answer(line, lambda piece: typer.echo(visible(piece), nl=False))
         except TooLong as full:
             note(str(full))
         typer.echo()

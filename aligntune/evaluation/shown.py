@@ -63,10 +63,14 @@ def comparison_lines(found: Comparison) -> list[str]:
             "",
             f"row {pair.row}: A {pair.a.score:.4g}, B {pair.b.score:.4g}",
             f"  prompt: {cut(pair.prompt, SHOWN_CHARACTERS)}",
-            f"  A: {cut(pair.a.text or '(lost)', SHOWN_CHARACTERS)}",
-            f"  B: {cut(pair.b.text or '(lost)', SHOWN_CHARACTERS)}",
+            f"  A: {_said(pair.a.text)}",
+            f"  B: {_said(pair.b.text)}",
         ]
     return lines
+
+
+def _said(text: str | None) -> str:
+    return "(lost)" if text is None else cut(text, SHOWN_CHARACTERS) or "(empty)"
 
 
 def estimated(found: Estimate | None) -> str:

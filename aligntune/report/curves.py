@@ -125,6 +125,7 @@ LEARNING = (
         "Loss",
         "",
         (
+            ("loss", "training"),
             ("loss/total", "total"),
             ("loss/policy", "policy"),
             ("loss/value", "value"),
@@ -226,7 +227,7 @@ COMPLETIONS = (
     ),
 )
 
-STAGES = ("rollout", "reward", "reference", "prepare", "update", "weight_sync", "tools")
+STAGES = ("rollout", "reward", "reference", "prepare", "update", "weight_sync")
 
 SPEED = (
     Chart(
@@ -238,6 +239,12 @@ SPEED = (
         ),
         "Wall time of a step with at least one such call running. Stages overlap where staleness "
         "is above 0, so they do not add up to the step.",
+    ),
+    _chart(
+        "Time in tools",
+        "s of an episode",
+        (("time/tools", "mean"),),
+        "In which the policy waits for tools and environment. Other episodes go on meanwhile.",
     ),
     Chart(
         "Idle",

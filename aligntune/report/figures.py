@@ -7,15 +7,21 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from aligntune.runs.measure import KEY
+
 POINTS = 2000  # steps of a curve that a page holds; of more, every k-th
 BINS = 24
 
 Row = Mapping[str, Any]
 
 
+LABELS = {"step", "version", KEY}
+"""What a row has beside its figures."""
+
+
 def names(rows: Sequence[Row]) -> set[str]:
     """The metrics in some rows of metrics.jsonl or evals.jsonl."""
-    return {name for row in rows for name in row if "/" in name}
+    return {name for row in rows for name in row} - LABELS
 
 
 def thinned(rows: Sequence[Row], most: int = POINTS) -> list[Row]:

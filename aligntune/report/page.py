@@ -26,6 +26,7 @@ from aligntune.report import curves, figures
 from aligntune.report.settings import settings
 from aligntune.report.summary import duration, summary
 from aligntune.runs.reading import RunOnDisk
+from aligntune.tracking.metrics import WENT_WRONG
 
 SCRIPTS = ("base.js", "charts.js", "diff.js", "samples.js", "page.js")
 STYLES = ("page.css",)
@@ -156,6 +157,7 @@ def _events(run: RunOnDisk, name: str) -> dict[str, Any]:
             "at": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"])),
             "kind": event["kind"],
             "usual": event["kind"] in STARTS,
+            "odd": event["kind"] in WENT_WRONG,
             "fields": [
                 (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
                 for key, value in event.items()

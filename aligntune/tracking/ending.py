@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from aligntune.heads import writes_text
 from aligntune.runs.jsonl import read_lines, readable
 from aligntune.runs.measure import comparable
 from aligntune.tracking import lines
@@ -64,10 +65,10 @@ def what_next(output_dir: Path, model: Path) -> list[str]:
 
 
 def _writes(model: Path) -> bool:
-    """Whether a saved model writes text: a reward model, or an adapter alone, does not."""
+    """Whether the model saved in this folder does."""
     config = model / "config.json"
     said = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    return any("CausalLM" in kind for kind in said.get("architectures") or [])
+    return writes_text(said.get("architectures"))
 
 
 def _short(path: Path) -> str:

@@ -58,6 +58,33 @@ class EventKind(StrEnum):
     NOT_COPIED = "not_copied"  # checkpoint.storage did not take something; `reason` says why
 
 
+WENT_WRONG = frozenset(
+    {
+        EventKind.GROUP_RETRIED,
+        EventKind.GROUP_QUARANTINED,
+        EventKind.REPLICA_SILENT,
+        EventKind.REPLICA_LOST,
+        EventKind.WEIGHTS_REFUSED,
+        EventKind.POLICY_LOST,
+        EventKind.STALLED,
+        EventKind.NOT_EVALUATED,
+        EventKind.CHECKPOINT_FAILED,
+        EventKind.CHECKPOINT_DAMAGED,
+        EventKind.LINES_DAMAGED,
+        EventKind.LEDGER_DAMAGED,
+        EventKind.TRACKER_FAILED,
+        EventKind.NOT_SHOWN,
+        EventKind.TROUBLE,
+        EventKind.CARD_FAILED,
+        EventKind.NOT_PUSHED,
+        EventKind.REPORT_FAILED,
+        EventKind.FIGURES_OVERFLOWED,
+        EventKind.NOT_COPIED,
+    }
+)
+"""The events that a report marks."""
+
+
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from aligntune.chat import NO_ROOM, Asking, Conversation, TooLong, asked_by_run,
 from aligntune.cli import app
 from aligntune.errors import UserError
 from aligntune.quickstart.task import make_model, make_tokenizer
+from tests.actors.policy_cases import VOCABULARY, make_composite_folder, make_model_folder
 from tests.aligntune.data.conftest import byte_tokenizer
 
 
@@ -141,6 +143,25 @@ def test_a_model_that_writes_no_text_is_refused(tiny_model: Path, tmp_path: Path
         Conversation(tmp_path, Asking(), 0.0, 5)
 
 
+@pytest.mark.parametrize("made", ["GPT2LMHeadModel", "Gemma3ForConditionalGeneration"])
+def test_a_model_that_writes_is_talked_to_whatever_it_was_saved_as(
+    made: str, tmp_path: Path
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    words, folder = make_model_folder(tmp_path / "words"), tmp_path / "model"
+    if made == "GPT2LMHeadModel":
+        shutil.copytree(words, folder)
+        sizes = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+        GPT2LMHeadModel(sizes).save_pretrained(folder)
+    else:
+        make_composite_folder(folder, words)
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [made]
+    heard: list[str] = []
+    said = Conversation(folder, Asking(), 0.0, 3).answer("w5 w6", heard.append)
+    assert said == "".join(heard)
+
+
 def test_of_the_folders_generation_config_nothing_but_the_ends_holds(
     talker: Path, conversation: Conversation, tmp_path: Path
 ) -> None:
@@ -238,6 +259,18 @@ def test_the_model_of_a_checkpoint_is_made_beside_it_and_goes_again(
 
     refused = CliRunner().invoke(app, ["chat", str(talker), *keys])
     assert "cluster.address=local would do nothing without --checkpoint" in str(refused.exception)
+
+
+def test_what_a_model_writes_is_shown_and_acts_on_no_terminal(
+    talker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(self: Conversation, text: str, say: Callable[[str], None]) -> None:
+        say("\x1b]0;title\x07a\rb\n\tc\ud800")
+
+    monkeypatch.setattr(Conversation, "answer", answer)
+    done = CliRunner().invoke(app, ["chat", str(talker)], input="7\n")
+    assert done.exit_code == 0, done.output
+    assert "<U+001B>]0;title<U+0007>a<U+000D>b\n\tc<U+D800>\n" in done.stdout
 
 
 def test_the_command_answers_line_by_line_until_the_input_ends(talker: Path) -> None:

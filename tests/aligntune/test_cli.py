@@ -20,16 +20,19 @@ from aligntune.algorithms import registry
 from aligntune.cli import COMMANDS, main
 from aligntune.commands.train_cli import ALGORITHMS, trainer_of
 from aligntune.names import PREFERENCE
+from tests.aligntune.report.written import group, lines, online_run
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-def aligntune(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+def aligntune(
+    *arguments: str, cwd: Path = REPOSITORY, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """`python -m aligntune ARGUMENTS`."""
     return subprocess.run(
         [sys.executable, "-m", "aligntune", *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -52,6 +55,15 @@ def test_a_signal_before_a_run_has_begun_is_its_exit_code(
         main(["train", "config.yaml"])
     assert ended.value.code == 143
     assert capsys.readouterr().err == "aligntune: stopped; no run had begun\n"
+
+
+@pytest.mark.slow
+def test_what_a_terminal_has_no_characters_for_is_a_mark_and_no_error(tmp_path: Path) -> None:
+    run = online_run(tmp_path / "run", steps=1)
+    lines(run / "samples.jsonl", [group(1, 0, texts=["says 正确"])])
+    done = aligntune("samples", str(run), PYTHONIOENCODING="latin-1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "says ??" in done.stdout
 
 
 @pytest.mark.slow

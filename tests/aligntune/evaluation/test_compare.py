@@ -15,6 +15,7 @@ from aligntune.cli import app
 from aligntune.errors import UserError
 from aligntune.evaluation.compare import Comparison, compared
 from aligntune.evaluation.read import both, read_evaluated
+from aligntune.evaluation.shown import comparison_lines
 from aligntune.evaluation.store import Decoded, Summary, write_evaluation
 from aligntune.evaluation.summary import Success
 from tests.aligntune.report.written import online_run, preference_run, sft_run
@@ -47,6 +48,12 @@ def test_prompts_are_won_lost_and_tied_by_the_mean_of_their_completions() -> Non
     assert (found.p, found.test) == (1.0, "sign test")
     assert [pair.row for pair in found.examples] == [1, 0, 2], "the largest difference first"
     assert found.examples[0].b.text == "says 0.0"
+
+
+def test_an_empty_completion_is_told_apart_from_one_that_was_lost() -> None:
+    first, second = [row(0, 0.0)], [row(0, 1.0)]
+    first[0]["completions"][0]["text"], second[0]["completions"][0]["text"] = "", None
+    assert comparison_lines(against(first, second))[-2:] == ["  A: (empty)", "  B: (lost)"]
 
 
 def test_a_reward_that_is_called_as_the_sum_or_the_verdict_is_compared_by_its_path() -> None:

@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 
 from aligntune.commands.look_cli import report
 from aligntune.errors import UserError
-from aligntune.report.page import EVENTS, embedded
+from aligntune.report.page import EVENTS, STARTS, embedded
 from aligntune.report.settings import settings as of_runs
 from aligntune.report.write import write_report
 from aligntune.runs.reading import open_run
+from aligntune.tracking.metrics import EventKind
 from tests.aligntune.report.written import (
     HOSTILE,
     figures,
@@ -223,6 +224,10 @@ def test_a_preference_job_has_its_own_curves_and_no_samples(tmp_path: Path) -> N
     assert "Held-out accuracy went from 0.500 to 0.900." in page.said
     titles = {chart["title"] for chart in page.data["charts"]}
     assert {"Accuracy", "Margin", "Chosen and rejected", "Loss"} <= titles
+    drawn = {chart["title"]: chart["curves"] for chart in page.data["charts"]}
+    assert [curve["label"] for curve in drawn["Loss"]] == ["training", "held-out"]
+    assert page.data["runs"][0]["steps"]["values"]["loss"][-1] == 0.093381
+    assert "epoch" in titles
     assert "Samples" not in page.said
 
 
@@ -287,6 +292,27 @@ def _luminance(colour: str) -> float:
 def _contrast(one: str, other: str) -> float:
     low, high = sorted((_luminance(one), _luminance(other)))
     return (high + 0.05) / (low + 0.05)
+
+
+def test_every_event_by_which_something_went_wrong_is_marked(tmp_path: Path) -> None:
+    run = online_run(tmp_path / "run", steps=1)
+    lines(run / "events.jsonl", [{"time": 1.0, "kind": kind} for kind in EventKind])
+    text = write_report([run]).read_text()
+    items = re.findall(r'<li class="(\w*)">\s*<time.*?</time>\s*<div><b>([a-z ]+)</b>', text)
+    marks = {name.replace(" ", "_"): mark for mark, name in items}
+    assert marks.keys() == set(EventKind)
+    assert {kind for kind, mark in marks.items() if mark == "usual"} == {*STARTS}
+    assert {kind for kind, mark in marks.items() if not mark} == {
+        "rows_dropped",
+        "resumed",
+        "run_stopped",
+        "run_finished",
+        "replica_restarted",
+        "replica_joined",
+        "policy_rebuilt",
+        "checkpoint_saved",
+        "pushed",
+    }
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

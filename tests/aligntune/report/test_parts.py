@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from aligntune.report.curves import COMPLETIONS, LEARNING, SPEED, parts
 from aligntune.report.figures import columns, histogram, quarters, rounded, thinned
 from aligntune.report.summary import duration, evaluated, sessions, stages, summary
+from aligntune.runs.measure import KEY
 from aligntune.runs.reading import open_run
 from tests.aligntune.report.written import lines, online_run, sft_run
 
@@ -55,7 +56,8 @@ def test_figures_are_thinned_to_the_last() -> None:
 
 
 def test_a_figure_that_a_row_has_not_is_a_gap() -> None:
-    assert columns([{"step": 1, "a/b": 1.0}, {"step": 2, "a/c": 0.123456789}]) == {
+    rows = [{"step": 1, "version": 1, KEY: "0123", "a/b": 1.0}, {"step": 2, "a/c": 0.123456789}]
+    assert columns(rows) == {
         "steps": [1, 2],
         "values": {"a/b": [1, None], "a/c": [None, 0.12346]},
     }
@@ -187,7 +189,8 @@ def test_a_run_without_an_end_has_lasted_until_its_last_step_or_until_now(
 
 
 def test_a_stage_is_a_share_of_the_steps_and_idle_comes_last() -> None:
-    rows = [{"step": 1, "time/step": 10.0, "time/rollout": 4.0, "time/idle_policy": 9.0}] * 2
+    row = {"step": 1, "time/step": 10.0, "time/rollout": 4.0, "time/idle_policy": 9.0}
+    rows = [row | {"time/tools": 25.0}] * 2  # of an episode, of which many are played at once
     assert [(s.name, s.seconds, s.share) for s in stages(rows)] == [
         ("rollout", 8.0, 0.4),
         ("trainer idle", 18.0, 0.9),

@@ -204,13 +204,14 @@ def preference_run(folder: Path) -> Path:
         row: dict[str, Any] = {"step": step}
         if step:
             row |= {
-                "loss/total": 0.69 * math.exp(-step / 20),
+                "loss": 0.69 * math.exp(-step / 20),
                 "reward/accuracy": min(1.0, 0.5 + step / 60),
                 "reward/margin": step / 50,
                 "reward/chosen": step / 100,
                 "reward/rejected": -step / 100,
                 "policy/grad_norm": 1.0,
                 "policy/learning_rate": 1e-6,
+                "epoch": step / 10,
                 "time/step": 2.0,
                 "throughput/samples_per_s": 8.0,
             }

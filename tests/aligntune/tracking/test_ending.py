@@ -147,3 +147,26 @@ def test_a_job_without_samples_or_with_a_reward_model_names_no_command_that_refu
     ]
     (model / "config.json").write_text('{"architectures": ["Qwen2ForSequenceClassification"]}')
     assert ending(tmp_path, model) == [f"curves:     aligntune report {tmp_path}"]
+
+
+@pytest.mark.parametrize(
+    ("architectures", "writes"),
+    [
+        (["Qwen3ForCausalLM"], True),
+        (["GPT2LMHeadModel"], True),
+        (["Gemma3ForConditionalGeneration"], True),
+        (["OwnArchitecture"], True),
+        (["LlamaForSequenceClassification"], False),
+        (["InternLM2ForRewardModel"], False),
+        (["Qwen2Model"], False),
+        (["BertForMaskedLM"], False),
+        ([], False),
+        (None, False),
+    ],
+)
+def test_a_model_is_talked_to_unless_it_is_known_to_write_nothing(
+    tmp_path: Path, model: Path, architectures: list[str] | None, writes: bool
+) -> None:
+    (model / "config.json").write_text(json.dumps({"architectures": architectures}))
+    told = ending(tmp_path, model)
+    assert (f"talk to it: aligntune chat {model}" in told) == writes
