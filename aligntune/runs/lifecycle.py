@@ -22,6 +22,7 @@ from aligntune.errors import Interrupted, RunFailed, UserError
 from aligntune.runs import failure
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
+from aligntune.tracking.ready import check_ready
 from aligntune.tracking.trackers import TrackerMissing, check_settings, check_trackers
 from cluster.session import resolve_address
 from cluster.specs import ClusterSpec
@@ -42,7 +43,8 @@ R = TypeVar("R", bound=Records)
 
 
 def check_programs(backend: Backend, tracking: TrackingSpec, cluster: ClusterSpec) -> None:
-    """Whether what a run needs beside its model and data is installed. Raises UserError."""
+    """Whether what a run needs beside its model and data is installed, and its trackers can begin.
+    Raises UserError."""
     if resolve_address(cluster) == "local":
         check_installed(backend)
     check_settings(tracking)
@@ -50,6 +52,7 @@ def check_programs(backend: Backend, tracking: TrackingSpec, cluster: ClusterSpe
         check_trackers(tracking.trackers)
     except TrackerMissing as error:
         raise UserError(str(error)) from error
+    check_ready(tracking.trackers)
 
 
 def ray_runs(address: str) -> str:

@@ -280,6 +280,7 @@ class MLflow:
         from mlflow import MlflowClient
 
         self._names: set[str] = set()  # of figures, so far
+        self._config: dict[str, Any] | None = None  # what may not be there yet
         self._client = MlflowClient()
         experiment = self._client.get_experiment_by_name(tracking.project)
         experiment_id = (
@@ -292,6 +293,9 @@ class MLflow:
         if found:
             self._run_id = found[0].info.run_id
             self._client.update_run(self._run_id, status="RUNNING")
+            # A start of before, or a try of this one, may have failed at it. It goes with a file
+            # that may be refused, so that a service which takes no files gets the figures.
+            self._config = dict(config)
             return
         run = self._client.create_run(
             experiment_id,
@@ -317,6 +321,7 @@ class MLflow:
 
     def samples(self, step: int, rows: Rows) -> None:
         """One table that grows."""
+        self._describe()
         columns, lines = table(step, rows)
         # Text in every cell: MLflow reads the table again to append, and a column keeps its kind.
         cells = [["" if cell is None else str(cell) for cell in line] for line in lines]
@@ -329,6 +334,12 @@ class MLflow:
     def close(self, ended: Ended) -> None:
         """Mark the run as ended."""
         self._client.set_terminated(self._run_id, STATUSES[ended])
+        self._describe()
+
+    def _describe(self) -> None:
+        if self._config is not None:
+            self._client.log_dict(self._run_id, self._config, "config.json")
+            self._config = None
 
 
 class Trackio:

@@ -1,8 +1,9 @@
 """Trackers beside the run, each in a thread of its own: they are views and never end it.
 
-What a tracker does not take is an event, is kept, and is tried again with the next figures. One
-that does not answer holds up nobody: at most `KEPT` things wait for it, and it is left behind when
-the run ends.
+What a tracker does not take is an event, is kept, and is tried again with the next figures. A
+table of samples that it refuses while it takes figures is left out: it holds up none of them. A
+tracker that does not answer holds up nobody: at most `KEPT` things wait for it, and it is left
+behind when the run ends.
 """
 
 from __future__ import annotations
@@ -41,11 +42,12 @@ class _Forget:
 
 
 _Given = _Figures | _Samples | _Forget
+_Refused = list[tuple[_Samples, Exception]]
 
 
 class View:
-    """One tracker; `open()` makes it, in its thread. `failed(**fields)` hears of what it does not
-    take, once until it takes something again."""
+    """One tracker; `open_tracker()` makes it, in its thread. `failed(**fields)` hears of what it
+    does not take, once until it takes something again; of tables once until it takes a table."""
 
     def __init__(
         self, name: str, open_tracker: Callable[[], Tracker], failed: Callable[..., None]
@@ -55,6 +57,7 @@ class View:
         self._failed = failed
         self._tracker: Tracker | None = None
         self._failing = False
+        self._refusing = False  # it takes figures, but no tables
         self._changed = threading.Condition()
         self._pending: deque[_Given] = deque()  # at most KEPT
         self._left_out = 0  # steps that were dropped
@@ -84,8 +87,7 @@ class View:
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             self._failed(tracker=self.name, reason=f"no end within {CLOSE_SECONDS:g} s")
-        elif self._pending:
-            steps = len([each for each in self._pending if isinstance(each, _Figures)])
+        elif steps := sum(isinstance(each, _Figures) for each in self._pending):
             self._failed(tracker=self.name, reason=f"{steps} steps were never taken")
         if self._left_out:
             reason = f"{self._left_out} steps were left out, for it was more than {KEPT} behind"
@@ -116,15 +118,17 @@ class View:
             with self._changed:
                 self._changed.wait_for(lambda: self._new or self._ended is not None)
                 self._new, ended = False, self._ended
-            self._send()
+            self._send(last=ended is not None)
         try:
             if self._tracker is not None:
                 self._tracker.close(ended)
         except Exception as error:  # noqa: BLE001 - of whatever client the tracker has
             self._fails(error)
 
-    def _send(self) -> None:
-        """What is pending, in order, as far as the tracker takes it."""
+    def _send(self, last: bool) -> None:
+        """Give what is pending, in order, as far as the tracker takes it. Nothing follows where it
+        is the `last` time."""
+        refused: _Refused = []  # whether the service is away or dislikes tables, figures say
         try:
             if self._tracker is None:
                 self._tracker = self._open()
@@ -132,14 +136,38 @@ class View:
                 match oldest:
                     case _Figures(step, figures):
                         self._tracker.log(step, figures)
-                    case _Samples(step, rows):
-                        self._tracker.samples(step, rows)
+                        self._failing = False
+                        self._leave_out(refused)
+                    case _Samples():
+                        self._give_table(self._tracker, oldest, refused)
                     case _Forget(after):
                         self._tracker.truncate_after(after)
                 self._taken(oldest)
-                self._failing = False
+            if last:
+                self._leave_out(refused)
         except Exception as error:  # noqa: BLE001 - of whatever client the tracker has
             self._fails(error)
+        self._keep(refused)
+
+    def _give_table(self, tracker: Tracker, table: _Samples, refused: _Refused) -> None:
+        try:
+            tracker.samples(table.step, table.rows)
+            self._failing = self._refusing = False
+        except Exception as error:  # noqa: BLE001 - of whatever client the tracker has
+            refused.append((table, error))
+
+    def _leave_out(self, refused: _Refused) -> None:
+        """The tracker refuses these tables, and not for want of its service."""
+        for _, error in refused:
+            self._refusing = self._told(error, self._refusing)
+        refused.clear()
+
+    def _keep(self, refused: _Refused) -> None:
+        """Try these tables again with the next figures."""
+        with self._changed:
+            self._pending.extendleft(table for table, _ in reversed(refused))
+            while len(self._pending) > KEPT:
+                self._drop()
 
     def _oldest(self) -> _Given | None:
         with self._changed:
@@ -154,10 +182,14 @@ class View:
                 self._left_out -= isinstance(given, _Figures)
 
     def _fails(self, error: Exception) -> None:
-        if not self._failing:
+        self._failing = self._told(error, self._failing)
+
+    def _told(self, error: Exception, known: bool) -> bool:
+        """Tell the reason, unless it is `known`; now it is."""
+        if not known:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             self._failed(tracker=self.name, reason=reason)
-        self._failing = True
+        return True
 
 
 def open_views(

@@ -170,6 +170,29 @@ def test_mlflow_in_a_folder_has_the_run_its_names_figures_table_and_end(
 
 
 @pytest.mark.slow
+def test_a_config_that_mlflow_did_not_take_holds_up_no_figures_and_goes_with_a_table(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow")
+    from mlflow import MlflowClient
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError("403")
+
+    with monkeypatch.context() as away:
+        away.setattr(MlflowClient, "log_dict", refuse)
+        with pytest.raises(PermissionError):
+            open_tracker("mlflow", folder, SETTINGS, {"seed": 1}, 0)
+        tracker = open_tracker("mlflow", folder, SETTINGS, {"seed": 1}, 0)
+        tracker.log(1, {"reward/mean": 0.5})
+        with pytest.raises(PermissionError):
+            tracker.samples(1, HELD_OUT)
+    tracker.samples(1, HELD_OUT)
+    (written,) = (folder.parent / "mlflow").rglob("config.json")
+    assert json.loads(written.read_text()) == {"seed": 1}
+
+
+@pytest.mark.slow
 @given(
     st.sets(
         st.one_of(

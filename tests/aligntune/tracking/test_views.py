@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -61,6 +61,9 @@ class Client:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._post(step=step, **metrics)
 
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._post(table=step)
+
     def truncate_after(self, step: int) -> None:
         self._post(forget=step)
 
@@ -111,6 +114,67 @@ def test_a_service_that_does_not_come_back_costs_the_end_nothing_but_an_event() 
     first, last = told.events
     assert "Connection refused" in first["reason"]
     assert last == {"tracker": "service", "reason": "1 steps were never taken"}
+
+
+class NoTables:
+    """A tracker whose service takes figures, and files only from step `since` on."""
+
+    def __init__(self, since: float) -> None:
+        self.taken: list[tuple[str, int]] = []
+        self._since = since
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.taken.append(("log", step))
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        if step < self._since:
+            raise PermissionError("403, no files")
+        self.taken.append(("table", step))
+
+    def truncate_after(self, step: int) -> None: ...
+
+    def close(self, ended: Ended) -> None: ...
+
+
+@pytest.mark.parametrize("figures", [True, False])
+def test_a_table_that_is_refused_holds_up_no_figures_and_is_told_once(figures: bool) -> None:
+    tracker, told = NoTables(since=float("inf")), Told()
+    view = View("service", lambda: tracker, told)  # type: ignore[arg-type, return-value]
+    for step in (1, 2, 3):
+        view.samples(step, [])
+        if figures:
+            view.log(step, {"x": 1.0})
+            view.truncate_after(step)
+    view.close("finished")
+    assert tracker.taken == ([("log", step) for step in (1, 2, 3)] if figures else [])
+    assert told.events == [{"tracker": "service", "reason": "PermissionError: 403, no files"}]
+
+
+def test_tables_are_told_of_again_once_one_was_taken() -> None:
+    tracker, told = NoTables(since=2), Told()
+    view = View("service", lambda: tracker, told)  # type: ignore[arg-type, return-value]
+    for step in (1, 2, 1):
+        view.samples(step, [])
+        view.log(step, {"x": 1.0})
+    view.close("finished")
+    steps = [("log", 1), ("table", 2), ("log", 2), ("log", 1)]
+    assert (tracker.taken, len(told.events)) == (steps, 2)
+
+
+def test_a_table_of_an_outage_is_sent_when_it_is_over() -> None:
+    service, told = Service(), Told()
+    with service.running():
+        pass
+    view = View("service", lambda: Client(service), told)
+    view.samples(1, [])
+    view.log(1, {"x": 1.0})
+    assert told.first.wait(30)
+    with service.running():
+        view.log(2, {"x": 2.0})
+        view.close("finished")
+    steps = [{"step": step, "x": float(step)} for step in (1, 2)]
+    assert service.taken == [{"table": 1}, *steps, {"ended": "finished"}]
+    assert len(told.events) == 1
 
 
 @pytest.mark.parametrize("where", ["open", "log", "close"])
