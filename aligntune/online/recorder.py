@@ -133,6 +133,7 @@ class OnlineRecorder(Recorder):
         """Forget what was written of later steps, which will come again."""
         super().truncate_after(step)
         self._evaluated = {known: row for known, row in self._evaluated.items() if known <= step}
+        self.last_evaluated(self._evaluated.get(self.last_evaluation, {}))
         if step not in self._evaluated:
             # Samples come before their figures: where a kill came between, both come again.
             self._writer.do(partial(self._eval_samples.truncate_after, step - 1))

@@ -20,6 +20,7 @@ from aligntune.errors import Interrupted, RunFailed
 from aligntune.imports import variables_of
 from aligntune.loops import STOPPING, stop_signals
 from aligntune.runs.deadline import asked
+from aligntune.tracking.lines import evaluated
 from aligntune.tracking.metrics import EventKind, NotFinite
 
 if TYPE_CHECKING:
@@ -132,6 +133,8 @@ class Recorded(Figures):
         for known in sorted(history):
             if self._step < known <= step:
                 self.step(known, history[known])
+        held_out = [row for n, row in sorted(history.items()) if n <= step and evaluated(row)]
+        self._recorder.last_evaluated(_halved_ties(held_out[-1]) if held_out else {})
         # With the times, which no checkpoint holds.
         self.last = self._recorder.written(step) or self.last
 

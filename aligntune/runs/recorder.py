@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import wait
 from contextlib import ExitStack, suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,7 +26,7 @@ from aligntune.runs.deadline import asked
 from aligntune.runs.jsonl import lines_from_end, readable
 from aligntune.runs.rundir import RunDir
 from aligntune.runs.writer import Joined, Writer
-from aligntune.tracking.advice import Adviser
+from aligntune.tracking.advice import RECENT, STILL, Adviser
 from aligntune.tracking.metrics import (
     EventKind,
     EventsFile,
@@ -75,6 +76,17 @@ def last_step(metrics: Path) -> int:
     return max(steps, default=-1)
 
 
+def _steps_before(metrics: Path, step: int) -> list[tuple[int, Mapping[str, float]]]:
+    """The steps of `metrics.jsonl` up to `step` that an `Adviser` is to know, ascending. No more is
+    read than the two ends of the file."""
+    if step <= 0:
+        return []
+    first = islice(readable(metrics), RECENT + 1)  # one may be step 0
+    last = (row for _, row in lines_from_end(metrics) if row["step"] <= step)
+    found = {row["step"]: row for row in (*first, *islice(last, STILL))}
+    return [(known, found[known]) for known in sorted(found) if 0 < known <= step]
+
+
 class Recorder:
     """The run's files are open while this is entered."""
 
@@ -107,7 +119,7 @@ class Recorder:
             partial(self.event, EventKind.TRACKER_FAILED),
         )
         self._logged = after_step
-        self._adviser = Adviser()
+        self._adviser = Adviser(_steps_before(self._metrics.path, after_step))
         self.cures: dict[str, str] = {}  # by trouble, what else helps in this run
         self._awaited: dict[str, int] = {}  # how many of each role have not started yet
         self._stopping = False
@@ -273,10 +285,15 @@ class Recorder:
                 return {name: value for name, value in row.items() if name != "step"}
         return {}
 
+    def last_evaluated(self, figures: Mapping[str, float]) -> None:
+        """A start or a rollback has these `eval/*` figures before it, none where they are none."""
+        self._progress.last_evaluated(figures)
+
     def truncate_after(self, step: int) -> None:
         """Forget what was written of later steps, which will come again."""
         for file in self._steps:
             self._writer.do(partial(file.truncate_after, step))
+        self._adviser.back_to(step)
         if self._logged > step:
             self._logged = step
             for view in self._views:

@@ -7,7 +7,7 @@ language models, and err on the side of silence.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from aligntune.tracking.metrics import mean
 
@@ -48,23 +48,38 @@ def troubles(rows: Sequence[Row]) -> dict[str, str]:
 class Adviser:
     """Tells each trouble of a run as it comes, and again where it lasts."""
 
-    def __init__(self) -> None:
-        self._first: list[Row] = []
-        self._last: deque[Row] = deque(maxlen=STILL)
+    def __init__(self, before: Iterable[tuple[int, Row]] = ()) -> None:
+        """`before` are the steps of earlier starts and their figures, ascending; at least the first
+        `RECENT` and the last `STILL`."""
+        self._first: list[tuple[int, Row]] = []
+        self._last: deque[tuple[int, Row]] = deque(maxlen=STILL)
         self._told: dict[str, int] = {}  # by trouble, the step at which it was told
+        for step, figures in before:
+            self._remember(step, figures)
 
     def hear(self, step: int, figures: Row) -> dict[str, str]:
         """What is to be told after `step`, by a short name."""
-        if len(self._first) < RECENT:
-            self._first.append(figures)
-        else:
-            self._last.append(figures)
+        self._remember(step, figures)
+        if len(self._last) < RECENT:  # after a rollback, those of before are long ago
+            return {}
+        first = [row for known, row in self._first if known < self._last[0][0]]
         new = {}
-        for name, said in troubles([*self._first, *self._last]).items():
+        for name, said in troubles([*first, *(row for _, row in self._last)]).items():
             if name not in self._told or step - self._told[name] >= AGAIN:
                 self._told[name] = step
                 new[name] = said
         return new
+
+    def back_to(self, step: int) -> None:
+        """Forget the steps after `step`, and what was told of them: they come again."""
+        self._first = [each for each in self._first if each[0] <= step]
+        self._last = deque((each for each in self._last if each[0] <= step), STILL)
+        self._told = {name: told for name, told in self._told.items() if told <= step}
+
+    def _remember(self, step: int, figures: Row) -> None:
+        if len(self._first) < RECENT:
+            self._first.append((step, figures))
+        self._last.append((step, figures))
 
 
 def _recent(rows: Sequence[Row], name: str) -> list[float]:

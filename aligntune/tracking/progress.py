@@ -143,6 +143,11 @@ class Progress:
         """Remember the `eval/*` figures among `metrics` for the steps that follow."""
         self._evaluation |= {k: v for k, v in metrics.items() if k.startswith("eval/")}
 
+    def last_evaluated(self, metrics: Mapping[str, float]) -> None:
+        """Show the `eval/*` figures among `metrics`, and no others, with the steps that follow."""
+        self._evaluation = {}
+        self.evaluation(metrics)
+
     def note(self, text: str) -> None:
         """Show a message that stays."""
         self._write(text)

@@ -79,3 +79,21 @@ def test_on_a_restart_later_figures_are_forgotten_and_missing_ones_come_from_the
     (resumed,) = [e for e in read_lines(tmp_path / "events.jsonl") if e["kind"] == "resumed"]
     assert resumed["step"] == 3
     assert last_step(tmp_path / "metrics.jsonl") == 4
+
+
+def test_a_job_that_goes_on_shows_the_last_evaluation_of_its_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config("tracking.trackers=[]")
+    history = {0: {"eval/loss": 0.75}, 1: {"loss": 1.0}, 2: {"loss": 2.0, "eval/loss": 0.25}}
+    with Recorder(settings, settings.tracking, RunDir(tmp_path), 5, 0) as recorder:
+        told = Recorded(recorder, 8, known=-1)
+        for step in (2, 1):
+            told.restart(step, history)
+            told.step(step + 1, {"loss": 3.0})
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[line.index("eval") + 1] for line in shown if line[1] in ("2/5", "3/5")] == [
+        "0.250",
+        "0.250",
+        "0.750",
+    ]

@@ -25,7 +25,7 @@ def rundir(tmp_path: Path) -> RunDir:
     return made
 
 
-def recorded(rundir: RunDir) -> OnlineRecorder:
+def recorded(rundir: RunDir, after_step: int = 0) -> OnlineRecorder:
     """Its records, which write to the standard output of now."""
     config = load_config(
         {
@@ -38,7 +38,7 @@ def recorded(rundir: RunDir) -> OnlineRecorder:
         }
     )
     assert isinstance(config, RunConfig)
-    return OnlineRecorder(config, rundir, 100, 0)
+    return OnlineRecorder(config, rundir, 100, after_step)
 
 
 Lines = list[str]
@@ -119,6 +119,29 @@ def test_a_trouble_is_a_warning_and_an_event(
     assert warning.endswith("; this helps too")
     (event,) = [e for e in read_lines(rundir.file("events.jsonl")) if e["kind"] == "trouble"]
     assert (event["step"], event["name"]) == (5, "truncated")
+
+
+def test_a_run_that_goes_on_is_judged_by_its_first_steps_and_shows_its_last_evaluation(
+    rundir: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with recorded(rundir) as recorder:
+        for step in range(61):
+            recorder.step(step, {"policy/entropy": 0.8 if step < 30 else 0.01})
+            if step % 20 == 0:
+                recorder.evaluation(step, {"eval/reward/mean": step / 100})
+    capsys.readouterr()
+    with recorded(rundir, 50) as recorder:
+        recorder.truncate_after(50)
+        recorder.step(51, {"policy/entropy": 0.01})
+        recorder.truncate_after(39)
+        recorder.step(40, {"policy/entropy": 0.01})
+        recorder.truncate_after(-1)
+        recorder.step(1, {"policy/entropy": 0.01})
+    lines = [line for line in _lines(capsys) if line.startswith(("step", "warning"))]
+    warned = "warning: the entropy fell from 0.800 to 0.010"
+    shown = ["step 51/100  eval 0.400", warned, "step 40/100  eval 0.200", warned, "step 1/100"]
+    assert [line[: len(told)] for line, told in zip(lines, shown, strict=True)] == shown
+    assert "eval" not in lines[-1]
 
 
 def test_an_evaluation_shows_each_criterion_and_what_the_model_said(

@@ -130,6 +130,41 @@ def test_an_adviser_tells_once_and_again_where_it_lasts() -> None:
     assert told == [RECENT, RECENT + AGAIN]
 
 
+@pytest.mark.slow
+@given(st.lists(st.sampled_from([GOOD, *(rows[-1] for rows in BAD.values())]), min_size=1))
+def test_an_adviser_that_knows_both_ends_of_a_run_says_what_one_that_heard_it_all_says(
+    rows: list[dict[str, float]],
+) -> None:
+    heard = Adviser()
+    steps = [*enumerate(rows, start=1)]
+    for step, figures in steps[:-1]:
+        heard.hear(step, figures)
+    heard._told.clear()
+    before = dict([*steps[:-1][:RECENT], *steps[:-1][-STILL:]])
+    resumed = Adviser(sorted(before.items()))
+    assert resumed.hear(*steps[-1]) == heard.hear(*steps[-1])
+    resumed.back_to(0)
+    assert resumed.hear(*steps[0]) == {}
+
+
+def test_a_step_that_comes_again_counts_once_and_a_trouble_of_it_is_told_again() -> None:
+    adviser, still = Adviser(), GOOD | {"kl/reference": 0.0}
+    told: list[int] = []
+    for after, last in ((0, 15), (5, 25), (18, 25)):
+        adviser.back_to(after)
+        told += [step for step in range(after + 1, last + 1) if adviser.hear(step, still)]
+    assert told == [STILL, STILL]
+
+
+def test_no_trouble_is_seen_across_a_rollback_that_leaves_a_gap() -> None:
+    adviser, cut = Adviser(), GOOD | {"completions/truncated_fraction": 0.5}
+    for step in range(1, 101):
+        adviser.hear(step, cut if step < 5 else GOOD)
+    adviser.back_to(50)
+    told = [step for step in range(51, 60) if adviser.hear(step, cut)]
+    assert told == [50 + RECENT]
+
+
 def keys(model: type[BaseModel], before: str = "") -> set[str]:
     found = set()
     for name, field in model.model_fields.items():
