@@ -63,6 +63,13 @@ class VLLMSpec(EngineSpec):
         """Tensor-parallel ones."""
         return self.tensor_parallel_size
 
+    @property
+    def compiles_as_set(self) -> bool:
+        """Whether the options say what vLLM compiles."""
+        return not self.options.keys().isdisjoint(
+            ("enforce_eager", "compilation_config", "optimization_level")
+        )
+
 
 class TransformersSpec(EngineSpec):
     """transformers' own generation, one group at a time."""

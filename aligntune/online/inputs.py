@@ -158,15 +158,21 @@ class RunInputs:
         self.config = config.model_copy(update={"model": model})
         return decided
 
-    def settle_resources(self, resume: str, elsewhere: Mapping[str, Any] | None = None) -> None:
+    def settle_resources(
+        self,
+        resume: str,
+        elsewhere: Mapping[str, Any] | None = None,
+        steps: Callable[[], int] | None = None,
+    ) -> None:
         """Fill in what the roles take of the machines, where that is open.
 
-        `elsewhere` is the config tree of the run in `checkpoint.storage`, where none is here. This
+        `elsewhere` is the config tree of the run in `checkpoint.storage`, where none is here;
+        `steps` gives those of a run that is about to start. This
         connects to the cluster that the config names, if it names one. Raises UserError.
         """
         before = self.settle(resume)
         previous = _recorded(self.config, resume) or elsewhere
-        self.config, decided = settle_resources(self.config, previous)
+        self.config, decided = settle_resources(self.config, previous, steps=steps)
         self._decisions = (*before, *decided)
 
     @cached_property

@@ -7,11 +7,13 @@ taken from the run that is to go on: another machine never makes it another run.
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from actors.engines.base import vllm_is_installed, vllm_needs_no_gpu
+from actors.engines.base import resolve_engine, vllm_is_installed, vllm_needs_no_gpu
+from actors.engines.specs import VLLMSpec
 from aligntune.config.auto import AUTO, open_settings, settled_tree, with_open
 from aligntune.config.online import RunConfig, resolve, validate
 from aligntune.decisions import KEPT, Decision
@@ -37,11 +39,18 @@ OF_THE_RUN = (
 """Open settings that a run keeps when it goes on, whatever machine it goes on with."""
 
 
+WORTH_COMPILING = 1_000_000
+"""Tokens of one engine on a CPU. To compile takes half a minute of its start, and saves a fifth of
+a millisecond or so at each token of a model of 6 million parameters (docs/benchmarks.md, engine).
+"""
+
+
 def settle_resources(
     config: RunConfig,
     previous: Mapping[str, Any] | None = None,
     there: Machines | None = None,
     shape_of: Callable[[str], ModelShape] | None = None,
+    steps: Callable[[], int] | None = None,
 ) -> tuple[RunConfig, tuple[Decision, ...]]:
     """The config with nothing left open that a role of it takes, and what was decided.
 
@@ -49,6 +58,7 @@ def settle_resources(
         previous: the config tree of the run that goes on, if one does.
         there: the machines; those of `config.cluster` unless said.
         shape_of: gives the sizes of a model by its name; its own configuration unless said.
+        steps: gives those of the run that is about to start, if one is.
 
     Raises:
         UserError: one line: no machine, or none on which it fits, with what would fit.
@@ -73,7 +83,30 @@ def settle_resources(
     config = settled(config, values)
     if there.here:
         _check_engine(config)
+        if steps is not None and (compiled := _compiling(config, steps)):
+            config = settled(config, {compiled.path: compiled.value})
+            decided.append(compiled)
     return _with_cache(config, cache), (*kept, *decided)
+
+
+def _compiling(config: RunConfig, steps: Callable[[], int]) -> Decision | None:
+    """Whether vLLM on this machine's CPU compiles its model; None where that is set, or it does
+    not. What compiling saves is threads' waiting for each other: nothing where there is one."""
+    rollout, train = config.rollout, config.train
+    engine, takes = resolve_engine(rollout), rollout.resources
+    if not isinstance(engine, VLLMSpec) or takes.gpus or (takes.threads or takes.cpus) < 2:
+        return None
+    if engine.compiles_as_set or shutil.which("g++") is None:
+        return None
+    completions = steps() * train.groups_per_step * (train.completions_per_group or 1)
+    tokens = completions * rollout.max_completion_length // rollout.replicas
+    if tokens < WORTH_COMPILING:
+        return None
+    options = {**engine.options, "enforce_eager": False}
+    why = f"vLLM compiles, for an engine may sample {tokens:,} tokens in this run"
+    if rollout.engine.name == "auto":
+        return Decision("rollout.engine", {"name": engine.name, "options": options}, why)
+    return Decision("rollout.engine.options", options, why)
 
 
 def _with_cache(config: RunConfig, gib: float | None) -> RunConfig:

@@ -143,7 +143,8 @@ class OnlineTrainer:
         if self._settled:
             return
         mirror = mirror_of(self.config.checkpoint, self._rundir.path)
-        self.inputs.settle_resources(resume or "auto", mirror.config() if mirror else None)
+        steps = None if resume is None else lambda: self.total_steps
+        self.inputs.settle_resources(resume or "auto", mirror.config() if mirror else None, steps)
         self._settled = True
 
     def _begin(self, resume: str) -> None:

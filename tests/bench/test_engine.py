@@ -63,13 +63,15 @@ def test_kinds_are_told_by_medians_of_the_engines_processes_and_the_first_start_
     assert measured.met() == dict.fromkeys(measured.met(), True)
 
 
-def test_a_default_that_takes_more_than_what_it_stands_for_misses_its_target() -> None:
+def test_what_takes_more_than_what_it_stands_for_misses_its_target() -> None:
     found = {kind: [start(kind, 5.0)] for kind in KINDS}
-    found["forked", "eager"] = [start(("forked", "eager"), 6.0, tokens=400)]
+    found["forked", "eager"] = [start(("forked", "eager"), 6.0)]
+    found["forked", "compiled"] = [start(("forked", "compiled"), 5.0, tokens=400)]
     assert joined(found).met() == {
         "eager/forked_over_spawned": False,
         "eager_over_compiled/ready_cpu_s": False,
-        "eager_over_compiled/cpu_s_a_thousand": False,
+        "compiled/forked_over_bare/cpu_s_a_thousand": False,
+        "compiled/forked_over_bare/ms_a_token": False,
     }
     assert not joined(found, targets=False).targets
 

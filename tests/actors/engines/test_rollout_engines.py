@@ -416,6 +416,22 @@ def test_an_engine_that_is_forked_computes_what_another_does_bit_for_bit(
     assert found[0] == found[1]
 
 
+@pytest.mark.long
+def test_an_engine_that_compiles_keeps_the_same_promises(folder, ray_session, policies, bundles):
+    pytest.importorskip("vllm")
+    compiling = VLLMSpec(kv_cache_gib=0.25, options={"enforce_eager": False})
+    with vllm_actor(folder, compiling, OMP_NUM_THREADS="2") as replica:
+        for temperature in (1.0, 0.7):
+            test_logprobs_are_those_of_a_plain_forward_before_and_after_an_update(
+                replica, policies, bundles, temperature
+            )
+        test_greedy_output_after_an_update_is_the_new_models(replica, policies, bundles)
+        test_tokens_made_while_an_update_arrives_carry_the_label_of_their_weights(
+            replica, policies, bundles
+        )
+        test_a_cached_prefix_does_not_outlive_an_update(replica, policies, bundles)
+
+
 @pytest.mark.slow
 def test_an_engine_that_cannot_start_says_what_its_process_said(folder, ray_session):
     pytest.importorskip("vllm")

@@ -180,6 +180,37 @@ def test_without_a_gpu_a_run_is_as_it_was_but_for_its_threads() -> None:
     assert "rollout.engine" not in decided
 
 
+@pytest.mark.parametrize(
+    ("steps", "overrides", "compiles"),
+    [
+        (1_000, ["rollout.engine=vllm"], True),
+        (1_000, [], True),
+        (10, ["rollout.engine=vllm"], False),
+        (1_000, ["rollout.engine=vllm", "rollout.resources.threads=1"], False),
+        (1_000, ["rollout.engine=transformers"], False),
+        (1_000, ["rollout.engine={name: vllm, options: {enforce_eager: true}}"], None),
+    ],
+)
+def test_vllm_compiles_on_a_cpu_for_a_run_of_many_tokens(
+    steps: int, overrides: list[str], compiles: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("vllm_is_installed", "vllm_needs_no_gpu"):
+        monkeypatch.setattr(module, name, lambda: True)
+        monkeypatch.setattr(base, name, lambda: True)
+    monkeypatch.setattr(module.shutil, "which", lambda name: f"/usr/bin/{name}")
+    given = config(*overrides)
+    now, decisions = settle_resources(given, None, LAPTOP, known_shape, lambda: steps)
+    engine = resolve_engine(now.rollout)
+    options = engine.options if isinstance(engine, VLLMSpec) else {}
+    assert options.get("enforce_eager") == (
+        True if compiles is None else False if compiles else None
+    )
+    assert any("vLLM compiles" in one.why for one in decisions) == bool(compiles)
+    assert load_config(yaml.safe_load(dump(now))).rollout == now.rollout
+    again, _ = settle_resources(given, None, LAPTOP, known_shape)
+    assert again.rollout.engine == given.rollout.engine
+
+
 def test_a_run_that_goes_on_elsewhere_keeps_what_its_checkpoint_holds() -> None:
     began, _ = settle(config(), EIGHT_H100)
     previous = yaml.safe_load(dump(began))

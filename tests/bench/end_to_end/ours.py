@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from tests.bench.end_to_end import work as works
 from tests.bench.end_to_end.seen import Group, Marks, Step
 from tests.bench.end_to_end.work import Work
 
-WARM_UP = 1  # steps: vLLM compiles on the way
+WARM_UP = 1  # steps
+LONG = 1_000  # steps of the run, which is stopped once those that are measured are over
 
 VARIANTS: dict[str, dict[str, object]] = {
     "ours_0": {"train.max_staleness": 0},
@@ -30,16 +33,16 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 
 def run(work: Work, steps: int, changes: dict[str, object]) -> Sequence[Step]:
-    """One run. With staleness its last steps are left out: nothing is rolled out beside them."""
+    """A long run, for short ones settle otherwise, as far as `steps` after its warm-up."""
+    from aligntune.errors import Interrupted
     from aligntune.runs.jsonl import read_lines
     from aligntune.trainers import create_rl_trainer
 
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    tail = int(str(changes["train.max_staleness"]))
     with tempfile.TemporaryDirectory(prefix="bench-ours-") as name:
         folder = Path(name)
         model, data = works.write(work, folder)
-        config = works.ours(work, model, data, folder, WARM_UP + steps + tail)
+        config = works.ours(work, model, data, folder, LONG)
         for key, value in changes.items():
             section: dict[str, Any] = config
             *path, last = key.split(".")
@@ -51,7 +54,10 @@ def run(work: Work, steps: int, changes: dict[str, object]) -> Sequence[Step]:
         def written() -> int:
             return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
-        with Marks(written) as marks:
+        def stop() -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        with Marks(written, WARM_UP + steps, stop) as marks, suppress(Interrupted):
             create_rl_trainer(config=config).train()
         rows = {row["step"]: row for row in read_lines(metrics)}
         samples = list(read_lines(folder / "run" / "samples.jsonl"))

@@ -78,10 +78,12 @@ def cpu_seconds() -> float:
 
 
 class Marks:
-    """(wall, processor) seconds at every change of a count, seen from beside."""
+    """(wall, processor) seconds at every change of a count, seen from beside; `full` is called
+    once, when it is as many as `most`."""
 
-    def __init__(self, count: Callable[[], int]) -> None:
+    def __init__(self, count: Callable[[], int], most: int, full: Callable[[], None]) -> None:
         self._count = count
+        self._most, self._full = most, full
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self.at: dict[int, tuple[float, float]] = {}
@@ -100,5 +102,7 @@ class Marks:
             count = self._count()
             if count not in self.at:
                 self.at[count] = (time.perf_counter(), cpu_seconds())
+                if max(self.at) >= self._most and count == max(self.at):
+                    self._full()
             if over:
                 return
