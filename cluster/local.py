@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 MOST_BYTES = 103 if sys.platform == "darwin" else 107  # of the path of a Unix socket
 # What Ray puts below its folder for temporary files; the process id may have 7 digits.
@@ -56,19 +57,26 @@ def keep_token_private() -> None:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def alone(shows_logs: bool = True) -> Iterator[None]:
     """Ray starts on loopback, as it does on a Mac, and packs no working directory.
 
-    Under `uv run` it would send the current folder to its workers, which are in it already.
+    Under `uv run` it would send the current folder to its workers, which are in it already. Where
+    nobody is shown what workers write, no process of Ray's reads their logs ten times a second.
     """
     from ray._private import ray_constants
+    from ray._private.node import Node
 
-    off = ("ENABLE_RAY_CLUSTER", "RAY_ENABLE_UV_RUN_RUNTIME_ENV")
-    before = {name: getattr(ray_constants, name) for name in off}
+    off: dict[tuple[Any, str], Any] = {
+        (ray_constants, "ENABLE_RAY_CLUSTER"): False,
+        (ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV"): False,
+    }
+    if not shows_logs:
+        off[Node, "start_log_monitor"] = lambda node: None
+    before = {(where, name): getattr(where, name) for where, name in off}
     try:
-        for name in off:
-            setattr(ray_constants, name, False)
+        for (where, name), value in off.items():
+            setattr(where, name, value)
         yield
     finally:
-        for name, value in before.items():
-            setattr(ray_constants, name, value)
+        for (where, name), value in before.items():
+            setattr(where, name, value)

@@ -195,7 +195,7 @@ def _connect(address: str, spec: ClusterSpec, cpus: int) -> None:
         if address == "local":
             store = spec.object_store_gib
             local.keep_token_private()
-            with local.alone(), owner.workers():
+            with local.alone(shows_logs=spec.worker_logs), owner.workers():
                 ray.init(
                     address="local",
                     num_cpus=cpus,

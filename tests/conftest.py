@@ -14,6 +14,7 @@ import pytest
 from hypothesis import settings
 
 from aligntune import cycles, imports
+from cluster import local
 from cluster.forks import owner, wire
 
 cycles.seldom()  # collection imports all that tests need
@@ -30,6 +31,15 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Or Ray lists all logs of a session ten times a second, to find those that nobody has asked to see.
 os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
 os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "5")
+# Nor does anybody look at the figures that Ray's processes take of themselves and of the machine.
+for _name, _value in {
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    "AUTOSCALER_UPDATE_INTERVAL_S": "60",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_event_stats": "0",
+    "RAY_task_events_report_interval_ms": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # as engines set it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and their tensors are tiny
@@ -128,7 +138,7 @@ def ray_session() -> Iterator[None]:
     the environment of the fork server's imports, or none of its workers would be forked."""
     import ray
 
-    with pytest.MonkeyPatch.context() as patch, owner.workers():
+    with pytest.MonkeyPatch.context() as patch, local.alone(shows_logs=False), owner.workers():
         for name in _set_meanwhile():
             patch.delenv(name)
         for name, value in STARTED.items():
