@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from actors.engines.specs import TransformersSpec
 from actors.environments.specs import EpisodeCode
 from actors.models.loading import (
     ModelError,
@@ -20,7 +19,7 @@ from actors.models.loading import (
     check_place,
     load_tokenizer,
 )
-from actors.models.positions import Bound, model_bound
+from actors.models.positions import Bound
 from actors.models.templates import check_given, thinks, turn_ends
 from actors.reward import Criterion
 from actors.scoring.criteria import EpisodeCriterion
@@ -42,7 +41,7 @@ from aligntune.decisions import Decision, events, told
 from aligntune.errors import UserError
 from aligntune.online.episodes import UserCode, check_rows
 from aligntune.online.first_prompt import NOTE, try_rewards
-from aligntune.online.settle import decoding_set, settle_data
+from aligntune.online.settle import bound, decoding_set, settle_data
 from aligntune.online.settle_resources import settle_resources
 from aligntune.rewards.registry import check_columns, check_names, from_callable, resolve_all
 from aligntune.runs.measure import measure, scored_by
@@ -167,8 +166,8 @@ class RunInputs:
         """Fill in what the roles take of the machines, where that is open.
 
         `elsewhere` is the config tree of the run in `checkpoint.storage`, where none is here;
-        `steps` gives those of a run that is about to start. This
-        connects to the cluster that the config names, if it names one. Raises UserError.
+        `steps` gives those of a run that is about to start. This connects to the cluster that the
+        config names, if it names one. Raises UserError.
         """
         before = self.settle(resume)
         previous = _recorded(self.config, resume) or elsewhere
@@ -378,19 +377,7 @@ class RunInputs:
     @cached_property
     def _bound(self) -> Bound | None:
         """As far as every model reads which reads the policy's tokens; None: no bound."""
-        config, needs = self.config, self.config.algorithm.needs
-        vllm = not isinstance(config.rollout.engine, TransformersSpec)  # auto may become it
-        named = [config.model.name]
-        named += [config.reference.model] if needs.reference and config.reference.model else []
-        named += [config.critic.model] if needs.critic and config.critic.model else []
-        try:
-            found = [
-                model_bound(config.model.renamed(name), vllm and name == config.model.name)
-                for name in named
-            ]
-        except ModelError as error:
-            raise UserError(str(error)) from error
-        return min((bound for bound in found if bound is not None), default=None)
+        return bound(self.config)
 
 
 def _start(resume: str) -> str:

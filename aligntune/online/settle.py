@@ -11,7 +11,10 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from actors.engines.specs import TransformersSpec
 from actors.environments.specs import EpisodesSpec
+from actors.models.loading import ModelError
+from actors.models.positions import Bound, model_bound
 from actors.specs import RewardFunctionSpec
 from aligntune.config.episodes import ENVIRONMENT, scores_itself
 from aligntune.config.online import RunConfig
@@ -62,6 +65,24 @@ def settle_data(
             episodes = config.episodes.model_copy(update={"max_tokens": decision.value})
             settled = settled.model_copy(update={"episodes": episodes})
     return settled, (*reward_decisions, *budgets)
+
+
+def bound(config: RunConfig) -> Bound | None:
+    """As far as every model reads which reads the policy's tokens; None where nothing bounds it.
+    Raises UserError."""
+    needs = config.algorithm.needs
+    vllm = not isinstance(config.rollout.engine, TransformersSpec)  # auto may become it
+    named = [config.model.name]
+    named += [config.reference.model] if needs.reference and config.reference.model else []
+    named += [config.critic.model] if needs.critic and config.critic.model else []
+    try:
+        found = [
+            model_bound(config.model.renamed(name), vllm and name == config.model.name)
+            for name in named
+        ]
+    except ModelError as error:
+        raise UserError(str(error)) from error
+    return min((one for one in found if one is not None), default=None)
 
 
 def decoding_set(config: RunConfig, positions: int | None, ends: Sequence[int]) -> dict[str, Any]:
