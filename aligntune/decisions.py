@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from actors.specs import ModelSpec
 from aligntune.data.dropped import Dropped
 from aligntune.data.lengths import PERCENTILE, percentile_length
 from aligntune.tracking.metrics import EventKind
@@ -30,6 +31,19 @@ def told(decisions: Sequence[Decision], dropped: Mapping[str, Dropped]) -> list[
     """Lines for a person: what was settled, and what became of rows of each data set."""
     lines = [f"settled: {decision.describe()}" for decision in decisions]
     return lines + [f"{name}: {line}" for name, rows in dropped.items() for line in rows.lines()]
+
+
+def lora_note(model: ModelSpec, key: str, rate: float | None, usual: float) -> list[str]:
+    """A line for a person where LoRA trains at the `usual` rate of full fine-tuning, the default.
+
+    LoRA takes about ten times as much (Schulman et al. 2025, "LoRA Without Regret").
+    """
+    if model.lora is None or rate != usual:
+        return []
+    return [
+        f"{key}={usual:g} is the default, which is for full fine-tuning; with model.lora about ten "
+        f"times as much is usual: {key}={10 * usual:g}"
+    ]
 
 
 def events(

@@ -246,7 +246,9 @@ class PreferenceEvalSpec(Spec):
     )
     at_start: bool = Field(True, description="before the first step")
     at_end: bool = Field(True, description="after the last step")
-    pairs_per_worker: Positive = Field(16, description="in one forward pass of one worker")
+    pairs_per_worker: Positive = Field(
+        16, description="in one forward pass of one worker", json_schema_extra=AUTO
+    )
 
 
 class PreferenceCheckpointSpec(CheckpointSpec):

@@ -37,7 +37,7 @@ from aligntune.data.prompts import (
     evaluation_prompts,
     training_prompts,
 )
-from aligntune.decisions import Decision, events, told
+from aligntune.decisions import Decision, events, lora_note, told
 from aligntune.errors import UserError
 from aligntune.online.episodes import UserCode, check_rows
 from aligntune.online.first_prompt import NOTE, try_rewards
@@ -343,8 +343,10 @@ class RunInputs:
     def told(self) -> list[str]:
         """What was decided and what was dropped, for a person."""
         lines = told(self.settle(), self.dropped) + self._notes
+        config, usual = self.config, self.config.algorithm.defaults.learning_rate
+        lines += lora_note(config.model, "policy.learning_rate", config.policy.learning_rate, usual)
         if self.thinks:
-            most = self.config.rollout.max_completion_length
+            most = config.rollout.max_completion_length
             lines.append(f"{NOTE}{THINKS}. Thoughts and answer have {most} tokens together")
         return lines
 

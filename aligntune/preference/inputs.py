@@ -32,7 +32,7 @@ from aligntune.data.scored_pairs import ScoredPairs, scored_pairs
 from aligntune.data.sources import Rows
 from aligntune.data.taught_forms import Columns
 from aligntune.data.taught_tokens import TaughtRows, packed, tokenise_taught
-from aligntune.decisions import Decision, events, told
+from aligntune.decisions import Decision, events, lora_note, told
 from aligntune.errors import UserError
 from aligntune.preference.settle import settle_max_length
 from aligntune.preference.settle_workers import settle_workers
@@ -224,7 +224,10 @@ class PairInputs:
     def told(self) -> list[str]:
         """What was decided and what was dropped, for a person."""
         scored = [self.rows.describe()] if isinstance(self.rows, ScoredPairs) else []
-        return scored + told(self.settle(), self.dropped)
+        config, key = self.config, "train.learning_rate"
+        usual = config.algorithm.learning_rate
+        of_lora = lora_note(config.model, key, config.train.learning_rate, usual)
+        return scored + told(self.settle(), self.dropped) + of_lora
 
     def events(self) -> list[tuple[EventKind, dict[str, Any]]]:
         """The same for events.jsonl."""

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.2
 MORE_MEMORY = (
-    "set model.gradient_checkpointing=true, or in a new output_dir train.pairs_per_worker or "
-    "data.max_length lower"
+    "set model.gradient_checkpointing=true, eval.pairs_per_worker lower where it was evaluating, "
+    "or in a new output_dir train.pairs_per_worker or data.max_length lower"
 )
 STOP_SECONDS = 120.0  # for the workers to end after a signal, where they train no step
 

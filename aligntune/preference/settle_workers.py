@@ -13,7 +13,7 @@ from aligntune.errors import UserError
 from aligntune.shapes import loaded_shape
 from cluster.machines import Machines, machines
 from cluster.placement import DoesNotFit
-from cluster.plan.pairs import SHARED_OUT, PairWork, choose_workers
+from cluster.plan.pairs import HELD_OUT, SHARED_OUT, PairWork, choose_workers
 from cluster.plan.shapes import BadModelConfig
 from cluster.session import ClusterUnreachable
 from cluster.tables import UnknownName
@@ -40,7 +40,7 @@ def settle_workers(
     """
     open_ = open_settings(config)
     kept = []
-    for path in OF_THE_RUN:
+    for path in (*OF_THE_RUN, *_held_out_of_the_run(config)):
         section, _, key = path.partition(".")
         value = ((previous or {}).get(section) or {}).get(key)
         if value not in (None, AUTO) and path in open_:
@@ -51,7 +51,11 @@ def settle_workers(
         there = there or machines(config.cluster)
         gpus = config.train.resources.gpus
         decided = choose_workers(_work(config, longest), open_, gpus, there.cluster, there.cores)
-    except (BadModelConfig, ClusterUnreachable, DoesNotFit, UnknownName) as error:
+    except DoesNotFit as error:
+        told = any(one.path in str(error) for one in kept)
+        other = ", in a new output_dir, for the run in this one keeps its own" if told else ""
+        raise UserError(f"{error}{other}") from error
+    except (BadModelConfig, ClusterUnreachable, UnknownName) as error:
         raise UserError(str(error)) from error
     made = [Decision(one.path, one.value, one.why) for one in decided]
     return settled(config, {one.path: one.value for one in made}), (*kept, *made)
@@ -80,7 +84,17 @@ def _work(config: PreferenceConfig, longest: int) -> PairWork:
         four_bit=model.load_in_4bit,
         logits=dpo or taught,
         sides=1 if taught else 2,
-        reference=second and model.lora is None,
-        fits=train.deepspeed is None,
-        whole=isinstance(algorithm, DPOSpec) and bool(algorithm.sorted_losses),
+        reference=second,
+        deepspeed=train.deepspeed is not None,
+        whole=_sorts(config),
+        held_out=config.eval.pairs_per_worker if config.data.evaluates else 0,
     )
+
+
+def _held_out_of_the_run(config: PreferenceConfig) -> tuple[str, ...]:
+    """What of an evaluation a run keeps, for its figures hang on it: the pairs that are sorted."""
+    return (HELD_OUT,) if _sorts(config) and config.data.evaluates else ()
+
+
+def _sorts(config: PreferenceConfig) -> bool:
+    return isinstance(config.algorithm, DPOSpec) and bool(config.algorithm.sorted_losses)

@@ -17,11 +17,12 @@ import pytest
 
 from actors.messages import Prompt
 from actors.scoring.criteria import RewardCriterion
-from actors.specs import RewardFunctionSpec
+from actors.specs import LoRASpec, ModelSpec, RewardFunctionSpec
 from aligntune import create_rl_trainer
 from aligntune.config.auto import tree_of
 from aligntune.config.load import load_config
 from aligntune.config.tree import dump
+from aligntune.decisions import lora_note
 from aligntune.errors import UserError
 from aligntune.online import settle_resources
 from aligntune.online.first_prompt import NOTE, try_rewards
@@ -100,14 +101,23 @@ def test_a_summary_says_what_the_machines_decide_and_asks_them_once(
 
     for module in (settle_resources, settle_workers):
         monkeypatch.setattr(module, "machines", one_gpu)
-    trainer = make(algorithm)
+    trainer = make(algorithm, use_peft=True)
     summary = trainer.summary()
     assert "settled: model.dtype=bfloat16" in summary
+    rate = "train.learning_rate" if algorithm == "dpo" else "policy.learning_rate"
+    assert re.search(rf"^{rate}=1e-06 is the default, .* {rate}=1e-05$", summary, re.MULTILINE)
     assert re.search(r"^(policy|trainer): 1 x .* 1 GPU$", summary, re.MULTILINE)
     assert trainer.config.model.dtype == "bfloat16"
     trainer.settle()
     assert trainer.summary() == summary
     assert len(asked) == 1
+
+
+def test_nothing_is_said_of_a_rate_that_was_given_to_lora_or_is_of_no_lora() -> None:
+    adapted = ModelSpec(name="m", lora=LoRASpec())
+    assert len(lora_note(adapted, "policy.learning_rate", 1e-6, 1e-6)) == 1
+    assert lora_note(adapted, "policy.learning_rate", 1e-5, 1e-6) == []
+    assert lora_note(ModelSpec(name="m"), "policy.learning_rate", 1e-6, 1e-6) == []
 
 
 @pytest.mark.slow

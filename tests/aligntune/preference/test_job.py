@@ -180,7 +180,12 @@ def test_a_job_that_ran_out_of_gpu_memory_names_keys_of_its_own() -> None:
     assert said.startswith(f"the training job failed: {last}; set model.gradient_checkpointing")
     assert "policy." not in said
     named = re.findall(r"[a-z]+\.[a-z_]+(?==| or| lower)", preference_job.MORE_MEMORY)
-    assert named == ["model.gradient_checkpointing", "train.pairs_per_worker", "data.max_length"]
+    assert named == [
+        "model.gradient_checkpointing",
+        "eval.pairs_per_worker",
+        "train.pairs_per_worker",
+        "data.max_length",
+    ]
     made = config()
     for key in named:
         section, _, name = key.partition(".")
