@@ -4,11 +4,11 @@ and that the token is in no file."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +30,7 @@ from tests import drivers
 from tests.aligntune.preference.test_trainer import write_pairs
 from tests.aligntune.report.written import Heard, online_run
 from tests.aligntune.runs.loopback import TOKEN, Gate, Hub, Large, Repository, served
+from tests.conftest import plain_environment
 
 MINE = HubSpec(push_to="me/sums")
 
@@ -251,7 +252,9 @@ class Job:
         write_pairs(folder / "pairs.jsonl")
         self.rundir = RunDir(folder / "run")
         self._folder = folder
-        self._environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "0"}
+        variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
+        variables |= {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "0"}
+        self._variables = json.dumps(variables)
         given = {
             "algorithm": "reward_model",
             "model": {"name": str(model)},
@@ -267,12 +270,16 @@ class Job:
 
     def run(self) -> subprocess.CompletedProcess[str]:
         """To its end."""
-        return drivers.run(self._line, env=self._environment, timeout=120)
+        environment = plain_environment()
+        return drivers.run(self._line, env=environment, timeout=120, given=self._variables)
 
     def interrupted(self, when: threading.Event, deadline_s: float = 120.0) -> tuple[int, str]:
         """Its exit code and what it printed, with a SIGTERM when `when` is set."""
-        with (self._folder / "printed").open("w+b") as output:
-            process = drivers.start(self._line, env=self._environment, output=output)
+        with (self._folder / "printed").open("w+b") as output, tempfile.TemporaryFile() as given:
+            given.write(self._variables.encode())
+            given.seek(0)
+            environment = plain_environment()
+            process = drivers.start(self._line, env=environment, output=output, given=given)
             try:
                 assert when.wait(deadline_s)
                 process.send_signal(signal.SIGTERM)

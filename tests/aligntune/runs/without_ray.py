@@ -1,10 +1,15 @@
 """`aligntune train` of a preference job in which no Ray starts: python -m ... MODEL ARGUMENTS.
 
-What its workers would train and export is there already, in MODEL; all else is the run's own.
+What its workers would train and export is there already, in MODEL; all else is the run's own. It
+reads more environment variables, as JSON, from standard input: in its own environment from the
+start they would keep it from being forked, and as arguments a token would be in a file.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -41,7 +46,8 @@ def no_session(*_: Any) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    constants.HF_HUB_OFFLINE = False  # the tests' own imports have read another environment
+    os.environ.update(json.load(sys.stdin))
+    importlib.reload(constants)  # the import has read another environment
     MODEL = sys.argv.pop(1)
     trainer.PreferenceRun = Trained
     trainer.PreferenceTrainer._session = no_session
