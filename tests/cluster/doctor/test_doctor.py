@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -24,7 +23,9 @@ from cluster.doctor.findings import GIB, Finding, Observed, Verdict
 from cluster.doctor.nodes import examine, pairs
 from cluster.doctor.probe import observe
 from cluster.session import ClusterUnreachable
+from tests import drivers
 from tests.cluster.nodes import cluster, why_no_namespaces
+from tests.conftest import plain_environment
 
 HEALTHY = Observed(
     python="3.11.7",
@@ -344,14 +345,9 @@ def test_the_store_of_a_node_is_the_one_that_its_ray_has(ray_session: None) -> N
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return subprocess.run(
-        [sys.executable, "-m", "aligntune.cli", "doctor", *arguments],
-        env={**own, **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    own = {k: v for k, v in plain_environment().items() if k != "RAY_ADDRESS"}
+    line = ["-m", "aligntune.cli", "doctor", *arguments]
+    return drivers.run(line, env={**own, **environment}, timeout=240)
 
 
 @pytest.mark.slow
