@@ -43,6 +43,7 @@ for _name, _value in {
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # as engines set it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and their tensors are tiny
+os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")  # nobody here is a machine of Amazon's
 
 # Programs that tests start in other folders find this repository, and their workers are forked.
 os.environ.setdefault("PYTHONPATH", str(Path(__file__).parents[1]))

@@ -52,9 +52,8 @@ def test_a_run_goes_on_from_its_storage_where_the_run_directory_is_gone(
 
 
 def test_a_storage_that_takes_the_call_and_says_nothing_is_one_line_and_the_process_ends(
-    tree: dict[str, Any], launch: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    tree: dict[str, Any], launch: Callable[..., Run]
 ) -> None:
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with socket.create_server(("127.0.0.1", 0)) as mute:
         address = f"127.0.0.1:{mute.getsockname()[1]}"
         uri = f"s3://bucket/run?scheme=http&endpoint_override={address}&region=nowhere"
