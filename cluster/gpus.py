@@ -77,7 +77,8 @@ def _own_memory(name: str) -> Mapping[str, Any] | None:
 
 
 class LocalGpu(NamedTuple):
-    """A GPU that nvidia-smi lists."""
+    """A GPU that nvidia-smi lists, or (0 MiB) a part of one, a MIG instance, of which it tells
+    nothing."""
 
     product: str
     mib: int
@@ -93,13 +94,22 @@ def local_gpus() -> list[LocalGpu]:
 
 
 def type_of_machine() -> str | None:
-    """The type of this machine's first GPU, whatever CUDA_VISIBLE_DEVICES says: a
+    """The type that all of this machine's GPUs are at least, whatever CUDA_VISIBLE_DEVICES says: a
     node offers its GPUs also to a Ray task that is shown none. None where there is none.
 
     Raises UnknownName, as `local_gpus`.
     """
-    gpus = _listed(None)
-    return type_by_memory(gpus[0]) if gpus else None
+    return least_type(_listed(None))
+
+
+def least_type(gpus: Sequence[LocalGpu]) -> str | None:
+    """The type that all of `gpus` are at least; None where there is none, or one of which nothing
+    is known."""
+    if not gpus or not all(gpu.mib for gpu in gpus):
+        return None
+    kinds = {type_by_memory(gpu) for gpu in gpus}
+    least = LocalGpu("", min(gpu.mib for gpu in gpus), all(gpu.bfloat16 for gpu in gpus))
+    return kinds.pop() if len(kinds) == 1 else type_by_memory(least)
 
 
 def _listed(visible: str | None) -> list[LocalGpu]:
@@ -135,6 +145,9 @@ def _listed(visible: str | None) -> list[LocalGpu]:
         return list(found.values())
     shown = []
     for name in visible.split(","):  # CUDA stops at the first that it does not know
+        if name.startswith("MIG-"):
+            shown.append(LocalGpu(name, 0, True))
+            continue
         alike = (uuid for uuid in names if uuid.startswith(name))  # a part of it will do
         known = name if name.isdigit() else next(alike, "")
         if not name or known not in names:

@@ -63,7 +63,7 @@ def _typed(cluster: Cluster, least: Mapping[str, str | None]) -> Cluster:
 
 
 def _ask(ids: Sequence[str]) -> Mapping[str, str]:
-    """The type of its first GPU by node; without those that do not tell it within `ASK_S`."""
+    """The type of its GPUs by node; without those that do not tell it within `ASK_S`."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cluster.gpus import gpu_names, gpu_type, local_gpus, type_by_memory, type_by_ray
+from cluster.gpus import gpu_names, gpu_type, least_type, local_gpus, type_by_memory, type_by_ray
 
 ROOT = Path("/")  # of the files in which the kernel tells of control groups
 
@@ -38,6 +38,7 @@ class Cluster:
 
     nodes: tuple[Node, ...]
     source: str  # where this was learnt, for people
+    note: str = ""  # what else is to be known of its GPUs
 
     def describe(self) -> str:
         """One line: nodes, and what they have together."""
@@ -46,6 +47,10 @@ class Cluster:
         kinds = sorted({node.gpu or "unknown type" for node in self.nodes if node.gpus})
         what = f" ({', '.join(kinds)})" if kinds else ""
         return f"{self.source}: {len(self.nodes)} node(s), {cpus:g} CPU, {gpus:g} GPU{what}"
+
+    def called(self, gpu: str) -> str:
+        """A type of its GPUs, for people."""
+        return ", ".join(filter(None, (gpu, self.note)))
 
 
 MOST_DESCRIBED = 65_536  # nodes or GPUs of a cluster that need not exist
@@ -104,9 +109,11 @@ def this_machine(cpus: float = 0) -> Cluster:
     found = max(os.cpu_count() or 1, -(-cpus // 1))
     memory, _ = host_memory()
     gpus = local_gpus()
-    kind = type_by_memory(gpus[0]) if gpus else None
+    kind = least_type(gpus)
     node = Node("this-machine", float(found), float(len(gpus)), memory, kind)
-    return Cluster((node,), "this machine")
+    kinds = sorted({type_by_memory(gpu) for gpu in gpus}) if kind else []
+    note = f"as the least of {', '.join(kinds)}; CUDA_VISIBLE_DEVICES leaves some of them out"
+    return Cluster((node,), "this machine", note if len(kinds) > 1 else "")
 
 
 def host_memory() -> tuple[int, int]:

@@ -90,4 +90,4 @@ def _typed(cluster: Cluster, gpu: str | None) -> Cluster:
         return cluster
     kind = gpu_type(gpu).name
     nodes = tuple(node._replace(gpu=kind) if node.gpus else node for node in cluster.nodes)
-    return replace(cluster, nodes=nodes)
+    return replace(cluster, nodes=nodes, note="")

@@ -12,6 +12,7 @@ from actors.specs import CriticSpec, PolicySpec, RewardModelSpec, rows_at_once
 from actors.strategies.specs import StrategySpec
 from actors.transfer.nccl import PACKING
 from aligntune.config.online import RunConfig
+from aligntune.errors import UserError
 from aligntune.online.role_requests import role_requests
 from aligntune.online.role_table import ROLES
 from aligntune.shapes import known_shape
@@ -30,7 +31,7 @@ def work_of(config: RunConfig, shape_of: Callable[[str], ModelShape] | None = No
     Raises:
         UnknownName: a model that is no local folder and not in the table.
         BadModelConfig: a folder whose config.json does not say how large the model is.
-        UserError: see `role_requests`.
+        UserError: see `role_requests`; a `tensor_parallel_size` with which vLLM does not start.
     """
     step = _step(config)
     of = shape_of or known_shape
@@ -191,6 +192,9 @@ def _rollout(config: RunConfig, shape: ModelShape, dtype_bytes: int) -> Rollout:
         open_ = "gpus" not in spec.resources.model_fields_set and vllm_is_installed()
         engine = VLLMSpec() if open_ or spec.resources.gpus > 0 else resolve_engine(spec)
     vllm = engine if isinstance(engine, VLLMSpec) else None
+    if vllm and vllm.tensor_parallel_size not in shape.shards:
+        size = f"rollout.engine.tensor_parallel_size={vllm.tensor_parallel_size}"
+        raise UserError(shape.uneven(size))
     set_ = vllm is not None and "kv_cache_gib" in vllm.model_fields_set  # else it follows
     cache = int(vllm.kv_cache_gib * 2**30) if vllm and set_ and vllm.kv_cache_gib else None
     return Rollout(
@@ -206,6 +210,7 @@ def _rollout(config: RunConfig, shape: ModelShape, dtype_bytes: int) -> Rollout:
         gpus_as_set=spec.resources.gpus,
         most_replicas=spec.max_replicas,
         takes_changes=spec.weight_sync.name == "delta",
+        takes_whole=spec.weight_sync.name == "full",
         send_buffer=_send_buffer(config),
     )
 

@@ -213,7 +213,7 @@ def _all(chosen: Candidate, open_: frozenset[str], search: Search | None) -> Ite
     requests = {request.role: request for request in work.requests}
     where = "no GPU"
     if search is not None:
-        where = f"{chosen.gpus} of {search.total} GPU ({search.gpu.name})"
+        where = f"{chosen.gpus} of {search.total} GPU ({search.cluster.called(search.gpu.name)})"
         where += f", a step of {chosen.seconds:.3g} s by the plan"
     yield from _of_model(work, search)
     if search is not None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from cluster.bundles import BadRequest
 from cluster.gpus import GpuType, gpu_type
 from cluster.plan.durations import Rates, times, update_seconds
 from cluster.plan.fit import memory_of
@@ -106,7 +107,10 @@ class Search:
         }
 
     def candidates(self) -> Iterator[Candidate]:
-        """All of them, in no order of merit."""
+        """All of them, in no order of merit.
+
+        Raises BadRequest where a rollout replica has GPUs that vLLM cannot share it out over.
+        """
         for groups in self._layouts():
             yield from self._of_layout(groups)
 
@@ -285,8 +289,10 @@ class Search:
         if len(home) != 1 or rollout.engine != "vllm":
             return [1]
         if "rollout.resources.gpus" not in self.open and asked != 1:
-            return [max(1, int(asked))]
-        return [n for n in SHARDS if rollout.shape.heads % n == 0 and n <= self.per_node]
+            if (shards := max(1, int(asked))) not in rollout.shape.shards:
+                raise BadRequest(rollout.shape.uneven(f"rollout.resources.gpus={asked:g}"))
+            return [shards]
+        return [n for n in SHARDS if n in rollout.shape.shards and n <= self.per_node]
 
     def _with_shards(self, work: Work, shards: int) -> Work:
         if "rollout" not in self.on_gpu:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.bundles import bundle_sets
 from cluster.gpus import GpuType, gpu_type
@@ -48,7 +48,7 @@ class Draft:
 
 
 def gpu_of(role: str, placement: Placement, cluster: Cluster) -> GpuType | None:
-    """The slowest GPU that the role is on; None where it has none.
+    """The slowest GPU that the role is on, with the least memory of all; None where it has none.
 
     Raises UnknownName where a GPU's type is not known.
     """
@@ -63,7 +63,10 @@ def gpu_of(role: str, placement: Placement, cluster: Cluster) -> GpuType | None:
             "nvidia-smi there did not tell their memory; say what they are like with --gpu NAME"
         )
     kinds = [gpu_type(name) for name in names if name is not None]
-    return min(kinds, key=lambda kind: kind.flops, default=None)
+    if not kinds:
+        return None
+    slowest = min(kinds, key=lambda kind: kind.flops)
+    return replace(slowest, memory_bytes=min(kind.memory_bytes for kind in kinds))
 
 
 def draft_of(work: Work, cluster: Cluster, placement: Placement) -> Draft:

@@ -155,7 +155,10 @@ def _kept(work: Trained, trained: int, frozen: int) -> tuple[dict[str, int], dic
     b, n, kept = work.dtype_bytes, work.ranks, work.kept
     low = b < FLOAT
     weights = (b if kept.master else FLOAT) * trained
-    weights += int((FOUR_BIT if work.four_bit else b) * frozen)
+    weights += b * frozen
+    if work.four_bit:  # linear layers but the head; neither embeddings nor experts
+        packed = min(frozen, sum(rows * columns for rows, columns in work.shape.linear))
+        weights -= int((b - FOUR_BIT) * packed)
     optimiser = (3 if kept.master else 2) * FLOAT * trained
     gradients = share = FLOAT * trained
     if kept.optimiser:
@@ -218,7 +221,9 @@ def _layer(shape: ModelShape) -> int:
     return max(0, shape.parameters - tables) // shape.layers
 
 
-def layer_activations(shape: ModelShape, compute_bytes: int, longest: int, scores: bool) -> int:
+def layer_activations(
+    shape: ModelShape, compute_bytes: int, longest: int, scores: bool, frozen: bool = False
+) -> int:
     """Bytes that one token leaves in one layer for backward.
 
     Counted over a layer of the Llama family as transformers runs it, in the way of Korthikanti et
@@ -226,10 +231,12 @@ def layer_activations(shape: ModelShape, compute_bytes: int, longest: int, score
     (24h). Linear layers keep their inputs: of q, k, v and of the MLP (2h), attention its q, k, v
     and output, keys and values repeated for every query head (4 a d), the MLP its two halves, the
     activated one and the product (4m). SDPA keeps no scores; eager attention keeps scores and
-    probabilities (2 a s).
+    probabilities (2 a s). In a mixture each of a token's k experts has a copy of its input, which
+    `frozen` experts do not keep, and an output that the router weighs (2 k h).
     """
     width = shape.heads * shape.head_dim
     elements = 2 * shape.hidden + 4 * width + 4 * shape.mlp
+    elements += round((1 if frozen else 2) * shape.routed * shape.hidden)
     if scores:
         elements += 2 * shape.heads * longest
     return 6 * FLOAT * shape.hidden + compute_bytes * elements
@@ -241,7 +248,8 @@ def activations(work: Trained) -> int:
     With checkpointing each layer keeps its input alone, and one layer is recomputed (Chen et al.
     2016).
     """
-    one = layer_activations(work.shape, _compute(work), work.longest, work.scores)
+    frozen = work.lora_rank is not None
+    one = layer_activations(work.shape, _compute(work), work.longest, work.scores, frozen)
     if work.checkpointing:
         return work.tokens * (work.shape.layers * FLOAT * work.shape.hidden + 2 * one)
     return work.tokens * (work.shape.layers + 1) * one
@@ -300,8 +308,8 @@ def rollout_memory(work: Rollout, step: Step, gpu: GpuType | None) -> Memory:
 
 
 def _with_last_weights(work: Rollout, device: dict[str, int], on_gpu: bool) -> Memory:
-    """A replica that takes changes keeps a version to put them on, whole, in the host's memory."""
-    kept = work.shape.parameters * work.dtype_bytes if work.takes_changes else 0
+    """With the whole version that a replica keeps in the host's memory, where it does."""
+    kept = work.shape.parameters * work.dtype_bytes if work.keeps_version else 0
     host = {"last weights": kept} if kept else {}
     return Memory(device, host) if on_gpu else Memory({**device, **host}, on_gpu=False)
 

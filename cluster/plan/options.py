@@ -143,10 +143,10 @@ def _instead(work: Work, trained: Trained, other: Other, **changes: Any) -> Opti
 
 
 def _by_the_host(work: Work) -> Option:
-    """Whole versions through the object store: nobody keeps one for changes, no GPU has buffers or
+    """Whole versions through the object store: rank 0 keeps none for changes, no GPU has buffers or
     copies of one."""
     policy = replace(work.policy, sends_changes=False, send_buffer=0, shares_weights=False)
-    rollout = replace(work.rollout, takes_changes=False, send_buffer=0)
+    rollout = replace(work.rollout, takes_changes=False, takes_whole=True, send_buffer=0)
     settings = {"rollout.weight_sync": "full"}
     return Option(settings, replace(work, policy=policy, rollout=rollout))
 
@@ -156,14 +156,14 @@ def _smaller_rollout(work: Work, rollout: Rollout) -> Iterator[Option]:
         yield _by_the_host(work)
     if rollout.dtype_bytes == 4:
         yield from _bfloat16(work)
+    if rollout.keeps_version:
+        yield from _fewer_versions(work, rollout)
     if rollout.engine != "vllm":
         return
     gpus = next(request.gpus for request in work.requests if request.role == "rollout")
     named = {} if rollout.named else {"rollout.engine": "vllm"}
     shards = 2 * rollout.tensor_parallel
-    while (
-        gpus and not work.colocate and shards <= MOST_SHARDS and rollout.shape.heads % shards == 0
-    ):
+    while gpus and not work.colocate and shards <= MOST_SHARDS and shards in rollout.shape.shards:
         settings = {**named, "rollout.engine.tensor_parallel_size": str(shards)}
         as_set = rollout.gpus_as_set
         if as_set != 1:  # the replica's, so it goes with the shards
@@ -190,6 +190,20 @@ def _smaller_rollout(work: Work, rollout: Rollout) -> Iterator[Option]:
         if share != rollout.memory_share:
             changed = replace(work, rollout=replace(rollout, memory_share=share))
             yield Option({**named, "rollout.engine.gpu_memory_utilization": str(share)}, changed)
+
+
+def _fewer_versions(work: Work, rollout: Rollout) -> Iterator[Option]:
+    """Less of the hosts' memory: adapters in place of versions, or fewer replicas to keep one."""
+    if work.policy.lora_rank is not None and not work.policy.four_bit:
+        policy = replace(work.policy, sends_changes=False)
+        adapted = replace(rollout, takes_changes=False, takes_whole=False)
+        settings = {"rollout.weight_sync": "adapter"}
+        yield Option(settings, replace(work, policy=policy, rollout=adapted))
+    fewer = rollout.replicas // 2
+    if fewer and not work.colocate:
+        changed = replace(work, rollout=replace(rollout, replicas=fewer))
+        changed = _with_request(changed, "rollout", replicas=fewer)
+        yield Option({"rollout.replicas": str(fewer)}, changed)
 
 
 def to_be_faster(work: Work) -> Iterator[Option]:

@@ -148,7 +148,7 @@ def choose_workers(
             f"{least.pairs} pairs a pass{held_out}); {_cure(work, open_, there, kind)}"
         )
     chosen = room[0]
-    where = workers = f"{chosen.workers} of {there} GPU ({kind.name})"
+    where = workers = f"{chosen.workers} of {there} GPU ({cluster.called(kind.name)})"
     if chosen.workers < there and (work.whole or not open_.issuperset(SHARED_OUT)):
         more = there * chosen.pairs * chosen.passes
         workers += f"; with train.workers={there} all compute, and a step has {more} pairs"

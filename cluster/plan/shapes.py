@@ -62,6 +62,7 @@ class ModelShape:
     mlp: int  # width of the MLP that one token meets: of its experts together
     linear: tuple[tuple[int, int], ...]  # (in, out) of every linear layer but the head, for LoRA
     experts: float  # share of the weights of expert layers that one token meets; 1 if dense
+    routed: float  # experts that one token is sent to in a layer, in the mean; 0 if dense
     expert_parameters: int  # in routed experts
     tied: bool
     source: str  # where the sizes are from
@@ -69,6 +70,25 @@ class ModelShape:
     def lora_parameters(self, rank: int) -> int:
         """Of adapters on every linear layer: rank * (in + out) each (Hu et al. 2021, 4.1)."""
         return sum(rank * (rows + columns) for rows, columns in self.linear)
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """Tensor-parallel sizes with which vLLM starts: each shard has as many query heads, and
+        keys and values of as many whole heads, or all of them one head that they repeat."""
+        return tuple(
+            n
+            for n in range(1, self.heads + 1)
+            if self.heads % n == 0 and 0 in (self.kv_heads % n, n % self.kv_heads)
+        )
+
+    def uneven(self, setting: str) -> str:
+        """One line on a `setting` that makes none of `shards`."""
+        *most, last = map(str, self.shards)
+        fit = f"{', '.join(most)} or {last}" if most else last
+        return (
+            f"{setting}: vLLM gives each GPU of a replica as many of the {self.heads} attention "
+            f"heads ({self.kv_heads} of keys and values) of {self.name}; use {fit}"
+        )
 
 
 def from_config(config: Mapping[str, Any], name: str, source: str) -> ModelShape:
@@ -121,6 +141,7 @@ def from_config(config: Mapping[str, Any], name: str, source: str) -> ModelShape
         mlp=(inner * dense_layers + (chosen * width + shared_width) * sparse_layers) // layers,
         linear=tuple(linear),
         experts=share,
+        routed=chosen * sparse_layers / layers,
         expert_parameters=in_experts,
         tied=tied,
         source=source,

@@ -111,8 +111,15 @@ class Rollout:
     gpus_as_set: float = 1.0  # rollout.resources.gpus: 1 is each shard's, else of all shards
     most_replicas: int | None = None  # rollout.max_replicas
     takes_changes: bool = False  # a replica keeps the weights that changes are put on
+    takes_whole: bool = True  # versions come whole, through the object store
     send_buffer: int = 0  # as of the policy
     role: str = "rollout"
+
+    @property
+    def keeps_version(self) -> bool:
+        """Whether a replica has a version in the host's memory from one update to the next. Whole
+        ones lie there for vLLM's processes, in a file that is kept; transformers copies them."""
+        return self.takes_changes or (self.takes_whole and self.engine == "vllm")
 
 
 @dataclass(frozen=True)

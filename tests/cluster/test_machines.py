@@ -47,7 +47,7 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("visible", "count", "kind"),
     [
-        (None, 8, "h100-80gb"),
+        (None, 8, "fp32-11264mib"),  # what all of them have
         ("", 0, None),
         ("-1", 0, None),
         ("1", 1, "l4-24gb"),
@@ -59,6 +59,11 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("5", 1, "fp32-11264mib"),
         ("6", 1, "a10g-24gb"),
         ("7", 1, "a10-24gb"),
+        ("0,4", 2, "bf16-16376mib"),
+        ("4,2", 2, "t4-16gb"),
+        ("MIG-0a1b", 1, None),  # nvidia-smi tells nothing of a part of a GPU
+        ("MIG-0a1b,MIG-2c3d", 2, None),
+        ("0,MIG-GPU-aa11/1/0", 2, None),
     ],
 )
 def test_the_gpus_of_this_machine_are_those_that_cuda_shows(
@@ -70,11 +75,20 @@ def test_the_gpus_of_this_machine_are_those_that_cuda_shows(
     assert (node.gpus, node.gpu) == (count, kind)
 
 
+def test_gpus_of_several_types_are_told(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert this_machine().called("l4-24gb") == (
+        "l4-24gb, as the least of h100-80gb, l4-24gb; CUDA_VISIBLE_DEVICES leaves some of them out"
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,1")
+    assert this_machine().called("l4-24gb") == "l4-24gb"
+
+
 def test_what_ray_shows_no_gpu_still_sees_the_machines(
     gpus: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as of a role without a GPU
-    assert type_of_machine() == "h100-80gb"
+    assert type_of_machine() == "fp32-11264mib"
 
 
 @given(st.sampled_from(["NVIDIA A100", "Tesla X"]), st.integers(1, 300_000), st.booleans())

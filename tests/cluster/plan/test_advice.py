@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from aligntune.config.load import load_config
+from aligntune.errors import UserError
 from aligntune.online.work import work_of as work_from
 from cluster.placement import DoesNotFit
 from cluster.plan.options import to_fit
@@ -211,8 +212,28 @@ def test_the_way_of_weights_is_known_to_a_plan() -> None:
         sizes[way] = (
             work.policy.send_buffer, work.rollout.send_buffer, work.policy.shares_weights
         )  # fmt: skip
+        assert work.rollout.keeps_version == (way == "full")
     size = 256 * 2**20
     assert sizes == {"full": (0, 0, False), "nccl": (size, size, False), "ipc": (0, 0, True)}
+    for way, keeps in (("delta", True), ("adapter", False)):
+        rollout = {"engine": "vllm", "weight_sync": way}
+        work = config_of(rollout=rollout, model={"name": SMALL, "lora": {"r": 8}})
+        assert work.rollout.keeps_version == keeps
+
+
+def test_shards_over_which_vllm_cannot_share_out_the_heads_are_refused_with_those_that_do() -> None:
+    def sharded(size: int) -> Work:
+        rollout = {"engine": {"name": "vllm", "tensor_parallel_size": size}}
+        return config_of(rollout=rollout, model={"name": "microsoft/phi-4"})
+
+    for size in (1, 2, 5, 10, 20, 40):  # of 40 heads and 10 of keys and values
+        assert sharded(size).rollout.tensor_parallel == size
+    for size in (3, 4, 8):
+        with pytest.raises(UserError, match=rf"size={size}: .* use 1, 2, 5, 10, 20 or 40$"):
+            sharded(size)
+    settings = [dict(one.settings) for one in to_fit(work_of("microsoft/phi-4"), "rollout")]
+    sizes = {one.get("rollout.engine.tensor_parallel_size") for one in settings}
+    assert sizes == {None, "2"}
 
 
 def test_a_budget_between_rows_may_be_halved_to_whole_ones() -> None:

@@ -14,7 +14,7 @@ from actors.messages import Row
 from actors.packing import microbatches
 from actors.strategies.specs import TorchSpec
 from aligntune.online.work import others_of
-from cluster.bundles import RoleRequest
+from cluster.bundles import BadRequest, RoleRequest
 from cluster.gpus import gpu_names, gpu_type
 from cluster.placement import DoesNotFit
 from cluster.plan.auto import CACHE, HEADROOM, Choice, choose
@@ -229,6 +229,29 @@ def test_a_model_that_one_gpu_does_not_hold_is_shared_by_ranks() -> None:
     assert work.policy.kept.weights
     assert not work.policy.kept.offload
     assert work.rollout.tensor_parallel > 1
+
+
+@pytest.mark.parametrize("nodes", [1, 4])
+def test_shards_share_out_query_heads_and_those_of_keys_and_values(nodes: int) -> None:
+    work = choose(work_of("microsoft/phi-4"), OPEN, described(nodes, 8, "l4-24gb"), cores=8).work
+    assert work.rollout.tensor_parallel in (2, 5, 10), "of 40 heads and 10, on GPUs of 24 GB"
+
+
+def test_gpus_of_a_replica_that_vllm_cannot_share_the_model_over_are_refused() -> None:
+    work = work_of("microsoft/phi-4")
+    requests = tuple(
+        replace(one, gpus=4.0) if one.role == "rollout" else one for one in work.requests
+    )
+    work = replace(work, requests=requests, rollout=replace(work.rollout, gpus_as_set=4.0))
+    said = r"rollout.resources.gpus=4: .* use 1, 2, 5, 10, 20 or 40$"
+    with pytest.raises(BadRequest, match=said):
+        choose(work, OPEN - {"rollout.resources.gpus"}, described(1, 8, "h100-80gb"), cores=8)
+
+
+def test_a_choice_says_where_gpus_of_several_types_count_as_one() -> None:
+    cluster = replace(described(1, 2, "l4-24gb"), note="as the least of both")
+    said = {one.path: one for one in choose(work_of(), OPEN, cluster, cores=8).decided}
+    assert "(l4-24gb, as the least of both)" in said["policy.resources.gpus"].why
 
 
 def test_the_optimiser_goes_to_the_host_only_where_nothing_else_fits() -> None:

@@ -89,12 +89,27 @@ def test_a_checkpoint_is_copied_to_the_host_by_each_rank_its_share() -> None:
     assert adapter.host["checkpoint"] < 0.02 * 12 * parameters // 4
 
 
+def test_a_replica_keeps_a_whole_version_on_the_host_where_it_takes_them_there() -> None:
+    """vLLM's processes read it in a file that is kept; changes are put on it; adapters, and what
+    goes from GPU to GPU, need none."""
+    work = work_of()
+    ways: list[dict[str, Any]] = [
+        {"takes_whole": True},
+        {"takes_whole": False, "takes_changes": True},
+        {"takes_whole": False},
+    ]
+    for engine, expected in (("vllm", [True, True, False]), ("transformers", [False, True, False])):
+        rollouts = [replace(work.rollout, engine=engine, **way) for way in ways]
+        hosts = [rollout_memory(one, work.step, H100).host for one in rollouts]
+        assert ["last weights" in host for host in hosts] == expected
+
+
 def test_who_sends_and_takes_changes_keeps_a_whole_version_on_the_host() -> None:
     work = work_of(ranks=2, replicas=2)
     delta = replace(
         work,
         policy=replace(work.policy, sends_changes=True),
-        rollout=replace(work.rollout, takes_changes=True),
+        rollout=replace(work.rollout, takes_changes=True, takes_whole=False),
     )
     bundle = 2 * work.policy.shape.parameters
     cluster = described(1, 8, "h100-80gb")
@@ -102,16 +117,31 @@ def test_who_sends_and_takes_changes_keeps_a_whole_version_on_the_host() -> None
     def host(what: Work) -> int:
         return next(use.bytes for use in make_plan(what, cluster).uses if use.device is None)
 
-    # Rank 0's own, one of each replica, and changes up to as much beside it in the object store.
-    assert host(delta) - host(work) == (1 + 2 + 1) * bundle
+    # Rank 0's own, and changes up to as much beside the whole version in the object store.
+    assert host(delta) - host(work) == (1 + 1) * bundle
     plans = [make_plan(what, cluster).memory for what in (work, delta)]
     for role in ("policy", "rollout"):
         assert plans[0][role].device == plans[1][role].device, "no GPU holds more"
         assert plans[1][role].host["last weights"] == bundle
+    assert plans[0]["rollout"].host["last weights"] == bundle
     tight = host(delta) - bundle
     small = tuple(node._replace(memory_bytes=tight) for node in cluster.nodes)
     with pytest.raises(DoesNotFit, match=r"host .*last weights.*rollout\.weight_sync=full"):
         make_plan(delta, replace(cluster, nodes=small))
+
+
+def test_hosts_that_do_not_hold_a_version_of_each_replica_are_told_what_does_without() -> None:
+    work = work_of(replicas=4)
+    work = replace(work, policy=replace(work.policy, lora_rank=8))
+    cluster = described(1, 8, "h100-80gb")
+    full = next(use.bytes for use in make_plan(work, cluster).uses if use.device is None)
+    short = full - work.policy.shape.parameters
+    small = replace(cluster, nodes=(cluster.nodes[0]._replace(memory_bytes=short),))
+    cures = r"rollout\.weight_sync=adapter, or rollout\.replicas=2"
+    with pytest.raises(DoesNotFit, match=rf"host .*last weights.*what would fit: {cures}"):
+        make_plan(work, small)
+    with pytest.raises(DoesNotFit, match=r"what would fit: rollout\.replicas=2"):
+        make_plan(replace(work, policy=replace(work.policy, four_bit=True)), small)
 
 
 def test_weights_from_gpu_to_gpu_take_buffers_on_both_sides_and_shared_ones_copies() -> None:
@@ -161,6 +191,21 @@ def test_a_cache_of_one_token_is_keys_and_values_of_all_layers() -> None:
     rollout = work_of("meta-llama/Llama-3.1-8B").rollout
     assert kv_bytes(rollout) == 2 * 32 * 8 * 128 * 2
     assert kv_bytes(replace(rollout, tensor_parallel=4)) == 2 * 32 * 2 * 128 * 2
+
+
+def test_four_bits_are_those_of_linear_layers_but_the_head() -> None:
+    policy = replace(work_of("meta-llama/Llama-3.1-8B").policy, lora_rank=16)
+    plain, packed = (
+        trained_memory(replace(policy, four_bit=bits), True).device["weights"]
+        for bits in (False, True)
+    )
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    assert plain - packed == pytest.approx((2 - 4.5 / 8) * 32 * layer, abs=1)
+    adapters = 6 * policy.shape.lora_parameters(16)  # float32, and autocast's copy
+    assert packed - adapters == pytest.approx(6.03e9, rel=0.01)  # 3.93 + 2.10 of embeddings, head
+    mixture = replace(policy, shape=from_table("Qwen/Qwen3-30B-A3B"))
+    kept = trained_memory(replace(mixture, four_bit=True), True).device["weights"]
+    assert kept > 2 * mixture.shape.expert_parameters, "experts are no linear layers"
 
 
 def test_a_frozen_model_keeps_no_gradients() -> None:

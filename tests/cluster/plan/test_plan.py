@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.bundles import RoleRequest
+from cluster.gpus import gpu_type
 from cluster.placement import DoesNotFit
 from cluster.plan.memory import kv_bytes
 from cluster.plan.plan import Plan, make_plan
@@ -109,6 +110,20 @@ def test_the_weights_of_both_colocated_roles_count_on_their_device() -> None:
     less = replace(work, rollout=replace(work.rollout, memory_share=0.4))
     plan = make_plan(less, described(1, 2, "h100-80gb"))
     assert plan.placement.slots["policy"] == plan.placement.slots["rollout"]
+
+
+@pytest.mark.parametrize("order", [("a100-80gb", "l40s-48gb"), ("l40s-48gb", "a100-80gb")])
+def test_a_role_on_two_types_of_gpus_takes_what_the_smaller_has(order: tuple[str, str]) -> None:
+    """The slower one has more memory here."""
+    work = work_of(replicas=3)
+    requests = tuple(one for one in work.requests if one.role != "reference")
+    work = replace(work, requests=requests, frozen=())
+    nodes = tuple(described(1, 2, gpu).nodes[0]._replace(name=gpu) for gpu in order)
+    plan = make_plan(work, Cluster(nodes, "mixed"))
+    smaller = gpu_type("l40s-48gb").memory_bytes
+    assert len({slot.node for slot in plan.placement.slots["rollout"]}) == 2
+    assert plan.memory["rollout"].peak == pytest.approx(0.85 * smaller, rel=0.01)
+    check_plan(plan)
 
 
 def colocated(**rollout: object) -> Work:
