@@ -66,26 +66,21 @@ class FSDPStrategy:
     def setup(self, master_address: str, master_port: int) -> None:
         """Meet the other ranks, and keep this rank's share of each weight.
 
-        A layer is moved to the device whole and alone.
+        A layer is moved to the device whole and alone, and cast to float32 just before.
         """
         join(self._spec, self.rank, self.device, master_address, master_port)
         # What a forward pass returns is changed in place nowhere.
         warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
-        for _, parameter in self._trained():
-            # New adapters are drawn, and every rank draws its own: rank 0's it is.
-            drawn = parameter.data.to(self.device, torch.float32)
-            dist.broadcast(drawn, src=0)
-            parameter.data = drawn.to(parameter.device)
         mesh = init_device_mesh(self.device.type, (self.world,))
         low = self._dtype != torch.float32
         computes = MixedPrecisionPolicy(
             param_dtype=self._dtype if low else None, reduce_dtype=torch.float32 if low else None
         )
         for part in _layers(self.model):
-            fully_shard(part, mesh=mesh, mp_policy=computes)
+            fully_shard(self._in_float32(part), mesh=mesh, mp_policy=computes)
         if (head := getattr(self.model.unwrapped, "score", None)) is not None:
-            fully_shard(head, mesh=mesh)  # a value in bfloat16 has three digits
-        root = fully_shard(self.model, mesh=mesh, mp_policy=computes)
+            fully_shard(self._in_float32(head), mesh=mesh)  # a value in bfloat16 has three digits
+        root = fully_shard(self._in_float32(self.model), mesh=mesh, mp_policy=computes)
         for part in root.modules():
             if isinstance(part, FSDPModule):
                 part.set_gradient_divide_factor(1.0)
@@ -94,6 +89,15 @@ class FSDPStrategy:
                 # Or ranks whose rows use different weights (experts) would wait for each other.
                 part.set_reduce_scatter_unused_params(True)
         self._optimizer = make_optimizer(self.model, self._spec)
+
+    def _in_float32(self, part: nn.Module) -> nn.Module:
+        """`part`, with those of its trained weights that are not shared out yet as on rank 0."""
+        for parameter in part.parameters():
+            if parameter.requires_grad and not isinstance(parameter, DTensor):
+                # New adapters are drawn, and every rank draws its own: rank 0's it is.
+                parameter.data = parameter.data.to(self.device, torch.float32)
+                dist.broadcast(parameter.data, src=0)
+        return part
 
     @property
     def _root(self) -> FSDPModule:

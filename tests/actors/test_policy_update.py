@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface
 
 from actors.engines.base import configured_ends
@@ -24,6 +26,7 @@ from actors.models.loading import ModelError, check_adapters, load_causal_lm, lo
 from actors.policy import PolicyActor
 from actors.ranks import NonFiniteUpdate
 from actors.specs import LoRASpec, ModelSpec
+from actors.strategies import fsdp
 from actors.strategies.optimizer import learning_rate
 from actors.strategies.specs import DeepSpeedSpec, FSDPSpec, StrategySpec
 from actors.strategies.torch import TorchStrategy
@@ -777,6 +780,36 @@ def test_adapters_of_ranks_start_and_move_as_those_of_one(
         ranks.close()
     for name, tensor in weights(one).items():
         torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=2e-5)
+
+
+def test_a_rank_of_fsdp_casts_a_layer_just_before_it_shares_it_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a whole model in float32 would lie in the host's memory, once a rank."""
+
+    def alone(*where: Any) -> None:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def watched(part: torch.nn.Module, **options: Any) -> Any:
+        for of, found in ((actor._strategy.model, wide), (part, own)):
+            whole = [p for p in of.parameters() if not isinstance(p, DTensor)]
+            found.append({id(p) for p in whole if p.dtype == torch.float32})
+        return shard(part, **options)
+
+    shard = fsdp.fully_shard
+    monkeypatch.setattr(fsdp, "join", alone)
+    monkeypatch.setattr(fsdp, "fully_shard", watched)
+    spec = ModelSpec(name=str(folder), dtype="bfloat16")
+    wide: list[set[int]] = []
+    own: list[set[int]] = []
+    actor = PolicyActor(spec, policy_spec(strategy=FSDP), 0, 1, 10, 0)
+    try:
+        actor.start("", 0)
+    finally:
+        actor._strategy.close()
+    assert len(own) == 3, "two layers, and what is around them"
+    assert wide == own
+    assert all(own)
 
 
 @pytest.mark.slow
