@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from actors.specs import ModelSpec
+from actors.specs import LoRASpec, ModelSpec
 from aligntune.errors import UserError
 from aligntune.paths import located
 from cluster.plan.shapes import ModelShape, from_config, from_folder, from_table
@@ -19,6 +19,14 @@ def known_shape(name: str) -> ModelShape:
     if name.startswith(("/", "./", "../", "~")):
         raise UserError(f"model folder {name!r} does not exist")
     return from_table(name)
+
+
+def adapts_experts(lora: LoRASpec | None) -> bool:
+    """Whether experts or routers of a mixture get adapters. PEFT knows them by the names of the
+    linear layers that they were."""
+    names = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+    targets = "all-linear" if lora is None else lora.target_modules
+    return targets == "all-linear" or not names.isdisjoint(targets)
 
 
 def loaded_shape(model: ModelSpec, name: str) -> ModelShape:

@@ -15,7 +15,7 @@ from aligntune.config.online import RunConfig
 from aligntune.errors import UserError
 from aligntune.online.role_requests import role_requests
 from aligntune.online.role_table import ROLES
-from aligntune.shapes import known_shape
+from aligntune.shapes import adapts_experts, known_shape
 from cluster.plan.shapes import ModelShape
 from cluster.plan.work import Frozen, Kept, Other, Rollout, Step, Trained, Work, microbatch
 
@@ -143,6 +143,7 @@ def _trained(
         others=others_of(spec.strategy) if config.backend != "unsloth" or not policy else (),
         several=spec.strategy.several,
         lora_rank=model.lora.r if model.lora and policy else None,
+        lora_experts=adapts_experts(model.lora),
         checkpointing=model.gradient_checkpointing,
         head_rows=_head_rows(config, shape) if policy else 0,
         four_bit=model.load_in_4bit and policy,

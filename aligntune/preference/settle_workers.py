@@ -10,7 +10,7 @@ from aligntune.config.preference import DPOSpec, PreferenceConfig, load_preferen
 from aligntune.config.warm_up import SFTSpec
 from aligntune.decisions import KEPT, Decision
 from aligntune.errors import UserError
-from aligntune.shapes import loaded_shape
+from aligntune.shapes import adapts_experts, loaded_shape
 from cluster.machines import Machines, machines
 from cluster.placement import DoesNotFit
 from cluster.plan.pairs import HELD_OUT, SHARED_OUT, PairWork, choose_workers
@@ -81,6 +81,7 @@ def _work(config: PreferenceConfig, longest: int) -> PairWork:
         dtype_bytes=2 if model.dtype == "bfloat16" else 4,
         checkpointing=model.gradient_checkpointing,
         lora_rank=model.lora.r if model.lora else None,
+        lora_experts=adapts_experts(model.lora),
         four_bit=model.load_in_4bit,
         logits=dpo or taught,
         sides=1 if taught else 2,

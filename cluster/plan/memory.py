@@ -82,7 +82,7 @@ def trained_parameters(work: Trained) -> tuple[int, int]:
     total = parameters_of(work)
     if work.lora_rank is None:
         return total, 0
-    return work.shape.lora_parameters(work.lora_rank), total
+    return work.shape.lora_parameters(work.lora_rank, work.lora_experts), total
 
 
 def parameters_of(work: Trained | Frozen) -> int:
@@ -248,11 +248,17 @@ def activations(work: Trained) -> int:
     With checkpointing each layer keeps its input alone, and one layer is recomputed (Chen et al.
     2016).
     """
-    frozen = work.lora_rank is not None
-    one = layer_activations(work.shape, _compute(work), work.longest, work.scores, frozen)
+    shape, lora = work.shape, work.lora_rank is not None
+    adapted = lora and work.lora_experts and bool(shape.adapted)
+    one = layer_activations(
+        shape, _compute(work), work.longest, work.scores, frozen=lora and not adapted
+    )
+    # PEFT makes weights of experts and their adapters anew in each pass, which backward needs.
+    made = shape.expert_parameters * work.dtype_bytes if adapted else 0
     if work.checkpointing:
-        return work.tokens * (work.shape.layers * FLOAT * work.shape.hidden + 2 * one)
-    return work.tokens * (work.shape.layers + 1) * one
+        kept = work.tokens * (shape.layers * FLOAT * shape.hidden + 2 * one)
+        return kept + 2 * made // shape.layers
+    return (work.tokens * one + made // shape.layers) * (shape.layers + 1)
 
 
 def logits(shape: ModelShape, rows: int, compute_bytes: int, copies: int) -> int:

@@ -56,6 +56,7 @@ class PairWork:
     deepspeed: bool = False  # it says where weights, gradients and optimiser are: none is counted
     whole: bool = False  # the loss is one of all pairs of a forward pass, not a mean over them
     held_out: int = 0  # pairs of one forward pass of an evaluation; 0: there is none
+    lora_experts: bool = True
 
     @property
     def bytes(self) -> int:
@@ -71,6 +72,7 @@ class PairWork:
             tokens,
             self.longest,
             lora_rank=self.lora_rank,
+            lora_experts=self.lora_experts,
             checkpointing=self.checkpointing,
             head_rows=rows,
             plain_loss=True,

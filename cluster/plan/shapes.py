@@ -39,6 +39,15 @@ NAMES = {
     "heads": ("num_attention_heads", "n_head"),
     "vocabulary": ("vocab_size",),
 }
+# fmt: off
+ADAPTED_EXPERTS = frozenset((
+    "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe",
+    "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa",
+    "hunyuan_v1_moe", "longcat_flash", "mellum", "minimax", "minimax_m2", "mixtral", "olmoe",
+    "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "solar_open",
+))
+# fmt: on
+"""Types of models whose experts and routers PEFT takes for linear layers too."""
 
 
 class BadModelConfig(ValueError):
@@ -61,15 +70,18 @@ class ModelShape:
     kv_heads: int  # over which shards divide the cache; MLA has one vector for all
     mlp: int  # width of the MLP that one token meets: of its experts together
     linear: tuple[tuple[int, int], ...]  # (in, out) of every linear layer but the head, for LoRA
+    adapted: int  # elements that adapters of rank 1 have on experts and routers, over all layers
     experts: float  # share of the weights of expert layers that one token meets; 1 if dense
     routed: float  # experts that one token is sent to in a layer, in the mean; 0 if dense
     expert_parameters: int  # in routed experts
     tied: bool
     source: str  # where the sizes are from
 
-    def lora_parameters(self, rank: int) -> int:
-        """Of adapters on every linear layer: rank * (in + out) each (Hu et al. 2021, 4.1)."""
-        return sum(rank * (rows + columns) for rows, columns in self.linear)
+    def lora_parameters(self, rank: int, experts: bool = True) -> int:
+        """Of adapters on every linear layer: rank * (in + out) each (Hu et al. 2021, 4.1). With
+        `experts` each has its own, of twice the rank on its two halves: one weight to PEFT."""
+        more = self.adapted if experts else 0
+        return rank * (more + sum(rows + columns for rows, columns in self.linear))
 
     @property
     def shards(self) -> tuple[int, ...]:
@@ -117,10 +129,14 @@ def from_config(config: Mapping[str, Any], name: str, source: str) -> ModelShape
     shared = [(hidden, shared_width)] * gated + [(shared_width, hidden)] if shared_width else []
     sparse_layers = layers - dense_layers
 
-    # Experts are fused tensors that adapters of "all-linear" leave alone.
+    # Experts are fused tensors, so no linear layers.
     linear = attention * layers + mlp * dense_layers + shared * sparse_layers
     in_experts = sparse_layers * routed * _count(expert)
     router = sparse_layers * hidden * routed
+    adapted = 0
+    if routed and config.get("model_type") in ADAPTED_EXPERTS:
+        halves, down = 2 * (hidden + 2 * width), width + hidden
+        adapted = sparse_layers * (routed * (halves + down) + hidden + routed)
     norms = _norms(config, hidden, head_dim) * layers + hidden
     biases = _biases(config, heads, kv_heads, head_dim) * layers
     embedding = sizes["vocabulary"] * hidden
@@ -140,6 +156,7 @@ def from_config(config: Mapping[str, Any], name: str, source: str) -> ModelShape
         kv_heads=1 if config.get("kv_lora_rank") else kv_heads,
         mlp=(inner * dense_layers + (chosen * width + shared_width) * sparse_layers) // layers,
         linear=tuple(linear),
+        adapted=adapted,
         experts=share,
         routed=chosen * sparse_layers / layers,
         expert_parameters=in_experts,

@@ -84,6 +84,7 @@ class Trained:
     others: tuple[Other, ...] = ()  # none where the backend runs no other
     several: bool = True  # whether there may be more than one rank
     lora_rank: int | None = None
+    lora_experts: bool = True  # where PEFT takes experts for linear layers
     checkpointing: bool = False
     head_rows: int = 0  # of the logits matrix at once; 0: there are no logits
     plain_loss: bool = False  # logits go through autograd, as TRL's do

@@ -13,6 +13,7 @@ from aligntune.config.load import load_config
 from aligntune.errors import UserError
 from aligntune.online.work import work_of as work_from
 from cluster.placement import DoesNotFit
+from cluster.plan.memory import trained_parameters
 from cluster.plan.options import to_fit
 from cluster.plan.plan import Plan, make_plan
 from cluster.plan.work import Work
@@ -219,6 +220,17 @@ def test_the_way_of_weights_is_known_to_a_plan() -> None:
         rollout = {"engine": "vllm", "weight_sync": way}
         work = config_of(rollout=rollout, model={"name": SMALL, "lora": {"r": 8}})
         assert work.rollout.keeps_version == keeps
+
+
+def test_adapters_of_experts_are_counted_where_they_are_asked_for() -> None:
+    counts = {}
+    for targets in ("all-linear", ["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"]):
+        lora = {"r": 8, "target_modules": targets}
+        work = config_of(model={"name": "Qwen/Qwen3-30B-A3B", "lora": lora})
+        counts[str(targets)] = trained_parameters(work.policy)[0]
+    every, attention, experts = counts.values()
+    assert every == experts
+    assert every - attention == 48 * 8 * (128 * (2 * (2048 + 1536) + 768 + 2048) + 2048 + 128)
 
 
 def test_shards_over_which_vllm_cannot_share_out_the_heads_are_refused_with_those_that_do() -> None:
