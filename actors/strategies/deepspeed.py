@@ -12,10 +12,12 @@ import math
 import os
 import pickle
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from actors.disk import Files
 from actors.models.wrapped import TrainedModel
@@ -141,17 +143,26 @@ class DeepSpeedStrategy:
             return parameter.detach().clone()
 
     def snapshot(self) -> Files:
-        """DeepSpeed's own files, one set a rank, and the rank's RNG state."""
+        """DeepSpeed's own files, one set a rank, and the rank's RNG state.
+
+        Without frozen weights, which are those that the model is loaded with.
+        """
         files: dict[str, memoryview | bytes] = {}
+        frozen = _frozen(self.model)
 
         def keep(state_dict: Any, path: str) -> None:
+            if (weights := state_dict.get("module")) is not None:  # tied ones by their other name
+                weights = {name: kept for name, kept in weights.items() if name not in frozen}
+                state_dict = {**state_dict, "module": weights}
             files[path.removeprefix(f"{NOWHERE}/")] = as_file(state_dict)
 
         engine = self._engine.checkpoint_engine
         engine.save, engine.makedirs = keep, lambda path, exist_ok=False: None
         self._engine._copy_recovery_script = lambda path: None  # a program; `load` needs none
         try:
-            self._engine.save_checkpoint(NOWHERE, tag=TAG, save_latest=False)
+            self._engine.save_checkpoint(
+                NOWHERE, tag=TAG, save_latest=False, exclude_frozen_parameters=True
+            )
         finally:
             del engine.save, engine.makedirs  # or the files stay in memory, by `keep`
         files[f"rng-rank-{self.rank}.pt"] = as_file(rng_state(self.device))
@@ -169,7 +180,7 @@ class DeepSpeedStrategy:
                 f"and this run has {self._layout()}; resume with the settings it was written with"
             )
         settings = settings_of(self._engine.optimizer)
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, custom_load_fn=_take)
         if loaded is None:
             raise ValueError(f"{folder} holds no complete DeepSpeed state")
         put_back(self._engine.optimizer, settings)
@@ -191,6 +202,25 @@ class DeepSpeedStrategy:
             self._engine.destroy()
             self._engine = None
         leave()
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    """The names of weights that are not trained."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if not parameter.requires_grad}
+
+
+def _take(src: Mapping[str, torch.Tensor], dst: nn.Module) -> None:
+    """Have a model take what a checkpoint says of it, with frozen weights or without.
+
+    Raises:
+        ValueError: it says it of another model or LoRA.
+    """
+    missing, unexpected = dst.load_state_dict(src, strict=False)
+    if unexpected or set(missing) - _frozen(dst):
+        raise ValueError(
+            "the checkpoint holds the weights of another model or of other LoRA settings"
+        )
 
 
 def _load_tensors(path: str, map_location: Any = None) -> Any:

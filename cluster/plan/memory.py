@@ -107,7 +107,7 @@ def trained_memory(work: Trained, on_gpu: bool) -> Memory:
     rows, copies = min(work.head_rows, work.tokens), 6 if work.plain_loss else 1
     device["logits"] = logits(work.shape, rows, _compute(work), copies)
     device["framework"] = int(GPU_FRAMEWORK if on_gpu else CPU_FRAMEWORK)
-    host |= _saved(work, trained, frozen)
+    host |= _saved(work, trained)
     if work.head_rows:  # the policy: rank 0 copies its weights out, one tensor after the other
         bundle = work.shape.parameters * work.dtype_bytes
         device["transfer"] = _leaving(work) if on_gpu else bundle
@@ -186,16 +186,16 @@ def _kept(work: Trained, trained: int, frozen: int) -> tuple[dict[str, int], dic
     return {"weights": weights, "gradients": gradients, "optimiser": optimiser}, host
 
 
-def _saved(work: Trained, trained: int, frozen: int) -> dict[str, int]:
+def _saved(work: Trained, trained: int) -> dict[str, int]:
     """A rank's part of a checkpoint, copied to the host and written beside the next updates.
 
     Trained weights and two moments in float32: 12T, of ranks that share them each its own. ZeRO 1
-    and 2 have rank 0 write the model too, as it computes, with what is frozen.
+    and 2 have rank 0 write what is trained as it computes, too.
     """
     kept = work.kept
     saved = {"checkpoint": 3 * FLOAT * trained // (work.ranks if kept.optimiser else 1)}
     if kept.master and not kept.weights:
-        saved["model file"] = work.dtype_bytes * (trained + frozen)
+        saved["model file"] = work.dtype_bytes * trained
     return saved
 
 

@@ -26,7 +26,7 @@ from actors.models.loading import ModelError, check_adapters, load_causal_lm, lo
 from actors.policy import PolicyActor
 from actors.ranks import NonFiniteUpdate
 from actors.specs import LoRASpec, ModelSpec
-from actors.strategies import fsdp
+from actors.strategies import deepspeed, fsdp
 from actors.strategies.optimizer import learning_rate
 from actors.strategies.specs import DeepSpeedSpec, FSDPSpec, StrategySpec
 from actors.strategies.torch import TorchStrategy
@@ -715,6 +715,11 @@ def test_ranks_resume_export_and_stop_like_one_rank(
     finally:
         straight.close()
 
+    for path in (tmp_path / "state").glob("deepspeed/*model_states.pt"):
+        written = torch.load(path, weights_only=False)
+        assert all("lora_" in name for name in written["module"]) == ("lora" in model)
+        assert written["frozen_param_fragments"] is None
+
     resumed = Ranks(folder, 2, strategy, model)
     try:
         resumed.call(_load, both)
@@ -846,6 +851,31 @@ def test_ranks_of_fsdp_go_on_as_another_number_of_them(folder: Path, tmp_path: P
                 torch.testing.assert_close(moved[name], tensor, rtol=1e-4, atol=2e-5)
         finally:
             other.close()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_deepspeed_takes_checkpoints_with_frozen_weights_or_without_and_of_its_own_layers_alone(
+    tied: bool,
+) -> None:
+    model = torch.nn.ModuleDict({"in": torch.nn.Linear(2, 2), "out": torch.nn.Linear(2, 2)})
+    model["adapter"] = torch.nn.BatchNorm1d(2)  # with buffers, which are kept
+    model["in"].requires_grad_(False)
+    if tied:
+        model["out"].weight = model["in"].weight
+    whole = {name: torch.full_like(tensor, 7) for name, tensor in model.state_dict().items()}
+    frozen = {"in.weight", "in.bias"} | ({"out.weight"} if tied else set())
+    assert deepspeed._frozen(model) == frozen
+    deepspeed._take({name: tensor for name, tensor in whole.items() if name not in frozen}, model)
+    assert {name for name, tensor in model.state_dict().items() if (tensor != 7).any()} == frozen
+    deepspeed._take(whole, model)
+    assert all((tensor == 7).all() for tensor in model.state_dict().values())
+    for other in (
+        {**whole, "more": torch.zeros(1)},
+        {name: tensor for name, tensor in whole.items() if name != "out.bias"},
+        {name: tensor for name, tensor in whole.items() if name != "adapter.running_mean"},
+    ):
+        with pytest.raises(ValueError, match="another model or of other LoRA settings"):
+            deepspeed._take(other, model)
 
 
 @pytest.mark.slow

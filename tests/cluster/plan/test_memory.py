@@ -85,8 +85,10 @@ def test_a_checkpoint_is_copied_to_the_host_by_each_rank_its_share() -> None:
         here = trained_memory(replace(policy, **keeping(strategy)), on_gpu=False)
         assert here.device["checkpoint"] == share, "without a GPU it lies beside the rest"
         assert memory.of_rank_0 == here.of_rank_0 == model + 2 * parameters
-    adapter = trained_memory(replace(policy, lora_rank=8, **keeping(FSDPSpec())), on_gpu=True)
-    assert adapter.host["checkpoint"] < 0.02 * 12 * parameters // 4
+    for strategy in (FSDPSpec(), DeepSpeedSpec(stage=2)):
+        adapter = trained_memory(replace(policy, lora_rank=8, **keeping(strategy)), on_gpu=True)
+        assert adapter.host["checkpoint"] < 0.02 * 12 * parameters // 4
+        assert adapter.host.get("model file", 0) < 0.02 * 2 * parameters, "nothing that is frozen"
 
 
 def test_a_replica_keeps_a_whole_version_on_the_host_where_it_takes_them_there() -> None:
