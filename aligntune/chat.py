@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from aligntune.errors import UserError
 from aligntune.heads import writes_text
 from aligntune.runs.reading import open_run
 
-NO_ROOM = "\n(no room on the GPU; on the CPU, from the beginning)\n"
+NO_ROOM = "\n(the GPU has no room, or cannot be used; on the CPU, from the beginning)\n"
 
 
 class TooLong(UserError):
@@ -169,10 +170,18 @@ class Conversation:
 
         try:
             generate()
-        except torch.OutOfMemoryError:
+            full = False
+        except RuntimeError:  # no room for weights, a context or a library, or no kernels for it
+            if self._device == "cpu":
+                raise
+            full = True
+        if full:  # with nothing of the failed call left
             say(NO_ROOM)
             pieces.clear()
             self._device = "cpu"
+            self._model.to("cpu")
+            with suppress(RuntimeError):
+                torch.cuda.empty_cache()
             generate()
         said = "".join(pieces)
         self._messages += [

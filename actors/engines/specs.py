@@ -52,6 +52,12 @@ class VLLMSpec(EngineSpec):
         "its own what vLLM finds free of its share, on CPU 1",
         json_schema_extra=AUTO,
     )
+    compiles: bool = Field(
+        False,
+        description="the model, on a CPU; auto: where an engine has several threads and may sample "
+        "a million tokens in the run. On GPUs vLLM decides",
+        json_schema_extra=AUTO,
+    )
     options: dict[str, Any] = Field(
         default={},
         description="fields of vLLM's AsyncEngineArgs, passed on as they are; `max_num_seqs` and "
@@ -62,13 +68,6 @@ class VLLMSpec(EngineSpec):
     def shards(self) -> int:
         """Tensor-parallel ones."""
         return self.tensor_parallel_size
-
-    @property
-    def compiles_as_set(self) -> bool:
-        """Whether the options say what vLLM compiles."""
-        return not self.options.keys().isdisjoint(
-            ("enforce_eager", "compilation_config", "optimization_level")
-        )
 
 
 class TransformersSpec(EngineSpec):

@@ -291,8 +291,8 @@ class VLLMEngine:
         most = AsyncEngineArgs.get_batch_defaults(self._vllm.tensor_parallel_size)
         most_tokens, most_sequences = (limits[UsageContext.LLM_CLASS] for limits in most)
         options = batch_limits(self._spec, self._sequences, most_sequences, most_tokens, options)
-        if on_cpu and not self._vllm.compiles_as_set:
-            # Compiling takes half a minute of each start there; a long run says if it is worth it.
+        own = ("enforce_eager", "compilation_config", "optimization_level")
+        if on_cpu and not self._vllm.compiles and options.keys().isdisjoint(own):
             options["enforce_eager"] = True
         if self._vllm.tensor_parallel_size > 1:
             # All shards live beside the actor, on the devices that Ray gave it.

@@ -90,6 +90,8 @@ def bound_of(config: Any, vllm: bool) -> Bound | None:
         return Bound(written, f"max_position_embeddings of dynamic scaling, {others}")
     if kind == "yarn" and vllm and written < positions:
         cure = f"to be {positions} in its config.json if vLLM is to read as far as YaRN's factor"
+        if isinstance(original, int):  # it is what was written, where nobody wrote it
+            cure += f", beside original_max_position_embeddings={original} there"
         return Bound(written, f"max_position_embeddings, {cure}")
     return Bound(positions)
 

@@ -7,9 +7,12 @@ taken from the run that is to go on: another machine never makes it another run.
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from actors.engines.base import resolve_engine, vllm_is_installed, vllm_needs_no_gpu
@@ -83,30 +86,42 @@ def settle_resources(
     config = settled(config, values)
     if there.here:
         _check_engine(config)
-        if steps is not None and (compiled := _compiling(config, steps)):
-            config = settled(config, {compiled.path: compiled.value})
-            decided.append(compiled)
+        if steps is not None and (tokens := _sampled_on_cpu(config, steps)) >= WORTH_COMPILING:
+            why = f"an engine may sample {tokens:,} tokens in this run"
+            decided.append(Decision("rollout.engine.compiles", True, why))
+            config = _compiling(config)
     return _with_cache(config, cache), (*kept, *decided)
 
 
-def _compiling(config: RunConfig, steps: Callable[[], int]) -> Decision | None:
-    """Whether vLLM on this machine's CPU compiles its model; None where that is set, or it does
-    not. What compiling saves is threads' waiting for each other: nothing where there is one."""
+def _sampled_on_cpu(config: RunConfig, steps: Callable[[], int]) -> int:
+    """Tokens at most that one vLLM engine samples on this machine's CPU, where it could gain by
+    compiling and is left to decide; else 0. What it gains is what its threads wait for each other:
+    nothing with one."""
     rollout, train = config.rollout, config.train
     engine, takes = resolve_engine(rollout), rollout.resources
     if not isinstance(engine, VLLMSpec) or takes.gpus or (takes.threads or takes.cpus) < 2:
-        return None
-    if engine.compiles_as_set or shutil.which("g++") is None:
-        return None
+        return 0
+    if "compiles" in engine.model_fields_set or not _can_compile():
+        return 0
     completions = steps() * train.groups_per_step * (train.completions_per_group or 1)
-    tokens = completions * rollout.max_completion_length // rollout.replicas
-    if tokens < WORTH_COMPILING:
-        return None
-    options = {**engine.options, "enforce_eager": False}
-    why = f"vLLM compiles, for an engine may sample {tokens:,} tokens in this run"
+    return completions * rollout.max_completion_length // rollout.replicas
+
+
+def _can_compile() -> bool:
+    """Whether what torch compiles with is here: a compiler, and Python's headers."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return shutil.which(os.environ.get("CXX") or "g++") is not None and header.is_file()
+
+
+def _compiling(config: RunConfig) -> RunConfig:
+    """With a vLLM that compiles. The keys stay open: an evaluation of what was trained is short."""
+    rollout = config.rollout
+    engine = with_open(resolve_engine(rollout), "compiles", True)
     if rollout.engine.name == "auto":
-        return Decision("rollout.engine", {"name": engine.name, "options": options}, why)
-    return Decision("rollout.engine.options", options, why)
+        rollout = with_open(rollout, "engine", engine)
+    else:
+        rollout = rollout.model_copy(update={"engine": engine})
+    return config.model_copy(update={"rollout": rollout})
 
 
 def _with_cache(config: RunConfig, gib: float | None) -> RunConfig:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from aligntune.chat import NO_ROOM, Asking, Conversation, TooLong, asked_by_run, model_folder
@@ -78,12 +79,17 @@ def test_an_answer_is_computed_on_the_gpu_where_there_is_one(
     assert seen == ["meta"] * 3
 
 
-@pytest.mark.parametrize("fails", ["to", "generate"])
+@pytest.mark.parametrize(
+    ("fails", "error"),
+    [
+        ("to", torch.AcceleratorError("CUDA error: out of memory")),
+        ("generate", torch.OutOfMemoryError("CUDA out of memory")),
+        ("generate", RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")),
+    ],
+)
 def test_where_the_gpu_has_no_room_an_answer_is_heard_anew_from_the_cpu(
-    conversation: Conversation, monkeypatch: pytest.MonkeyPatch, fails: str
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch, fails: str, error: RuntimeError
 ) -> None:
-    import torch
-
     wanted = conversation.answer("7", lambda piece: None)
     conversation.forget()
     method, calls = getattr(conversation._model, fails), []
@@ -94,8 +100,9 @@ def test_where_the_gpu_has_no_room_an_answer_is_heard_anew_from_the_cpu(
             return method(*args, **options)
         if fails == "generate":
             options["streamer"].on_finalized_text("half of it")
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
+    monkeypatch.setattr(conversation, "_device", "cpu:0")  # for a GPU
     monkeypatch.setattr(conversation._model, fails, crowded)
     heard: list[str] = []
     assert conversation.answer("7", heard.append) == wanted

@@ -1,7 +1,7 @@
 """Processor seconds of a vLLM engine until it is ready, and of the tokens that it then makes.
 
 Its process is forked from the one that has imported vLLM, or spawned; it compiles, or does not
-(`rollout.engine.options.enforce_eager`). A start is a process of its own, with a Ray of its own and
+(`rollout.engine.compiles`). A start is a process of its own, with a Ray of its own and
 the rollout actor of a run: it serves, and has made a first token, before the tokens count, which
 are those of one step of tests/bench/end_to_end/work.py. Beside them is bare vLLM, all of it in one
 process without Ray. Kinds take turns, round by round. The first round finds no cache of what vLLM
@@ -277,7 +277,7 @@ def life(kind: Kind, work: Work, home: Path) -> Start:
         for row, text in enumerate(works.prompts_of(work))
     ]
     spec = RolloutSpec(
-        engine=VLLMSpec(options={"enforce_eager": kind[1] == "eager"}),
+        engine=VLLMSpec(compiles=kind[1] == "compiled"),
         max_prompt_length=work.prompt_tokens[1],
         max_completion_length=work.new_tokens,
         max_concurrent_groups=work.prompts,

@@ -419,7 +419,7 @@ def test_an_engine_that_is_forked_computes_what_another_does_bit_for_bit(
 @pytest.mark.long
 def test_an_engine_that_compiles_keeps_the_same_promises(folder, ray_session, policies, bundles):
     pytest.importorskip("vllm")
-    compiling = VLLMSpec(kv_cache_gib=0.25, options={"enforce_eager": False})
+    compiling = VLLMSpec(kv_cache_gib=0.25, compiles=True)
     with vllm_actor(folder, compiling) as replica:
         for temperature in (1.0, 0.7):
             test_logprobs_are_those_of_a_plain_forward_before_and_after_an_update(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,27 +189,37 @@ def test_without_a_gpu_a_run_is_as_it_was_but_for_its_threads() -> None:
         (10, ["rollout.engine=vllm"], False),
         (1_000, ["rollout.engine=vllm", "rollout.resources.threads=1"], False),
         (1_000, ["rollout.engine=transformers"], False),
-        (1_000, ["rollout.engine={name: vllm, options: {enforce_eager: true}}"], None),
+        (1_000, ["rollout.engine={name: vllm, compiles: false}"], False),
     ],
 )
-def test_vllm_compiles_on_a_cpu_for_a_run_of_many_tokens(
-    steps: int, overrides: list[str], compiles: bool | None, monkeypatch: pytest.MonkeyPatch
+def test_vllm_compiles_on_a_cpu_for_a_run_of_many_tokens_and_no_file_says_so(
+    steps: int,
+    overrides: list[str],
+    compiles: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     for name in ("vllm_is_installed", "vllm_needs_no_gpu"):
         monkeypatch.setattr(module, name, lambda: True)
         monkeypatch.setattr(base, name, lambda: True)
     monkeypatch.setattr(module.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(module.sysconfig, "get_path", lambda name: str(tmp_path))
     given = config(*overrides)
-    now, decisions = settle_resources(given, None, LAPTOP, known_shape, lambda: steps)
-    engine = resolve_engine(now.rollout)
-    options = engine.options if isinstance(engine, VLLMSpec) else {}
-    assert options.get("enforce_eager") == (
-        True if compiles is None else False if compiles else None
-    )
-    assert any("vLLM compiles" in one.why for one in decisions) == bool(compiles)
-    assert load_config(yaml.safe_load(dump(now))).rollout == now.rollout
-    again, _ = settle_resources(given, None, LAPTOP, known_shape)
-    assert again.rollout.engine == given.rollout.engine
+
+    def started(steps: int) -> tuple[RunConfig, bool]:
+        now, decisions = settle_resources(given, None, LAPTOP, known_shape, lambda: steps)
+        engine = resolve_engine(now.rollout)
+        told = any(one.path == "rollout.engine.compiles" for one in decisions)
+        assert told == (isinstance(engine, VLLMSpec) and engine.compiles)
+        return now, told
+
+    assert not started(steps)[1], "Python's headers are missing"
+    (tmp_path / "Python.h").touch()
+    now, told = started(steps)
+    assert told == compiles
+    before, _ = settle_resources(given, None, LAPTOP, known_shape)
+    assert dump(now) == dump(before)
+    assert load_config(yaml.safe_load(dump(now))).rollout.engine == given.rollout.engine
 
 
 def test_a_run_that_goes_on_elsewhere_keeps_what_its_checkpoint_holds() -> None:
