@@ -72,9 +72,19 @@ def build_trainer(
     build = {"dpo": _dpo, "reward_model": _reward_model, "sft": _sft}[job.kind]
     trainer = build(job, common, train_set, eval_set, tokenizer, alive)
     for parameter in trainer.model.parameters():
-        if parameter.requires_grad:  # adapters on a base of fewer bits, and what Unsloth loads
+        # Adapters on a base of fewer bits, and what Unsloth loads; not what is shared out.
+        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.float()
     return trainer
+
+
+def _share_out(model: Any, arguments: Any) -> None:
+    """Under ZeRO-3, leave each worker its share of `model`, before all of it is on every GPU."""
+    told = arguments.hf_deepspeed_config if arguments.deepspeed else None
+    if told is not None and told.is_zero3():
+        from actors.strategies.deepspeed import share_out
+
+        share_out(model, told.dtype(), told.config)
 
 
 def _deepspeed_without_gpu() -> dict[str, Any]:
@@ -145,13 +155,15 @@ def _dpo(
             return torch.cat(found, dim=1)
 
     model, reference = _policy_and_reference(job, common)
+    arguments = DPOConfig(**common)  # made once the models are loaded, or they are shared out then
     for each in (model, reference):
         if each is not None:
             _give_float_logits(each)
+            _share_out(each, arguments)
     trainer = Trainer(
         model=model,
         ref_model=reference,
-        args=DPOConfig(**common),
+        args=arguments,
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
@@ -246,9 +258,11 @@ def _reward_model(
     # By which a score's place is found. TRL sets it at the top, where a composite's is not read.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     _give_float_logits(model)
+    arguments = RewardConfig(**common)
+    _share_out(model, arguments)
     return Trainer(
         model=model,
-        args=RewardConfig(**common),
+        args=arguments,
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
@@ -285,6 +299,7 @@ def _sft(
 
         check_apart(trainer)
         trainer.data_collator = with_row_lengths(trainer.data_collator)
+    _share_out(model, trainer.args)  # what looks at packed rows needs whole weights
     return trainer
 
 

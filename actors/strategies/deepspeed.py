@@ -71,11 +71,11 @@ class DeepSpeedStrategy:
         # A shared-memory all-reduce that is compiled at first use; gloo does without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        config, optimizer = self._config(), make_optimizer(self.model, self._spec)
+        if self._zero.stage == 3:
+            share_out(self.model, self._dtype, config)
         self._engine, _, _, _ = deepspeed.initialize(
-            model=self.model,
-            optimizer=make_optimizer(self.model, self._spec),
-            config=self._config(),
-            dist_init_required=False,
+            model=self.model, optimizer=optimizer, config=config, dist_init_required=False
         )
         self._engine.checkpoint_engine.load = _load_tensors
 
@@ -221,6 +221,23 @@ def _take(src: Mapping[str, torch.Tensor], dst: nn.Module) -> None:
         raise ValueError(
             "the checkpoint holds the weights of another model or of other LoRA settings"
         )
+
+
+def share_out(model: nn.Module, dtype: torch.dtype, config: dict[str, Any]) -> None:
+    """Leave each rank its share of every weight, as ZeRO-3 of the DeepSpeed `config` keeps it.
+
+    One weight at a time is whole on the device; `deepspeed.initialize` would put all of them there
+    first. It leaves a model that is shared out as it is, so weights are cast to `dtype`, in which
+    they compute, and buffers are moved here. Make the optimiser before: a weight has no shape then.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(get_accelerator().current_device_name())
 
 
 def _load_tensors(path: str, map_location: Any = None) -> Any:

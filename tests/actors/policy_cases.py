@@ -256,8 +256,10 @@ def logprobs_of(
 class Probe:
     """A policy rank whose settings can change between updates, and whose gradients can be seen."""
 
-    def __init__(self, actor: PolicyActor) -> None:
+    def __init__(self, actor: PolicyActor, placed: Sequence[int] = ()) -> None:
+        """`placed` are the elements of whole weights that DeepSpeed was given to place."""
         self.actor = actor
+        self.placed = list(placed)
         self._step = actor._strategy.step
 
     def gradient(
@@ -389,6 +391,21 @@ class Ranks:
             process.join(30)
 
 
+def watched_placing() -> list[int]:
+    """The elements of whole weights that each coming call of `deepspeed.initialize` is given."""
+    import deepspeed
+
+    placed: list[int] = []
+    initialize = deepspeed.initialize
+
+    def watched(*, model: torch.nn.Module, **options: Any) -> Any:
+        placed.append(sum(parameter.numel() for parameter in model.parameters()))
+        return initialize(model=model, **options)
+
+    deepspeed.initialize = watched
+    return placed
+
+
 def _serve(
     pipe: Connection, model: ModelSpec, spec: PolicySpec | CriticSpec, rank: int, port: int
 ) -> None:
@@ -397,11 +414,12 @@ def _serve(
     faulthandler.enable()  # an abort shows where it was
     strategy.WHOLE_BELOW = 0  # or ZeRO-3 would keep all of so small a model on every rank
     torch.set_num_threads(1)
+    placed = watched_placing()
     try:
         made: Any = CriticActor if isinstance(spec, CriticSpec) else PolicyActor
         actor = made(model, spec, rank, spec.ranks, total_steps=100, seed=0)
         actor.start("127.0.0.1", port)
-        probe = Probe(actor)
+        probe = Probe(actor, placed)
         pipe.send((False, None))
     except Exception:  # noqa: BLE001 - the parent raises it
         pipe.send((True, traceback.format_exc()))

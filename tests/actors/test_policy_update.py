@@ -638,6 +638,10 @@ def _update(probe: Probe, job: UpdateJob) -> dict[str, float]:
     return probe.actor.update(job).metrics
 
 
+def _placed(probe: Probe) -> list[int]:
+    return probe.placed
+
+
 def _save(probe: Probe, folder: Path) -> None:
     probe.actor.save(folder)
 
@@ -683,7 +687,7 @@ FSDP, ZERO1, ZERO2, ZERO3 = (
         (ZERO1, {}),
         (ZERO2, LORA),
         (ZERO3, {}),
-        (ZERO3, LORA),
+        (ZERO3, {**LORA, "dtype": "bfloat16"}),
         (FSDP, {}),
         pytest.param(FSDP, LORA, marks=pytest.mark.long),
         (FSDP, {**LORA, "dtype": "bfloat16", "gradient_checkpointing": True}),
@@ -700,6 +704,8 @@ def test_ranks_resume_export_and_stop_like_one_rank(
     both = [(tmp_path / "state",)] * 2
     straight = Ranks(folder, 2, strategy, model)
     try:
+        if strategy == ZERO3:  # or a GPU would have all of it at once
+            assert straight.call(_placed, [()] * 2) == [[0], [0]]
         straight.call(_update, jobs(1))
         straight.call(_snapshot, [()] * 2)
         assert straight.call(_lets_go, [()] * 2) == [True, True]

@@ -573,11 +573,15 @@ def test_deepspeed_keeps_float32_weights_beside_the_bfloat16_ones(
     script = """
 import os, sys
 from pathlib import Path
+from tests.actors.policy_cases import watched_placing
 from tests.actors.preference.test_trainers import export_model, made_of
+os.environ["DS_ACCELERATOR"] = "cpu"
+placed = watched_placing()
 trainer = made_of(Path(sys.argv[1]), Path(sys.argv[2]), (
     "model.dtype=bfloat16", "train.deepspeed={zero_optimization: {stage: " + sys.argv[3] + "}}"
 ))
 trainer.train()
+print("placed", placed)
 export_model(trainer, trainer.job, Path(sys.argv[2]) / "scratch")
 optimizer = trainer.model_wrapped.optimizer
 flat = "single_partition_of_fp32_groups" if sys.argv[3] == "2" else "fp32_partitioned_groups_flat"
@@ -587,6 +591,8 @@ os._exit(0)
 """
     said = in_a_process(script, str(tiny_model), str(tmp_path), str(stage))
     assert "kept in {torch.float32}" in said
+    if stage == 3:  # or a GPU would have all of policy and reference at once
+        assert "placed [0, 0]" in said
     first = float(said.rpartition("first ")[2])
     assert first == pytest.approx(math.log(2), abs=1e-6)
     written = load_file(tmp_path / "model" / "model.safetensors")
