@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,16 @@ import pytest
 from aligntune import cli
 from tests.aligntune.test_examples import run_script, shown_commands
 from tests.stand_ins import REPOSITORY, write_stand_ins
+from tests.trials import equal_trials_once
 
 AGENTS = REPOSITORY / "examples" / "agents"
 YAMLS = sorted(AGENTS.glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _equal_trials_once() -> Iterator[None]:
+    with equal_trials_once():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from aligntune.config.preference import ALGORITHMS, PreferenceConfig
 from aligntune.online.trainer import OnlineTrainer
 from aligntune.preference.trainer import PreferenceTrainer
 from tests.stand_ins import LOCAL, REPOSITORY, write_stand_ins
+from tests.trials import equal_trials_once
 
 EXAMPLES = REPOSITORY / "examples"
 YAMLS = sorted(EXAMPLES.glob("*.yaml"))
@@ -32,6 +34,12 @@ ALIKE = (
 def tried(examples: list[Path]) -> list[Any]:
     """The examples, those whose dry run does what another's does marked slow."""
     return [pytest.param(p, marks=pytest.mark.slow) if p.stem in ALIKE else p for p in examples]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _equal_trials_once() -> Iterator[None]:
+    with equal_trials_once():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ from aligntune.tracking.metrics import EventKind
 from tests import drivers
 from tests.e2e.test_page_examples import PAGE
 from tests.stand_ins import LOCAL, ON_CPU, REPOSITORY, SHORT, write_stand_ins
+from tests.trials import equal_trials_once
 
 DOCUMENTS = sorted(
     [
@@ -116,6 +117,12 @@ def rows_of(table: str) -> list[list[str]]:
 def in_backticks(text: str) -> list[str]:
     """What the prose of a document has in backticks."""
     return re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _equal_trials_once() -> Iterator[None]:
+    with equal_trials_once():
+        yield
 
 
 @pytest.fixture(scope="module")
