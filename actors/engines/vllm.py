@@ -209,6 +209,7 @@ class VLLMEngine:
         )
 
         if isinstance(bundle, Arrival):
+            self._weights.close()  # a version that was read from the store, by one that came late
             meeting, update = bundle.meeting, bundle.update
         else:
             meeting, update = {}, bundle.where or self._weights.write(bundle)

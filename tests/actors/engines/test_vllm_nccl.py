@@ -94,6 +94,7 @@ def test_what_is_sent_is_what_it_samples_with_and_it_still_reads_what_lies_in_th
             assert await says(1)
             assert not await send(2)
             assert await says(2)
+            assert engine._weights._memory is None, "nobody reads that version again"
         finally:
             await engine.close()
             for child in own:  # vLLM does not wait for one that it has killed
