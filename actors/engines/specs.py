@@ -31,6 +31,10 @@ class AutoEngineSpec(EngineSpec):
     name: Literal["auto"] = "auto"
 
 
+COMPILING = ("enforce_eager", "compilation_config", "optimization_level")
+"""vLLM's own options that say what it compiles."""
+
+
 class VLLMSpec(EngineSpec):
     """vLLM."""
 

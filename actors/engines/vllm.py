@@ -32,7 +32,7 @@ from actors.engines.base import (
     stop_token_ids,
 )
 from actors.engines.lifeline import work_of
-from actors.engines.specs import VLLMSpec
+from actors.engines.specs import COMPILING, VLLMSpec
 from actors.engines.vllm_adapter import AdapterFolder, lora_options
 from actors.engines.vllm_cause import UNKNOWN, Output
 from actors.engines.vllm_options import batch_limits, check_engine_options
@@ -270,10 +270,11 @@ class VLLMEngine:
                 # that imports vLLM.
                 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         options = dict(self._vllm.options)
-        if on_cpu and shutil.which("g++") is None:
+        compiler = os.environ.get("CXX") or "g++"
+        if on_cpu and shutil.which(compiler) is None:
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
-            if options.get("enforce_eager") is False:
-                log.warning("no g++ on PATH: vLLM compiles nothing; install g++")
+            if self._vllm.compiles or options.get("enforce_eager") is False:
+                log.warning("no %s on PATH: vLLM compiles nothing; install g++", compiler)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -292,8 +293,7 @@ class VLLMEngine:
         most = AsyncEngineArgs.get_batch_defaults(self._vllm.tensor_parallel_size)
         most_tokens, most_sequences = (limits[UsageContext.LLM_CLASS] for limits in most)
         options = batch_limits(self._spec, self._sequences, most_sequences, most_tokens, options)
-        own = ("enforce_eager", "compilation_config", "optimization_level")
-        if on_cpu and not self._vllm.compiles and options.keys().isdisjoint(own):
+        if on_cpu and not self._vllm.compiles and options.keys().isdisjoint(COMPILING):
             options["enforce_eager"] = True
         if self._vllm.tensor_parallel_size > 1:
             # All shards live beside the actor, on the devices that Ray gave it.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.engines.base import resolve_engine, vllm_is_installed, vllm_needs_no_gpu
-from actors.engines.specs import VLLMSpec
+from actors.engines.specs import COMPILING, VLLMSpec
 from aligntune.config.auto import AUTO, open_settings, settled_tree, with_open
 from aligntune.config.online import RunConfig, resolve, validate
 from aligntune.decisions import KEPT, Decision
@@ -101,7 +101,8 @@ def _sampled_on_cpu(config: RunConfig, steps: Callable[[], int]) -> int:
     engine, takes = resolve_engine(rollout), rollout.resources
     if not isinstance(engine, VLLMSpec) or takes.gpus or (takes.threads or takes.cpus) < 2:
         return 0
-    if "compiles" in engine.model_fields_set or not _can_compile():
+    set_ = "compiles" in engine.model_fields_set or not engine.options.keys().isdisjoint(COMPILING)
+    if set_ or not _can_compile():
         return 0
     completions = steps() * train.groups_per_step * (train.completions_per_group or 1)
     return completions * rollout.max_completion_length // rollout.replicas

@@ -52,7 +52,7 @@ def settle_workers(
         gpus = config.train.resources.gpus
         decided = choose_workers(_work(config, longest), open_, gpus, there.cluster, there.cores)
     except DoesNotFit as error:
-        told = any(one.path in str(error) for one in kept)
+        told = any(one.path in str(error) for one in kept if one.path in OF_THE_RUN)
         other = ", in a new output_dir, for the run in this one keeps its own" if told else ""
         raise UserError(f"{error}{other}") from error
     except (BadModelConfig, ClusterUnreachable, UnknownName) as error:

@@ -142,6 +142,7 @@ class View:
                         self._give_table(self._tracker, oldest, refused)
                     case _Forget(after):
                         self._tracker.truncate_after(after)
+                        refused[:] = [each for each in refused if each[0].step <= after]
                 self._taken(oldest)
             if last:
                 self._leave_out(refused)

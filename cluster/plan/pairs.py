@@ -185,6 +185,8 @@ def _on_cpus(work: PairWork, cores: int) -> Iterator[Decided]:
     yield Decided("model.dtype", "float32", "no GPU computes here")
     yield Decided("train.resources.gpus", 0.0, "no GPU")
     yield Decided("train.resources.threads", threads, "processors here")
+    if work.whole and work.held_out:  # its figures are of so many, also where it goes on
+        yield Decided(HELD_OUT, work.held_out, "the pairs that its loss has in one pass")
 
 
 def _ways(work: PairWork, open_: frozenset[str], gpus: int) -> Iterator[PairWork]:

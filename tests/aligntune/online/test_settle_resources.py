@@ -190,6 +190,8 @@ def test_without_a_gpu_a_run_is_as_it_was_but_for_its_threads() -> None:
         (1_000, ["rollout.engine=vllm", "rollout.resources.threads=1"], False),
         (1_000, ["rollout.engine=transformers"], False),
         (1_000, ["rollout.engine={name: vllm, compiles: false}"], False),
+        (1_000, ["rollout.engine={name: vllm, options: {enforce_eager: true}}"], False),
+        (1_000, ["rollout.engine={name: vllm, options: {optimization_level: 0}}"], False),
     ],
 )
 def test_vllm_compiles_on_a_cpu_for_a_run_of_many_tokens_and_no_file_says_so(

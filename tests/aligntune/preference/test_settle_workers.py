@@ -181,6 +181,21 @@ def test_a_run_keeps_the_pairs_of_an_evaluation_where_the_loss_sorts_them() -> N
         assert settle_workers(without, 64, previous, there)[0].eval == without.eval
 
 
+def test_such_a_run_that_began_without_a_gpu_keeps_them_too_or_is_told_the_key_alone() -> None:
+    sorts = (HELD, "algorithm.loss_type=aot", "train.pairs_per_worker=2")
+    asked = config(*sorts)
+    began, decided = settle_workers(asked, 1000, there=machines(1, 0, None))
+    assert "eval.pairs_per_worker" in {one.path for one in decided}
+    previous: dict[str, Any] = yaml.safe_load(dump(began))
+    cure = r"what fits: eval\.pairs_per_worker=(\d+)$"
+    with pytest.raises(UserError, match=cure) as refused:
+        settle_workers(asked, 1000, previous, machines(1, 1, "l40s-48gb"))
+    (pairs,) = re.findall(cure, str(refused.value))
+    less = config(*sorts, f"eval.pairs_per_worker={pairs}")
+    now, _ = settle_workers(less, 1000, previous, machines(1, 1, "l40s-48gb"))
+    assert now.eval.pairs_per_worker == int(pairs)
+
+
 def test_a_model_that_no_gpu_holds_is_refused_with_what_may_fit() -> None:
     with pytest.raises(UserError, match=r"GiB short .* model\.lora"):
         settle_workers(config(model="Qwen/Qwen2.5-7B"), 1024, there=machines(1, 1, "l4-24gb"))
