@@ -73,15 +73,17 @@ def start(
     errors: IO[bytes] | None = None,
     given: IO[bytes] | None = None,
     cwd: Path | None = None,
+    exact: bool = True,
 ) -> Forked | subprocess.Popen[bytes]:
     """`python LINE`, which prints into `output` and reads `given`; errors go there too, without a
-    place of their own."""
+    place of their own. Not `exact`, its environment has what the imports of a fork have set, as
+    where it has imported: what it spawns may be forked then."""
     errors = errors or output
     if env.get(wire.SOCKET, "off") != "off" and _tells_exit_codes():
         with open(os.devnull, "rb") as nothing:
             files = {0: (given or nothing).fileno(), 1: output.fileno(), 2: errors.fileno()}
             try:
-                own = {"files": files, "folder": cwd, "exact": True}
+                own = {"files": files, "folder": cwd, "exact": exact}
                 return Forked(ask.fork(env[wire.SOCKET], list(line), dict(env), ray=True, **own))
             except OSError as why:
                 print(f"a program imports for itself: {why}")
@@ -102,6 +104,7 @@ def run(
     timeout: float,
     cwd: Path | None = None,
     given: str = "",
+    exact: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """`python LINE` to its end. Raises subprocess.TimeoutExpired, and it is killed."""
     with (
@@ -111,7 +114,9 @@ def run(
     ):
         asked.write(given.encode())
         asked.seek(0)
-        process = start(line, env=env, output=said, errors=errors, given=asked, cwd=cwd)
+        process = start(
+            line, env=env, output=said, errors=errors, given=asked, cwd=cwd, exact=exact
+        )
         try:
             code = process.wait(timeout)
         finally:

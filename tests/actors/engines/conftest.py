@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from actors.engines.specs import TransformersSpec
 from actors.rollout import RolloutActor
@@ -20,6 +19,7 @@ from tests.actors.engines.replicas import (
     WAIT_S,
     Replica,
     model_spec,
+    policies_of,
     rollout_spec,
     tiny_policy,
     tokenizer_of_characters,
@@ -37,9 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def policies(folder: Path) -> dict[int, PreTrainedModel]:
-    """The model at three policy versions; 0 is what the folder holds."""
-    first = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return {0: first.eval(), 1: tiny_policy(seed=1).eval(), 2: tiny_policy(seed=2).eval()}
+    """See `policies_of`."""
+    return policies_of(folder)
 
 
 @pytest.fixture(scope="module")

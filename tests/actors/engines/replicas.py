@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -81,6 +82,12 @@ def tiny_policy(seed: int, untied_qwen3: bool = False) -> PreTrainedModel:
             pad_token_id=0,
         )
     )
+
+
+def policies_of(folder: Path) -> dict[int, PreTrainedModel]:
+    """The model at three policy versions; 0 is what the folder holds."""
+    first = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return {0: first.eval(), 1: tiny_policy(seed=1).eval(), 2: tiny_policy(seed=2).eval()}
 
 
 def tokenizer_of_characters() -> PreTrainedTokenizerFast:
