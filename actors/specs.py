@@ -55,7 +55,9 @@ class ModelSpec(Spec):
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="attention kernel of transformers"
+        "sdpa",
+        description="attention kernel of transformers; eager in place of sdpa for a model that "
+        "caps its scores, as Gemma 2 does: sdpa leaves the cap out",
     )
 
     chat_template_kwargs: dict[str, Any] = Field(

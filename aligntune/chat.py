@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.models.auto import import_light
+from actors.models.caps import caps_scores
 from actors.models.positions import positions_of
 from actors.models.templates import give
 from actors.scoring.model import tokens_of
@@ -104,7 +105,9 @@ class Conversation:
             raise UserError(f"the model in {folder} writes no text: it is a {what}")
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-            self._model: Any = AutoModelForCausalLM.from_pretrained(folder)
+            self._model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, attn_implementation="eager" if caps_scores(config) else None
+            )
         except (OSError, ValueError) as error:
             raise _not_loaded(folder, error) from error
         # The folder's own may hold more than a temperature, such as a penalty of repetition.

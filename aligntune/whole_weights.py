@@ -1,7 +1,9 @@
-"""Models whose weights are quantised: whole ones are taken, or the model is refused in one line."""
+"""What a model's configuration decides before the model is loaded: whole weights in place of
+quantised ones, or one line that refuses it, and attention that leaves nothing out."""
 
 from __future__ import annotations
 
+from actors.models.caps import CAP, attention_of
 from actors.models.loading import ModelError
 from actors.models.packed import (
     KEPT_IN_4_BITS,
@@ -9,20 +11,30 @@ from actors.models.packed import (
     with_whole_weights,
     without_ending,
 )
+from actors.models.positions import configuration
 from actors.specs import ModelSpec
+from aligntune.config.backends import Backend
 from aligntune.decisions import Decision
 from aligntune.errors import UserError
 
 
-def settle_model(model: ModelSpec) -> tuple[ModelSpec, tuple[Decision, ...]]:
-    """The model with whole weights, and what was decided where `model` names packed ones. Raises
-    UserError where there are no whole ones."""
+def settle_model(model: ModelSpec, backend: Backend) -> tuple[ModelSpec, tuple[Decision, ...]]:
+    """The model with whole weights where `model` names packed ones, and with the attention that
+    computes all of it; and what was decided. Raises UserError where there are no whole weights."""
     try:
         whole = with_whole_weights(model)
+        attention = attention_of(whole.attention, configuration(whole))
     except ModelError as error:
         raise UserError(f"model.name: {error}") from error
-    if whole is model:
-        return model, ()
+    decided = [] if whole is model else _renamed(model, whole)
+    if attention != whole.attention and backend != "unsloth":  # which has an attention of its own
+        why = f"the model caps its attention's scores ({CAP}), and transformers' sdpa does not"
+        decided.append(Decision("model.attention", attention, why))
+        whole = whole.model_copy(update={"attention": attention})
+    return whole, tuple(decided)
+
+
+def _renamed(model: ModelSpec, whole: ModelSpec) -> list[Decision]:
     why = (
         f"the weights of {model.name} are packed by bitsandbytes, and can neither be trained nor "
         f"loaded by vLLM; {KEPT_IN_4_BITS}"
@@ -30,7 +42,7 @@ def settle_model(model: ModelSpec) -> tuple[ModelSpec, tuple[Decision, ...]]:
     decided = [Decision("model.name", whole.name, why)]
     if model.revision is not None:
         decided.append(Decision("model.revision", None, f"{model.revision} is of {model.name}"))
-    return whole, tuple(decided)
+    return decided
 
 
 def check_whole(key: str, model: ModelSpec) -> None:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from actors.models.caps import CAP, attention_of
 from actors.models.loading import ModelError
 from actors.specs import ModelSpec
 
@@ -78,8 +79,8 @@ def settle(
     Raises:
         ModelError: prompts are to be shared, which this model's attention cannot do.
     """
-    attention = spec.attention
-    against = unfit(model, attention)
+    attention = attention_of(spec.attention, model.config)
+    against = unfit(model, spec.attention)
     kernel = _kernel(device, spec.dtype)
     own = attention.startswith(FLASH)
     if shared:
@@ -113,7 +114,7 @@ def unfit(model: Any, attention: str) -> str | None:
         return f"model.attention is {attention}"
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
-    if getattr(text, "attn_logit_softcapping", None):
+    if getattr(text, CAP, None):
         return "its attention caps scores"
     if getattr(text, "kv_lora_rank", None) or any(n.endswith(".sinks") for n in _names(model)):
         return "its attention has sinks or values of another width"

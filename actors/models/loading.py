@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.models.auto import import_light
+from actors.models.caps import attention_of
 from actors.models.hub import why_silent
 from actors.models.staging import StagingFailed, on_this_node
 from actors.models.templates import give
@@ -81,7 +82,7 @@ def load_causal_lm(spec: ModelSpec, lora: bool = False) -> PreTrainedModel:
             config=config,
             revision=spec.revision,
             dtype=getattr(torch, spec.dtype),
-            attn_implementation=spec.attention,
+            attn_implementation=attention_of(spec.attention, config),
             trust_remote_code=spec.trust_remote_code,
             output_loading_info=True,
         )

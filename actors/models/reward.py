@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from actors.models.auto import import_light
+from actors.models.caps import attention_of
 from actors.models.loading import (
     ModelError,
     local,
@@ -80,6 +81,7 @@ def _load(spec: ModelSpec, config: Any) -> tuple[Any, list[str]]:
     from transformers import AutoModelForSequenceClassification
 
     spec = local(spec)
+    attention = attention_of(spec.attention, config)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             spec.name,
@@ -87,7 +89,7 @@ def _load(spec: ModelSpec, config: Any) -> tuple[Any, list[str]]:
             revision=spec.revision,
             dtype=getattr(torch, spec.dtype),
             # sdpa is transformers' own choice wherever an architecture has it; DeBERTa has not
-            attn_implementation=None if spec.attention == "sdpa" else spec.attention,
+            attn_implementation=None if attention == "sdpa" else attention,
             trust_remote_code=spec.trust_remote_code,
             output_loading_info=True,
         )

@@ -116,10 +116,10 @@ class RunInputs:
         return self._decisions
 
     def settle_model(self) -> tuple[Decision, ...]:
-        """Take whole weights where the config names packed ones, the first time; returns what was
-        decided. Raises UserError where they are not there."""
+        """Take whole weights where the config names packed ones, and the attention that the model
+        needs, the first time; returns what was decided. Raises UserError where there are none."""
         if self._of_model is None:
-            model, decided = settle_model(self.config.model)
+            model, decided = settle_model(self.config.model, self.config.backend)
             self.config = self.config.model_copy(update={"model": model})
             self._of_model = decided
         return self._of_model

@@ -40,14 +40,17 @@ def work_of(config: RunConfig, shape_of: Callable[[str], ModelShape] | None = No
     needs = config.algorithm.needs
     frozen = []
     if needs.reference:
+        of_reference = of(config.reference.model or config.model.name)
         frozen.append(
             Frozen(
                 "reference",
-                of(config.reference.model or config.model.name),
+                of_reference,
                 config.reference.replicas,
                 dtype_bytes,
                 microbatch(config.policy.tokens_per_microbatch, step.completions, step.row),
-                _head_rows(config, of(config.reference.model or config.model.name)),
+                _head_rows(config, of_reference),
+                longest=step.row,
+                scores=of_reference.keeps_scores(config.model.attention),
             )
         )
     for index, reward in enumerate(config.rewards):
@@ -64,6 +67,7 @@ def work_of(config: RunConfig, shape_of: Callable[[str], ModelShape] | None = No
                     tokens,
                     section=f"rewards.{index}",
                     longest=text,
+                    scores=of_reward.caps,
                 )
             )
     return Work(
@@ -147,7 +151,7 @@ def _trained(
         checkpointing=model.gradient_checkpointing,
         head_rows=_head_rows(config, shape) if policy else 0,
         four_bit=model.load_in_4bit and policy,
-        scores=model.attention == "eager",
+        scores=shape.keeps_scores(model.attention),
         has_four_bit=config.backend == "unsloth" and policy,
         sends_changes=policy and config.rollout.weight_sync.name == "delta",
         send_buffer=_send_buffer(config) if policy else 0,
@@ -213,6 +217,7 @@ def _rollout(config: RunConfig, shape: ModelShape, dtype_bytes: int) -> Rollout:
         takes_changes=spec.weight_sync.name == "delta",
         takes_whole=spec.weight_sync.name == "full",
         send_buffer=_send_buffer(config),
+        scores=shape.keeps_scores(config.model.attention),
     )
 
 

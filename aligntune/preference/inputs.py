@@ -83,10 +83,11 @@ class PairInputs:
         return self._decisions
 
     def settle_model(self) -> tuple[Decision, ...]:
-        """Take whole weights where the config names packed ones, the first time; returns what was
-        decided. Raises UserError where they are not there, and where others are quantised."""
+        """Take whole weights where the config names packed ones, and the attention that the model
+        needs, the first time; returns what was decided. Raises UserError where there are no whole
+        ones, and where others are quantised."""
         if self._of_model is None:
-            model, decided = settle_model(self.config.model)
+            model, decided = settle_model(self.config.model, self.config.backend)
             check_whole("model.name", model)
             self.config = self.config.model_copy(update={"model": model})
             self._of_model = decided

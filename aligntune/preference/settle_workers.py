@@ -72,8 +72,9 @@ def _work(config: PreferenceConfig, longest: int) -> PairWork:
     second = isinstance(algorithm, DPOSpec) and not (
         algorithm.reference_free or algorithm.precompute_reference
     )
+    shape = loaded_shape(model, model.name)
     return PairWork(
-        shape=loaded_shape(model, model.name),
+        shape=shape,
         longest=longest,
         workers=train.workers,
         pairs=train.pairs_per_worker,
@@ -89,6 +90,7 @@ def _work(config: PreferenceConfig, longest: int) -> PairWork:
         deepspeed=train.deepspeed is not None,
         whole=_sorts(config),
         held_out=config.eval.pairs_per_worker if config.data.evaluates else 0,
+        scores=shape.keeps_scores(model.attention),
     )
 
 

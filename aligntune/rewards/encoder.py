@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from actors.models.auto import import_transformers
+from actors.models.caps import caps_scores
 
 SPARE = 2  # positions that some encoders keep for padding
 CACHED = 64  # texts whose states are kept; the answers of one group come one after the other
@@ -59,11 +60,14 @@ def encoder(name: str) -> Encoder:
     import torch
 
     import_transformers()
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModel.from_pretrained(name, dtype=torch.float32).eval()
+        attention = "eager" if caps_scores(AutoConfig.from_pretrained(name)) else None
+        model = AutoModel.from_pretrained(
+            name, dtype=torch.float32, attn_implementation=attention
+        ).eval()
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
             f"the embedding model {name!r} could not be loaded ({str(error).splitlines()[0]}); "

@@ -38,9 +38,8 @@ class Scored:
 def started_with(scored: Scored, decided: Sequence[Decision]) -> Scored:
     """`scored`, which says why it is not the model that the config names, where it is one that a
     run begins with and that was `decided`."""
-    if scored.origin != "start" or not decided:
-        return scored
-    return replace(scored, why=decided[0].why)
+    why = next((one.why for one in decided if one.path == "model.name"), None)
+    return scored if scored.origin != "start" or why is None else replace(scored, why=why)
 
 
 def finished_at(rundir: RunDir) -> int | None:

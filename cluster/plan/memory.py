@@ -334,7 +334,7 @@ def _transformers_memory(work: Rollout, step: Step, on_gpu: bool) -> Memory:
         work,
         {
             "weights": shape.parameters * b,
-            "activations": prompt * layer_activations(shape, b, step.row, False),
+            "activations": prompt * layer_activations(shape, b, step.row, work.scores),
             "logits": step.completions * shape.vocabulary * (b + 6 * FLOAT),
             "KV cache": cache + cache // shape.layers,  # a layer's is copied as it grows
             "transfer": 0 if on_gpu else shape.parameters * b,  # mapped from the object store
@@ -346,7 +346,7 @@ def _transformers_memory(work: Rollout, step: Step, on_gpu: bool) -> Memory:
 
 def frozen_memory(work: Frozen, on_gpu: bool) -> Memory:
     """A reference or reward replica: weights, and one layer of one pass at a time."""
-    one = layer_activations(work.shape, _compute(work), 0, False)
+    one = layer_activations(work.shape, _compute(work), work.longest or 0, work.scores)
     rows = min(work.head_rows, work.tokens)
     return Memory(
         {

@@ -57,6 +57,7 @@ class PairWork:
     whole: bool = False  # the loss is one of all pairs of a forward pass, not a mean over them
     held_out: int = 0  # pairs of one forward pass of an evaluation; 0: there is none
     lora_experts: bool = True
+    scores: bool = False  # attention keeps its matrix of scores, as eager attention does
 
     @property
     def bytes(self) -> int:
@@ -77,6 +78,7 @@ class PairWork:
             head_rows=rows,
             plain_loss=True,
             four_bit=self.four_bit,
+            scores=self.scores,
         )
         device = trained_memory(trained, on_gpu=True).device
         if self.deepspeed:

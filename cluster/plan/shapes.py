@@ -12,7 +12,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ ADAPTED_EXPERTS = frozenset((
 ))
 # fmt: on
 """Types of models whose experts and routers PEFT takes for linear layers too."""
+CLASSIFIERS = ("ForSequenceClassification", "RewardModel")
+"""How the names of architectures end that have a score in place of logits."""
 
 
 class BadModelConfig(ValueError):
@@ -76,6 +78,7 @@ class ModelShape:
     expert_parameters: int  # in routed experts
     tied: bool
     source: str  # where the sizes are from
+    caps: bool = False  # scores of its attention, which is eager then: SDPA would not
 
     def lora_parameters(self, rank: int, experts: bool = True) -> int:
         """Of adapters on every linear layer: rank * (in + out) each (Hu et al. 2021, 4.1). With
@@ -101,6 +104,10 @@ class ModelShape:
             f"{setting}: vLLM gives each GPU of a replica as many of the {self.heads} attention "
             f"heads ({self.kv_heads} of keys and values) of {self.name}; use {fit}"
         )
+
+    def keeps_scores(self, attention: str) -> bool:
+        """Whether its attention keeps a matrix of scores where `attention` is asked for."""
+        return attention == "eager" or (attention == "sdpa" and self.caps)
 
 
 def from_config(config: Mapping[str, Any], name: str, source: str) -> ModelShape:
@@ -162,6 +169,7 @@ def from_config(config: Mapping[str, Any], name: str, source: str) -> ModelShape
         expert_parameters=in_experts,
         tied=tied,
         source=source,
+        caps=bool(config.get("attn_logit_softcapping")),
     )
 
 
@@ -219,7 +227,8 @@ def _first(config: Mapping[str, Any], keys: tuple[str, ...], size: str, name: st
 
 
 def from_folder(folder: Path, name: str) -> ModelShape:
-    """The shape of a local model; parameters counted over its safetensors files where it has them.
+    """The shape of a local model; parameters counted over its safetensors files where it has them,
+    but for the head of a classifier, in whose place others have a table of the vocabulary or none.
 
     Raises:
         BadModelConfig: there is no config.json, it is not JSON, or it lacks a size; or a file with
@@ -231,11 +240,20 @@ def from_folder(folder: Path, name: str) -> ModelShape:
     except (OSError, ValueError) as error:
         raise BadModelConfig(f"{path} cannot be read: {error}") from error
     shape = from_config(config, name, str(path))
-    exact = 0 if config.get("quantization_config") else sum(map(_elements, _weights(folder)))
+    if config.get("quantization_config"):
+        return shape
+    tensors = [each for path in _weights(folder) for each in _tensors(path)]
+    exact = sum(map(math.prod, tensors))
     if not exact:
         return shape
-    scale = exact / shape.parameters
-    return ModelShape(**{**vars(shape), "parameters": exact, "active": round(shape.active * scale)})
+    if any(each.endswith(CLASSIFIERS) for each in config.get("architectures") or ()):
+        exact -= shape.hidden
+    table = shape.vocabulary * shape.hidden
+    tables = tensors.count([shape.vocabulary, shape.hidden])
+    tied = tables == 1 if tables else shape.tied  # a config may leave its family's default out
+    counted = shape.parameters + (shape.tied - tied) * table
+    active = round(shape.active * exact / counted)
+    return replace(shape, parameters=exact, active=active, tied=tied)
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -251,15 +269,15 @@ def _weights(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _elements(path: Path) -> int:
-    """In the tensors of a safetensors file, whose head is a length and JSON."""
+def _tensors(path: Path) -> list[list[int]]:
+    """The sizes of the tensors of a safetensors file, whose head is a length and JSON."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             head = json.loads(file.read(min(length, path.stat().st_size)))
     except (OSError, ValueError, struct.error) as error:
         raise BadModelConfig(f"{path} cannot be read: {error}") from error
-    return sum(math.prod(head[key]["shape"]) for key in head if key != "__metadata__")
+    return [head[key]["shape"] for key in head if key != "__metadata__"]
 
 
 @cache

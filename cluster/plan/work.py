@@ -89,7 +89,7 @@ class Trained:
     head_rows: int = 0  # of the logits matrix at once; 0: there are no logits
     plain_loss: bool = False  # logits go through autograd, as TRL's do
     four_bit: bool = False  # frozen weights in 4 bits (model.load_in_4bit)
-    scores: bool = False  # attention keeps its matrix of scores (model.attention: eager)
+    scores: bool = False  # attention keeps its matrix of scores, as eager attention does
     has_four_bit: bool = False  # the backend has 4 bits to offer: Unsloth
     sends_changes: bool = False  # rank 0 keeps the weights that it has sent last
     send_buffer: int = 0  # bytes of one that goes from GPU to GPU; 0: weights go by the host
@@ -114,6 +114,7 @@ class Rollout:
     takes_changes: bool = False  # a replica keeps the weights that changes are put on
     takes_whole: bool = True  # versions come whole, through the object store
     send_buffer: int = 0  # as of the policy
+    scores: bool = False  # as of the policy, with the engine transformers
     role: str = "rollout"
 
     @property
@@ -135,6 +136,7 @@ class Frozen:
     head_rows: int = 0
     section: str = "reference"  # of the config; a reward model's has its index: rewards.0
     longest: int | None = None  # tokens of the longest row; None: that of the step
+    scores: bool = False  # as of the policy
 
 
 def microbatch(budget: int, rows: int, longest: int) -> int:

@@ -1,4 +1,5 @@
-"""A model named by quantised weights: whole ones take their place, or one line says why not."""
+"""What a model's configuration decides: whole weights in place of quantised ones, or one line that
+says why not, and eager attention where SDPA would leave a cap out."""
 
 from __future__ import annotations
 
@@ -121,6 +122,26 @@ def test_a_job_that_keeps_the_model_in_4_bits_begins_with_whole_weights_too(
     alone = made(algorithm, "me/alone-bnb-4bit", backend="unsloth", overrides=settings)
     with pytest.raises(UserError, match="'me/alone' cannot be had"):
         alone.inputs.settle_model()
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
+def test_a_model_that_caps_its_attention_s_scores_is_computed_without_sdpa_and_it_is_said(
+    place: Path, algorithm: str
+) -> None:
+    config = place / "me/m/config.json"
+    tree = json.loads(config.read_text())
+    config.write_text(json.dumps({**tree, "attn_logit_softcapping": 50.0}))
+    trainer = made(algorithm, "me/m")
+    (decided,) = trainer.inputs.settle_model()
+    assert (decided.path, decided.value) == ("model.attention", "eager")
+    assert "attn_logit_softcapping" in decided.why
+    assert trainer.config.model.attention == "eager"
+    assert trainer.scored().why == "", "it is the model that the config names"
+    flash = made(algorithm, "me/m", overrides=["model.attention=flash_attention_2"])
+    assert flash.inputs.settle_model() == ()
+    own = ["policy.resources.gpus=1"] if algorithm == "grpo" else ["train.resources.gpus=1"]
+    unsloth = made(algorithm, "me/m", backend="unsloth", overrides=own)
+    assert unsloth.inputs.settle_model() == ()
 
 
 QUANTISED: dict[str, dict[str, Any]] = {

@@ -87,18 +87,18 @@ def test_auto_packs_where_a_kernel_by_length_runs_and_the_model_fits(
 ) -> None:
     monkeypatch.setattr(attention, "_kernel", lambda device, dtype: "a kernel")
     assert packing(causal_lm(), "auto") == (True, "packed rows, a kernel")
-    assert packing(causal_lm("Gemma2"), "auto") == (False, "padded rows, sdpa")
+    assert packing(causal_lm("Gemma2"), "auto") == (False, "padded rows, eager")
     assert packing(causal_lm(), "auto", attention="eager") == (False, "padded rows, eager")
     flash = packing(causal_lm(), "auto", attention="flash_attention_2")
     assert flash == (True, "packed rows, flash_attention_2")
 
 
 def test_a_model_that_cannot_attend_by_rows_keeps_its_own_attention_and_it_is_said() -> None:
-    for causal, why in (
-        (causal_lm("Gemma2"), "its attention caps scores"),
-        (causal_lm(head_dim=4), "its heads have a width of 4"),
+    for causal, own, why in (
+        (causal_lm("Gemma2"), "eager", "its attention caps scores"),
+        (causal_lm(head_dim=4), "sdpa", "its heads have a width of 4"),
     ):
-        assert packing(causal, True) == (True, f"packed rows, sdpa with a dense mask: {why}")
+        assert packing(causal, True) == (True, f"packed rows, {own} with a dense mask: {why}")
         assert causal.config._attn_implementation != PACKED_ROWS
         check_model(LogProbModel(causal, 16), packing=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from aligntune.online.work import work_of
 from aligntune.runs.rundir import changes
 from aligntune.shapes import known_shape
 from cluster.machines import Machines
+from cluster.plan.memory import frozen_memory, trained_memory
 from cluster.resources import described
 
 LAPTOP = Machines(described(1, 0, None, 8), 8, here=True)
@@ -75,6 +77,36 @@ def test_what_is_decided_is_written_as_if_it_had_been_set() -> None:
     anew, decided = settle(again, EIGHT_H100)
     assert anew == now
     assert set(decided) == {"rollout.engine.kv_cache_gib"}
+
+
+@pytest.mark.parametrize(
+    ("model", "attention", "kept"),
+    [
+        ("google/gemma-2-2b", "sdpa", True),
+        ("google/gemma-2-2b", "flash_attention_2", False),
+        ("Qwen/Qwen3-0.6B", "sdpa", False),
+        ("Qwen/Qwen3-0.6B", "eager", True),
+    ],
+)
+def test_scores_are_counted_where_attention_keeps_them_as_under_a_cap(
+    model: str, attention: str, kept: bool
+) -> None:
+    given = config(
+        f"model.attention={attention}",
+        algorithm={"name": "ppo", "beta": 0.1},
+        model={"name": model},
+        rewards=[{"model": model}],
+    )
+    work = work_of(given)
+    reference, reward = work.frozen
+    assert work.critic is not None
+    for part in (work.policy, work.critic, work.rollout, reference):
+        assert part.scores is kept
+    assert reward.scores is ("gemma" in model), "it chooses by itself"
+    for memory, part in ((trained_memory, work.policy), (frozen_memory, reference)):
+        plain = replace(part, scores=False)
+        more = memory(part, True).device["activations"] - memory(plain, True).device["activations"]
+        assert (more > 0) is kept
 
 
 def test_what_is_set_is_never_changed() -> None:

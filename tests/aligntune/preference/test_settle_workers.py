@@ -85,6 +85,16 @@ def test_several_workers_hold_buckets_as_large_as_the_gradients_and_a_reference_
     assert buckets == 4 * shape.lora_parameters(8)
 
 
+def test_scores_are_counted_of_a_model_that_caps_them() -> None:
+    capped, plain = (
+        _work(config(model=name), 1024) for name in ("google/gemma-2-2b", "Qwen/Qwen3-0.6B")
+    )
+    assert capped.scores
+    assert not plain.scores
+    assert _work(config("model.attention=eager"), 1024).scores
+    assert capped.bytes > replace(capped, scores=False).bytes
+
+
 def test_gpus_of_no_known_type_leave_what_is_open_as_without_one() -> None:
     there = machines(1, 4, "h100-80gb")
     nodes = tuple(node._replace(gpu=None) for node in there.cluster.nodes)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from cluster.plan.memory import parameters_of
 from cluster.plan.shapes import (
     BadModelConfig,
     from_config,
@@ -18,6 +19,7 @@ from cluster.plan.shapes import (
     model_names,
     published_parameters,
 )
+from cluster.plan.work import Frozen
 from cluster.tables import UnknownName
 
 
@@ -68,6 +70,30 @@ def test_weights_that_nobody_loads_are_not_counted(tiny_model: Path, tmp_path: P
     (folder / file).write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(BadModelConfig, match=f"{file}.*cannot be read"):
         from_folder(folder, "tiny")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("saved_as", ["SequenceClassification", "CausalLM"])
+def test_a_critic_or_reward_model_is_counted_with_one_output_whatever_its_folder_has(
+    tmp_path: Path, saved_as: str, tied: bool, named: bool
+) -> None:
+    import transformers
+    from transformers import Qwen3Config, Qwen3ForSequenceClassification
+
+    sizes = {"vocab_size": 80, "hidden_size": 16, "intermediate_size": 24, "head_dim": 8}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Qwen3Config(**sizes, **heads, tie_word_embeddings=tied, num_labels=1)
+    getattr(transformers, f"Qwen3For{saved_as}")(config).save_pretrained(tmp_path)
+    written = tmp_path / "config.json"
+    tree = json.loads(written.read_text()) | {"tie_word_embeddings": tied}
+    if not named:  # as configs of Gemma, whose default it is
+        tree.pop("tie_word_embeddings")
+    written.write_text(json.dumps(tree))
+    shape = from_folder(tmp_path, "m")
+    count = sum(weight.numel() for weight in Qwen3ForSequenceClassification(config).parameters())
+    assert parameters_of(Frozen("reward", shape, 1, 4, 8)) == count
+    assert shape.active == from_config({**tree, "tie_word_embeddings": True}, "m", "").active
 
 
 def test_packed_weights_are_not_taken_for_parameters(tiny_model: Path, tmp_path: Path) -> None:
