@@ -2,10 +2,9 @@
 
 A group is one prompt and its G rollouts. A rollout is one row of tokens after the prompt, or more
 where its history was rendered anew between turns; R rows in all, those of a rollout side by side.
-Token data is ragged and flat: one array over the rows of a group, cut by `lengths`. Nothing here is
-padded, so a group costs what its tokens cost. Shape legend: G rollouts and R rows of one group (one
-turn of text: R = G), N = sum of the rows' lengths, P prompt tokens, B rows of a micro-batch, T its
-padded response width.
+Token data is ragged and flat: one array over the rows of a group, cut by `lengths`, unpadded. Shape
+legend: G rollouts and R rows of one group (one turn of text: R = G), N = sum of the rows' lengths,
+P prompt tokens, B rows of a micro-batch, T its padded response width.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.lean import Lean
+from actors.transcript import Transcript
 
 if TYPE_CHECKING:
     import torch
@@ -51,12 +51,12 @@ class Prompt:
     token_ids: np.ndarray  # [P] int32, of `text`
     columns: dict[str, Any] = field(default_factory=dict)  # every other data column
     tools: tuple[dict[str, Any], ...] = ()  # schemas in the row's column `tools`, in `text` too
+    transcript: Transcript | None = None  # both forms of `source`, where it is one
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As bytes and a letter: an array has more than that around it."""
-        ids = self.token_ids
-        rest = (self.row, self.source, self.text, self.columns, self.tools)
-        return _prompt, (ids.tobytes(), ids.dtype.str, *rest)
+        row, source, text, ids, *rest = vars(self).values()
+        return _prompt, (ids.tobytes(), ids.dtype.str, row, source, text, *rest)
 
 
 def _prompt(ids: bytes, dtype: str, row: int, source: Any, text: str, *rest: Any) -> Prompt:

@@ -236,7 +236,8 @@ class ModelScorer:
     def _pairs(
         self, prompt: Prompt, completions: Sequence[str], conversations: Conversations | None
     ) -> list[tuple[str | Messages, str | Messages]]:
-        """What is scored: prompt and completion of each, the prompt without its null fields."""
+        """What is scored: prompt and completion of each, the prompt without its null fields; a
+        transcript in the form, and the turn of it without the blanks, that pairs are trained in."""
         texts = completions if conversations is None else map(text_of, conversations.answers)
         if self._criterion.reads == "completion":
             return [("", text) for text in texts]
@@ -249,6 +250,10 @@ class ModelScorer:
         return [(without_nulls(said[:first]), said[first:]) for said, first in cut]
 
     def _scores(
+            if prompt.transcript is not None and template:
+                asked, texts = prompt.transcript.spoken, [text.strip() for text in texts]
+            elif prompt.transcript is not None:
+                asked = prompt.transcript.written
         self, pairs: list[tuple[str | Messages, str | Messages]], tools: Sequence[dict[str, Any]]
     ) -> list[float]:
         if self._model is None:

@@ -13,6 +13,7 @@ from actors.children.code import FunctionNotFound, import_function
 from actors.scoring.criteria import RewardCriterion, RewardFailed
 from actors.scoring.said import text_of
 from actors.specs import RewardFunctionSpec, RewardModelSpec, RewardUrlSpec
+from actors.transcript import Transcript
 from aligntune import loops
 from aligntune.config.tree import parse_override
 from aligntune.data.errors import DataError
@@ -204,12 +205,13 @@ def _groups(rows: Rows, column: str, given: Sequence[str]) -> list[Group]:
     pairs = PairRows(rows) if {CHOSEN, REJECTED} <= {*rows.columns} else None
     groups = []
     for index in range(len(rows)):
-        row, where = rows[index], rows.where(index)
+        row, where, transcript = rows[index], rows.where(index), None
         if pairs is None:
             prompt = _source(row.pop("prompt", ""), where)
         else:  # as a run has them: what both sides share, and the two answers
             try:
-                prompt = pairs.take(index, row).prompt
+                pair = pairs.take(index, row)
+                prompt, transcript = pair.prompt, pair.both_forms(blanks=True)
             except DataError as error:
                 raise UserError(f"{where}: {error}") from error
         if pairs is not None and column in (CHOSEN, REJECTED):
@@ -218,7 +220,7 @@ def _groups(rows: Rows, column: str, given: Sequence[str]) -> list[Group]:
             own = [] if given else _texts(row.pop(column))
         texts = list(given) or own
         _check_texts(texts, where)
-        groups.append(Group(prompt, tuple(texts), row))
+        groups.append(Group(prompt, tuple(texts), row, transcript=transcript))
     return groups
 
 
@@ -235,11 +237,13 @@ def _sampled(row: Mapping[str, Any], where: str) -> Group:
     asked = row.get("source")
     if asked is None:  # an older run wrote only what the model sees
         asked = row.get("prompt")
-    source, said = _source(asked, where), row["completions"]
+    source, said, forms = _source(asked, where), row["completions"], row.get("transcript")
+    transcript = None if forms is None else Transcript(**forms)
     if not any(each.get("messages") for each in said):
         texts = [each.get("text") for each in said]
         _check_texts(texts, where)
-        return Group(source, tuple(texts), row["columns"], rendered=str(row.get("prompt") or ""))
+        prompt = str(row.get("prompt") or "")
+        return Group(source, tuple(texts), row["columns"], rendered=prompt, transcript=transcript)
     cut = [(each.get("messages"), each.get("asked")) for each in said]
     if not all(isinstance(talk, list) and type(first) is int for talk, first in cut):
         raise UserError(
@@ -251,6 +255,7 @@ def _sampled(row: Mapping[str, Any], where: str) -> Group:
         tuple(talk[first:] for talk, first in cut),
         row["columns"],
         asked=tuple(talk[:first] for talk, first in cut),
+        transcript=transcript,
     )
 
 

@@ -20,6 +20,7 @@ from itertools import pairwise
 from typing import Any
 
 from actors.messages import Messages
+from actors.transcript import Transcript
 from aligntune.data.errors import DataError, Reason
 from aligntune.data.messages import CONVERSATIONS, TOOLS, check_messages, check_tools
 from aligntune.data.sources import Rows, require_column
@@ -58,6 +59,15 @@ class Pair:
         asked = len(turns(self.prompt)) - 1  # the last marker opens the completion
         chosen, rejected = whole
         return Pair(chosen[:asked], chosen[asked:], rejected[asked:], tools=self.tools)
+
+    def both_forms(self, blanks: bool) -> Transcript | None:
+        """The prompt of a transcript as messages and as text, None of another pair. With `blanks`
+        the text ends with those that the answer begins with, for completions that have none."""
+        if not self.transcript:
+            return None
+        prompt, chosen = str(self.prompt), str(self.chosen)
+        between = chosen[: len(chosen) - len(chosen.lstrip())] if blanks else ""
+        return Transcript(turns(prompt)[:-1], prompt + between)  # the last marker opens the answer
 
 
 def turns(transcript: str) -> Messages:

@@ -19,6 +19,7 @@ from typing import Any
 
 from actors.messages import Messages
 from actors.scoring.model import adds_begin, tokens_of
+from actors.transcript import Transcript
 from aligntune.data.errors import DataError, Reason
 from aligntune.data.formats import check_prompt, check_template, render, uses_template
 from aligntune.data.messages import CONVERSATIONS, TOOLS, check_tools, is_sharegpt
@@ -142,6 +143,13 @@ class PromptRows:
         """The prompt of a pair; its answers take the place of its sides in `columns`."""
         pair = pairs.take(row, columns)
         return pair.as_messages().prompt if pair.transcript and self._template else pair.prompt
+
+    def transcript(self, row: int) -> Transcript | None:
+        """Both forms of a usable row's prompt, where it is a transcript. What a policy with a
+        template writes begins without the blanks of a transcript's turn."""
+        if self._sides is None:
+            return None
+        return self._sides.pair(row).both_forms(blanks=self._template)
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
         """Token ids of rendered prompts. Special tokens are added where no template writes them."""

@@ -145,7 +145,8 @@ class PromptSource:
             ids = self._shortened(ids)
             text = self._tokenizer.decode(ids, skip_special_tokens=False)
         tools = tuple(check_tools(columns.get(TOOLS)))
-        return Prompt(row, source, text, np.asarray(ids, dtype=np.int32), columns, tools)
+        transcript = self._rows.transcript(row)
+        return Prompt(row, source, text, np.asarray(ids, np.int32), columns, tools, transcript)
 
     def _shortened(self, ids: list[int]) -> list[int]:
         """The last tokens, behind the beginning-of-sequence token if the prompt had one."""

@@ -59,7 +59,7 @@ def _row(
 ) -> dict[str, Any]:
     record, scores = group.record, group.scores
     versions = rows_of(record.version_spans, record.rollouts)
-    completions = []
+    completions, transcript = [], group.prompt.transcript
     for index, values in enumerate(scores.values):
         completions.append(
             {
@@ -79,6 +79,7 @@ def _row(
         "group": record.group_id,
         "row": group.prompt.row,
         "source": plain(group.prompt.source),
+        **({} if transcript is None else {"transcript": vars(transcript)}),
         "prompt": group.prompt.text,
         "columns": plain(group.prompt.columns),
         "completions": completions,

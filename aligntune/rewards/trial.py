@@ -22,6 +22,7 @@ from aligntune.rewards.catalogue import REWARDS
 if TYPE_CHECKING:
     from actors.messages import Messages
     from actors.scoring.model import RewardModelCriterion
+    from actors.transcript import Transcript
 
 SHOWN_CHARACTERS = 200  # of a completion that is made of a column
 REMOTE = {registered.target for registered in REWARDS.values() if registered.remote} | {
@@ -39,6 +40,7 @@ class Group:
     columns: Mapping[str, Any]
     asked: tuple[Messages, ...] = ()  # of episodes: what stood before the policy's first message
     rendered: str = ""  # the prompt as the model saw it, where that is known
+    transcript: Transcript | None = None  # both forms of a prompt that is one
 
 
 async def called(
@@ -113,7 +115,8 @@ class ModelGroups:
             tools = tuple(check_tools(columns.get(TOOLS)))
         except DataError as error:
             raise RewardFailed(self._scorer.name, RewardFailure.RAISED, str(error)) from error
-        prompt = Prompt(0, group.prompt, "", np.zeros(0, np.int32), columns, tools)
+        ids = np.zeros(0, np.int32)
+        prompt = Prompt(0, group.prompt, "", ids, columns, tools, group.transcript)
         texts, talks = [*map(text_of, group.completions)], None
         if group.asked:
             both = zip(group.asked, group.completions, strict=True)

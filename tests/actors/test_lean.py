@@ -23,6 +23,7 @@ from actors.messages import (
     Scores,
     VersionSpan,
 )
+from actors.transcript import Transcript
 
 
 def crossed(thing: Any) -> Any:
@@ -67,7 +68,8 @@ def test_a_message_comes_out_as_it_went_in(message: Any) -> None:
     source=st.one_of(st.text(), st.just([{"role": "user", "content": "Hi"}])),
 )
 def test_a_prompt_comes_out_as_it_went_in(ids: list[int], dtype: Any, source: Any) -> None:
-    sent = Prompt(3, source, "text", np.array(ids, dtype), {"answer": 1}, ({"name": "tool"},))
+    rest = np.array(ids, dtype), {"answer": 1}, ({"name": "tool"},), Transcript([], "")
+    sent = Prompt(3, source, "text", *rest)
     came = crossed(sent)
     assert came.token_ids.dtype == dtype
     assert came.token_ids.tolist() == ids

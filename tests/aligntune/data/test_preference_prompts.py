@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from actors.scoring.model import ModelScorer, RewardModelCriterion, scored_ids
+from actors.specs import ModelSpec
+from aligntune.commands import rewards_shown
+from aligntune.data.dropped import RowRules
 from aligntune.data.errors import DataError
+from aligntune.data.pair_tokens import tokenise_pairs
 from aligntune.data.pairs import to_pair
 from aligntune.data.prompt_rows import PromptRows
+from aligntune.data.prompts import PromptSource
 from tests.aligntune.data.conftest import byte_tokenizer
-from tests.aligntune.data.test_preference import Table, assistant, row, user
+from tests.aligntune.data.test_preference import COLUMNS, Table, assistant, row, user
 
+RULES = RowRules("error", "error", 1.0, "rollout.max_prompt_length")
 PLAIN = byte_tokenizer()
 START = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:"
 
@@ -71,6 +80,28 @@ class TestAsked:
     def test_a_prompt_column_that_is_named_and_missing_is_told(self) -> None:
         with pytest.raises(DataError, match="no column 'question'"):
             prompts(row("p", "a", "b"), prompt_column="question")
+
+    @pytest.mark.parametrize("sees", [True, False], ids=["policy with a template", "without"])
+    @pytest.mark.parametrize("reads", [True, False], ids=["scorer with a template", "without"])
+    def test_a_reward_model_is_asked_about_a_transcript_as_it_was_trained_on_it(
+        self, chat: Any, sees: bool, reads: bool
+    ) -> None:
+        rows = Table(transcript(" yes", " no"))
+        policy, tokenizer = (chat if template else PLAIN for template in (sees, reads))
+        (trained,) = tokenise_pairs(
+            rows, tokenizer, "reward_model", apply_chat_template=True, **COLUMNS
+        ).sides.values()
+        read = PromptRows(rows, policy)
+        (prompt,) = PromptSource(read, policy, RULES, max_prompt_length=99, seed=0).epoch()
+        said = "yes" if sees else " yes"  # a template begins the answer
+        (group,) = rewards_shown._groups(rows, "chosen", ())
+        tried = replace(prompt, source=group.prompt, transcript=group.transcript)
+        scorer = ModelScorer(RewardModelCriterion("rm", ModelSpec(name="m"), 1, 1.0))
+        scorer._tokenizer = tokenizer
+        for asked, answer in ((prompt, said), (tried, *group.completions)):
+            pairs = scorer._pairs(pickle.loads(pickle.dumps(asked)), [answer], None)
+            (ids,) = scored_ids(tokenizer, pairs, True)
+            assert ids == trained["chosen_ids"].tolist()
 
 
 class TestLineEnds:

@@ -18,6 +18,7 @@ from actors.messages import (
     Scores,
     VersionSpan,
 )
+from actors.transcript import Transcript
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.online.attempts import GroupFailed
@@ -32,6 +33,7 @@ from aligntune.online.figures import (
 from aligntune.online.groups import ReadyGroup, compared_scores, group_works, total_reward
 from aligntune.online.ignoring import ignore
 from aligntune.online.rolling import Rolling
+from aligntune.online.samples import Said, sample_rows
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 
@@ -80,6 +82,14 @@ def test_the_ranks_get_advantages_scores_and_which_completions_were_cut() -> Non
     assert first.trained == (True, True)
     assert (first.prompt_tokens, first.lengths) == (7, (3, 5))
     assert (first.tensors, first.reference) == ("tensors 0", "reference 0")
+
+
+def test_a_sample_has_both_forms_of_a_transcript() -> None:
+    group = ready(0, [(1.0,), (0.0,)])
+    forms = Transcript([{"role": "user", "content": "p"}], "Human: p\n\nAssistant: ")
+    other = replace(group, prompt=replace(group.prompt, transcript=forms))
+    plain, row = sample_rows(config("grpo"), [group, other], [Said(("a", "b"))] * 2)
+    assert row == {**plain, "transcript": {"spoken": forms.spoken, "written": forms.written}}
 
 
 def test_groups_of_other_sizes_and_rollouts_of_several_rows_make_a_step() -> None:
