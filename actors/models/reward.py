@@ -80,6 +80,8 @@ def _load(spec: ModelSpec, config: Any) -> tuple[Any, list[str]]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    from actors.models.float_head import give_float_heads
+
     spec = local(spec)
     attention = attention_of(spec.attention, config)
     try:
@@ -95,6 +97,7 @@ def _load(spec: ModelSpec, config: Any) -> tuple[Any, list[str]]:
         )
     except (OSError, ImportError, ValueError) as error:
         raise ModelError(f"reward model {spec.name!r} could not be loaded: {error}") from error
+    give_float_heads(model)
     return model, sorted(info["missing_keys"])
 
 

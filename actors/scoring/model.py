@@ -20,7 +20,7 @@ from actors.specs import ModelSpec
 
 
 class ModelStuck(RuntimeError):
-    """A reward model answers no more; only a new process helps."""
+    """A reward model answers no more, or its GPU computes no more; only a new process helps."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,10 @@ class ModelScorer:
         the model has a chat template, else of what the policy says last.
 
         Raises:
-            RewardFailed: a text over the limit, a score that is not finite, no answer in time.
-            ModelStuck: an earlier group has taken twice the time that it may take.
+            RewardFailed: a text over the limit, a score that is not finite, no answer in time, a
+                model that raises, as where its GPU has no memory left.
+            ModelStuck: an earlier group has taken twice the time that it may take, or CUDA has
+                failed, which does not mend in this process.
         """
         async with self._turn:
             if self._running is not None:  # a forward pass that ran out of time cannot be stopped
@@ -222,6 +224,10 @@ class ModelScorer:
 
         self._tokenizer = load_tokenizer(self._criterion.model, writes=False)
         model = load_reward_model(self._criterion.model, self._criterion.label)
+        for part in model.modules():  # which remote code may know no keyword for
+            own: Any = getattr(part, "config", None)
+            if hasattr(own, "use_cache"):  # of keys and values, which nobody reads
+                own.use_cache = False
         config = model.config.get_text_config()
         padding, vocabulary = config.pad_token_id, config.vocab_size
         self._padding = padding if padding in range(vocabulary) else None  # also -1, of old configs
@@ -241,19 +247,18 @@ class ModelScorer:
         texts = completions if conversations is None else map(text_of, conversations.answers)
         if self._criterion.reads == "completion":
             return [("", text) for text in texts]
-        if conversations is None or not (
-            self._criterion.apply_chat_template and self._tokenizer.chat_template
-        ):
+        template = self._criterion.apply_chat_template and self._tokenizer.chat_template
+        if conversations is None or not template:
             asked = without_nulls(prompt.source)
+            if prompt.transcript is not None and template:
+                asked, texts = prompt.transcript.spoken, [text.strip() for text in texts]
+            elif prompt.transcript is not None:
+                asked = prompt.transcript.written
             return [(asked, text) for text in texts]
         cut = zip(conversations.messages, conversations.asked, strict=True)
         return [(without_nulls(said[:first]), said[first:]) for said, first in cut]
 
     def _scores(
-            if prompt.transcript is not None and template:
-                asked, texts = prompt.transcript.spoken, [text.strip() for text in texts]
-            elif prompt.transcript is not None:
-                asked = prompt.transcript.written
         self, pairs: list[tuple[str | Messages, str | Messages]], tools: Sequence[dict[str, Any]]
     ) -> list[float]:
         if self._model is None:
@@ -279,7 +284,7 @@ class ModelScorer:
         scores = [
             score
             for first in range(0, len(rows), size)
-            for score in self._forward(rows[first : first + size])
+            for score in self._tried(rows[first : first + size])
         ]
         for index, score in enumerate(scores):
             if not math.isfinite(score):
@@ -289,6 +294,28 @@ class ModelScorer:
                     f"the model's score for completion {index} is {score}",
                 )
         return scores
+
+    def _tried(self, rows: list[list[int]]) -> list[float]:
+        """The scores of `rows`. Whatever the model raises is no score and ends no run."""
+        import torch
+
+        try:
+            return self._forward(rows)
+        except torch.OutOfMemoryError:
+            pass  # what the pass held is let go with its frames, which the error has
+        except Exception as error:
+            said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            if "CUDA error" in said:
+                raise ModelStuck(f"{self.name}: {said}") from error
+            raise RewardFailed(self.name, RewardFailure.RAISED, said) from error
+        torch.cuda.empty_cache()
+        raise RewardFailed(
+            self.name,
+            RewardFailure.RAISED,
+            f"{len(rows)} texts of up to {max(map(len, rows))} tokens do not fit the memory of its "
+            f"GPU at once: lower this reward's batch_size, which is {self._criterion.batch_size}, "
+            "or give it more of a GPU by reward.resources.gpus",
+        )
 
     def _forward(self, rows: list[list[int]]) -> list[float]:
         import torch

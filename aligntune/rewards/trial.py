@@ -101,14 +101,20 @@ class ModelGroups:
     def __init__(self, criterion: RewardModelCriterion) -> None:
         from actors.scoring.model import ModelScorer  # torch: seconds
 
+        self._stuck: str | None = None
         self._scorer = ModelScorer(criterion)
         self.start, self.close = self._scorer.start, self._scorer.close
 
     async def call(self, group: Group) -> list[float | None]:
-        """The scores of one group, of episodes as whole conversations. Raises RewardFailed."""
+        """The scores of one group, of episodes as whole conversations. Raises RewardFailed, from
+        where the model answers no more on for each."""
         import numpy as np
 
         from actors.messages import Conversations, Prompt
+        from actors.scoring.model import ModelStuck
+
+        if self._stuck is not None:
+            raise RewardFailed(self._scorer.name, RewardFailure.DIED, self._stuck)
 
         columns = dict(group.columns)
         try:
@@ -122,7 +128,11 @@ class ModelGroups:
             both = zip(group.asked, group.completions, strict=True)
             messages = tuple([*asked, *said] for asked, said in both if not isinstance(said, str))
             talks = Conversations(messages, tuple(map(len, group.asked)), last_rows=())
-        return [*await self._scorer.score(prompt, texts, talks)]
+        try:
+            return [*await self._scorer.score(prompt, texts, talks)]
+        except ModelStuck as stuck:
+            self._stuck = str(stuck)
+            raise RewardFailed(self._scorer.name, RewardFailure.DIED, self._stuck) from stuck
 
 
 def called_once(

@@ -79,6 +79,8 @@ def test_a_reward_model_of_any_architecture_scores_prompt_and_completion(
     assert scores(folder, "2", "three") == pytest.approx(wanted, abs=1e-5)
     (chance,) = scores(folder, "2", output="probability")
     assert chance == pytest.approx(float(torch.tensor(wanted[0]).sigmoid()), abs=1e-5)
+    narrow = torch.tensor(scores(folder, "2", "three", dtype="bfloat16"))
+    assert (narrow.bfloat16() != narrow).any(), "three digits would tie what the model tells apart"
 
 
 @pytest.mark.parametrize(

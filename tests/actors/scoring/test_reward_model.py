@@ -31,6 +31,7 @@ from aligntune.config.online import RunConfig
 from aligntune.config.tree import dump
 from aligntune.errors import UserError
 from aligntune.rewards.registry import check_columns, resolve_all
+from aligntune.runs.failure import reason
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +209,85 @@ class TestScoring:
             free.set()
 
         asyncio.run(body())
+
+    @pytest.mark.parametrize(
+        ("raised", "kind", "said"),
+        [
+            (
+                torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+                RewardFailed,
+                r"2 texts of up to 7 tokens do not fit .*lower this reward's batch_size, which is "
+                r"2, or give it more of a GPU by reward\.resources\.gpus",
+            ),
+            (IndexError("index out of range in self"), RewardFailed, "IndexError: index out of"),
+            (
+                RuntimeError("CUDA error: unspecified launch failure\nmore"),
+                ModelStuck,
+                "rm: .*CUDA",
+            ),
+        ],
+        ids=["memory", "any", "CUDA"],
+    )
+    def test_what_a_model_raises_is_told_as_this_reward_s_failure_and_ends_no_run(
+        self,
+        criterion: Callable[..., RewardModelCriterion],
+        raised: Exception,
+        kind: type[Exception],
+        said: str,
+    ) -> None:
+        async def body() -> None:
+            scorer = ModelScorer(criterion())
+            await scorer.start()
+            forward = scorer._model.forward
+
+            def broken(**_: Any) -> None:
+                raise raised
+
+            scorer._model.forward = broken
+            with pytest.raises(kind, match=said) as failed:
+                await scorer.score(prompt(), ["2", "3"])
+            assert "policy." not in reason(failed.value), "what helps is this reward's"
+            if isinstance(failed.value, RewardFailed):
+                assert failed.value.reason is RewardFailure.RAISED
+            scorer._model.forward = forward
+            assert len(await scorer.score(prompt(), ["2", "3"])) == 2
+
+        asyncio.run(body())
+
+    def test_no_keys_and_values_are_kept_for_a_next_token_that_nobody_writes(
+        self, criterion: Callable[..., RewardModelCriterion]
+    ) -> None:
+        async def body() -> Any:
+            scorer, found = ModelScorer(criterion()), []
+            await scorer.start()
+            scorer._model.register_forward_hook(lambda *given: found.append(given[-1]))
+            await scorer.score(prompt(), ["2"])
+            return found[0].past_key_values
+
+        assert asyncio.run(body()) is None
+
+
+class TestHead:
+    @pytest.mark.slow
+    @pytest.mark.parametrize("lora", [False, True])
+    def test_a_score_under_autocast_has_the_digits_of_float32_and_its_gradient(
+        self, tiny_model: Path, lora: bool
+    ) -> None:
+        model = new_reward_model(ModelSpec(name=str(tiny_model)), seed=0)
+        if lora:
+            from peft import LoraConfig, get_peft_model
+
+            model = get_peft_model(
+                model, LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"])
+            )
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(torch.arange(3, 9)[None]).logits
+        assert logits.dtype == torch.float32
+        assert logits.bfloat16() != logits
+        logits.sum().backward()
+        (head,) = (w for n, w in model.named_parameters() if "score" in n and w.requires_grad)
+        assert head.dtype == torch.float32
+        assert bool(head.grad.any())
 
 
 class TestRefusals:

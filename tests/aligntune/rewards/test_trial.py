@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from actors.scoring.model import ModelScorer, ModelStuck
 from actors.specs import RewardFunctionSpec
 from aligntune import cli
 from aligntune.rewards.catalogue import REWARDS
@@ -204,6 +205,41 @@ def test_a_reward_model_is_tried_on_the_whole_of_an_episode_as_in_the_run(
     assert code == 0, error
     whole = tokenizer.apply_chat_template(TALK, tokenize=False)
     (wanted,) = logits(model, whole).tolist()
+    assert float(out.splitlines()[-1].split()[1]) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_reward_model_that_answers_no_more_fails_the_rows_that_are_left(
+    aligntune: Ran, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = iter([[1.0]])
+
+    async def score(*_: Any) -> list[float]:
+        for scores in said:
+            return scores
+        raise ModelStuck("m: RuntimeError: CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(ModelScorer, "score", score)
+    model = write_classifier(folder / "model", "qwen2", num_labels=1)
+    rows = [{"prompt": "1+1", "completion": str(n)} for n in range(3)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, error = aligntune("try", model, "--data", "rows.jsonl")
+    assert code == 2
+    assert [line.split()[1] for line in out.splitlines()[1:]] == ["1", "failed", "failed"]
+    assert "row 1: reward 'model' failed (died): m: RuntimeError: CUDA error" in error
+    assert "(2 of 3 rows failed)" in error
+
+
+def test_a_reward_model_reads_a_transcript_of_samples_in_its_own_form(
+    aligntune: Ran, folder: Path
+) -> None:
+    model = write_classifier(folder / "model", "qwen2", num_labels=1)  # without a template
+    forms = {"spoken": TALK[:1], "written": "\n\nHuman: 1+3\n\nAssistant: "}
+    sample = {"step": 1, "source": TALK[:1], "prompt": "<user>1+3", "columns": {},
+              "transcript": forms, "completions": [{"text": "4", "reward": 0}]}  # fmt: skip
+    (folder / "s.jsonl").write_text(json.dumps(sample) + "\n")
+    code, out, error = aligntune("try", model, "--data", "s.jsonl")
+    assert code == 0, error
+    (wanted,) = logits(model, f"{forms['written']}4<|end|>").tolist()
     assert float(out.splitlines()[-1].split()[1]) == pytest.approx(wanted, abs=1e-4)
 
 
