@@ -86,8 +86,8 @@ def settle(
     if shared:
         if against is not None:
             raise ModelError(
-                f"policy.shared_prompts does not go with model {spec.name!r}: {against}; set it to "
-                "false"
+                f"policy.shared_prompts does not go with model {spec.name!r}: {against}; set "
+                "policy.shared_prompts to false"
             )
         packing = True
     if packing == "auto":
@@ -110,12 +110,12 @@ def unfit(model: Any, attention: str) -> str | None:
     heads = getattr(text, "num_attention_heads", None)
     width = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
     other = set(getattr(text, "layer_types", None) or ()) - LAYERS
+    if getattr(text, CAP, None):
+        return "its attention caps scores"
     if attention != "sdpa":
         return f"model.attention is {attention}"
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
-    if getattr(text, CAP, None):
-        return "its attention caps scores"
     if getattr(text, "kv_lora_rank", None) or any(n.endswith(".sinks") for n in _names(model)):
         return "its attention has sinks or values of another width"
     if other:

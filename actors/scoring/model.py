@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,6 +19,9 @@ from actors.models.templates import fitted, without_nulls
 from actors.scoring.criteria import RewardFailed, RewardFailure
 from actors.scoring.said import text_of
 from actors.specs import ModelSpec
+
+NO_ROOM = "CUBLAS_STATUS_ALLOC_FAILED"
+"""What a library of a GPU says where the memory for itself is not there."""
 
 
 class ModelStuck(RuntimeError):
@@ -230,6 +235,10 @@ class ModelScorer:
                 own.use_cache = False
         config = model.config.get_text_config()
         padding, vocabulary = config.pad_token_id, config.vocab_size
+        self._tokens = sys.maxsize
+        with suppress(NotImplementedError):  # remote code may have a table of any kind, or none
+            tokens = getattr(model.get_input_embeddings(), "num_embeddings", None)
+            self._tokens = tokens or sys.maxsize
         self._padding = padding if padding in range(vocabulary) else None  # also -1, of old configs
         positions = getattr(config, "max_position_embeddings", None)
         self._limit = self._criterion.max_tokens or positions or 0
@@ -299,22 +308,28 @@ class ModelScorer:
         """The scores of `rows`. Whatever the model raises is no score and ends no run."""
         import torch
 
+        if (last := max(map(max, filter(None, rows)), default=0)) >= self._tokens:
+            said = f"its tokenizer gives token {last}, and its table of tokens has {self._tokens}"
+            raise RewardFailed(self.name, RewardFailure.RAISED, said)
         try:
             return self._forward(rows)
         except torch.OutOfMemoryError:
             pass  # what the pass held is let go with its frames, which the error has
         except Exception as error:
             said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            if "CUDA error" in said:
+            if "CUDA error" in said and NO_ROOM not in said:
                 raise ModelStuck(f"{self.name}: {said}") from error
-            raise RewardFailed(self.name, RewardFailure.RAISED, said) from error
+            if NO_ROOM not in said:
+                raise RewardFailed(self.name, RewardFailure.RAISED, said) from error
         torch.cuda.empty_cache()
+        cure = f"lower this reward's batch_size below {len(rows)}"
+        if len(rows) == 1:
+            cure = "name a smaller reward model, or lower the lengths of rollout"
         raise RewardFailed(
             self.name,
             RewardFailure.RAISED,
             f"{len(rows)} texts of up to {max(map(len, rows))} tokens do not fit the memory of its "
-            f"GPU at once: lower this reward's batch_size, which is {self._criterion.batch_size}, "
-            "or give it more of a GPU by reward.resources.gpus",
+            f"GPU at once: {cure}, or raise reward.resources.gpus where it shares one",
         )
 
     def _forward(self, rows: list[list[int]]) -> list[float]:

@@ -147,6 +147,11 @@ def test_an_empty_prompt_is_refused() -> None:
     ("make", "spec", "why"),
     [
         (lambda: causal_lm("Gemma2"), SPEC, "its attention caps scores"),
+        (
+            lambda: causal_lm("Gemma2"),
+            SPEC.model_copy(update={"attention": "eager"}),  # as it is settled
+            "its attention caps scores",
+        ),
         (lambda: causal_lm(head_dim=4), SPEC, "its heads have a width of 4"),
         (causal_lm, SPEC.model_copy(update={"attention": "eager"}), "model.attention is eager"),
         (

@@ -210,14 +210,39 @@ class TestScoring:
 
         asyncio.run(body())
 
+    def test_one_text_that_does_not_fit_and_a_token_without_a_row_are_told_with_what_helps(
+        self, criterion: Callable[..., RewardModelCriterion]
+    ) -> None:
+        async def body() -> None:
+            scorer = ModelScorer(criterion(batch_size=1))
+            await scorer.start()
+            tokens, scorer._tokens = scorer._tokens, 1
+            with pytest.raises(RewardFailed, match=r"gives token \d+, and its table .* has 1$"):
+                await scorer.score(prompt(), ["2"])
+            scorer._tokens = tokens
+
+            def full(**_: Any) -> None:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+            scorer._model.forward = full
+            with pytest.raises(RewardFailed, match=r"1 texts .*: name a smaller reward model, or"):
+                await scorer.score(prompt(), ["2"])
+
+        asyncio.run(body())
+
     @pytest.mark.parametrize(
         ("raised", "kind", "said"),
         [
             (
                 torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
                 RewardFailed,
-                r"2 texts of up to 7 tokens do not fit .*lower this reward's batch_size, which is "
-                r"2, or give it more of a GPU by reward\.resources\.gpus",
+                r"2 texts of up to 7 tokens do not fit .*lower this reward's batch_size below 2, "
+                r"or raise reward\.resources\.gpus where it shares one",
+            ),
+            (
+                RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+                RewardFailed,
+                r"2 texts of up to 7 tokens do not fit .*lower this reward's batch_size below 2, ",
             ),
             (IndexError("index out of range in self"), RewardFailed, "IndexError: index out of"),
             (
@@ -226,7 +251,7 @@ class TestScoring:
                 "rm: .*CUDA",
             ),
         ],
-        ids=["memory", "any", "CUDA"],
+        ids=["memory", "library", "any", "CUDA"],
     )
     def test_what_a_model_raises_is_told_as_this_reward_s_failure_and_ends_no_run(
         self,
