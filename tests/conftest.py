@@ -34,7 +34,6 @@ os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "5")
 for _name, _value in {
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
     "AUTOSCALER_UPDATE_INTERVAL_S": "60",
-    "RAY_enable_metrics_collection": "0",
     "RAY_event_stats": "0",
     "RAY_task_events_report_interval_ms": "0",
 }.items():

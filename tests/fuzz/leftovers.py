@@ -164,6 +164,7 @@ def gone_on_with(run: Path, config: RunConfig, resume: str) -> Refused | None:
         mock.patch.object(OnlineTrainer, "eval_prompts", prompts),
         mock.patch.object(type(trainer.inputs), "tried", create=True),
         mock.patch.object(type(trainer.inputs), "measure", ""),
+        mock.patch.object(type(trainer.inputs), "thinks", False),
         mock.patch.object(type(trainer.inputs), "events", return_value=[]),
         mock.patch.object(type(trainer.inputs), "told", return_value=[]),
         mock.patch("os.fsync"),

@@ -164,7 +164,7 @@ def test_an_empty_prompt_is_refused() -> None:
 def test_a_model_that_cannot_share_prompts_is_refused_with_the_reason(
     make: Callable[[], Any], spec: ModelSpec, why: str
 ) -> None:
-    with pytest.raises(ModelError, match=rf"{why}; set it to false"):
+    with pytest.raises(ModelError, match=rf"{why}; set policy.shared_prompts to false"):
         settle("auto", spec, make(), CPU, shared=True)
 
 
