@@ -66,7 +66,9 @@ def test_a_prompt_that_is_computed_once_gives_the_same_log_probs(
 
 
 def test_a_reference_that_cannot_share_prompts_says_so(folder: Path) -> None:
-    with pytest.raises(ModelError, match=r"model\.attention is eager; set policy\.shared_prompts to false"):
+    with pytest.raises(
+        ModelError, match=r"model\.attention is eager; set policy\.shared_prompts to false"
+    ):
         reference(folder, 64, True, attention="eager")
 
 
