@@ -57,26 +57,35 @@ def keep_token_private() -> None:
 
 
 @contextmanager
-def alone(shows_logs: bool = True) -> Iterator[None]:
+def alone() -> Iterator[None]:
     """Ray starts on loopback, as it does on a Mac, and packs no working directory.
 
-    Under `uv run` it would send the current folder to its workers, which are in it already. Where
-    nobody is shown what workers write, no process of Ray's reads their logs ten times a second.
+    Under `uv run` it would send the current folder to its workers, which are in it already.
     """
     from ray._private import ray_constants
+
+    with (
+        _as(ray_constants, "ENABLE_RAY_CLUSTER", False),
+        _as(ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", False),
+    ):
+        yield
+
+
+@contextmanager
+def unread_logs() -> Iterator[None]:
+    """Ray starts no process that reads its workers' logs ten times a second, for whoever is shown
+    them."""
     from ray._private.node import Node
 
-    off: dict[tuple[Any, str], Any] = {
-        (ray_constants, "ENABLE_RAY_CLUSTER"): False,
-        (ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV"): False,
-    }
-    if not shows_logs:
-        off[Node, "start_log_monitor"] = lambda node: None
-    before = {(where, name): getattr(where, name) for where, name in off}
+    with _as(Node, "start_log_monitor", lambda node: None):
+        yield
+
+
+@contextmanager
+def _as(where: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(where, name)
+    setattr(where, name, value)
     try:
-        for (where, name), value in off.items():
-            setattr(where, name, value)
         yield
     finally:
-        for (where, name), value in before.items():
-            setattr(where, name, value)
+        setattr(where, name, before)

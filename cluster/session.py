@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from cluster import local, proxies
 from cluster.forks import owner
@@ -195,7 +195,8 @@ def _connect(address: str, spec: ClusterSpec, cpus: int) -> None:
         if address == "local":
             store = spec.object_store_gib
             local.keep_token_private()
-            with local.alone(shows_logs=spec.worker_logs), owner.workers():
+            unread = nullcontext() if spec.worker_logs else local.unread_logs()
+            with local.alone(), unread, owner.workers():
                 ray.init(
                     address="local",
                     num_cpus=cpus,

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import settings
 
 from aligntune import cycles, imports
+from cluster import local
 from cluster.forks import owner, wire
 
 cycles.seldom()  # collection imports all that tests need
@@ -137,8 +138,7 @@ def ray_session() -> Iterator[None]:
     the environment of the fork server's imports, or none of its workers would be forked."""
     import ray
 
-    with pytest.MonkeyPatch.context() as patch, owner.workers():
-        patch.setattr("ray._private.node.Node.start_log_monitor", lambda self: None)
+    with pytest.MonkeyPatch.context() as patch, local.unread_logs(), owner.workers():
         for name in _set_meanwhile():
             patch.delenv(name)
         for name, value in STARTED.items():

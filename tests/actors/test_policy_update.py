@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AttentionInterface
 
 from actors.engines.base import configured_ends
@@ -798,8 +799,8 @@ def test_a_rank_of_fsdp_casts_a_layer_just_before_it_shares_it_out(
 ) -> None:
     """Or a whole model in float32 would lie in the host's memory, once a rank."""
 
-    def alone(*where: Any) -> None:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    def alone(*where: Any) -> None:  # a real group would leave sockets that programs inherit
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
 
     def watched(part: torch.nn.Module, **options: Any) -> Any:
         for of, found in ((actor._strategy.model, wide), (part, own)):

@@ -11,15 +11,18 @@ import os
 import sys
 import time
 
+ALONE = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+"""The environment in which vLLM on a CPU is one process whose threads go where there is room."""
+
 
 def main(model: str, longest: int, eager: bool) -> None:
     """In the quickest way it has: all in one process, with as much memory as a run gives it."""
-    os.environ |= {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
+    os.environ |= ALONE
     from vllm import LLM, SamplingParams
 
     at = {"imported": time.monotonic()}

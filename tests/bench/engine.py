@@ -23,11 +23,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+from tests.bench.bare_vllm import ALONE
 from tests.bench.end_to_end import work as works
 from tests.bench.end_to_end.parts import FOLDER, Options, Unfinished
 from tests.bench.end_to_end.work import SIX_MILLION, Work
@@ -191,15 +193,14 @@ def engines(process: psutil.Process) -> Iterator[int]:
             continue
 
 
+def about(kind: Kind, work: Work) -> dict[str, Any]:
+    """Which start it is."""
+    return {"start": kind[0], "mode": kind[1], "work": work, "commit": commit()}
+
+
 def bare(kind: Kind, work: Work, home: Path) -> Start:
     """Bare vLLM in this process, as tests/bench/end_to_end/floor.py has it."""
-    os.environ |= {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": str(work.threads),
-    }
+    os.environ |= ALONE | {"OMP_NUM_THREADS": str(work.threads)}
     load, began, this = os.getloadavg()[0], time.monotonic(), psutil.Process()
     from vllm import LLM, SamplingParams
 
@@ -239,10 +240,7 @@ def bare(kind: Kind, work: Work, home: Path) -> Start:
     at, warm = time.monotonic(), spent(this)
     made = tokens(prompts, n=work.completions, max_tokens=work.new_tokens)
     return Start(
-        start=kind[0],
-        mode=kind[1],
-        work=work,
-        commit=commit(),
+        **about(kind, work),
         load=load,
         ready_s=ready_s,
         ready_cpu_s=ready,
@@ -311,10 +309,7 @@ def life(kind: Kind, work: Work, home: Path) -> Start:
         tokens_s, used = time.monotonic() - at, since(warm, spent(this))
         ray.get(actor.close.remote(), timeout=60)
     return Start(
-        start=began,
-        mode=kind[1],
-        work=work,
-        commit=commit(),
+        **about(kind, work),
         load=load,
         ready_s=ready_s,
         ready_cpu_s=ready,

@@ -113,12 +113,16 @@ with session(ClusterSpec(), cpus=1, gpus=0):
     ray.get(where.remote())
     mine = [psutil.Process(), *psutil.Process().children(recursive=True)]
     heard = {c.laddr.ip for p in mine for c in p.net_connections("inet") if c.status == "LISTEN"}
-    print(json.dumps([sorted(heard), ray.get_runtime_context().runtime_env.get("working_dir")]))
+    read = any(part.endswith("log_monitor.py") for p in mine for part in p.cmdline())
+    packed = ray.get_runtime_context().runtime_env.get("working_dir")
+    print(json.dumps([sorted(heard), packed, read]))
 """
 
 
 @pytest.mark.slow
-def test_a_local_session_listens_on_loopback_and_packs_nothing_under_uv_run(tmp_path: Path) -> None:
+def test_a_local_session_listens_on_loopback_and_packs_and_reads_nothing_under_uv_run(
+    tmp_path: Path,
+) -> None:
     """In a folder that holds more than Ray would take, as found by `uv run aligntune train`."""
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(600 * 2**20)
@@ -134,7 +138,8 @@ def test_a_local_session_listens_on_loopback_and_packs_nothing_under_uv_run(tmp_
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    heard, packed = json.loads(done.stdout.splitlines()[-1])
+    heard, packed, read = json.loads(done.stdout.splitlines()[-1])
     assert heard
     assert all(ip.removeprefix("::ffff:") == "127.0.0.1" for ip in heard)
     assert packed is None
+    assert not read, "nobody is shown the logs"

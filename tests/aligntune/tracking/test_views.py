@@ -161,6 +161,22 @@ def test_tables_are_told_of_again_once_one_was_taken() -> None:
     assert (tracker.taken, len(told.events)) == (steps, 2)
 
 
+def test_a_refused_table_of_a_step_that_was_rolled_back_is_not_tried_again_nor_told() -> None:
+    tracker, told, given = NoTables(since=float("inf")), Told(), threading.Event()
+
+    def opened() -> NoTables:
+        assert given.wait(30)
+        return tracker
+
+    view = View("service", opened, told)  # type: ignore[arg-type, return-value]
+    view.samples(5, [])
+    view.truncate_after(3)
+    view.log(4, {"x": 1.0})
+    given.set()
+    view.close("finished")
+    assert (tracker.taken, told.events) == ([("log", 4)], [])
+
+
 def test_a_table_of_an_outage_is_sent_when_it_is_over() -> None:
     service, told = Service(), Told()
     with service.running():

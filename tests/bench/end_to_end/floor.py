@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.bench.bare_vllm import ALONE
 from tests.bench.end_to_end import work as works
 from tests.bench.end_to_end.seen import Group, Step, cpu_seconds
 from tests.bench.end_to_end.work import Work
@@ -24,13 +25,7 @@ EPSILON = 1e-8  # beside the standard deviation of a group
 
 def run(work: Work, steps: int) -> Sequence[Step]:
     """One step to warm up, and then `steps`."""
-    os.environ |= {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": str(work.threads),
-    }
+    os.environ |= ALONE | {"OMP_NUM_THREADS": str(work.threads)}
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from vllm import LLM, SamplingParams
