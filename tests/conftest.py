@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -59,7 +60,10 @@ FIRST_OF_WHOLE_RUNS = tuple(
 
 def pytest_configure(config: pytest.Config) -> None:
     """One process imports for the workers of every Ray of the tests, once one asks for it; what
-    they fetch lies in one folder."""
+    they fetch lies in one folder. A shell that starts a command in the background has it ignore
+    Ctrl-C, and all that the command starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):
         shared = ExitStack()
         cache = shared.enter_context(tempfile.TemporaryDirectory(prefix="aligntune-cache-"))
