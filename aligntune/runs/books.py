@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import gc
 import json
+import zlib
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import accumulate
+from operator import sub
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +97,25 @@ def check(group_id: int, current: State | None, to: State) -> None:
         raise LedgerError(f"group {group_id} is {current} and cannot become {to}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Mark:
-    """The books at a checkpoint."""
+    """The books at the end of a step. A long run has one for each, with thousands of groups open,
+    so these are packed."""
 
     next_group: int
-    open: tuple[int, ...]
+    open: bytes  # see `_packed`
     ended: dict[str, int]
+
+
+def _packed(groups: Iterable[int]) -> bytes:
+    """Groups, in their order, in a fraction of a byte each where they follow one another closely.
+    Raises OverflowError for an id of more than 64 bits."""
+    ids = array("q", groups)
+    return zlib.compress(array("q", map(sub, ids, (0, *ids))).tobytes(), 1)
+
+
+def _unpacked(packed: bytes) -> Iterator[int]:
+    return accumulate(array("q", zlib.decompress(packed)))
 
 
 class _Reader:
@@ -114,7 +130,7 @@ class _Reader:
         self.marks = {0: self._mark()}  # in the order of the log
 
     def _mark(self) -> _Mark:
-        return _Mark(self._next, tuple(self._open), dict(self._ended))
+        return _Mark(self._next, _packed(self._open), dict(self._ended))
 
     @property
     def books(self) -> Books:
@@ -177,7 +193,7 @@ class _Reader:
                 del self.marks[later]
         elif event == "adopt":
             ended = {state: int(record["ended"][state]) for state in _ENDS}
-            mark = _Mark(int(record["next"]), tuple(map(int, record["open"])), ended)
+            mark = _Mark(int(record["next"]), _packed(map(int, record["open"])), ended)
             self._back_to(mark)
             self.marks = {int(record["step"]): mark}
         else:
@@ -185,7 +201,7 @@ class _Reader:
 
     def _back_to(self, mark: _Mark) -> None:
         self._next, self._ended = mark.next_group, dict(mark.ended)
-        self._open = dict.fromkeys(mark.open, "WAITING")
+        self._open = dict.fromkeys(_unpacked(mark.open), "WAITING")
 
 
 def replay(path: Path) -> Replay:
