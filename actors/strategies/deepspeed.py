@@ -136,11 +136,11 @@ class DeepSpeedStrategy:
         """LoRA weights, gathered."""
         return adapter_state(self.model, self._whole)
 
-    def _whole(self, parameter: torch.Tensor) -> torch.Tensor:
+    def _whole(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if self._zero.stage < 3:
-            return in_place(parameter)
+            return in_place(parameter, dtype)
         with self._api.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
+            return parameter.detach().to(dtype, copy=True)
 
     def snapshot(self) -> Files:
         """DeepSpeed's own files, one set a rank, and the rank's RNG state.

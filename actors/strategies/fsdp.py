@@ -119,7 +119,7 @@ class FSDPStrategy:
         found = torch.nn.utils.clip_grad_norm_(
             [p for _, p in self._trained()], self._spec.max_grad_norm
         )
-        norm = float(_whole(found))
+        norm = float(_whole(found, found.dtype))
         if not math.isfinite(norm):
             self._optimizer.zero_grad()
             raise NonFiniteGradient(f"gradient norm {norm}")
@@ -137,7 +137,11 @@ class FSDPStrategy:
         return of_every_rank(value)
 
     def full_state(self) -> NamedTensors:
-        """Weights in the model's dtype, LoRA merged, gathered one by one."""
+        """Weights in the model's dtype, LoRA merged, gathered one by one.
+
+        A share is cast before it is sent where nothing is added to it: the same bits, half the
+        bytes.
+        """
         return merged_state(self.model, self._dtype, _whole)
 
     def adapter_state(self) -> NamedTensors:
@@ -233,7 +237,7 @@ def _layers(model: TrainedModel) -> list[nn.Module]:
     return [part for part in model.modules() if type(part).__name__ in layers]
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a sharded tensor; all ranks together."""
-    tensor = tensor.detach()
+def _whole(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """All of a sharded tensor in `dtype`; all ranks together."""
+    tensor = tensor.detach().to(dtype)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -13,13 +13,14 @@ from actors.models.adapters import is_adapter
 from actors.models.wrapped import TrainedModel
 
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
-Whole = Callable[[torch.Tensor], torch.Tensor]
-"""A parameter as all ranks together have it, without its gradient; all ranks ask together."""
+Whole = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+"""A parameter as all ranks together have it, in a dtype, without its gradient; all ranks ask
+together. What travels between them is in that dtype where it is the smaller one."""
 
 
-def in_place(parameter: torch.Tensor) -> torch.Tensor:
-    """`Whole` where every rank has all of it: the training weight's own memory."""
-    return parameter.detach()
+def in_place(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`Whole` where every rank has all of it: the training weight's own memory, in its dtype."""
+    return parameter.detach().to(dtype)
 
 
 def merged_state(model: TrainedModel, dtype: torch.dtype, whole: Whole) -> NamedTensors:
@@ -38,7 +39,7 @@ def merged_state(model: TrainedModel, dtype: torch.dtype, whole: Whole) -> Named
         if plain is None:
             continue
         clean, layers = plain
-        merged = _numbers(parameter, whole)
+        merged = _numbers(parameter, whole, parameter.dtype if layers else dtype)
         if layers:
             merged = merged.float()
             for delta in (d for layer in layers for d in _deltas(layer, whole)):
@@ -82,7 +83,7 @@ class _Delta(nn.Module):
 def _deltas(layer: Any, whole: Whole) -> list[torch.Tensor]:
     """PEFT's own product of the adapters' weights, made of whole ones."""
     weights = {
-        f"layer.{name}": whole(parameter)
+        f"layer.{name}": whole(parameter, parameter.dtype)
         for name, parameter in layer.named_parameters()
         if not name.startswith("base_layer.")
     }
@@ -90,11 +91,12 @@ def _deltas(layer: Any, whole: Whole) -> list[torch.Tensor]:
     return deltas
 
 
-def _numbers(parameter: torch.Tensor, whole: Whole) -> torch.Tensor:
-    """A weight as numbers, also where bitsandbytes keeps it in 4 bits."""
+def _numbers(parameter: torch.Tensor, whole: Whole, dtype: torch.dtype) -> torch.Tensor:
+    """A weight as numbers in `dtype`; where bitsandbytes keeps it in 4 bits, in the dtype that it
+    computes in."""
     packed = getattr(parameter, "quant_state", None)
     if packed is None:
-        return whole(parameter)
+        return whole(parameter, dtype)
     from bitsandbytes.functional import dequantize_4bit
 
     numbers: torch.Tensor = dequantize_4bit(parameter.data, packed)
@@ -107,7 +109,7 @@ def adapter_state(model: TrainedModel, whole: Whole) -> NamedTensors:
         return
     for name, parameter in model.model.named_parameters():
         if is_adapter(name):
-            yield name, whole(parameter)
+            yield name, whole(parameter, parameter.dtype)
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

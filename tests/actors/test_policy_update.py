@@ -794,13 +794,54 @@ def test_adapters_of_ranks_start_and_move_as_those_of_one(
         torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=2e-5)
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP on one rank, in this process; a real group would leave sockets that programs inherit."""
+
+    def join(*where: Any) -> None:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+
+    monkeypatch.setattr(fsdp, "join", join)
+
+
+@pytest.mark.parametrize("model", [{}, {"lora": LoRASpec(r=4, alpha=8.0)}], ids=["full", "lora"])
+def test_a_rank_of_fsdp_sends_weights_in_the_dtype_that_they_are_exported_in(
+    folder: Path, model: dict, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half the bytes of float32, and the same bits. What LoRA adds to a weight stays exact."""
+
+    def watched(tensor: DTensor) -> torch.Tensor:
+        sent.append(tensor.dtype)
+        return gather(tensor)
+
+    gather = DTensor.full_tensor
+    sent: list[torch.dtype] = []
+    spec = ModelSpec(name=str(folder), dtype="bfloat16", **model)
+    actor = PolicyActor(spec, policy_spec(strategy=FSDP), 0, 1, 10, 0)
+    try:
+        actor.start("", 0)
+        with torch.no_grad():
+            for parameter in actor._strategy.model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(1e-3)  # beyond the digits of bfloat16
+        trained = dict(actor._strategy._trained())
+        wanted = {name: gather(each).detach().bfloat16() for name, each in trained.items()}
+        monkeypatch.setattr(DTensor, "full_tensor", watched)
+        got = weights(actor)
+    finally:
+        actor._strategy.close()
+    if model:
+        assert set(sent) == {torch.bfloat16, torch.float32}
+        assert sent.count(torch.float32) == len(trained)
+    else:
+        assert set(sent) == {torch.bfloat16}
+        assert_equal(got, {name.removeprefix("model."): w for name, w in wanted.items()})
+
+
 def test_a_rank_of_fsdp_casts_a_layer_just_before_it_shares_it_out(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or a whole model in float32 would lie in the host's memory, once a rank."""
-
-    def alone(*where: Any) -> None:  # a real group would leave sockets that programs inherit
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
 
     def watched(part: torch.nn.Module, **options: Any) -> Any:
         for of, found in ((actor._strategy.model, wide), (part, own)):
@@ -809,7 +850,6 @@ def test_a_rank_of_fsdp_casts_a_layer_just_before_it_shares_it_out(
         return shard(part, **options)
 
     shard = fsdp.fully_shard
-    monkeypatch.setattr(fsdp, "join", alone)
     monkeypatch.setattr(fsdp, "fully_shard", watched)
     spec = ModelSpec(name=str(folder), dtype="bfloat16")
     wide: list[set[int]] = []
