@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import errno
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 Files = Mapping[str, bytes | memoryview]
 """Content by name, relative to a folder."""
+
+Sums = dict[str, tuple[int, int]]
+"""What was written: bytes and CRC-32 by name."""
 
 DISK = "disk"
 DISK_GROUP = {DISK: 1}
@@ -36,9 +40,10 @@ def writing(folder: str | Path) -> Iterator[None]:
         raise OSError(f"{folder}: {text[:200]}") from error
 
 
-def write_files(folder: Path, files: Files) -> None:
+def write_files(folder: Path, files: Files) -> Sums:
     """Write `files` below `folder`; they are on the disk when this returns. Other ranks may write
     theirs there meanwhile. Raises OSError."""
+    sums: Sums = {}
     with writing(folder):
         places = {folder}
         for name, content in files.items():
@@ -49,8 +54,10 @@ def write_files(folder: Path, files: Files) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            sums[name] = memoryview(content).nbytes, zlib.crc32(content)
         for place in places:
             sync(place)
+    return sums
 
 
 def sync(path: Path) -> None:

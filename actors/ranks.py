@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from actors.disk import Files, sync_below, write_files, writing
+from actors.disk import Files, Sums, sync_below, write_files, writing
 from actors.engines.base import name_ends
 from actors.fetching import ArraysLost, Fetched, fetch_or_lost, of_several_rows
 from actors.figures import Tally, count, describe, join, over_steps, total
@@ -218,11 +218,12 @@ class TrainedRank(Alive):
         self._files = self._strategy.snapshot()
         return sum(len(content) for content in self._files.values())
 
-    def write(self, folder: str | Path) -> None:
+    def write(self, folder: str | Path) -> Sums:
         """Write what `snapshot` kept, and forget it; runs beside whatever the ranks do meanwhile,
         in a thread of the actor's group `DISK`.
 
-        All is on disk when this returns; making `folder` appear at once is the caller's.
+        All is on disk when this returns; making `folder` appear at once is the caller's, who needs
+        to read nothing of it: what is returned says it all.
 
         Raises:
             OSError: the disk does not take it. The other ranks do not know.
@@ -230,7 +231,7 @@ class TrainedRank(Alive):
         files, self._files = self._files, {}
         if not files:  # these are not the ranks that made it
             raise OSError(f"{folder}: rank {self._rank} keeps no snapshot")
-        write_files(Path(folder), files)
+        return write_files(Path(folder), files)
 
     def save(self, folder: str | Path) -> None:
         """`snapshot` and `write`; all ranks together."""

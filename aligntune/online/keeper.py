@@ -227,14 +227,14 @@ class Keeper:
         """Figures and moves of the steps before are on disk when the checkpoint is. One that is not
         `wanted` any more is dropped: the run may have gone back before it."""
         copied = set() if self._copies is None else self._copies.needed
+        known = await self._learner.write(staging)
 
         def commit() -> Checkpoint:
             self._recorder.wait()
             self._log.to_disk()
-            needed = copied | self._beside(state["step"])
-            return self._checkpoints.commit(state["step"], state, needed, lambda: bool(wanted))
+            step, needed = state["step"], copied | self._beside(state["step"])
+            return self._checkpoints.commit(step, state, needed, lambda: bool(wanted), known)
 
-        await self._learner.write(staging)
         return await asyncio.wrap_future(asked(commit))
 
     def _beside(self, new: int | None = None) -> set[str]:

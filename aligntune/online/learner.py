@@ -17,6 +17,7 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
+from actors.disk import Sums
 from actors.engines.base import resolve_engine
 from actors.fetching import ArraysLost
 from actors.liveness import Patience, sign_of_life
@@ -215,15 +216,20 @@ class Learner:
         """Have every rank copy its part of a checkpoint to its host's memory."""
         await all_of(*(ranks.all("snapshot") for ranks in self._parts.values()))
 
-    async def write(self, directory: Path) -> None:
+    async def write(self, directory: Path) -> Sums:
         """Write the last snapshot, beside whatever is asked of the ranks; see `Ranks.write`.
 
-        Returns, or raises, when nobody writes any more.
+        Returns, with what is in `directory` now, or raises, when nobody writes any more.
         """
         parts = [ranks.write(str(directory / name)) for name, ranks in self._parts.items()]
-        for error in await asyncio.gather(*parts, return_exceptions=True):
-            if error is not None:
-                raise error
+        found: Sums = {}
+        for part, sums in zip(
+            self._parts, await asyncio.gather(*parts, return_exceptions=True), strict=True
+        ):
+            if isinstance(sums, BaseException):
+                raise sums
+            found |= {f"{part}/{name}": each for name, each in sums.items()}
+        return found
 
     async def load(self, directory: Path) -> None:
         """Take a checkpoint's state."""

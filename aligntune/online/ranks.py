@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.answers import ObjectsLost, ReplicaLost, answer
-from actors.disk import DISK
+from actors.disk import DISK, Sums
 from actors.liveness import HEALTH, USUAL, Patience, listen
 from actors.specs import RankSpec
 from actors.together import together
@@ -114,8 +114,9 @@ class Ranks:
         (said,) = await self._answers(method, [call.remote(*args)], deadline_s)
         return said
 
-    async def write(self, folder: str) -> None:
-        """Have every rank write its last snapshot beside what it does; returns when all have ended.
+    async def write(self, folder: str) -> Sums:
+        """Have every rank write its last snapshot beside what it does; returns when all have ended,
+        with what they have written.
 
         Raises PolicyLost where a rank is lost meanwhile, else the first error of their own: an
         OSError where one disk did not take it.
@@ -134,6 +135,8 @@ class Ranks:
                 raise PolicyLost(str(error)) from error
         if errors:
             raise errors[0]
+        wrote = [sums for sums in found if not isinstance(sums, BaseException)]
+        return {name: each for sums in wrote for name, each in sums.items()}
 
     def begin(
         self, method: str, args: Sequence[tuple[Any, ...]], objects: Sequence[int]

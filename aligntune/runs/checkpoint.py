@@ -11,12 +11,15 @@ import json
 import os
 import re
 import shutil
+import threading
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from aligntune.runs.deadline import asked
 from aligntune.runs.disk import make_folder, sync, sync_below
 from aligntune.runs.disk import write_atomically as write_atomically
 
@@ -39,6 +42,7 @@ class Checkpoint:
 
 NAME = re.compile(r"step-(\d{6,})", re.ASCII)
 CHUNK = 2**22  # bytes read at a time for a checksum
+READERS = 16  # files read side by side: one stream of a network's file system takes minutes a TB
 
 
 def _step_of(folder: Path) -> int:
@@ -54,6 +58,19 @@ def _ours(folder: Path) -> bool:
 def _unheard(read: int) -> None: ...
 
 
+Stand = tuple[tuple[str, int, int], ...]
+"""Files as they stand: path, bytes and nanoseconds of the last change of each."""
+
+
+def _stand(folder: Path) -> Stand | None:
+    """The files of a folder; None where the disk does not tell."""
+    try:
+        files = [(str(p), p.stat()) for p in sorted(folder.rglob("*")) if p.is_file()]
+    except OSError:
+        return None
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
+
+
 def checksum(path: Path, heard: Callable[[int], None] = _unheard) -> int:
     """CRC-32 of a file, which finds every flipped bit; for damage, not for attackers. `heard` gets
     the bytes that were read, again and again."""
@@ -67,14 +84,30 @@ def checksum(path: Path, heard: Callable[[int], None] = _unheard) -> int:
 
 def intact(folder: Path, heard: Callable[[int], None] = _unheard) -> bool:
     """Whether every file of a checkpoint has the content that its manifest says; reads them all,
-    as `checksum` does. One that the disk does not give back is damaged too."""
+    as `checksum` does, some side by side. One that the disk does not give back is damaged too."""
     try:
         manifest = _manifest(folder)
-        return manifest is not None and all(
-            checksum(folder / name, heard) == entry["crc32"] for name, entry in manifest.items()
-        )
     except OSError:
         return False
+    if manifest is None:
+        return False
+    left = iter(manifest.items())
+    damaged = threading.Event()
+
+    def read() -> None:
+        try:
+            for name, entry in left:
+                if damaged.is_set() or checksum(folder / name, heard) != entry["crc32"]:
+                    break
+            else:
+                return
+        except OSError:
+            pass
+        damaged.set()
+
+    for reader in [asked(read) for _ in range(min(READERS, len(manifest)))]:
+        reader.result()
+    return not damaged.is_set()
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, int]] | None:
@@ -120,20 +153,27 @@ class Checkpoints:
         self.directory = directory
         self.keep_last = keep_last
         self.bytes_read = 0  # by whatever reads files as a whole; for who watches that it moves
-        self._checked: dict[tuple[tuple[str, int, int], ...], bool] = {}  # by files as they stand
+        self._reading = threading.Lock()
+        self._checked: dict[Stand, bool] = {}
+        self._committed: dict[str, Stand | None] = {}  # by this process, by their folders' names
         for leftover in () if to_read else directory.glob("*.partial"):
             shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
 
     def _heard(self, read: int) -> None:
-        self.bytes_read += read
+        with self._reading:
+            self.bytes_read += read
 
     def _folder(self, step: int) -> Path:
         return self.directory / f"step-{step:06d}"
 
     def exists(self, step: int) -> bool:
-        """Whether there is a complete checkpoint of this step, down to the last bit."""
+        """Whether there is a complete checkpoint of this step, down to the last bit. One that this
+        process has made is read for it only where its files are others now."""
         folder = self._folder(step)
-        return self._read(folder) is not None and self._intact(folder)
+        if self._read(folder) is None:
+            return False
+        made = self._committed.get(folder.name)
+        return (made is not None and made == _stand(folder)) or self._intact(folder)
 
     def begin(self, step: int) -> Path:
         """A staging folder; policy ranks write into its `policy/`, critic ranks into `critic/`."""
@@ -150,9 +190,11 @@ class Checkpoints:
         state: dict[str, Any],
         needed: Collection[str] = (),
         still: Callable[[], bool] = lambda: True,
+        known: Mapping[str, tuple[int, int]] = MappingProxyType({}),
     ) -> Checkpoint:
         """Make what `begin` staged the checkpoint of `step`, and forget the oldest ones, but for
-        those of the names `needed`.
+        those of the names `needed`. `known` has bytes and CRC-32 of files, by their names below the
+        folder, which need not be read then; those that are not there in this size are an OSError.
 
         Later steps come again after this one, so whatever there is of them goes. `still` is asked
         last of all: where it says no, what was staged is removed. Raises OSError then.
@@ -160,14 +202,10 @@ class Checkpoints:
         final = self._folder(step)
         staging = final.with_suffix(".partial")
         (staging / STATE).write_text(json.dumps(state), encoding="utf-8")
-        files = sorted(p for p in staging.rglob("*") if p.is_file())
-        listed = {
-            str(p.relative_to(staging)): {
-                "size": p.stat().st_size,
-                "crc32": checksum(p, self._heard),
-            }
-            for p in files
-        }
+        found = {str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file()}
+        listed = {name: self._listed(staging / name, known.get(name)) for name in sorted(found)}
+        if lost := known.keys() - found:
+            raise OSError(f"{staging / min(lost)} was written and is not there")
         (staging / MANIFEST).write_text(json.dumps({"files": listed}, indent=1), encoding="utf-8")
         sync_below(staging)
         if not still():
@@ -182,7 +220,19 @@ class Checkpoints:
             if _step_of(later) > step:
                 _remove(later)
         self.forget_old({*needed, final.name})
+        names = {folder.name for folder in self._folders()}
+        self._committed = {n: each for n, each in self._committed.items() if n in names}
+        self._committed[final.name] = _stand(final)
         return Checkpoint(step, final, state)
+
+    def _listed(self, path: Path, known: tuple[int, int] | None) -> dict[str, int]:
+        """What the manifest says of a file; it is read where nobody knows it."""
+        size = path.stat().st_size
+        if known is None:
+            return {"size": size, "crc32": checksum(path, self._heard)}
+        if size != known[0]:
+            raise OSError(f"{path} has {size} bytes of the {known[0]} that were written")
+        return {"size": size, "crc32": known[1]}
 
     def abandon(self, step: int) -> None:
         """Remove what `begin` staged, so that its room is free again; whatever can be removed."""
@@ -271,11 +321,9 @@ class Checkpoints:
 
     def _intact(self, folder: Path) -> bool:
         """`intact`, read once as long as no file changes."""
-        try:
-            files = [(str(p), p.stat()) for p in sorted(folder.rglob("*")) if p.is_file()]
-        except OSError:
+        key = _stand(folder)
+        if key is None:
             return False
-        key = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
         if key not in self._checked:
             self._checked[key] = intact(folder, self._heard)
         return self._checked[key]

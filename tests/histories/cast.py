@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from ray.exceptions import ObjectLostError
 
+from actors.disk import Sums
 from actors.engines.base import Turn, Work, completion
 from actors.fetching import ArraysLost
 from actors.messages import (
@@ -234,10 +236,12 @@ class Rank(Worker):
         self.kept = dict(self.learned)
         return 1
 
-    async def write(self, folder: str) -> None:
+    async def write(self, folder: str) -> Sums:
         """Write what it keeps."""
+        content = json.dumps(self.kept).encode()
         os.makedirs(folder, exist_ok=True)
-        (Path(folder) / self.name).write_text(json.dumps(self.kept), encoding="utf-8")
+        (Path(folder) / self.name).write_bytes(content)
+        return {self.name: (len(content), zlib.crc32(content))}
 
     async def load(self, folder: str) -> None:
         """Take what was written."""

@@ -24,6 +24,7 @@ from unittest import mock
 
 import numpy as np
 
+from actors.disk import Sums
 from actors.messages import GroupWork, Prompt, UpdateResult
 from actors.storage import WRITING, Store
 from aligntune.algorithms.base import Algorithm
@@ -110,9 +111,10 @@ class Learner(FakeLearner):
         await super().snapshot()
         self.kept = self.weights
 
-    async def write(self, folder: Path) -> None:
-        await super().write(folder)
+    async def write(self, folder: Path) -> Sums:
+        sums = await super().write(folder)
         (folder / "policy" / "rank-0.pt").write_text(self.kept)
+        return sums
 
     async def load(self, folder: Path) -> None:
         await super().load(folder)

@@ -17,13 +17,14 @@ from typing import Any
 
 import pytest
 
+from actors.disk import Sums
 from aligntune.errors import Interrupted, RunFailed
 from aligntune.online import keeper
 from aligntune.online.learner import PolicyLost
 from aligntune.online.ledger import audit
 from aligntune.runs import checkpoint as checkpoint_module
 from aligntune.runs import writer
-from aligntune.runs.checkpoint import Checkpoint, Checkpoints
+from aligntune.runs.checkpoint import STATE, Checkpoint, Checkpoints
 from aligntune.runs.copies import Copies
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import RunDir
@@ -56,6 +57,26 @@ def test_a_checkpoint_comes_to_disk_beside_the_next_step_and_before_the_one_afte
     assert order.index("update 2") < order.index("committed 1") < order.index("committed 2")
     kept = {path.name for path in (world.folder / "checkpoints").iterdir()}
     assert kept == {"latest", "step-000002", "step-000003"}
+
+
+def test_what_ranks_have_written_is_not_read_to_make_a_checkpoint_of_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large one would be read over the network by the driver alone."""
+
+    def checksum(path: Path, *heard: Any) -> int:
+        read.add(path.name)
+        return real(path, *heard)
+
+    real = checkpoint_module.checksum
+    read: set[str] = set()
+    monkeypatch.setattr(checkpoint_module, "checksum", checksum)
+    world.run()
+    assert read == {STATE}
+    read.clear()
+    newest = Checkpoints(world.folder / "checkpoints", 2).latest()
+    assert newest is not None
+    assert (newest.step, read) == (3, {STATE, "weights"})
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -108,14 +129,14 @@ class Written(FakeLearner):
     free = asyncio.Event()
     dead = asyncio.Event()
 
-    async def write(self, folder: Path) -> None:
+    async def write(self, folder: Path) -> Sums:
         waits = [asyncio.create_task(event.wait()) for event in (self.free, self.dead)]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
         if self.dead.is_set():
             raise PolicyLost("policy-0: died during write")
-        await super().write(folder)
+        return await super().write(folder)
 
     def kill(self) -> None:
         super().kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import zlib
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from actors.disk import Sums
 from actors.messages import (
     FinishReason,
     GroupRecord,
@@ -227,9 +229,10 @@ class FakeLearner:
         self._check()
         await self._world.happens("save")
 
-    async def write(self, folder: Path) -> None:
+    async def write(self, folder: Path) -> Sums:
         await self._world.happens("write", folder)
-        (folder / "policy" / "weights").write_text("x")
+        (folder / "policy" / "weights").write_bytes(b"x")
+        return {"policy/weights": (1, zlib.crc32(b"x"))}
 
     async def load(self, _: Path) -> None:
         await self._world.happens("load")

@@ -5,12 +5,15 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.disk import write_files
 from aligntune.errors import UserError
+from aligntune.runs import checkpoint
 from aligntune.runs.checkpoint import CHUNK, STATE, Checkpoints
 from aligntune.runs.rundir import RunDir
 
@@ -40,6 +43,54 @@ def test_reading_a_checkpoint_is_seen_while_it_lasts(tmp_path: Path) -> None:
     )
     checkpoints.latest()
     assert checkpoints.bytes_read == size
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are read for a checksum."""
+    names: list[str] = []
+    real = checkpoint.checksum
+
+    def checksum(path: Path, *heard: Any) -> int:
+        names.append(path.name)
+        return real(path, *heard)
+
+    monkeypatch.setattr(checkpoint, "checksum", checksum)
+    return names
+
+
+def test_what_ranks_have_written_is_read_by_a_later_process_alone(
+    tmp_path: Path, read: list[str]
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    files = {f"rank-{rank}": memoryview(bytes([rank]) * 1000) for rank in range(20)}
+    sums = write_files(checkpoints.begin(1) / "policy", {**files, "deep/state": b"x"})
+    assert sums["rank-3"][0] == 1000
+    known = {f"policy/{name}": each for name, each in sums.items()}
+    checkpoints.commit(1, {"step": 1}, known=known)
+    assert checkpoints.exists(1)
+    assert read == [STATE]
+    read.clear()
+    later = Checkpoints(tmp_path, keep_last=2)
+    assert later.exists(1)
+    assert later.exists(1)
+    assert sorted(read) == sorted([*files, "state", STATE])
+    assert later.bytes_read == 20_001 + (tmp_path / "step-000001" / STATE).stat().st_size
+    weights = tmp_path / "step-000001" / "policy" / "rank-7"
+    weights.write_bytes(b"\x07" * 999 + b"\x06")
+    assert not checkpoints.exists(1)
+    assert not later.exists(1)
+
+
+@pytest.mark.parametrize("name", ["weights", "lost"])
+def test_what_was_written_and_is_not_there_is_in_no_checkpoint(tmp_path: Path, name: str) -> None:
+    """As where a network's file system shows the driver less than a rank has written."""
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    (checkpoints.begin(1) / "policy" / "weights").write_bytes(b"half")
+    known = {f"policy/{name}": (8, 0)}
+    with pytest.raises(OSError, match=rf"policy/{name} (was written and is not there|has 4 bytes)"):
+        checkpoints.commit(1, {"step": 1}, known=known)
+    assert checkpoints.steps() == []
 
 
 def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
