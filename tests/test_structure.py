@@ -1,4 +1,5 @@
-"""The house as a drawing: no circle of imports, and no file that does too much."""
+"""The house as a drawing: no circle of imports, no file that does too much, and packages that load
+nothing by themselves."""
 
 from __future__ import annotations
 
@@ -28,6 +29,14 @@ def test_no_file_is_long(package: str) -> None:
 
 def test_the_loop_is_short() -> None:
     assert lines(REPOSITORY / "aligntune/online/controller.py") < CONTROLLER_LINES
+
+
+def test_a_package_loads_nothing_by_itself() -> None:
+    inits = {f for package in PACKAGES for f in (REPOSITORY / package).rglob("__init__.py")}
+    lazy = REPOSITORY / "aligntune/__init__.py"
+    assert lazy in inits
+    assert len(inits) > 20
+    assert {f for f in inits if f.stat().st_size} == {lazy}
 
 
 def test_no_imports_go_round() -> None:
