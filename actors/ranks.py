@@ -70,7 +70,6 @@ class TrainedRank(Alive):
         self._model_spec = model
         self._spec = spec
         self._rank = rank
-        self._world = world
         self._total_steps = total_steps
         self._seed = seed
         self._strategy: Strategy

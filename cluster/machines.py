@@ -38,7 +38,7 @@ def machines(spec: ClusterSpec) -> Machines:
     """
     if not connected_already() and resolve_address(spec) == "local":
         return Machines(this_machine(PLENTY), host_cpus(), here=True)
-    with session(spec, cpus=0, gpus=0):
+    with session(spec, cpus=0):
         nodes = living_nodes()
         least = {str(node["NodeID"]): least_by_ray(gpu_kinds(node)) for node in nodes}
         cluster = _typed(as_cluster(nodes), least)

@@ -146,7 +146,6 @@ def session(
     spec: ClusterSpec,
     *,
     cpus: float,
-    gpus: float,
     imports: Sequence[str] = (),
 ) -> Iterator[str]:
     """A Ray session; yields the address. What it starts it stops.

@@ -135,7 +135,7 @@ def score_of(logits: torch.Tensor, config: Any, label: str | None, output: str) 
     return (logits.sigmoid() if alone else logits.softmax(1))[:, index]
 
 
-def _reward_config(spec: ModelSpec, label: str | None = None) -> Any:
+def _reward_config(spec: ModelSpec, label: str | None) -> Any:
     config = _any_config(spec)
     saved_as = (config.architectures or [type(config).__name__])[0]
     if saved_as.endswith(("ForCausalLM", "LMHeadModel")):

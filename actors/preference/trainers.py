@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ def build_trainer(
     train: Any,
     evaluation: Any,
     scratch: Path,
-    alive: Callable[[], None] = lambda: None,
+    alive: Callable[[], None],
 ) -> Any:
     """TRL's trainer for this job, its model loaded and its data in place.
 
@@ -69,8 +70,12 @@ def build_trainer(
     train_set = Dataset(InMemoryTable(train if job.steps else train.slice(0, 1)))
     eval_set = None if evaluation is None else Dataset(InMemoryTable(evaluation))
     tokenizer = load_tokenizer(job.model)
-    build = {"dpo": _dpo, "reward_model": _reward_model, "sft": _sft}[job.kind]
-    trainer = build(job, common, train_set, eval_set, tokenizer, alive)
+    of_kind: dict[str, Callable[..., Any]] = {
+        "dpo": partial(_dpo, alive=alive),
+        "reward_model": _reward_model,
+        "sft": _sft,
+    }
+    trainer = of_kind[job.kind](job, common, train_set, eval_set, tokenizer)
     for parameter in trainer.model.parameters():
         # Adapters on a base of fewer bits, and what Unsloth loads; not what is shared out.
         if parameter.requires_grad and not hasattr(parameter, "ds_id"):
@@ -227,12 +232,7 @@ def _renamed_model(job: PreferenceJob) -> ModelSpec:
 
 
 def _reward_model(
-    job: PreferenceJob,
-    common: dict[str, Any],
-    train: Any,
-    evaluation: Any,
-    tokenizer: Any,
-    alive: Callable[[], None],
+    job: PreferenceJob, common: dict[str, Any], train: Any, evaluation: Any, tokenizer: Any
 ) -> Any:
     from trl import RewardConfig, RewardTrainer
 
@@ -271,12 +271,7 @@ def _reward_model(
 
 
 def _sft(
-    job: PreferenceJob,
-    common: dict[str, Any],
-    train: Any,
-    evaluation: Any,
-    tokenizer: Any,
-    alive: Callable[[], None],
+    job: PreferenceJob, common: dict[str, Any], train: Any, evaluation: Any, tokenizer: Any
 ) -> Any:
     from trl import SFTConfig, SFTTrainer
 

@@ -151,7 +151,7 @@ class Keeper:
         may_be_best = every is not None and step % every == 0
         return by_steps or by_time or self.owes or may_be_best
 
-    async def checkpoint(self, boundary: Boundary, stands: Stands | None = None) -> None:
+    async def checkpoint(self, boundary: Boundary, stands: Stands | None) -> None:
         """Save the step that the ranks have just ended, once; returns when it is in their memory.
 
         It is complete when `stands`, asked beside the loop, says that it may; else it is given up.

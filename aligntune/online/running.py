@@ -58,7 +58,7 @@ def reserved(
     cluster = config.cluster
     try:
         modules = imports.of_online(config)
-        with session(cluster, cpus=asked["CPU"], gpus=asked["GPU"], imports=modules) as address:
+        with session(cluster, cpus=asked["CPU"], imports=modules) as address:
             stage(ray_runs(address))
             with reserve(
                 requests,

@@ -155,7 +155,7 @@ class PreferenceTrainer:
         if reached > self.total_steps:
             raise too_few_steps(self.config.train.steps, self.total_steps, reached)
 
-    def settle(self, resume: str = "auto") -> None:
+    def settle(self) -> None:
         """Decide, the first time, what the config leaves open of what the workers take, by the
         machines that there are; connects to the cluster that the config names, if it names one.
         Raises UserError."""
@@ -169,7 +169,7 @@ class PreferenceTrainer:
 
         It settles first, and starts nothing. Raises UserError.
         """
-        self.settle(resume)
+        self.settle()
         self._check_steps(self._reached(resume))
         pairs, train = self.pairs, self.config.train
         held_out = len(self.eval_pairs) if self.eval_pairs else 0
@@ -203,7 +203,7 @@ class PreferenceTrainer:
 
         started = time.monotonic()
         rundir = self.check(resume)
-        self.settle(resume)
+        self.settle()
         rundir.check(self.config, resume)
         self._check_steps(self._reached(resume))
         storage = self._storage(rundir)
@@ -301,7 +301,6 @@ class PreferenceTrainer:
             with session(
                 cluster,
                 cpus=asked["CPU"],
-                gpus=asked["GPU"],
                 imports=imports.of_preference(self.config),
             ) as address:
                 stage(ray_runs(address))

@@ -71,7 +71,7 @@ def _stand(folder: Path) -> Stand | None:
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
 
 
-def checksum(path: Path, heard: Callable[[int], None] = _unheard) -> int:
+def checksum(path: Path, heard: Callable[[int], None]) -> int:
     """CRC-32 of a file, which finds every flipped bit; for damage, not for attackers. `heard` gets
     the bytes that were read, again and again."""
     value = 0
@@ -242,7 +242,7 @@ class Checkpoints:
         """Whether it lies in another folder than this one's."""
         return checkpoint.path.resolve().parent != self.directory.resolve()
 
-    def forget_old(self, needed: Collection[str] = ()) -> None:
+    def forget_old(self, needed: Collection[str]) -> None:
         """Remove all but the newest ones, and those of the names `needed`; whatever can be removed.
 
         What is left of one, as on NFS where something reads it, goes at the next call.

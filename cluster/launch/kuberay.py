@@ -50,7 +50,7 @@ def render(launch: Launch, kind: Kind, names: Namespace, config: str) -> str:
         )
     cluster = _cluster(launch, names)
     made = (
-        _object("RayJob", launch.name, _job(launch, cluster))
+        _object("RayJob", launch.name, _job(cluster))
         if kind == "rayjob"
         else _object("RayCluster", launch.name, cluster)
     )
@@ -100,7 +100,7 @@ def _object(kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:
     return {"apiVersion": "ray.io/v1", "kind": kind, "metadata": {"name": name}, "spec": spec}
 
 
-def _job(launch: Launch, cluster: dict[str, Any]) -> dict[str, Any]:
+def _job(cluster: dict[str, Any]) -> dict[str, Any]:
     return {
         "entrypoint": ENTRYPOINT,
         "submissionMode": "K8sJobMode",

@@ -169,7 +169,7 @@ class Search:
     def _of_ranks(
         self, work: Work, groups: tuple[Group, ...], main: Group, ranks: int
     ) -> Iterator[Candidate]:
-        fits: list[tuple[float, int, Candidate, dict[str, Memory]]] = []
+        fits: list[tuple[float, int, Candidate]] = []
         for variant in variants(work, self.open, BUDGETS, self.offload):
             memory = memory_of(variant.work, self.gpus)
             without = [tuple(r for r in group if r != "rollout") for group in groups]
@@ -183,10 +183,10 @@ class Search:
                 update_seconds(one, work.step, self.rates[one.role], nodes)
                 for one in variant.work.trained
             )
-            fits.append((seconds, -variant.budget, variant, memory))
+            fits.append((seconds, -variant.budget, variant))
         if fits:
-            *_, variant, memory = min(fits, key=lambda fit: fit[:2])
-            yield from self._beside(variant, memory, groups, main, ranks)
+            *_, variant = min(fits, key=lambda fit: fit[:2])
+            yield from self._beside(variant, groups, main, ranks)
 
     def _share(
         self, work: Work, memory: Mapping[str, Memory], others: Sequence[str]
@@ -249,7 +249,6 @@ class Search:
     def _beside(
         self,
         variant: Candidate,
-        memory: Mapping[str, Memory],
         groups: tuple[Group, ...],
         main: Group,
         ranks: int,

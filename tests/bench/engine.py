@@ -283,7 +283,7 @@ def life(kind: Kind, work: Work, home: Path) -> Start:
     sizes = {"max_tokens": work.new_tokens, "temperature": work.temperature}
     imports = MODELS + VLLM + WORKERS + ROLES
     this = psutil.Process()
-    with session(ClusterSpec(), cpus=2, gpus=0, imports=imports):
+    with session(ClusterSpec(), cpus=2, imports=imports):
         make = ray.remote(
             num_cpus=1,
             max_concurrency=2 * work.prompts,

@@ -41,7 +41,7 @@ def test_a_folder_for_temporary_files_with_a_long_name_is_refused_before_ray_is_
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with (
         pytest.raises(ClusterUnreachable, match="TMPDIR=/tmp") as error,
-        session(ClusterSpec(), cpus=1, gpus=0),
+        session(ClusterSpec(), cpus=1),
     ):
         pass
     assert str(long_tmp) in str(error.value)
@@ -106,7 +106,7 @@ hook._get_uv_run_cmdline = lambda: ["uv", "run", "aligntune"]
 from cluster.session import session
 from cluster.specs import ClusterSpec
 
-with session(ClusterSpec(), cpus=1, gpus=0):
+with session(ClusterSpec(), cpus=1):
     @ray.remote
     def where():
         return ray.util.get_node_ip_address()

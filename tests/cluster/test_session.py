@@ -37,7 +37,7 @@ def test_a_head_that_does_not_answer_is_said_at_once(
     started = time.monotonic()
     with (
         pytest.raises(ClusterUnreachable, match="nothing answers at") as error,
-        session(ClusterSpec(address=address), cpus=1, gpus=0),
+        session(ClusterSpec(address=address), cpus=1),
     ):
         pass
     assert time.monotonic() - started < 15
@@ -60,7 +60,7 @@ def dead_head(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_auto_finds_a_head_that_is_gone_at_once(dead_head: str) -> None:
     with (
         pytest.raises(ClusterUnreachable, match=f"nothing answers at '{dead_head}'"),
-        session(ClusterSpec(address="auto"), cpus=1, gpus=0),
+        session(ClusterSpec(address="auto"), cpus=1),
     ):
         pass
 
@@ -130,7 +130,7 @@ def test_a_ray_that_is_too_slow_to_start_is_one_line(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ray, "init", slow)
     with (
         pytest.raises(ClusterUnreachable, match="did not start on this machine in time"),
-        session(ClusterSpec(), cpus=1, gpus=0),
+        session(ClusterSpec(), cpus=1),
     ):
         pass
 
@@ -186,7 +186,7 @@ SIGTERM = """
 import os, signal
 from cluster.session import session
 from cluster.specs import ClusterSpec
-with session(ClusterSpec(), cpus=1, gpus=0):
+with session(ClusterSpec(), cpus=1):
     try:
         os.kill(os.getpid(), signal.SIGTERM)
         signal.sigtimedwait([], 10)

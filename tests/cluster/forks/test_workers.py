@@ -28,7 +28,7 @@ class Worker:
         print("said in a worker", flush=True)
         return os.getpid(), os.getppid(), "statistics" in sys.modules
 
-with session(ClusterSpec(), cpus=1, gpus=0, imports=["statistics", "ray.actor"]):
+with session(ClusterSpec(), cpus=1, imports=["statistics", "ray.actor"]):
     workers = [ray.remote(Worker).remote() for _ in range(2)]
     for worker in workers:
         print(*ray.get(worker.where.remote()))
