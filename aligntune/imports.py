@@ -42,9 +42,6 @@ VLLM = (
 )
 
 
-EVERYTHING = (*MODELS, *LORA, *TRL, *DEEPSPEED, *FSDP, *VLLM, *WORKERS, *ROLES)
-
-
 def of_online(config: RunConfig) -> tuple[str, ...]:
     """What the actors of an online run import; a policy through Unsloth starts by itself."""
     strategies = {config.policy.strategy.name, config.critic.strategy.name}

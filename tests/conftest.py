@@ -50,6 +50,16 @@ os.environ.setdefault("PYTHONPATH", str(Path(__file__).parents[1]))
 
 STARTED = dict(os.environ)  # before anything is imported that sets variables of its own
 
+IMPORTS = (
+    *imports.MODELS,
+    *imports.LORA,
+    *imports.TRL,
+    *imports.DEEPSPEED,
+    *imports.FSDP,
+    *imports.VLLM,
+    *imports.WORKERS,
+    *imports.ROLES,
+)
 WHOLE_RUNS = "tests/e2e/"
 # Minutes long: no worker is to be alone with one at the end. Those of tests/cluster share nodes.
 FIRST = ("tests/cluster/test_three_nodes.py", "tests/cluster/test_joining_nodes.py")
@@ -68,7 +78,7 @@ def pytest_configure(config: pytest.Config) -> None:
         shared = ExitStack()
         cache = shared.enter_context(tempfile.TemporaryDirectory(prefix="aligntune-cache-"))
         os.environ["ALIGNTUNE_CACHE"] = cache
-        shared.enter_context(owner.server(("later", *imports.EVERYTHING)))
+        shared.enter_context(owner.server(("later", *IMPORTS)))
         config.add_cleanup(shared.close)
 
 

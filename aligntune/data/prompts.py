@@ -121,10 +121,6 @@ class PromptSource:
         """The first `count` prompts in the order of the data, or all where they are fewer."""
         return [self._prompt(int(row)) for row in self._kept[:count]]
 
-    def epoch_at(self, position: int) -> int:
-        """The epoch, counted from 0, that `position` lies in."""
-        return position // len(self)
-
     def positions_in(self, epochs: float) -> int:
         """How many prompts `epochs` passes over the data are, rounded up."""
         positions = epochs * len(self)

@@ -54,9 +54,6 @@ MAX_TURNS = 4
 MAX_SAMPLED_TOKENS = 48
 """Of an episode; one that is right takes 23."""
 
-LESSON_TOKENS = 43
-"""Of the patient teacher's conversation, which is the longer."""
-
 POSITIONS = 128
 _CALL, _CALL_END = "<|tool_call|>", "<|/tool_call|>"
 _PIECES = ("add", '{"name": "add", "arguments": {"a": ', ', "b": ', "}}")

@@ -286,17 +286,6 @@ def _table() -> Mapping[str, Mapping[str, Any]]:
     return table
 
 
-def model_names() -> list[str]:
-    """The public models whose shapes are known without a download."""
-    return sorted(_table())
-
-
-def published_parameters(name: str) -> int:
-    """How many parameters the published weights of a model of the table have."""
-    row = _table()[name]
-    return int(_table()[row["same_as"]]["parameters"] if "same_as" in row else row["parameters"])
-
-
 def from_table(name: str) -> ModelShape:
     """The shape of a public model by its hub name, of a variant too (…-Instruct).
 

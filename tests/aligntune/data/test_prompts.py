@@ -126,7 +126,6 @@ def test_without_shuffling_the_order_is_that_of_the_data() -> None:
 
 def test_epochs_and_positions() -> None:
     prompts = source(4)
-    assert [prompts.epoch_at(position) for position in (0, 3, 4, 11)] == [0, 0, 1, 2]
     assert (prompts.positions_in(2), prompts.positions_in(0.3)) == (8, 2)
     assert [prompt.row for prompt in prompts.epoch(1)] == order(prompts, 4, 8)
     with pytest.raises(ValueError, match="from 0"):

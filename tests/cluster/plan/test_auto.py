@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -20,10 +21,10 @@ from cluster.placement import DoesNotFit
 from cluster.plan.auto import CACHE, HEADROOM, Choice, choose
 from cluster.plan.fit import shortest, times_of, try_draft
 from cluster.plan.memory import GIB, kv_bytes
-from cluster.plan.shapes import from_table, model_names
+from cluster.plan.shapes import from_table
 from cluster.plan.work import Frozen, Kept, Rollout, Step, Trained, Work, microbatch
 from cluster.resources import Cluster, described
-from cluster.tables import UnknownName
+from cluster.tables import DATA, UnknownName
 
 SMALL, MIDDLE, LARGE = "Qwen/Qwen3-0.6B", "Qwen/Qwen2.5-7B", "meta-llama/Llama-3.1-70B"
 ROLES = ("policy", "rollout", "reference", "critic", "reward")
@@ -128,9 +129,10 @@ def cluster_of(nodes: int, per_node: int, gpu: str) -> Cluster:
     return described(nodes, per_node, gpu if per_node else None)
 
 
+MODELS = sorted(json.loads((DATA / "models.json").read_text())["models"])
 CASES = st.fixed_dictionaries(
     {
-        "model": st.sampled_from(model_names()),
+        "model": st.sampled_from(MODELS),
         "staleness": st.sampled_from([0, 1, 4]),
         "reference": st.booleans(),
         "critic": st.booleans(),
