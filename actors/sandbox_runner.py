@@ -4,7 +4,6 @@ ends all that the program has started. Standard library only."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -15,10 +14,14 @@ import time
 from types import FrameType
 from typing import Any, NoReturn
 
-from actors.children.keeper import below, kill_all
+from actors.children.keeper import (
+    PR_SET_CHILD_SUBREAPER,
+    PR_SET_PDEATHSIG,
+    below,
+    kill_all,
+    prctl,
+)
 
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
 MIB = 2**20
 LOOK_SECONDS = 0.1  # between two looks at what the processes use
 OTHERS = 1024  # tasks that this user's other programs may start while one runs
@@ -34,14 +37,14 @@ def main(told: str) -> NoReturn:
     """
     limits = json.loads(told)
     command: list[str] = limits["command"]
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     heard, said = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             os.setsid()
-            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             _held(limits)
             os.chdir(limits["folder"])
             if limits["wrapped"]:  # bwrap keeps it from the program
@@ -188,8 +191,3 @@ def _tasks() -> int:
         except OSError:
             continue  # it has ended meanwhile
     return total
-
-
-def _prctl(option: int, value: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, value)

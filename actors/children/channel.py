@@ -7,11 +7,14 @@ trusts its actor. Standard library only: a child imports this.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pickle
+import socket
 import struct
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 ANSWER_BYTES = 4 * 2**20  # of one answer, where nothing else is said
 DETAIL_CHARACTERS = 4000  # of what a failure is told with
@@ -34,6 +37,21 @@ HEADER_BYTES = _LENGTH.size
 def request_length(header: bytes) -> int:
     """Bytes of the pickle that follows a header of `HEADER_BYTES` bytes."""
     return int(_LENGTH.unpack(header)[0])
+
+
+def opened(channel: int) -> tuple[socket.socket, BinaryIO]:
+    """The socket that the actor has left this child as descriptor `channel`, and its stream to
+    read. Nothing that the user's code starts or forks holds it open, or can answer over it by
+    chance."""
+    os.set_inheritable(channel, False)
+    connection = socket.socket(fileno=channel)
+    os.register_at_fork(after_in_child=lambda: _close(channel))
+    return connection, cast(BinaryIO, connection.makefile("rb", buffering=0x10000))
+
+
+def _close(channel: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(channel)
 
 
 def receive(channel: BinaryIO) -> Any | None:

@@ -23,8 +23,8 @@ from typing import NoReturn
 LOG_BYTES = 16 * 2**20  # of the log file, all processes that write to it together
 STDOUT_BYTES = 2**20  # of this process, where there is no log file
 _CHUNK = 2**16
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 
 
 class Output:
@@ -59,9 +59,9 @@ def keep(lifeline: int, log: str | None, serve: Callable[[], None]) -> NoReturn:
     exit status is written to it, as decimal digits, when nothing is left of what was kept.
     `serve` must come from the main thread of a process that has no other thread.
     """
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
     # A stopped keeper goes on when its actor ends, and sees the lifeline's end.
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
+    prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     heard, said = os.pipe()
     ended, ending = os.pipe()
@@ -73,7 +73,7 @@ def keep(lifeline: int, log: str | None, serve: Callable[[], None]) -> NoReturn:
         os.dup2(said, 2)
         os.close(said)
         os.setsid()
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if _unheard():
             os._exit(1)  # the keeper ended before that held
         _run(serve)
@@ -179,6 +179,7 @@ def _end_as(status: int | None) -> NoReturn:
     os._exit(os.waitstatus_to_exitcode(status))
 
 
-def _prctl(option: int, value: int) -> None:
+def prctl(option: int, value: int) -> None:
+    """Ask the kernel for one of the options above, of this process; on Linux alone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value)

@@ -6,18 +6,17 @@ behind with their memory, and which answer nothing while they work at one thing.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 import psutil
 
-_PR_SET_PDEATHSIG = 1
+from actors.children.keeper import PR_SET_PDEATHSIG, prctl
+
 _NO_MORE = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
 _IDLE = 0.1
 """Processor seconds a second of one process that are no work. A vLLM engine on CPU, idle or hung
@@ -39,8 +38,7 @@ def end_with(pid: int) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, name=f"end-with-{pid}", daemon=True).start()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
+    prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
 
 
 def work_of(processes: Sequence[int]) -> Callable[[], bool]:

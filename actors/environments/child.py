@@ -8,7 +8,6 @@ library only: a child imports this and the user's code. Its actor and its keeper
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import inspect
 import os
@@ -21,9 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-from actors.children.channel import clean, receive
+from actors.children.channel import clean, opened, receive
 from actors.children.code import traceback_tail
 from actors.environments.agent_child import Player, ProgramLost, played
 from actors.environments.channel import LOST, UNTIMELY, refused, told
@@ -56,14 +55,10 @@ class OverTime(BaseException):
 
 def serve(channel: int, loaded: Loaded) -> None:
     """Answer what comes over socket `channel` until it is closed."""
-    os.set_inheritable(channel, False)
-    connection = socket.socket(fileno=channel)
-    # Nothing that the user's code forks holds the channel open, or can answer over it by chance.
-    os.register_at_fork(after_in_child=lambda: _close(channel))
+    connection, stream = opened(channel)
     if loaded.memory_bytes is not None:
         limit = loaded.memory_bytes + _data_bytes()
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    stream = cast(BinaryIO, connection.makefile("rb", buffering=0x10000))
     # One loop for the life of the process: clients that awaitables keep stay usable.
     with asyncio.Runner() as runner:
         child = _Child(connection, loaded, runner)
@@ -71,11 +66,6 @@ def serve(channel: int, loaded: Loaded) -> None:
             word, what, *rest = message
             getattr(child, what)(word, *rest)
         child.leave()
-
-
-def _close(channel: int) -> None:
-    with contextlib.suppress(OSError):
-        os.close(channel)
 
 
 def _data_bytes() -> int:

@@ -8,15 +8,14 @@ this, the user's function, and nothing else. Its actor and its keeper see to its
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import inspect
 import os
 import pickle
 import socket
 from collections.abc import Callable
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
-from actors.children.channel import HEADER_BYTES, receive, request_length
+from actors.children.channel import HEADER_BYTES, opened, receive, request_length
 from actors.children.code import FunctionNotFound, load, traceback_tail
 from actors.children.keeper import keep
 from actors.scoring.calling import arguments, checked
@@ -41,11 +40,7 @@ def main(channel: int, lifeline: int, log: str) -> None:
 
 
 def _serve(channel: int) -> None:
-    os.set_inheritable(channel, False)
-    connection = socket.socket(fileno=channel)
-    # Nothing that the user's code forks holds the channel open, or can answer over it by chance.
-    os.register_at_fork(after_in_child=lambda: _close(channel))
-    stream = cast(BinaryIO, connection.makefile("rb", buffering=0x10000))
+    connection, stream = opened(channel)
     setup = receive(stream)
     if setup is None:
         return
@@ -59,11 +54,6 @@ def _serve(channel: int) -> None:
     else:
         connection.sendall(scored(word, [IN_TURN]))
         _in_turn(connection, stream, criterion, function)
-
-
-def _close(channel: int) -> None:
-    with contextlib.suppress(OSError):
-        os.close(channel)
 
 
 def _load(criterion: RewardCriterion) -> Function | RewardFailed:
