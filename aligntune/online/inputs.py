@@ -12,15 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from actors.environments.specs import EpisodeCode
-from actors.models.loading import (
-    ModelError,
-    check_adapters,
-    check_causal_lm,
-    check_place,
-    load_tokenizer,
-)
+from actors.models.loading import ModelError, check_place, load_tokenizer
 from actors.models.positions import Bound
-from actors.models.templates import check_given, thinks, turn_ends
+from actors.models.templates import thinks, turn_ends
 from actors.reward import Criterion
 from actors.scoring.criteria import EpisodeCriterion
 from actors.scoring.model import RewardModelCriterion
@@ -39,15 +33,17 @@ from aligntune.data.prompts import (
 )
 from aligntune.decisions import Decision, events, lora_note, told
 from aligntune.errors import UserError
+from aligntune.online.criteria import for_actors
 from aligntune.online.episodes import UserCode, check_rows
 from aligntune.online.first_prompt import NOTE, try_rewards
-from aligntune.online.settle import bound, decoding_set, settle_data
+from aligntune.online.measured import measure_of
+from aligntune.online.settle import bound, settle_data
 from aligntune.online.settle_resources import settle_resources
-from aligntune.rewards.registry import check_columns, check_names, from_callable, resolve_all
-from aligntune.runs.measure import measure, scored_by
+from aligntune.rewards.registry import check_columns, from_callable, resolve_all
 from aligntune.runs.mirror import mirror_of
 from aligntune.runs.rundir import RunDir, run_of
 from aligntune.template_settings import settle_template
+from aligntune.tokenizer import read_tokenizer
 from aligntune.tracking.advice import THINKS
 from aligntune.tracking.metrics import EventKind
 from aligntune.whole_weights import check_whole, settle_model
@@ -177,20 +173,7 @@ class RunInputs:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer. Raises UserError."""
-        try:
-            check_causal_lm(self.config.model)
-            tokenizer = load_tokenizer(self.config.model)
-        except ModelError as error:
-            raise UserError(f"model.name: {error}") from error
-        try:
-            check_adapters(self.config.model)
-        except ModelError as error:
-            raise UserError(f"model.lora: {error}") from error
-        try:
-            check_given(tokenizer)
-        except ValueError as error:
-            raise UserError(f"model.chat_template_kwargs: {error}") from error
-        return tokenizer
+        return read_tokenizer(self.config.model)
 
     @cached_property
     def _resolved(self) -> tuple[Criterion, ...]:
@@ -201,21 +184,15 @@ class RunInputs:
     def _resolve(self) -> tuple[Criterion, ...]:
         try:
             specs, objects = self.config.rewards, self.objects
-            given: dict[int, Criterion] = {
-                id(spec): EpisodeCriterion(spec.name or ENVIRONMENT, ENVIRONMENT)
-                for spec in specs
-                if isinstance(spec, RewardFunctionSpec) and scores_itself(spec)
-            }
-            given |= {
-                id(spec): from_callable(objects[place], spec)
-                for index, spec in enumerate(specs)
-                if isinstance(spec, RewardFunctionSpec)
-                and (place := f"rewards.{index}.function") in objects
-            }
-            named = [spec for spec in specs if id(spec) not in given]
-            resolved = dict(zip(map(id, named), resolve_all(named), strict=True))
-            found = tuple((given | resolved)[id(spec)] for spec in specs)
-            check_names(found)
+            given: dict[int, Criterion] = {}
+            for index, spec in enumerate(specs):
+                if not isinstance(spec, RewardFunctionSpec):
+                    continue
+                if scores_itself(spec):
+                    given[index] = EpisodeCriterion(spec.name or ENVIRONMENT, ENVIRONMENT)
+                if (place := f"rewards.{index}.function") in objects:
+                    given[index] = from_callable(objects[place], spec)
+            found = resolve_all(specs, given)
             if any(criterion.name == SCORE for criterion in found):
                 raise ValueError(f"{SCORE!r} is the sum of all; give the reward another 'name'")
             return found
@@ -226,24 +203,7 @@ class RunInputs:
     def criteria(self) -> tuple[Criterion, ...]:
         """The rewards as the reward actors get them. Raises UserError."""
         self.settle()
-        criteria, train = self._resolved, self.config.train
-        if self._code is not None:
-            criteria = tuple(map(self._code.placed, criteria))
-        criteria = tuple(
-            c.on_day(self.config.model.chat_template_day)
-            if isinstance(c, RewardModelCriterion)
-            else c
-            for c in criteria
-        )
-        try:
-            self.config.algorithm.check_run(
-                [criterion.name for criterion in criteria],
-                self.config.rollout.max_completion_length,
-                train.groups_per_step * (train.completions_per_group or 1),
-            )
-        except ValueError as error:
-            raise UserError(f"algorithm: {error}") from error
-        return criteria
+        return for_actors(self._resolved, self.config, self._code)
 
     @cached_property
     def _code(self) -> UserCode | None:
@@ -318,21 +278,10 @@ class RunInputs:
         config, held_out = self.config, self.held_out
         if held_out is None:
             return ""
-        rewards = [
-            scored_by(reward.model_dump(mode="json", exclude_defaults=True))
-            for reward in config.rewards
-        ]
-        drawn = [config.eval.completions, config.eval.temperature]
-        played = config.model_dump(mode="json", include={"tools", "environment", "agent"})
-        turns: list[Any] = [config.episodes.max_turns, config.episodes.max_tool_calls]
-        length = config.rollout.max_completion_length
         positions, _ = self._bound or (None, "")
-        # Where all of this is as by default, runs of earlier versions have a measure without it.
         writes = config.data.apply_chat_template or config.plays
         ends = turn_ends(self.tokenizer) if writes else ()
-        if changed := decoding_set(config, positions, ends):
-            turns.append(changed)
-        return measure(held_out.fingerprint, rewards, drawn, length, played, turns)
+        return measure_of(config, held_out.fingerprint, positions, ends)
 
     @property
     def dropped(self) -> dict[str, Dropped]:

@@ -11,15 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from actors.models.loading import (
-    ModelError,
-    check_adapters,
-    check_causal_lm,
-    check_place,
-    load_tokenizer,
-)
+from actors.models.loading import ModelError, check_place
 from actors.models.positions import model_positions
-from actors.models.templates import check_given
 from actors.scoring.criteria import RewardCriterion
 from aligntune.config.preference import PreferenceConfig
 from aligntune.config.warm_up import SFTSpec
@@ -40,6 +33,7 @@ from aligntune.preference.storage import JobStorage
 from aligntune.rewards.registry import check_columns, check_names, from_callable, resolve
 from aligntune.runs.rundir import RunDir
 from aligntune.template_settings import settle_template
+from aligntune.tokenizer import read_tokenizer
 from aligntune.tracking.metrics import EventKind
 from aligntune.whole_weights import check_whole, settle_model
 
@@ -127,22 +121,7 @@ class PairInputs:
     def tokenizer(self) -> Any:
         """The model's tokenizer. Raises UserError."""
         causal = self.config.algorithm_name != "reward_model"
-        try:
-            if causal:
-                check_causal_lm(self.config.model)
-            tokenizer = load_tokenizer(self.config.model)
-        except ModelError as error:
-            raise UserError(f"model.name: {error}") from error
-        try:
-            if causal:
-                check_adapters(self.config.model)
-        except ModelError as error:
-            raise UserError(f"model.lora: {error}") from error
-        try:
-            check_given(tokenizer)
-        except ValueError as error:
-            raise UserError(f"model.chat_template_kwargs: {error}") from error
-        return tokenizer
+        return read_tokenizer(self.config.model, causal)
 
     @cached_property
     def criteria(self) -> tuple[RewardCriterion, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -117,19 +117,24 @@ def resolve_url(spec: RewardUrlSpec) -> RewardCriterion:
 
 def resolve_all(
     specs: Sequence[RewardFunctionSpec | RewardModelSpec | RewardUrlSpec],
-) -> tuple[RewardCriterion | RewardModelCriterion, ...]:
-    """`resolve`, `resolve_model` or `resolve_url` for each of a run's rewards, in order.
+    given: Mapping[int, Criterion] | None = None,
+) -> tuple[Criterion, ...]:
+    """`resolve`, `resolve_model` or `resolve_url` for each of a run's rewards, in order; those that
+    are resolved already are `given` by their index.
 
     Raises:
         ValueError: as these, or two of them have the same name in metrics.
     """
+    known = given or {}
     criteria = tuple(
-        resolve_model(spec)
+        known[index]
+        if index in known
+        else resolve_model(spec)
         if isinstance(spec, RewardModelSpec)
         else resolve_url(spec)
         if isinstance(spec, RewardUrlSpec)
         else resolve(spec)
-        for spec in specs
+        for index, spec in enumerate(specs)
     )
     check_names(criteria)
     return criteria

@@ -147,12 +147,12 @@ def test_two_functions_of_one_name_are_refused_and_with_names_each_scores_for_it
 
         return score
 
-    def trainer(*overrides: str, algorithm: str = "reward_model") -> Any:
+    def trainer(*overrides: str, algorithm: str = "reward_model", rewards: Any = None) -> Any:
         return create_rl_trainer(
             model_name=str(tiny_model),
             dataset_name=str(path),
             algorithm=algorithm,
-            reward_functions=[named_score(1), named_score(-2)],
+            reward_functions=rewards or [named_score(1), named_score(-2)],
             overrides=overrides,
         )
 
@@ -165,6 +165,9 @@ def test_two_functions_of_one_name_are_refused_and_with_names_each_scores_for_it
         scores = [cloudpickle.loads(each.target)(["3"]) for each in made.criteria]
         assert [each.name for each in made.criteria] == ["score", "other"]
         assert scores == [[3.0], [-6.0]], "each scores for itself"
+        behind = [named_score(1), "exact_match", "exact_match"]
+        with pytest.raises(UserError, match=r"'exact_match'.*rewards\.2\.name=OTHER"):
+            trainer(algorithm=algorithm, rewards=behind).inputs.check_places()
     swap = ("rewards.0.function=exact_match", "rewards.1.name=other")
     replaced = trainer(*swap).inputs.criteria
     assert isinstance(replaced[0].target, str), "an override has named another function there"
