@@ -17,17 +17,21 @@ from actors.transfer.object_store import ObjectStore
 from aligntune.config.online import RunConfig
 from aligntune.data.prompts import PromptSource
 from aligntune.online.controller import Controller
+from aligntune.online.doing import doing
 from aligntune.online.evaluation import Evaluation
+from aligntune.online.handover import Handover
 from aligntune.online.keeper import Keeper
 from aligntune.online.learner import Learner
 from aligntune.online.ledger import Ledger, LedgerLog, at_end_of_tick
 from aligntune.online.pipeline import Pipeline
+from aligntune.online.rank_starts import RankStarts
 from aligntune.online.recorder import OnlineRecorder
 from aligntune.online.role_table import ROLES
 from aligntune.online.roles import Roles
 from aligntune.online.rolling import Rolling
 from aligntune.online.serving import Serving
 from aligntune.online.state import RunState
+from aligntune.online.stopping import Stopping
 from aligntune.online.watch import Watch
 from aligntune.online.weights import WeightSync
 from aligntune.runs.checkpoint import Checkpoints
@@ -90,8 +94,11 @@ def assemble(
         recorder.event,
         changed,
     )
+    stopping = Stopping(state, changed)
+    evaluation = Evaluation(config, total_steps, eval_prompts, rolling, recorder)
     keeper = Keeper(config, learner, log, prompts.fingerprint, checkpoints, mirror, recorder)
     timeline = Timeline(recorder.call)
+    recorder.watch(lambda: doing(timeline.open, config))
     return Controller(
         config,
         state,
@@ -101,11 +108,14 @@ def assemble(
         serving=serving,
         weights=weights,
         pipeline=pipeline,
-        evaluation=Evaluation(config, total_steps, eval_prompts, rolling, recorder),
+        evaluation=evaluation,
         keeper=keeper,
         recorder=recorder,
         timeline=timeline,
         watch=Watch(config, recorder, timeline, learner, serving, keeper, ray_processes()),
+        stopping=stopping,
+        starts=RankStarts(config, learner, keeper, recorder, stopping),
+        handover=Handover(config, state, weights, serving, evaluation, pipeline, stopping, changed),
         changed=changed,
     )
 

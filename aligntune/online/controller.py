@@ -37,7 +37,6 @@ from actors.timeline import Timeline, spanned
 from actors.waiting import all_of
 from aligntune.config.online import RunConfig
 from aligntune.errors import Interrupted, RunFailed
-from aligntune.online.doing import doing
 from aligntune.online.evaluation import Evaluation
 from aligntune.online.figures import BUSY, StepFigures
 from aligntune.online.groups import ReadyGroup, check_age, group_works
@@ -78,6 +77,9 @@ class Controller:
         recorder: OnlineRecorder,
         timeline: Timeline,
         watch: Watch,
+        stopping: Stopping,
+        starts: RankStarts,
+        handover: Handover,
         changed: asyncio.Event,
     ) -> None:
         self.config = config
@@ -94,16 +96,13 @@ class Controller:
         self._timeline = timeline
         self._watch = watch
         self._changed = changed
-        self._stopping = Stopping(state, changed)
-        self._starts = RankStarts(config, learner, keeper, recorder, self._stopping)
-        self._handover = Handover(
-            config, state, weights, serving, evaluation, pipeline, self._stopping, changed
-        )
+        self._stopping = stopping
+        self._starts = starts
+        self._handover = handover
         self._begun = False  # the run has come to where it starts from
         self._sound = False  # the ranks are of the step of `_boundary`
         self._seen = ledger.books  # at the last step's end
         self._boundary = Boundary(0, Ledger.beginning(), config.algorithm)
-        recorder.watch(lambda: doing(timeline.open, config))
 
     def stop(self, signal: int, reason: str | None = None) -> None:
         """Ask the loop to checkpoint and end; safe from a signal handler of the event loop."""
