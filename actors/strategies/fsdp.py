@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -34,8 +33,7 @@ from torch.distributed.tensor import DTensor
 from actors.disk import Files
 from actors.models.wrapped import TrainedModel
 from actors.specs import ModelSpec, RankSpec
-from actors.strategies.base import NonFiniteGradient
-from actors.strategies.optimizer import make_optimizer
+from actors.strategies.optimizer import make_optimizer, take_step
 from actors.strategies.process_group import join, leave, of_every_rank, own_device
 from actors.strategies.state import (
     NamedTensors,
@@ -119,15 +117,7 @@ class FSDPStrategy:
         found = torch.nn.utils.clip_grad_norm_(
             [p for _, p in self._trained()], self._spec.max_grad_norm
         )
-        norm = float(_whole(found, found.dtype))
-        if not math.isfinite(norm):
-            self._optimizer.zero_grad()
-            raise NonFiniteGradient(f"gradient norm {norm}")
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return norm
+        return take_step(self._optimizer, float(_whole(found, found.dtype)), learning_rate)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from actors.specs import RankSpec
+from actors.strategies.base import NonFiniteGradient
 
 
 def learning_rate(spec: RankSpec, step: int, total_steps: int) -> float:
@@ -55,6 +56,19 @@ def make_optimizer(model: nn.Module, spec: RankSpec) -> torch.optim.AdamW:
         eps=spec.adam_epsilon,
         fused=True,
     )
+
+
+def take_step(optimizer: torch.optim.Optimizer, norm: float, learning_rate: float) -> float:
+    """Step by gradients that are clipped, and clear them; returns `norm`, theirs before. Raises
+    NonFiniteGradient where that is no finite number: they are cleared, and no weight is changed."""
+    if not math.isfinite(norm):
+        optimizer.zero_grad()
+        raise NonFiniteGradient(f"gradient norm {norm}")
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
 
 
 def settings_of(optimizer: Any) -> list[dict[str, Any]]:

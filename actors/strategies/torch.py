@@ -6,7 +6,6 @@ learning rates of RL an update is far below bfloat16's last digit, and would be 
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ import torch
 from actors.disk import Files
 from actors.models.wrapped import TrainedModel
 from actors.specs import ModelSpec, RankSpec
-from actors.strategies.base import NonFiniteGradient
-from actors.strategies.optimizer import make_optimizer, put_back, settings_of
+from actors.strategies.optimizer import make_optimizer, put_back, settings_of, take_step
 from actors.strategies.state import (
     NamedTensors,
     adapter_state,
@@ -71,14 +69,7 @@ class TorchStrategy:
         """Clip, step, clear; returns the norm before clipping."""
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         norm = float(torch.nn.utils.clip_grad_norm_(trainable, self._spec.max_grad_norm))
-        if not math.isfinite(norm):
-            self._optimizer.zero_grad()
-            raise NonFiniteGradient(f"gradient norm {norm}")
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return norm
+        return take_step(self._optimizer, norm, learning_rate)
 
     def gather(self, value: Any) -> list[Any]:
         """Only this rank's."""

@@ -19,7 +19,7 @@ from actors.scoring.model import rendered, scored_text, tokens_of
 from aligntune.data.dropped import RowRules, settle_rows
 from aligntune.data.errors import DataError, Reason
 from aligntune.data.messages import check_instructions, check_unicode, what_is_lost
-from aligntune.data.pairs import CHOSEN, REJECTED, Pair, PairRows
+from aligntune.data.pairs import CHOSEN, REJECTED, Pair, PairRows, in_common
 from aligntune.data.row_tokens import RowTokens
 from aligntune.data.sources import Rows
 
@@ -167,7 +167,7 @@ def _reward_sides(chosen: list[int], rejected: list[int]) -> dict[str, list[int]
 
 def _dpo_sides(prompt: list[int], chosen: list[int], rejected: list[int]) -> dict[str, list[int]]:
     # A token may span the end of the prompt: it then belongs to the completion.
-    asked = min(_common(prompt, chosen), _common(prompt, rejected))
+    asked = min(in_common(prompt, chosen), in_common(prompt, rejected))
     return {
         "prompt_ids": chosen[:asked],
         "chosen_ids": chosen[asked:],
@@ -258,10 +258,3 @@ def _as_text(tokenizer: Any) -> Callable[[Pair], tuple[str, ...]]:
         return (pair.prompt, *(pair.prompt + side for side in sides))
 
     return render
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    for index, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return index
-    return min(len(one), len(other))

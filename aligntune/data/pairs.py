@@ -236,7 +236,7 @@ def split_transcripts(chosen: str, rejected: str) -> Pair:
     Raises:
         DataError: they share no turn up to an Assistant marker.
     """
-    shared = _shared(chosen, rejected)
+    shared = in_common(chosen, rejected)
     markers = [m for m in MARKER.finditer(chosen) if m[1] == "Assistant" and m.end() <= shared]
     if not markers:
         raise DataError(
@@ -266,7 +266,7 @@ def _of_messages(prompt: Any, chosen: Messages, rejected: Messages) -> Pair:
         return Pair([{"role": "user", "content": prompt}], chosen, rejected)
     if prompt is not None and not isinstance(prompt, str):
         raise DataError(f"the prompt is a {type(prompt).__name__}; give a string or messages")
-    cut = _shared(chosen, rejected)
+    cut = in_common(chosen, rejected)
     while cut and chosen[cut - 1]["role"] == "assistant":
         cut -= 1  # an answer the two share is no question
     if not cut:
@@ -327,7 +327,7 @@ def _repeat_both(prompt: Any, chosen: Any, rejected: Any) -> bool:
 
 def _of_shared_text(chosen: str, rejected: str) -> Pair:
     """The prompt is the text the two share, back to the end of a word."""
-    shared = _shared(chosen, rejected)
+    shared = in_common(chosen, rejected)
     words = [match.start() for match in re.finditer(r"\s", chosen[: shared + 1])]
     cut = words[-1] if words else 0
     if not chosen[:cut].strip():
@@ -354,7 +354,7 @@ def _ends_at_assistant(prompt: str) -> bool:
     )
 
 
-def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+def in_common(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How many items the two begin with in common."""
     for index, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:
