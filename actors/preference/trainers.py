@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actors.preference.dpo import dpo_trainer
 from actors.preference.going_on import GoesOn
 from actors.preference.held_out import HeldOutPairs, HeldOutTokens, with_row_lengths
-from actors.preference.imitation import ImitatesPairs
 from actors.preference.relay import PreferenceJob
 from actors.preference.routers import put_back, routing_of
 from actors.specs import ModelSpec
@@ -115,57 +115,16 @@ def _dpo(
     tokenizer: Any,
     alive: Callable[[], None],
 ) -> Any:
-    import torch
-    from trl import DPOConfig, DPOTrainer
-    from trl.models import prepare_deepspeed
+    from trl import DPOConfig
 
-    class Trainer(GoesOn, HeldOutPairs, ImitatesPairs, DPOTrainer):
-        """DPOTrainer on tokens, with reference log-probs of its own where none are kept."""
-
-        _precompute_engine: Any
-
-        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-            return dataset
-
-        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-            """`dataset` with the reference's log-probs, on every rank.
-
-            TRL's own leaves them in a file that rank 0 writes below a folder of its process.
-            """
-            if job.reference_free:
-                found = torch.zeros(2, len(dataset))
-            else:
-                found = self._reference_logps(dataset, batch_size)
-            with_chosen = dataset.add_column("ref_chosen_logps", found[0].tolist())
-            return with_chosen.add_column("ref_rejected_logps", found[1].tolist())
-
-        def _reference_logps(self, dataset: Any, batch_size: int) -> torch.Tensor:
-            """Log-probs of the chosen and the rejected sides in float32, [2, rows]."""
-            loader = torch.utils.data.DataLoader(
-                dataset, batch_size=batch_size, collate_fn=self.data_collator, shuffle=False
-            )
-            model = self.ref_model or self.model
-            if self.ref_model is None and self.is_deepspeed_enabled:
-                # The model is neither placed nor, under ZeRO-3, gathered before training starts.
-                if self._precompute_engine is None:
-                    self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
-                model = self._precompute_engine
-            found = []
-            for batch in self.accelerator.prepare(loader):
-                alive()
-                with self.accelerator.autocast():
-                    sides = self.compute_ref_log_probs(model, batch)
-                gathered = self.accelerator.gather_for_metrics(sides)
-                found.append(torch.stack([side.float().cpu() for side in gathered]))
-            return torch.cat(found, dim=1)
-
+    trainer_class = dpo_trainer(job.reference_free, alive)
     model, reference = _policy_and_reference(job, common)
     arguments = DPOConfig(**common)  # made once the models are loaded, or they are shared out then
     for each in (model, reference):
         if each is not None:
             _give_float_logits(each)
             _share_out(each, arguments)
-    trainer = Trainer(
+    trainer = trainer_class(
         model=model,
         ref_model=reference,
         args=arguments,
