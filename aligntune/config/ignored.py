@@ -64,6 +64,22 @@ def check_cluster_keys(cluster: ClusterSpec) -> None:
         )
 
 
+def check_length(steps: int | None, epochs: float | None) -> None:
+    """Refuse `train.steps` beside `train.epochs` (UserError)."""
+    if steps is not None and epochs is not None:
+        raise UserError("train.steps and train.epochs both say how long; give one of them")
+
+
+def check_held_out(given: bool, evaluates: bool) -> None:
+    """Refuse an eval section that is `given` where no data are held out (UserError)."""
+    if given and not evaluates:
+        raise UserError(
+            "the eval section is set and there is no held-out data, so it would be ignored; set "
+            "data.eval_path, or both data.split and data.eval_split (as in train[:95%] and "
+            "train[95%:]), or remove it"
+        )
+
+
 def check_online_keys(config: RunConfig) -> None:
     """Refuse the keys of an online run that would do nothing (UserError)."""
     check_hub_keys(config.hub)

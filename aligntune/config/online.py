@@ -38,7 +38,7 @@ from aligntune.algorithms import registry
 from aligntune.algorithms.base import Algorithm
 from aligntune.config.backends import check_backend, check_shared_prompts, check_weight_sync
 from aligntune.config.episodes import AgentField, check_episodes
-from aligntune.config.ignored import check_online_keys, is_set
+from aligntune.config.ignored import check_held_out, check_length, check_online_keys, is_set
 from aligntune.config.records import EvalSpec, HubSpec, OnlineCheckpointSpec, OnlineTrackingSpec
 from aligntune.config.tree import explain
 from aligntune.data.spec import DataSpec
@@ -255,12 +255,9 @@ def _check_waits(config: RunConfig) -> None:
             )
 
 
-def check(config: RunConfig) -> None:
-    """Refuse a resolved tree that cannot be run, before anything starts (UserError)."""
+def _check_groups(config: RunConfig) -> None:
     name, needs, train = config.algorithm_name, config.algorithm.needs, config.train
     group = train.completions_per_group or 0
-    if train.steps is not None and train.epochs is not None:
-        raise UserError("train.steps and train.epochs both say how long; give one of them")
     if group < needs.min_group:
         raise UserError(
             f"{name} compares the completions of a group: train.completions_per_group={group} "
@@ -271,6 +268,58 @@ def check(config: RunConfig) -> None:
             f"train.groups_per_minibatch={train.groups_per_minibatch} does not divide "
             f"train.groups_per_step={train.groups_per_step}"
         )
+
+
+def _check_growth(rollout: RolloutSpec, cluster: ClusterSpec) -> None:
+    most = rollout.max_replicas
+    if most is None:
+        return
+    if most < rollout.replicas:
+        raise UserError(
+            f"rollout.max_replicas={most} is less than rollout.replicas={rollout.replicas}, which "
+            "the run starts with; raise it or leave it out"
+        )
+    if any("rollout" in group for group in cluster.colocate):
+        raise UserError(
+            "rollout.max_replicas adds replicas in places of their own, and cluster.colocate "
+            "gives rollout none; drop one of the two"
+        )
+
+
+def _check_roles(config: RunConfig) -> None:
+    """Whether critic and reference are those that the algorithm has."""
+    name, needs = config.algorithm_name, config.algorithm.needs
+    if needs.critic and config.critic.learning_rate is None:
+        raise UserError(
+            f"{name} has a critic and no default for its rate; set critic.learning_rate"
+        )
+    if not needs.critic and config.critic != CriticSpec():
+        raise UserError(
+            f"{name} has no critic, so the critic section would be ignored; remove it "
+            "(critic=null takes it out)"
+        )
+    if not needs.reference and config.reference != ReferenceSpec():
+        raise UserError(
+            f"{name} has no reference model while algorithm.beta is 0, so the reference section "
+            "would be ignored; remove it (reference=null takes it out) or raise algorithm.beta"
+        )
+
+
+def _check_ranks(config: RunConfig) -> None:
+    for spec in (config.policy, config.critic):
+        if spec.ranks > 1 and not spec.strategy.several and "strategy" in spec.model_fields_set:
+            several = " or ".join(name for name, kind in STRATEGIES.items() if kind.several)
+            raise UserError(
+                f"{spec.role}.strategy={spec.strategy.name} is one rank and {spec.role}.ranks="
+                f"{spec.ranks}; use {spec.role}.strategy={several} for several"
+            )
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a resolved tree that cannot be run, before anything starts (UserError)."""
+    name, needs, train = config.algorithm_name, config.algorithm.needs, config.train
+    check_length(train.steps, train.epochs)
+    _check_groups(config)
     check_episodes(config)
     _check_waits(config)
     scored = any(isinstance(r, RewardModelSpec) for r in config.rewards)
@@ -295,42 +344,14 @@ def check(config: RunConfig) -> None:
     check_shared_prompts(config.backend, policy)
     rollout = config.rollout
     check_weight_sync(config.backend, config.model, policy, rollout, config.cluster)
-    if rollout.max_replicas is not None:
-        if rollout.max_replicas < rollout.replicas:
-            raise UserError(
-                f"rollout.max_replicas={rollout.max_replicas} is less than rollout.replicas="
-                f"{rollout.replicas}, which the run starts with; raise it or leave it out"
-            )
-        if any("rollout" in group for group in config.cluster.colocate):
-            raise UserError(
-                "rollout.max_replicas adds replicas in places of their own, and cluster.colocate "
-                "gives rollout none; drop one of the two"
-            )
-    if config.eval != EvalSpec() and not config.data.evaluates:
-        raise UserError(
-            "the eval section is set and there is no held-out data, so it would be ignored; set "
-            "data.eval_path, or both data.split and data.eval_split (as in train[:95%] and "
-            "train[95%:]), or remove it"
-        )
+    _check_growth(rollout, config.cluster)
+    check_held_out(config.eval != EvalSpec(), config.data.evaluates)
     if config.checkpoint.best is not None and config.eval.every_steps is None:
         raise UserError(
             "checkpoint.best compares the evaluations of a run, and there are none between its "
             "ends; set eval.every_steps, or remove it"
         )
-    if needs.critic and config.critic.learning_rate is None:
-        raise UserError(
-            f"{name} has a critic and no default for its rate; set critic.learning_rate"
-        )
-    if not needs.critic and config.critic != CriticSpec():
-        raise UserError(
-            f"{name} has no critic, so the critic section would be ignored; remove it "
-            "(critic=null takes it out)"
-        )
-    if not needs.reference and config.reference != ReferenceSpec():
-        raise UserError(
-            f"{name} has no reference model while algorithm.beta is 0, so the reference section "
-            "would be ignored; remove it (reference=null takes it out) or raise algorithm.beta"
-        )
+    _check_roles(config)
     stop = config.algorithm.early_stop
     if stop and train.epochs_per_batch == 1 and train.groups_per_minibatch == train.groups_per_step:
         raise UserError(
@@ -338,11 +359,5 @@ def check(config: RunConfig) -> None:
             "has one update, so that would do nothing; raise train.epochs_per_batch, lower "
             "train.groups_per_minibatch, or remove the limit"
         )
-    for spec in (config.policy, config.critic):
-        if spec.ranks > 1 and not spec.strategy.several and "strategy" in spec.model_fields_set:
-            several = " or ".join(name for name, kind in STRATEGIES.items() if kind.several)
-            raise UserError(
-                f"{spec.role}.strategy={spec.strategy.name} is one rank and {spec.role}.ranks="
-                f"{spec.ranks}; use {spec.role}.strategy={several} for several"
-            )
+    _check_ranks(config)
     check_online_keys(config)

@@ -22,7 +22,7 @@ from actors.specs import (
     Spec,
 )
 from aligntune.config.backends import check_backend
-from aligntune.config.ignored import check_table_keys
+from aligntune.config.ignored import check_held_out, check_length, check_table_keys
 from aligntune.config.records import CheckpointSpec, HubSpec, TrackingSpec
 from aligntune.config.tree import explain
 from aligntune.config.warm_up import SFTSpec, check_texts
@@ -313,14 +313,8 @@ def _algorithm_options(name: str) -> Iterable[str]:
 def _check(config: PreferenceConfig) -> None:
     """Refuse a tree that cannot be run, before anything starts (UserError)."""
     name, data, train = config.algorithm_name, config.data, config.train
-    if train.steps is not None and train.epochs is not None:
-        raise UserError("train.steps and train.epochs both say how long; give one of them")
-    if config.eval != PreferenceEvalSpec() and not data.evaluates:
-        raise UserError(
-            "the eval section is set and there is no held-out data, so it would be ignored; set "
-            "data.eval_path, or both data.split and data.eval_split (as in train[:95%] and "
-            "train[95%:]), or remove it"
-        )
+    check_length(train.steps, train.epochs)
+    check_held_out(config.eval != PreferenceEvalSpec(), data.evaluates)
     if config.rewards and name != "reward_model":
         raise UserError(
             f"{name} takes no rewards; remove them, or train a reward_model of what they score"
