@@ -12,7 +12,8 @@ from typing import Any
 
 from actors.engines.base import configured_ends
 from actors.environments.chat_messages import too_deep
-from actors.environments.tokens import ChatTokens, Tools, Turn
+from actors.environments.reading import Turn, plain
+from actors.environments.tokens import ChatTokens, Tools
 from actors.messages import Messages
 from actors.models.templates import day_is_given, given, with_roles
 from actors.specs import ModelSpec
@@ -101,10 +102,13 @@ class RenderedTokens(ChatTokens):
         """As `ChatTokens.read`, by the renderer's parser."""
         from renderers.base import ToolCallParseStatus
 
-        unread = Turn({"role": "assistant", "content": self.text(sampled)}, malformed=True)
+        unread = Turn(plain(self._tokenizer, self.ends, sampled), malformed=True)
+        # The run may name ends that the renderer does not know.
+        others = self.ends.difference(self._renderer.get_stop_token_ids())
+        said = sampled[:-1] if sampled and sampled[-1] in others else sampled
         try:
             found = self._renderer.parse_response(
-                list(sampled), prompt_ids=list(prompt_ids), tools=list(tools) or None
+                list(said), prompt_ids=list(prompt_ids), tools=list(tools) or None
             )
         except RecursionError:
             return unread

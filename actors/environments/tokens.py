@@ -9,23 +9,14 @@ Models that TRL cannot carry may be known to the renderers library: `actors.envi
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from actors.environments.chat_messages import too_deep
+from actors.environments.reading import Reader, Turn, amended, plain
 from actors.messages import Messages
 from actors.models.templates import check_given, fitted, unwritten
 
 Tools = Sequence[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What the policy said, read."""
-
-    message: dict[str, Any]  # role assistant; `tool_calls` where it calls tools
-    malformed: bool = False  # it meant to call a tool, and no parser reads how
 
 
 class ChatTokens:
@@ -49,6 +40,7 @@ class ChatTokens:
         """
         self._tokenizer = tokenizer
         self._stops = frozenset(stops)
+        self._reader: Reader | None = None  # None where `without`
         self.without: str | None = None  # why the model is told of no tools
         self.notes: list[str] = []  # what a user should know, a line each
         self._template: str | None = None  # of TRL; None: the tokenizer's own
@@ -85,6 +77,14 @@ class ChatTokens:
                     f"nothing says how tool calls are read from what {name} writes: TRL does not "
                     "know its chat template; set response_template in its tokenizer_config.json"
                 ) from error
+        tokenizer.response_template = amended(tokenizer.response_template)
+        try:
+            reader = Reader(tokenizer, self.ends)
+        except ValueError as error:
+            raise ValueError(
+                f"response_template in the tokenizer_config.json of {name} cannot be read ({error})"
+                "; mend it, or leave it out where TRL knows the chat template"
+            ) from error
         if not trl.is_chat_template_prefix_preserving(tokenizer):
             refusal = (
                 f"the chat template of {name} renders earlier messages another way when more "
@@ -108,6 +108,7 @@ class ChatTokens:
                 f"the chat template of {name} cannot add a tool's answer to a conversation "
                 f"({error}); give the model a template that only appends"
             ) from error
+        self._reader = reader
 
     def _note_forks(self, name: str) -> None:
         """Note where an agent's further message of the user cannot follow what was sampled."""
@@ -122,7 +123,8 @@ class ChatTokens:
     @property
     def ends(self) -> frozenset[int]:
         """The ids that end a turn."""
-        return self._stops | {self._tokenizer.eos_token_id}
+        eos = self._tokenizer.eos_token_id
+        return self._stops if eos is None else self._stops | {eos}
 
     def prompt(self, messages: Messages, tools: Tools) -> list[int]:
         """The ids of a conversation's beginning, up to where the policy's first turn begins.
@@ -161,27 +163,13 @@ class ChatTokens:
 
     def read(self, prompt_ids: Sequence[int], sampled: Sequence[int], tools: Tools = ()) -> Turn:
         """The message in the sampled ids, by the tokenizer's response template; `tools` are those
-        that the prompt shows.
+        that the prompt shows. No end of a turn is a part of it.
 
         What it cannot read is text, as in TRL, and `malformed`; so are calls nested too deep.
         """
-        from trl.chat_template_utils import parse_response
-
-        text = {
-            "role": "assistant",
-            "content": self.text(sampled),
-        }
-        if self.without is not None:
-            return Turn(text)
-        try:
-            meant = self._tokenizer.parse_response(list(sampled), prefix=list(prompt_ids))
-            message = parse_response(self._tokenizer, list(sampled), prefix=list(prompt_ids))
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return Turn(text, malformed=True)
-        calls = meant.get("tool_calls") if isinstance(meant, dict) else None
-        if calls and (not message.get("tool_calls") or too_deep(calls)):
-            return Turn(text, malformed=True)
-        return Turn(message)
+        if self._reader is None:
+            return Turn(plain(self._tokenizer, self.ends, sampled))
+        return self._reader.read(prompt_ids, sampled)
 
     @cached_property
     def vocabulary(self) -> int:

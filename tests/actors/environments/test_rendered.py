@@ -98,6 +98,16 @@ def test_both_ways_read_the_same(said: str) -> None:
     assert found.message == expected.message
 
 
+def test_an_end_that_the_run_names_is_no_part_of_what_is_said() -> None:
+    known = by_renderers()
+    stop, *_ = known._tokenizer.encode("!")
+    tokens = RenderedTokens(known._tokenizer, known._renderer, [stop])
+    prompt = tokens.prompt([{"role": "user", "content": "x"}], (TOOL,))
+    for said in ("text", "a call", "no call"):
+        others = [tokens.read(prompt, tokens._tokenizer.encode(SAID[said] + e)) for e in ("", "!")]
+        assert others[0] == others[1]
+
+
 class TestGLM:
     """A turn of it ends with the token that begins the next one, which it samples."""
 
