@@ -98,17 +98,7 @@ class Conversation:
         except ValueError as error:
             raise Refused(str(error), "invalid_messages") from error
         number, call = await self._call(ids, max_tokens, how)
-        read = self._tokens.read(ids, _ints(call.sampled.token_ids), tools)
-        self._counts["malformed_calls"] += read.malformed
-        message = read.message
-        if calls := message.get("tool_calls"):
-            # Nine letters and digits, as some chat templates want them; alike in runs alike.
-            calls = [
-                {"id": f"call{number:03d}{i:02d}", **c}
-                for i, c in enumerate(calls if parallel_tool_calls else calls[:1])
-            ]
-            message = {**message, "tool_calls": calls}
-            self._counts["tool_calls"] += len(calls)
+        message = self._read(number, call, tools, parallel_tool_calls)
         return self._keep(number, call, messages, message, (*history, said(message)), offered)
 
     async def complete(self, prompt_ids: Sequence[int], max_tokens: int | None = None) -> Answer:
@@ -131,9 +121,7 @@ class Conversation:
         how = self._place(prompt_ids, "extended")
         number, call = await self._call(prompt_ids, max_tokens, how)
         asked = [{"role": "user", "content": self._tokens.text(prompt_ids)}]
-        text = self._tokens.text(_ints(call.sampled.token_ids))
-        message = {"role": "assistant", "content": text}
-        return self._keep(number, call, asked, message, (), "")
+        return self._keep(number, call, asked, self._read(number, call), (), "")
 
     def close(self) -> None:
         """Answer no more."""
@@ -282,6 +270,23 @@ class Conversation:
     def _free(self) -> int:
         """Tokens that the episode may yet sample, beside calls in flight."""
         return self.limits.max_sampled_tokens - self._sampled - sum(self._reserved.values())
+
+    def _read(
+        self, number: int, call: ModelCall, tools: Tools = (), parallel: bool = True
+    ) -> dict[str, Any]:
+        """What the model said, its calls named and counted; the first alone without `parallel`."""
+        read = self._tokens.read(_ints(call.prompt_ids), _ints(call.sampled.token_ids), tools)
+        self._counts["malformed_calls"] += read.malformed
+        calls = read.message.get("tool_calls") or ()
+        if not calls:
+            return read.message
+        # Nine letters and digits, as some chat templates want them; alike in runs alike.
+        named = [
+            {"id": f"call{number:03d}{i:02d}", **c}
+            for i, c in enumerate(calls if parallel else calls[:1])
+        ]
+        self._counts["tool_calls"] += len(named)
+        return {**read.message, "tool_calls": named}
 
     def _keep(
         self,

@@ -217,13 +217,13 @@ def chat_chunks(
 
 
 def completion_answer(
-    answer: Answer, request: CompletionRequest, tokens: Sequence[str], created: int
+    answer: Answer, request: CompletionRequest, text: str, tokens: Sequence[str], created: int
 ) -> Json:
-    """The answer to a completion request."""
+    """The answer to a completion request: the whole `text` that was sampled, calls and all."""
     choice: Json = {
         "index": 0,
-        "text": answer.message["content"],
-        "finish_reason": _finish_reason(answer),
+        "text": text,
+        "finish_reason": _length_or_stop(answer),
         "logprobs": None,
     }
     if request.logprobs is not None:
@@ -243,7 +243,7 @@ def completion_answer(
 def generate_answer(answer: Answer, request: GenerateRequest, created: int) -> Json:
     """The answer to ids in: ids out."""
     ids = sampled_ids(answer)
-    choice: Json = {"index": 0, "finish_reason": _finish_reason(answer), "token_ids": ids}
+    choice: Json = {"index": 0, "finish_reason": _length_or_stop(answer), "token_ids": ids}
     if request.sampling_params.logprobs is not None:
         both = zip(ids, sampled_logprobs(answer), strict=True)
         choice["logprobs"] = {
@@ -283,10 +283,13 @@ def _prompt_ids(answer: Answer, wanted: bool | None) -> Json:
     return {"prompt_token_ids": answer.call.prompt_ids.tolist()} if wanted else {}
 
 
+def _length_or_stop(answer: Answer) -> str:
+    return "stop" if answer.call.finish_reason == FinishReason.STOP else "length"
+
+
 def _finish_reason(answer: Answer) -> str:
-    if answer.call.finish_reason != FinishReason.STOP:
-        return "length"
-    return "tool_calls" if answer.message.get("tool_calls") else "stop"
+    reason = _length_or_stop(answer)
+    return "tool_calls" if reason == "stop" and answer.message.get("tool_calls") else reason
 
 
 def _message(answer: Answer) -> Json:

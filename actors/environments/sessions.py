@@ -207,7 +207,8 @@ class SessionServer:
         )
         answer = await _answered(sent)
         texts = self._texts(answer) if asked.logprobs is not None else []
-        return _delivered(request, sent, completion_answer(answer, asked, texts, _now()))
+        text = self._tokens.text(sampled_ids(answer))
+        return _delivered(request, sent, completion_answer(answer, asked, text, texts, _now()))
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         session = self._session(request)

@@ -225,6 +225,31 @@ def test_ids_in_go_on_from_ids_out(chat: Chat) -> None:
     assert counts(conversation) == (1, 0, 1)
 
 
+def test_what_is_said_by_token_ids_is_read_as_that_by_messages_is(chat: Chat) -> None:
+    """Its calls are counted and bounded, and rewards read what the assistant says last."""
+
+    async def talk() -> list[Any]:
+        said = ["<tool_call>{", f"<think>\nx\n</think>\n\n2{CALL}"]
+        script = Script(chat.tokenizer, said * 2)
+        found: list[Any] = []
+        for by_ids in (True, False):
+            conversation = Conversation(chat.tokens, script, limits(max_tool_calls=0))
+            ids = chat.tokens.prompt([ASK], ADD)
+            for _ in range(2):
+                await (conversation.complete(ids) if by_ids else conversation.chat([ASK], ADD))
+            with pytest.raises(Refused, match="has had its 0 calls of tools"):
+                await conversation.complete(ids)
+            figures = conversation.figures()
+            answers = [answer.message for answer in conversation.answers]
+            found.append((figures.tool_calls, figures.malformed_calls, answers))
+            assert conversation.messages()[0][-1]["content"] == "2"
+        return found
+
+    by_ids, by_messages = asyncio.run(talk())
+    assert by_ids == by_messages
+    assert by_ids[:2] == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("changes", "message", "reason"),
     [

@@ -32,7 +32,7 @@ def answer_of(tokens: int) -> Answer:
 def test_offsets_of_a_long_answer_are_where_its_tokens_begin_and_cost_a_pass() -> None:
     tokens = [Token("x" * (index % 4)) for index in range(3000)]
     asked = CompletionRequest(prompt=[1], logprobs=1)
-    choice = completion_answer(answer_of(len(tokens)), asked, tokens, 0)["choices"][0]
+    choice = completion_answer(answer_of(len(tokens)), asked, "", tokens, 0)["choices"][0]
     assert Token.asked == len(tokens)
     lengths = [index % 4 for index in range(len(tokens))]
     begins = [0, *itertools.accumulate(lengths)][:-1]

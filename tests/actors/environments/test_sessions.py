@@ -179,13 +179,13 @@ def test_token_ids_and_log_probs_are_those_that_are_trained_on(chat: Chat) -> No
 
 def test_ids_in_are_answered_with_ids_out(chat: Chat) -> None:
     async def talk() -> None:
-        async with serving(chat, ["2", "4"]) as served:
+        async with serving(chat, [f"2{CALL}", f"4{CALL}"]) as served:
             root = served.session.url.removesuffix("/v1")
             body = {
                 "model": "m",
                 "token_ids": [5, 6],
                 "sampling_params": {
-                    "max_tokens": 9,
+                    "max_tokens": 999,
                     "logprobs": 1,
                     "stop_token_ids": [chat.tokenizer.eos_token_id],
                     "routed_experts_prompt_start": 1,  # of verifiers, whatever the model
@@ -216,7 +216,8 @@ def test_ids_in_are_answered_with_ids_out(chat: Chat) -> None:
                 extra_body={"return_token_ids": True},
             )
             call = served.conversation.answers[1].call
-            assert again.choices[0].text == "4"
+            assert again.choices[0].text == f"4{CALL}", "the text as it was sampled"
+            assert again.choices[0].finish_reason == "stop"
             assert again.choices[0].token_ids == call.sampled.token_ids.tolist()
             assert again.choices[0].prompt_token_ids == call.prompt_ids.tolist()
             assert again.choices[0].logprobs.token_logprobs == call.sampled.logprobs.tolist()
