@@ -2,8 +2,9 @@
 processes of the user's code, where the user wants that: `held`.
 
 With bubblewrap: no network, a read-only root without home folders, a scratch folder, its own
-process numbers. Without it: limits alone. Either way the environment holds no secret, CPU time,
-memory, processes, file size and output are bounded, and all that the program started ends with it.
+process numbers. Without it: limits alone, and what this user may read and reach, the program may
+too. Either way its own environment holds no secret, CPU time, memory, processes, files and output
+are bounded, and all that the program started ends with it.
 Standard library only: a reward's child imports this.
 """
 
@@ -24,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from actors import wrapping
 from actors.room import no_room, tells_no_room
 from actors.scratch import OwnedFolder
 
@@ -34,8 +36,6 @@ VARIABLE = "ALIGNTUNE_SANDBOX"
 CAPABILITIES = ("CAP_SYS_ADMIN", "CAP_NET_ADMIN")
 """What a process needs to make namespaces inside a sandbox; none outside of it."""
 
-_HIDDEN = ("/home", "/root", "/run", "/mnt", "/media", "/srv")  # empty inside, where they are here
-_OUTSIDE = os.path.expanduser("~")
 _NOTHING = ("/bin/sh", "-c", "exit 0")
 _RUNNER = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -85,6 +85,10 @@ class Ran:
         return self.status == 0 and not self.over
 
 
+Answer = Callable[[bytes], bytes | None]
+"""What a program is told for a line that it has written to standard output; None: nothing more."""
+
+
 def mode_here() -> Mode:
     """The mode that the actor has set for this process; auto where none has."""
     said = os.environ.get(VARIABLE, "auto")
@@ -102,9 +106,8 @@ def bubblewrap() -> tuple[str | None, str]:
         return None, "bwrap is not installed (package bubblewrap)"
     with tempfile.TemporaryDirectory(prefix="aligntune-") as scratch:
         try:
-            done = _tried(
-                [program, "--json-status-fd", "2", *_wrapped(program, scratch)[1:], *_NOTHING]
-            )
+            before = wrapping.wrapped(program, scratch)[1:]
+            done = _tried([program, "--json-status-fd", "2", *before, *_NOTHING])
         except OSError as error:
             return None, f"bwrap does not work here: {error}"
     if done.returncode:
@@ -141,7 +144,7 @@ def _busy_without_room() -> Iterator[None]:
 def _grants(program: str) -> tuple[str, ...]:
     """`CAPABILITIES` where bwrap gives them to what it starts; it does not where it is setuid."""
     with tempfile.TemporaryDirectory(prefix="aligntune-") as scratch:
-        done = _tried([*_wrapped(program, scratch, granted=CAPABILITIES), *_NOTHING])
+        done = _tried([*wrapping.wrapped(program, scratch, granted=CAPABILITIES), *_NOTHING])
     return () if done.returncode else CAPABILITIES
 
 
@@ -163,7 +166,7 @@ def in_force(mode: Mode, key: str = "reward.sandbox") -> str:
         return "bubblewrap" if _sizes(program) else "bubblewrap (too old to bound files in memory)"
     if mode == "required":
         raise SandboxMissing(f"{key} is required, and {why}; install it, or set auto")
-    return f"limits alone ({why})"
+    return f"limits alone, with the network and all that this user may read ({why})"
 
 
 @dataclass(frozen=True)
@@ -188,15 +191,16 @@ def held(mode: Mode, key: str, scratch: str, imports: Sequence[str], log: str | 
     if program is None:
         return Held((), _environment(scratch))
     shown = [os.path.abspath(place) for place in (*imports, str(Path(__file__).parents[1]))]
-    home = Path(_OUTSIDE)
-    if whole := [place for place in shown if home.is_relative_to(place)]:
+    home, empty = Path(wrapping.HOME), wrapping.hidden()
+    if whole := [place for place in shown if home.is_relative_to(place) or place in empty]:
+        what = "holds the home folder" if home.is_relative_to(whole[0]) else "is for others' files"
         raise SandboxMissing(
-            f"{key} is {mode}, and {whole[0]}, which the user's code is imported from, holds the "
-            "home folder, which would be seen whole; start in a folder of the project's own"
+            f"{key} is {mode}, and {whole[0]}, which the user's code is imported from, {what}, "
+            "which would be seen whole; start in a folder of the project's own"
         )
     if log is not None:
         Path(log).touch()
-    before = _wrapped(program, scratch, shown, log, granted=_grants(program))
+    before = wrapping.wrapped(program, scratch, shown, log, granted=_grants(program))
     return Held(tuple(before), _environment(scratch))
 
 
@@ -205,12 +209,14 @@ async def run(
     *,
     files: Mapping[str, str] | None = None,
     stdin: bytes = b"",
+    answer: Answer | None = None,
     limits: Limits | None = None,
     mode: Mode | None = None,
 ) -> Ran:
     """Run `command` in a scratch folder that holds `files`, to its end or to a limit.
 
-    Cancelling ends it with all that it has started.
+    With `answer` its standard input stays open after `stdin` and has what that returns, until it
+    returns None. Cancelling ends it with all that it has started.
 
     Raises:
         SandboxMissing: as the mode says.
@@ -224,9 +230,9 @@ async def run(
     scratch = folder.path
     try:
         most = limits.memory_mib * 2**20 if program and _sizes(program) else None
-        wrapped = [*_wrapped(program, scratch, most=most), *command] if program else list(command)
-        told = {"command": wrapped, "folder": scratch, "wrapped": program is not None}
-        return await _run(told | {"held": mode != "off"}, scratch, stdin, limits)
+        before = wrapping.wrapped(program, scratch, most=most) if program else []
+        told = {"command": [*before, *command], "folder": scratch, "wrapped": program is not None}
+        return await _run(told | {"held": mode != "off"}, scratch, stdin, limits, answer)
     finally:
         try:
             await asyncio.to_thread(folder.remove)
@@ -241,7 +247,9 @@ def _scratch(files: Mapping[str, str]) -> OwnedFolder:
     return folder
 
 
-async def _run(told: dict[str, Any], scratch: str, stdin: bytes, limits: Limits) -> Ran:
+async def _run(
+    told: dict[str, Any], scratch: str, stdin: bytes, limits: Limits, answer: Answer | None
+) -> Ran:
     given = json.dumps([entry or "." for entry in sys.path]), json.dumps(told | asdict(limits))
     with _busy_without_room():
         process = await asyncio.create_subprocess_exec(
@@ -258,10 +266,11 @@ async def _run(told: dict[str, Any], scratch: str, stdin: bytes, limits: Limits)
     over: Literal["", "time", "output"] = ""
     try:
         most = limits.output_kib * 1024
-        feeding = asyncio.ensure_future(_feed(process.stdin, stdin))
+        feeding = asyncio.ensure_future(_feed(process.stdin, stdin, more=answer is not None))
         enough = partial(_end, process)
+        heard = None if answer is None else partial(_answer, process.stdin, answer)
         reading = asyncio.gather(
-            _read(process.stdout, most, enough), _read(process.stderr, most, enough)
+            _read(process.stdout, most, enough, heard), _read(process.stderr, most, enough)
         )
         try:
             async with asyncio.timeout(limits.wall_s + START_SECONDS):
@@ -296,25 +305,44 @@ def _never_ran(why: str, err: bytes) -> SandboxFailed:
     return SandboxBusy(told) if tells_no_room(told) else SandboxFailed(told)
 
 
-async def _feed(writer: asyncio.StreamWriter, data: bytes) -> None:
+async def _feed(writer: asyncio.StreamWriter, data: bytes, more: bool) -> None:
     with contextlib.suppress(OSError):
         writer.write(data)
         await writer.drain()
+        if not more:
+            writer.close()
+
+
+def _answer(writer: asyncio.StreamWriter, answer: Answer, line: bytes) -> None:
+    if writer.is_closing():
+        return
+    if (said := answer(line)) is None:
         writer.close()
+    else:
+        writer.write(said)
 
 
 async def _read(
-    reader: asyncio.StreamReader, most: int, enough: Callable[[], None]
+    reader: asyncio.StreamReader,
+    most: int,
+    enough: Callable[[], None],
+    heard: Callable[[bytes], None] | None = None,
 ) -> tuple[bytes, bool]:
     """What is written until the end, and whether it was more than `most` bytes; then `enough` is
-    called and the rest is left out."""
-    data, much = b"", False
+    called and the rest is left out. `heard` is called with each line as it comes."""
+    data, much, begun = b"", False, 0  # where the line begins that has not ended
     while piece := await reader.read(65536):
-        if not much:
-            data += piece
-        if len(data) > most and not much:
+        if much:
+            continue
+        data += piece
+        if len(data) > most:
             data, much = data[:most], True
             enough()
+        elif heard is not None and b"\n" in piece:
+            *lines, rest = data[begun:].split(b"\n")
+            begun = len(data) - len(rest)
+            for line in lines:
+                heard(line)
     return data, much
 
 
@@ -338,50 +366,3 @@ def _environment(scratch: str) -> dict[str, str]:
         "PYTHONHASHSEED": "0",
         "OMP_NUM_THREADS": "1",
     }
-
-
-def _wrapped(
-    program: str,
-    scratch: str,
-    shown: Sequence[str] = (),
-    log: str | None = None,
-    most: int | None = None,
-    granted: Sequence[str] = (),
-) -> list[str]:
-    """The beginning of a command that runs under bubblewrap, and sees `shown` too.
-
-    `most`: bytes that files in memory may take, in /tmp and in /dev/shm each; none elsewhere.
-    `granted`: capabilities, over what is inside.
-    """
-    hidden = [place for place in dict.fromkeys((*_HIDDEN, _OUTSIDE)) if os.path.isdir(place)]
-    needed = sorted({sys.prefix, sys.base_prefix, sys.exec_prefix, *filter(os.path.exists, shown)})
-    inside = [
-        p for p in needed if any(p.startswith(f"{h}/") for h in (*hidden, "/tmp", "/var/tmp"))
-    ]
-    written = [scratch] if log is None else [scratch, log]
-    size = [] if most is None else ["--size", str(most)]
-    closed = ["/dev", "/var/tmp", *hidden]
-    # Root may write there, for the whole machine. For others nothing is put over a part of /proc:
-    # the kernel would let none of them mount another one inside.
-    kernel = ["--ro-bind-try", "/proc/sys", "/proc/sys"] if os.geteuid() == 0 else []
-    return [
-        program,
-        "--unshare-all",
-        "--die-with-parent",
-        "--new-session",
-        "--cap-drop", "ALL",
-        *(part for name in granted for part in ("--cap-add", name)),
-        "--ro-bind", "/", "/",
-        "--dev", "/dev",
-        *size, "--tmpfs", "/dev/shm",
-        "--proc", "/proc",
-        *kernel,
-        *size, "--tmpfs", "/tmp",
-        "--tmpfs", "/var/tmp",
-        *(part for place in hidden for part in ("--tmpfs", place)),
-        *(part for place in inside for part in ("--ro-bind", place, place)),
-        *(part for place in written for part in ("--bind", place, place)),
-        *(part for place in closed for part in ("--remount-ro", place)),
-        "--chdir", scratch,
-        "--",
-    ]  # fmt: skip

@@ -23,6 +23,7 @@ from actors.children.keeper import (
 )
 
 MIB = 2**20
+BLOCK = 4096  # bytes on the disk that even an empty file or folder counts as
 LOOK_SECONDS = 0.1  # between two looks at what the processes use
 OTHERS = 1024  # tasks that this user's other programs may start while one runs
 _NOT_STARTED = b"\x1e"
@@ -89,7 +90,7 @@ def _failed(heard: int, wrapped: bool, code: int) -> str:
 
 def _waited(child: int, limits: dict[str, Any]) -> tuple[int, str]:
     """The wait status of `child`, and the limit for which it was ended here: "time" for that of the
-    clock or of the processor, "processes", "memory" or ""."""
+    clock or of the processor, "processes", "files", "memory" or ""."""
     deadline = time.monotonic() + limits["wall_s"]
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     while True:
@@ -139,12 +140,30 @@ def _over(processes: list[int], limits: dict[str, Any]) -> str:
     if limits["held"] and len(processes) > limits["processes"]:
         return "processes"
     most = limits["memory_mib"] * MIB
+    if limits["held"] and _more_on_disk(limits["folder"], most):
+        return "files"
     if limits["held"] and pages * os.sysconf("SC_PAGE_SIZE") > most:
         # Each page that several share is in the number above as often; here it is once in all.
         shares = (_read(f"/proc/{process}/smaps_rollup") for process in processes)
         if sum(int(found[1]) for found in map(_PSS.search, shares) if found) * 1024 > most:
             return "memory"
     return ""
+
+
+def _more_on_disk(folder: str, most: int) -> bool:
+    """Whether what lies in `folder` takes more than `most` bytes: the kernel's limit is of one
+    file. Each counts as one block at least, so that their number has an end too."""
+    taken, ahead = 0, [folder]
+    while ahead:
+        with contextlib.suppress(OSError), os.scandir(ahead.pop()) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):  # it is gone
+                    taken += max(entry.stat(follow_symlinks=False).st_blocks * 512, BLOCK)
+                    if taken > most:
+                        return True
+                    if entry.is_dir(follow_symlinks=False):
+                        ahead.append(entry.path)
+    return False
 
 
 def _read(path: str) -> bytes:

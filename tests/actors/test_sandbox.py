@@ -7,15 +7,17 @@ import contextlib
 import errno
 import functools
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actors import sandbox
+from actors import sandbox, wrapping
 from actors.sandbox import (
     Limits,
     Mode,
@@ -146,6 +148,23 @@ time.sleep(0.5)  # several looks
     assert python(program, mode).well
 
 
+@pytest.mark.slow
+def test_files_in_the_scratch_folder_are_bounded_together(mode: Mode) -> None:
+    """Each is within the limit of one. It waits longer than it takes to look."""
+    write = """
+import os, time
+os.mkdir("in")
+for n in range(6):
+    with open("in/%d" % n, "wb") as file:
+        file.write(bytes(2**20))
+time.sleep({})
+"""
+    large = Limits(**{**vars(SMALL), "memory_mib": 64, "file_mib": 16})
+    ran = python(write.replace("2**20", "15 * 2**20").format(20), mode, large)
+    assert (ran.status < 0, ran.over) == (True, "")
+    assert python(write.format(0.5), mode, large).well
+
+
 @pytest.mark.parametrize("place", ["/tmp", "/dev/shm", "/var/tmp", "/dev", "/run"])
 def test_files_in_memory_are_bounded(place: str) -> None:
     program = sandbox.bubblewrap()[0]
@@ -229,8 +248,6 @@ print(tried(lambda: open("here", "w").write("x")))
 print(len([p for p in os.listdir("/proc") if p.isdigit()]) < 10)
 print(os.access("/proc/sys/vm/swappiness", os.W_OK))
 """
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as server:
         home = repr(os.path.expanduser("~"))
         text = program.replace("PORT", str(server.getsockname()[1])).replace("HOME", home)
@@ -246,13 +263,65 @@ print(os.access("/proc/sys/vm/swappiness", os.W_OK))
     assert set(eval(listed)) <= prefixes
 
 
+LISTENING = """
+import socket, sys
+with socket.socket(socket.AF_UNIX) as one:
+    try:
+        one.connect("{path}")
+        print("reached")
+    except OSError as error:
+        print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+def test_sockets_in_a_temporary_folder_of_another_place_are_not_there(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of Ray, or of what starts processes: no read-only mount keeps a program from them."""
+    here = next(path for path in ("/opt", "/var/lib", "/usr/local") if os.access(path, os.W_OK))
+    with tempfile.TemporaryDirectory(dir=here) as folder:
+        (link := Path(folder) / "link").symlink_to(place := Path(folder) / "place")
+        place.mkdir()
+        monkeypatch.setenv(variable, str(link))
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        scratch = tempfile.mkdtemp()
+        command = wrapping.wrapped("bwrap", scratch, most=7)
+        assert command[command.index(str(place)) - 1] == "--tmpfs"
+        if variable == "TMPDIR":  # over it
+            assert command.index(os.path.realpath(scratch)) > command.index(str(place))
+        if sandbox.bubblewrap()[0] is not None:
+            with socket.socket(socket.AF_UNIX) as server:
+                server.bind(f"{place}/socket")
+                server.listen()
+                ran = python(LISTENING.format(path=server.getsockname()), "required")
+            assert ran.stdout == b"FileNotFoundError\n"
+
+
+def test_what_lies_deeper_is_mounted_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else a project that is shown would show the temporary folder in it."""
+    monkeypatch.setattr(wrapping, "HOME", str(tmp_path))
+    scratch = tmp_path / "project" / "temporary" / "scratch"
+    scratch.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch.parent))
+    command = wrapping.wrapped("bwrap", str(scratch), [str(tmp_path / "project")])
+    places = [tmp_path, tmp_path / "project", scratch.parent, scratch]
+    found = [command.index(str(place)) for place in places]
+    assert found == sorted(found)
+    kinds = ["--tmpfs", "--ro-bind", "--tmpfs", "--bind"]
+    assert [command[at - 1] for at in found] == kinds
+    monkeypatch.setattr(sandbox, "bubblewrap", lambda: ("bwrap", ""))
+    with pytest.raises(SandboxMissing, match="is for others' files"):
+        sandbox.held("auto", "episodes.sandbox", str(scratch), [str(scratch.parent)], None)
+
+
 @pytest.mark.parametrize("user", [0, 1000])
 def test_a_part_of_proc_is_covered_for_root_alone(
     user: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Over a /proc with covered parts nobody but root may mount another, as episodes need."""
     monkeypatch.setattr(os, "geteuid", lambda: user)
-    command = sandbox._wrapped("bwrap", str(tmp_path))
+    command = wrapping.wrapped("bwrap", str(tmp_path))
     assert ("/proc/sys" in command) == (user == 0)
 
 
@@ -264,7 +333,9 @@ def test_required_without_bubblewrap_is_refused_and_auto_says_what_is_in_force(
         in_force("required")
     with pytest.raises(SandboxMissing):
         python("", "required")
-    assert in_force("auto") == "limits alone (bwrap is not installed)"
+    assert in_force("auto") == (
+        "limits alone, with the network and all that this user may read (bwrap is not installed)"
+    )
     assert in_force("off") == "off"
     assert python("print(1)", "off").stdout == b"1\n"
 

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from actors import sandbox
+from actors import sandbox, wrapping
 from actors.environments.base import EpisodeFailed
 from actors.environments.specs import EpisodeCode
 from actors.environments.tool_episodes import ToolEpisodes
@@ -84,7 +84,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home folder with a secret."""
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "secret").write_text("found")
-    monkeypatch.setattr(sandbox, "_OUTSIDE", str(tmp_path / "home"))
+    monkeypatch.setattr(wrapping, "HOME", str(tmp_path / "home"))
     monkeypatch.setenv("A_SECRET", "found")
     return tmp_path / "home"
 

@@ -1,0 +1,77 @@
+"""What a program under bubblewrap sees, as the beginning of its command.
+
+A read-only mount keeps nobody from a socket that is a file: whoever connects to one of Ray's, or to
+that of a server of processes, is out of the sandbox. So folders where such sockets lie are empty
+inside, wherever this site has them. Standard library only: a reward's child imports this.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import PurePath
+
+HOME = os.path.expanduser("~")
+_HIDDEN = ("/home", "/root", "/run", "/mnt", "/media", "/srv")  # empty inside, where they are here
+_OWN = ("/tmp", "/var/tmp", "/dev/shm")  # file systems in memory inside, which it may write to
+
+
+def wrapped(
+    program: str,
+    scratch: str,
+    shown: Sequence[str] = (),
+    log: str | None = None,
+    most: int | None = None,
+    granted: Sequence[str] = (),
+) -> list[str]:
+    """The beginning of a command that runs under bubblewrap, and sees `shown` too.
+
+    `most`: bytes that files in memory may take, in /tmp and in /dev/shm each; none elsewhere.
+    `granted`: capabilities, over what is inside.
+    """
+    scratch, empty = os.path.realpath(scratch), hidden()
+    needed = sorted({sys.prefix, sys.base_prefix, sys.exec_prefix, *filter(os.path.exists, shown)})
+    inside = [p for p in needed if any(_within(p, h) for h in (*empty, "/tmp", "/var/tmp"))]
+    written = [scratch] if log is None else [scratch, log]
+    # What lies deeper comes later: it may be in a folder that is hidden, or in one that is shown.
+    mounts: list[tuple[str, ...]] = [("--tmpfs", place) for place in empty]
+    mounts += [("--ro-bind", place, place) for place in inside]
+    mounts += [("--bind", place, place) for place in written]
+    mounts.sort(key=lambda mount: len(PurePath(mount[1]).parts))
+    size = [] if most is None else ["--size", str(most)]
+    closed = ["/dev", "/var/tmp", *empty]
+    # Root may write there, for the whole machine. For others nothing is put over a part of /proc:
+    # the kernel would let none of them mount another one inside.
+    kernel = ["--ro-bind-try", "/proc/sys", "/proc/sys"] if os.geteuid() == 0 else []
+    return [
+        program,
+        "--unshare-all",
+        "--die-with-parent",
+        "--new-session",
+        "--cap-drop", "ALL",
+        *(part for name in granted for part in ("--cap-add", name)),
+        "--ro-bind", "/", "/",
+        "--dev", "/dev",
+        *size, "--tmpfs", "/dev/shm",
+        "--proc", "/proc",
+        *kernel,
+        *size, "--tmpfs", "/tmp",
+        "--tmpfs", "/var/tmp",
+        *(part for mount in mounts for part in mount),
+        *(part for place in closed for part in ("--remount-ro", place)),
+        "--chdir", scratch,
+        "--",
+    ]  # fmt: skip
+
+
+def hidden() -> list[str]:
+    """The folders of this machine that are empty inside: homes, mounts and temporary folders."""
+    temporary = (tempfile.gettempdir(), os.environ.get("RAY_TMPDIR", ""))
+    places = (*_HIDDEN, HOME, *(os.path.realpath(place) for place in temporary if place))
+    return [p for p in dict.fromkeys(places) if os.path.isdir(p) and p not in (*_OWN, "/")]
+
+
+def _within(place: str, folder: str) -> bool:
+    return place.startswith(f"{folder}/")
