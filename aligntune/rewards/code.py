@@ -9,10 +9,9 @@ import asyncio
 import contextlib
 import json
 import os
-import secrets
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,55 +20,19 @@ from actors.scoring.criteria import Unreached
 from actors.scoring.said import Completion, text_of
 from aligntune.rewards.fences import last_block
 from aligntune.rewards.inputs import column_of
+from aligntune.rewards.unit_tests import HARNESS, Exam, UnitTest, asserted, called
 
 _TAGS = ("python", "python3", "py")
 _PLACES: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
-# The tests come over standard input when the program has run, and the word that says they were
-# reached with them: what the program prints, or how it ends, says nothing.
-HARNESS = """
-import io, json, os, sys
-held, told = os.dup(0), os.dup(1)
-nothing = os.open(os.devnull, os.O_RDWR)
-os.dup2(nothing, 0); os.dup2(nothing, 1)
-sys.stdin = io.StringIO("")
-def passes(text, name, space):
-    try:
-        exec(compile(text, name, "exec"), space)
-        return True
-    except BaseException:
-        return False
-space = {"__name__": "solution"}
-for module in sys.argv[1:]:
-    exec(f"from {module} import *", space)
-del sys.argv[1:]
-with open("solution.py", encoding="utf-8") as file:
-    runs = passes(file.read(), "solution.py", space)
-with os.fdopen(held, encoding="utf-8") as file:
-    word, tests = json.load(file)
-verdicts = [runs and passes(test, "test", dict(space)) for test in tests]
-os.write(told, (word + json.dumps(verdicts)).encode())
-os._exit(0)
-"""
-
-# A call of a function, or of a method of `Solution`, as APPS and TACO have it: what JSON makes of a
-# result counts (lists for tuples, keys as text), and an output may stand in a list of its own.
-CALL = """
-import json as _json
-_name, _wanted = {name!r}, _json.loads({wanted!r})
-_owner = globals().get("Solution")
-_call = getattr(_owner(), _name) if hasattr(_owner, _name) else globals()[_name]
-_got = _json.loads(_json.dumps(_call(*_json.loads({given!r}))))
-assert _got == _wanted or isinstance(_wanted, list) and [_got] == _wanted
-"""
 CALL_IMPORTS = ("typing",)  # as for signatures such as `nums: List[int]`
 
 
 @dataclass(frozen=True)
 class Tests:
-    """What a program must do: `asserts` run after it, or the output for each input."""
+    """What a program must do: `asserts` run beside it, or the output for each input."""
 
-    asserts: tuple[str, ...] = ()
+    asserts: tuple[UnitTest, ...] = ()
     pairs: tuple[tuple[str, str], ...] = ()  # standard input, standard output
     imports: tuple[str, ...] = ()  # modules whose names the program has beside the asserts
 
@@ -135,7 +98,7 @@ def read_tests(value: Any, column: str) -> Tests:
             value = json.loads(value)
     found = Tests()
     if isinstance(value, str) and value.strip():
-        found = Tests(asserts=(value,))
+        found = Tests(asserts=(asserted(value),))
     elif isinstance(value, Mapping) and {"inputs", "outputs"} <= value.keys():
         inputs, outputs = list(value["inputs"]), list(value["outputs"])
         if value.get("fn_name"):
@@ -144,7 +107,7 @@ def read_tests(value: Any, column: str) -> Tests:
             found = Tests(pairs=tuple(zip(map(_lines, inputs), map(_lines, outputs), strict=True)))
     elif isinstance(value, Sequence) and value:
         if all(isinstance(item, str) and item.strip() for item in value):
-            found = Tests(asserts=tuple(value))
+            found = Tests(asserts=tuple(map(asserted, value)))
         elif all(
             isinstance(item, Mapping) and {"input", "output"} <= item.keys() for item in value
         ):
@@ -168,8 +131,7 @@ def _calls(name: str, inputs: list[Any], outputs: list[Any]) -> Tests:
                 wanted = json.loads(wanted) if isinstance(wanted, str) else wanted
             if not isinstance(given, list | tuple):
                 return Tests()
-            said = {"given": json.dumps(given), "wanted": json.dumps(wanted)}
-            asserts.append(CALL.format(name=name, **said))
+            asserts.append(called(name, list(given), wanted))
     except (ValueError, TypeError, RecursionError):
         return Tests()
     return Tests(asserts=tuple(asserts), imports=CALL_IMPORTS)
@@ -202,19 +164,16 @@ def _place() -> asyncio.Semaphore:
 
 
 async def _asserted(program: str, tests: Tests, limits: Limits) -> list[bool]:
-    word = secrets.token_hex(16)
+    exam = Exam(tests.asserts)
+    output_kib = limits.output_kib + exam.most // 1024
     async with _place():
         ran = await run(
             [sys.executable, "-I", "harness.py", *tests.imports],
             files={"solution.py": program, "harness.py": HARNESS},
-            stdin=json.dumps([word, list(tests.asserts)]).encode(),
-            limits=limits,
+            answer=exam.answer,
+            limits=replace(limits, output_kib=output_kib),
         )
-    said = ran.stdout.decode(errors="replace")
-    if not ran.well or not said.startswith(word):
-        return [False] * len(tests.asserts)
-    verdicts = json.loads(said.removeprefix(word))
-    return [verdict is True for verdict in verdicts]
+    return exam.verdicts if ran.well else [False] * len(tests.asserts)
 
 
 async def _output_is(program: str, given: str, wanted: str, limits: Limits) -> bool:

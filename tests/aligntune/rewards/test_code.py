@@ -80,6 +80,60 @@ def test_no_input_is_given_to_a_program_that_has_failed_unless_a_share_counts(
     assert len(given) == runs
 
 
+READ = """
+import json, os
+word, tests = json.loads(os.read(3, 10**6))
+os.write(4, (word + json.dumps([True] * len(tests))).encode())
+os._exit(0)
+"""
+LOADED = """
+import json
+load = json.load
+json.load = lambda file: (lambda word, tests: (word, ["pass"] * len(tests)))(*load(file))
+"""
+READ_ON = """
+import json, os
+def say(said):
+    for fd in range(3, 10):
+        try: os.write(fd, json.dumps(said).encode() + b"\\n")
+        except OSError: pass
+def hear():
+    for fd in range(3, 10):
+        try: return json.loads(os.read(fd, 10**6))
+        except OSError: pass
+say(["ran"])
+"""
+PASSED = """
+while True:
+    say([hear()[0], True])
+"""
+SAID = """
+while True:
+    word = hear()[0]
+    for number in range(9):
+        say(["value", number, "null"]); hear()
+    say([word, True])
+"""
+SAME = "class Same:\n    __eq__ = lambda *_: True\ndef add(a, b):\n    return Same()"
+PATCHED = """
+import builtins, json, operator
+json.loads = json.load = lambda *_: ["word", ["pass"] * 9]
+json.dumps = json.JSONEncoder.encode = lambda *_: '["ran"]'
+builtins.exec = builtins.compile = operator.index = lambda *_: 3
+import __main__
+for name in dir(__main__):
+    setattr(__main__, name, lambda *_: True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tests", ["ASSERTS", "CALLS"])
+@pytest.mark.parametrize("trick", [READ, LOADED, READ_ON + PASSED, READ_ON + SAID, SAME, PATCHED])
+def test_a_program_without_a_solution_does_not_pass(trick: str, tests: str) -> None:
+    """However it talks in place of the harness: what is wanted is not in its process."""
+    assert score([trick], globals()[tests], cpu_seconds=1.0, wall_seconds=5.0) == [0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "trick",
@@ -206,7 +260,7 @@ def test_a_sandbox_that_fails_is_a_failure_and_no_score(monkeypatch: pytest.Monk
     if program is None:
         pytest.skip(bubblewrap()[1])
     broken = [program, "--ro-bind", "/no/such", "/x", "--"]
-    monkeypatch.setattr("actors.sandbox._wrapped", lambda *_, **__: broken)
+    monkeypatch.setattr("actors.wrapping.wrapped", lambda *_, **__: broken)
     for tests in (ASSERTS, ECHO):
         with pytest.raises(SandboxFailed, match="Can't find source path /no/such"):
             score([ADD], tests)

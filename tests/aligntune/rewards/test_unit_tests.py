@@ -1,0 +1,155 @@
+"""Asserts and calls as tests of a program: what leaves the text, and what a talk counts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from aligntune.rewards.code import code_passes
+from aligntune.rewards.unit_tests import Exam, asserted
+
+PROGRAM = """
+from collections import Counter, namedtuple
+from enum import IntEnum
+from fractions import Fraction
+Point = namedtuple("Point", "x y")
+Kind = IntEnum("Kind", "ONE TWO")
+class Number:
+    __index__ = lambda self: 7
+class Less:
+    __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __eq__ = lambda *_: True
+def same(value):
+    return value
+"""
+HOLDS = [
+    "assert same((1, [2.5, {'a': {3}}], 'é\\ud83d')) == (1, [2.5, {'a': {3}}], 'é\\ud83d')",
+    "assert same(b'ab') == b'ab' and same(1) == 1",
+    "assert same({(1, 2): frozenset('ab'), 3: 1j}) == {(1, 2): frozenset('ab'), 3: 1j}",
+    "assert Counter('aab') == {'a': 2, 'b': 1}, 'counted'",
+    "assert [Point(1, 2)] == [(1, 2)]",
+    "assert 2 == Kind.TWO",
+    "assert Fraction(1, 2) == 0.5",
+    "assert {'a': 1}.keys() == {'a'}",
+    "assert set(same([1, 2, 2])) == set([1, 2])",
+    "assert 0 < same(0.5) <= 1.0 < float('inf')",
+    "assert abs(same(0.1 + 0.2) - 0.3) < 1e-9",
+    "assert same(None) is None",
+    "assert same(3) in (1, 2, 3)",
+    "assert 3 in same(range(5))",
+    "assert same(Number()) is not None",
+    "assert same(Number()) != 3",
+    "assert same([1]) == sorted([1])",
+    "assert same(same) == same",
+    "for n in range(3):\n    assert same(n) == n\n    assert same(True) == True",
+    "def check(tried):\n    assert tried(1) == 1\n    assert tried(2) == 2\ncheck(same)",
+    "try:\n    assert same(1) == 2\nexcept AssertionError:\n    pass",
+    "text = 'a'\nassert text * 3 == 'aaa'\nassert not same(0)",
+    f"assert same('x' * 40_000) == {'x' * 40_000!r}",
+]
+FAILS = [
+    "assert same(1) == 2",
+    "assert same((1, 2)) == [1, 2]",
+    "assert Less() == 1",
+    "assert [Less()] == [1]",
+    "assert Less() < 3",
+    "assert 1 <= Less() <= 3",
+    "assert Less() in (1, 2)",
+    "assert same(1) is None",
+    "assert same('1') == 1",
+    "assert same(1) < 'a'",
+    "assert 1 == same(1)\nassert same(1) == 2",
+    "def check(candidate):\n    assert candidate(Less()) == 1\ncheck(same)",
+    "assert same('x' * 100_000) == 'x'",
+    "assert nothing(1) == 1",
+    "assert same(1) ==",
+]
+
+
+@pytest.mark.slow
+def test_asserts_mean_what_they_meant_and_no_result_decides_that_it_is_equal() -> None:
+    async def score() -> list[float]:
+        rows = [[text] for text in HOLDS + FAILS] + [HOLDS + FAILS]
+        return await code_passes([PROGRAM] * len(rows), tests=rows, partial=True)
+
+    *shares, together = asyncio.run(score())
+    texts = HOLDS + FAILS
+    assert [text for text, share in zip(texts, shares, strict=True) if share] == HOLDS
+    assert together == len(HOLDS) / len(texts)
+
+
+@pytest.mark.parametrize(
+    ("text", "left", "needed"),
+    [
+        ("assert f(1) == 417", 1, 1),
+        ("assert 417 == f(1), f(2)", 1, 1),
+        ("assert f(1) == (417, -1)\nassert 0 <= f(2) < float(417)", 2, 2),
+        ("def check():\n    assert f(1) == 417\nassert f(2) == 417\ncheck()", 2, 1),
+        ("assert f(1)", 0, 0),
+        ("assert f(1) == g(1)", 0, 0),
+        ("assert f(1) != 4", 0, 0),
+        ("assert 4 in f(1)", 0, 0),
+        ("assert f(1) is 'a'", 0, 0),
+        ("assert 1 == 1", 0, 0),
+        ("for n in (1, 2):\n    assert f(n) == 1", 0, 0),
+        ("assert f(1) ==", 0, 0),
+        ("assert f(" + "(" * 500, 0, 0),
+    ],
+)
+def test_literals_that_one_value_is_compared_with_leave_the_text(
+    text: str, left: int, needed: int
+) -> None:
+    test = asserted(text)
+    assert "417" not in test.text
+    assert (len(test.checks), test.needed) == (left, needed)
+    assert (test.text == text) == (left == 0)
+
+
+def talk(*said: object, tests: tuple[str, ...] = ("assert f() == 1", "assert f()")) -> list[bool]:
+    """The verdicts after `said`; WORD stands for that of the test that was given last."""
+    exam, word = Exam([asserted(text) for text in tests]), ""
+    for one in said:
+        line = one if isinstance(one, bytes) else json.dumps(one).replace("WORD", word).encode()
+        answer = exam.answer(line)
+        if answer is None:
+            break
+        if isinstance(given := json.loads(answer), list):
+            word = given[0]
+    return exam.verdicts
+
+
+ONE, PASSED = ["value", 0, "1"], ["WORD", True]
+
+
+@pytest.mark.parametrize(
+    ("said", "verdicts"),
+    [
+        ([["ran"], ONE, PASSED, PASSED], [True, True]),
+        ([["ran"], ONE, ["WORD", False], PASSED], [False, True]),
+        ([["ran"], PASSED, PASSED], [False, True]),
+        ([["ran"], ["value", 0, "2"], PASSED, PASSED], [False, True]),
+        ([["ran"], ["value", 1, "1"], PASSED, PASSED], [False, True]),
+        ([["ran"], ["value", -1, "1"], PASSED, PASSED], [False, True]),
+        *(
+            ([["ran"], ["value", 0, text], PASSED, PASSED], [False, True])
+            for text in ("", "{}", '{"set": [[]]}', '{"tuple": 5}', '{"bytes": "x"}', '{"x": 1}',
+                         '{"complex": ["1+"]}', "[" * 9000, "9" * 1050, '{"bytes": 1}')
+        ),
+        ([["ran"], ONE, PASSED], [False, False]),
+        ([["ran"], ONE, PASSED, ["", True]], [False, False]),
+        ([["ran"], ONE, ["word", True], PASSED, PASSED], [False, False]),
+        ([["ran"], ["ran"], ONE, PASSED, PASSED], [False, False]),
+        ([["", True], ["", True]], [False, False]),
+        ([PASSED, PASSED], [False, False]),
+        ([ONE, ["ran"], PASSED, PASSED], [False, False]),
+        ([["ran"], ONE, b"no JSON", PASSED, PASSED], [False, False]),
+        ([["ran"], ONE, b"[" * 9000, PASSED, PASSED], [False, False]),
+        ([["ran"], ["value", "0", 1], PASSED, PASSED], [False, False]),
+        ([["ran"], None, PASSED, PASSED], [False, False]),
+    ],
+)  # fmt: skip
+def test_a_verdict_counts_for_a_test_that_was_given_and_whose_values_hold(
+    said: list[object], verdicts: list[bool]
+) -> None:
+    assert talk(*said) == verdicts
