@@ -1,5 +1,5 @@
 """Held-out figures: means over all pairs, or all tokens that they are of, however rows are batched
-and shared out."""
+and shared out. The rows that a step trains on are counted here too."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ class HeldOut:
     batch counts as much as a full one, and so does what several workers repeat to fill it. Here
     each worker keeps the figures of its own rows, without what it repeats, and all of them are
     weighed together at the end.
+
+    The figures of a step have `rows` besides: those that all workers trained on in it, repeats too.
     """
 
     model: Any
@@ -30,7 +32,12 @@ class HeldOut:
         # This worker's own of each batch of this evaluation, by what they are.
         self._counts: list[Mapping[str, int]] = []
         self._losses: list[float] = []  # of each batch
+        self._trained = 0  # rows that this worker trained on since the last step's figures
         super().__init__(*args, **kwargs)
+
+    def _rows(self, inputs: Mapping[str, Any]) -> int:
+        """How many rows of the data a batch has."""
+        raise NotImplementedError
 
     def _own_part(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, int], Mapping[str, Any]]:
         """How many of a batch are this worker's own, by what they are, and the batch with the
@@ -43,6 +50,7 @@ class HeldOut:
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.model.training:
+            self._trained += self._rows(inputs)
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         counts, own = self._own_part(inputs)
         with _alone(self.accelerator):
@@ -65,6 +73,9 @@ class HeldOut:
                     del figures[name]
             self._counts.clear()
             self._losses.clear()
+        if "loss" in logs:  # of a step; every worker is here
+            logs["rows"] = self._trained_by_all()
+            self._trained = 0
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _own(self, batch: int) -> int:
@@ -74,6 +85,12 @@ class HeldOut:
         if left <= 0:
             return batch
         return max(0, min(batch, left - self.accelerator.process_index * batch))
+
+    def _trained_by_all(self) -> float:
+        import torch
+
+        mine = torch.tensor([self._trained], dtype=torch.float64, device=self.accelerator.device)
+        return float(self.accelerator.gather(mine).sum())
 
     def _of_all(self, figures: Mapping[str, Sequence[float]]) -> dict[str, float]:
         """Each figure over what all workers have counted, but for those that are over nothing."""
@@ -107,8 +124,11 @@ _OF_TOKENS = {
 class HeldOutPairs(HeldOut):
     """A figure is a mean over pairs, or over the tokens of their answers."""
 
+    def _rows(self, inputs: Mapping[str, Any]) -> int:
+        return len(inputs["input_ids"]) // 2
+
     def _own_part(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-        own = self._own(len(inputs["input_ids"]) // 2)
+        own = self._own(self._rows(inputs))
         part = first_pairs(inputs, own)
         counts = {"pairs": own}
         if "completion_mask" in part:
@@ -138,6 +158,11 @@ class HeldOutTokens(HeldOut):
         return super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
+
+    def _rows(self, inputs: Mapping[str, Any]) -> int:
+        if self._lengths is None:
+            return len(inputs["input_ids"])
+        return int((inputs["position_ids"] == 0).sum())  # where a row of a sequence begins
 
     def _own_part(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, int], Mapping[str, Any]]:
         labels = inputs["labels"].clone()

@@ -258,7 +258,8 @@ def _follower(job: PreferenceJob, relay: Any, alive: SignOfLife) -> Any:
                 return
             figures = renamed(logs)
             if "loss" in figures and self._began:
-                figures["time/step"] = time.monotonic() - self._began
+                figures["time/step"] = seconds = time.monotonic() - self._began
+                figures["throughput/samples_per_s"] = logs["rows"] / seconds
             step, known = self._pending or (state.global_step, {})
             self._pending = (step, {**known, **figures})
             # All of them are of all ranks, which so agree without a word.

@@ -65,7 +65,6 @@ class Recorded(Figures):
     def __init__(
         self,
         recorder: Recorder,
-        pairs_per_step: int,
         known: int,
         saved: Callable[[], None] = lambda: None,
     ) -> None:
@@ -75,7 +74,6 @@ class Recorded(Figures):
         self._recorder = recorder
         self._saved = saved
         self._saving: Future[None] | None = None
-        self._pairs_per_step = pairs_per_step
         self._step = known
         self._starts = 0
 
@@ -113,9 +111,7 @@ class Recorded(Figures):
             self._recorder.truncate_after(step - 1)
         elif step <= self._step:
             return
-        seconds = metrics.get("time/step")
-        speed = {"throughput/samples_per_s": self._pairs_per_step / seconds} if seconds else {}
-        figures = {**_halved_ties(metrics), **speed}
+        figures = _halved_ties(metrics)
         self._recorder.step(step, figures)
         self._step = step
         super().step(step, figures)

@@ -227,8 +227,7 @@ class PreferenceTrainer:
                 self.config, self.config.tracking, rundir, self.total_steps, max(known, 0), started
             )
             with recorded(files, rundir, self.total_steps, (NotFinite,)) as recorder:
-                per_step = self.config.train.pairs_per_step
-                told = Recorded(recorder, per_step, known, storage.keep_list)
+                told = Recorded(recorder, known, storage.keep_list)
                 for kind, fields in self.inputs.events():
                     recorder.event(kind, **fields)
                 for line in [*rundir.told(), *self.inputs.told()]:

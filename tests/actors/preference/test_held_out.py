@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from actors.preference.held_out import HeldOutPairs, first_pairs
+from actors.preference.held_out import ROW_LENGTHS, HeldOutPairs, HeldOutTokens, first_pairs
 
 
 class Workers:
@@ -162,6 +162,60 @@ def test_figures_of_training_stay_as_they_are_and_the_next_evaluation_starts_ane
     trainer.see([0.25])
     trainer.log({})
     assert trainer.logged["accuracy"] == 2.5
+
+
+class Bare:
+    """A trainer that computes nothing."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.model = SimpleNamespace(training=True)
+        self.accelerator = accelerator
+
+    def compute_loss(self, *args: Any, **options: Any) -> torch.Tensor:
+        return torch.zeros(())
+
+    def log(self, logs: dict[str, float]) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch", "rows"),
+    [
+        (HeldOutPairs, {"input_ids": torch.zeros(6, 5)}, 3),
+        (HeldOutTokens, {"input_ids": torch.zeros(3, 5)}, 3),
+        (
+            HeldOutTokens,
+            {
+                "input_ids": torch.zeros(1, 9),
+                "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 0, 1, 2]]),
+                ROW_LENGTHS: torch.tensor([5, 4]),
+            },
+            4,
+        ),
+    ],
+    ids=["pairs", "padded", "packed"],
+)
+def test_a_step_has_the_rows_that_all_workers_trained_on_in_it(
+    kind: type, batch: dict[str, torch.Tensor], rows: int
+) -> None:
+    together = Workers(2)
+    made: Any = type("Counting", (kind, Bare), {})
+
+    def work(index: int) -> list[dict[str, float]]:
+        trainer = made(Accelerator(index, together))
+        logged: list[dict[str, float]] = []
+        for passes in (2, 1):
+            for _ in range(passes):
+                trainer.compute_loss(None, dict(batch))
+            logged.append({"loss": 1.0})
+            trainer.log(logged[-1])
+        logged.append({"train_runtime": 1.0})
+        trainer.log(logged[-1])
+        return logged
+
+    with ThreadPoolExecutor(2) as pool:
+        for first, second, last in pool.map(work, range(2)):
+            assert (first["rows"], second["rows"]) == (4 * rows, 2 * rows)
+            assert "rows" not in last
 
 
 def test_of_a_batch_the_first_pairs_are_both_their_sides() -> None:

@@ -163,8 +163,9 @@ def test_the_loss_is_the_mean_over_the_trained_tokens_of_a_step(
     request: pytest.FixtureRequest, tmp_path: Path, shared_out: tuple[str, ...], model: str
 ) -> None:
     folder = request.getfixturevalue(model)
-    found = first_step(made_of(folder, tmp_path, "train.max_grad_norm=1e9", *shared_out))
-    assert found == pytest.approx(mean_over_tokens(folder), rel=1e-5)
+    trainer = made_of(folder, tmp_path, "train.max_grad_norm=1e9", *shared_out)
+    assert first_step(trainer) == pytest.approx(mean_over_tokens(folder), rel=1e-5)
+    assert trainer.state.log_history[0]["rows"] == ROWS
 
 
 @pytest.mark.parametrize("lora", [(), ("model.lora.r=2",)], ids=str)

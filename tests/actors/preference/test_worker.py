@@ -17,7 +17,7 @@ import torch
 from actors.preference import worker
 from actors.preference.relay import Relay
 from actors.preference.worker import owes_evaluation, train_worker
-from tests.actors.preference.test_trainers import columns_of, job_of, table
+from tests.actors.preference.test_trainers import PAIRS, columns_of, job_of, table
 
 Happens = Callable[[Any, Relay], None]
 """Something that befalls the model and the relay."""
@@ -34,9 +34,9 @@ class Work:
         self.relay = Relay()
         self.happens: dict[tuple[str, int], Happens] = {}
 
-    def __call__(self, steps: int, **changes: Any) -> None:
+    def __call__(self, steps: int, *overrides: str, **changes: Any) -> None:
         kind, self.relay = "reward_model", Relay()
-        job = job_of(self.model, self.folder, kind=kind, steps=steps, held_out=2)
+        job = job_of(self.model, self.folder, overrides, kind=kind, steps=steps, held_out=2)
         job = replace(job, scratch="scratch", **{"save_every": 1, **changes})
         rows = table(columns=columns_of(kind))
         given = {"job": job, "train": rows, "eval": rows.slice(0, 2)}
@@ -197,6 +197,16 @@ def test_the_step_that_runs_as_a_stop_comes_is_the_last_and_its_evaluation_is_ma
     kinds = [kind for kind, _ in work.news if kind in ("started", "step", "training")]
     assert kinds[:3] == ["started", "step", "training"]
     assert (work.folder / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_samples_a_second_are_of_the_rows_that_a_step_really_had(work: Work) -> None:
+    work(3, f"train.pairs_per_worker={PAIRS - 2}")
+    rows = [
+        fields["metrics"]["throughput/samples_per_s"] * fields["metrics"]["time/step"]
+        for fields in work.of("step")
+    ]
+    assert rows == pytest.approx([PAIRS - 2, 2, PAIRS - 2])
 
 
 @pytest.mark.slow

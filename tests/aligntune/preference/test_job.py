@@ -196,7 +196,7 @@ def test_a_job_that_ran_out_of_gpu_memory_names_keys_of_its_own() -> None:
 def test_pairs_that_are_all_ties_are_right_by_half() -> None:
     told: list[dict[str, float]] = []
     recorder = SimpleNamespace(step=lambda step, figures: told.append(figures))
-    recorded = Recorded(recorder, pairs_per_step=4, known=-1)  # type: ignore[arg-type]
+    recorded = Recorded(recorder, known=-1)  # type: ignore[arg-type]
     ties = {"reward/accuracy": 0.0, "reward/margin": 0.0}
     recorded.step(0, {f"eval/{name}": value for name, value in ties.items()})
     recorded.step(1, ties)

@@ -35,10 +35,9 @@ def test_a_tracker_that_fails_is_an_event_and_every_figure_is_written(
     monkeypatch.setitem(SERVICES, "wandb", lambda *_: Dead())
     settings = config("tracking.trackers=[wandb]")
     with Recorder(settings, settings.tracking, RunDir(tmp_path), 3, 0) as recorder:
-        told = Recorded(recorder, 8, known=-1)
+        told = Recorded(recorder, known=-1)
         for step in (1, 2, 2, 3, 1):
             told.step(step, {"loss": 0.5, "time/step": 2.0})
-        assert told.last["throughput/samples_per_s"] == 4.0
     assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     first, last = read_lines(tmp_path / "events.jsonl")
     assert (first["kind"], first["reason"]) == ("tracker_failed", "ConnectionError: gone")
@@ -48,14 +47,13 @@ def test_a_tracker_that_fails_is_an_event_and_every_figure_is_written(
 def test_an_evaluation_that_was_owed_joins_the_row_of_its_step(tmp_path: Path) -> None:
     settings = config("tracking.trackers=[]")
     with Recorder(settings, settings.tracking, RunDir(tmp_path), 5, 0) as recorder:
-        told = Recorded(recorder, 8, known=-1)
+        told = Recorded(recorder, known=-1)
         for step in (1, 2):
             told.step(step, {"loss": float(step), "time/step": 4.0})
         for _ in range(2):  # from a checkpoint that does not have it, once and again
             told.restart(2, {1: {"loss": 1.0}, 2: {"loss": 2.0}})
             told.step(2, {"eval/loss": 0.5, "epoch": 0.1})
-        whole = {"loss": 2.0, "time/step": 4.0, "throughput/samples_per_s": 2.0}
-        whole |= {"eval/loss": 0.5, "epoch": 0.1}
+        whole = {"loss": 2.0, "time/step": 4.0, "eval/loss": 0.5, "epoch": 0.1}
         assert told.last == whole
         told.step(3, {"loss": 3.0})
     rows = read_lines(tmp_path / "metrics.jsonl")
@@ -68,7 +66,7 @@ def test_on_a_restart_later_figures_are_forgotten_and_missing_ones_come_from_the
 ) -> None:
     settings = config("tracking.trackers=[]")
     with Recorder(settings, settings.tracking, RunDir(tmp_path), 5, 0) as recorder:
-        told = Recorded(recorder, 8, known=last_step(tmp_path / "metrics.jsonl"))
+        told = Recorded(recorder, known=last_step(tmp_path / "metrics.jsonl"))
         for step in (0, 1, 3, 4):
             told.step(step, {"loss": float(step), "time/step": 1.0})
         told.restart(3, {1: {"loss": 1.0}, 2: {"loss": 2.0}, 3: {"loss": 3.0}, 4: {"loss": 9.0}})
@@ -87,7 +85,7 @@ def test_a_job_that_goes_on_shows_the_last_evaluation_of_its_checkpoint(
     settings = config("tracking.trackers=[]")
     history = {0: {"eval/loss": 0.75}, 1: {"loss": 1.0}, 2: {"loss": 2.0, "eval/loss": 0.25}}
     with Recorder(settings, settings.tracking, RunDir(tmp_path), 5, 0) as recorder:
-        told = Recorded(recorder, 8, known=-1)
+        told = Recorded(recorder, known=-1)
         for step in (2, 1):
             told.restart(step, history)
             told.step(step + 1, {"loss": 3.0})

@@ -309,7 +309,7 @@ def test_a_copy_is_made_beside_the_job_and_one_that_fails_is_an_event() -> None:
             told.set()
 
     recorder: Any = SimpleNamespace(event=event)
-    recorded = Recorded(recorder, 2, -1, saved)
+    recorded = Recorded(recorder, -1, saved)
     for step in (1, 2):  # the second comes while the disk is slow, and waits for nothing
         recorded.event(EventKind.CHECKPOINT_SAVED, step=step)
     assert asked.wait(60)
