@@ -93,6 +93,14 @@ def check_online_keys(config: RunConfig) -> None:
             "nothing is copied without checkpoint.storage",
             "set that",
         )
+    if config.rollout.engine.name == "transformers":
+        refuse_ignored(
+            "rollout",
+            config.rollout,
+            ("max_concurrent_groups",),
+            "a replica with rollout.engine=transformers always has 2 groups in flight",
+            "use rollout.engine=vllm",
+        )
     if config.algorithm.places_turn_rewards:
         refuse_ignored(
             "episodes",

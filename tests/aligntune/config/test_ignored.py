@@ -29,6 +29,11 @@ TABLES = [{**BASE, "algorithm": name} for name in ("dpo", "sft", "reward_model")
             "checkpoint.copy_timeout_s=60",
             "without checkpoint.storage; set that, or remove it",
         ),
+        (
+            {**ONLINE, "rollout": {"engine": "transformers"}},
+            "rollout.max_concurrent_groups=8",
+            "always has 2 groups in flight; use rollout.engine=vllm, or remove it",
+        ),
         *(
             (tree, "hub.private=false", "nothing is pushed without hub.push_to")
             for tree in (ONLINE, SCORED)
@@ -71,6 +76,11 @@ def test_a_key_that_would_do_nothing_is_refused_in_one_line(
         (ONLINE, ["hub.private=false", "hub.timeout_s=60", "hub.push_to=me/it"]),
         ({**ONLINE, "agent": "a:play"}, ["episodes.discount=0.9"]),
         (ONLINE, ["cluster.object_store_gib=2"]),
+        *(
+            (ONLINE, ["rollout.max_concurrent_groups=8", f"rollout.engine={engine}"])
+            for engine in ("auto", "vllm")
+        ),
+        (ONLINE, ["rollout.max_concurrent_groups=32", "rollout.engine=transformers"]),
         (TABLES[2], ["data.chosen_column=best", "data.rejected_column=worst"]),
         (ONLINE, ["cluster.placement_timeout_s=9", "rewards.0.workers=2"]),
         (ONLINE, ["rewards.0={url: 'http://x/y'}", "train.stall_timeout_s=100"]),
