@@ -40,7 +40,11 @@ def evaluate(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(min=0, help="sampled completions a prompt, beside the greedy one"),
+        typer.Option(
+            min=0,
+            help="sampled completions a prompt, beside the greedy one; default: eval.completions "
+            "with a temperature, else none",
+        ),
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(min=0.01, help="of the sampled ones; default: the run's")

@@ -76,7 +76,11 @@ def train(
     ] = None,
     held_out: Annotated[
         str | None,
-        typer.Option("--eval", metavar="FILE", help="held-out data, scored as the run goes on"),
+        typer.Option(
+            "--eval",
+            metavar="FILE",
+            help="held-out data, scored before and after; eval.every_steps=N in between too",
+        ),
     ] = None,
     reward: Annotated[
         list[str] | None,

@@ -88,7 +88,11 @@ class TrackingSpec(Spec):
         ["tensorboard"], description="where figures go too"
     )
     project: str = Field("aligntune", description="its name at W&B, MLflow and Trackio")
-    name: str | None = Field(None, description="of the run there; default: output_dir's last part")
+    name: str | None = Field(
+        None,
+        description="of the run there; default: output_dir's last part. Trackio has the run's "
+        "tracking_id behind it",
+    )
     group: str | None = Field(None, description="of runs that belong together there")
     tags: list[str] = Field([], description="of the run at W&B, MLflow and Trackio")
     entity: str | None = Field(None, description="W&B's user or team; default: your own")

@@ -10,6 +10,7 @@ from aligntune.evaluation.store import Summary
 from aligntune.tracking.lines import cut
 
 SHOWN_CHARACTERS = 300  # of a text
+INTERVALS = "Wilson's for pass@1 of one completion a prompt, bootstrap over prompts for all else"
 
 
 def shown(summary: Summary) -> list[str]:
@@ -29,8 +30,7 @@ def shown(summary: Summary) -> list[str]:
         f"{summary.name}: {described(summary)}, {summary.prompts} prompts{failed}; "
         f"a completion passes with {summary.success}",
         *columns(table),
-        f"{summary.confidence:.0%} intervals: Wilson's for one greedy completion a prompt, "
-        "bootstrap over prompts for all else",
+        f"{summary.confidence:.0%} intervals: {INTERVALS}",
         *(
             [f"majorities count {summary.answers}"]
             if any(name.startswith("maj@") for name in names)

@@ -43,8 +43,8 @@ def decodings(
 ) -> dict[str, Decoding]:
     """A greedy completion a prompt and, beside it, `samples` sampled ones.
 
-    By default those that the eval section says; the temperature is the section's, or where that
-    is greedy the rollouts'.
+    By default those that the eval section says: none where it is greedy and no `temperature` is
+    given. The temperature is the section's, or where that is greedy the rollouts'.
     """
     own = config.eval
     if samples is None:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from aligntune.data.folders import KINDS, kind_of
-from aligntune.evaluation.shown import estimated
+from aligntune.evaluation.shown import INTERVALS, estimated
 from aligntune.evaluation.statistics import CONFIDENCE
 from aligntune.evaluation.store import Summary, evaluations_of, read_summary
 from aligntune.report.settings import settings
@@ -203,8 +203,7 @@ def _evaluated(summary: Summary) -> str:
     rows = [(n, *(estimated(way.figures.get(n)) for way in ways.values())) for n in names]
     return (
         f"{_table(heads, rows)}\n\nA completion passes with {summary.success}. Intervals are at "
-        f"{summary.confidence:.0%}: Wilson's for one greedy completion a prompt, else bootstrap "
-        "over prompts."
+        f"{summary.confidence:.0%}: {INTERVALS}."
     )
 
 

@@ -128,6 +128,16 @@ def test_a_command_that_takes_much_shows_an_example(
     assert any(line.startswith(f"aligntune {command}") for line in lines)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "key"), [("train", "eval.every_steps=N"), ("evaluate", "eval.completions")]
+)
+def test_the_help_names_the_key_that_says_how_much_is_evaluated(
+    command: str, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert key in help_of(command, capsys)
+
+
 def test_the_help_of_train_names_every_algorithm() -> None:
     names = ALGORITHMS.replace(" or", "").split(", ")
     assert names == [*sorted(registry.names(), key=names.index), *PREFERENCE, "module:Class"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -30,16 +31,21 @@ import torch
 from actors.preference.worker import METRICS
 from aligntune import cli
 from aligntune.algorithms import registry
+from aligntune.commands.submit import follow
 from aligntune.config import keywords
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.config.preference import ALGORITHMS as PREFERENCE
+from aligntune.evaluation.statistics import bootstrap, wilson
+from aligntune.online.evaluating import decodings
 from aligntune.quickstart.settings import TASKS, quickstart_settings
 from aligntune.rewards.catalogue import REWARDS
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import IDENTITY
 from aligntune.tracking.advice import CHECKS
 from aligntune.tracking.metrics import EventKind
+from aligntune.tracking.trackers import SERVICES
+from aligntune.tracking.views import KEPT
 from tests import drivers
 from tests.e2e.test_page_examples import PAGE
 from tests.stand_ins import LOCAL, ON_CPU, REPOSITORY, SHORT, write_stand_ins
@@ -595,6 +601,55 @@ def test_algorithms_are_listed_with_their_needs_and_backends() -> None:
         needs = algorithm.model_construct(**{n: f.default for n, f in fields.items()}).needs
         assert (row[4] == "yes") == needs.critic
         assert ("a reward model" in row[3]) == needs.reward_model
+
+
+def prose_of(name: str) -> str:
+    """The text of a document in one line."""
+    return " ".join(text_of(name).split())
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_the_prose_says_what_weighs_the_loss_of_every_algorithm(name: str) -> None:
+    page = prose_of(f"docs/{name}.md")
+    assert "correction" in registry.get(name).model_fields
+    assert "rollout correction; see [Algorithms](algorithms.md#notation)" in page
+
+
+def test_the_prose_on_trackers_is_as_they_are() -> None:
+    page = prose_of("docs/configuration.md")
+    assert f"the newest {KEPT:,} rows and tables" in page
+    for service in SERVICES.values():  # what was sent stays
+        service.truncate_after(None, 1)  # type: ignore[attr-defined]
+    assert "after a rollback stand there twice, but in TensorBoard" in page
+
+
+def test_the_prose_on_evaluations_says_what_is_sampled_and_which_intervals_there_are() -> None:
+    page = prose_of("docs/evaluation.md")
+    config = load_config(
+        {
+            "algorithm": "grpo",
+            "model": {"name": "m"},
+            "data": {"path": "d", "eval_path": "e"},
+            "rewards": ["math"],
+            "output_dir": "o",
+        }
+    )
+    assert isinstance(config, RunConfig)
+    assert [*decodings(config)] == ["greedy"]
+    assert decodings(config, temperature=0.7)["sampled"].completions == config.eval.completions
+    assert "adds `eval.completions` of them, and so does `--temperature` alone." in page
+    assert wilson(1, 1).low is not None
+    assert bootstrap([1.0]).low is None
+    assert "`pass@1` of one completion a prompt, greedy or sampled," in page
+    assert "One prompt has no bootstrap interval." in page
+
+
+def test_exit_codes_of_a_job_that_is_followed_are_in_the_table() -> None:
+    table = text_of("docs/clusters.md").partition("| exit code of `submit`")[2].partition("\n\n")[0]
+    told = {code for row in table.splitlines() for code in re.findall(r"\d+", row.split("|")[1])}
+    known = set(re.findall(r"(?:return|code ==) (\d+)", inspect.getsource(follow)))
+    assert known >= {"1", "127", "130"}
+    assert known <= told
 
 
 def test_what_is_said_not_to_be_there_is_not() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from aligntune.evaluation.shown import shown
 from aligntune.evaluation.statistics import bootstrap, wilson
 from aligntune.evaluation.store import Decoded, Summary, write_evaluation
 from aligntune.evaluation.summary import Success
@@ -101,6 +102,19 @@ def test_no_evaluation_is_told_of_weights_that_were_trained_again(
     ]
     lines(folder / "events.jsonl", events)
     assert ("| data/test.jsonl, 3 prompts |" in card(open_run(folder), 60)) is told
+
+
+def test_each_figure_has_the_interval_that_the_line_below_it_says(tmp_path: Path) -> None:
+    """One sampled completion a prompt is a single trial, as a greedy one is."""
+    summary = summary_of(60)
+    greedy = summary.decodings["greedy"]
+    sampled = greedy.model_copy(update={"temperature": 1.0})
+    summary = summary.model_copy(update={"decodings": {"greedy": greedy, "sampled": sampled}})
+    folder = online_run(tmp_path / "sums")
+    write_evaluation(folder / "evaluations", summary, [])
+    line = "Wilson's for pass@1 of one completion a prompt, bootstrap over prompts for all else"
+    assert shown(summary)[-1] == f"95% intervals: {line}"
+    assert f"Intervals are at 95%: {line}." in card(open_run(folder), 60)
 
 
 def test_each_source_has_its_own_split_and_hub_names_alone_are_data_sets_of_the_hub(
