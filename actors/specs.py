@@ -152,7 +152,9 @@ class RolloutSpec(Spec):
     max_concurrent_groups: Positive = Field(
         32, description="in flight per replica of vllm; the transformers engine has 2"
     )
-    generation_timeout_s: Seconds = Field(600.0, description="longest wait for one group")
+    generation_timeout_s: Seconds = Field(
+        600.0, description="longest wait for one group; auto: 600 or more", json_schema_extra=AUTO
+    )
     weight_sync: WeightSyncField = Field(
         FullSpec(),
         description="what is sent of each version: full, all weights; delta, those that have "

@@ -26,7 +26,7 @@ from aligntune.shapes import loaded_shape
 from cluster.bundles import BadRequest
 from cluster.machines import Machines, machines
 from cluster.placement import DoesNotFit
-from cluster.plan.auto import CACHE, choose
+from cluster.plan.auto import CACHE, WAIT, choose
 from cluster.plan.shapes import BadModelConfig, ModelShape
 from cluster.plan.work import Work
 from cluster.session import ClusterUnreachable
@@ -82,7 +82,7 @@ def settle_resources(
         raise UserError(str(error)) from error
     decided = [Decision(one.path, one.value, one.why) for one in choice.decided]
     values = {one.path: one.value for one in decided}
-    cache = values.pop(CACHE, None)
+    cache, wait = values.pop(CACHE, None), values.pop(WAIT, None)
     config = settled(config, values)
     if there.here:
         _check_engine(config)
@@ -90,7 +90,7 @@ def settle_resources(
             why = f"an engine may sample {tokens:,} tokens in this run"
             decided.append(Decision("rollout.engine.compiles", True, why))
             config = _compiling(config)
-    return _with_cache(config, cache), (*kept, *decided)
+    return _with_wait(_with_cache(config, cache), wait), (*kept, *decided)
 
 
 def _sampled_on_cpu(config: RunConfig, steps: Callable[[], int]) -> int:
@@ -133,6 +133,14 @@ def _with_cache(config: RunConfig, gib: float | None) -> RunConfig:
     rollout = config.rollout
     engine = with_open(rollout.engine, CACHE.rpartition(".")[2], gib)
     return config.model_copy(update={"rollout": rollout.model_copy(update={"engine": engine})})
+
+
+def _with_wait(config: RunConfig, seconds: float | None) -> RunConfig:
+    """With more time for a group. The key stays open: on other machines it is another."""
+    if seconds is None:
+        return config
+    rollout = with_open(config.rollout, WAIT.rpartition(".")[2], seconds)
+    return config.model_copy(update={"rollout": rollout})
 
 
 def _check_engine(config: RunConfig) -> None:

@@ -156,6 +156,7 @@ def _trained(
         sends_changes=policy and config.rollout.weight_sync.name == "delta",
         send_buffer=_send_buffer(config) if policy else 0,
         shares_weights=policy and config.rollout.weight_sync.name == "ipc",
+        timeout_s=spec.update_timeout_s,
     )
 
 
@@ -218,6 +219,7 @@ def _rollout(config: RunConfig, shape: ModelShape, dtype_bytes: int) -> Rollout:
         takes_whole=spec.weight_sync.name == "full",
         send_buffer=_send_buffer(config),
         scores=shape.keeps_scores(config.model.attention),
+        timeout_s=spec.generation_timeout_s,
     )
 
 

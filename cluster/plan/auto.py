@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.bundles import BadRequest
+from cluster.bundles import BadRequest, RoleRequest
 from cluster.placement import DoesNotFit
 from cluster.plan.candidates import ANY_ROOM, BUDGETS, Search
+from cluster.plan.durations import Rates, group_seconds
 from cluster.plan.fit import memory_of, shortest, times_of, try_draft
 from cluster.plan.memory import GIB, row_bytes
 from cluster.plan.plan import make_plan
@@ -29,6 +30,8 @@ FEWER = 0.75  # is taken where it needs at most this of the best one's GPUs
 CPU_BUDGET = 4096  # tokens of a micro-batch: the caches of a CPU hold no more
 TRIES = 50
 CACHE = "rollout.engine.kv_cache_gib"
+WAIT = "rollout.generation_timeout_s"
+SLOWER = 2  # than by the plan a replica may be before it is taken for one that hangs
 FEW_CPUS = 0.25  # of a replica, where a cluster has too few for one each
 NOWHERE = (
     "no arrangement of the roles was found on this cluster; where ranks, replicas, resources or "
@@ -240,6 +243,22 @@ def _all(chosen: Candidate, open_: frozenset[str], search: Search | None) -> Ite
                 )
     if search is not None and work.rollout.engine == "vllm" and "rollout" in search.on_gpu:
         yield from _of_engine(work, search)
+    yield from _of_waiting(work, requests["rollout"], search)
+
+
+def _of_waiting(work: Work, request: RoleRequest, search: Search | None) -> Iterator[Decided]:
+    """More time for a group, where a replica that is full needs it; or it would be killed with all
+    of its groups, and the next one too."""
+    if search is None and request.gpus:
+        return  # of a type that is not known
+    cpus = Rates.of_cpu(work.threads.get("rollout", request.cpus))
+    rates = cpus if search is None else search.rates["rollout"]
+    memory = memory_of(work, {} if search is None else search.gpus)["rollout"]
+    seconds = group_seconds(work.rollout, work.step, rates, memory)
+    limit = 100.0 * math.ceil(SLOWER * seconds / 100)
+    if limit > work.rollout.timeout_s:
+        why = f"by the plan {seconds:.3g} s where a replica has all the groups that it may"
+        yield Decided(WAIT, limit, why)
 
 
 def _of_engine(work: Work, search: Search) -> Iterator[Decided]:

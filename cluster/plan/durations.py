@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.gpus import GpuType
 from cluster.plan.memory import Memory, kv_bytes
@@ -29,6 +29,7 @@ VLLM_STEP = 2e-3  # seconds of a decoding step beside the arithmetic
 LAYER_STEP = 4e-4  # the same for transformers, a layer
 ALL_REDUCE = 15e-6  # seconds of a small one between shards
 VLLM_SEQUENCES = 256  # that vLLM decodes at once in one replica
+TRANSFORMERS_GROUPS = 2  # that a replica of transformers has: one runs and one waits
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,16 @@ def rollout_seconds(work: Rollout, step: Step, rates: Rates, memory: Memory) -> 
     overhead += 2 * shape.layers * ALL_REDUCE * (shards > 1)
     decoding = max(read / bandwidth, arithmetic) + overhead
     return prefill + math.ceil(sequences / at_once) * step.completion_tokens * decoding
+
+
+def group_seconds(work: Rollout, step: Step, rates: Rates, memory: Memory) -> float:
+    """The longest that a group, or a turn of its episodes, is at a replica: with all the groups
+    that this may have, every completion at its limit."""
+    vllm = work.engine == "vllm"
+    groups = work.max_concurrent_groups if vllm else TRANSFORMERS_GROUPS
+    before = max(step.prompt_tokens, step.row - step.completion_tokens)
+    full = replace(step, groups=groups, prompt_tokens=before)
+    return rollout_seconds(replace(work, replicas=1), full, rates, memory)
 
 
 def concurrency(work: Rollout, step: Step, memory: Memory) -> int:

@@ -206,15 +206,21 @@ def try_draft(work: Work, cluster: Cluster) -> Draft | None:
     return None if isinstance(found, Shortage) else draft_of(work, cluster, found)
 
 
+def rates_of(placement: Placement, work: Work, cluster: Cluster) -> dict[str, Rates]:
+    """What the device of each role with a model does in a second, in that place."""
+    rates = {}
+    cpus = {request.role: work.threads.get(request.role, request.cpus) for request in work.requests}
+    for role, dtype_bytes in {one.role: one.dtype_bytes for one in work.models}.items():
+        gpu = gpu_of(role, placement, cluster)
+        rates[role] = Rates.of_gpu(gpu, dtype_bytes) if gpu else Rates.of_cpu(cpus[role])
+    return rates
+
+
 def times_of(draft: Draft, work: Work, cluster: Cluster) -> Times:
     """Seconds of the parts of a step, in that place."""
-    rates, spans, slots = {}, {}, draft.placement.slots
-    dtypes = {one.role: one.dtype_bytes for one in work.models}
-    cpus = {request.role: work.threads.get(request.role, request.cpus) for request in work.requests}
-    for role, dtype_bytes in dtypes.items():
-        gpu = gpu_of(role, draft.placement, cluster)
-        rates[role] = Rates.of_gpu(gpu, dtype_bytes) if gpu else Rates.of_cpu(cpus[role])
-        spans[role] = len({slot.node for slot in slots[role]})
+    slots = draft.placement.slots
+    rates = rates_of(draft.placement, work, cluster)
+    spans = {role: len({slot.node for slot in slots[role]}) for role in rates}
     far = len({slot.node for slot in slots["rollout"]} - {slots["policy"][0].node})
     shared = {
         tuple(role for role, _ in use.occupants) for use in draft.uses if use.device is not None

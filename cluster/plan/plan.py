@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.bundles import bundle_sets
 from cluster.placement import DoesNotFit, Placement, Shortage, place
-from cluster.plan.durations import ASSUMPTIONS, Times
+from cluster.plan.durations import ASSUMPTIONS, Times, group_seconds
 from cluster.plan.fit import (
     Draft,
     Short,
@@ -22,6 +22,7 @@ from cluster.plan.fit import (
     draft_of,
     excess,
     gib,
+    rates_of,
     shortest,
     times_of,
     try_draft,
@@ -130,7 +131,7 @@ def make_plan(work: Work, cluster: Cluster) -> Plan:
         draft.uses,
         seconds,
         tuple(_faster(work, cluster, seconds)),
-        tuple(_notes(work, cluster, draft)),
+        (*_notes(work, cluster, draft), *_too_short(work, cluster, draft, seconds)),
     )
 
 
@@ -230,6 +231,23 @@ def _notes(work: Work, cluster: Cluster, draft: Draft) -> Iterator[str]:
     if unknown:
         name = cluster.nodes[min(unknown)].name
         yield f"memory of the host is not known of {len(unknown)} node(s), such as {name}"
+
+
+def _too_short(work: Work, cluster: Cluster, draft: Draft, seconds: Times) -> Iterator[str]:
+    """Limits of time that this run goes beyond with all completions at theirs."""
+    rates = rates_of(draft.placement, work, cluster)["rollout"]
+    group = group_seconds(work.rollout, work.step, rates, draft.memory["rollout"])
+    if group > work.rollout.timeout_s:
+        yield (
+            f"a group may take {group:.3g} s, and a replica is lost after "
+            f"rollout.generation_timeout_s={work.rollout.timeout_s:g}: raise it, or lower "
+            "rollout.max_concurrent_groups"
+        )
+    if seconds.update > work.policy.timeout_s:
+        yield (
+            f"an update takes {seconds.update:.3g} s, and the ranks are lost after "
+            f"policy.update_timeout_s={work.policy.timeout_s:g}: raise it"
+        )
 
 
 def _count(parameters: float) -> str:

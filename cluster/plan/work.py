@@ -94,6 +94,7 @@ class Trained:
     sends_changes: bool = False  # rank 0 keeps the weights that it has sent last
     send_buffer: int = 0  # bytes of one that goes from GPU to GPU; 0: weights go by the host
     shares_weights: bool = False  # replicas on the ranks' GPUs load them from there
+    timeout_s: float = 3600.0  # the longest wait for an update
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class Rollout:
     takes_whole: bool = True  # versions come whole, through the object store
     send_buffer: int = 0  # as of the policy
     scores: bool = False  # as of the policy, with the engine transformers
+    timeout_s: float = 600.0  # the longest wait for a group
     role: str = "rollout"
 
     @property

@@ -24,6 +24,7 @@ from aligntune.runs.rundir import changes
 from aligntune.shapes import known_shape
 from cluster.machines import Machines
 from cluster.plan.memory import frozen_memory, trained_memory
+from cluster.plan.plan import make_plan
 from cluster.resources import described
 
 LAPTOP = Machines(described(1, 0, None, 8), 8, here=True)
@@ -211,6 +212,42 @@ def test_without_a_gpu_a_run_is_as_it_was_but_for_its_threads() -> None:
     assert now.policy.resources.cpus == 1.0
     assert (now.model.dtype, now.policy.strategy.name) == ("float32", "torch")
     assert "rollout.engine" not in decided
+
+
+@pytest.mark.parametrize(
+    ("there", "tokens", "set_", "waits"),
+    [
+        (EIGHT_H100, 1024, None, 600),
+        (EIGHT_H100, 32_768, None, None),
+        (EIGHT_H100, 32_768, 700, 700),
+        (LAPTOP, 16, None, 600),
+        (LAPTOP, 4096, None, None),
+    ],
+)
+def test_a_full_replica_has_the_time_that_it_takes_by_the_plan(
+    there: Machines, tokens: int, set_: float | None, waits: float | None
+) -> None:
+    """Or it would be killed with all its groups, and the next one too."""
+    given = config(f"rollout.max_completion_length={tokens}")
+    if set_ is not None:
+        given = config(
+            f"rollout.max_completion_length={tokens}",
+            f"rollout.generation_timeout_s={set_}",
+            "policy.update_timeout_s=0.1",
+        )
+    now, decided = settle(given, there)
+    made = make_plan(work_of(now, known_shape), there.cluster)
+    told = " ".join(made.notes)
+    assert ("rollout.generation_timeout_s=700" in told) == (set_ is not None)
+    assert ("policy.update_timeout_s=0.1" in told) == (set_ is not None)
+    if waits is None:
+        assert now.rollout.generation_timeout_s == decided["rollout.generation_timeout_s"] > 600
+        again, _ = settle(load_config(yaml.safe_load(dump(now))), there)  # type: ignore[arg-type]
+        assert again == now
+        assert open_settings(again) == open_settings(now)
+    else:
+        assert now.rollout.generation_timeout_s == waits
+        assert "rollout.generation_timeout_s" not in decided
 
 
 @pytest.mark.parametrize(
