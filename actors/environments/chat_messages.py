@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from actors.messages import Messages
@@ -10,6 +11,8 @@ from actors.messages import Messages
 NESTING = 100
 """Levels of a message's calls at most. Python's own limit, of about 1,000, would be met later, by
 what writes or sends them."""
+
+_HALF = re.compile("[\ud800-\udfff]")  # JSON can spell it, and no tokenizer and no file takes it
 
 
 def normalised(messages: Messages) -> Messages:
@@ -32,8 +35,8 @@ def normalised(messages: Messages) -> Messages:
         kept["content"] = _text(kept.get("content", ""), index)
         if calls := kept.pop("tool_calls", None):
             kept["tool_calls"] = [_tool_call(call, index) for call in calls]
-            if too_deep(kept["tool_calls"]):
-                raise ValueError(f"message {index} has calls nested deeper than {NESTING} levels")
+            if why := unsendable(kept["tool_calls"]):
+                raise ValueError(f"message {index} has calls {why}")
             names |= {c["id"]: c["function"]["name"] for c in kept["tool_calls"] if "id" in c}
         if kept["role"] == "tool" and "name" not in kept:
             name = names.get(kept.get("tool_call_id", ""))
@@ -69,17 +72,19 @@ def _tool_call(call: Any, index: int) -> dict[str, Any]:
     return {"id": call["id"], **kept} if isinstance(call.get("id"), str) else kept
 
 
-def too_deep(value: Any) -> bool:
-    """Whether data of JSON is nested deeper than `NESTING` levels."""
+def unsendable(value: Any) -> str:
+    """Why no template and no client takes data of JSON; empty for what they take."""
     left = [(value, 1)]
     while left:
         one, level = left.pop()
+        if isinstance(one, str) and _HALF.search(one):
+            return "with half of a surrogate pair, such as \\ud83d alone: write the whole character"
         if isinstance(one, dict | list):
             if level > NESTING:
-                return True
-            inner = one.values() if isinstance(one, dict) else one
+                return f"nested deeper than {NESTING} levels"
+            inner = [*one, *one.values()] if isinstance(one, dict) else one
             left += [(each, level + 1) for each in inner]
-    return False
+    return ""
 
 
 def may_follow(messages: Messages) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actors.environments.chat_messages import too_deep
+from actors.environments.chat_messages import unsendable
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Reader:
     def read(self, prompt_ids: Sequence[int], sampled: Sequence[int]) -> Turn:
         """The message in the `sampled` ids that follow `prompt_ids`.
 
-        What cannot be read is text, as in TRL, and `malformed`; so are calls nested too deep.
+        What cannot be read is text, as in TRL, and `malformed`; so are `unsendable` calls.
         """
         from trl.chat_template_utils import parse_response
 
@@ -119,7 +119,7 @@ class Reader:
         except (ValueError, TypeError, KeyError, RecursionError):
             return Turn(text, malformed=True)
         calls = meant.get("tool_calls") if isinstance(meant, dict) else None
-        if calls and (not message.get("tool_calls") or too_deep(calls)):
+        if calls and (not message.get("tool_calls") or unsendable(calls)):
             return Turn(text, malformed=True)
         end = self._tokenizer.decode(ids[-1:])
         if not calls and (end in _MARKS or any(mark in message["content"] for mark in _MARKS)):

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from actors.engines.base import configured_ends
-from actors.environments.chat_messages import too_deep
+from actors.environments.chat_messages import unsendable
 from actors.environments.reading import Turn, plain
 from actors.environments.tokens import ChatTokens, Tools
 from actors.messages import Messages
@@ -124,7 +124,7 @@ class RenderedTokens(ChatTokens):
                 {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
                 for call in calls
             ]
-            if too_deep(message["tool_calls"]):
+            if unsendable(message["tool_calls"]):
                 return unread
         return Turn(message)
 

@@ -370,6 +370,13 @@ def test_messages_are_read_as_templates_want_them() -> None:
             )
             for a in ("[" * 101 + "]" * 101, "[" * 5000 + "]" * 5000)
         ),
+        (
+            {
+                "role": "assistant",
+                "tool_calls": [{"function": {"name": "f", "arguments": '{"a": "\\ud83d"}'}}],
+            },
+            "message 0 has calls with half of a surrogate pair",
+        ),
     ],
 )
 def test_messages_that_no_template_reads_are_refused(message: dict[str, Any], reason: str) -> None:

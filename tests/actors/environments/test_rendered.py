@@ -31,6 +31,7 @@ SAID = {
     "a deep call": deep_call(90),
     "a call too deep to be sent": deep_call(110),
     "a call too deep to be parsed": deep_call(5000),
+    "half of a character": call_text("tell", a="\ud83d"),
     "arguments of another kind": '<tool_call>{"name": "tell", "arguments": 1}</tool_call>',
 }
 

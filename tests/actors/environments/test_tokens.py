@@ -224,10 +224,29 @@ def test_the_row_is_the_conversation_as_the_template_renders_it(
     assert [*row, *newline] == whole
 
 
-@pytest.mark.parametrize(("levels", "malformed"), [(90, False), (110, True), (5000, True)])
-def test_a_call_nested_too_deep_to_be_sent_is_no_call(levels: int, malformed: bool) -> None:
-    """The last is deeper than Python's own parser goes."""
-    tokens, text = tokens_of("qwen2_5"), deep_call(levels)
+HALF = "\\ud83d"  # of an emoji, as a call spells it
+
+
+@pytest.mark.parametrize(
+    ("text", "malformed"),
+    [
+        (deep_call(90), False),
+        (deep_call(110), True),
+        (deep_call(5000), True),  # deeper than Python's own parser goes
+        *(
+            (f"<tool_call>\n{said.replace('HALF', HALF)}\n</tool_call>", True)
+            for said in (
+                '{"name": "HALF", "arguments": {}}',
+                '{"name": "tell", "arguments": {"a": ["xHALF"]}}',
+                '{"name": "tell", "arguments": {"HALF": 1}}',
+            )
+        ),
+        (call_text("tell", a="\U0001f600"), False),
+    ],
+    ids=["deep", "too deep", "past Python", "in the name", "in arguments", "in a key", "whole"],
+)
+def test_a_call_that_nobody_could_send_is_no_call(text: str, malformed: bool) -> None:
+    tokens = tokens_of("qwen2_5")
     turn = tokens.read([], tokenizer_of("qwen2_5").encode(text), (TOOL,))
     assert (turn.malformed, "tool_calls" in turn.message) == (malformed, not malformed)
 

@@ -104,22 +104,23 @@ class TestConversation:
             '<tool_call>\n{"arguments": {}}\n</tool_call>',
             deep_call(600),
             deep_call(5000),
+            '<tool_call>\n{"name": "\\ud83d", "arguments": {}}\n</tool_call>',
             call_text("none_such"),
             call_text("add", a=1),
             call_text("add", a=1, b=2, c=3),
             call_text("misbehave", how="raise"),
             "done",
-            limits=replace(LIMITS, max_turns=9, max_sampled_tokens=2**15, max_tokens=2**16),
+            limits=replace(LIMITS, max_turns=10, max_sampled_tokens=2**15, max_tokens=2**16),
         )
         assert said(episode) == [
-            *["{'error': 'The tool call could not be read.'}"] * 4,
+            *["{'error': 'The tool call could not be read.'}"] * 5,
             "{'error': 'Tool none_such not found.'}",
             "{'error': \"add() missing 1 required positional argument: 'b'\"}",
             "{'error': \"add() got an unexpected keyword argument 'c'\"}",
             "{'error': \"'no such thing'\"}",
         ]
         assert episode.finish_reason is FinishReason.STOP
-        assert episode.figures.malformed_calls == 4
+        assert episode.figures.malformed_calls == 5
         assert (episode.figures.tool_calls, episode.figures.tools_failed) == (4, 4)
 
     def test_the_system_prompt_and_messages_of_a_row_begin_the_conversation(
