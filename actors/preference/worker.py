@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from actors.preference.relay import PreferenceJob, RelaySilent, SignOfLife, answer_of
 from actors.preference.trainers import backend_in_use, build_trainer, export_model
@@ -173,8 +173,30 @@ def owes_evaluation(job: PreferenceJob, state: Mapping[str, Any]) -> bool:
     return _evaluates(job, step) and not any("eval_loss" in row for row in rows)
 
 
+class After(NamedTuple):
+    """What follows a step."""
+
+    evaluates: bool
+    saves: bool
+    stops: bool  # before the job's last step
+
+
+def after_step(job: PreferenceJob, step: int, asked: str) -> After:
+    """What follows `step`, where `Relay.stop` was called as `asked` says, or "" where it was not. A
+    stop that comes with the last step changes nothing."""
+    last = step >= job.steps
+    if asked and not last:
+        return After(evaluates=False, saves=asked == "save", stops=True)
+    saves = _due(step, job.save_every) or (last and job.save_at_end)
+    return After(_evaluates(job, step), saves, stops=False)
+
+
 def _evaluates(job: PreferenceJob, step: int) -> bool:
     return _due(step, job.eval_every) or (step >= job.steps and job.eval_at_end)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
 
 
 def _reason(error: BaseException) -> str:
@@ -237,19 +259,15 @@ def _follower(job: PreferenceJob, relay: Any, alive: SignOfLife) -> Any:
             alive()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            step = state.global_step
-            last = step >= job.steps
             if leads:  # the step that runs while a stop is asked for is the last
                 self._asked = tell("alive") or self._asked
             self._asked = agreed(self._asked)
-            self.stopped = bool(self._asked) and not last
+            after = after_step(job, state.global_step, self._asked)
+            self.stopped = after.stops
             control.should_log = True
-            control.should_evaluate = _evaluates(job, step)
-            control.should_save = _due(step, job.save_every) or (last and job.save_at_end)
-            if self.stopped:
+            control.should_evaluate, control.should_save = after.evaluates, after.saves
+            if after.stops:
                 control.should_training_stop = True
-                control.should_evaluate = False
-                control.should_save = self._asked == "save"
 
         def on_log(
             self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
@@ -299,7 +317,3 @@ def _put_on_disk(checkpoint: Any, name: str) -> Any:
     kept = ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
     to_disk(kept.filesystem, kept.path)
     return kept
-
-
-def _due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0

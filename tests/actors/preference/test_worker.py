@@ -16,7 +16,7 @@ import torch
 
 from actors.preference import worker
 from actors.preference.relay import Relay
-from actors.preference.worker import owes_evaluation, train_worker
+from actors.preference.worker import After, after_step, owes_evaluation, train_worker
 from tests.actors.preference.test_trainers import PAIRS, columns_of, job_of, table
 
 Happens = Callable[[Any, Relay], None]
@@ -237,3 +237,23 @@ def test_what_was_not_evaluated_when_it_was_due_is_owed(
 ) -> None:
     job = replace(job_of(tmp_path, tmp_path, steps=9), eval_every=2, eval_at_end=True)
     assert owes_evaluation(job, {"global_step": step, "log_history": rows}) is owes
+
+
+@pytest.mark.parametrize(
+    ("step", "asked", "after"),
+    [
+        (1, "", After(evaluates=False, saves=False, stops=False)),
+        (2, "", After(evaluates=True, saves=False, stops=False)),
+        (3, "", After(evaluates=False, saves=True, stops=False)),
+        (1, "save", After(evaluates=False, saves=True, stops=True)),
+        (6, "save", After(evaluates=False, saves=True, stops=True)),
+        (6, "drop", After(evaluates=False, saves=False, stops=True)),
+        (7, "", After(evaluates=True, saves=True, stops=False)),
+        (7, "drop", After(evaluates=True, saves=True, stops=False)),
+    ],
+)
+def test_a_stop_takes_the_place_of_what_is_due_but_after_the_last_step(
+    tmp_path: Path, step: int, asked: str, after: After
+) -> None:
+    job = replace(job_of(tmp_path, tmp_path, steps=7), eval_every=2, eval_at_end=True, save_every=3)
+    assert after_step(job, step, asked) == after
