@@ -37,7 +37,8 @@ VLLM = (
     "vllm.v1.sample.sampler",
     "vllm.engine.arg_utils",
     "vllm.v1.worker.gpu_worker",  # most of the one for CPUs too
-    "vllm.v1.engine.core",  # that the engine's process runs, which is forked then
+    "vllm.v1.engine.core",  # what an engine's process runs, which is forked then
+    "vllm.v1.executor.multiproc_executor",  # so are those of tensor parallelism
     "vllm.v1.engine.async_llm",
 )
 

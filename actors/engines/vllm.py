@@ -112,6 +112,8 @@ class VLLMEngine:
         cores = self._llm.engine_core.resources.engine_manager.processes
         workers = await self._llm.collective_rpc("process_id")
         self._processes = sorted({*(core.pid for core in cores), *workers})
+        if self._on_cpu and self._llm.vllm_config.model_config.enforce_eager:
+            await self._llm.collective_rpc("compile_nothing")
         if self._adapter is not None:
             await self._llm.add_lora(self._adapter.request(load=True))
         await self._llm.update_weight_version(str(self._version))

@@ -43,6 +43,11 @@ class WorkerExtension:
         """Of the process that it works in."""
         return os.getpid()
 
+    def compile_nothing(self) -> None:
+        """From now on call what vLLM marks for torch.compile as it is written: an engine that does
+        not compile its model still compiles a comparison of log-probs, for seconds."""
+        torch.compiler.set_stance("force_eager")
+
 
 @dataclass
 class ObjectStoreInitInfo(WeightTransferInitInfo):

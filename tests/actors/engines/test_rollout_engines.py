@@ -161,7 +161,7 @@ def test_changed_weights_alone_make_the_new_model_and_are_refused_on_any_other(
 
 
 @pytest.mark.slow
-def test_vllm_takes_the_weights_of_a_mixture_whose_checkpoint_has_other_names(
+def test_two_forked_processes_take_the_weights_of_a_mixture_whose_checkpoint_has_other_names(
     tmp_path: Path, ray_session: None
 ) -> None:
     pytest.importorskip("vllm")
@@ -171,11 +171,12 @@ def test_vllm_takes_the_weights_of_a_mixture_whose_checkpoint_has_other_names(
     first.save_pretrained(tmp_path)
     tokenizer_of_characters().save_pretrained(tmp_path)
     bundle = WeightBundle.pack(1, checkpoint_weights(second, second.named_parameters()))
-    with vllm_actor(tmp_path) as replica:
+    with vllm_actor(tmp_path, VLLMSpec(kv_cache_gib=0.25, tensor_parallel_size=2)) as replica:
         sampling = sampling_of(max_tokens=16)
         groups = [replica.group(prompt_of(0), sampling)]
         replica.get("load_weights", bundle)
         groups.append(replica.group(prompt_of(0), replace(sampling, group_id=1)))
+        assert psutil.Process(replica.get("engine_process")).children() == []
     assert [labels_of(group) for group in groups] == [{0}, {1}]
     assert max(worst_error(group, {0: first, 1: second}, 1.0) for group in groups) < TOLERANCE
 
@@ -459,6 +460,15 @@ def test_an_engine_has_no_semaphore_that_it_would_leave_if_it_were_killed(vllm_r
         maps = Path(f"/proc/{pid}/maps").read_text()
         assert "vllm" in maps
         assert "/sem." not in maps
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process maps")
+def test_an_engine_that_does_not_compile_its_model_compiles_nothing_else(vllm_replica):
+    vllm_replica.group(prompt_of(0), sampling_of(max_tokens=2))
+    maps = Path(f"/proc/{vllm_replica.get('engine_process')}/maps").read_text()
+    assert "libtorch" in maps
+    assert "torchinductor" not in maps
 
 
 @pytest.mark.slow
