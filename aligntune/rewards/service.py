@@ -7,16 +7,21 @@ Invariant: what comes back is what `read` makes of a good answer; whatever else 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import os
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 import aiohttp
+from yarl import URL
 
 from actors.scoring.criteria import Unreached
+from cluster import proxies
 
 T = TypeVar("T")
 
@@ -60,13 +65,14 @@ async def ask(
     """What `read` makes of the answer to `message`, which is sent as JSON.
 
     `token_env` names the variable that holds a bearer token. At most `concurrency` requests of this
-    process to this `url` run at once. `read` may raise NoAnswer, or TryAgain.
+    process to this `url` run at once. `read` may raise NoAnswer, or TryAgain. A request goes through
+    the proxy that the environment names for the host, but to this machine itself.
 
     Raises:
         Away: no connection after all retries, or one of 425, 429, 502, 503, 504.
         NoAnswer: no answer in time after all retries, a refusal, or an answer of another form.
     """
-    body = _body(message)
+    body, way = _body(message), _way_to(url)
     headers = {"Content-Type": "application/json", **_authorised(token_env)}
     places = _PLACES.setdefault(asyncio.get_running_loop(), {})
     place = places.setdefault(url, asyncio.Semaphore(concurrency))
@@ -74,22 +80,24 @@ async def ask(
     for tried in range(retries + 1):
         try:
             async with place, aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
-                return read(await _answer(session, url, body))
+                return read(await _answer(session, url, body, way))
         except TryAgain as error:
             if tried == retries:
                 kind = Away if error.away else NoAnswer
-                raise kind(f"{url}: {error}, in {tried + 1} tries") from error
+                raise kind(f"{url}: {error}, in {tried + 1} tries{way.said}") from error
             pause = error.pause_s or FIRST_PAUSE_S * 2**tried * random.uniform(0.5, 1.5)
             await asyncio.sleep(min(pause, LONGEST_PAUSE_S))
         except NoAnswer as error:
-            raise NoAnswer(f"{url}: {error}") from error
+            raise NoAnswer(f"{url}: {error}{way.said}") from error
     raise AssertionError("the last try returns or raises")
 
 
-async def _answer(session: aiohttp.ClientSession, url: str, body: bytes) -> bytes:
+async def _answer(session: aiohttp.ClientSession, url: str, body: bytes, way: _Way) -> bytes:
     """The body of a good answer. Raises TryAgain or NoAnswer."""
     try:
-        async with session.post(url, data=body, allow_redirects=False) as response:
+        async with session.post(
+            url, data=body, allow_redirects=False, proxy=way.proxy, proxy_auth=way.login
+        ) as response:
             if response.status in _AGAIN:
                 wait = response.headers.get("Retry-After", "")
                 pause = float(wait) if wait.isascii() and wait.isdigit() else None
@@ -112,6 +120,38 @@ async def _answer(session: aiohttp.ClientSession, url: str, body: bytes) -> byte
         away = isinstance(error, aiohttp.ClientConnectorError)
         # No wait mends a certificate.
         raise TryAgain(text, away=away and not isinstance(error, aiohttp.ClientSSLError)) from error
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a request gets to its service."""
+
+    proxy: URL | None = None
+    login: aiohttp.BasicAuth | None = None  # at the proxy
+    said: str = ""  # of the proxy, behind what went wrong
+
+
+def _way_to(url: str) -> _Way:
+    """Through the proxy that the environment names, or past all. The session's own `trust_env` would
+    send logins of ~/.netrc too. Raises NoAnswer where that is no proxy for HTTP."""
+    if _is_here(urlsplit(url).hostname or "") or (named := proxies.way_to(url)) is None:
+        return _Way()
+    said = f"; {proxies.advice(url)}"
+    try:
+        proxy = URL(named)
+    except ValueError as error:
+        raise NoAnswer(f"{url}: the proxy's address is no URL{said}") from error
+    if proxy.scheme not in ("http", "https"):
+        raise NoAnswer(f"{url}: a proxy that speaks {proxy.scheme} is not supported{said}")
+    return _Way(proxy.with_user(None), aiohttp.BasicAuth.from_url(proxy), said)
+
+
+def _is_here(host: str) -> bool:
+    """Whether it is this machine's own, on which no proxy stands before anything."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _body(message: Mapping[str, Any]) -> bytes:

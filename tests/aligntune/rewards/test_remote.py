@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import re
 from collections.abc import Awaitable, Callable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
+from aiohttp import BasicAuth, web
 
 from actors.scoring.criteria import RewardFailed, RewardFailure, Unreached
 from actors.specs import RewardUrlSpec
@@ -29,8 +32,11 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "FIRST_PAUSE_S", 0.0)
 
 
-def asked(handler: Handler, groups: int = 1, **options: Any) -> list[Any]:
-    """What `groups` calls at once say of a service that answers by `handler`."""
+def asked(
+    handler: Handler, groups: int = 1, proxy: str | None = None, **options: Any
+) -> list[Any]:
+    """What `groups` calls at once say of a service that answers by `handler`. `PORT` is its port in
+    an option `url`, and in `proxy`, which is what http_proxy says."""
 
     async def ask() -> list[Any]:
         app = web.Application()
@@ -41,13 +47,11 @@ def asked(handler: Handler, groups: int = 1, **options: Any) -> list[Any]:
         await site.start()
         port = runner.addresses[0][1]
         try:
-            calls = [
-                remote_scores(
-                    ["p", "p"], ["a", "bb"], url=f"http://127.0.0.1:{port}/score",
-                    answer=["1", "2"], **options,
-                )
-                for _ in range(groups)
-            ]  # fmt: skip
+            given = {"url": f"http://127.0.0.1:{port}/score", "answer": ["1", "2"], **options}
+            given["url"] = given["url"].replace("PORT", str(port))
+            if proxy is not None:
+                os.environ["http_proxy"] = proxy.replace("PORT", str(port))
+            calls = [remote_scores(["p", "p"], ["a", "bb"], **given) for _ in range(groups)]
             return await asyncio.gather(*calls, return_exceptions=True)
         finally:
             await runner.cleanup()
@@ -146,6 +150,64 @@ def test_a_service_that_hangs_or_is_gone_is_a_failure() -> None:
     assert isinstance(failed, RewardFailed)
     assert failed.reason is RewardFailure.UNREACHED
     assert "in 1 tries" in failed.detail
+
+
+@pytest.fixture
+def without_proxies(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.setenv(name, "")  # taken away again, whatever a test puts there
+        monkeypatch.delenv(name)
+        monkeypatch.delenv(name.upper(), raising=False)
+    return monkeypatch
+
+
+def test_a_request_goes_through_the_proxy_of_the_environment(
+    without_proxies: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "netrc").write_text("default login me password hidden\n")
+    without_proxies.setenv("NETRC", str(tmp_path / "netrc"))
+    without_proxies.setenv("JUDGE", "Rumpel")
+
+    async def handler(request: web.Request) -> web.Response:
+        assert str(request.url) == "http://scores.invalid/score"
+        assert request.headers["Authorization"] == "Bearer Rumpel"
+        assert request.headers["Proxy-Authorization"] == BasicAuth("me", "hunter2").encode()
+        return web.json_response({"scores": [1, 2]})
+
+    proxy, url = "http://me:hunter2@127.0.0.1:PORT", "http://scores.invalid/score"
+    assert asked(handler, url=url, proxy=proxy, token_env="JUDGE") == [[1.0, 2.0]]
+
+
+GONE = "http://me:hunter2@127.0.0.1:9"
+NAMED = "; the proxy http://127.0.0.1:9 (http_proxy"
+
+
+@pytest.mark.parametrize(
+    ("host", "proxy", "past", "said"),
+    [
+        ("127.0.0.1", GONE, None, None),
+        ("localhost", GONE, None, None),
+        ("0.0.0.0", GONE, "0.0.0.0/8", None),
+        ("0.0.0.0", GONE, "other", f"127.0.0.1:9 .* in 1 tries{re.escape(NAMED)}"),
+        ("0.0.0.0", GONE, None, r"; set no_proxy=0\.0\.0\.0 to go past it$"),
+        ("0.0.0.0", "socks5://127.0.0.1:9", None, "speaks socks5 is not supported; the proxy"),
+        ("0.0.0.0", "http://127.0.0.1:x", None, "the proxy's address is no URL; the proxy"),
+    ],
+)
+def test_a_proxy_is_passed_by_as_no_proxy_says_and_named_where_it_fails(
+    without_proxies: pytest.MonkeyPatch, host: str, proxy: str, past: str | None, said: str | None
+) -> None:
+    if past is not None:
+        without_proxies.setenv("no_proxy", past)
+    url = f"http://{host}:PORT/score"
+    (answer,) = asked(says('{"scores": [1, 2]}'), url=url, proxy=proxy, retries=0)
+    if said is None:
+        assert answer == [1.0, 2.0]
+    else:
+        assert isinstance(answer, NoAnswer)
+        assert isinstance(answer, Unreached) is (proxy == GONE)
+        assert re.search(said, str(answer))
+        assert "hunter2" not in str(answer)
 
 
 def test_no_more_requests_run_at_once_than_are_allowed() -> None:
