@@ -15,7 +15,7 @@ from aligntune.errors import UserError
 from aligntune.online.ignoring import ignore
 from aligntune.online.ledger import Ledger, adopt, take_up
 from aligntune.runs.checkpoint import Checkpoint, Checkpoints
-from aligntune.runs.ended import too_few_steps
+from aligntune.runs.ended import check_ends
 from aligntune.runs.jsonl import long_read
 from aligntune.runs.mirror import Mirror
 from aligntune.runs.rundir import RunDir, changes, run_of
@@ -71,8 +71,8 @@ def starting_point(
     checkpoint = rundir.start_from(checkpoints, resume)
     if checkpoint and checkpoints.is_from_elsewhere(checkpoint):
         rundir.changed = _changed_since(checkpoint, config, f"--resume {resume}")
-    if checkpoint and checkpoint.step > total_steps:
-        raise too_few_steps(config.train.steps, total_steps, checkpoint.step)
+    if checkpoint:
+        check_ends(config.train.steps, total_steps, checkpoint.step, rundir.changed)
     if checkpoint and checkpoint.state["prompts"] != fingerprint:
         raise UserError(
             f"the prompts, their columns, order or rendering have changed since the "

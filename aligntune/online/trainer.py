@@ -37,6 +37,7 @@ from aligntune.runs.ended import (
     last_figures,
     said_by_roles,
     started_with,
+    tell_over,
 )
 from aligntune.runs.hub import check_hub
 from aligntune.runs.jsonl import long_read
@@ -269,6 +270,7 @@ class OnlineTrainer:
                 )
 
     def _result_of_before(self, rundir: RunDir) -> TrainResult:
+        tell_over(rundir, self.total_steps)
         ledger = rundir.file("ledger.jsonl")
         if (told := long_read("the books", ledger)) is not None:
             say(told)

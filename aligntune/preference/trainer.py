@@ -26,13 +26,14 @@ from aligntune.preference.storage import JobStorage, step_of
 from aligntune.resources import role_request
 from aligntune.runs.ended import (
     Scored,
+    check_ends,
     how_it_ended,
     is_over,
     last_figures,
     model_to_score,
     said_by_roles,
     started_with,
-    too_few_steps,
+    tell_over,
 )
 from aligntune.runs.hub import check_hub
 from aligntune.runs.lifecycle import check_programs, claimed, ray_runs, recorded
@@ -137,7 +138,7 @@ class PreferenceTrainer:
             before, _ = rundir.changed["checkpoint.storage"]
             JobStorage(before, rundir.path).check_left(reached)
         if self.config.train.steps is not None:
-            self._check_steps(reached)
+            self._check_steps(reached, rundir)
         if reached:
             storage.check_rows(self.inputs.digest, reached, fresh=not rundir.trained)
         return rundir
@@ -149,11 +150,10 @@ class PreferenceTrainer:
             return storage.newest_step()
         return step_of(storage.named(resume))
 
-    def _check_steps(self, reached: int) -> None:
-        """Whether the run ends after step `reached`. Steps of epochs are those of the batch, so the
-        job is settled first. Raises UserError."""
-        if reached > self.total_steps:
-            raise too_few_steps(self.config.train.steps, self.total_steps, reached)
+    def _check_steps(self, reached: int, rundir: RunDir) -> None:
+        """Whether the run ends after step `reached`, or at it with no other settings of training.
+        Steps of epochs are those of the batch, so the job is settled first. Raises UserError."""
+        check_ends(self.config.train.steps, self.total_steps, reached, rundir.changed)
 
     def settle(self) -> None:
         """Decide, the first time, what the config leaves open of what the workers take, by the
@@ -170,7 +170,9 @@ class PreferenceTrainer:
         It settles first, and starts nothing. Raises UserError.
         """
         self.settle()
-        self._check_steps(self._reached(resume))
+        rundir = self._rundir
+        rundir.check(self.config, resume)
+        self._check_steps(self._reached(resume), rundir)
         pairs, train = self.pairs, self.config.train
         held_out = len(self.eval_pairs) if self.eval_pairs else 0
         things, table = self.inputs.things, self.inputs.table
@@ -205,11 +207,12 @@ class PreferenceTrainer:
         rundir = self.check(resume)
         self.settle()
         rundir.check(self.config, resume)
-        self._check_steps(self._reached(resume))
         storage = self._storage(rundir)
         if not rundir.trained:  # then it may go on from its storage
             rundir.changed = storage.check(self.config, resume, fresh=True) or rundir.changed
+        self._check_steps(self._reached(resume), rundir)
         if resume == "auto" and is_over(rundir, self.total_steps):
+            tell_over(rundir, self.total_steps)
             return PreferenceResult(
                 steps=self.total_steps,
                 metrics=last_figures(rundir),

@@ -3,21 +3,53 @@ of it an evaluation scores."""
 
 from __future__ import annotations
 
+import reprlib
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from actors.specs import OptimizerSpec
 from aligntune.errors import UserError
 from aligntune.runs.jsonl import Row, readable
-from aligntune.runs.measure import KEY
+from aligntune.runs.measure import KEY, scored_by
 from aligntune.runs.rundir import RunDir
 from aligntune.tracking.metrics import EventKind
+from aligntune.tracking.output import say
 
 if TYPE_CHECKING:
     from aligntune.decisions import Decision
 
 Origin = Literal["export", "checkpoint", "best", "start"]
+
+# What the trained weights come from, with what is below each in the tree, beside the keys that make
+# a run the same run: after the last step a change of it would train nothing, and config.yaml would
+# say that it had. The rest (export, evaluation, trackers, machines) still has a use then.
+TRAINED_BY = (
+    "algorithm",
+    "backend",
+    "model.load_in_4bit",
+    "rewards",
+    "tools",
+    "environment",
+    "agent",
+    "episodes.max_turns",
+    "episodes.max_tool_calls",
+    "episodes.max_tokens",
+    "episodes.max_output_characters",
+    "episodes.discount",
+    "train.groups_per_minibatch",
+    "train.epochs_per_batch",
+    "train.max_staleness",
+    "rollout.temperature",
+    "rollout.max_completion_length",
+    "reference.model",
+    *(
+        f"{part}.{key}"
+        for part in ("policy", "critic", "train")
+        for key in OptimizerSpec.model_fields
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -75,18 +107,53 @@ def is_over(rundir: RunDir, total_steps: int) -> bool:
     return ended and not rundir.changed and rundir.last_step() == total_steps
 
 
+def tell_over(rundir: RunDir, total_steps: int) -> None:
+    """Say that a call trains nothing, and what it cannot see."""
+    say(
+        f"the run in {rundir.path} has ended at step {total_steps} and its config is the same, so "
+        "nothing is trained, with changed code of rewards neither: for that name another output_dir"
+    )
+
+
+def check_ends(
+    steps: int | None, total: int, reached: int, changed: Mapping[str, tuple[Any, Any]]
+) -> None:
+    """Whether a config ends after what was trained, or with it and with the settings by which it
+    was trained. `steps` is train.steps, `changed` what differs from the run that reached its
+    checkpoint. Raises UserError."""
+    key = "steps" if steps else "epochs"
+    if reached > total:
+        raise UserError(
+            f"train.{key} makes {total} steps and the run's checkpoint is of step {reached}; raise "
+            "it, or go back with --resume and an earlier checkpoint folder"
+        )
+    late = [
+        f"{path} was {reprlib.repr(was)} there and is {reprlib.repr(now)} here"
+        for path, (was, now) in changed.items()
+        if any(path == own or path.startswith(f"{own}.") for own in TRAINED_BY)
+        and not (path == "rewards" and _scores(was) == _scores(now))
+    ]
+    if reached == total and late:
+        raise UserError(
+            f"all {total} steps are trained, and {', '.join(late)}, which would train nothing any "
+            f"more; raise train.{key} to go on with it, go back with --resume and an earlier "
+            "checkpoint folder, or name another output_dir"
+        )
+
+
+def _scores(rewards: Any) -> Any:
+    """What of them is trained on; limits and names are not."""
+    if not isinstance(rewards, list):
+        return rewards
+    return [
+        {key: value for key, value in scored_by(reward).items() if key != "dtype"}
+        for reward in rewards
+    ]
+
+
 def how_it_ended(already: bool) -> str:
     """The first words of a result."""
     return "done before (a higher train.steps or train.epochs goes on)" if already else "done"
-
-
-def too_few_steps(steps: int | None, total: int, reached: int) -> UserError:
-    """The refusal of a config that ends before what was trained."""
-    key = "steps" if steps else "epochs"
-    return UserError(
-        f"train.{key} makes {total} steps and the run's checkpoint is of step {reached}; raise "
-        "it, or go back with --resume and an earlier checkpoint folder"
-    )
 
 
 def last_figures(rundir: RunDir) -> dict[str, float]:

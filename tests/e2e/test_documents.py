@@ -40,6 +40,7 @@ from aligntune.evaluation.statistics import bootstrap, wilson
 from aligntune.online.evaluating import decodings
 from aligntune.quickstart.settings import TASKS, quickstart_settings
 from aligntune.rewards.catalogue import REWARDS
+from aligntune.runs.ended import TRAINED_BY
 from aligntune.runs.jsonl import read_lines
 from aligntune.runs.rundir import IDENTITY
 from aligntune.tracking.advice import CHECKS
@@ -524,11 +525,14 @@ def test_every_keyword_argument_is_in_the_configuration_document() -> None:
             assert re.search(rf"`{argument}`\sis\s`{path}`", head)
 
 
-def test_keys_that_must_stay_on_resume_are_those_of_the_code() -> None:
+def test_keys_that_must_stay_on_resume_and_at_the_end_are_those_of_the_code() -> None:
     text = section_of("docs/configuration.md", "What may change when a run goes on")
     sections = {"algorithm", *RunConfig.model_fields}
     shown = [n for n in in_backticks(text) if "." in n and n.partition(".")[0] in sections]
     assert shown == list(IDENTITY)
+    text = section_of("docs/configuration.md", "What may change once all steps are trained")
+    shown = in_backticks(text)
+    assert [key for key in TRAINED_BY if not {key, key.rpartition(".")[2]} & {*shown}] == []
 
 
 def test_tests_that_are_named_exist() -> None:

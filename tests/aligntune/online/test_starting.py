@@ -37,6 +37,8 @@ def start(config: RunConfig, folder: Path, storage: Path, resume: str = "auto") 
     """Where the run in `folder` goes on that has a copy on `storage`."""
     rundir, checkpoints = RunDir(folder), Checkpoints(folder / "checkpoints", 2)
     mirror = Mirror(str(storage), folder, 2, 60.0)
+    if rundir.config.is_file():
+        rundir.check(config, resume)
     found = starting_point(config, rundir, checkpoints, mirror, resume, 20, "f")
     rundir.describe(config)
     return begin_from(found, rundir, checkpoints, mirror, resume)
@@ -148,6 +150,22 @@ def test_a_run_tells_what_changed_since_the_run_whose_checkpoint_it_begins_with(
         "output_dir": ("o", str(rundir.path)),
         "policy.learning_rate": (config().policy.learning_rate, 1e-3),
     }
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_run_of_which_all_steps_are_trained_takes_no_other_settings_of_training(
+    tmp_path: Path, elsewhere: bool
+) -> None:
+    storage, run = tmp_path / "bucket", tmp_path / "run"
+    copied(config(), run, storage, 20)
+    if elsewhere:
+        shutil.rmtree(run)
+        run.mkdir()
+    (before,) = {path.read_bytes() for path in tmp_path.rglob("config.yaml")}
+    with pytest.raises(UserError, match=r"all 20 steps are trained, and policy\.learning_rate was"):
+        start(config("policy.learning_rate=1e-3"), run, storage)
+    assert {path.read_bytes() for path in tmp_path.rglob("config.yaml")} == {before}
+    assert start(config("model.dtype=bfloat16"), run, storage).checkpoint is not None
 
 
 def test_where_the_storage_does_not_take_it_a_run_that_goes_back_is_refused(

@@ -149,6 +149,25 @@ def test_a_run_that_goes_on_is_held_to_the_steps_of_its_own_batch(job: Job) -> N
         job(train={"steps": 9}).check()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_job_of_which_all_steps_are_trained_takes_no_other_settings_of_training(
+    job: Job, tmp_path: Path, stored: bool
+) -> None:
+    place = [f"checkpoint.storage=file://{tmp_path}/shared"] if stored else []
+    stop_at(job(*place), 20)
+    if stored:
+        shutil.rmtree(tmp_path / "run")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("config.yaml")}
+    for changed in ("train.learning_rate=1e-5", "algorithm.beta=0.5"):
+        late = f"all 20 steps are trained, and {changed.partition('=')[0]} was"
+        with pytest.raises(UserError, match=late):
+            job(*place, changed).train()
+        job(*place, changed, train={"steps": 30}).check()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("config.yaml")} == before
+    job(*place, "model.dtype=bfloat16").check()
+
+
 def test_what_the_cluster_cannot_be_asked_for_is_refused_before_it_starts(job: Job) -> None:
     with pytest.raises(UserError, match=r"cluster\.colocate: this run has no role 'policy'"):
         job("cluster.colocate=[[trainer, policy]]").check()

@@ -9,9 +9,19 @@ from typing import Any
 
 import pytest
 
+from aligntune.config.auto import tree_of
 from aligntune.errors import UserError
-from aligntune.runs.ended import Scored, finished_at, is_over, model_to_score
-from aligntune.runs.rundir import RunDir
+from aligntune.runs.ended import (
+    TRAINED_BY,
+    Scored,
+    check_ends,
+    finished_at,
+    is_over,
+    model_to_score,
+)
+from aligntune.runs.rundir import IDENTITY, RunDir, differences, flatten
+from tests.aligntune.config import test_preference
+from tests.aligntune.online.test_settle_resources import config
 
 
 def went_on(kind: str, step: int) -> list[dict[str, Any]]:
@@ -104,3 +114,70 @@ def test_a_run_that_is_extended_keeps_what_it_exported(rundir: RunDir) -> None:
     later = [*went_on("resumed", 7), {"kind": "checkpoint_saved", "step": 8}]
     stand(rundir, trained=8, finished=7, exported=True, later=later)
     assert finished_at(rundir) == 7
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "policy.learning_rate=1e-3",
+        "algorithm.beta=0.5",
+        "rollout.temperature=0.5",
+        "rewards=[{function: math, weight: 2}]",
+        "rewards=[{function: contains, options: {ignore_case: true}}]",
+        "backend=unsloth",
+    ],
+)
+def test_after_the_last_step_nothing_may_change_that_the_weights_were_trained_by(
+    changed: str,
+) -> None:
+    key = changed.partition("=")[0]
+    found = differences(tree_of(config()), config(changed, "model.dtype=bfloat16"))
+    said = rf"^all 7 steps are trained, and {key} was .* there and is .* here, which would train "
+    with pytest.raises(UserError, match=said) as refused:
+        check_ends(7, 7, 7, found)
+    assert "model.dtype" not in str(refused.value)
+    assert "raise train.steps to go on with it" in str(refused.value)
+    with pytest.raises(UserError, match=r"raise train\.epochs"):
+        check_ends(None, 7, 7, found)
+    check_ends(8, 8, 7, found)  # it goes on
+
+
+def test_after_the_last_step_export_evaluation_and_limits_may_change() -> None:
+    now = config(
+        "model.dtype=bfloat16",
+        "data.eval_path=held.jsonl",
+        "eval.temperature=0.5",
+        "checkpoint.keep_last=1",
+        "cluster.address=auto",
+        "rollout.engine=transformers",
+        "rewards=[{function: math, name: right, timeout_s: 5, workers: 1}]",
+    )
+    check_ends(7, 7, 7, differences(tree_of(config()), now))
+
+
+USED_AFTERWARDS = (
+    *("model", "data", "output_dir", "reward", "eval", "checkpoint", "tracking", "hub", "cluster"),
+    *("train.steps", "train.epochs", "train.max_quarantined_fraction", "train.time_limit_s"),
+    *(f"train.{of}_timeout_s" for of in ("silence", "step", "stall", "start")),
+    *("train.resources", "train.deepspeed", "train.max_failures", "reference"),
+    *("episodes", "rollout"),
+    *(
+        f"{role}.{key}"
+        for role in ("policy", "critic")
+        for key in ("resources", "tokens_per_microbatch", "packing", "update_timeout_s")
+    ),
+    *(f"{role}.start_timeout_s" for role in ("policy", "critic")),
+    *("policy.tokens_per_chunk", "policy.shared_prompts", "policy.max_restarts"),
+)
+"""What an ended run reads, or what says how, when and where it trains, and not what."""
+
+
+@pytest.mark.parametrize("made", [config(), test_preference.config()])
+def test_every_key_says_whether_it_may_change_after_the_last_step(made: Any) -> None:
+    known = (*IDENTITY, *TRAINED_BY, *USED_AFTERWARDS)
+    open_ = [
+        path
+        for path in flatten(tree_of(made))
+        if not any(path == key or path.startswith(f"{key}.") for key in known)
+    ]
+    assert open_ == []
