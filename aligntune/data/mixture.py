@@ -107,21 +107,38 @@ def training_data(spec: DatasetSpec) -> Rows:
 def held_out_data(spec: DatasetSpec) -> Rows | None:
     """The held-out data of a config; None where it names none.
 
-    `data.name` and `data.revision` are those of `data.path`: another `eval_path` has neither.
-    Raises: DataError.
+    `data.name` and `data.revision` are those of `data.path`: another `eval_path` has neither. Its
+    columns have the names that `data.train` gives to those of the sources. Raises: DataError.
     """
     if not spec.evaluates:
         return None
     same = spec.eval_path is None
     path = spec.path if same else spec.eval_path
     assert path is not None, "a split of path, or a path of its own"
-    return load_rows(
+    rows = load_rows(
         path,
         name=spec.name if same else None,
         revision=spec.revision if same else None,
         split=spec.eval_split,
         max_rows=spec.eval_samples,
     )
+    return _named_alike(rows, spec.sources)
+
+
+def _named_alike(rows: Rows, sources: Sequence[SourceSpec]) -> Rows:
+    """`rows` with the names that the sources' `columns` give, where they have the old column and
+    none of the new name. Raises: DataError where they have two that are to get one name."""
+    names: dict[str, str] = {}
+    for source in sources:
+        for new, old in source.columns.items():
+            if new in rows.columns or _path(rows, old)[0] not in rows.columns:
+                continue
+            if names.setdefault(new, old) != old:
+                raise DataError(
+                    f"{rows.origin}: data.train makes {new!r} of {names[new]!r} and of {old!r}, "
+                    f"and the held-out data have both; give them a column {new!r}"
+                )
+    return Renamed(rows, names, "data.train, columns") if names else rows
 
 
 def _source(source: SourceSpec, key: str) -> Rows:

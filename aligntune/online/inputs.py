@@ -237,14 +237,18 @@ class RunInputs:
             max_prompt_length=self._longest,
             seed=self.config.train.seed,
         )
+        self._check_rows(source)
+        return source
+
+    def _check_rows(self, source: PromptSource, key: str = "") -> None:
+        """Whether rows have what rewards and episodes read. Raises UserError, behind `key`."""
         columns = source.prompt_at(0).columns
         try:
             for criterion in self.criteria:
                 check_columns(criterion, columns)
         except ValueError as error:
-            raise UserError(str(error)) from error
+            raise UserError(f"{key}{error}") from error
         check_rows(self.config, source)
-        return source
 
     def tried(self, log: Path | None = None) -> list[str]:
         """What every reward function says of the first prompt, called now, the first time.
@@ -268,7 +272,7 @@ class RunInputs:
         data, tokenizer = self.config.data, self.tokenizer
         rows = as_prompts(data, self.data.held_out, tokenizer, self._may_ask)
         source = evaluation_prompts(data, rows, tokenizer, max_prompt_length=self._longest)
-        check_rows(self.config, source)
+        self._check_rows(source, f"data.eval_{'path' if data.eval_path else 'split'}: ")
         return source
 
     @property

@@ -83,6 +83,40 @@ def test_rows_of_one_place_are_counted(data: Path, spec: dict[str, Any], count: 
     assert shared(**spec) == count
 
 
+MATHS = {"question": "1+1", "reward_model": {"ground_truth": "2"}}
+NAMES = {"prompt": "question", "answer": "reward_model.ground_truth"}
+
+
+@pytest.mark.parametrize(
+    ("row", "seen"),
+    [
+        (MATHS, {"prompt": "1+1", "answer": "2", "reward_model": {"ground_truth": "2"}}),
+        ({"question": "1+1", "answer": "2"}, {"prompt": "1+1", "answer": "2"}),
+        ({**MATHS, "prompt": "p", "answer": "3"}, {**MATHS, "prompt": "p", "answer": "3"}),
+        ({"prompt": "p", "answer": "3"}, {"prompt": "p", "answer": "3"}),
+    ],
+)
+def test_held_out_columns_get_the_names_that_training_gives_them(
+    tmp_path: Path, row: dict[str, Any], seen: dict[str, Any]
+) -> None:
+    write(tmp_path / "train.jsonl", [MATHS])
+    write(tmp_path / "test.jsonl", [row])
+    train = [{"path": str(tmp_path / "train.jsonl"), "columns": NAMES}] * 2
+    spec = {"train": train, "eval_path": str(tmp_path / "test.jsonl")}
+    held_out = held_out_data(DatasetSpec.model_validate(spec))
+    assert held_out is not None
+    assert held_out[0] == seen
+
+
+def test_two_held_out_columns_that_would_get_one_name_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "d.jsonl", [{"question": "1+1", "problem": "2+2"}])
+    path = str(tmp_path / "d.jsonl")
+    train = [{"path": path, "columns": {"prompt": of}} for of in ("question", "problem")]
+    said = r"'prompt' of 'question' and of 'problem', .* have both; give them a column 'prompt'"
+    with pytest.raises(DataError, match=said):
+        held_out_data(DatasetSpec.model_validate({"train": train, "eval_path": path}))
+
+
 def test_splits_on_the_hub_are_places_of_their_own() -> None:
     rows = datasets.Dataset.from_list(TEN)
     train, test, again = (

@@ -200,6 +200,18 @@ def test_held_out_rows_are_dropped_and_counted_too(make: Any, pairs: Path) -> No
     assert "eval: 2 of 22 rows dropped" in trainer.summary()
 
 
+def test_held_out_rows_without_a_column_that_a_reward_needs_are_refused(
+    make: Any, pairs: Path
+) -> None:
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    held_out = pairs.with_name("held.jsonl")
+    held_out.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    given = [f"data.eval_path={held_out}", "rollout.max_completion_length=8"]
+    said = r"^data\.eval_path: reward 'preference' needs column 'chosen', which the data lack"
+    with pytest.raises(UserError, match=said):
+        make("grpo", overrides=given).check()
+
+
 @pytest.mark.slow
 def test_a_measure_is_another_where_completions_end_otherwise(make: Any, pairs: Path) -> None:
     held_out = shutil.copy(pairs, pairs.with_name("held.jsonl"))
@@ -319,6 +331,8 @@ def test_a_run_that_has_ended_without_a_checkpoint_at_its_end_is_not_trained_aga
     again = make("grpo", **given).train()
     assert (again.steps, again.already) == (2, True)
     assert again.metrics == {"reward/mean": 0.5}
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert f"the run in {run} has ended at step 2 and its config is the same" in told
     monkeypatch.setattr("aligntune.runs.jsonl.LONG", 0)  # as of a ledger that takes minutes
     make("grpo", **given).train()
     assert capsys.readouterr().out.splitlines()[-1] == "reading the books (0.0 GB)"
