@@ -9,7 +9,7 @@ knows the row, says where.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from actors.messages import Messages
@@ -30,6 +30,7 @@ SHAREGPT = {
     "tool": "tool",
 }
 CONVERSATIONS, TOOLS = "conversations", "tools"  # columns of these names mean what they say
+SEEN = ("images", "image", "videos", "video")  # columns of what a model would have to see
 THINKING = ("reasoning_content", "reasoning", "thinking")  # fields of an assistant's message
 
 
@@ -79,6 +80,26 @@ def check_tools(value: Any) -> list[dict[str, Any]]:
                 "'function': {'name': ..., 'description': ..., 'parameters': {...}}}"
             )
     return found
+
+
+def check_unseen(row: Mapping[str, Any], *said: Any) -> None:
+    """Raise DataError where a row has images or videos: every model here reads text alone.
+
+    A column of one of these names may hold other things, such as the name of a container's image:
+    text and numbers are taken for a picture only where `said`, what the row asks and answers, has a
+    place for one, as "<image>".
+    """
+    for name in SEEN:
+        value = row.get(name)
+        if value is None or (isinstance(value, str | bytes | list | dict) and not value):
+            continue
+        place = f"<{name.removesuffix('s')}>"
+        if isinstance(value, str | int | float) and not any(place in str(part) for part in said):
+            continue
+        raise DataError(
+            f"column {name!r} has what no model here sees, which reads text alone; remove such "
+            "rows, or the column where the text says it all"
+        )
 
 
 def what_is_lost(text: str, messages: Messages, *, said: bool = True) -> str | None:

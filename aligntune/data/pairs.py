@@ -22,7 +22,7 @@ from typing import Any
 from actors.messages import Messages
 from actors.transcript import Transcript
 from aligntune.data.errors import DataError, Reason
-from aligntune.data.messages import CONVERSATIONS, TOOLS, check_messages, check_tools
+from aligntune.data.messages import CONVERSATIONS, TOOLS, check_messages, check_tools, check_unseen
 from aligntune.data.sources import Rows, require_column
 
 PROMPT, CHOSEN, REJECTED = "prompt", "chosen", "rejected"  # the columns' names by default
@@ -145,7 +145,9 @@ class PairRows:
 
     def _as_written(self, row: int) -> Pair:
         values = self._rows[row]
-        pair = to_pair(*(values.get(column) for column in self.columns))
+        said = [values.get(column) for column in self.columns]
+        check_unseen(values, *said)
+        pair = to_pair(*said)
         tools = check_tools(values.get(TOOLS))
         return replace(pair, tools=tuple(tools)) if tools else pair
 

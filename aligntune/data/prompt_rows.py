@@ -22,7 +22,7 @@ from actors.scoring.model import adds_begin, tokens_of
 from actors.transcript import Transcript
 from aligntune.data.errors import DataError, Reason
 from aligntune.data.formats import check_prompt, check_template, render, uses_template
-from aligntune.data.messages import CONVERSATIONS, TOOLS, check_tools, is_sharegpt
+from aligntune.data.messages import CONVERSATIONS, TOOLS, check_tools, check_unseen, is_sharegpt
 from aligntune.data.pairs import CHOSEN, PROMPT, REJECTED, PairRows
 from aligntune.data.sources import Rows, require_column
 
@@ -127,6 +127,8 @@ class PromptRows:
             source = columns[CONVERSATIONS]
         else:
             source = columns.pop(self._column, None)
+        if not self._environment:  # which may show them
+            check_unseen(columns, source)
         checked = check_prompt(source, self._environment)
         if not isinstance(source, str | list) or is_sharegpt(source):
             source = checked

@@ -19,7 +19,7 @@ from aligntune import loops
 from aligntune.algorithms.advantages import weighted_total
 from aligntune.data.dropped import Dropped, RowRules, settle_rows
 from aligntune.data.errors import DataError, Reason
-from aligntune.data.messages import TOOLS
+from aligntune.data.messages import TOOLS, check_unseen
 from aligntune.data.sources import Rows, require_column
 
 NO_SCORE = "every reward with a weight other than 0 abstains from it"
@@ -145,6 +145,10 @@ def _wrong(row: dict[str, Any], prompt_column: str, completion_column: str) -> D
         return DataError(f"{prompt_column} is empty or neither a string nor messages", Reason.EMPTY)
     if not isinstance(completion, str) or not completion.strip():
         return DataError(f"{completion_column} is empty or not a string", Reason.EMPTY)
+    try:
+        check_unseen(row, prompt, completion)
+    except DataError as error:
+        return error
     return None
 
 

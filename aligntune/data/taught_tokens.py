@@ -31,6 +31,7 @@ from aligntune.data.messages import (
     check_messages,
     check_tools,
     check_unicode,
+    check_unseen,
     what_is_lost,
 )
 from aligntune.data.row_tokens import RowTokens
@@ -180,6 +181,8 @@ class _Reader:
                 "in use; use a model that has one with data.apply_chat_template: true, or give text"
             )
         self._completions = Completions(rows, columns) if self.form == "completion" else None
+        asked = [columns.prompt] if self.form == "completion" else []
+        self._said = [*asked, self._column]
         self._all = loss_on == "all"
         self._marked: str | None = None
 
@@ -191,6 +194,7 @@ class _Reader:
     def __call__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Raises DataError, or ValueError where the template refuses the row."""
         values = self._rows[row]
+        check_unseen(values, *(values[column] for column in self._said))
         if self.form == "text":
             return self._text(values[self._column])
         tools = check_tools(values.get(TOOLS))

@@ -14,17 +14,23 @@ from trl import chat_template_utils
 
 from actors.models.templates import with_arguments
 from actors.scoring.model import rendered
+from aligntune.data import scored_pairs
 from aligntune.data.errors import DataError
 from aligntune.data.formats import render
-from aligntune.data.messages import check_messages, check_tools, what_is_lost
+from aligntune.data.messages import check_messages, check_tools, check_unseen, what_is_lost
 from aligntune.data.mixture import held_out_data, training_data
+from aligntune.data.pairs import PairRows
+from aligntune.data.prompt_rows import PromptRows
 from aligntune.data.prompts import (
     as_prompts,
     evaluation_prompts,
     training_prompts,
 )
 from aligntune.data.spec import DataSpec
+from aligntune.data.taught_forms import Columns
+from aligntune.data.taught_tokens import tokenise_taught
 from tests.aligntune.data.conftest import byte_tokenizer
+from tests.aligntune.data.test_preference import Table
 
 TOOLS_TEMPLATE = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
@@ -307,3 +313,55 @@ def test_what_a_rendering_lost_is_named() -> None:
     apart = [{"role": "assistant", "content": "c", "reasoning_content": "a"}]
     assert what_is_lost("c", apart) == "thinking"
     assert what_is_lost("ca", apart) is None
+
+
+PICTURE = {"bytes": b"GIF", "path": None}
+
+
+@pytest.mark.parametrize(
+    ("row", "said", "refused"),
+    [
+        ({"images": [PICTURE]}, "Find x", True),
+        ({"image": PICTURE}, "Find x", True),
+        ({"image": object()}, "Find x", True),  # a decoded one
+        ({"videos": ["v.mp4"]}, "Find x", True),
+        ({"image": "a.png"}, "<image>\nFind x", True),
+        ({"image": "a.png"}, [{"from": "human", "value": "<image>\nFind x"}], True),
+        ({"image": "python:3.12"}, "Mend the bug", False),
+        ({"images": [], "image": None, "videos": None}, "<image> is a tag", False),
+        ({"answer": [PICTURE]}, "Find x", False),
+    ],
+)
+def test_what_a_model_would_have_to_see_is_told_from_text(
+    row: dict[str, Any], said: Any, refused: bool
+) -> None:
+    if not refused:
+        check_unseen(row, said)
+        return
+    with pytest.raises(DataError, match=r"has what no model here sees, which reads text alone; "):
+        check_unseen(row, said)
+
+
+def test_a_row_with_an_image_cannot_be_used_for_anything() -> None:
+    plain, said = {"prompt": "p"}, r"column 'images' has what no model here sees"
+    pair = {**plain, "chosen": "c", "rejected": "r"}
+    text = {**plain, "completion": "c"}
+
+    def rows(row: dict[str, Any]) -> Table:
+        return Table({**row, "images": [PICTURE]}, {**row, "images": []}, {**row, "images": None})
+
+    prompts = PromptRows(rows(plain), TOOLS)
+    assert [*prompts.usable] == [1, 2]
+    taught = tokenise_taught(
+        rows(text), TOOLS, columns=Columns(), loss_on=None, apply_chat_template=True
+    )
+    assert [*taught.taught] == [1, 2]
+    for wrong in (prompts.wrong, taught.wrong):
+        assert re.match(said, str(wrong[0]))
+    with pytest.raises(DataError, match=said):
+        PairRows(rows(pair)).pair(0)
+    assert PairRows(rows(pair)).pair(1).prompt == "p"
+    assert re.match(said, str(scored_pairs._wrong(rows(text)[0], "prompt", "completion")))
+    assert scored_pairs._wrong(rows(text)[1], "prompt", "completion") is None
+    shown = PromptRows(rows(plain), TOOLS, environment=True)
+    assert [*shown.usable] == [0, 1, 2], "an environment may show them"
