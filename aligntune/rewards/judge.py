@@ -44,8 +44,8 @@ async def judge(
     high: float = 10.0,
     column: str | None = None,
     token_env: str | None = None,
-    max_tokens: Annotated[int, Field(gt=0)] = 1024,
-    temperature: Annotated[float, Field(ge=0)] = 0.0,
+    max_tokens: Annotated[int, Field(gt=0)] | None = 1024,
+    temperature: Annotated[float, Field(ge=0)] | None = 0.0,
     request_timeout_s: Annotated[float, Field(gt=0)] = 30.0,
     retries: Annotated[int, Field(ge=0)] = 3,
     concurrency: Annotated[int, Field(gt=0)] = 16,
@@ -62,9 +62,11 @@ async def judge(
     Source: LLM-as-a-judge (Zheng et al. 2023, arXiv:2306.05685).
 
     `url` is the server's base, as in http://HOST:8000/v1; `token_env` names the variable that holds
-    its key. A reply without such a line, cut off, or with a number out of range is asked for again
-    up to `retries` times, as requests are that fail, and then fails the group. The scores of its
-    other completions are kept: when it is scored again in this process, they are not asked for.
+    its key. `max_tokens` and `temperature` are left out of the request where they are null, for a
+    model that takes none. A reply without such a line, cut off, or with a number out of range is
+    asked for again up to `retries` times, as requests are that fail, and then fails the group. The
+    scores of its other completions are kept: when it is scored again in this process, they are not
+    asked for.
 
     Raises:
         NoAnswer: a completion has no score after all tries, or the server refuses.
@@ -73,7 +75,10 @@ async def judge(
     if not low < high:
         raise ValueError(f"reward options: low {low} is not below high {high}")
     references = [None] * len(completions) if column is None else column_of(columns, column)
-    options = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
+    sampling = {"max_tokens": max_tokens, "temperature": temperature}
+    options = {"model": model} | {
+        key: value for key, value in sampling.items() if value is not None
+    }
     begun: Counter[str] = Counter()  # by what is asked: a group may say the same thing twice
     got: dict[tuple[str, int], float] = {}
     asking = []

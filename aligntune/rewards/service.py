@@ -21,11 +21,14 @@ import aiohttp
 from yarl import URL
 
 from actors.scoring.criteria import Unreached
+from aligntune.errors import printable
 from cluster import proxies
 
 T = TypeVar("T")
 
 ANSWER_BYTES = 16 * 2**20
+REFUSAL_BYTES = 2048  # that are read of an answer that is no good one
+REFUSAL_LENGTH = 200  # characters of it that are told
 FIRST_PAUSE_S = 0.25  # before the second try; twice as long before each further one
 LONGEST_PAUSE_S = 30.0
 _AGAIN = frozenset((408, 425, 429, 500, 502, 503, 504))  # what another try may mend
@@ -65,8 +68,8 @@ async def ask(
     """What `read` makes of the answer to `message`, which is sent as JSON.
 
     `token_env` names the variable that holds a bearer token. At most `concurrency` requests of this
-    process to this `url` run at once. `read` may raise NoAnswer, or TryAgain. A request goes through
-    the proxy that the environment names for the host, but to this machine itself.
+    process to this `url` run at once. `read` may raise NoAnswer, or TryAgain. The proxy that the
+    environment names for the host is used, but for this machine itself.
 
     Raises:
         Away: no connection after all retries, or one of 425, 429, 502, 503, 504.
@@ -102,9 +105,11 @@ async def _answer(session: aiohttp.ClientSession, url: str, body: bytes, way: _W
                 wait = response.headers.get("Retry-After", "")
                 pause = float(wait) if wait.isascii() and wait.isdigit() else None
                 away = response.status in _AWAY
-                raise TryAgain(f"it answered {response.status}", pause, away)
+                said = await _why(response)
+                raise TryAgain(f"it answered {response.status}{said}", pause, away)
             if response.status != 200:
-                raise NoAnswer(f"it answered {response.status} {response.reason}")
+                said = await _why(response)
+                raise NoAnswer(f"it answered {response.status} {response.reason}{said}")
             answer = b""
             async for piece in response.content.iter_any():
                 answer += piece
@@ -122,6 +127,25 @@ async def _answer(session: aiohttp.ClientSession, url: str, body: bytes, way: _W
         raise TryAgain(text, away=away and not isinstance(error, aiohttp.ClientSSLError)) from error
 
 
+async def _why(response: aiohttp.ClientResponse) -> str:
+    """What the service says of its refusal, behind a colon: the message of an error as OpenAI's
+    servers write it, or the text as it is; empty where it says nothing."""
+    said = b""
+    while piece := await response.content.read(REFUSAL_BYTES - len(said)):
+        said += piece
+    try:
+        told: Any = json.loads(said)
+    except (ValueError, RecursionError):
+        told = said.decode(errors="replace")
+    for key in ("error", "message"):
+        told = told.get(key, told) if isinstance(told, dict) else told
+    text = told if isinstance(told, str) else said.decode(errors="replace")
+    if token := response.request_info.headers.get("Authorization", "").removeprefix("Bearer "):
+        text = text.replace(token, "[the token]")
+    line = printable(" ".join(text.split()))[:REFUSAL_LENGTH]
+    return f": {line}" if line else ""
+
+
 @dataclass(frozen=True)
 class _Way:
     """How a request gets to its service."""
@@ -132,7 +156,7 @@ class _Way:
 
 
 def _way_to(url: str) -> _Way:
-    """Through the proxy that the environment names, or past all. The session's own `trust_env` would
+    """Through the proxy that the environment names, or past all. aiohttp's own `trust_env` would
     send logins of ~/.netrc too. Raises NoAnswer where that is no proxy for HTTP."""
     if _is_here(urlsplit(url).hostname or "") or (named := proxies.way_to(url)) is None:
         return _Way()

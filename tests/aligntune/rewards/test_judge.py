@@ -262,6 +262,13 @@ def test_the_judge_sees_rubric_prompt_reference_and_answer_between_marks_nobody_
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge-7b", 0.0, 1024)
 
 
+def test_what_a_model_does_not_take_is_left_out_of_the_request() -> None:
+    said, asked = judged(lambda _: chat("Score: 5"), "hi", max_tokens=None, temperature=None)
+    assert said == [0.5]
+    ((_, _, body),) = asked
+    assert body.keys() == {"model", "messages"}
+
+
 def test_bounds_that_are_no_bounds_are_refused() -> None:
     said, asked = judged(lambda _: chat("Score: 3"), "hi", low=5, high=5)
     assert "low 5 is not below high 5" in str(said)

@@ -32,9 +32,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "FIRST_PAUSE_S", 0.0)
 
 
-def asked(
-    handler: Handler, groups: int = 1, proxy: str | None = None, **options: Any
-) -> list[Any]:
+def asked(handler: Handler, groups: int = 1, proxy: str | None = None, **options: Any) -> list[Any]:
     """What `groups` calls at once say of a service that answers by `handler`. `PORT` is its port in
     an option `url`, and in `proxy`, which is what http_proxy says."""
 
@@ -122,6 +120,29 @@ def test_a_refusal_is_not_tried_again(status: int) -> None:
     (error,) = asked(handler)
     assert str(status) in str(error)
     assert asked_times == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('{"error": {"message": "Unsupported parameter:\\n\'max_tokens\'"}}',
+         ": Unsupported parameter: 'max_tokens'"),
+        ('{"object": "error", "message": "no model \\u001b[31mm"}', r": no model \x1b[31mm"),
+        ('{"error": "Rumpel is no key"}', ": [the token] is no key"),
+        ('{"detail": [1]}', ': {"detail": [1]}'),
+        ("<html>" + "x" * 300, ": <html>" + "x" * 194),
+        ("", ""),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("status", [400, 429])
+def test_a_refusal_says_why(
+    status: int, body: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE", "Rumpel")
+    (error,) = asked(says(body, status), retries=0, token_env="JUDGE")
+    told = "it answered 400 Bad Request" if status == 400 else "it answered 429"
+    end = "" if status == 400 else ", in 1 tries"
+    assert str(error).endswith(f"/score: {told}{said}{end}")
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
