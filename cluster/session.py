@@ -49,6 +49,12 @@ def check_answers(address: str) -> None:
 
     Raises ClusterUnreachable within twice `ANSWER_S` seconds.
     """
+    if address.startswith(("http://", "https://")):
+        raise ClusterUnreachable(
+            f"{address!r} is the address of a Jobs server, and a run joins a head: send the run "
+            f"with `aligntune submit --address {address}`, or name the head, as in HOST:6379, in "
+            "cluster.address or RAY_ADDRESS"
+        )
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return

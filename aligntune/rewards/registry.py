@@ -39,6 +39,12 @@ def resolve(spec: RewardFunctionSpec) -> RewardCriterion:
     """
     registered = REWARDS.get(spec.function)
     if registered is None and ":" not in spec.function:
+        if "/" in spec.function or os.path.isdir(spec.function):
+            raise ValueError(
+                f"unknown reward {spec.function!r}: a reward model is given as {{model: NAME}}, by "
+                "--reward-model or as reward_model_name; a function of yours as "
+                "package.module:function or path/to/file.py:function"
+            )
         near = closest(spec.function, REWARDS)
         hint = f"did you mean {near!r}? " if near else ""
         raise ValueError(

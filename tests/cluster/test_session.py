@@ -25,9 +25,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("scheme", ["", "ray://"])
+SERVES_JOBS = r"of a Jobs server, .* `aligntune submit --address http.*, as in HOST:6379, in clus"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        ("", "nothing answers at"),
+        ("ray://", "nothing answers at"),
+        ("http://", SERVES_JOBS),
+        ("https://", SERVES_JOBS),
+    ],
+)
 def test_a_head_that_does_not_answer_is_said_at_once(
-    scheme: str, monkeypatch: pytest.MonkeyPatch
+    scheme: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
@@ -36,7 +47,7 @@ def test_a_head_that_does_not_answer_is_said_at_once(
     address = f"{scheme}127.0.0.1:{free_port()}"
     started = time.monotonic()
     with (
-        pytest.raises(ClusterUnreachable, match="nothing answers at") as error,
+        pytest.raises(ClusterUnreachable, match=said) as error,
         session(ClusterSpec(address=address), cpus=1),
     ):
         pass

@@ -372,6 +372,18 @@ class TestRegistry:
         with pytest.raises(ValueError, match="unknown reward 'exact_mach': did you mean 'exact_ma"):
             resolve(spec("exact_mach"))
 
+    @pytest.mark.parametrize("named", ["org/rm", "models/rm", "folder"])
+    def test_a_reward_model_that_is_given_as_a_function_is_told_how_it_is_given(
+        self, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "folder").mkdir()
+        monkeypatch.chdir(tmp_path)
+        said = (
+            rf"unknown reward '{named}': a reward model is given as \{{model: NAME\}}, by --reward-"
+        )
+        with pytest.raises(ValueError, match=said):
+            resolve(spec(named))
+
     def test_a_function_in_the_current_folder_is_found(self, module: Any) -> None:
         module("my_rewards", "def ones(completions, **kw): return [1.0] * len(completions)")
         criterion = resolve(spec("my_rewards:ones"))
