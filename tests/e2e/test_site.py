@@ -192,6 +192,22 @@ def test_the_keys_that_are_moved_to_exist() -> None:
             assert set(named) <= known, f"{heading}: {row}"
 
 
+STATED = re.compile(r"`?([\w.]+)`? for ((?:`\w+`(?! for)(?:, | and )?)+)")
+
+
+@pytest.mark.parametrize(
+    ("key", "field"), [("actor.use_kl_loss", "beta"), ("actor.loss_agg_mode", "aggregation")]
+)
+def test_defaults_that_change_the_loss_of_verl_are_stated_as_they_are(key: str, field: str) -> None:
+    (told,) = (row[2] for row in dict(tables_of_moving())["verl"] if key in in_backticks(row[0]))
+    stated = {name: value for value, names in STATED.findall(told) for name in in_backticks(names)}
+    defaults = {name: registry.get(name).model_fields[field].default for name in stated}
+    assert {name: str(value) for name, value in defaults.items()} == {
+        name: str(float(value)) if field == "beta" else value for name, value in stated.items()
+    }
+    assert stated.keys() == {"grpo", "gspo", "drgrpo", "ppo"}, "what verl has too"
+
+
 def test_figures_that_the_page_of_reading_a_run_explains_are_those_that_runs_have() -> None:
     known = set(in_backticks(section_of("docs/architecture.md", "Metrics")))
     text = text_of("docs/report.md")
