@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import itertools
+import json
 import re
 import threading
 import time
@@ -320,13 +321,17 @@ class MLflow:
         self._client.log_batch(self._run_id, metrics=figures)
 
     def samples(self, step: int, rows: Rows) -> None:
-        """One table that grows."""
+        """A file of the step, as `MlflowClient.load_table` and MLflow's page take the newest one.
+
+        Its own `log_table` fetches a table to append to it, or makes a tag that grows until it is
+        too long.
+        """
         self._describe()
         columns, lines = table(step, rows)
-        # Text in every cell: MLflow reads the table again to append, and a column keeps its kind.
-        cells = [["" if cell is None else str(cell) for cell in line] for line in lines]
-        data = {name: [line[at] for line in cells] for at, name in enumerate(columns)}
-        self._client.log_table(self._run_id, data, "samples.json")
+        path = f"samples/step-{step:06d}.json"
+        self._client.log_dict(self._run_id, {"columns": columns, "data": lines}, path)
+        newest = json.dumps([{"path": path, "type": "table"}])
+        self._client.set_tag(self._run_id, "mlflow.loggedArtifacts", newest)
 
     def truncate_after(self, step: int) -> None:
         """Figures that were sent stay."""

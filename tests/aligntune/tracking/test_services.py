@@ -139,13 +139,18 @@ def test_wandb_offline_has_the_run_its_names_figures_tables_and_end(folder: Path
 @pytest.mark.parametrize(
     ("ended", "status"), [("finished", "FINISHED"), ("stopped", "KILLED"), ("failed", "FAILED")]
 )
-def test_mlflow_in_a_folder_has_the_run_its_names_figures_table_and_end(
-    folder: Path, ended: Ended, status: str
+def test_mlflow_in_a_folder_has_the_run_its_names_figures_tables_and_end(
+    folder: Path, ended: Ended, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("mlflow")
     from mlflow import MlflowClient
 
-    played("mlflow", folder, ended)
+    def fetch(*_: Any, **options: Any) -> str:
+        raise AssertionError("a table is fetched, with all that are before it")
+
+    with monkeypatch.context() as sending:
+        sending.setattr(MlflowClient, "download_artifacts", fetch)
+        played("mlflow", folder, ended)
     client = MlflowClient()
     experiment = client.get_experiment_by_name("sums")
     assert experiment is not None
@@ -163,9 +168,11 @@ def test_mlflow_in_a_folder_has_the_run_its_names_figures_table_and_end(
     assert mlflow_name("reward/C++/mean") == "reward/C:2b::2b:/mean"
     assert mlflow_name("loss/router") == "loss/router"
     assert mlflow_name("loss/router", last) == "::loss/router"
-    shown = client.load_table(run.info.experiment_id, "samples.json", [run.info.run_id])
-    assert len(shown) == 2 * GROUPS * 2
-    assert list(shown["step"]) == [0] * 8 + [2] * 8
+    names = [each.path for each in client.list_artifacts(run.info.run_id, "samples")]
+    assert names == ["samples/step-000000.json", "samples/step-000002.json"]
+    shown = client.load_table(run.info.experiment_id, names[-1], [run.info.run_id])
+    assert len(shown) == GROUPS * 2
+    assert set(shown["step"]) == {2}
     assert list(shown["completion"])[:2] == ["says 0", HOSTILE[0]]
 
 
