@@ -1,4 +1,4 @@
-"""What a trainer of TRL's does that goes on from a checkpoint.
+"""What a trainer of TRL's does that goes on from a checkpoint, and how it writes one.
 
 Invariant: weights, moments, the place in the schedule and the count of tokens are the checkpoint's;
 learning rate, decay, betas, epsilon and clipping are the job's.
@@ -6,7 +6,17 @@ learning rate, decay, betas, epsilon and clipping are the job's.
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+
+def _write_state(state: Any, path: str) -> None:
+    """A trainer's state as `TrainerState.load_from_json` reads it."""
+    own = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    Path(path).write_text(json.dumps(own, sort_keys=True) + "\n", encoding="utf-8")
 
 
 class GoesOn:
@@ -35,6 +45,16 @@ class GoesOn:
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers', but for its state, which has the figures of all steps: that one copies
+        them deep and indents them, 0.1 ms a step each time, while all workers wait."""
+        state = self.state
+        state.save_to_json = partial(_write_state, state)
+        try:
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            del state.save_to_json
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', which calls it when the optimiser is whole and nothing is loaded."""
