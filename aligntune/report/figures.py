@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aligntune.runs.measure import KEY
+from aligntune.runs.reading import POINTS
 
-POINTS = 2000  # steps of a curve that a page holds; of more, every k-th
 BINS = 24
+MOST_REPLICAS = 8  # that have curves of their own
 
 Row = Mapping[str, Any]
 
@@ -22,6 +24,18 @@ LABELS = {"step", "version", KEY}
 def names(rows: Sequence[Row]) -> set[str]:
     """The metrics in some rows of metrics.jsonl or evals.jsonl."""
     return {name for row in rows for name in row} - LABELS
+
+
+OF_REPLICA = re.compile(r"rollout/(rollout-\d+)/")
+
+
+def of_few_replicas(rows: Sequence[Row]) -> list[Row]:
+    """Rows without the figures of each rollout replica, where there are more than `MOST_REPLICAS`:
+    some hundred curves that nobody looks at."""
+    found = {match[1] for name in names(rows) if (match := OF_REPLICA.match(name))}
+    if len(found) <= MOST_REPLICAS:
+        return list(rows)
+    return [{n: value for n, value in row.items() if not OF_REPLICA.match(n)} for row in rows]
 
 
 def thinned(rows: Sequence[Row], most: int = POINTS) -> list[Row]:

@@ -25,7 +25,7 @@ from aligntune.errors import UserError
 from aligntune.report import curves, figures
 from aligntune.report.settings import settings
 from aligntune.report.summary import duration, summary
-from aligntune.runs.reading import RunOnDisk
+from aligntune.runs.reading import POINTS, RunOnDisk
 from aligntune.tracking.metrics import WENT_WRONG
 
 SCRIPTS = ("base.js", "charts.js", "diff.js", "samples.js", "page.js")
@@ -84,7 +84,7 @@ def named(runs: Sequence[RunOnDisk]) -> list[str]:
 
 
 def _metrics(run: RunOnDisk) -> set[str]:
-    return figures.names(run.metrics) | figures.names(run.evals)
+    return figures.names(figures.of_few_replicas(run.drawn)) | figures.names(run.evals)
 
 
 def _data(
@@ -104,11 +104,11 @@ def _data(
         if len(runs) == 1 and first != last:
             lengths["first quarter"] = first
         lengths[f"{prefix}last quarter"] = last
-        metrics = figures.thinned(run.metrics)
+        metrics = figures.of_few_replicas(run.drawn)
         each.append(
             {
                 "name": name,
-                "every": -(-len(run.metrics) // figures.POINTS) if run.metrics else 1,
+                "every": max(1, -(-len(run.metrics) // POINTS)),
                 "steps": figures.columns(metrics),
                 "evals": figures.columns(figures.thinned(run.evals)),
                 "samples": samples,

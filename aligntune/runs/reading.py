@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -32,6 +33,9 @@ PREFERENCE = ("dpo", "reward_model", "sft")
 """The algorithms whose jobs go over a table and have no groups."""
 
 SAMPLES, EVAL_SAMPLES = "samples.jsonl", "eval_samples.jsonl"
+POINTS = 2000  # steps of a curve that a page holds; of more, every k-th
+OF_EVERY_STEP = ("step", "time/", "throughput/tokens_per_s", "reward/mean")
+"""What summaries read of every step, by the beginning of its name."""
 WINDOWS = 256  # places of a large file in which lines are looked for
 COPIED_SECONDS = 60.0  # after its last event the config.yaml of a start is of a copy
 
@@ -120,10 +124,42 @@ class RunOnDisk:
                     if line.endswith(b"\n"):
                         self.problems.append(f"{path.name}:{number} is damaged and left out")
 
-    @cached_property
+    @property
     def metrics(self) -> list[Row]:
-        """An object a step, ascending."""
-        return [row for row in self._rows("metrics.jsonl") if "step" in row]
+        """An object a step, ascending; of more than `POINTS` with no more figures than summaries
+        read, but for evaluations."""
+        return self._steps[0]
+
+    @property
+    def drawn(self) -> list[Row]:
+        """The steps that curves show, with all their figures: every k-th, up to the last."""
+        return self._steps[1]
+
+    @cached_property
+    def _steps(self) -> tuple[list[Row], list[Row]]:
+        """`metrics` and `drawn`; all figures of a long run would take GB."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return [], []
+        with path.open("rb") as file:
+            lines = sum(block.count(b"\n") for block in iter(lambda: file.read(2**16), b""))
+        every = max(1, -(-lines // POINTS))
+        steps, drawn, whole = list[Row](), list[Row](), Row()
+        for row in itertools.islice(self._readable(path), lines):
+            if not isinstance(row, dict) or "step" not in row:
+                continue
+            whole = {sys.intern(name): value for name, value in row.items()}
+            if (lines - 1 - len(steps)) % every == 0:
+                drawn.append(whole)
+                steps.append(whole)
+            elif any(name.startswith("eval/") for name in whole):
+                steps.append(whole)
+            else:
+                steps.append({n: v for n, v in whole.items() if n.startswith(OF_EVERY_STEP)})
+        if steps and (not drawn or drawn[-1] is not steps[-1]):  # lines were damaged
+            steps[-1] = whole
+            drawn.append(whole)
+        return steps, drawn
 
     @cached_property
     def evals(self) -> list[Row]:

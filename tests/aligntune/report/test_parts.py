@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aligntune.report.curves import COMPLETIONS, LEARNING, SPEED, parts
-from aligntune.report.figures import columns, histogram, quarters, rounded, thinned
+from aligntune.report.figures import (
+    columns,
+    histogram,
+    of_few_replicas,
+    quarters,
+    rounded,
+    thinned,
+)
 from aligntune.report.summary import duration, evaluated, sessions, stages, summary
 from aligntune.runs.measure import KEY
 from aligntune.runs.reading import open_run
@@ -45,6 +52,13 @@ def test_a_criterion_has_its_training_and_held_out_curve_in_one_picture() -> Non
     found = parts(["reward/mean", "reward/format/mean", "eval/reward/format/mean"])
     assert [chart.title for chart in found[0].charts] == ["Reward", "Reward: format"]
     assert [curve.label for curve in found[0].charts[1].curves] == ["training", "held-out"]
+
+
+@pytest.mark.parametrize("replicas", [1, 8, 9])
+def test_figures_of_each_of_many_replicas_are_left_out(replicas: int) -> None:
+    each = {f"rollout/rollout-{place}/queue": 1.0 for place in range(replicas)}
+    rows = [{"step": 1, "rollout/queue": 1.0, **each}]
+    assert of_few_replicas(rows) == (rows if replicas < 9 else [{"step": 1, "rollout/queue": 1.0}])
 
 
 def test_figures_are_thinned_to_the_last() -> None:

@@ -21,6 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aligntune.errors import UserError
+from aligntune.report.summary import summary
+from aligntune.runs import reading
 from aligntune.runs.reading import SAMPLES, chosen, open_run, spread
 
 
@@ -124,6 +126,37 @@ def test_evaluations_of_a_preference_job_are_among_its_steps(run: Path) -> None:
     found = open_run(run)
     assert found.is_preference
     assert found.evals == rows[:1]
+
+
+@pytest.mark.parametrize("damaged", [(), (3, 499)])
+def test_of_a_long_run_few_steps_have_all_their_figures_in_memory(
+    run: Path, damaged: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 64 replicas a step has some 300 figures, 43 KB."""
+    names = ["time/step", "time/update", "throughput/tokens_per_s", "reward/mean"]
+    names += [f"rollout/rollout-{place}/queue" for place in range(96)]
+    rows = [{"step": step, **dict.fromkeys(names, step + 0.5)} for step in range(1, 501)]
+    rows[77]["eval/loss"] = 0.5
+    texts = ["broken" if n in damaged else json.dumps(row) for n, row in enumerate(rows)]
+    (run / "metrics.jsonl").write_text("".join(f"{text}\n" for text in texts) + '{"step": 501')
+    left = [row for n, row in enumerate(rows) if n not in damaged]
+    whole = open_run(run)
+    assert whole.metrics == whole.drawn == left
+    told = summary(whole)
+    monkeypatch.setattr(reading, "POINTS", 20)
+    found = open_run(run)
+    tracemalloc.start()
+    try:
+        assert [row["step"] for row in found.metrics] == [row["step"] for row in left]
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 2**20  # of 5 MB
+    assert summary(found) == told
+    assert found.evals == [rows[77]]
+    assert 20 <= len(found.drawn) <= 21
+    assert all(row in left for row in found.drawn)
+    assert found.drawn[-1] == left[-1]
 
 
 def test_of_many_samples_some_are_read_and_the_last_is_among_them(run: Path) -> None:
