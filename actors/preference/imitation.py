@@ -1,4 +1,5 @@
-"""DPO's part `sft`: how improbable the policy finds the better answers, as a mean over pairs."""
+"""How improbable the policy finds what it is to imitate: the loss of SFT as a mean over the tokens
+of a step, and DPO's part `sft`, of the better answers, as one over pairs."""
 
 from __future__ import annotations
 
@@ -49,3 +50,17 @@ def imitation(logits: Any, inputs: Mapping[str, Any]) -> Any:
     )
     lengths = said.sum(1)
     return (each / lengths.repeat_interleave(lengths)).sum() / pairs
+
+
+def taught_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+    """The loss of `labels` [B, T] by the logits [B, T, V] of `outputs`: a sum divided by
+    `num_items_in_batch`, the trained tokens of a whole step on all workers; without it the mean
+    over those that are here.
+
+    The models' own have one denominator, or scale with the number of passes and workers, or pair
+    a token with itself, by their class.
+    """
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    logits = outputs.logits
+    return ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from actors.preference.dpo import dpo_trainer
 from actors.preference.going_on import GoesOn
 from actors.preference.held_out import HeldOutPairs, HeldOutTokens, with_row_lengths
+from actors.preference.imitation import taught_loss
 from actors.preference.relay import PreferenceJob
 from actors.preference.routers import put_back, routing_of
 from actors.specs import ModelSpec
@@ -246,6 +247,8 @@ def _sft(
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
+        # Unsloth's models have it from Unsloth, which looks at how each takes the denominator.
+        compute_loss_func=None if job.backend == "unsloth" else taught_loss,
     )
     trainer.routing = routing
     if common["padding_free"]:

@@ -71,6 +71,26 @@ def mixture(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def uncounted(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model whose class takes no count of a step's tokens, as Gemma 4's that reads images."""
+    monkeypatch.setattr("transformers.Qwen3ForCausalLM.accepts_loss_kwargs", False, raising=False)
+    return tiny_model
+
+
+@pytest.fixture(scope="module")
+def bart(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose class takes the count and leaves it out of its loss, of tokens not shifted."""
+    from transformers import BartConfig, BartForCausalLM
+
+    folder: Path = tmp_path_factory.mktemp("bart")
+    shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "vocab_size": 100}
+    config = BartConfig(**sizes, decoder_ffn_dim=16, max_position_embeddings=64, init_std=0.1)
+    BartForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def made_rows() -> list[tuple[list[int], list[int]]]:
     """Ragged rows of ids and labels: a masked beginning, and a masked part in the middle."""
     rng = random.Random(0)
@@ -166,6 +186,16 @@ def test_the_loss_is_the_mean_over_the_trained_tokens_of_a_step(
     trainer = made_of(folder, tmp_path, "train.max_grad_norm=1e9", *shared_out)
     assert first_step(trainer) == pytest.approx(mean_over_tokens(folder), rel=1e-5)
     assert trainer.state.log_history[0]["rows"] == ROWS
+
+
+@pytest.mark.parametrize("model", ["uncounted", "bart"])
+def test_the_mean_is_over_the_step_whatever_a_model_makes_of_the_count_of_its_tokens(
+    request: pytest.FixtureRequest, tmp_path: Path, model: str
+) -> None:
+    folder = request.getfixturevalue(model)
+    passes = ("train.pairs_per_worker=2", "train.accumulation_steps=4")
+    found = first_step(made_of(folder, tmp_path, "train.max_grad_norm=1e9", *passes))
+    assert found == pytest.approx(mean_over_tokens(folder), rel=1e-5)
 
 
 @pytest.mark.parametrize("lora", [(), ("model.lora.r=2",)], ids=str)
