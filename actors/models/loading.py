@@ -20,6 +20,7 @@ from actors.models.caps import attention_of
 from actors.models.hub import why_silent
 from actors.models.staging import StagingFailed, on_this_node
 from actors.models.templates import give
+from actors.models.text_part import freeze_beside_text, lora_config
 from actors.specs import LoRASpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def load_causal_lm(spec: ModelSpec, lora: bool = False) -> PreTrainedModel:
     _require_all(info, spec, config)
     switch_off_dropout(model)
     make_savable(model)
+    freeze_beside_text(model)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if lora:
@@ -375,21 +377,12 @@ def refuse_adapters_of(shared: dict[str, nn.Module], model: nn.Module) -> None:
 
 
 def _wrap_lora(model: PreTrainedModel, lora: LoRASpec) -> PreTrainedModel:
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import get_peft_model
 
     shared = shared_embeddings(model)
     try:
-        wrapped = get_peft_model(
-            model,
-            LoraConfig(
-                task_type=TaskType.CAUSAL_LM,
-                r=lora.r,
-                lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
-                target_modules=lora.target_modules,
-            ),
-            autocast_adapter_dtype=True,
-        )
+        settings = lora_config(model, lora, "CAUSAL_LM")
+        wrapped = get_peft_model(model, settings, autocast_adapter_dtype=True)
     except ValueError as error:
         raise ModelError(f"LoRA could not be added: {error}") from error
     refuse_adapters_of(shared, model)

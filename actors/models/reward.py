@@ -16,6 +16,7 @@ from actors.models.loading import (
     require_source,
     switch_off_dropout,
 )
+from actors.models.text_part import freeze_beside_text
 from actors.specs import ModelSpec
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def new_reward_model(spec: ModelSpec, seed: int) -> Any:
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     switch_off_dropout(model)
+    freeze_beside_text(model)
     return model
 
 

@@ -69,6 +69,7 @@ def load_unsloth(spec: ModelSpec, max_length: int, seed: int) -> Any:
         shared_embeddings,
         switch_off_dropout,
     )
+    from actors.models.text_part import freeze_beside_text
 
     if spec.load_in_4bit and not torch.cuda.is_available():
         raise ModelError(
@@ -98,6 +99,7 @@ def load_unsloth(spec: ModelSpec, max_length: int, seed: int) -> Any:
         switch_off_dropout(model)
         make_savable(model)
         if spec.lora is None:
+            freeze_beside_text(model)
             return model
         shared = shared_embeddings(model)
         wrapped = unsloth.FastLanguageModel.get_peft_model(

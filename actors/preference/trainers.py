@@ -60,6 +60,8 @@ def build_trainer(
         "disable_tqdm": True,
         "report_to": "none",
         "gradient_checkpointing": job.model.gradient_checkpointing,
+        # With checkpointing too, reentrant in Unsloth alone: text may not reach a weight.
+        "ddp_find_unused_parameters": None if job.backend == "unsloth" else True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "save_on_each_node": False,
         **job.arguments,
@@ -197,24 +199,14 @@ def _reward_model(
     from trl import RewardConfig, RewardTrainer
 
     from actors.models.reward import new_reward_model
+    from actors.models.text_part import lora_config
 
     class Trainer(GoesOn, HeldOutPairs, RewardTrainer):
         """RewardTrainer that goes on with the settings of its job."""
 
     spec = job.model if job.trained is None else _renamed_model(job)
-    lora = None
-    if spec.lora is not None:
-        from peft import LoraConfig, TaskType
-
-        lora = LoraConfig(
-            task_type=TaskType.SEQ_CLS,
-            r=spec.lora.r,
-            lora_alpha=spec.lora.alpha,
-            lora_dropout=spec.lora.dropout,
-            target_modules=spec.lora.target_modules,
-            modules_to_save=["score"],
-        )
     model = new_reward_model(spec if spec.lora else _with_float_weights(spec), job.seed)
+    lora = spec.lora and lora_config(model, spec.lora, "SEQ_CLS", modules_to_save=["score"])
     # By which a score's place is found. TRL sets it at the top, where a composite's is not read.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     _give_float_logits(model)

@@ -38,6 +38,7 @@ from tests.actors.policy_cases import (
     Ranks,
     causal_lm,
     logprobs_of,
+    make_composite_folder,
     make_group,
     make_jobs,
     make_model_folder,
@@ -769,6 +770,29 @@ def test_settings_of_the_optimiser_hold_from_the_next_step_on_with_every_strateg
         now.close()
     for name, tensor in wanted.items():
         torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("strategy", [ZERO2, ZERO3, FSDP], ids=str)
+@once_more_after_an_abort
+def test_what_text_never_reaches_of_a_model_neither_decays_nor_stops_a_checkpoint(
+    folder: Path, tmp_path: Path, strategy: StrategySpec
+) -> None:
+    composite = make_composite_folder(tmp_path / "composite", folder)
+    before = load_file(composite / "model.safetensors")
+    ranks = Ranks(composite, 1, strategy, weight_decay=0.5)
+    try:
+        for step in (1, 2):
+            ranks.call(_update, [(job_of_step(step),)])
+        ranks.call(_snapshot, [()])
+        ranks.call(_save_model, [(tmp_path / "model",)])
+    finally:
+        ranks.close()
+    after = load_file(tmp_path / "model" / "model.safetensors")
+    assert after.keys() == before.keys()
+    same = {name for name in before if torch.equal(after[name], before[name])}
+    assert same == {name for name in before if "vision" in name or "projector" in name}
 
 
 @pytest.mark.slow

@@ -284,6 +284,22 @@ def test_the_imitated_answers_weigh_alike_however_a_step_is_shared_out(build: Bu
         torch.testing.assert_close(move, moves[0], atol=1e-6, rtol=1e-4)
 
 
+def of_two_workers(script: str, model: Path, folder: Path, *more: str) -> list[str]:
+    """What each of two processes prints, which `script` has join by its first two arguments."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+
+    def work(rank: str) -> str:
+        given = [rank, port, str(model), str(folder), *more]
+        ran = drivers.run(["-c", script, *given], env=plain_environment(), timeout=240)
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        return ran.stdout
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(work, "01"))
+
+
 def gradient_of_a_step(trainer: Any) -> torch.Tensor:
     """What the optimiser sees of the one step that is trained, in one row."""
     from transformers import TrainerCallback
@@ -320,6 +336,31 @@ def test_a_composite_is_scored_at_each_rows_last_token(tmp_path: Path) -> None:
     assert pad not in torch.cat(rows)
     torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-5)
     assert tuned.config.get_text_config().pad_token_id == pad
+
+
+def test_two_workers_checkpoint_a_model_that_text_reaches_in_part(tmp_path: Path) -> None:
+    """DDP would end at the second step, the next after a weight has got no gradient; such weights
+    are those of a composite's other parts, and others that no configuration tells of."""
+    words = make_model_folder(tmp_path / "words")
+    model = make_composite_folder(tmp_path / "model", words)
+    script = """
+import os, sys
+from pathlib import Path
+import torch
+from tests.actors.preference.test_trainers import made_of
+rank, port, model, folder = sys.argv[1:]
+os.environ.update(RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1")
+os.environ["MASTER_PORT"] = port
+options = ("train.pairs_per_worker=2", "train.workers=2", "model.gradient_checkpointing=true")
+trainer = made_of(Path(model), Path(folder) / rank, options, steps=2)
+assert trainer.accelerator.num_processes == 2
+trainer.model.register_parameter("spare", torch.nn.Parameter(torch.zeros(1)))
+trainer.train()
+print("reached", trainer.state.global_step, flush=True)
+os._exit(0)
+"""
+    for said in of_two_workers(script, model, tmp_path):
+        assert "reached 2" in said.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -853,17 +894,7 @@ figures = held_out_figures(trainer)
 (Path(folder) / f"{rank}.json").write_text(json.dumps(figures))
 os._exit(0)
 """
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-
-    def work(rank: str) -> subprocess.CompletedProcess[str]:
-        given = [rank, port, str(tiny_model), str(tmp_path), kind]
-        return drivers.run(["-c", script, *given], env=plain_environment(), timeout=240)
-
-    with ThreadPoolExecutor(2) as pool:
-        for ran in pool.map(work, "01"):
-            assert ran.returncode == 0, ran.stderr[-2000:]
+    of_two_workers(script, tiny_model, tmp_path, kind)
     for rank in "01":
         figures = json.loads((tmp_path / f"{rank}.json").read_text())
         assert figures == pytest.approx(whole, rel=1e-4, abs=1e-7)
