@@ -91,6 +91,7 @@ def _work(config: PreferenceConfig, longest: int) -> PairWork:
         whole=_sorts(config),
         held_out=config.eval.pairs_per_worker if config.data.evaluates else 0,
         scores=shape.keeps_scores(model.attention),
+        weighting=isinstance(algorithm, DPOSpec) and algorithm.weighting,
     )
 
 

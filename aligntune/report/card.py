@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from actors.models.caps import caps_in
 from aligntune.data.folders import KINDS, kind_of
 from aligntune.evaluation.shown import INTERVALS, estimated
 from aligntune.evaluation.statistics import CONFIDENCE
@@ -54,12 +55,13 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 def write_card(run: RunOnDisk, folder: Path, step: int) -> Path:
     """Write the card of the model in `folder`, of `step`. Raises OSError."""
-    write_atomically(folder / NAME, card(run, step))
+    write_atomically(folder / NAME, card(run, step, caps_in(folder)))
     return folder / NAME
 
 
-def card(run: RunOnDisk, step: int) -> str:
-    """The card of the run's model after `step`, as Markdown with a head of YAML."""
+def card(run: RunOnDisk, step: int, caps: bool = False) -> str:
+    """The card of the run's model after `step`, as Markdown with a head of YAML. `caps`: the model
+    caps its attention's scores, which is left out unless its attention is eager."""
     model, data = run.config.get("model") or {}, run.config.get("data") or {}
     base = str(model.get("name", "an unknown model"))
     public = [path for path, _ in _sources(run) if not _is_local(path)]
@@ -82,6 +84,7 @@ def card(run: RunOnDisk, step: int) -> str:
             model.get("chat_template_kwargs") or {},
             data.get("system_prompt"),
             data.get("apply_chat_template", True),
+            ', attn_implementation="eager"' if caps else "",
         ),
         "## What it was trained on",
         "\n".join(_data(run)),
@@ -96,14 +99,18 @@ def card(run: RunOnDisk, step: int) -> str:
 
 
 def _usage(
-    rewards: bool, variables: Mapping[str, Any], system: str | None = None, template: bool = True
+    rewards: bool,
+    variables: Mapping[str, Any],
+    system: str | None = None,
+    template: bool = True,
+    attention: str = "",
 ) -> str:
-    """How to ask the model as the run asked it."""
+    """How to ask the model as the run asked it; `attention` is an argument more of its loading."""
     if rewards:
         return (
             "Score texts with it in another run by `rewards: [{model: FOLDER}]`, or load it with\n"
-            "`AutoModelForSequenceClassification.from_pretrained(FOLDER)`; its one label is the\n"
-            "score."
+            f"`AutoModelForSequenceClassification.from_pretrained(FOLDER{attention})`;\n"
+            "its one label is the score."
         )
     more = "".join(f", {name}={value!r}" for name, value in variables.items())
     first = "" if system is None else f'{{"role": "system", "content": {system!r}}}, '
@@ -119,7 +126,7 @@ inputs = tokenizer.apply_chat_template(
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER"{attention})
 {asked}
 answer = model.generate(**inputs, max_new_tokens=256)[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))

@@ -15,7 +15,7 @@ ROWS: Mapping[str, Sequence[tuple[str, str, Sequence[str]]]] = {
     "Learning": (
         ("Reward", "none", ("reward/mean", "eval/reward/mean")),
         ("KL", "none", ("kl/reference", "kl/rollout_vs_policy", "kl/update")),
-        ("Loss", "none", ("loss/policy", "loss/value", "loss/total")),
+        ("Loss", "none", ("loss", "eval/loss", "loss/policy", "loss/value", "loss/total")),
         ("Entropy", "none", ("policy/entropy",)),
         ("Gradient norm", "none", ("policy/grad_norm", "critic/grad_norm")),
         ("Clipped", "percentunit", ("policy/clip_fraction",)),

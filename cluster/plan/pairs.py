@@ -58,6 +58,7 @@ class PairWork:
     held_out: int = 0  # pairs of one forward pass of an evaluation; 0: there is none
     lora_experts: bool = True
     scores: bool = False  # attention keeps its matrix of scores, as eager attention does
+    weighting: bool = False  # DPO's, for which the logits are doubled
 
     @property
     def bytes(self) -> int:
@@ -100,8 +101,8 @@ class PairWork:
         """Bytes by kind of a forward pass of an evaluation, in place of those of an update.
 
         One layer works at a time. The logits are those of TRL 1.13. DPO holds them in float32, the
-        reference's too, and copies the policy's for their entropy. SFT holds them as they were
-        computed and in float32, and their log-probs.
+        reference's too, and copies the policy's for their entropy, or twice for `weighting`. SFT
+        holds them as they were computed and in float32, and their log-probs.
         """
         tokens = self.sides * self.held_out * self.longest
         one = layer_activations(self.shape, self.dtype_bytes, self.longest, False)
@@ -110,7 +111,7 @@ class PairWork:
         return {
             "gradients": 0,
             "activations": tokens * one,
-            "logits": logits(self.shape, rows, computed, 2 + self.reference),
+            "logits": logits(self.shape, rows, computed, 2 + self.reference + self.weighting),
         }
 
 

@@ -244,8 +244,8 @@ def test_an_evaluation_has_as_many_pairs_at_once_as_the_memory_has_room_for() ->
 
 
 def test_a_pass_of_an_evaluation_holds_the_logits_that_trl_holds() -> None:
-    """Bytes a logit, by hand: DPO's policy, its copy, and the reference, in float32; of SFT as they
-    were computed, and log-probs and logits in float32."""
+    """Bytes a logit, by hand: DPO's policy, its copy or with weighting two, and the reference, in
+    float32; of SFT as they were computed, and log-probs and logits in float32."""
 
     def bytes_a_pair(name: str, *overrides: str) -> int:
         asked = config(HELD, *overrides, name=name)
@@ -258,6 +258,7 @@ def test_a_pass_of_an_evaluation_holds_the_logits_that_trl_holds() -> None:
         (("model.dtype=bfloat16", "model.lora.r=8"), 12),
         (("model.dtype=bfloat16", "algorithm.precompute_reference=true"), 8),
         (("model.dtype=float32", "algorithm.reference_free=true"), 8),
+        (("model.dtype=bfloat16", "algorithm.weighting=true"), 16),
     ):
         body = bytes_a_pair("reward_model", overrides[0])
         assert bytes_a_pair("dpo", *overrides) - body == 200 * vocabulary * expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from aligntune.evaluation.shown import shown
 from aligntune.evaluation.statistics import bootstrap, wilson
 from aligntune.evaluation.store import Decoded, Summary, write_evaluation
 from aligntune.evaluation.summary import Success
-from aligntune.report.card import NAME, card
+from aligntune.report.card import NAME, card, write_card
 from aligntune.runs.publish import write_card_of
 from aligntune.runs.reading import open_run
 from aligntune.runs.rundir import RunDir
@@ -177,6 +178,20 @@ def test_an_sft_job_has_its_method_and_figures_in_the_card(tmp_path: Path) -> No
     assert "| loss | 3.9 | 1.1 |" in text
     assert "| policy/token_accuracy | 0.25 | 0.75 |" in text
     assert "Intervals" not in text
+
+
+@pytest.mark.parametrize("where", [lambda tree: tree, lambda tree: {"text_config": tree}])
+@pytest.mark.parametrize(("cap", "eager"), [(50.0, True), (None, False)])
+def test_a_model_that_caps_its_scores_is_loaded_with_eager_attention(
+    tmp_path: Path, where: Any, cap: float | None, eager: bool
+) -> None:
+    for run in (online_run(tmp_path / "sums"), preference_run(tmp_path / "pairs")):
+        rundir = RunDir(run)
+        rundir.model.mkdir()
+        config = where({"attn_logit_softcapping": cap})
+        (rundir.model / "config.json").write_text(json.dumps(config))
+        text = write_card(open_run(run), rundir.model, 40).read_text()
+        assert ('.from_pretrained("FOLDER", attn_implementation="eager")' in text) == eager
 
 
 def test_a_card_that_cannot_be_written_is_an_event(tmp_path: Path) -> None:

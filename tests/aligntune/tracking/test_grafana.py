@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from actors.preference.worker import METRICS
 from aligntune import create_rl_trainer
 from aligntune.online.figures import ACTIVITIES
-from aligntune.tracking.grafana import dashboard, exported, metrics
+from aligntune.tracking.grafana import ROWS, dashboard, exported, metrics
 from aligntune.tracking.trackers import Prometheus, gauge_name
 from tests.cluster.hosts import tiny_run
 from tests.cluster.nodes import wait_for
@@ -31,6 +32,7 @@ def written() -> set[str]:
     text = "\n".join(path.read_text(encoding="utf-8") for path in WRITERS)
     names = set(re.findall(r'"((?:[a-z_]+/)+[a-z_]+)"', text))
     names |= set(re.findall(r'f"\{prefix\}([a-z_]+/[a-z_]+)"', text))
+    names |= {*METRICS.values()}  # of a job over a table
     names |= {f"eval/{name}" for name in names}
     roles = re.findall(r'f"\{[a-z._]+\}/([a-z_]+)"', text)
     names |= {f"{role}/{name}" for name in roles for role in ("policy", "critic")}
@@ -41,6 +43,11 @@ def test_every_metric_of_the_dashboard_is_one_that_a_run_writes() -> None:
     busy = {f"time/{name}" for name in ("rollout", "reward", "reference", "update", "weight_sync")}
     assert busy <= {f"time/{name}" for name in ACTIVITIES}
     assert metrics() - busy <= written()
+
+
+def test_the_loss_of_every_kind_of_run_is_shown() -> None:
+    shown = {title: names for title, _, names in ROWS["Learning"]}["Loss"]
+    assert {"loss", "eval/loss", "loss/policy", "loss/total"} <= {*shown}
 
 
 def test_the_dashboard_asks_prometheus_for_the_gauges_of_a_run() -> None:
