@@ -146,6 +146,12 @@ class PromptRows:
         pair = pairs.take(row, columns)
         return pair.as_messages().prompt if pair.transcript and self._template else pair.prompt
 
+    def is_text(self, row: int) -> bool:
+        """Whether the prompt of a usable row is text in the data, as a transcript is too."""
+        pairs = self._sides
+        asked = self.rows[row].get(self._column) if pairs is None else pairs.pair(row).prompt
+        return isinstance(asked, str)
+
     def transcript(self, row: int) -> Transcript | None:
         """Both forms of a usable row's prompt, where it is a transcript. What a policy with a
         template writes begins without the blanks of a transcript's turn."""

@@ -117,6 +117,10 @@ class PromptSource:
         """(row, value) of a column in every row that is used; None where a row lacks it."""
         return ((int(row), self._rows.rows[int(row)].get(name)) for row in self._kept)
 
+    def first_messages(self) -> int | None:
+        """The first row whose prompt is messages in the data; None where all are text."""
+        return next((int(row) for row in self._kept if not self._rows.is_text(int(row))), None)
+
     def first(self, count: int) -> list[Prompt]:
         """The first `count` prompts in the order of the data, or all where they are fewer."""
         return [self._prompt(int(row)) for row in self._kept[:count]]

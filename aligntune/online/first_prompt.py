@@ -1,25 +1,47 @@
-"""Every reward function called once on the first prompt, before anything starts.
+"""Every reward function called once on the first prompt, before anything starts, and whether reward
+models can read the prompts.
 
-It runs as the run would run it: in its own process, with its time limit, its answer checked. What
-asks another machine is left out, for that may cost, or answer the cluster's nodes alone; so are
-reward models, which want the run's GPUs, and `try_first: false`.
+A function runs as the run would run it: in its own process, with its time limit, its answer
+checked. What asks another machine is left out, for that may cost, or answer the cluster's nodes
+alone; so are reward models, which want the run's GPUs, and `try_first: false`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from actors.messages import Prompt
 from actors.reward import Criterion
 from actors.scoring.criteria import RewardCriterion, RewardFailed, RewardFailure
+from actors.scoring.model import RewardModelCriterion
 from actors.scoring.said import Completion
 from actors.specs import RewardFunctionSpec
 from aligntune.config.online import RunConfig
+from aligntune.data.prompts import PromptSource
 from aligntune.errors import UserError
 from aligntune.rewards.trial import REMOTE, Group, called_once, is_ours, short_completions, why
 
 TEXT_CHARACTERS = 40  # of a completion, where it is shown
 NOTE = "note: "  # begins a line that a run tells too, not the dry run alone
+
+
+def check_read(
+    criteria: Sequence[Criterion], by_template: Collection[str], prompts: PromptSource
+) -> None:
+    """Whether the prompts are text for reward models that read text, which are all that are not
+    named in `by_template` and read prompts. Raises ValueError."""
+    for criterion in criteria:
+        if (
+            isinstance(criterion, RewardModelCriterion)
+            and criterion.reads == "conversation"
+            and criterion.name not in by_template
+            and (row := prompts.first_messages()) is not None
+        ):
+            raise ValueError(
+                f"reward {criterion.name!r} reads prompt and completion as text, for its model has "
+                f"no chat template in use, and the prompt of row {row} is messages: name a reward "
+                "model that has one, give prompts as strings, or set its reads: completion"
+            )
 
 
 def try_rewards(

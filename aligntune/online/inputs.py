@@ -35,7 +35,7 @@ from aligntune.decisions import Decision, events, lora_note, told
 from aligntune.errors import UserError
 from aligntune.online.criteria import for_actors
 from aligntune.online.episodes import UserCode, check_rows
-from aligntune.online.first_prompt import NOTE, try_rewards
+from aligntune.online.first_prompt import NOTE, check_read, try_rewards
 from aligntune.online.measured import measure_of
 from aligntune.online.settle import bound, settle_data
 from aligntune.online.settle_resources import settle_resources
@@ -137,11 +137,12 @@ class RunInputs:
         """Decide by what ends a turn, and which day chat templates write, the policy's and those of
         reward models. Raises UserError."""
         config = self.config
-        models = [c.model for c in criteria if isinstance(c, RewardModelCriterion) and c.renders]
+        render = [c for c in criteria if isinstance(c, RewardModelCriterion) and c.renders]
         try:
-            others = [load_tokenizer(model, writes=False) for model in models]
+            others = [load_tokenizer(c.model, writes=False) for c in render]
         except ModelError as error:
             raise UserError(f"rewards: {error}") from error
+        self._by_template = {c.name for c, t in zip(render, others, strict=True) if t.chat_template}
         own = self.tokenizer if config.data.apply_chat_template or config.plays else None
 
         def before() -> Mapping[str, Any] | None:
@@ -246,6 +247,7 @@ class RunInputs:
         try:
             for criterion in self.criteria:
                 check_columns(criterion, columns)
+            check_read(self.criteria, self._by_template, source)
         except ValueError as error:
             raise UserError(f"{key}{error}") from error
         check_rows(self.config, source)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.models.loading import ModelError, check_place
-from actors.models.positions import model_positions
+from actors.models.positions import Bound, model_bound, model_positions
 from actors.scoring.criteria import RewardCriterion
 from aligntune.config.preference import PreferenceConfig
 from aligntune.config.warm_up import SFTSpec
@@ -27,7 +27,7 @@ from aligntune.data.taught_forms import Columns
 from aligntune.data.taught_tokens import TaughtRows, packed, tokenise_taught
 from aligntune.decisions import Decision, events, lora_note, told
 from aligntune.errors import UserError
-from aligntune.preference.settle import settle_max_length
+from aligntune.preference.settle import beyond_note, settle_max_length
 from aligntune.preference.settle_workers import settle_workers
 from aligntune.preference.storage import JobStorage
 from aligntune.rewards.registry import check_columns, check_names, from_callable, resolve
@@ -72,6 +72,7 @@ class PairInputs:
                 self._tokenised.lengths.values(),
                 self._positions(),
                 rundir.previous() if rundir.trained else None,
+                self._bound,
             )
             self._decisions = (*of_model, *of_length)
         return self._decisions
@@ -207,7 +208,9 @@ class PairInputs:
         config, key = self.config, "train.learning_rate"
         usual = config.algorithm.learning_rate
         of_lora = lora_note(config.model, key, config.train.learning_rate, usual)
-        return scored + told(self.settle(), self.dropped) + of_lora
+        decided = told(self.settle(), self.dropped)
+        long = beyond_note(self.config, self.pairs.longest, self._bound)
+        return scored + decided + of_lora + long
 
     def events(self) -> list[tuple[EventKind, dict[str, Any]]]:
         """The same for events.jsonl."""
@@ -221,6 +224,14 @@ class PairInputs:
     def _positions(self) -> int | None:
         try:
             return model_positions(self.config.model)
+        except ModelError as error:
+            raise UserError(f"model.name: {error}") from error
+
+    @cached_property
+    def _bound(self) -> Bound | None:
+        """As far as a row's numbers depend on that row alone."""
+        try:
+            return model_bound(self.config.model, vllm=False)
         except ModelError as error:
             raise UserError(f"model.name: {error}") from error
 

@@ -36,6 +36,7 @@ from aligntune.tracking.metrics import EventKind
 from cluster.machines import Machines
 from cluster.resources import described
 from tests.aligntune.online.test_starting import save
+from tests.stand_ins import write_reward_model
 
 
 @pytest.fixture
@@ -160,6 +161,59 @@ def test_a_job_on_pairs_drops_the_same_rows(make: Any, algorithm: str) -> None:
     assert trainer.config.data.max_length == trainer.inputs.max_length < 12
     assert len(trainer.pairs) == 20
     assert "train: 2 of 22 rows dropped: 1 equal, 1 too long" in trainer.summary()
+
+
+def test_a_job_ends_rows_where_they_would_change_those_beside_them_and_says_where_they_do(
+    make: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "dynamic")
+    config = json.loads((model / "config.json").read_text())
+    scaling = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0}
+    changed = {"max_position_embeddings": 6, "rope_parameters": scaling}
+    (model / "config.json").write_text(json.dumps(config | changed))
+    named = f"model.name={model}"
+    decided = make("dpo", overrides=[named]).inputs.settle()
+    length = {decision.path: decision for decision in decided}["data.max_length"]
+    assert length.value == 6
+    assert length.why.startswith("max_position_embeddings of dynamic scaling, beyond which")
+    told = make("dpo", overrides=[named, "data.max_length=12"]).inputs.told()
+    assert told[-1].startswith("data.max_length=12 takes rows of more than 6 tokens (max_position_")
+
+
+@pytest.mark.parametrize(
+    ("template", "asked", "option", "refused"),
+    [
+        (False, "messages", {}, True),
+        (True, "messages", {"apply_chat_template": False}, True),
+        (True, "messages", {}, False),
+        (False, "messages", {"reads": "completion"}, False),
+        (False, "text", {}, False),
+    ],
+)
+def test_a_reward_model_that_reads_text_alone_is_refused_messages_at_the_start(
+    make: Any,
+    tiny_model: Path,
+    tmp_path: Path,
+    template: bool,
+    asked: str,
+    option: dict[str, Any],
+    refused: bool,
+) -> None:
+    judge, data = tmp_path / "judge", tmp_path / "prompts.jsonl"
+    write_reward_model(judge, tiny_model)
+    if not template:
+        (judge / "chat_template.jinja").unlink()
+    prompt: Any = "1+1" if asked == "text" else [{"role": "user", "content": "1+1"}]
+    data.write_text(json.dumps({"prompt": prompt}) + "\n")
+    rewards = [{"model": str(judge), **option}]
+    for read, place in (("prompts", "data.path"), ("held_out", "data.eval_path")):
+        overrides = [f"{place}={data}"]
+        inputs = make("grpo", config={"rewards": rewards}, overrides=overrides).inputs
+        if refused:
+            with pytest.raises(UserError, match=r"'judge' reads .* prompt of row 0 is messages"):
+                getattr(inputs, read)
+        else:
+            assert len(getattr(inputs, read)) == 1
 
 
 def test_rewards_that_read_no_answer_take_preference_data_as_prompts(make: Any) -> None:

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from actors.models.positions import Bound
 from aligntune.config.load import load_config
 from aligntune.config.online import RunConfig
 from aligntune.config.preference import PreferenceConfig
 from aligntune.decisions import Decision
 from aligntune.errors import UserError
 from aligntune.online.settle import decoding_set, settle_data
-from aligntune.preference.settle import settle_max_length
+from aligntune.preference.settle import beyond_note, settle_max_length
 
 TREE: dict[str, Any] = {
     "algorithm": "grpo",
@@ -176,12 +177,16 @@ class TestRewards:
 class TestPairs:
     @staticmethod
     def length(
-        *overrides: str, lengths: list[int], positions: int | None = None, previous: Any = None
+        *overrides: str,
+        lengths: list[int],
+        positions: int | None = None,
+        previous: Any = None,
+        bound: Bound | None = None,
     ) -> tuple[int | None, list[str]]:
         tree = {**TREE, "algorithm": "dpo", "rewards": []}
         config = load_config(tree, overrides)
         assert isinstance(config, PreferenceConfig)
-        found, made = settle_max_length(config, lengths, positions, previous)
+        found, made = settle_max_length(config, lengths, positions, previous, bound)
         return found.data.max_length, [decision.why for decision in made]
 
     def test_the_limit_follows_the_data_within_the_positions(self) -> None:
@@ -197,6 +202,19 @@ class TestPairs:
         assert self.length("data.max_length=50", lengths=[9], positions=64) == (50, [])
         with pytest.raises(UserError, match=r"data.max_length=65, .* reads 64 .* lower it to 64"):
             self.length("data.max_length=65", lengths=[9], positions=64)
+
+    def test_rows_end_where_they_would_change_those_beside_them_unless_more_is_set(self) -> None:
+        bound = Bound(16, "original_max_position_embeddings of LongRoPE")
+        length, why = self.length(lengths=[100] * 20, positions=64, bound=bound)
+        assert length == 16
+        assert why[0].startswith(f"{bound.by}; 100, the 95th percentile")
+        more = "data.max_length=50"
+        assert self.length(more, lengths=[100], positions=64, bound=bound) == (50, [])
+        config = load_config({**TREE, "algorithm": "dpo", "rewards": []}, [more])
+        assert isinstance(config, PreferenceConfig)
+        (note,) = beyond_note(config, 17, bound)
+        assert note.startswith(f"data.max_length=50 takes rows of more than 16 tokens ({bound.by})")
+        assert beyond_note(config, 16, bound) == beyond_note(config, 17, None) == []
 
     def test_a_job_that_goes_on_keeps_what_it_has(self) -> None:
         previous = {"data": {"max_length": 21}}
