@@ -37,8 +37,7 @@ def loaded_shape(model: ModelSpec, name: str) -> ModelShape:
     try:
         return known_shape(name)
     except UnknownName:
-        from actors.models.loading import ModelError
-        from actors.models.positions import configuration
+        from actors.models.configuration import ModelError, configuration
 
         try:
             found = configuration(model.renamed(name))

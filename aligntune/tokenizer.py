@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from actors.models.loading import ModelError, check_adapters, check_causal_lm, load_tokenizer
+from actors.models.configuration import ModelError
+from actors.models.loading import check_adapters, check_causal_lm, load_tokenizer
 from actors.models.templates import check_given
 from actors.specs import ModelSpec
 from aligntune.errors import UserError

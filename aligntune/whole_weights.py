@@ -4,14 +4,13 @@ quantised ones, or one line that refuses it, and attention that leaves nothing o
 from __future__ import annotations
 
 from actors.models.caps import CAP, attention_of
-from actors.models.loading import ModelError
+from actors.models.configuration import ModelError, configuration
 from actors.models.packed import (
     KEPT_IN_4_BITS,
     quantised_by,
     with_whole_weights,
     without_ending,
 )
-from actors.models.positions import configuration
 from actors.specs import ModelSpec
 from aligntune.config.backends import Backend
 from aligntune.decisions import Decision

@@ -223,7 +223,7 @@ def name_ends(folder: Path, model: ModelSpec) -> None:
 def configured_ends(model: ModelSpec) -> tuple[int, ...]:
     """The token ids that end a completion by the generation config, or else by the config."""
     from actors.models.auto import import_light
-    from actors.models.loading import local
+    from actors.models.configuration import local
 
     model = local(model)
     import_light()

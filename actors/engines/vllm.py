@@ -282,7 +282,7 @@ class VLLMEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from actors.engines.vllm_transfer import OWNER_ENV
-        from actors.models.loading import local
+        from actors.models.configuration import local
 
         # Where vLLM was imported before this, it has read another level.
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())

@@ -25,7 +25,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from actors.models.caps import CAP, attention_of
-from actors.models.loading import ModelError
+from actors.models.configuration import ModelError
 from actors.specs import ModelSpec
 
 PACKED_ROWS = "packed_rows"  # among the attention implementations of transformers

@@ -11,14 +11,18 @@ that first.
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.models.auto import import_light
 from actors.models.caps import attention_of
-from actors.models.hub import why_silent
-from actors.models.staging import StagingFailed, on_this_node
+from actors.models.configuration import (
+    ModelError,
+    local,
+    not_had,
+    own_configuration,
+    require_source,
+)
 from actors.models.templates import give
 from actors.models.text_part import freeze_beside_text, lora_config
 from actors.specs import LoRASpec, ModelSpec
@@ -26,12 +30,6 @@ from actors.specs import LoRASpec, ModelSpec
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# transformers imports torchao where it is installed, for a quantiser that is not used here; its
-# complaints about kernels for other machines would be the first thing a user reads.
-for noisy in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(noisy).setLevel(logging.ERROR)
-
 
 SAMPLING_ONLY = (
     "temperature",
@@ -45,21 +43,6 @@ SAMPLING_ONLY = (
 )
 """Options of a generation config that it must not set unless it samples."""
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-class ModelError(ValueError):
-    """A model or tokenizer that cannot be used as asked; one line says why and what to do."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(" ".join(reason.split()))  # the hub's own reasons have several lines
-
-
-def local(spec: ModelSpec) -> ModelSpec:
-    """`spec` with a model that is named by URI staged on this node. Raises ModelError."""
-    try:
-        return on_this_node(spec)
-    except StagingFailed as error:
-        raise ModelError(str(error)) from error
 
 
 def load_causal_lm(spec: ModelSpec, lora: bool = False) -> PreTrainedModel:
@@ -240,16 +223,9 @@ def _require_all(loading_info: Any, spec: ModelSpec, config: Any) -> None:
 
 def _config(spec: ModelSpec) -> Any:
     spec = local(spec)
-    require_source(spec.name)
-    import_light()
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    config = own_configuration(spec)
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    try:
-        config = AutoConfig.from_pretrained(
-            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise no_configuration(spec.name, error) from error
     saved_as = _architecture(config)
     remote = spec.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     wrong_head = "For" in saved_as and not saved_as.endswith(("ForCausalLM", "LMHeadModel"))
@@ -282,41 +258,6 @@ def _causal_class_names(config: Any) -> set[str]:
 def _architecture(config: Any) -> str:
     architectures = getattr(config, "architectures", None)
     return architectures[0] if architectures else type(config).__name__
-
-
-def require_source(name: str) -> None:
-    """Tell a folder that is not there from a hub name, before the hub is asked about a path."""
-    folder = Path(name)
-    if folder.is_dir():
-        if (folder / "config.json").is_file():
-            return
-        if (folder / "adapter_config.json").is_file():
-            raise ModelError(
-                f"model folder {name!r} holds a LoRA adapter without its model; merge the two and "
-                "give the merged folder"
-            )
-        raise ModelError(f"model folder {name!r} has no config.json: it holds no model")
-    if folder.exists():
-        raise ModelError(f"model {name!r} is a file; give the folder that holds config.json")
-    if name.startswith(("/", "./", "../", "~")) or name.count("/") != 1:
-        hub = "" if "/" in name else " (hub names have the form owner/name)"
-        raise ModelError(f"model folder {name!r} does not exist{hub}")
-    why_silent()  # before the hub's client tries for most of a minute
-
-
-def not_had(name: str, reason: str) -> ModelError:
-    """What to raise where a part of a model cannot be had: `reason`, unless no hub answers."""
-    if not Path(name).is_dir() and (why := why_silent()):
-        reason = (
-            f"model {name!r} is not on this machine, and the hub {why}; check the network and its "
-            "proxy, or name a local folder"
-        )
-    return ModelError(reason)
-
-
-def no_configuration(name: str, error: Exception) -> ModelError:
-    """What to raise where a model's configuration cannot be read."""
-    return not_had(name, f"model {name!r} has no usable configuration: {error}")
 
 
 def switch_off_dropout(model: nn.Module) -> None:

@@ -26,9 +26,9 @@ from actors.models.attention import (
     row_arguments,
     without_mask,
 )
+from actors.models.configuration import ModelError
 from actors.models.head import chosen
 from actors.models.inputs import collate, collate_rows, idle_inputs
-from actors.models.loading import ModelError
 from actors.models.wrapped import TrainedModel
 from actors.specs import ModelSpec, rows_at_once
 

@@ -12,8 +12,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from actors.models.loading import ModelError
-from actors.models.positions import configuration
+from actors.models.configuration import ModelError, configuration
 from actors.specs import ModelSpec
 
 ENDINGS = ("-unsloth-bnb-4bit", "-bnb-4bit")

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from actors.models.auto import import_light
-from actors.models.hub import ask_once
-from actors.models.loading import local, no_configuration
+from actors.models.configuration import configuration
 from actors.specs import ModelSpec
 
 STRETCHED = ("linear", "dynamic", "yarn")
@@ -126,21 +124,6 @@ def positions_in_table(model: Any) -> int | None:
             counted = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             return min(rows, counted or rows)  # some tables begin with rows for no token
     return None
-
-
-def configuration(spec: ModelSpec) -> Any:
-    """The transformers configuration of the model that `spec` names. Raises ModelError."""
-    spec = local(spec)
-    ask_once(spec.name)
-    import_light()
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(
-            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise no_configuration(spec.name, error) from error
 
 
 def model_bound(spec: ModelSpec, vllm: bool) -> Bound | None:

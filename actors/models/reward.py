@@ -7,15 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from actors.models.auto import import_light
 from actors.models.caps import attention_of
-from actors.models.loading import (
-    ModelError,
-    local,
-    no_configuration,
-    require_source,
-    switch_off_dropout,
-)
+from actors.models.configuration import ModelError, local, own_configuration
+from actors.models.loading import switch_off_dropout
 from actors.models.text_part import freeze_beside_text
 from actors.specs import ModelSpec
 
@@ -54,7 +48,7 @@ def new_reward_model(spec: ModelSpec, seed: int) -> Any:
     Raises:
         ModelError: no such model, or more than the head is missing.
     """
-    config = _any_config(spec)
+    config = own_configuration(spec)
     import torch
 
     if not _is_classifier(config):
@@ -103,20 +97,6 @@ def _load(spec: ModelSpec, config: Any) -> tuple[Any, list[str]]:
     return model, sorted(info["missing_keys"])
 
 
-def _any_config(spec: ModelSpec) -> Any:
-    spec = local(spec)
-    require_source(spec.name)
-    import_light()
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(
-            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise no_configuration(spec.name, error) from error
-
-
 def _is_classifier(config: Any) -> bool:
     return any(
         name.endswith(("ForSequenceClassification", "RewardModel"))
@@ -138,7 +118,7 @@ def score_of(logits: torch.Tensor, config: Any, label: str | None, output: str) 
 
 
 def _reward_config(spec: ModelSpec, label: str | None) -> Any:
-    config = _any_config(spec)
+    config = own_configuration(spec)
     saved_as = (config.architectures or [type(config).__name__])[0]
     if saved_as.endswith(("ForCausalLM", "LMHeadModel")):
         raise ModelError(

@@ -22,7 +22,7 @@ def import_unsloth() -> Any:
     Raises:
         ModelError: it is not installed, cannot run here, or what it patches was imported before it.
     """
-    from actors.models.loading import ModelError
+    from actors.models.configuration import ModelError
 
     early = [name for name in PATCHED if name in sys.modules]
     if "unsloth" not in sys.modules and early:
@@ -60,10 +60,9 @@ def load_unsloth(spec: ModelSpec, max_length: int, seed: int) -> Any:
     unsloth = import_unsloth()
     import torch
 
+    from actors.models.configuration import ModelError, local
     from actors.models.loading import (
-        ModelError,
         check_complete,
-        local,
         make_savable,
         refuse_adapters_of,
         shared_embeddings,

@@ -17,8 +17,8 @@ from torch import nn
 
 from actors.messages import GroupTensors, Row, StateValues
 from actors.models.attention import on_its_device
+from actors.models.configuration import ModelError
 from actors.models.inputs import ModelInputs, collate, collate_rows, idle_inputs
-from actors.models.loading import ModelError
 from actors.models.logprobs import check_not_random, decoded
 from actors.models.reward import new_reward_model
 from actors.models.wrapped import TrainedModel

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from actors.models.loading import ModelError, load_tokenizer
+from actors.models.configuration import ModelError
+from actors.models.loading import load_tokenizer
 from actors.specs import ModelSpec
 
 

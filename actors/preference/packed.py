@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from actors.models.attention import on_its_device
-from actors.models.loading import ModelError
+from actors.models.configuration import ModelError
 
 SAME = 1e-2  # of the largest logit: far above what a kernel's order of adding does
 

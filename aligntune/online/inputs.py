@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from actors.environments.specs import EpisodeCode
-from actors.models.loading import ModelError, check_place, load_tokenizer
+from actors.models.configuration import ModelError
+from actors.models.loading import check_place, load_tokenizer
 from actors.models.positions import Bound
 from actors.models.templates import thinks, turn_ends
 from actors.reward import Criterion

@@ -9,7 +9,7 @@ from pathlib import Path
 from actors.answers import ReplicaLost
 from actors.environments.base import EpisodeFailed
 from actors.environments.specs import EpisodeCode
-from actors.models.loading import ModelError
+from actors.models.configuration import ModelError
 from actors.reward import Criterion
 from actors.scoring.criteria import RewardFailed
 from actors.supervise import RoleExhausted

@@ -13,7 +13,7 @@ from typing import Any
 
 from actors.engines.specs import TransformersSpec
 from actors.environments.specs import EpisodesSpec
-from actors.models.loading import ModelError
+from actors.models.configuration import ModelError
 from actors.models.positions import Bound, model_bound
 from actors.specs import RewardFunctionSpec
 from aligntune.config.episodes import ENVIRONMENT, scores_itself

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.messages import Prompt
-from actors.models.loading import ModelError
+from actors.models.configuration import ModelError
 from actors.models.vocabulary import check_same_tokens
 from aligntune import loops
 from aligntune.config.auto import open_settings

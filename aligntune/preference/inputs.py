@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from actors.models.loading import ModelError, check_place
+from actors.models.configuration import ModelError
+from actors.models.loading import check_place
 from actors.models.positions import Bound, model_bound, model_positions
 from actors.scoring.criteria import RewardCriterion
 from aligntune.config.preference import PreferenceConfig

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from actors.critic import CriticActor
 from actors.messages import GroupTensors, StateValues, TokenTargets, UpdateJob
-from actors.models.loading import ModelError
+from actors.models.configuration import ModelError
 from actors.models.values import critic_model, load_value_model
 from actors.specs import CriticSpec, LoRASpec, ModelSpec
 from actors.strategies.specs import DeepSpeedSpec, FSDPSpec, StrategySpec

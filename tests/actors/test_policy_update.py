@@ -23,7 +23,8 @@ from actors.engines.transformers import matched_parameters
 from actors.messages import LossTerms, TokenBatch, TokenTargets, UpdateJob
 from actors.models.adapters import adapters_of
 from actors.models.attention import attend
-from actors.models.loading import ModelError, check_adapters, load_causal_lm, load_tokenizer
+from actors.models.configuration import ModelError
+from actors.models.loading import check_adapters, load_causal_lm, load_tokenizer
 from actors.policy import PolicyActor
 from actors.ranks import NonFiniteUpdate
 from actors.specs import LoRASpec, ModelSpec

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.models.loading import ModelError
+from actors.models.configuration import ModelError
 from actors.reference import ReferenceActor
 from actors.specs import LoRASpec, ModelSpec
 from tests.actors.policy_cases import logprobs_of, make_group, make_model_folder, one_rank

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.models.loading import ModelError
+from actors.models.configuration import ModelError
 from actors.policy import PolicyActor
 from actors.specs import LoRASpec, ModelSpec
 from tests.actors.policy_cases import (

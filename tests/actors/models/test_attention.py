@@ -14,8 +14,8 @@ from transformers import AttentionInterface
 
 import actors.models.attention as attention
 from actors.models.attention import PACKED_ROWS, attend, settle
+from actors.models.configuration import ModelError
 from actors.models.inputs import collate
-from actors.models.loading import ModelError
 from actors.models.logprobs import LogProbModel, check_model
 from actors.models.values import ValueModel, check_packing
 from actors.preference.packed import check_apart

@@ -10,8 +10,9 @@ import pytest
 from huggingface_hub import constants
 
 from actors.models import hub
+from actors.models.configuration import ModelError
 from actors.models.hub import why_silent
-from actors.models.loading import ModelError, check_causal_lm, load_tokenizer
+from actors.models.loading import check_causal_lm, load_tokenizer
 from actors.models.positions import model_positions
 from actors.specs import ModelSpec
 from aligntune.data.errors import DataError

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.models.loading import ModelError, check_causal_lm, check_complete, load_causal_lm
+from actors.models.configuration import ModelError
+from actors.models.loading import check_causal_lm, check_complete, load_causal_lm
 from actors.specs import ModelSpec
 from tests.actors.policy_cases import causal_lm
 

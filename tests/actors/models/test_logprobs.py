@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.messages import GroupTensors
+from actors.models.configuration import ModelError
 from actors.models.inputs import collate
-from actors.models.loading import ModelError
 from actors.models.logprobs import LogProbModel, check_model, group_logprobs, head_calls, rows_of
 from actors.packing import microbatches
 from actors.specs import rows_at_once

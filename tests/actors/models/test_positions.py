@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
 )
 
-from actors.models.loading import ModelError
+from actors.models.configuration import ModelError
 from actors.models.positions import (
     BEHIND_PADDING,
     Bound,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import actors.models.attention as attention
 from actors.messages import GroupTensors, Row
 from actors.models.attention import Pieces, settle
+from actors.models.configuration import ModelError
 from actors.models.inputs import collate_rows
-from actors.models.loading import ModelError
 from actors.models.logprobs import LogProbModel, check_packs, rows_of
 from actors.specs import ModelSpec
 from tests.actors.policy_cases import causal_lm, make_group

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from actors.engines.base import configured_ends
-from actors.models.loading import ModelError
+from actors.models.configuration import ModelError
 from actors.preference.packed import check_apart
 from actors.preference.relay import PreferenceJob
 from actors.preference.trainers import build_trainer, export_model

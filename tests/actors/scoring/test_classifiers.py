@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from actors.messages import Prompt
-from actors.models.loading import ModelError
+from actors.models.configuration import ModelError
 from actors.scoring.criteria import RewardFailed, RewardFailure
 from actors.scoring.model import ModelScorer
 from actors.specs import RewardModelSpec

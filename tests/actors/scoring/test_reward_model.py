@@ -14,7 +14,8 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from actors.messages import Prompt
-from actors.models.loading import ModelError, load_tokenizer
+from actors.models.configuration import ModelError
+from actors.models.loading import load_tokenizer
 from actors.models.reward import check_reward_model, load_reward_model, new_reward_model
 from actors.scoring.criteria import RewardFailed, RewardFailure
 from actors.scoring.model import (
