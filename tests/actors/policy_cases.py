@@ -37,7 +37,7 @@ from aligntune import imports
 VOCABULARY = 61
 WAIT_S = 240.0  # one process imports torch and DeepSpeed first, on a machine that may be busy
 IMPORTED = ("tests.actors.policy_cases", *imports.MODELS, *imports.LORA, *imports.DEEPSPEED)
-IMPORTED += (*imports.FSDP, "transformers.models.qwen3.modeling_qwen3")
+IMPORTED += (*imports.FSDP, "transformers.models.qwen3.modeling_qwen3", "ray")
 
 
 def causal_lm(family: str = "Qwen3", seed: int = 0, **options: Any) -> Any:
