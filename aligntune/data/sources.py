@@ -36,6 +36,9 @@ READERS: dict[str, Callable[[Path], TextFile]] = {
     ".json": open_json,
     ".csv": CsvFile,
 }
+MOST_OPEN = 64  # text files of one data set that stay open
+AHEAD = 64  # rows that are read at once where they are asked for in order: a thirtieth of the time
+MANY = 200_000  # rows that take minutes to check
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EDQUOT)
 SPLIT = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
@@ -57,12 +60,18 @@ class Rows(Protocol):
         ...
 
 
+def many_rows(rows: Rows) -> str | None:
+    """What a person is told before every row is checked; None where that takes no time."""
+    return f"checking {len(rows):,} rows of {rows.origin}" if len(rows) >= MANY else None
+
+
 class FileRows:
     """The rows of text files, one after the other."""
 
     def __init__(self, files: list[TextFile], origin: str) -> None:
         self.origin = origin
         self.files = files
+        self._last = files[0]
         self._ends = list(accumulate(len(file) for file in files))
         self.columns = tuple(dict.fromkeys(name for file in files for name in file.columns))
 
@@ -71,6 +80,10 @@ class FileRows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         file, local = self._locate(index)
+        if file is not self._last:
+            if len(self.files) > MOST_OPEN:
+                self._last.let_go()
+            self._last = file
         return dict.fromkeys(self.columns) | file[local]
 
     def where(self, index: int) -> str:
@@ -91,14 +104,30 @@ class ArrowRows:
         self.origin = origin
         self.place = place
         self._dataset = dataset
+        self._last = len(dataset)  # that was asked for; none yet
+        self._ahead: tuple[int, list[dict[str, Any]]] = (0, [])  # rows from the first one on
         self.columns: tuple[str, ...] = tuple(dataset.column_names)
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row: dict[str, Any] = self._dataset[index]
-        return row
+        first, ahead = self._ahead
+        if not 0 <= index - first < len(ahead):
+            if index != self._last + 1:
+                self._last = index
+                row: dict[str, Any] = self._dataset[index]
+                return row
+            block = self._dataset[index : index + AHEAD]
+            ahead = [
+                dict(zip(block, row, strict=True)) for row in zip(*block.values(), strict=True)
+            ]
+            first, ahead = self._ahead = index, ahead
+        self._last = index
+        return dict(ahead[index - first])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ahead": (0, [])}
 
     def where(self, index: int) -> str:
         """As in `openai/gsm8k, row 3`."""

@@ -14,6 +14,7 @@ import errno
 import gzip
 import io
 import json
+import os
 import shutil
 import zlib
 from array import array
@@ -38,6 +39,7 @@ class TextFile:
         self._starts = array("q")  # byte offsets
         self._ends = array("q")
         self._unpacked = unpacked(path)  # a file that goes with this object
+        self._held: _Held | None = None
         try:
             with self._open() as stream:
                 if stream.read(3) != BYTE_ORDER_MARK:
@@ -60,7 +62,7 @@ class TextFile:
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_unpacked": None}
+        return {**self.__dict__, "_unpacked": None, "_held": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -75,8 +77,16 @@ class TextFile:
                 left -= len(read)
         return lines
 
+    @property
+    def _place(self) -> str | Path:
+        return self.path if self._unpacked is None else self._unpacked.name
+
     def _open(self) -> BinaryIO:
-        return open(self.path if self._unpacked is None else self._unpacked.name, "rb")
+        return open(self._place, "rb")
+
+    def let_go(self) -> None:
+        """Keep the file open no longer than until the next row is read."""
+        self._held = None
 
     def _scan(self, stream: BinaryIO) -> None:
         raise NotImplementedError
@@ -85,9 +95,11 @@ class TextFile:
         raise NotImplementedError
 
     def _bytes(self, index: int) -> bytes:
-        with self._open() as stream:
-            stream.seek(self._starts[index])
-            return stream.read(self._ends[index] - self._starts[index])
+        held = self._held
+        if held is None:
+            held = self._held = _Held(self._place)
+        start = self._starts[index]
+        return os.pread(held.descriptor, self._ends[index] - start, start)
 
     def _add(self, start: int, end: int, row: dict[str, Any]) -> None:
         self._starts.append(start)
@@ -104,6 +116,20 @@ class TextFile:
                 f"{self.path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); "
                 "save the file as UTF-8"
             ) from error
+
+
+class _Held:
+    """A file that is open for as long as somebody has this: to open it for each row takes longer
+    than to read one, and on a network's file system a way there and back."""
+
+    descriptor = -1
+
+    def __init__(self, path: str | Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
 
 class JsonLinesFile(TextFile):

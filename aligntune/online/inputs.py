@@ -32,6 +32,7 @@ from aligntune.data.prompts import (
     evaluation_prompts,
     training_prompts,
 )
+from aligntune.data.sources import many_rows
 from aligntune.decisions import Decision, events, lora_note, told
 from aligntune.errors import UserError
 from aligntune.online.criteria import for_actors
@@ -47,6 +48,7 @@ from aligntune.template_settings import settle_template
 from aligntune.tokenizer import read_tokenizer
 from aligntune.tracking.advice import THINKS
 from aligntune.tracking.metrics import EventKind
+from aligntune.tracking.output import say
 from aligntune.whole_weights import check_whole, settle_model
 
 
@@ -319,7 +321,10 @@ class RunInputs:
     @cached_property
     def _rows(self) -> PromptRows:
         """The training data as prompts of whatever length."""
-        return as_prompts(self.config.data, self.data.training, self.tokenizer, self._may_ask)
+        rows = self.data.training
+        if (told := many_rows(rows)) is not None:
+            say(told)
+        return as_prompts(self.config.data, rows, self.tokenizer, self._may_ask)
 
     @property
     def _may_ask(self) -> bool:

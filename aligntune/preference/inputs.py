@@ -23,7 +23,7 @@ from aligntune.data.mixture import mixed
 from aligntune.data.pair_tokens import TokenisedPairs, tokenise_pairs
 from aligntune.data.row_tokens import RowTokens
 from aligntune.data.scored_pairs import ScoredPairs, scored_pairs
-from aligntune.data.sources import Rows
+from aligntune.data.sources import Rows, many_rows
 from aligntune.data.taught_forms import Columns
 from aligntune.data.taught_tokens import TaughtRows, packed, tokenise_taught
 from aligntune.decisions import Decision, events, lora_note, told
@@ -36,6 +36,7 @@ from aligntune.runs.rundir import RunDir
 from aligntune.template_settings import settle_template
 from aligntune.tokenizer import read_tokenizer
 from aligntune.tracking.metrics import EventKind
+from aligntune.tracking.output import say
 from aligntune.whole_weights import check_whole, settle_model
 
 
@@ -257,6 +258,8 @@ class PairInputs:
 
     def _tokens(self, rows: Rows) -> TokenisedPairs | TaughtRows:
         data = self.config.data
+        if (told := many_rows(rows)) is not None:
+            say(told)
         if isinstance(self.config.algorithm, SFTSpec):
             return tokenise_taught(
                 rows,

@@ -18,8 +18,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aligntune.data import sources
 from aligntune.data.errors import DataError
-from aligntune.data.sources import Rows, load_rows, require_column
+from aligntune.data.sources import (
+    AHEAD,
+    ArrowRows,
+    Rows,
+    load_rows,
+    many_rows,
+    require_column,
+)
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "What is 2 + 3?", "answer": "5"},
@@ -63,6 +71,74 @@ def test_every_kind_gives_the_rows_that_were_written(tmp_path: Path, suffix: str
     assert contents(rows) == ROWS
     assert rows[1] == ROWS[1]
     assert rows.columns == ("prompt", "answer")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".jsonl.gz"])
+@pytest.mark.parametrize(("most", "opened"), [(64, 3), (2, 4)])
+def test_a_file_is_opened_once_for_all_of_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, most: int, opened: int
+) -> None:
+    """Of more than `MOST_OPEN` files one stays open."""
+    every = [{"n": str(n)} for n in range(300)]
+    for name, first in (("a", 0), ("b", 100), ("c", 200)):
+        plain = write(tmp_path / "d" / f"{name}{suffix.removesuffix('.gz')}", every[first:][:100])
+        if suffix.endswith(".gz"):
+            plain.with_name(f"{name}{suffix}").write_bytes(gzip.compress(plain.read_bytes()))
+            plain.unlink()
+    rows = load_rows(str(tmp_path / "d"))
+    monkeypatch.setattr(sources, "MOST_OPEN", most)
+    before = len(os.listdir("/proc/self/fd"))
+    real, paths = os.open, list[Any]()
+
+    def watched(path: Any, *args: Any, **options: Any) -> int:
+        paths.append(path)
+        return real(path, *args, **options)
+
+    with monkeypatch.context() as watching:
+        watching.setattr(os, "open", watched)
+        assert contents(rows) == every
+        assert rows[0] == every[0]
+    assert len(paths) == opened
+    assert len(os.listdir("/proc/self/fd")) - before == min(3, most - 1)
+    other = pickle.loads(pickle.dumps(rows))
+    del rows
+    assert other[250] == every[250]
+
+
+def test_rows_of_a_table_are_read_some_at_once_where_they_are_asked_for_in_order(
+    tmp_path: Path,
+) -> None:
+    every = [{"n": n, "said": [{"role": "user", "content": str(n)}]} for n in range(300)]
+    rows = load_rows(str(write(tmp_path / "d.parquet", every)))
+    assert isinstance(rows, ArrowRows)
+    table, asked = rows._dataset, list[Any]()
+
+    class Table:
+        def __getitem__(self, key: Any) -> Any:
+            asked.append(key)
+            return table[key]
+
+        def __len__(self) -> int:
+            return len(table)
+
+    rows._dataset = Table()
+    assert contents(rows) == every
+    assert len(asked) == 1 + -(-299 // AHEAD)
+    rows[299].pop("n")
+    assert rows[299] == every[299]
+    asked.clear()
+    assert [rows[n] for n in (5, 200, 7, 100)] == [every[n] for n in (5, 200, 7, 100)]
+    assert asked == [5, 200, 7, 100], "out of order, one at a time"
+    assert contents(pickle.loads(pickle.dumps(load_rows(str(tmp_path / "d.parquet"))))) == every
+
+
+def test_a_person_is_told_before_many_rows_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = load_rows(str(write(tmp_path / "d.jsonl", ROWS)))
+    assert many_rows(rows) is None
+    monkeypatch.setattr(sources, "MANY", 3)
+    assert many_rows(rows) == f"checking 3 rows of {tmp_path / 'd.jsonl'}"
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])

@@ -22,6 +22,7 @@ from aligntune import create_rl_trainer
 from aligntune.config.auto import tree_of
 from aligntune.config.load import load_config
 from aligntune.config.tree import dump
+from aligntune.data import sources
 from aligntune.decisions import lora_note
 from aligntune.errors import UserError
 from aligntune.online import settle_resources
@@ -232,12 +233,19 @@ def test_a_reward_may_be_called_reward_and_none_as_the_sum_of_all(make: Any) -> 
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
-def test_rows_that_are_held_out_are_not_trained_on(make: Any, algorithm: str) -> None:
+def test_rows_that_are_held_out_are_not_trained_on_and_many_are_told(
+    make: Any,
+    algorithm: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sources, "MANY", 20)
     short = ["rollout.max_completion_length=8"] if algorithm == "grpo" else []
     trainer = make(algorithm, overrides=["data.eval_split=train[20:]", *short])
     with pytest.raises(UserError, match=r"train on 2 of the 2 rows that it holds out; give each"):
         trainer.check()
     make(algorithm, overrides=["data.split=train[:20]", "data.eval_split=train[20:]"]).check()
+    assert re.findall(r"checking (\d+) rows of .*pairs.jsonl\n", capsys.readouterr().out) == ["20"]
     started = RunDir(Path(trainer.config.output_dir))  # by an older version, which did not look
     started.path.mkdir(parents=True)
     started.describe(trainer.config)
