@@ -106,7 +106,7 @@ class OnlineTrainer:
 
     def check(self, resume: str = "auto") -> RunDir:
         """Everything that can be checked without starting Ray. Raises UserError."""
-        rundir = RunDir(Path(self.config.output_dir).absolute())
+        rundir = self._rundir
         rundir.check_place()
         self._begin(resume)
         self.inputs.check_places()
