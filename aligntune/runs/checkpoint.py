@@ -168,12 +168,15 @@ class Checkpoints:
 
     def exists(self, step: int) -> bool:
         """Whether there is a complete checkpoint of this step, down to the last bit. One that this
-        process has made is read for it only where its files are others now."""
+        process has made is read for it only where its files are others now; what a read has found
+        damaged is not there."""
         folder = self._folder(step)
         if self._read(folder) is None:
             return False
         made = self._committed.get(folder.name)
-        return (made is not None and made == _stand(folder)) or self._intact(folder)
+        if made is not None and made == _stand(folder):
+            return self._checked.get(made, True)
+        return self._intact(folder)
 
     def begin(self, step: int) -> Path:
         """A staging folder; policy ranks write into its `policy/`, critic ranks into `critic/`."""

@@ -82,6 +82,23 @@ def test_what_ranks_have_written_is_read_by_a_later_process_alone(
     assert not later.exists(1)
 
 
+def test_one_that_a_read_has_found_damaged_is_not_there(tmp_path: Path) -> None:
+    """As where a disk loses content and keeps size and time: what is not there is written again."""
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    sums = write_files(checkpoints.begin(1) / "policy", {"weights": b"good"})
+    known = {f"policy/{name}": each for name, each in sums.items()}
+    path = checkpoints.commit(1, {"step": 1}, known=known).path / "policy" / "weights"
+    assert checkpoints.exists(1)
+    times = path.stat()
+    path.write_bytes(b"lost")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert checkpoints.latest() is None
+    assert not checkpoints.exists(1)
+    save(checkpoints, 1)
+    assert checkpoints.exists(1)
+    assert checkpoints.latest() is not None
+
+
 @pytest.mark.parametrize("name", ["weights", "lost"])
 def test_what_was_written_and_is_not_there_is_in_no_checkpoint(tmp_path: Path, name: str) -> None:
     """As where a network's file system shows the driver less than a rank has written."""
