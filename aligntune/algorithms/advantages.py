@@ -120,21 +120,30 @@ def gae(
     delta_t = rho_t + gamma * V_t' - V_t and A_t = delta_t + gamma * lam * A_t', t' the next valid
     token: interior zeros of `mask` are stepped over. `final_values` [B] stand after the last one:
     0 where the completion ended, the critic's value of the final state where it was cut.
+
+    A token's sum reaches 1, 2, 4, ... columns in turn, so long completions take few operations.
     """
     import torch
 
-    next_value, next_advantage = final_values, torch.zeros_like(final_values)
-    columns: list[torch.Tensor] = []
-    for t in reversed(range(values.shape[1])):
-        valid = mask[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = delta + gamma * lam * next_advantage
-        columns.append(torch.where(valid, advantage, 0.0))
-        next_value = torch.where(valid, values[:, t], next_value)
-        next_advantage = torch.where(valid, advantage, next_advantage)
-    if not columns:
+    width = values.shape[1]
+    if not width:
         return torch.zeros_like(values)
-    return torch.stack(columns[::-1], dim=1)
+    columns = torch.arange(width, device=values.device).expand_as(values)
+    at = (
+        columns.masked_fill(~mask, width).flip(1).cummin(1).values.flip(1)
+    )  # a valid one, from t on
+    after = torch.cat([at[:, 1:], at.new_full((len(at), 1), width)], dim=1)
+    next_values = torch.cat([values, final_values[:, None]], dim=1).gather(1, after)
+    sums = torch.where(mask, rewards + gamma * next_values - values, 0.0)
+    factors = torch.where(mask, gamma * lam, torch.ones_like(sums))
+    reach = 1
+    while reach < width:
+        further = factors[:, :-reach] * sums[:, reach:]
+        sums = torch.cat([sums[:, :-reach] + further, sums[:, -reach:]], dim=1)
+        product = factors[:, :-reach] * factors[:, reach:]
+        factors = torch.cat([product, factors[:, -reach:]], dim=1)
+        reach *= 2
+    return torch.where(mask, sums, 0.0)
 
 
 @dataclass(frozen=True)
