@@ -8,12 +8,21 @@ weight decay, and have moments in memory for nothing.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.specs import LoRASpec
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+    from actors.models.wrapped import TrainedModel
+
+OF_BEFORE = (
+    "was written by a version that trained parts of this model which text never reaches, such as "
+    "its vision tower; finish the run with that version, or begin a new one"
+)
 
 
 def beside_text(model: Any) -> list[str]:
@@ -38,6 +47,33 @@ def freeze_beside_text(model: Any) -> None:
     """Train nothing of `model` that text never reaches."""
     for name in beside_text(model):
         model.get_submodule(name).requires_grad_(False)
+
+
+def named_beside_text(model: TrainedModel, names: Iterable[str]) -> set[str]:
+    """Those of `names`, which a checkpoint gives to weights of `model`, that text never reaches."""
+    inner = model.unwrapped
+    if not (parts := beside_text(inner)):
+        return set()
+    prefix = next(name for name, part in model.named_modules() if part is inner)
+    below = tuple(f"{prefix}.{part}." for part in parts)
+    return {name for name in names if name.startswith(below)}
+
+
+def check_text_part(model: TrainedModel, names: Iterable[str], folder: Path) -> None:
+    """Whether DeepSpeed's checkpoint in `folder`, which names weights `names`, can be this model's.
+
+    It names trained weights and buffers, and an old one of LoRA frozen weights too.
+
+    Raises:
+        ValueError: it was written when weights that text never reaches were trained.
+    """
+    beside = named_beside_text(model, names)
+    if model.unwrapped is model.model:
+        trained = beside & {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    else:
+        trained = beside - model.state_dict().keys()
+    if trained:
+        raise ValueError(f"{folder} {OF_BEFORE}")
 
 
 def lora_config(model: Any, lora: LoRASpec, task: str, **more: Any) -> LoraConfig:

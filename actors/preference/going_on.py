@@ -67,9 +67,19 @@ class GoesOn:
         return made
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As transformers', but for the settings. Raises ValueError where it was written when parts
+        of the model that text never reaches were trained: it does not name their moments."""
+        from actors.models.text_part import OF_BEFORE, beside_text
         from actors.strategies.optimizer import put_back
 
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        except ValueError as error:  # torch's, of groups of other sizes
+            adapted = hasattr(self.model, "peft_config")
+            inner = self.model.get_base_model() if adapted else self.model
+            if "parameter group" in str(error) and beside_text(inner):
+                raise ValueError(f"{checkpoint} {OF_BEFORE}") from error
+            raise
         if checkpoint is None:
             return
         counts = [row["num_tokens"] for row in self.state.log_history if "num_tokens" in row]

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from actors.disk import Files
+from actors.models.text_part import check_text_part
 from actors.models.wrapped import TrainedModel
 from actors.specs import ModelSpec, RankSpec
 from actors.strategies.base import NonFiniteGradient
@@ -180,7 +181,12 @@ class DeepSpeedStrategy:
                 f"and this run has {self._layout()}; resume with the settings it was written with"
             )
         settings = settings_of(self._engine.optimizer)
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, custom_load_fn=_take)
+
+        def take(src: Mapping[str, torch.Tensor], dst: nn.Module) -> None:
+            check_text_part(self.model, src, folder)
+            _take(src, dst)
+
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, custom_load_fn=take)
         if loaded is None:
             raise ValueError(f"{folder} holds no complete DeepSpeed state")
         put_back(self._engine.optimizer, settings)

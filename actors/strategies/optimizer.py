@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,3 +84,20 @@ def put_back(optimizer: Any, settings: Sequence[dict[str, Any]]) -> None:
     is loaded: a run goes on with the moments it had and the settings it has now."""
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
+
+
+def without(
+    state: Mapping[str, Any], weights: Mapping[str, torch.Tensor], names: Collection[str]
+) -> dict[str, Any]:
+    """The state of the optimiser that `make_optimizer` makes of `weights`, by their names in the
+    model's order, as if it had been made without those of `names`."""
+    order = sorted(weights, key=lambda name: weights[name].ndim <= 1)  # as they are in its groups
+    gone = {index for index, name in enumerate(order) if name in names}
+    groups = [
+        {**group, "params": [index for index in group["params"] if index not in gone]}
+        for group in state["param_groups"]
+    ]
+    return {
+        "state": {index: own for index, own in state["state"].items() if index not in gone},
+        "param_groups": [group for group in groups if group["params"]],
+    }

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from actors.disk import Files
+from actors.models.text_part import named_beside_text
 from actors.models.wrapped import TrainedModel
 from actors.specs import ModelSpec, RankSpec
-from actors.strategies.optimizer import make_optimizer, put_back, settings_of, take_step
+from actors.strategies.optimizer import make_optimizer, put_back, settings_of, take_step, without
 from actors.strategies.state import (
     NamedTensors,
     adapter_state,
@@ -94,7 +95,8 @@ class TorchStrategy:
         return {"rank-0.pt": as_file(state)}
 
     def load(self, folder: Path) -> None:
-        """Read `rank-0.pt`."""
+        """Read `rank-0.pt`. An old one has weights that text never reaches, which nothing ever
+        changed; they are left out."""
         path = folder / "rank-0.pt"
         if not path.is_file():
             raise ValueError(
@@ -103,13 +105,14 @@ class TorchStrategy:
             )
         state = torch.load(path, map_location="cpu", weights_only=True)
         wanted = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        if set(wanted) != set(state["model"]):
+        beside = named_beside_text(self.model, state["model"].keys() - wanted.keys())
+        if wanted.keys() != state["model"].keys() - beside:
             raise ValueError(f"{path} holds the weights of another model or of other LoRA settings")
         with torch.no_grad():
             for name, parameter in wanted.items():
                 parameter.copy_(state["model"][name])
         settings = settings_of(self._optimizer)
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._optimizer.load_state_dict(without(state["optimizer"], state["model"], beside))
         put_back(self._optimizer, settings)
         set_rng_state(state["rng"], self.device)
 

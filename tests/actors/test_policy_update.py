@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 from actors.engines.base import configured_ends
 from actors.engines.transformers import matched_parameters
 from actors.messages import LossTerms, TokenBatch, TokenTargets, UpdateJob
+from actors.models import text_part
 from actors.models.adapters import adapters_of
 from actors.models.attention import attend
 from actors.models.configuration import ModelError
@@ -794,6 +795,32 @@ def test_what_text_never_reaches_of_a_model_neither_decays_nor_stops_a_checkpoin
     assert after.keys() == before.keys()
     same = {name for name in before if torch.equal(after[name], before[name])}
     assert same == {name for name in before if "vision" in name or "projector" in name}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [{}, LORA], ids=["full", "lora"])
+def test_a_checkpoint_of_when_what_text_never_reaches_was_trained_goes_on(
+    folder: Path, tmp_path: Path, model: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composite = make_composite_folder(tmp_path / "composite", folder)
+    with monkeypatch.context() as before:
+        before.setattr(text_part, "beside_text", lambda model: [])
+        old = one_rank(composite, model, weight_decay=0.5)
+    old.update(job_of_step(1))
+    old.save(tmp_path / "old")
+    old.update(job_of_step(2))
+    new = one_rank(composite, model, weight_decay=0.5)
+    new.load(tmp_path / "old")
+    new.update(job_of_step(2))
+    assert_equal(weights(new), weights(old))
+    trained = [name for name, p in old._strategy.model.named_parameters() if p.requires_grad]
+    now = new._strategy.model
+    with pytest.raises(ValueError, match="old was written by a version that trained parts of this"):
+        text_part.check_text_part(now, trained, tmp_path / "old")
+    kept = now.state_dict().keys() - deepspeed._frozen(now)
+    text_part.check_text_part(now, kept, tmp_path / "new")
+    if model:
+        text_part.check_text_part(now, now.state_dict(), tmp_path / "with frozen weights")
 
 
 @pytest.mark.slow

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from actors.models import text_part
 from actors.preference.going_on import GoesOn
 
 
@@ -40,3 +42,25 @@ def test_a_checkpoint_holds_the_figures_of_all_steps_in_one_line(
     read = TrainerState.load_from_json(str(tmp_path / "ours"))
     assert read == TrainerState.load_from_json(str(tmp_path / "theirs")) == state
     assert vars(state).keys() == vars(read).keys()
+
+
+@pytest.mark.parametrize(
+    ("beside", "told"),
+    [(["model.vision_tower"], "old was written by a version that trained"), ([], "size of opt")],
+)
+def test_moments_of_parts_that_are_trained_no_more_are_refused(
+    beside: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loads:
+        """transformers' trainer, as far as it loads an optimiser."""
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
+            old = torch.optim.AdamW([torch.ones(1), torch.ones(1)])
+            torch.optim.AdamW([torch.ones(1)]).load_state_dict(old.state_dict())
+
+    class Trainer(GoesOn, Loads):
+        model = torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr(text_part, "beside_text", lambda model: beside)
+    with pytest.raises(ValueError, match=told):
+        Trainer()._load_optimizer_and_scheduler("old")
