@@ -32,6 +32,7 @@ def environment(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
             yield dict(os.environ)
 
 
+@pytest.mark.slow
 def test_a_program_ends_with_its_code_and_what_it_printed(
     environment: dict[str, str], tmp_path: Path
 ) -> None:

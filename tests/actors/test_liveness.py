@@ -89,6 +89,7 @@ def build(size: int, patience: Patience) -> tuple[ReplicaSet, list[Worker], list
     return role, workers, events
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("busy", [True, False])
 def test_a_replica_that_says_nothing_is_replaced_busy_or_idle(busy: bool) -> None:
     async def run() -> None:
@@ -110,6 +111,7 @@ def test_a_replica_that_says_nothing_is_replaced_busy_or_idle(busy: bool) -> Non
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_silent_replica_gets_no_new_call_and_every_new_weight_until_it_speaks_again() -> None:
     async def run() -> None:
         role, workers, events = build(2, Wary(60.0))

@@ -114,6 +114,7 @@ def test_addresses_without_a_port_are_left_to_ray(address: str) -> None:
     check_answers(address)
 
 
+@pytest.mark.slow
 def test_one_that_listens_and_is_no_head_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.session.ANSWER_S", 0.5)
     with closing(socket.socket()) as listener:

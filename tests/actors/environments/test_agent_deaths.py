@@ -157,6 +157,7 @@ def said(process: psutil.Process) -> str:
         return ""
 
 
+@pytest.mark.slow
 def test_a_rollout_replica_that_dies_under_an_agent_costs_a_turn_and_no_episode(
     actor: EnvironmentActor, row: Callable[..., Prompt], loop: Any
 ) -> None:

@@ -92,6 +92,7 @@ def test_each_episode_begins_with_the_module_as_it_was_imported(
     assert [play("asks_once", "2").rewards["environment"] for _ in range(2)] == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_a_program_is_given_the_row_and_says_its_reward_in_its_last_line(
     play: Callable[..., Episode], folder: Path
 ) -> None:
@@ -118,6 +119,7 @@ def test_a_program_that_finds_no_room_is_no_fault_of_the_row(
         player_of(("program",))({"data": {}}, lambda awaitable: awaitable)
 
 
+@pytest.mark.slow
 def test_a_program_that_leaves_something_running_has_ended_and_so_has_what_it_left(
     play: Callable[..., Episode], tmp_path: Path, loop: Any
 ) -> None:
@@ -172,6 +174,7 @@ def test_a_failure_is_no_score(
     assert failed.value.infrastructure == infrastructure
 
 
+@pytest.mark.slow
 def test_an_agent_that_hangs_is_ended_with_all_it_started(
     play: Callable[..., Episode], tmp_path: Path, loop: Any
 ) -> None:

@@ -153,6 +153,7 @@ class TestFunctions:
         calls = [call_text("meet", folder=str(tmp_path), name=f"{n}", others=8) for n in range(8)]
         assert said(play("".join(calls), "x")) == [f"{n}" for n in range(8)]
 
+    @pytest.mark.slow
     def test_what_a_call_left_ends_with_its_process(
         self, play: Callable[..., Episode], tmp_path: Path
     ) -> None:

@@ -57,6 +57,7 @@ def process_of(server: Server) -> psutil.Process:
     return forks
 
 
+@pytest.mark.slow
 def test_a_server_that_is_stopped_is_replaced(
     run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,6 +76,7 @@ def test_a_server_that_is_stopped_is_replaced(
     run(body)
 
 
+@pytest.mark.slow
 def test_a_fork_that_hangs_alone_ends_no_other(
     run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

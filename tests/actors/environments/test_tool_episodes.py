@@ -169,6 +169,7 @@ class TestEnvironments:
         with pytest.raises(EpisodeFailed, match="environment 'none'; it must be one of 'Guess'"):
             play("x", code="several", environment="none")
 
+    @pytest.mark.slow
     def test_a_row_without_a_prompt_has_what_reset_says(self, play: Play) -> None:
         episode, _ = play("done", code="one", source="", number=1)
         assert episode.messages[:2] == [SYSTEM, {"role": "user", "content": " Guess!"}]
@@ -250,6 +251,7 @@ class TestEnvironments:
             loop(made.close())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("waiting", [False, True])
 def test_an_environment_is_let_go_before_its_actor_is_closed(
     chat_model: ModelSpec, user_folder: Path, tmp_path: Path, loop: Any, waiting: bool

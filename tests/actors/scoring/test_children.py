@@ -367,6 +367,7 @@ class TestAnswers:
         answer = parse(scored("w", scores))
         assert (answer.call, answer.scores) == ("w", scores)
 
+    @pytest.mark.slow
     @given(st.text(max_size=100), st.sampled_from(list(RewardFailure)))
     def test_reasons_arrive_as_they_were_sent(self, detail: str, reason: RewardFailure) -> None:
         assert parse(failed("w", reason, detail)).failure == (reason, detail)
@@ -423,6 +424,7 @@ def test_without_room_for_a_process_a_group_waits_and_the_next_try_has_its_score
 
 
 class TestEnds:
+    @pytest.mark.slow
     @pytest.mark.parametrize("what", ["hang", "exit", "close"])
     def test_daemons_of_the_user_s_code_end_with_its_process(
         self, scorer: Any, tmp_path: Path, what: str

@@ -128,6 +128,7 @@ def test_replicas_that_die_by_chance_cost_no_group() -> None:
     assert lost == 6
 
 
+@pytest.mark.slow
 def test_arrays_that_are_lost_say_nothing_of_their_group() -> None:
     losses = iter(range(6))
 

@@ -418,6 +418,7 @@ def test_an_evaluation_goes_on_where_a_replica_still_has_the_weights_that_are_go
     assert world.evaluated() == EVALUATED
 
 
+@pytest.mark.slow
 def test_a_policy_that_keeps_being_lost_ends_the_run(world: World) -> None:
     world.configure(policy={"max_restarts": 2})
 

@@ -505,6 +505,7 @@ def test_a_function_that_fails_on_the_first_row_is_refused_with_its_own_frames(
     assert told.endswith("rewards.1.try_first=false leaves this call out.")
 
 
+@pytest.mark.slow
 def test_the_time_limit_of_a_reward_holds_on_the_first_row_and_is_named(
     make: Any, own: str
 ) -> None:

@@ -215,6 +215,7 @@ def test_a_write_that_ends_after_its_deadline_makes_no_checkpoint(world: World) 
     assert not [name for name in kept if name.endswith(".partial")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_checkpoint_whose_files_come_to_disk_after_its_deadline_is_none(
     world: World, monkeypatch: pytest.MonkeyPatch, lost: bool

@@ -33,6 +33,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Any:
     sleeper.wait(30)
 
 
+@pytest.mark.slow
 def test_a_run_in_which_nothing_moves_ends_and_says_what_everybody_was_at(world: World) -> None:
     world.configure(train={**ahead(0), "stall_timeout_s": 0.4})
 
@@ -110,6 +111,7 @@ def test_calls_that_show_nothing_count_as_movement_while_they_last(
     assert over._progress() == over._progress()
 
 
+@pytest.mark.slow
 def test_a_stalled_run_says_so_where_nothing_can_be_written(world: World) -> None:
     world.configure(train={**ahead(0), "stall_timeout_s": 0.4})
 
@@ -123,6 +125,7 @@ def test_a_stalled_run_says_so_where_nothing_can_be_written(world: World) -> Non
     assert world.events("stalled")[0]["path"] is None
 
 
+@pytest.mark.slow
 def test_a_run_whose_ray_dies_ends_with_the_reason(
     world: World, process: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +145,7 @@ def test_a_run_whose_ray_dies_ends_with_the_reason(
     assert [row["step"] for row in world.rows()] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_time_limit_stops_a_run_as_a_signal_does(world: World) -> None:
     world.configure(train={**ahead(0), "time_limit_s": 0.2}, checkpoint={"every_steps": 9})
 
@@ -166,6 +170,7 @@ def test_the_time_limit_counts_from_when_the_run_was_called(world: World) -> Non
     assert len(world.trained()) == STEPS, "the same command goes on"
 
 
+@pytest.mark.slow
 def test_a_node_that_is_drained_stops_the_run_that_has_ranks_on_it(
     world: World, process: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,6 +134,7 @@ def test_a_reward_model_job_reads_no_more_than_the_table_of_positions_holds(tmp_
         job("data.max_length=64").inputs.settle()
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_held_to_the_steps_of_its_own_batch(job: Job) -> None:
     """Which a config leaves to the machines that has none: 12 pairs are 12 steps of one."""
     one = [f"train.{key}=1" for key in ("workers", "pairs_per_worker", "accumulation_steps")]

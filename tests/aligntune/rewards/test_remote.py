@@ -158,6 +158,7 @@ def test_a_service_that_fails_for_a_while_is_asked_again(status: int) -> None:
     assert isinstance(error, Unreached) is (status != 500), "500 may be the group's fault"
 
 
+@pytest.mark.slow
 def test_a_service_that_hangs_or_is_gone_is_a_failure() -> None:
     async def handler(_: web.Request) -> web.Response:
         await asyncio.sleep(30)

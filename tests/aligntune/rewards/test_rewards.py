@@ -188,6 +188,7 @@ class TestMath:
         with pytest.raises(ValueError, match=r"9\^.*processor time"):
             score_math("x+1", "9^{9^{9^{9}}}")
 
+    @pytest.mark.slow
     def test_time_that_is_not_spent_computing_does_not_count(self) -> None:
         def judge(made: int, item: float) -> bool:
             time.sleep(item)

@@ -82,11 +82,13 @@ def reason(heard: Heard) -> str:
     return str(event["reason"])
 
 
+@pytest.mark.slow
 def test_nothing_is_pushed_unless_asked_for(hub: Hub, trained: RunDir) -> None:
     heard = pushed(trained, HubSpec())
     assert (hub.asked, heard.events, heard.notes) == ([], [], [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["xet", "lfs"])
 def test_what_arrives_is_the_export_and_its_card(
     hub: Hub, trained: RunDir, way: str, request: pytest.FixtureRequest
@@ -109,6 +111,7 @@ def test_what_arrives_is_the_export_and_its_card(
     assert said == {f"Bearer {TOKEN}"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("private", [True, False])
 def test_a_name_that_is_there_keeps_who_may_read_it(
     hub: Hub, trained: RunDir, private: bool
@@ -119,6 +122,7 @@ def test_a_name_that_is_there_keeps_who_may_read_it(
     assert (there.private, there.commits) == (private, 1)
 
 
+@pytest.mark.slow
 def test_what_was_to_be_private_does_not_go_where_anyone_may_read_it(
     hub: Hub, trained: RunDir
 ) -> None:
@@ -128,6 +132,7 @@ def test_what_was_to_be_private_does_not_go_where_anyone_may_read_it(
     assert (there.commits, there.files) == (0, {})
 
 
+@pytest.mark.slow
 def test_weights_of_the_model_before_do_not_stay_beside_the_new_ones(
     hub: Hub, trained: RunDir, by_lfs: None
 ) -> None:
@@ -150,6 +155,7 @@ def test_files_of_another_model_are_weights_and_adapters_that_this_one_has_not(
     assert left_over([*ours, "README.md", "x/c.safetensors"], tmp_path) == ours[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "status", "words", "cause", "cure"),
     [
@@ -183,6 +189,7 @@ def test_a_hub_that_refuses_is_one_line_with_the_cure(
     assert "me/sums" not in hub.repositories or not hub.repositories["me/sums"].files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "cause", "cure"),
     [(401, "refuses the token", "HF_TOKEN"), (403, "forbids it", "has room there")],
@@ -197,6 +204,7 @@ def test_a_store_of_chunks_that_refuses_is_not_taken_for_a_network_that_is_down(
     assert not hub.repositories["me/sums"].files
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_not_there_or_too_slow_is_one_line_with_the_cure(
     hub: Hub, trained: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +219,7 @@ def test_a_hub_that_is_not_there_or_too_slow_is_one_line_with_the_cure(
     assert "mend the network or HF_ENDPOINT" in said
 
 
+@pytest.mark.slow
 def test_a_hub_that_was_silent_at_the_start_is_asked_again_at_the_end(
     hub: Hub, trained: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,6 +169,7 @@ def test_of_many_samples_some_are_read_and_the_last_is_among_them(run: Path) -> 
     assert open_run(run).samples(10**9) == (rows, 100)
 
 
+@pytest.mark.slow
 def test_of_samples_larger_than_memory_few_are_kept_to_find_the_best_and_the_last(
     run: Path,
 ) -> None:

@@ -71,6 +71,7 @@ def test_a_job_without_room_is_tried_again_and_those_after_it_wait(
     assert done == ["first", "second"], "nothing is done after what was not"
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SECONDS", 0.05)
     go = threading.Event()
@@ -81,6 +82,7 @@ def test_a_disk_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) 
     go.set()
 
 
+@pytest.mark.slow
 def test_whoever_waits_does_so_as_long_as_jobs_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SECONDS", 0.4)
     writer, done = Writer("the files of run x"), list[int]()

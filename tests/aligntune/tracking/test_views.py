@@ -83,6 +83,7 @@ class Told:
         self.first.set()
 
 
+@pytest.mark.slow
 def test_figures_of_an_outage_are_told_once_and_sent_when_it_is_over() -> None:
     service, told = Service(), Told()
     with service.running():
@@ -104,6 +105,7 @@ def test_figures_of_an_outage_are_told_once_and_sent_when_it_is_over() -> None:
     assert "Connection refused" in event["reason"]
 
 
+@pytest.mark.slow
 def test_a_service_that_does_not_come_back_costs_the_end_nothing_but_an_event() -> None:
     service, told = Service(), Told()
     with service.running():
@@ -177,6 +179,7 @@ def test_a_refused_table_of_a_step_that_was_rolled_back_is_not_tried_again_nor_t
     assert (tracker.taken, told.events) == ([("log", 4)], [])
 
 
+@pytest.mark.slow
 def test_a_table_of_an_outage_is_sent_when_it_is_over() -> None:
     service, told = Service(), Told()
     with service.running():

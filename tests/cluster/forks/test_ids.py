@@ -54,6 +54,7 @@ def test_a_process_that_has_drawn_an_id_is_told_from_one_that_has_not() -> None:
     assert "has drawn an id of Ray's" in drawn
 
 
+@pytest.mark.slow
 def test_forks_draw_ids_of_their_own_in_every_thread_though_an_import_has_made_an_actor_class(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,7 @@ def test_a_spawned_process_is_forked_and_is_as_any_other_to_its_parent(
     assert "resource_tracker" not in errors
 
 
+@pytest.mark.slow
 def test_where_the_server_is_killed_a_process_goes_on_and_its_end_is_seen(
     server: str, tmp_path: Path
 ) -> None:

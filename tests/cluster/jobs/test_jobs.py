@@ -287,6 +287,7 @@ def server() -> Iterator[Server]:
     loop.close()
 
 
+@pytest.mark.slow
 def test_a_log_whose_connection_breaks_is_printed_once(server: Server) -> None:
     server.log = "".join(f"step {i}\n" for i in range(20))
     server.connections = [23, 7, 90, 61]
@@ -298,6 +299,7 @@ def test_a_log_whose_connection_breaks_is_printed_once(server: Server) -> None:
     assert notes
 
 
+@pytest.mark.slow
 def test_a_connection_that_does_not_come_back_is_given_up(server: Server) -> None:
     server.log = "step 1\n"
     server.connections = [7, 7]

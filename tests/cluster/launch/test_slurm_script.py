@@ -103,6 +103,7 @@ def script(launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             process.wait(10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "stopped", "code", "requeued"),
     [
@@ -129,6 +130,7 @@ def test_a_signal_to_the_slurm_script_stops_the_run_and_time_requeues_what_is_no
     assert "secret" not in out + err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "requeued"),
     [(signal.SIGTERM, 143, False), (signal.SIGUSR1, 0, True)],

@@ -276,6 +276,7 @@ def test_what_is_too_large_is_refused_with_what_is_short_and_by_how_much() -> No
         choose(work_of(LARGE), OPEN, described(1, 1, "l4-24gb"), cores=8)
 
 
+@pytest.mark.slow
 def test_of_any_size_a_gpu_is_taken_or_what_is_short_is_said() -> None:
     """Where nothing is set nothing can be left out, and a share of the GPU need not be round."""
 
