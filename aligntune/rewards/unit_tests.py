@@ -281,12 +281,14 @@ def _holds(check: Check, text: str) -> bool:
         return False
     try:
         return bool(check.holds(_value(json.loads(text))))
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         return False
 
 
 def _value(said: Any) -> Any:
-    """The value that `plain` of the harness has told. Raises ValueError, TypeError, KeyError."""
+    """The value that `plain` of the harness has told.
+
+    Raises ValueError, TypeError, KeyError and OverflowError."""
     if isinstance(said, list):
         return [_value(one) for one in said]
     if not isinstance(said, dict):

@@ -134,7 +134,8 @@ ONE, PASSED = ["value", 0, "1"], ["WORD", True]
         *(
             ([["ran"], ["value", 0, text], PASSED, PASSED], [False, True])
             for text in ("", "{}", '{"set": [[]]}', '{"tuple": 5}', '{"bytes": "x"}', '{"x": 1}',
-                         '{"complex": ["1+"]}', "[" * 9000, "9" * 1050, '{"bytes": 1}')
+                         '{"complex": ["1+"]}', f'{{"complex": [{10**400}, 0]}}',
+                         "[" * 9000, "9" * 1050, '{"bytes": 1}')
         ),
         ([["ran"], ONE, PASSED], [False, False]),
         ([["ran"], ONE, PASSED, ["", True]], [False, False]),
