@@ -220,6 +220,7 @@ def _rollout(config: RunConfig, shape: ModelShape, dtype_bytes: int) -> Rollout:
         send_buffer=_send_buffer(config),
         scores=shape.keeps_scores(config.model.attention),
         timeout_s=spec.generation_timeout_s,
+        held_out=config.eval.completions if config.data.evaluates else 0,
     )
 
 

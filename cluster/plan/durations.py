@@ -230,11 +230,16 @@ def rollout_seconds(work: Rollout, step: Step, rates: Rates, memory: Memory) -> 
 
 def group_seconds(work: Rollout, step: Step, rates: Rates, memory: Memory) -> float:
     """The longest that a group, or a turn of its episodes, is at a replica: with all the groups
-    that this may have, every completion at its limit."""
-    vllm = work.engine == "vllm"
-    groups = work.max_concurrent_groups if vllm else TRANSFORMERS_GROUPS
+    that this may have, every completion at its limit.
+
+    An evaluation fills every replica; training has no more than staleness lets it have, in all.
+    """
+    groups = work.max_concurrent_groups if work.engine == "vllm" else TRANSFORMERS_GROUPS
+    if not work.held_out:
+        groups = min(groups, (step.max_staleness + 1) * step.groups)
+    completions = max(step.completions, work.held_out)
     before = max(step.prompt_tokens, step.row - step.completion_tokens)
-    full = replace(step, groups=groups, prompt_tokens=before)
+    full = replace(step, groups=groups, completions=completions, prompt_tokens=before)
     return rollout_seconds(replace(work, replicas=1), full, rates, memory)
 
 

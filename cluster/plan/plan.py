@@ -238,10 +238,11 @@ def _too_short(work: Work, cluster: Cluster, draft: Draft, seconds: Times) -> It
     rates = rates_of(draft.placement, work, cluster)["rollout"]
     group = group_seconds(work.rollout, work.step, rates, draft.memory["rollout"])
     if group > work.rollout.timeout_s:
+        vllm = work.rollout.engine == "vllm"
+        fewer = ", or lower rollout.max_concurrent_groups" if vllm else ""
         yield (
             f"a group may take {group:.3g} s, and a replica is lost after "
-            f"rollout.generation_timeout_s={work.rollout.timeout_s:g}: raise it, or lower "
-            "rollout.max_concurrent_groups"
+            f"rollout.generation_timeout_s={work.rollout.timeout_s:g}: raise it{fewer}"
         )
     if seconds.update > work.policy.timeout_s:
         yield (

@@ -117,6 +117,7 @@ class Rollout:
     send_buffer: int = 0  # as of the policy
     scores: bool = False  # as of the policy, with the engine transformers
     timeout_s: float = 600.0  # the longest wait for a group
+    held_out: int = 0  # completions of a prompt in an evaluation; 0: nothing is evaluated
     role: str = "rollout"
 
     @property

@@ -250,6 +250,45 @@ def test_a_full_replica_has_the_time_that_it_takes_by_the_plan(
         assert "rollout.generation_timeout_s" not in decided
 
 
+EVALUATES = ["data.eval_path=e.jsonl", "eval.temperature=0.7"]
+
+
+@pytest.mark.parametrize(
+    ("these", "as_long_as"),
+    [
+        (["train.groups_per_step=8"], ["rollout.max_concurrent_groups=8"]),
+        (["train.groups_per_step=4", "train.max_staleness=1"], ["train.groups_per_step=8"]),
+        (["train.groups_per_step=8", *EVALUATES], ["data.eval_path=e.jsonl"]),
+        ([*EVALUATES, "eval.completions=64"], [*EVALUATES, "train.completions_per_group=64"]),
+        ([*EVALUATES, "eval.completions=4"], EVALUATES),
+    ],
+)
+def test_a_replica_has_time_for_the_groups_that_may_be_there_and_for_no_more(
+    these: list[str], as_long_as: list[str]
+) -> None:
+    """In an evaluation all that it takes, of as many completions as that draws; in training what
+    may be open in all."""
+
+    def waits(*overrides: str) -> float:
+        long = ["rollout.max_completion_length=32768", "train.completions_per_group=8"]
+        now, _ = settle(config(*long, "rollout.replicas=1", *overrides), EIGHT_H100)
+        return now.rollout.generation_timeout_s
+
+    assert waits(*these) == waits(*as_long_as)
+
+
+@pytest.mark.parametrize(("engine", "cures"), [("vllm", True), ("transformers", False)])
+def test_a_limit_that_is_too_short_is_told_with_a_cure_that_the_engine_has(
+    engine: str, cures: bool
+) -> None:
+    short = ["rollout.generation_timeout_s=1", f"rollout.engine={engine}"]
+    now, _ = settle(config(*short), EIGHT_H100)
+    (told,) = (
+        n for n in make_plan(work_of(now, known_shape), EIGHT_H100.cluster).notes if "=1:" in n
+    )
+    assert told.count("rollout.max_concurrent_groups") == cures
+
+
 @pytest.mark.parametrize(
     ("steps", "overrides", "compiles"),
     [
