@@ -89,7 +89,7 @@ class Reader:
         self._tokenizer = tokenizer
         self._ends = frozenset(ends)
         template = load_response_template(tokenizer.response_template)
-        self._anchor = template.start_anchor_re
+        self._template = template
         self._harmony = tokenizer.response_template.get("start_anchor") == _HARMONY
         closes = [f.close_re for f in template.fields.values() if f.close_re is not None]
         self._known = frozenset(
@@ -102,7 +102,8 @@ class Reader:
     def read(self, prompt_ids: Sequence[int], sampled: Sequence[int]) -> Turn:
         """The message in the `sampled` ids that follow `prompt_ids`.
 
-        What cannot be read is text, as in TRL, and `malformed`; so are `unsendable` calls.
+        What cannot be read is text, as in TRL, and `malformed`; so are `unsendable` calls. What
+        stands in the prompt is no part of it, where an agent goes on in the same turn neither.
         """
         from trl.chat_template_utils import parse_response
 
@@ -110,9 +111,7 @@ class Reader:
         ids = self._with_known_end(sampled)
         if not ids:
             return Turn(text)
-        prefix = self._tokenizer.decode(list(prompt_ids))
-        if not self._anchor.search(prefix):
-            prefix = ""  # of no chat, and no part of what is said
+        prefix = self._opening(self._tokenizer.decode(list(prompt_ids)))
         try:
             meant = self._tokenizer.parse_response(ids, prefix=prefix)
             message = parse_response(self._tokenizer, ids, prefix=prefix)
@@ -124,9 +123,47 @@ class Reader:
         end = self._tokenizer.decode(ids[-1:])
         if not calls and (end in _MARKS or any(mark in message["content"] for mark in _MARKS)):
             return Turn(text, malformed=True)
+        if not meant.keys() - self._template.defaults.keys() and self._is_plain(text, sampled):
+            return Turn(text)  # in no field: a format whose headers it left out
         if calls and self._harmony and message.get("thinking"):
             message["content"] = ""  # its chat template refuses both beside a call
         return Turn(_without(end, message) if ids[-1] in self._ends else message)
+
+    def _opening(self, prompt: str) -> str:
+        """What of `prompt` the parser must see: how the last turn in it begins, and where something
+        is said there already, only what opens the field that is not closed yet. Empty where there
+        is none."""
+        from transformers.utils.chat_parsing import ResponseParser
+
+        anchors = list(self._template.start_anchor_re.finditer(prompt))
+        if not anchors:
+            return ""  # of no chat
+        turn = prompt[anchors[-1].start() :]
+        try:
+            events = ResponseParser(self._template, prefix=turn).initial_events
+        except (ValueError, TypeError, KeyError, RecursionError):  # of a call that was said before
+            return ""
+        said, opened = False, None
+        for event in events:
+            if event["type"] == "region_chunk":
+                said = said or not event["text"].isspace()
+            else:
+                is_open = event["type"] == "region_open"
+                opened = self._template.fields[event["field"]] if is_open else None
+        if not said:
+            return turn
+        if opened is None or opened.open_re is None:
+            return ""
+        *_, opener = opened.open_re.finditer(turn)
+        # A call that is not whole yet is said by both.
+        return anchors[-1].group() + (
+            opener.group() if opened.content == "text" else turn[opener.start() :]
+        )
+
+    def _is_plain(self, text: dict[str, Any], sampled: Sequence[int]) -> bool:
+        """Whether `text` is all of `sampled`: no special token is left out but an end."""
+        written = sampled[:-1] if sampled[-1] in self._ends else sampled
+        return bool(text["content"] == self._tokenizer.decode(list(written)))
 
     def _with_known_end(self, sampled: Sequence[int]) -> list[int]:
         """`sampled`, where its end closes no field of the template, with the `eos_token` in its

@@ -250,6 +250,30 @@ def test_what_is_said_by_token_ids_is_read_as_that_by_messages_is(chat: Chat) ->
     assert by_ids[:2] == (1, 1)
 
 
+def test_an_agent_that_goes_on_in_one_turn_has_each_call_counted_once_and_its_own_text(
+    chat: Chat,
+) -> None:
+    """Rewards read what the model says last, not what the agent has put in before it."""
+
+    async def talk(said: list[str], told: str) -> Conversation:
+        conversation = Conversation(
+            chat.tokens, Script(chat.tokenizer, said), limits(max_tool_calls=1)
+        )
+        ids = chat.tokens.prompt([ASK], ADD)
+        for _ in said:
+            answer = await conversation.complete(ids)
+            sampled = answer.call.sampled.token_ids.tolist()
+            ids = [*ids, *sampled[:-1], *chat.tokenizer.encode(told)]
+        return conversation
+
+    told = "<information>the answer is <answer>42</answer></information>\n"
+    searched = asyncio.run(talk(["<search>q</search>", "I guess 7."], told))
+    assert searched.messages()[0][-1]["content"] == "I guess 7."
+    called = asyncio.run(talk([CALL, "hm", "hm2"], "\n2\n"))
+    assert called.figures().tool_calls == 1
+    assert [answer.message["content"] for answer in called.answers] == ["", "hm", "hm2"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message", "reason"),
     [

@@ -106,6 +106,41 @@ def test_a_prompt_that_is_no_chat_is_no_part_of_what_is_said(name: str) -> None:
     assert tokens.read(tokenizer.encode("2+3="), said).message["content"] == "5"
 
 
+@pytest.mark.parametrize("head", ["", "<|start|>assistant"])
+def test_gpt_oss_without_a_header_says_its_text(head: str) -> None:
+    tokenizer, tokens = tokens_of("gptoss")
+    prompt, said = (tokenizer.encode(text) for text in (f"Q: 2+3{head}", "5<|return|>"))
+    turn = tokens.read(prompt, said)
+    assert (turn.message["content"], turn.malformed) == ("5", False)
+
+
+TURN = "<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "said", "message"),
+    [
+        (f"{TURN}I look.{call_text('tell', a=2)}\n<tool_response>2", "Hm.", {"content": "Hm."}),
+        (f"{TURN}<tool_call>{{</tool_call>2", "Hm.", {"content": "Hm."}),
+        (f"{TURN}<think>2", "!</think>5", {"content": "5", "reasoning_content": "!"}),
+        (f"{TURN}<think>2</think>3", "5", {"content": "5"}),
+        (f"{TURN}<think>", "2</think>5", {"content": "5", "reasoning_content": "2"}),
+        (
+            f"{TURN}I look.{call_text('tell', a=1)[:30]}",
+            f"{call_text('tell', a=1)[30:]}5",
+            {"content": "5", "tool_calls": [CALL]},
+        ),
+    ],
+)
+def test_what_stands_in_the_turn_already_is_no_part_of_what_is_said(
+    before: str, said: str, message: dict[str, Any]
+) -> None:
+    """An agent may go on in one turn, with what its tools told, or with what a limit cut."""
+    tokenizer, tokens = tokens_of("qwen3")
+    turn = tokens.read(tokenizer.encode(f"{TURN}0<|im_end|>\n{before}"), tokenizer.encode(said))
+    assert (turn.message, turn.malformed) == ({"role": "assistant", **message}, False)
+
+
 THOUGHT = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
 PREAMBLE = "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"
 HEADERS = [
