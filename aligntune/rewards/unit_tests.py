@@ -11,8 +11,10 @@ import ast
 import json
 import operator
 import secrets
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -23,6 +25,8 @@ _TELL = "__tell__"  # (number of a check, value), in a test's text
 # from before the program runs, for that may put something else in its place.
 HARNESS = f"""
 import io, json, operator, os, sys
+from collections import UserList, UserString
+from collections.abc import Mapping, Set
 def main():
     hear = os.fdopen(os.dup(0), encoding="utf-8").readline
     out = os.fdopen(os.dup(1), "wb")
@@ -32,24 +36,31 @@ def main():
     sys.stdin = io.StringIO("")
     run, compiled, leave, index = exec, compile, os._exit, operator.index
     encode, decode = json.JSONEncoder().encode, json.JSONDecoder().decode
-    sets = set, type({{}}.keys()), type({{}}.items())
     def plain(value):
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, list):
             return [plain(one) for one in value]
-        if isinstance(value, dict):
+        if isinstance(value, (dict, Mapping)):
             return {{"dict": [[plain(key), plain(of)] for key, of in value.items()]}}
-        for name, kinds in (("tuple", tuple), ("set", sets), ("frozenset", frozenset)):
+        for name, kinds in (("tuple", tuple), ("frozenset", frozenset), ("set", Set)):
             if isinstance(value, kinds):
                 return {{name: [plain(one) for one in value]}}
-        if isinstance(value, (bytes, bytearray)):
+        if isinstance(value, (bytes, bytearray, memoryview)):
             return {{"bytes": value.hex()}}
         if isinstance(value, complex):
             return {{"complex": [value.real, value.imag]}}
+        if isinstance(value, (UserList, UserString)):
+            return plain(value.data)
         try:
             return index(value)
         except TypeError:
+            pass
+        if getattr(value, "itemsize", 8) in (2, 4):
+            return {{"float": [value.itemsize, type(value).__float__(value)]}}
+        try:
+            return {{"ratio": type(value).as_integer_ratio(value)}}
+        except (AttributeError, ValueError, OverflowError):
             return type(value).__float__(value)
     def asked(*said):
         write(encode(said).encode() + b"\\n"); flush()
@@ -95,13 +106,13 @@ _call = getattr(_owner(), _name) if hasattr(_owner, _name) else globals()[_name]
 
 _OPERATORS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
     ast.Is: operator.is_,
     ast.In: lambda one, many: one in many,
 }  # what has no plain value meets none of them; it may well be unequal, or not None
+_ORDERS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+}  # of an `abs`: one that is too long to be told meets neither, as a long value may any other order
 _MAKES: dict[str, Callable[..., Any]] = {
     kind.__name__: kind for kind in (dict, float, frozenset, list, set, sorted, tuple)
 }
@@ -137,7 +148,7 @@ def asserted(text: str) -> UnitTest:
     """The test that runs `text`, and passes where that raises nothing."""
     try:
         tree = ast.parse(text)
-        taken = _Taken()
+        taken = _Taken(_made(tree))
         tree.body = [
             taken.visit_Assert(one) if isinstance(one, ast.Assert) else one for one in tree.body
         ]
@@ -218,11 +229,12 @@ class Exam:
 class _Taken(ast.NodeTransformer):
     """Puts values that are told in the place of asserts that compare them with literals."""
 
-    def __init__(self) -> None:
+    def __init__(self, made: Set[str]) -> None:
         self.checks: list[Check] = []
+        self._made = made
 
     def visit_Assert(self, node: ast.Assert) -> ast.stmt:
-        if (found := _compared(node.test)) is None:
+        if (found := _compared(node.test, self._made)) is None:
             return node
         value, check = found
         self.checks.append(check)
@@ -230,7 +242,7 @@ class _Taken(ast.NodeTransformer):
         return ast.copy_location(ast.Expr(ast.Call(ast.Name(_TELL, ast.Load()), told, [])), node)
 
 
-def _compared(test: ast.expr) -> tuple[ast.expr, Check] | None:
+def _compared(test: ast.expr, made: Set[str]) -> tuple[ast.expr, Check] | None:
     """The one value that a comparison has beside literals, and whether it holds for it."""
     if not isinstance(test, ast.Compare):
         return None
@@ -240,13 +252,19 @@ def _compared(test: ast.expr) -> tuple[ast.expr, Check] | None:
     if len(places) != 1:
         return None
     place = places[0]
+    if _own(sides[place], made):
+        return None
+    if len(sides) == 2 and place == 0 and _is_abs(sides[0]):
+        operators = _OPERATORS | _ORDERS
+    else:
+        operators = _OPERATORS
     for left, one in enumerate(test.ops):
         other = literals[left + 1 if left == place else left]
         many = isinstance(one, ast.In) and place == left + 1  # such as a range
         same = isinstance(one, ast.Is) and other and not isinstance(other[0], bool | None)
-        if type(one) not in _OPERATORS or many or same:
+        if type(one) not in operators or many or same:
             return None
-    compare = [_OPERATORS[type(one)] for one in test.ops]
+    compare = [operators[type(one)] for one in test.ops]
 
     def holds(value: Any) -> bool:
         values = [literal[0] if literal else value for literal in literals]
@@ -255,6 +273,39 @@ def _compared(test: ast.expr) -> tuple[ast.expr, Check] | None:
 
     written = sum(len(ast.unparse(side)) for at, side in enumerate(sides) if at != place)
     return sides[place], Check(holds, _room(written))
+
+
+def _is_abs(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "abs"
+
+
+def _made(tree: ast.AST) -> set[str]:
+    """Variables that hold an object which is made there by the name of its class."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and _own(node.value, found):
+            found.update(one.id for one in node.targets if isinstance(one, ast.Name))
+    return found
+
+
+def _own(node: ast.expr, made: Set[str]) -> bool:
+    """Whether the equality is the value's own: of an object that is made there by the name of its
+    class, or is in a variable of `made`, of what such objects are added up to or stand in, or of a
+    `dtype`."""
+    match node:
+        case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)):
+            return name[:1].isupper()
+        case ast.Name(id=name):
+            return name in made
+        case ast.BinOp(left=one, right=other):
+            return _own(one, made) or _own(other, made)
+        case ast.UnaryOp(operand=one) | ast.Subscript(value=ast.Attribute(attr="dtypes") as one):
+            return _own(one, made)
+        case ast.List(elts=many) | ast.Tuple(elts=many):
+            return any(_own(one, made) for one in many)
+        case ast.Attribute(attr=name):
+            return name in ("dtype", "dtypes")
+    return False
 
 
 def _literal(node: ast.expr) -> tuple[Any, ...]:
@@ -285,10 +336,36 @@ def _holds(check: Check, text: str) -> bool:
         return False
 
 
+def _ratio(above: Any, below: Any) -> Fraction:
+    return Fraction(int(above), int(below))  # a text such as 1e999999999 must not become a number
+
+
+class _Short(float):
+    """A float of 2 or 4 bytes, as numpy has them: it equals a number that is rounded to it."""
+
+    def __new__(cls, size: int, value: float) -> _Short:
+        made = super().__new__(cls, value)
+        made._form = {2: "e", 4: "f"}[size]
+        return made
+
+    _form: str
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, int | float):
+            return float.__eq__(self, other)
+        try:
+            (rounded,) = struct.unpack(self._form, struct.pack(self._form, other))
+        except (OverflowError, struct.error):
+            return False
+        return float.__eq__(self, rounded)
+
+    __hash__ = float.__hash__
+
+
 def _value(said: Any) -> Any:
     """The value that `plain` of the harness has told.
 
-    Raises ValueError, TypeError, KeyError and OverflowError."""
+    Raises ValueError, TypeError, KeyError and ArithmeticError."""
     if isinstance(said, list):
         return [_value(one) for one in said]
     if not isinstance(said, dict):
@@ -304,6 +381,8 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
     "frozenset": lambda of: frozenset(map(_value, of)),
     "bytes": bytes.fromhex,
     "complex": lambda of: complex(*of),
+    "ratio": lambda of: _ratio(*of),
+    "float": lambda of: _Short(*of),
 }
 
 

@@ -12,13 +12,23 @@ from aligntune.rewards.unit_tests import Exam, asserted
 
 PROGRAM = """
 from collections import Counter, namedtuple
+from collections import ChainMap, UserList, UserString
+from decimal import Decimal
 from enum import IntEnum
 from fractions import Fraction
 Point = namedtuple("Point", "x y")
 Kind = IntEnum("Kind", "ONE TWO")
 class Number:
     __index__ = lambda self: 7
+class Vector:
+    def __init__(self, *parts):
+        self.parts = parts
+    def __eq__(self, other):
+        return self.parts == tuple(other)
+    def __add__(self, other):
+        return Vector(*(a + b for a, b in zip(self.parts, other.parts)))
 class Less:
+    __abs__ = lambda self: self
     __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __eq__ = lambda *_: True
 def same(value):
     return value
@@ -33,6 +43,20 @@ HOLDS = [
     "assert Fraction(1, 2) == 0.5",
     "assert {'a': 1}.keys() == {'a'}",
     "assert set(same([1, 2, 2])) == set([1, 2])",
+    "assert same(10 ** 5000) > 0 < same(10 ** 2000)",
+    "assert 'a' < same('b' * 90_000)",
+    "assert [] < same([1] * 9000)",
+    "assert Decimal(12345678901234567891) == 12345678901234567891",
+    "assert [same(Fraction(3 * 10**20 + 1))] == [300000000000000000001]",
+    "assert same(Decimal('inf')) == float('inf')",
+    "assert [same(UserList([1])), UserString('a'), ChainMap({1: 2})] == [[1], 'a', {1: 2}]",
+    "assert same(memoryview(b'ab')) == b'ab'",
+    "assert Vector(1, 2) == (1, 2) == Vector(0, 1) + Vector(1, 1)",
+    "assert [Vector(1, 2)] == [(1, 2)]",
+    "import numpy as np\nassert np.float32(0.1) == 0.1 == np.float32(0.1)",
+    "import numpy as np\nassert [same(np.float32(0.1)), same(np.float16(0.1))] == [0.1, 0.1]",
+    "import numpy as np\nassert np.float32(0.1) in (1e300, 0.1)\nassert np.bool_(1) == True",
+    "import numpy as np\nassert np.zeros(2, int).dtype == 'int64'",
     "assert 0 < same(0.5) <= 1.0 < float('inf')",
     "assert abs(same(0.1 + 0.2) - 0.3) < 1e-9",
     "assert same(None) is None",
@@ -51,11 +75,12 @@ HOLDS = [
 FAILS = [
     "assert same(1) == 2",
     "assert same((1, 2)) == [1, 2]",
-    "assert Less() == 1",
-    "assert [Less()] == [1]",
-    "assert Less() < 3",
-    "assert 1 <= Less() <= 3",
-    "assert Less() in (1, 2)",
+    "assert same(Less()) == 1",
+    "assert [same(Less())] == [1]",
+    "assert abs(same(Less())) < 3",
+    "assert same(Less()) in (1, 2)",
+    "assert Decimal(12345678901234567890) == 12345678901234567891",
+    "import numpy as np\nassert same(np.float32(0.1)) == 0.1001",
     "assert same(1) is None",
     "assert same('1') == 1",
     "assert same(1) < 'a'",
@@ -84,11 +109,21 @@ def test_asserts_mean_what_they_meant_and_no_result_decides_that_it_is_equal() -
     [
         ("assert f(1) == 417", 1, 1),
         ("assert 417 == f(1), f(2)", 1, 1),
-        ("assert f(1) == (417, -1)\nassert 0 <= f(2) < float(417)", 2, 2),
+        ("assert f(1) == (417, -1)\nassert abs(f(2) - 1) < float(417)", 2, 2),
         ("def check():\n    assert f(1) == 417\nassert f(2) == 417\ncheck()", 2, 1),
         ("assert f(1)", 0, 0),
         ("assert f(1) == g(1)", 0, 0),
         ("assert f(1) != 4", 0, 0),
+        ("assert 0 <= f(1) < 4", 0, 0),
+        ("assert abs(f(1)) > 4", 0, 0),
+        ("assert 4 < abs(f(1))", 0, 0),
+        ("assert -V(1) == 4", 0, 0),
+        ("assert [m.V(1) + f(1)] == [4]", 0, 0),
+        ("assert f(1).dtype == 'int8'", 0, 0),
+        ("assert f(1).dtypes['a'] == 'int8'", 0, 0),
+        ("v = V(1)\nw = v + f(1)\nassert v == 4\nassert w == 4", 0, 0),
+        ("assert V(1).f(2) == 417", 1, 1),
+        ("s = Solution()\nassert s.f(2) == 417", 1, 1),
         ("assert 4 in f(1)", 0, 0),
         ("assert f(1) is 'a'", 0, 0),
         ("assert 1 == 1", 0, 0),
@@ -135,7 +170,8 @@ ONE, PASSED = ["value", 0, "1"], ["WORD", True]
             ([["ran"], ["value", 0, text], PASSED, PASSED], [False, True])
             for text in ("", "{}", '{"set": [[]]}', '{"tuple": 5}', '{"bytes": "x"}', '{"x": 1}',
                          '{"complex": ["1+"]}', f'{{"complex": [{10**400}, 0]}}',
-                         "[" * 9000, "9" * 1050, '{"bytes": 1}')
+                         "[" * 9000, "9" * 1050, '{"bytes": 1}', '{"ratio": [1, 0]}',
+                         '{"ratio": ["1e999999999"]}', '{"float": [3, 1]}')
         ),
         ([["ran"], ONE, PASSED], [False, False]),
         ([["ran"], ONE, PASSED, ["", True]], [False, False]),
