@@ -3,9 +3,10 @@ of it an evaluation scores."""
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -128,10 +129,10 @@ def check_ends(
             "it, or go back with --resume and an earlier checkpoint folder"
         )
     late = [
-        f"{path} was {reprlib.repr(was)} there and is {reprlib.repr(now)} here"
-        for path, (was, now) in changed.items()
+        f"{at} was {reprlib.repr(old)} there and is {reprlib.repr(new)} here"
+        for path, both in changed.items()
         if any(path == own or path.startswith(f"{own}.") for own in TRAINED_BY)
-        and not (path == "rewards" and _scores(was) == _scores(now))
+        for at, old, new in _apart(path, *(map(_scores, both) if path == "rewards" else both))
     ]
     if reached == total and late:
         raise UserError(
@@ -141,14 +142,37 @@ def check_ends(
         )
 
 
+def _apart(path: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The keys in which two values differ, and how; two spellings of one local path are the same,
+    and an option of a reward is a path where it names a model."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in {**was, **now}:
+            yield from _apart(f"{path}.{key}", was.get(key), now.get(key))
+    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        for index, both in enumerate(zip(was, now, strict=True)):
+            yield from _apart(f"{path}.{index}", *both)
+    elif was != now and not _spells(path, was, now):
+        yield path, was, now
+
+
+def _spells(path: str, was: Any, now: Any) -> bool:
+    """Whether two values are two spellings of one local path."""
+    may = ".options." not in path or path.endswith(".options.model")
+    both = isinstance(was, str) and isinstance(now, str)
+    return may and both and os.path.abspath(was) == os.path.abspath(now)
+
+
 def _scores(rewards: Any) -> Any:
-    """What of them is trained on; limits and names are not."""
+    """What of them is trained on. Limits, names and where a service or a judge listens are not."""
     if not isinstance(rewards, list):
         return rewards
-    return [
-        {key: value for key, value in scored_by(reward).items() if key != "dtype"}
-        for reward in rewards
-    ]
+    told = [scored_by(reward) for reward in rewards]
+    for reward in told:
+        reward.pop("dtype", None)
+        reward.pop("url", None)
+        if reward.get("function") == "judge" and "options" in reward:
+            reward["options"] = {k: v for k, v in reward["options"].items() if k != "url"}
+    return told
 
 
 def how_it_ended(already: bool) -> str:

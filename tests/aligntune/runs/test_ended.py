@@ -130,7 +130,7 @@ def test_a_run_that_is_extended_keeps_what_it_exported(rundir: RunDir) -> None:
 def test_after_the_last_step_nothing_may_change_that_the_weights_were_trained_by(
     changed: str,
 ) -> None:
-    key = changed.partition("=")[0]
+    key = changed.partition("=")[0].replace("rewards", r"rewards\.0\.\w+")
     found = differences(tree_of(config()), config(changed, "model.dtype=bfloat16"))
     said = rf"^all 7 steps are trained, and {key} was .* there and is .* here, which would train "
     with pytest.raises(UserError, match=said) as refused:
@@ -153,6 +153,43 @@ def test_after_the_last_step_export_evaluation_and_limits_may_change() -> None:
         "rewards=[{function: math, name: right, timeout_s: 5, workers: 1}]",
     )
     check_ends(7, 7, 7, differences(tree_of(config()), now))
+
+
+JUDGE = "{{function: judge, options: {{url: 'http://{}:8000/v1', model: m, rubric: r}}}}"
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        (f"rewards=[{JUDGE.format('node7')}]", f"rewards=[{JUDGE.format('node9')}]"),
+        ("rewards=[{url: 'http://node7'}]", "rewards=[{url: 'http://node9'}]"),
+        ("rewards=[{model: rms/a}]", "rewards=[{model: ./rms/a}]"),
+        *(
+            (f"rewards=[{{{given}}}]", f"rewards=[{{{given.replace(': m', ': ./m')}}}]")
+            for given in ("function: m/r.py:f", "function: embedding, options: {model: m}")
+        ),
+        ("tools=[tools.py:add]", "tools=[./tools.py:add]"),
+        ("environment={a: play.py:Game}", "environment={a: ./play.py:Game}"),
+    ],
+)
+def test_after_the_last_step_services_may_move_and_paths_be_spelled_otherwise(
+    was: str, now: str
+) -> None:
+    """A job whose last evaluation was cut off resumes with its judge on another node."""
+    check_ends(7, 7, 7, differences(tree_of(config(was)), config(now)))
+
+
+def test_what_changed_after_the_last_step_is_told_by_its_own_key() -> None:
+    was = config("rewards=[{url: 'http://node7'}, {function: math}]")
+    now = config("rewards=[{url: 'http://node9', weight: 2}, {function: math}]")
+    with pytest.raises(UserError, match=r"and rewards\.0\.weight was 1.0 there and is 2.0 here, w"):
+        check_ends(7, 7, 7, differences(tree_of(was), now))
+    options = [f"rewards=[{{function: contains, options: {{text: {t}}}}}]" for t in ("a", "a/")]
+    found = differences(tree_of(config(options[0])), config(options[1]))
+    with pytest.raises(
+        UserError, match=r"rewards\.0\.options\.text was 'a' there and is 'a/' here"
+    ):
+        check_ends(7, 7, 7, found)
 
 
 USED_AFTERWARDS = (
