@@ -20,7 +20,8 @@ from actors.scoring.criteria import Unreached
 from actors.scoring.said import Completion, text_of
 from aligntune.rewards.fences import last_block
 from aligntune.rewards.inputs import column_of
-from aligntune.rewards.unit_tests import HARNESS, Exam, UnitTest, asserted, called
+from aligntune.rewards.told import HARNESS
+from aligntune.rewards.unit_tests import Exam, UnitTest, asserted, called
 
 _TAGS = ("python", "python3", "py")
 _PLACES: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()

@@ -11,88 +11,13 @@ import ast
 import json
 import operator
 import secrets
-import struct
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-_TELL = "__tell__"  # (number of a check, value), in a test's text
-
-# In the sandbox, between the program and `Exam`: a line of JSON each way. It holds what it needs
-# from before the program runs, for that may put something else in its place.
-HARNESS = f"""
-import io, json, operator, os, sys
-from collections import UserList, UserString
-from collections.abc import Mapping, Set
-def main():
-    hear = os.fdopen(os.dup(0), encoding="utf-8").readline
-    out = os.fdopen(os.dup(1), "wb")
-    write, flush = out.write, out.flush
-    nothing = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 0); os.dup2(nothing, 1)
-    sys.stdin = io.StringIO("")
-    run, compiled, leave, index = exec, compile, os._exit, operator.index
-    encode, decode = json.JSONEncoder().encode, json.JSONDecoder().decode
-    def plain(value):
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
-        if isinstance(value, list):
-            return [plain(one) for one in value]
-        if isinstance(value, (dict, Mapping)):
-            return {{"dict": [[plain(key), plain(of)] for key, of in value.items()]}}
-        for name, kinds in (("tuple", tuple), ("frozenset", frozenset), ("set", Set)):
-            if isinstance(value, kinds):
-                return {{name: [plain(one) for one in value]}}
-        if isinstance(value, (bytes, bytearray, memoryview)):
-            return {{"bytes": value.hex()}}
-        if isinstance(value, complex):
-            return {{"complex": [value.real, value.imag]}}
-        if isinstance(value, (UserList, UserString)):
-            return plain(value.data)
-        try:
-            return index(value)
-        except TypeError:
-            pass
-        if getattr(value, "itemsize", 8) in (2, 4):
-            return {{"float": [value.itemsize, type(value).__float__(value)]}}
-        try:
-            return {{"ratio": type(value).as_integer_ratio(value)}}
-        except (AttributeError, ValueError, OverflowError):
-            return type(value).__float__(value)
-    def asked(*said):
-        write(encode(said).encode() + b"\\n"); flush()
-        answer = hear()
-        if not answer:
-            leave(0)
-        return decode(answer)
-    def passes(text, name, space):
-        try:
-            run(compiled(text, name, "exec"), space)
-            return True
-        except BaseException:
-            return False
-    space = {{"__name__": "solution"}}
-    for module in sys.argv[1:]:
-        run(f"from {{module}} import *", space)
-    del sys.argv[1:]
-    with open("solution.py", encoding="utf-8") as file:
-        if not passes(file.read(), "solution.py", space):
-            leave(1)
-    word, test, most = asked("ran")
-    def tell(number, value):
-        try:
-            text = encode(plain(value))
-        except BaseException:
-            text = ""
-        if asked("value", number, text if len(text) <= most else "") is not True:
-            raise AssertionError
-    while True:
-        word, test, most = asked(word, passes(test, "test", {{**space, {_TELL!r}: tell}}))
-main()
-"""
+from aligntune.rewards.told import LAST, TELL, value_of
 
 # A call of a function, or of a method of `Solution`, as APPS and TACO have it: what JSON makes of a
 # result counts (lists for tuples, keys as text), and an output may stand in a list of its own.
@@ -101,7 +26,7 @@ import json as _json
 _name = {name!r}
 _owner = globals().get("Solution")
 _call = getattr(_owner(), _name) if hasattr(_owner, _name) else globals()[_name]
-{tell}(0, _json.loads(_json.dumps(_call(*_json.loads({given!r})))))
+{last} = _json.loads(_json.dumps(_call(*_json.loads({given!r}))))
 """
 
 _OPERATORS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
@@ -136,6 +61,7 @@ class UnitTest:
     text: str
     checks: tuple[Check, ...] = ()
     needed: int = 0  # as many of the checks, from the first, must have held
+    ends: bool = False  # the last of these is of the value that is told with the verdict
 
     @property
     def most(self) -> int:
@@ -152,14 +78,18 @@ def asserted(text: str) -> UnitTest:
         tree.body = [
             taken.visit_Assert(one) if isinstance(one, ast.Assert) else one for one in tree.body
         ]
-        needed = len(taken.checks)
+        needed, ends = len(taken.checks), False
+        match tree.body[-1:]:
+            case [ast.Expr(ast.Call(ast.Name(id=name), [_, value]))] if name == TELL:
+                # Nothing comes after it that it must keep from running: one line tells all.
+                tree.body[-1], ends = ast.Assign([ast.Name(LAST, ast.Store())], value), True
         # In a loop each value would be told on its own, which may take long.
         if not any(isinstance(one, _LOOPS) for one in ast.walk(tree)):
             tree = taken.visit(tree)
         changed = ast.unparse(ast.fix_missing_locations(tree)) if taken.checks else text
     except _NO_LITERAL:  # it fails where it runs, if at all
         return UnitTest(text)
-    return UnitTest(changed, tuple(taken.checks), needed)
+    return UnitTest(changed, tuple(taken.checks), needed, ends)
 
 
 def called(name: str, given: list[Any], wanted: Any) -> UnitTest:
@@ -172,12 +102,12 @@ def called(name: str, given: list[Any], wanted: Any) -> UnitTest:
     def holds(got: Any) -> bool:
         return bool(got == wanted or (isinstance(wanted, list) and [got] == wanted))
 
-    text = _CALL.format(name=name, tell=_TELL, given=json.dumps(given))
-    return UnitTest(text, (Check(holds, _room(len(said))),), needed=1)
+    text = _CALL.format(name=name, last=LAST, given=json.dumps(given))
+    return UnitTest(text, (Check(holds, _room(len(said))),), needed=1, ends=True)
 
 
 class Exam:
-    """The talk with the process of one program, which `HARNESS` is."""
+    """The talk with the process of one program, which `told.HARNESS` is."""
 
     def __init__(self, tests: Sequence[UnitTest]) -> None:
         self._tests = tests
@@ -207,16 +137,22 @@ class Exam:
             case ["ran"] if not self._word:
                 return self._next()
             case ["value", int(number), str(text)] if self._word:
-                checks = self._tests[len(self._verdicts)].checks
-                held = 0 <= number < len(checks) and _holds(checks[number], text)
-                if held:
-                    self._held.add(number)
-                return _line(held)
-            case [str(word), bool(passed)] if self._word and word == self._word:
-                needed = range(self._tests[len(self._verdicts)].needed)
-                self._verdicts.append(passed and self._held.issuperset(needed))
+                return _line(self._hears(number, text))
+            case [str(word), bool(passed), str(text)] if self._word and word == self._word:
+                test = self._tests[len(self._verdicts)]
+                if test.ends:
+                    self._hears(test.needed - 1, text)
+                self._verdicts.append(passed and self._held.issuperset(range(test.needed)))
                 return self._next()
         return None
+
+    def _hears(self, number: int, text: str) -> bool:
+        """Whether a check of the test that was given last holds for what is told."""
+        checks = self._tests[len(self._verdicts)].checks
+        held = 0 <= number < len(checks) and _holds(checks[number], text)
+        if held:
+            self._held.add(number)
+        return held
 
     def _next(self) -> bytes | None:
         self._held, self._word = set(), ""
@@ -239,7 +175,7 @@ class _Taken(ast.NodeTransformer):
         value, check = found
         self.checks.append(check)
         told = [ast.Constant(len(self.checks) - 1), value]
-        return ast.copy_location(ast.Expr(ast.Call(ast.Name(_TELL, ast.Load()), told, [])), node)
+        return ast.copy_location(ast.Expr(ast.Call(ast.Name(TELL, ast.Load()), told, [])), node)
 
 
 def _compared(test: ast.expr, made: Set[str]) -> tuple[ast.expr, Check] | None:
@@ -331,59 +267,9 @@ def _holds(check: Check, text: str) -> bool:
     if len(text) > check.most:
         return False
     try:
-        return bool(check.holds(_value(json.loads(text))))
+        return bool(check.holds(value_of(json.loads(text))))
     except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         return False
-
-
-def _ratio(above: Any, below: Any) -> Fraction:
-    return Fraction(int(above), int(below))  # a text such as 1e999999999 must not become a number
-
-
-class _Short(float):
-    """A float of 2 or 4 bytes, as numpy has them: it equals a number that is rounded to it."""
-
-    def __new__(cls, size: int, value: float) -> _Short:
-        made = super().__new__(cls, value)
-        made._form = {2: "e", 4: "f"}[size]
-        return made
-
-    _form: str
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, int | float):
-            return float.__eq__(self, other)
-        try:
-            (rounded,) = struct.unpack(self._form, struct.pack(self._form, other))
-        except (OverflowError, struct.error):
-            return False
-        return float.__eq__(self, rounded)
-
-    __hash__ = float.__hash__
-
-
-def _value(said: Any) -> Any:
-    """The value that `plain` of the harness has told.
-
-    Raises ValueError, TypeError, KeyError and ArithmeticError."""
-    if isinstance(said, list):
-        return [_value(one) for one in said]
-    if not isinstance(said, dict):
-        return said
-    ((kind, of),) = said.items()
-    return _KINDS[kind](of)
-
-
-_KINDS: dict[str, Callable[[Any], Any]] = {
-    "dict": lambda of: {_value(key): _value(one) for key, one in of},
-    "tuple": lambda of: tuple(map(_value, of)),
-    "set": lambda of: set(map(_value, of)),
-    "frozenset": lambda of: frozenset(map(_value, of)),
-    "bytes": bytes.fromhex,
-    "complex": lambda of: complex(*of),
-    "ratio": lambda of: _ratio(*of),
-    "float": lambda of: _Short(*of),
-}
 
 
 def _line(said: Any) -> bytes:

@@ -105,14 +105,14 @@ say(["ran"])
 """
 PASSED = """
 while True:
-    say([hear()[0], True])
+    say([hear()[0], True, ""])
 """
 SAID = """
 while True:
     word = hear()[0]
     for number in range(9):
         say(["value", number, "null"]); hear()
-    say([word, True])
+    say([word, True, "null"])
 """
 SAME = "class Same:\n    __eq__ = lambda *_: True\ndef add(a, b):\n    return Same()"
 PATCHED = """

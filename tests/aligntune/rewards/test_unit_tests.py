@@ -141,7 +141,9 @@ def test_literals_that_one_value_is_compared_with_leave_the_text(
     assert (test.text == text) == (left == 0)
 
 
-def talk(*said: object, tests: tuple[str, ...] = ("assert f() == 1", "assert f()")) -> list[bool]:
+def talk(
+    *said: object, tests: tuple[str, ...] = ("assert f() == 1\npass", "assert f()")
+) -> list[bool]:
     """The verdicts after `said`; WORD stands for that of the test that was given last."""
     exam, word = Exam([asserted(text) for text in tests]), ""
     for one in said:
@@ -154,15 +156,17 @@ def talk(*said: object, tests: tuple[str, ...] = ("assert f() == 1", "assert f()
     return exam.verdicts
 
 
-ONE, PASSED = ["value", 0, "1"], ["WORD", True]
+ONE, PASSED = ["value", 0, "1"], ["WORD", True, ""]
 
 
 @pytest.mark.parametrize(
     ("said", "verdicts"),
     [
         ([["ran"], ONE, PASSED, PASSED], [True, True]),
-        ([["ran"], ONE, ["WORD", False], PASSED], [False, True]),
+        ([["ran"], ONE, ["WORD", False, "1"], PASSED], [False, True]),
         ([["ran"], PASSED, PASSED], [False, True]),
+        ([["ran"], ["WORD", True, "1"], ["WORD", True, "1"]], [False, True]),
+        ([["ran"], ONE, ["WORD", True], PASSED], [False, False]),
         ([["ran"], ["value", 0, "2"], PASSED, PASSED], [False, True]),
         ([["ran"], ["value", 1, "1"], PASSED, PASSED], [False, True]),
         ([["ran"], ["value", -1, "1"], PASSED, PASSED], [False, True]),
@@ -174,10 +178,10 @@ ONE, PASSED = ["value", 0, "1"], ["WORD", True]
                          '{"ratio": ["1e999999999"]}', '{"float": [3, 1]}')
         ),
         ([["ran"], ONE, PASSED], [False, False]),
-        ([["ran"], ONE, PASSED, ["", True]], [False, False]),
-        ([["ran"], ONE, ["word", True], PASSED, PASSED], [False, False]),
+        ([["ran"], ONE, PASSED, ["", True, ""]], [False, False]),
+        ([["ran"], ONE, ["word", True, ""], PASSED, PASSED], [False, False]),
         ([["ran"], ["ran"], ONE, PASSED, PASSED], [False, False]),
-        ([["", True], ["", True]], [False, False]),
+        ([["", True, ""], ["", True, ""]], [False, False]),
         ([PASSED, PASSED], [False, False]),
         ([ONE, ["ran"], PASSED, PASSED], [False, False]),
         ([["ran"], ONE, b"no JSON", PASSED, PASSED], [False, False]),
@@ -190,3 +194,31 @@ def test_a_verdict_counts_for_a_test_that_was_given_and_whose_values_hold(
     said: list[object], verdicts: list[bool]
 ) -> None:
     assert talk(*said) == verdicts
+
+
+@pytest.mark.parametrize(
+    ("said", "verdicts"),
+    [
+        ([["WORD", True, "1"], ["WORD", True, "3"]], [True, False]),
+        ([["WORD", False, "1"], ["value", 0, "2"], ["WORD", True, "3"]], [False, True]),
+        ([["WORD", True, ""], ["value", 1, "3"], ["WORD", True, "2"]], [False, False]),
+    ],
+)
+def test_the_value_that_a_test_ends_with_comes_with_its_verdict(
+    said: list[object], verdicts: list[bool]
+) -> None:
+    tests = ("assert f() == 1", "assert f() == 2\nassert f() == 3")
+    assert talk(["ran"], *said, tests=tests) == verdicts
+
+
+@pytest.mark.slow
+def test_each_assert_takes_one_line_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[bytes] = []
+    answer = Exam.answer
+    monkeypatch.setattr(Exam, "answer", lambda exam, line: lines.append(line) or answer(exam, line))
+    tests = [f"assert same({n}) == {n}" for n in range(20)]
+    calls = {"fn_name": "same", "inputs": [[1], [2]], "outputs": [1, 2]}
+    together = "\n".join(tests)
+    rows = [tests, calls, [together]]
+    assert asyncio.run(code_passes([PROGRAM] * 3, tests=rows)) == [1.0] * 3
+    assert len(lines) == 3 + 20 + 2 + 20
