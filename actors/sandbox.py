@@ -36,7 +36,7 @@ VARIABLE = "ALIGNTUNE_SANDBOX"
 CAPABILITIES = ("CAP_SYS_ADMIN", "CAP_NET_ADMIN")
 """What a process needs to make namespaces inside a sandbox; none outside of it."""
 
-_NOTHING = ("/bin/sh", "-c", "exit 0")
+_NOTHING = (sys.executable, "-I", "-S", "-c", "")  # what programs need most must be there inside
 _RUNNER = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from actors.sandbox_runner import main; main(sys.argv[2])"
@@ -192,7 +192,7 @@ def held(mode: Mode, key: str, scratch: str, imports: Sequence[str], log: str | 
         return Held((), _environment(scratch))
     shown = [os.path.abspath(place) for place in (*imports, str(Path(__file__).parents[1]))]
     home, empty = Path(wrapping.HOME), wrapping.hidden()
-    if whole := [place for place in shown if home.is_relative_to(place) or place in empty]:
+    if whole := [p for p in shown if home.is_relative_to(p) or os.path.realpath(p) in empty]:
         what = "holds the home folder" if home.is_relative_to(whole[0]) else "is for others' files"
         raise SandboxMissing(
             f"{key} is {mode}, and {whole[0]}, which the user's code is imported from, {what}, "

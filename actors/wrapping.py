@@ -32,9 +32,13 @@ def wrapped(
     `granted`: capabilities, over what is inside.
     """
     scratch, empty = os.path.realpath(scratch), hidden()
-    needed = sorted({sys.prefix, sys.base_prefix, sys.exec_prefix, *filter(os.path.exists, shown)})
-    inside = [p for p in needed if any(_within(p, h) for h in (*empty, "/tmp", "/var/tmp"))]
-    written = [scratch] if log is None else [scratch, log]
+    needed = {sys.prefix, sys.base_prefix, sys.exec_prefix, *filter(os.path.exists, shown)}
+    # A path may lead into a hidden folder by a link outside of it, which stays, or by its name.
+    needed |= set(map(os.path.realpath, needed))
+    covered = (*empty, "/tmp", "/var/tmp")
+    inside = sorted(p for p in needed if any(_within(p, h) for h in covered))
+    # bwrap cannot mount at a path with a link in it that is absolute.
+    written = [scratch] if log is None else [scratch, os.path.realpath(log)]
     # What lies deeper comes later: it may be in a folder that is hidden, or in one that is shown.
     mounts: list[tuple[str, ...]] = [("--tmpfs", place) for place in empty]
     mounts += [("--ro-bind", place, place) for place in inside]
@@ -67,10 +71,11 @@ def wrapped(
 
 
 def hidden() -> list[str]:
-    """The folders of this machine that are empty inside: homes, mounts and temporary folders."""
-    temporary = (tempfile.gettempdir(), os.environ.get("RAY_TMPDIR", ""))
-    places = (*_HIDDEN, HOME, *(os.path.realpath(place) for place in temporary if place))
-    return [p for p in dict.fromkeys(places) if os.path.isdir(p) and p not in (*_OWN, "/")]
+    """The folders of this machine that are empty inside, by their real paths: homes, mounts and
+    temporary folders."""
+    places = (*_HIDDEN, HOME, tempfile.gettempdir(), os.environ.get("RAY_TMPDIR", ""))
+    real = dict.fromkeys(os.path.realpath(place) for place in places if place)
+    return [p for p in real if os.path.isdir(p) and p not in (*_OWN, "/")]
 
 
 def _within(place: str, folder: str) -> bool:

@@ -315,6 +315,39 @@ def test_what_lies_deeper_is_mounted_later(monkeypatch: pytest.MonkeyPatch, tmp_
         sandbox.held("auto", "episodes.sandbox", str(scratch), [str(scratch.parent)], None)
 
 
+def test_what_is_needed_is_there_where_a_link_leads_to_it_in_a_hidden_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where /scratch is a link, and holds the temporary folder, Python and the user's code."""
+    here = next(path for path in ("/opt", "/var/lib", "/usr/local") if os.access(path, os.W_OK))
+    with tempfile.TemporaryDirectory(dir=here) as folder:
+        (link := Path(folder) / "link").symlink_to(place := Path(folder) / "place")
+        (place / "code").mkdir(parents=True)
+        (place / "code" / "file").touch()
+        (place / "python").symlink_to(sys.prefix)
+        monkeypatch.setenv("RAY_TMPDIR", str(link))
+        monkeypatch.setattr(wrapping, "HOME", str(link / "code"))
+        assert {str(place), str(place / "code")} <= set(wrapping.hidden())
+        monkeypatch.setattr(wrapping, "HOME", "/root")
+        monkeypatch.setattr(sys, "exec_prefix", str(place / "python"))
+        shown, log = [str(link / "code")], str(link / "log")
+        Path(log).touch()
+        scratch = tempfile.mkdtemp(dir=place)
+        command = wrapping.wrapped("bwrap", scratch, shown, log)
+        bound = {command[at + 1] for at, part in enumerate(command) if part.endswith("-bind")}
+        assert {str(place / "code"), str(place / "python")} <= bound
+        assert command[command.index(str(place / "log")) - 1] == "--bind"
+        program, _ = sandbox.bubblewrap()
+        if program is not None:
+            look = ["/bin/sh", "-c", f"ls {link}/code {link}/python/bin/python && echo 1 > {log}"]
+            found = subprocess.run([program, *command[1:], *look], capture_output=True, check=False)
+            assert b"file" in found.stdout, found.stderr
+            assert Path(log).read_text() == "1\n"
+        monkeypatch.setattr(sandbox, "bubblewrap", lambda: ("bwrap", ""))
+        with pytest.raises(SandboxMissing, match="is for others' files"):
+            sandbox.held("auto", "episodes.sandbox", scratch, [str(link)], None)
+
+
 @pytest.mark.parametrize("user", [0, 1000])
 def test_a_part_of_proc_is_covered_for_root_alone(
     user: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
