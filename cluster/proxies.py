@@ -33,6 +33,6 @@ def advice(url: str) -> str:
         return ""
     host = urlsplit(url).hostname
     return (
-        f"the proxy {proxy} (http_proxy, https_proxy or all_proxy) stands between; set "
-        f"no_proxy={host} to go past it"
+        f"the proxy {proxy} (http_proxy, https_proxy or all_proxy) stands between; add "
+        f"{host} to no_proxy to go past it"
     )

@@ -11,6 +11,7 @@ import ipaddress
 import json
 import os
 import random
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 import aiohttp
+import psutil
 from yarl import URL
 
 from actors.scoring.criteria import Unreached
@@ -158,9 +160,10 @@ class _Way:
 def _way_to(url: str) -> _Way:
     """Through the proxy that the environment names, or past all. aiohttp's own `trust_env` would
     send logins of ~/.netrc too. Raises NoAnswer where that is no proxy for HTTP."""
-    if _is_here(urlsplit(url).hostname or "") or (named := proxies.way_to(url)) is None:
+    named = proxies.way_to(url)
+    if named is None or _is_here(urlsplit(url).hostname or ""):
         return _Way()
-    said = f"; {proxies.advice(url)}"
+    said = f"; {proxies.advice(url)}, in the environment that Ray was started with on this node"
     try:
         proxy = URL(named)
     except ValueError as error:
@@ -171,11 +174,21 @@ def _way_to(url: str) -> _Way:
 
 
 def _is_here(host: str) -> bool:
-    """Whether it is this machine's own, on which no proxy stands before anything."""
+    """Whether it is this machine's own, on which no proxy stands before anything: loopback, the
+    unspecified address, or a name or an address of the node."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+        own = socket.gethostname().lower()
+        short = own.partition(".")[0]
+        if host in (own, short, "localhost") or host.endswith(".localhost"):
+            return True
+        # The whole name may cost a look-up, so it is asked for only where it may be this one.
+        return host.partition(".")[0] == short and host == socket.getfqdn().lower()
+    if address.is_loopback or address.is_unspecified:
+        return True
+    cards = psutil.net_if_addrs().values()
+    return host in {one.address.partition("%")[0] for card in cards for one in card}
 
 
 def _body(message: Mapping[str, Any]) -> bytes:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -201,6 +202,7 @@ def test_a_request_goes_through_the_proxy_of_the_environment(
 
 
 GONE = "http://me:hunter2@127.0.0.1:9"
+FAR = "192.0.2.1"  # of nobody
 NAMED = "; the proxy http://127.0.0.1:9 (http_proxy"
 
 
@@ -209,11 +211,16 @@ NAMED = "; the proxy http://127.0.0.1:9 (http_proxy"
     [
         ("127.0.0.1", GONE, None, None),
         ("localhost", GONE, None, None),
-        ("0.0.0.0", GONE, "0.0.0.0/8", None),
-        ("0.0.0.0", GONE, "other", f"127.0.0.1:9 .* in 1 tries{re.escape(NAMED)}"),
-        ("0.0.0.0", GONE, None, r"; set no_proxy=0\.0\.0\.0 to go past it$"),
-        ("0.0.0.0", "socks5://127.0.0.1:9", None, "speaks socks5 is not supported; the proxy"),
-        ("0.0.0.0", "http://127.0.0.1:x", None, "the proxy's address is no URL; the proxy"),
+        ("0.0.0.0", GONE, None, None),
+        (FAR, GONE, "other", f"127.0.0.1:9 .* in 1 tries{re.escape(NAMED)}"),
+        (
+            FAR,
+            GONE,
+            None,
+            r"; add 192\.0\.2\.1 to no_proxy .* that Ray was started with on this node$",
+        ),
+        (FAR, "socks5://127.0.0.1:9", None, "speaks socks5 is not supported; the proxy"),
+        (FAR, "http://127.0.0.1:x", None, "the proxy's address is no URL; the proxy"),
     ],
 )
 def test_a_proxy_is_passed_by_as_no_proxy_says_and_named_where_it_fails(
@@ -230,6 +237,34 @@ def test_a_proxy_is_passed_by_as_no_proxy_says_and_named_where_it_fails(
         assert isinstance(answer, Unreached) is (proxy == GONE)
         assert re.search(said, str(answer))
         assert "hunter2" not in str(answer)
+
+
+@pytest.mark.parametrize(
+    ("host", "past"),
+    [
+        ("[::1]", True),
+        ("[::]", True),
+        ("10.9.8.7", True),
+        ("[fe80::7]", True),
+        ("node7", True),
+        ("NODE7.Cluster", True),
+        ("172.16.0.9", True),  # of no_proxy
+        ("node7.elsewhere", False),
+        ("node70", False),
+        ("judge", False),
+        ("10.9.8.70", False),
+    ],
+)
+def test_no_proxy_stands_before_a_name_or_an_address_of_the_node(
+    without_proxies: pytest.MonkeyPatch, host: str, past: bool
+) -> None:
+    without_proxies.setenv("http_proxy", GONE)
+    without_proxies.setenv("no_proxy", "172.16.0.0/12")
+    cards = {"eth0": [SimpleNamespace(address=a) for a in ("10.9.8.7", "fe80::7%eth0")]}
+    without_proxies.setattr(service.psutil, "net_if_addrs", lambda: cards)
+    without_proxies.setattr(service.socket, "gethostname", lambda: "Node7")
+    without_proxies.setattr(service.socket, "getfqdn", lambda: "node7.cluster")
+    assert (service._way_to(f"http://{host}:8000/score").proxy is None) is past
 
 
 def test_no_more_requests_run_at_once_than_are_allowed() -> None:
