@@ -305,11 +305,12 @@ def episodes_of(
 
 
 def log_file(log: str | None) -> str | None:
-    """`log`, where this node sees the run directory; else None: the actor's own output."""
+    """The real path of `log`, where this node sees the run directory; else None: the actor's own
+    output. In a sandbox links may lead into what is hidden there."""
     if log is None:
         return None
     folder = os.path.dirname(log)
     if not os.path.isdir(os.path.dirname(folder)):
         return None
     os.makedirs(folder, exist_ok=True)
-    return log
+    return os.path.realpath(log)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -402,6 +403,16 @@ def test_the_last_movement_is_what_silence_is_counted_from(
 
     loop.run(stuck())
     assert 1000.0 < loop.now < 1000.0 * (1 + 1 / environment.LOOKS) + 10.0
+
+
+def test_what_user_code_prints_goes_to_a_file_by_a_path_without_links(tmp_path: Path) -> None:
+    """A sandbox hides the folders that links of the given path may lie in."""
+    (tmp_path / "scratch" / "run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "scratch")
+    found = environment.log_file(str(tmp_path / "link" / "run" / "logs" / "reward.log"))
+    assert found == str(tmp_path.resolve() / "scratch" / "run" / "logs" / "reward.log")
+    assert Path(found).parent.is_dir()
+    assert environment.log_file(str(tmp_path / "elsewhere" / "logs" / "reward.log")) is None
 
 
 def test_silence_is_bounded_by_the_limits_of_an_episode_and_of_a_turn() -> None:
