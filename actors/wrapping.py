@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 
 HOME = os.path.expanduser("~")
@@ -43,7 +43,12 @@ def wrapped(
     mounts: list[tuple[str, ...]] = [("--tmpfs", place) for place in empty]
     mounts += [("--ro-bind", place, place) for place in inside]
     mounts += [("--bind", place, place) for place in written]
-    mounts.sort(key=lambda mount: len(PurePath(mount[1]).parts))
+    mounts += [
+        ("--symlink", target, link)
+        for link, target in _links(sys.executable)
+        if any(_within(link, h) for h in covered) and not any(_within(link, p) for p in needed)
+    ]
+    mounts.sort(key=lambda mount: len(PurePath(mount[-1]).parts))
     size = [] if most is None else ["--size", str(most)]
     closed = ["/dev", "/var/tmp", *empty]
     # Root may write there, for the whole machine. For others nothing is put over a part of /proc:
@@ -76,6 +81,15 @@ def hidden() -> list[str]:
     places = (*_HIDDEN, HOME, tempfile.gettempdir(), os.environ.get("RAY_TMPDIR", ""))
     real = dict.fromkeys(os.path.realpath(place) for place in places if place)
     return [p for p in real if os.path.isdir(p) and p not in (*_OWN, "/")]
+
+
+def _links(path: str) -> Iterator[tuple[str, str]]:
+    """The links that lead from `path` to a file, one to the next, each with where it leads to. A
+    virtual environment's Python may be a link to one in somebody's home."""
+    while os.path.islink(path):
+        target = os.readlink(path)
+        yield path, target
+        path = os.path.normpath(os.path.join(os.path.dirname(path), target))
 
 
 def _within(place: str, folder: str) -> bool:

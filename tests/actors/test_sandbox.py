@@ -348,6 +348,28 @@ def test_what_is_needed_is_there_where_a_link_leads_to_it_in_a_hidden_folder(
             sandbox.held("auto", "episodes.sandbox", scratch, [str(link)], None)
 
 
+def test_a_python_that_links_in_a_hidden_folder_lead_to_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of a virtual environment that ~/.local/bin/python3 made, which is a link itself."""
+    here = next(path for path in ("/opt", "/var/lib", "/usr/local") if os.access(path, os.W_OK))
+    with tempfile.TemporaryDirectory(dir=here) as folder:
+        (place := Path(folder) / "home" / "bin").mkdir(parents=True)
+        (place / "python3").symlink_to(real := os.path.realpath(sys.executable))
+        (python := Path(folder) / "python").symlink_to("home/bin/python3")
+        monkeypatch.setattr(wrapping, "HOME", str(place.parent))
+        monkeypatch.setattr(sys, "executable", str(python))
+        with tempfile.TemporaryDirectory() as scratch:
+            command = wrapping.wrapped("bwrap", scratch)
+            at = command.index("--symlink")
+            assert command[at + 1 : at + 3] == [real, str(place / "python3")]
+            program, _ = sandbox.bubblewrap()
+            if program is not None:
+                run = [program, *command[1:], str(python), "-c", "print(6 * 7)"]
+                done = subprocess.run(run, capture_output=True, check=False)
+                assert done.stdout == b"42\n", done.stderr
+
+
 @pytest.mark.parametrize("user", [0, 1000])
 def test_a_part_of_proc_is_covered_for_root_alone(
     user: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
