@@ -40,6 +40,7 @@ def test_a_program_ends_with_its_code_and_what_it_printed(
     assert (done.returncode, done.stdout, done.stderr) == (3, f"{tmp_path} hello\n", "aside\n")
 
 
+@pytest.mark.slow
 def test_a_program_that_is_killed_says_so_and_one_that_runs_is_waited_for(
     environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -246,6 +246,7 @@ def test_a_base_model_ends_its_turns_as_its_template_does(
         assert stop_token_ids(each.config.model) == (text_end,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["grpo", "sft", "dpo"])
 @pytest.mark.parametrize("had", [None, [3], []])
 def test_a_run_that_goes_on_ends_its_turns_as_it_did(

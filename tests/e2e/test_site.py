@@ -86,6 +86,7 @@ def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
     assert [message for message in messages if not is_said(message)] == []
 
 
+@pytest.mark.slow
 def test_a_message_that_the_code_does_not_say_is_seen() -> None:
     assert is_said("no config file at ...")
     assert not is_said("no config file in ...")

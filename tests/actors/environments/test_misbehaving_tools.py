@@ -100,6 +100,7 @@ class TestFunctions:
             assert episode.finish_reason is FinishReason.STOP
             assert (episode.figures.tools_timed_out, episode.figures.tools_failed) == (1, 0)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("how", "answer"),
         [

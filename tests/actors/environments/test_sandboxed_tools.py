@@ -125,6 +125,7 @@ def looked(
     return found
 
 
+@pytest.mark.slow
 def test_under_bubblewrap_a_tool_sees_its_module_and_no_secret_and_reaches_nobody(
     tmp_path: Path, home: Path, listening: int, chat_model: ModelSpec, tokenizer: Any
 ) -> None:
@@ -207,6 +208,7 @@ def told(
 LOOK = "ls . ~ $TMPDIR /tmp /var/tmp /dev/shm; cat /proc/[0-9]*/cmdline; cat {log}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", ["run", "run_here"])
 def test_episodes_of_a_sandbox_see_nothing_of_each_other_and_end_nothing_of_each_other(
     tool: str, tmp_path: Path, chat_model: ModelSpec, tokenizer: Any

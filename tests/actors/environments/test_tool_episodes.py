@@ -98,6 +98,7 @@ class TestConversation:
         assert episode.rewards == {}
         assert [call.prompt_ids.tolist() for call in episode.calls] == policy.seen
 
+    @pytest.mark.slow
     def test_what_is_no_call_goes_back_to_the_model_and_is_counted(self, play: Play) -> None:
         episode, _ = play(
             "<tool_call>\n{no json}\n</tool_call>",
@@ -155,6 +156,7 @@ class TestEnvironments:
         assert said(episode) == ["higher", "right", "met", "2"]
         assert episode.rewards == {"environment": 0.5, "both": 7.2}
 
+    @pytest.mark.slow
     def test_a_row_chooses_its_environment_and_is_shown_its_tools_alone(
         self, play: Play, tokenizer: Any
     ) -> None:
@@ -175,6 +177,7 @@ class TestEnvironments:
         assert episode.messages[:2] == [SYSTEM, {"role": "user", "content": " Guess!"}]
         assert episode.rewards == {"environment": 1.0}
 
+    @pytest.mark.slow
     def test_what_is_drawn_is_a_function_of_the_seed(self, play: Play) -> None:
         def drawn(seed: int) -> list[str]:
             turn = call_text("roll_here") + call_text("roll") + call_text("roll")

@@ -103,6 +103,7 @@ def send(
         each.result(WAIT_S)
 
 
+@pytest.mark.slow
 def test_replicas_get_the_weights_bit_for_bit_and_meet_rank_0_once(
     threads: ThreadPoolExecutor,
 ) -> None:

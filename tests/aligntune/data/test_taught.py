@@ -315,6 +315,7 @@ def test_packing_loses_no_token_and_cuts_no_row(sizes: list[int]) -> None:
     assert sorted(found) == sorted((ids.tolist(), labels.tolist()) for ids, labels in wanted)
 
 
+@pytest.mark.slow
 def test_the_command_shows_what_the_trainer_gets(
     tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

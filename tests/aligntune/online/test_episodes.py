@@ -155,6 +155,7 @@ def test_an_episode_that_fails_costs_itself_alone(play: Callable[..., Play]) -> 
     assert not made.world.events("group_retried")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "tests.e2e.algorithms:PPOOnFunctions"])
 def test_no_criterion_scores_an_episode_whose_environment_could_not_go_on(
     play: Callable[..., Play], name: str

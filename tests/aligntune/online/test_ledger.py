@@ -293,6 +293,7 @@ def test_audit_refuses_a_group_that_ends_twice(path: Path) -> None:
         audit(path)
 
 
+@pytest.mark.slow
 def test_the_books_of_every_past_step_take_little_memory(path: Path) -> None:
     """With 4,096 groups open, 33 KB a step would be 3 GB after 100,000 steps."""
     chosen, steps, per_step = random.Random(0), 100, 16

@@ -128,6 +128,7 @@ def test_evaluations_of_a_preference_job_are_among_its_steps(run: Path) -> None:
     assert found.evals == rows[:1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damaged", [(), (3, 499)])
 def test_of_a_long_run_few_steps_have_all_their_figures_in_memory(
     run: Path, damaged: Sequence[int], monkeypatch: pytest.MonkeyPatch
@@ -257,6 +258,7 @@ def test_a_file_that_is_shortened_meanwhile_has_what_is_left(
     assert spread(Shortened(content, 1, 0), most) == ({}, 0)
 
 
+@pytest.mark.slow
 def test_of_samples_larger_than_memory_little_more_is_read_than_is_shown(run: Path) -> None:
     write(run / SAMPLES, [{"step": n, "prompt": "x" * (n % 3000)} for n in range(20_000)])
     read = 0
