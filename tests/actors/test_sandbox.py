@@ -74,14 +74,13 @@ def test_it_sees_no_gpu_where_its_actor_has_none(
     assert ran.stdout == b"''\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
     [
         "while True: pass",
         # Many times what it may, and no more: other tests' processes live here too.
-        pytest.param(
-            "import os\nfor _ in range(7): os.fork()\nwhile True: pass", marks=pytest.mark.slow
-        ),
+        "import os\nfor _ in range(7): os.fork()\nwhile True: pass",
         "x = bytearray(2**30)",
         "open('big', 'wb').write(bytes(2**22))",
         "while True: print('x' * 1000)",
