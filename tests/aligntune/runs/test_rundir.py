@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import json
 import os
 from pathlib import Path
@@ -196,6 +197,7 @@ def test_a_file_system_without_locks_is_named_with_its_cure(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
+    gc.collect()  # or files that other tests have left are closed meanwhile
     open_before = os.listdir("/proc/self/fd")
     with pytest.raises(UserError) as refused:
         rundir.claim()
